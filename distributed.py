@@ -1,0 +1,93 @@
+"""Rank, world size, device and the few collectives of a run; rank 0 of 1 without torchrun.
+
+Nothing of ours stands between the script and PyTorch's engine: torchrun sets the environment, this
+file reads it once.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as torch_distributed
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """This process's place in the group. `device` is where its model lives."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that prints and writes."""
+        return self.rank == 0
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks, in place; every rank gets the result."""
+        if self.world_size > 1:
+            torch_distributed.all_reduce(tensor)
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """True on all ranks if `flag` is true on one."""
+        if self.world_size == 1:
+            return flag
+        return self.sum(torch.tensor(float(flag), device=self.device)).item() > 0
+
+    def gather(self, value: object) -> list:
+        """One picklable value of every rank, in rank order, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list = [None] * self.world_size
+        torch_distributed.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value: object) -> object:
+        """Rank 0's value on every rank."""
+        if self.world_size == 1:
+            return value
+        values = [value]
+        torch_distributed.broadcast_object_list(values, src=0, device=self.device)
+        return values[0]
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world_size > 1:
+            torch_distributed.barrier()
+
+
+def init_distributed(device: str = "auto", timeout_seconds: float = 600.0) -> Distributed:
+    """Join torchrun's group if there is one. A rank that stays silent ends the group after the timeout."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    torch_device = pick_device(device, local_rank)
+    if world_size > 1:
+        if torch_device.type == "cuda":
+            torch.cuda.set_device(torch_device)
+        torch_distributed.init_process_group(
+            "nccl" if torch_device.type == "cuda" else "gloo",
+            timeout=timedelta(seconds=timeout_seconds),
+        )
+    return Distributed(rank, world_size, local_rank, torch_device)
+
+
+def pick_device(device: str, local_rank: int = 0) -> torch.device:
+    """`auto`: CUDA, else Apple's MPS, else CPU; any other name is taken as torch names it."""
+    if device != "auto":
+        return torch.device(device)
+    if torch.cuda.is_available():
+        return torch.device("cuda", local_rank)
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def leave(clean_end: bool) -> None:
+    """Leave the group. After an error the group is aborted by the process's exit, not waited for."""
+    if clean_end and torch_distributed.is_available() and torch_distributed.is_initialized():
+        torch_distributed.destroy_process_group()
