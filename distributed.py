@@ -36,7 +36,7 @@ class Distributed:
         """True on all ranks if `flag` is true on one."""
         if self.world_size == 1:
             return flag
-        return self.sum(torch.tensor(float(flag), device=self.device)).item() > 0
+        return self.sum(torch.tensor(float(flag))).item() > 0  # on the host: no device waits
 
     def gather(self, value: object) -> list:
         """One picklable value of every rank, in rank order, on every rank."""
@@ -70,7 +70,7 @@ def init_distributed(device: str = "auto", timeout_seconds: float = 600.0) -> Di
         if torch_device.type == "cuda":
             torch.cuda.set_device(torch_device)
         torch_distributed.init_process_group(
-            "nccl" if torch_device.type == "cuda" else "gloo",
+            "cpu:gloo,cuda:nccl" if torch_device.type == "cuda" else "gloo",
             timeout=timedelta(seconds=timeout_seconds),
         )
     return Distributed(rank, world_size, local_rank, torch_device)

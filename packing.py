@@ -1,0 +1,253 @@
+"""Lengths to a plan of steps, and a planned micro-batch to one packed batch without padding.
+
+Packing happens once, before training. After that `plan[step]` is a pure function of (lengths, seed,
+step, rank, world size): a checkpoint holds a step number and no loader state, every rank has the same
+number of micro-batches, and the number of supervised tokens of a step over all ranks needs no
+communication.
+"""
+
+import math
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from chat_tokens import Segment, TokenizedSamples
+
+NUM_THINKING_BUCKETS = 10  # tenths of a chain of thought
+PACKING_WINDOW = 1 << 14  # documents that are packed together; bounds the time per document
+
+# -----------------------------------------------------------------------------
+# The plan
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """What one rank does in one optimizer update, and what all ranks together do."""
+
+    micro_batches: tuple[tuple[int, ...], ...]  # document indices, this rank
+    num_fillers: int  # the last ones repeat another rank's documents and carry no loss
+    num_targets: int  # supervised tokens, all ranks
+    num_tokens: int  # all tokens, all ranks
+    num_samples: int  # documents, all ranks
+    num_micro_batches: int  # without fillers, all ranks
+    epoch: int  # 0-based
+
+
+class StepPlan:
+    """Every step of a run, known before its first.
+
+    Args:
+        lengths: (n,) tokens of each document; none is above `row_tokens`.
+        num_targets: (n,) supervised tokens of each document.
+        row_tokens: capacity of a row.
+        rows_per_micro_batch: rows that go through the model at once.
+        accumulation: micro-batches of one rank in one update.
+        num_epochs: passes over the data; a fraction is rounded up to whole steps.
+        max_steps: if above zero, exactly so many steps, whatever `num_epochs` says.
+        packing: False puts one document in a row.
+    """
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        num_targets: np.ndarray,
+        *,
+        row_tokens: int,
+        rows_per_micro_batch: int = 1,
+        accumulation: int = 1,
+        num_epochs: float = 1,
+        max_steps: int = 0,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        packing: bool = True,
+    ) -> None:
+        self._lengths = np.asarray(lengths, dtype=np.int64)
+        self._num_targets = np.asarray(num_targets, dtype=np.int64)
+        assert len(self._lengths) > 0, "a plan needs at least one document"
+        assert self._lengths.max() <= row_tokens, (self._lengths.max(), row_tokens)
+        self.rank, self.world_size, self.seed = rank, world_size, seed
+        self.row_tokens, self.rows_per_micro_batch = row_tokens, rows_per_micro_batch
+        if packing:
+            order = np.random.default_rng([seed, 0]).permutation(len(self._lengths))
+            self._rows = pack_rows(self._lengths, order, row_tokens)
+        else:
+            self._rows = [(i,) for i in range(len(self._lengths))]
+        self.rows_per_step = rows_per_micro_batch * accumulation * world_size
+        self.steps_per_epoch = math.ceil(len(self._rows) / self.rows_per_step)
+        self.num_steps = max_steps or math.ceil(num_epochs * self.steps_per_epoch)
+        self._epoch_order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def __getitem__(self, step: int) -> PlannedStep:
+        """Step 1 is the first update. Depends on nothing but the arguments of the plan."""
+        assert 1 <= step <= self.num_steps, (step, self.num_steps)
+        epoch, index = divmod(step - 1, self.steps_per_epoch)
+        rows = self._rows_of(epoch)[index * self.rows_per_step : (index + 1) * self.rows_per_step]
+        starts = range(0, len(rows), self.rows_per_micro_batch)
+        micro_batches = [
+            tuple(d for row in rows[s : s + self.rows_per_micro_batch] for d in self._rows[row])
+            for s in starts
+        ]
+        documents = np.concatenate([np.asarray(m) for m in micro_batches])
+        # Every rank goes through the model equally often, as sharded parameters demand.
+        mine = micro_batches[self.rank :: self.world_size]
+        num_fillers = math.ceil(len(micro_batches) / self.world_size) - len(mine)
+        mine += [micro_batches[0]] * num_fillers
+        return PlannedStep(
+            micro_batches=tuple(mine),
+            num_fillers=num_fillers,
+            num_targets=int(self._num_targets[documents].sum()),
+            num_tokens=int(self._lengths[documents].sum()),
+            num_samples=len(documents),
+            num_micro_batches=len(micro_batches),
+            epoch=epoch,
+        )
+
+    def fractional_epoch(self, step: int) -> float:
+        """Passes over the data after `step` updates."""
+        return step / self.steps_per_epoch
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of one epoch."""
+        return len(self._rows)
+
+    @property
+    def efficiency(self) -> float:
+        """Share of the rows' capacity that holds tokens, in [0, 1]."""
+        return float(self._lengths.sum()) / (len(self._rows) * self.row_tokens)
+
+    def _rows_of(self, epoch: int) -> np.ndarray:
+        """Row indices in this epoch's order; kept for the epoch in progress."""
+        if self._epoch_order[0] != epoch:
+            order = np.random.default_rng([self.seed, 1 + epoch]).permutation(len(self._rows))
+            self._epoch_order = (epoch, order)
+        return self._epoch_order[1]
+
+
+def pack_rows(
+    lengths: np.ndarray, order: Iterable[int], row_tokens: int, window: int = PACKING_WINDOW
+) -> list[tuple[int, ...]]:
+    """Best-fit-decreasing bin packing of documents into rows, window by window of `order`.
+
+    Each document goes, longest first, to the row with the least room that still holds it
+    (Johnson 1973: at most 11/9 of the optimum plus a constant). O(log rows) a document.
+    """
+    order = np.asarray(list(order), dtype=np.int64)
+    rows: list[tuple[int, ...]] = []
+    for start in range(0, len(order), window):
+        chunk = order[start : start + window]
+        chunk = chunk[np.argsort(-lengths[chunk], kind="stable")]
+        rows.extend(_best_fit(lengths, chunk, row_tokens))
+    return rows
+
+
+def _best_fit(lengths: np.ndarray, documents: np.ndarray, row_tokens: int) -> list[tuple[int, ...]]:
+    rows: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # (room left, row), sorted
+    for document, length in zip(documents.tolist(), lengths[documents].tolist(), strict=True):
+        place = bisect_left(free, (length, -1))
+        if place == len(free):
+            room, row = row_tokens, len(rows)
+            rows.append([])
+        else:
+            room, row = free.pop(place)
+        rows[row].append(document)
+        insort(free, (room - length, row))
+    return [tuple(row) for row in rows]
+
+
+def split_micro_batch(documents: Sequence[int], lengths: np.ndarray) -> list[tuple[int, ...]]:
+    """Two halves of about equal tokens, or the document alone when there is only one."""
+    if len(documents) < 2:
+        return [tuple(documents)]
+    ends = np.cumsum(lengths[np.asarray(documents)])
+    cut = int(np.clip(np.searchsorted(ends, ends[-1] / 2), 1, len(documents) - 1))
+    return [tuple(documents[:cut]), tuple(documents[cut:])]
+
+
+# -----------------------------------------------------------------------------
+# The batch
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One micro-batch: D documents end to end, T tokens, N of them predicted. All on the host."""
+
+    input_ids: torch.Tensor  # (1, T) int64
+    position_ids: torch.Tensor  # (1, T) int64, from 0 in every document
+    cu_seqlens: torch.Tensor  # (D + 1,) int32, where documents start
+    lengths: tuple[int, ...]  # (D,) the same on the host
+    max_length: int
+    target_positions: torch.Tensor  # (N,) int64, the position whose hidden state predicts a label
+    labels: torch.Tensor  # (N,) int64
+    segments: torch.Tensor  # (N,) int64, Segment of the label
+    document: torch.Tensor  # (N,) int64 in [0, D)
+    thinking_bucket: torch.Tensor  # (N,) int64, tenth of the chain of thought, -1 elsewhere
+    documents: tuple[int, ...]  # (D,) index of each document among the tokenized samples
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        """The same batch on `device`, copied without waiting where memory is pinned."""
+        if device.type == "cpu":
+            return self
+        moved = {
+            name: value.pin_memory().to(device, non_blocking=True)
+            if isinstance(value, torch.Tensor) and device.type == "cuda"
+            else value.to(device)
+            if isinstance(value, torch.Tensor)
+            else value
+            for name, value in self.__dict__.items()
+        }
+        return PackedBatch(**moved)
+
+
+def build_batch(
+    tokens: TokenizedSamples, documents: Sequence[int], pad_to: int = 0, pad_id: int = 0
+) -> PackedBatch:
+    """Put `documents` end to end. A token with a segment other than PROMPT is predicted from the one before.
+
+    `pad_to` above the number of tokens adds one more document of padding without targets, so that
+    compiled kernels see one shape.
+    """
+    pieces = [tokens[d] for d in documents]
+    lengths = [len(piece.ids) for piece in pieces]
+    ids = np.concatenate([piece.ids for piece in pieces]).astype(np.int64)
+    segments = np.concatenate([piece.segments for piece in pieces]).astype(np.int64)
+    buckets = np.concatenate([_thinking_buckets(piece.segments) for piece in pieces])
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    assert (segments[starts[:-1]] == Segment.PROMPT).all(), "a document starts with its prompt"
+    predicted = np.flatnonzero(segments != Segment.PROMPT)
+    document = np.repeat(np.arange(len(pieces)), lengths)[predicted]
+    if pad_to > len(ids):
+        lengths.append(pad_to - len(ids))
+        ids = np.concatenate([ids, np.full(lengths[-1], pad_id, dtype=np.int64)])
+        starts = np.append(starts, pad_to)
+    positions = np.concatenate([np.arange(length) for length in lengths])
+    return PackedBatch(
+        input_ids=torch.from_numpy(ids)[None],
+        position_ids=torch.from_numpy(positions)[None],
+        cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
+        lengths=tuple(lengths),
+        max_length=max(lengths),
+        target_positions=torch.from_numpy(predicted - 1),
+        labels=torch.from_numpy(ids[predicted]),
+        segments=torch.from_numpy(segments[predicted]),
+        document=torch.from_numpy(document),
+        thinking_bucket=torch.from_numpy(buckets[predicted]),
+        documents=tuple(int(d) for d in documents),
+    )
+
+
+def _thinking_buckets(segments: np.ndarray) -> np.ndarray:
+    """(T,) tenth of the document's thinking that each thinking token lies in, -1 elsewhere."""
+    buckets = np.full(len(segments), -1, dtype=np.int64)
+    thinking = np.flatnonzero(segments == Segment.THINKING)
+    if len(thinking):
+        place = np.arange(len(thinking)) * NUM_THINKING_BUCKETS // len(thinking)
+        buckets[thinking] = place
+    return buckets

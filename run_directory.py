@@ -1,0 +1,144 @@
+"""Where a run writes: its directories, the lock that gives it to one writer, and how it ended.
+
+<output_dir>/tensorboard_logs/<run>/    one live event file
+<output_dir>/training_logs/<run>/       metrics.jsonl, training.log, status.json, …
+<output_dir>/checkpoints/, final_model/, best_model/, training_statistics.json
+"""
+
+import os
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from errors import UserError
+from safe_text import write_json
+
+RUN_PREFIX = "qwen3_4b_thinking_"
+LOCK_NAME = ".run.lock"
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The paths of one run. Nothing is written outside `output_dir`."""
+
+    output_dir: Path
+    name: str
+
+    @property
+    def tensorboard(self) -> Path:
+        """The event files."""
+        return self.output_dir / "tensorboard_logs" / self.name
+
+    @property
+    def logs(self) -> Path:
+        """metrics.jsonl, training.log, dataset statistics, broken samples, status."""
+        return self.output_dir / "training_logs" / self.name
+
+    @property
+    def checkpoints(self) -> Path:
+        """Checkpoints of all runs of this output directory."""
+        return self.output_dir / "checkpoints"
+
+    @property
+    def final_model(self) -> Path:
+        """The adapter after the last step."""
+        return self.output_dir / "final_model"
+
+    @property
+    def best_model(self) -> Path:
+        """The adapter with the lowest held-out loss."""
+        return self.output_dir / "best_model"
+
+    @property
+    def statistics(self) -> Path:
+        """Configuration, dataset, model, throughput and monitoring of the last run."""
+        return self.output_dir / "training_statistics.json"
+
+    def write_status(self, status: str, **details: object) -> None:
+        """How the run stands or ended: running, completed, preempted, stopped or failed."""
+        now = datetime.now().astimezone().isoformat(timespec="seconds")
+        write_json(self.logs / "status.json", {"status": status, "at": now, **details})
+
+
+def lock_output(output_dir: Path) -> FileLock:
+    """Take the output directory for this process; the operating system frees it when we die.
+
+    Raises UserError if another live run holds it or it can't be written.
+    """
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(output_dir / LOCK_NAME)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(
+            f"output_dir {output_dir}: another run is writing there; wait for it or choose another "
+            "--output-dir"
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"output_dir {output_dir}: can't be written ({error.strerror or error}); choose another "
+            "--output-dir"
+        ) from error
+    return lock
+
+
+def check_writable(output_dir: Path, needed_bytes: int) -> None:
+    """Write and rename a probe file, and see that `needed_bytes` are free. Raises UserError."""
+    probe = output_dir / f".probe-{os.getpid()}"
+    try:
+        with open(probe, "wb") as file:
+            file.write(b"probe")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(probe, probe.with_suffix(".renamed"))
+        probe.with_suffix(".renamed").unlink()
+        free = shutil.disk_usage(output_dir).free
+    except OSError as error:
+        raise UserError(
+            f"output_dir {output_dir}: can't be written ({error.strerror or error}); choose another "
+            "--output-dir or free its disk"
+        ) from error
+    if free < needed_bytes:
+        raise UserError(
+            f"output_dir {output_dir}: {free / 1e6:.0f} MB free, about {needed_bytes / 1e6:.0f} MB "
+            "needed for checkpoints; free some space or choose another --output-dir"
+        )
+
+
+def new_run(output_dir: Path) -> RunDirectory:
+    """A fresh run directory named by the clock; two starts in one second get two directories."""
+    stamp = time.strftime("%Y%m%d_%H%M%S")
+    number = 1
+    while True:
+        suffix = "" if number == 1 else f"_{number}"
+        run = RunDirectory(output_dir, f"{RUN_PREFIX}{stamp}{suffix}")
+        try:
+            run.tensorboard.mkdir(parents=True)
+            run.logs.mkdir(parents=True)
+            return run
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise UserError(
+                f"output_dir {output_dir}: can't be written ({error.strerror or error})"
+            ) from error
+
+
+def known_run(output_dir: Path, name: str) -> RunDirectory:
+    """The directory of a run that is resumed."""
+    if Path(name).name != name or not name.startswith(RUN_PREFIX):
+        raise UserError(f"--resume: {name!r} is not the name of a run of this program")
+    run = RunDirectory(output_dir, name)
+    run.tensorboard.mkdir(parents=True, exist_ok=True)
+    run.logs.mkdir(parents=True, exist_ok=True)
+    return run
+
+
+def command_line() -> list[str]:
+    """How this process was started, for the status file."""
+    return [Path(sys.argv[0]).name, *sys.argv[1:]]
