@@ -1,0 +1,163 @@
+"""The loss of a packed batch: output head and cross-entropy over the labelled rows, in chunks.
+
+Logits exist for one chunk of rows at a time and their gradient is taken on the spot, so memory does
+not grow with tokens x vocabulary. The same chunk yields what the run wants to know about the
+predictions (correctness, the probability of closing the chain of thought), and all sums stay on
+the device in double precision where it has it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+NUM_SEGMENTS = 5
+THINKING = 1  # the code of a chain-of-thought token among the segments
+NUM_BUCKETS = 10
+
+_CHUNK_BYTES = {"cuda": 512 << 20}  # of fp32 logits: large products on an accelerator,
+_CACHE_BYTES = 2 << 20  # near the size of a core's cache elsewhere
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """Sums over the targets of one micro-batch, on its device; add them up, then divide.
+
+    per_document: (D, 5 segments, 3) loss in nats, number correct (a tie for the top counts),
+    number of targets. thinking_buckets: (10, 2) loss and targets by tenth of the chain of
+    thought. premature_close: (2,) probability of `</think>` summed over thinking targets, and
+    their number.
+    """
+
+    per_document: torch.Tensor
+    thinking_buckets: torch.Tensor
+    premature_close: torch.Tensor
+
+
+def packed_loss(
+    hidden: torch.Tensor,
+    head_weight: torch.Tensor,
+    *,
+    target_positions: torch.Tensor,
+    labels: torch.Tensor,
+    segments: torch.Tensor,
+    document: torch.Tensor,
+    num_documents: int,
+    thinking_bucket: torch.Tensor,
+    close_id: int,
+    num_targets: int,
+    scale: float = 1.0,
+) -> tuple[torch.Tensor, LossSums]:
+    """Cross-entropy of N targets: fp32 scalar `scale * sum / num_targets`, and its sums.
+
+    hidden: (T, H), the decoder's output. head_weight: (V, H). target_positions, labels, segments,
+    document, thinking_bucket: (N,) int64 on the device of `hidden`; positions are distinct, the
+    bucket is -1 outside the chain of thought. num_targets counts the whole optimizer step, on all
+    ranks. Gradients reach `hidden`, and `head_weight` where it is trainable. No host sync.
+    """
+    loss, nll, correct, close = _HeadLoss.apply(
+        hidden,
+        head_weight,
+        target_positions,
+        labels,
+        close_id,
+        scale / num_targets,
+        torch.is_grad_enabled(),
+    )
+    with torch.no_grad():
+        sums = _sums(nll, correct, close, segments, document, num_documents, thinking_bucket)
+    return loss, sums
+
+
+def rows_per_chunk(vocab_size: int, device_type: str) -> int:
+    """Rows of logits to hold at once: a multiple of 64 that suits the device's memory."""
+    budget = _CHUNK_BYTES.get(device_type, _CACHE_BYTES)
+    rows = budget // (4 * vocab_size) // 64 * 64
+    return min(max(rows, 64), 4096)
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Linear head and cross-entropy; the gradient is computed in the forward pass."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, positions, labels, close_id, factor, with_gradient):
+        needs_hidden, needs_weight = (with_gradient and need for need in ctx.needs_input_grad[:2])
+        size = rows_per_chunk(weight.shape[0], hidden.device.type)
+        nll = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
+        correct, close = torch.empty_like(nll), torch.empty_like(nll)
+        grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        buffer = torch.empty(
+            (min(size, len(labels)), weight.shape[0]), dtype=torch.float32, device=hidden.device
+        )
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start in range(0, len(labels), size):
+                part = slice(start, start + size)
+                rows = hidden.index_select(0, positions[part]).to(weight.dtype)
+                logits = _logits(rows, weight)
+                error = _softmax_error(
+                    logits, labels[part], close_id, nll[part], correct[part], close[part], buffer
+                )
+                if not (needs_hidden or needs_weight):
+                    continue
+                error = error.to(weight.dtype)
+                if needs_hidden:
+                    # Scaled after the product: H numbers a row instead of V.
+                    gradient = torch.mm(error, weight).mul_(factor).to(hidden.dtype)
+                    grad_hidden.index_copy_(0, positions[part], gradient)
+                if needs_weight:
+                    grad_weight.add_(torch.mm(error.t(), rows), alpha=factor)
+        ctx.save_for_backward(
+            grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
+        )
+        ctx.mark_non_differentiable(nll, correct, close)
+        return nll.sum(dtype=_wide(nll)).mul(factor).float(), nll, correct, close
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):
+        gradients = (g if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors)
+        return (*gradients, None, None, None, None, None)
+
+
+def _logits(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """(C, V) fp32. CUDA keeps the products' fp32 sums instead of rounding them to bf16 first."""
+    if rows.is_cuda and weight.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(rows, weight.t(), out_dtype=torch.float32)
+    return torch.mm(rows, weight.t()).float()
+
+
+def _softmax_error(logits, labels, close_id, nll, correct, close, buffer) -> torch.Tensor:
+    """Fill the three outputs for a chunk; return softmax minus one-hot, (C, V) fp32.
+
+    The log of the normaliser comes from the largest probability, top - log p(top), which is exact
+    to fp32 because p(top) is at least 1/V; so the exponentials are taken once.
+    """
+    target = labels.unsqueeze(1)
+    top = logits.amax(1)
+    label_logit = logits.gather(1, target).squeeze(1)
+    probability = torch.softmax(logits, 1, out=buffer[: len(labels)])
+    log_normaliser = top - probability.amax(1).log_()
+    torch.sub(log_normaliser, label_logit, out=nll)
+    torch.eq(label_logit, top, out=correct)
+    close.copy_(probability[:, close_id])
+    minus_one = probability.new_full((1, 1), -1.0).expand_as(target)
+    return probability.scatter_add_(1, target, minus_one)
+
+
+def _sums(nll, correct, close, segments, document, num_documents, thinking_bucket) -> LossSums:
+    wide = _wide(nll)
+    measured = torch.stack((nll, correct, torch.ones_like(nll)), 1).to(wide)
+    cells = measured.new_zeros(num_documents * NUM_SEGMENTS, 3)
+    cells.index_add_(0, document * NUM_SEGMENTS + segments, measured)
+    buckets = measured.new_zeros(NUM_BUCKETS + 1, 2)  # the last row collects bucket -1
+    buckets.index_add_(0, thinking_bucket % (NUM_BUCKETS + 1), measured[:, ::2])
+    thinking = (segments == THINKING).to(wide)
+    return LossSums(
+        per_document=cells.view(num_documents, NUM_SEGMENTS, 3),
+        thinking_buckets=buckets[:NUM_BUCKETS],
+        premature_close=torch.stack((close.to(wide).mul_(thinking).sum(), thinking.sum())),
+    )
+
+
+def _wide(tensor: torch.Tensor) -> torch.dtype:
+    """Double precision for sums, except on Apple's GPU, which has none."""
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
