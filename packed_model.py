@@ -1,0 +1,68 @@
+"""A causal language model as one module: packed batch in, loss and sums out.
+
+The decoder is called instead of the model with its head, and the head meets the labelled rows only, so
+the full logits never exist. Being one module with one forward, it is what DDP and FSDP2 wrap.
+"""
+
+import torch
+
+import varlen_attention
+from errors import UserError
+from packing import PackedBatch
+from segment_loss import LossSums, packed_loss
+
+
+class PackedLossModel(torch.nn.Module):
+    """Wraps a transformers causal language model, bare or with adapters.
+
+    Args:
+        model: any model with a decoder and a linear output head without bias or logit transformation.
+        close_id: token id of `</think>`, for the probability of closing too early; -1 if there is none.
+    """
+
+    def __init__(self, model: torch.nn.Module, close_id: int) -> None:
+        super().__init__()
+        self.model, self.close_id = model, close_id
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        head = base.get_output_embeddings()
+        changed = [
+            name
+            for name in ("final_logit_softcapping", "logits_scaling", "logit_scale")
+            if getattr(base.config, name, None) not in (None, 0, 1, 1.0)
+        ]
+        if getattr(head, "bias", None) is not None:
+            changed.append("a bias on the output head")
+        if changed:
+            raise UserError(
+                f"model {base.config.model_type}: {', '.join(changed)} is not supported; "
+                "use a model whose logits are the plain product with the output head"
+            )
+        varlen_attention.enable(model)
+        # Not as submodules: the parameters stay registered once, under `model`.
+        self._base = (base,)
+
+    def forward(
+        self, batch: PackedBatch, num_targets: int, scale: float = 1.0
+    ) -> tuple[torch.Tensor, LossSums]:
+        """Scalar `scale * loss sum / num_targets` for backward, and the sums on the device."""
+        base = self._base[0]
+        kwargs = varlen_attention.attention_kwargs(
+            batch.cu_seqlens, batch.lengths, batch.max_length
+        )
+        decoder = base.get_decoder() if hasattr(base, "get_decoder") else base.model
+        hidden = decoder(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **kwargs
+        ).last_hidden_state[0]
+        return packed_loss(
+            hidden,
+            base.get_output_embeddings().weight,
+            target_positions=batch.target_positions,
+            labels=batch.labels,
+            segments=batch.segments,
+            document=batch.document,
+            num_documents=len(batch.documents),
+            thinking_bucket=batch.thinking_bucket,
+            close_id=self.close_id,
+            num_targets=num_targets,
+            scale=scale,
+        )
