@@ -10,13 +10,14 @@ its mask interface, which makes the model skip its masks.
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import cache
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 
 IMPLEMENTATION = "packed_documents"
+_VARLEN_PARAMETERS = frozenset(inspect.signature(varlen_attn).parameters)
 
 
 def enable(model: torch.nn.Module) -> None:
@@ -136,27 +137,19 @@ def _varlen_kernel(q, k, v, bounds, max_length: int, scaling, left_window: int) 
     `enable_gqa`. Without it the key/value heads are repeated. One boundary tensor serves queries
     and keys: torch 2.15 chooses cuDNN only if both are the same object.
     """
-    from torch.nn.attention.varlen import varlen_attn
-
-    names = _parameter_names(varlen_attn)
     options = {"scale": scaling}
-    if "window_size" in names:
+    if "window_size" in _VARLEN_PARAMETERS:
         options["window_size"] = (left_window, 0)
     else:
         assert left_window == -1, "a sliding window needs torch 2.11"
         options["is_causal"] = True
     if q.shape[1] != k.shape[1]:
-        if "enable_gqa" in names:
+        if "enable_gqa" in _VARLEN_PARAMETERS:
             options["enable_gqa"] = True
         else:
             repeats = q.shape[1] // k.shape[1]
             k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
     return varlen_attn(q, k, v, bounds, bounds, max_length, max_length, **options)
-
-
-@cache
-def _parameter_names(function) -> frozenset[str]:
-    return frozenset(inspect.signature(function).parameters)
 
 
 def _pretrained(model: torch.nn.Module) -> PreTrainedModel:
