@@ -1,0 +1,353 @@
+"""Every tag of a run with its unit, meaning and source: one table for the logger, tests and the guide.
+
+In a tag `<i>` and `<k>` stand for a number, `<name>` for any text.
+"""
+
+import functools
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One tag or pattern of tags."""
+
+    tag: str
+    unit: str  # "" for a number without one
+    when: str  # under which condition a run writes it; "always" for every run
+    source: str  # the module that measures it
+    meaning: str
+    kind: str  # scalar, text, histogram, image
+
+
+# tag | unit | when | source, with the meaning on the line below
+_SCALARS = """
+Training/Loss | nats/token | always | loss_ledger
+    Mean cross-entropy of the supervised tokens of all ranks since the last logged step.
+Training/Learning_Rate | | always | trainer
+    Learning rate of this update.
+Training/Gradient_Norm | | always | trainer
+    L2 norm of all trainable gradients before clipping.
+Training/Epoch | epochs | always | packing
+    Passes over the training data so far, with fraction.
+Training/Token_Accuracy | fraction | always | loss_ledger
+    Supervised tokens for which the most probable prediction was right.
+Training/Perplexity | | always | loss_ledger
+    exp(Training/Loss).
+Training/By_Difficulty_<k> | nats/token | samples with a difficulty | loss_ledger
+    Training loss on samples of difficulty k.
+Training/By_Source/<name> | nats/token | several sources | loss_ledger
+    Training loss on samples of one source file.
+Training/Final_Loss | nats/token | at the end | trainer
+    Training loss of the last logged step.
+Thinking/Loss | nats/token | always | loss_ledger
+    Loss on the chain of thought.
+Thinking/Accuracy | fraction | always | loss_ledger
+    Token accuracy on the chain of thought.
+Thinking/Tokens_Percent | % | always | loss_ledger
+    Share of the chain of thought in the supervised tokens.
+Thinking/Loss_By_Position_<k> | nats/token | always | loss_ledger
+    Loss in the k-th tenth of the chain of thought.
+Thinking/Premature_Close_Probability | fraction | always | loss_ledger
+    Mean probability of </think> inside the chain of thought, where it would cut it short.
+Answer/Loss | nats/token | always | loss_ledger
+    Loss on the answer.
+Answer/Accuracy | fraction | always | loss_ledger
+    Token accuracy on the answer.
+Answer/Tokens_Percent | % | always | loss_ledger
+    Share of the answer in the supervised tokens.
+Boundary/Close_Loss | nats/token | always | loss_ledger
+    Loss on the </think> token, which ends the chain of thought.
+Boundary/EOS_Loss | nats/token | always | loss_ledger
+    Loss on the <|im_end|> token, which ends the answer.
+Eval/Loss | nats/token | evaluation | evaluation
+    Loss on the held-out samples.
+Eval/Perplexity | | evaluation | evaluation
+    exp(Eval/Loss).
+Eval/Token_Accuracy | fraction | evaluation | evaluation
+    Token accuracy on the held-out samples.
+Eval/Thinking_Loss | nats/token | evaluation | evaluation
+    Held-out loss on the chain of thought.
+Eval/Answer_Loss | nats/token | evaluation | evaluation
+    Held-out loss on the answer.
+Eval/Close_Loss | nats/token | evaluation | evaluation
+    Held-out loss on the </think> token.
+Eval/EOS_Loss | nats/token | evaluation | evaluation
+    Held-out loss on the <|im_end|> token.
+Eval/Format_Valid_Rate | fraction | generation probes | evaluation
+    Generated completions with one closed chain of thought and an answer.
+Eval/Think_Length_Ratio | | generation probes | evaluation
+    Length of the generated chain of thought over the length of the reference.
+Eval/Repetition_Rate | fraction | generation probes | evaluation
+    Repeated n-grams in generated text.
+Eval/Term_Recall | fraction | generation probes | evaluation
+    Cryptographic terms of the reference answer that the generated answer has.
+Eval/By_Difficulty_<k> | nats/token | samples with a difficulty | evaluation
+    Held-out loss on samples of difficulty k.
+Eval/By_Source/<name> | nats/token | several sources | evaluation
+    Held-out loss on samples of one source file.
+Memory/GPU_Allocated_MB | MB | GPU | trainer
+    Device memory held by tensors of this process.
+Memory/GPU_Reserved_MB | MB | GPU | trainer
+    Device memory reserved by the caching allocator.
+Memory/GPU_Peak_MB | MB | GPU | trainer
+    Highest allocated memory since the last logged step.
+Memory/GPU_Total_MB | MB | GPU | trainer
+    Memory of the device.
+Memory/GPU_Utilization_Percent | % | GPU | trainer
+    Device memory in use by all processes over total. Compute load is GPU_<i>/Utilization_Percent.
+Memory/Pressure_Level | level | GPU | trainer
+    0 low (under 60% of device memory), 1 moderate (under 80%), 2 high (under 90%), 3 critical.
+Memory/Host_RSS_MB | MB | always | system_monitor
+    Resident memory of this process.
+Memory/Host_Percent | % | always | system_monitor
+    Host memory in use by all processes.
+GPU_<i>/Utilization_Percent | % | GPU | system_monitor
+    Time in which a kernel ran, mean since the last logged step. High load is not yet high efficiency.
+GPU_<i>/Utilization_Min_Percent | % | GPU | system_monitor
+    Lowest sample of the utilisation since the last logged step.
+GPU_<i>/Utilization_Max_Percent | % | GPU | system_monitor
+    Highest sample of the utilisation since the last logged step.
+GPU_<i>/Memory_Usage_Percent | % | GPU | system_monitor
+    Device memory in use over total.
+GPU_<i>/Temperature_C | °C | GPU | system_monitor
+    Highest core temperature since the last logged step.
+GPU_<i>/Temperature_Limit_C | °C | GPU | system_monitor
+    Temperature at which the device slows down.
+GPU_<i>/Power_W | W | GPU | system_monitor
+    Mean power draw since the last logged step.
+GPU_<i>/SM_Clock_MHz | MHz | GPU | system_monitor
+    Clock of the multiprocessors.
+GPU_<i>/Throttle_Reasons | count | GPU | system_monitor
+    Reasons for which the device is slowed down; 0 is none.
+GPU_<i>/Energy_J | J | GPU | system_monitor
+    Energy used since the start.
+System/CPU_Percent | % | always | system_monitor
+    Load of all host cores.
+System/Disk_Free_GB | GB | always | system_monitor
+    Free space where the run writes.
+System/Disk_Read_MBps | MB/s | disk counters | system_monitor
+    Bytes read from disks by the whole host.
+System/Net_MBps | MB/s | network counters | system_monitor
+    Bytes sent and received by the whole host.
+Throughput/Tokens_Per_Second | tokens/s | always | throughput
+    All real tokens of all ranks over the time of the steps.
+Throughput/Supervised_Tokens_Per_Second | tokens/s | always | throughput
+    Tokens with a loss over the time of the steps.
+Throughput/Samples_Per_Second | samples/s | always | throughput
+    Samples over the time of the steps.
+Throughput/Step_Seconds | s | always | throughput
+    Mean time of a step, without evaluation and saving.
+Throughput/Data_Seconds | s | always | throughput
+    Part of the step: waiting for data.
+Throughput/Forward_Backward_Seconds | s | always | throughput
+    Part of the step: forward and backward pass.
+Throughput/Optimizer_Seconds | s | always | throughput
+    Part of the step: clipping and update.
+Throughput/Logging_Seconds | s | always | throughput
+    Part of the step: logging.
+Throughput/MFU_Percent | % | known GPU | throughput
+    Model FLOPs per second over the peak of the device.
+Throughput/Packing_Efficiency_Percent | % | always | packing
+    Real tokens over token places in the rows.
+Throughput/Tokens_Seen | tokens | always | packing
+    Real tokens trained on since step 0.
+Throughput/Energy_J_Per_1K_Tokens | J/1000 tokens | GPU | throughput
+    Energy of all devices for 1000 tokens.
+Monitoring/Convergence_Score | 0 to 1 | always | convergence
+    Rises as the loss settles.
+Monitoring/Loss_Trend | loss/100 steps | always | convergence
+    Slope of the loss; negative is falling.
+Monitoring/Forecast_Final_Loss | nats/token | always | convergence
+    Loss expected at the last step.
+Monitoring/NonFinite_Steps | steps | always | trainer
+    Updates left out so far because loss or gradient was NaN or infinite.
+Monitoring/Resume_Count | | always | trainer
+    How often this run was resumed.
+Monitoring/Logging_Overhead_Percent | % | always | trainer
+    Time that logging took from the training loop.
+Alerts/Gradient_Explosion | 0 or 1 | always | alerts
+    The gradient norm is far above its usual range.
+Alerts/Loss_Spike | 0 or 1 | always | alerts
+    The loss is far above its usual range.
+Alerts/NonFinite | 0 or 1 | always | alerts
+    Loss or gradient is NaN or infinite.
+Alerts/Stagnation | 0 or 1 | always | alerts
+    The loss no longer falls.
+Alerts/Memory_Leak | 0 or 1 | always | alerts
+    Memory grows steadily.
+Alerts/GPU_Overheat | 0 or 1 | always | alerts
+    A device is hotter than 85 °C.
+Alerts/Low_GPU_Utilization | 0 or 1 | always | alerts
+    A device is busy for less than 80% of the time.
+Alerts/OOM_Risk | 0 or 1 | always | alerts
+    Device memory is nearly full.
+Config/Batch_Size | | always | trainer
+    Rows in a micro-batch.
+Config/Sequence_Length | tokens | always | trainer
+    Longest sequence.
+Config/Gradient_Accumulation_Steps | | always | trainer
+    Micro-batches in an update.
+Epoch/Average_Loss | nats/token | always | trainer
+    Mean training loss of an epoch.
+Epoch/Duration_Seconds | s | always | trainer
+    Time of an epoch.
+Epoch/Steps_Per_Second | steps/s | always | trainer
+    Updates per second in an epoch.
+Final_Config/<name> | | at the end | trainer
+    Configuration, once more as numbers.
+Final_Dataset/<name> | | at the end | trainer
+    Dataset statistics, once more.
+Final_Model/<name> | | at the end | trainer
+    Size of the model and of its trainable part.
+Final_Monitoring/<name> | | at the end | trainer
+    Convergence and throughput at the end.
+Final_GPU_<i>/<name> | | GPU, at the end | trainer
+    State of a device at the end.
+Dataset/Total_Samples | samples | always | dataset_stats
+    Samples that were read.
+Dataset/Avg_Instruction_Length | characters | always | dataset_stats
+    Mean length of the questions.
+Dataset/Avg_Output_Length | characters | always | dataset_stats
+    Mean length of thinking plus answer.
+Dataset/Thinking_Samples_Percent | % | always | dataset_stats
+    Samples with a chain of thought.
+Dataset/Avg_Instruction_Quality | 0 to 1 | always | dataset_stats
+    Mean quality of the questions.
+Dataset/Avg_Output_Quality | 0 to 1 | always | dataset_stats
+    Mean quality of the outputs.
+Dataset/Avg_Crypto_Complexity | | always | dataset_stats
+    Mean complexity by cryptographic terms.
+Dataset/Difficulty_<k>_Count | samples | always | dataset_stats
+    Samples of difficulty k.
+Dataset/Difficulty_<k>_Percent | % | always | dataset_stats
+    Share of samples of difficulty k.
+Dataset/Quality_Level_<k>_Count | samples | always | dataset_stats
+    Samples of quality level k.
+Dataset/Quality_Level_<k>_Percent | % | always | dataset_stats
+    Share of samples of quality level k.
+Dataset/Crypto_Terms_<k>_Count | samples | always | dataset_stats
+    Samples with k different cryptographic terms.
+LoRA/<name>/Update_Ratio | | logged weights | lora_health
+    Norm of the LoRA update over the norm of the frozen weight.
+"""
+_TEXTS = """
+Dataset/Summary | Markdown | always | dataset_stats
+    The data set in tables.
+Dataset/Mask_Audit | Markdown | always | chat_tokens
+    Samples with every token's segment, to see what is trained.
+Training/Epoch_Summary | Markdown | always | trainer
+    An epoch in a table.
+Training/Final_Summary | Markdown | at the end | trainer
+    The whole run in tables.
+Config/Training_Settings | Markdown | always | trainer
+    All settings.
+Alerts/Table | Markdown | alerts | alerts
+    All alerts so far.
+Eval/Samples | Markdown | generation probes | evaluation
+    Generated answers beside the reference.
+Eval/Hardest_Samples | Markdown | evaluation | evaluation
+    Held-out samples with the highest loss.
+"""
+_HISTOGRAMS = """
+Model/Weights_Distribution | | logged weights | lora_health
+    Trainable weights.
+LoRA/<name>/Update_Ratio | | logged weights | lora_health
+    Update ratios of a group of modules.
+Dataset/<name>_Histogram | | always | dataset_stats
+    Distribution over the samples.
+"""
+_IMAGES = """
+Dataset/Length_Distribution | | always | dataset_stats
+    Lengths of prompt, thinking and answer.
+Dataset/Term_Distribution | | always | dataset_stats
+    Most frequent cryptographic terms.
+LoRA/Update_Ratio_Map | | logged weights | lora_health
+    Update ratio by layer and projection.
+"""
+
+
+def _rows(table: str, kind: str) -> tuple[Metric, ...]:
+    heads, meanings = table.strip().splitlines()[::2], table.strip().splitlines()[1::2]
+    rows = [[cell.strip() for cell in re.split(r" \|", head)] for head in heads]
+    return tuple(Metric(*row, m.strip(), kind) for row, m in zip(rows, meanings, strict=True))
+
+
+METRICS: tuple[Metric, ...] = (
+    *_rows(_SCALARS, "scalar"),
+    *_rows(_TEXTS, "text"),
+    *_rows(_HISTOGRAMS, "histogram"),
+    *_rows(_IMAGES, "image"),
+)
+
+# CUSTOM SCALARS: {category: {chart: regular expressions of its tags}}. TensorBoard merges the layouts of
+# several runs by title, so titles never change.
+LAYOUT = {
+    "Loss": {
+        "Training and evaluation": [r"^Training/Loss$", r"^Eval/Loss$", r"^Epoch/Average_Loss$"],
+        "Thinking against answer": [r"^Thinking/Loss$", r"^Answer/Loss$", r"^Boundary/.*_Loss$"],
+        "Held out: thinking against answer": [r"^Eval/Thinking_Loss$", r"^Eval/Answer_Loss$"],
+        "Loss and its forecast": [r"^Training/Loss$", r"^Monitoring/Forecast_Final_Loss"],
+        "Token accuracy": [r"^(Training|Eval)/Token_Accuracy$", r"^(Thinking|Answer)/Accuracy$"],
+    },
+    "Optimizer": {
+        "Learning rate": [r"^Training/Learning_Rate$"],
+        "Gradient norm": [r"^Training/Gradient_Norm$"],
+        "Convergence": [r"^Monitoring/Convergence_Score", r"^Monitoring/Loss_Trend$"],
+    },
+    "Hardware": {
+        "Utilisation of all GPUs (%)": [r"^GPU_\d+/Utilization_Percent$"],
+        "Memory of all GPUs (%)": [r"^GPU_\d+/Memory_Usage_Percent$"],
+        "Temperature with its limit (°C)": [r"^GPU_\d+/Temperature(_Limit)?_C$"],
+        "Power of all GPUs (W)": [r"^GPU_\d+/Power_W$"],
+        "Where a step's time goes (s)": [r"^Throughput/.*_Seconds$"],
+    },
+    "Alerts": {"Alerts (1 = raised)": [r"^Alerts/.*"]},
+}
+
+# Columns of the HPARAMS tab. One run's list counts for the table of all runs, so it is the same in each.
+HPARAM_METRICS = (
+    "Training/Final_Loss",
+    "Training/Loss",
+    "Training/Token_Accuracy",
+    "Eval/Loss",
+    "Eval/Thinking_Loss",
+    "Eval/Answer_Loss",
+    "Eval/Format_Valid_Rate",
+    "Throughput/Tokens_Per_Second",
+    "Monitoring/Convergence_Score",
+)
+
+
+@functools.cache
+def _patterns() -> tuple[tuple[re.Pattern[str], Metric], ...]:
+    compiled = []
+    for metric in METRICS:
+        pattern = re.escape(metric.tag)
+        pattern = re.sub(r"<[ik]>", r"\\d+", pattern).replace("<name>", ".+")
+        compiled.append((re.compile(pattern), metric))
+    return tuple(compiled)
+
+
+def find_metric(tag: str) -> Metric | None:
+    """The row of `tag`; an exact row goes before a pattern. None for a tag that is not in the table."""
+    matches = [metric for pattern, metric in _patterns() if pattern.fullmatch(tag)]
+    return min(matches, key=lambda metric: "<" in metric.tag, default=None)
+
+
+def description(tag: str) -> str:
+    """Markdown behind the (i) of a chart; empty for an unknown tag."""
+    metric = find_metric(tag)
+    if metric is None:
+        return ""
+    unit = f" Unit: {metric.unit}." if metric.unit else ""
+    return f"{metric.meaning}{unit} Source: `{metric.source}`."
+
+
+def metrics_markdown() -> str:
+    """The whole table for the guide."""
+    lines = ["| tag | kind | unit | written | source | meaning |", "|---|---|---|---|---|---|"]
+    for m in METRICS:
+        unit, meaning = m.unit or "–", m.meaning.replace("<", "\\<").replace("|", "\\|")
+        lines.append(f"| `{m.tag}` | {m.kind} | {unit} | {m.when} | {m.source} | {meaning} |")
+    return "\n".join(lines) + "\n"
