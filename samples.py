@@ -1,0 +1,453 @@
+"""Raw files → `Sample`s, with everything that could not be read listed by file and line.
+
+Small data become a plain list. Data beyond `LARGE_DATA` go through Arrow files that are memory-mapped,
+so that a million samples take the memory of a few thousand; order and content do not depend on
+the number of workers, and the files are kept under `cache_dir` by the hash of what was read.
+"""
+
+import atexit
+import bisect
+import fnmatch
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from errors import UserError
+from safe_text import clean_line, write_json
+from sample_files import (
+    COMPRESSIONS,
+    Chunk,
+    DataFile,
+    list_files,
+    read_records,
+    read_text,
+    split_file,
+)
+from sample_forms import (
+    SAMPLE_KEYS,
+    BrokenRecordError,
+    BrokenSample,
+    Remark,
+    Sample,
+    markdown_samples,
+    record_sample,
+    split_thinking,
+)
+
+__all__ = [
+    "ArrowSamples", "BrokenSample", "Remark", "Sample", "SampleSet", "read_samples",
+    "split_thinking", "weighted_indices",
+]  # fmt: skip
+
+LARGE_DATA = 64 * 2**20
+"""Bytes of input from which on samples live in Arrow files and are read in parallel."""
+_ROWS = 1000  # per record batch: the unit that is decoded when samples are read in order
+_FORMAT = 1  # of the cached files; raise it when readers or columns change
+
+Progress = Callable[[int, int], None]
+Read = Sample | BrokenSample | Remark
+
+
+@dataclass(frozen=True)
+class SampleSet:
+    """All samples in the order of the files, and what is to be said about the reading."""
+
+    samples: Sequence[Sample]
+    broken: tuple[BrokenSample, ...]
+    samples_per_file: dict[str, int]
+    fingerprint: str
+    """32 hexadecimal digits over the contents in their order."""
+    remarks: tuple[Remark, ...] = ()
+    """Oddities of samples that were read: a glued heading, a missing answer marker."""
+
+
+def read_samples(
+    paths: Sequence[str],
+    *,
+    columns: dict[str, str] | None = None,
+    cache_dir: Path | None = None,
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> SampleSet:
+    """Read files, folders, globs, `datasets` folders and hub names (`owner/name[:config][:split]`).
+
+    `columns` maps a field (question, thinking, answer, system, history, tools, difficulty,
+    messages) to the column that holds it. `progress(done, total)` counts bytes. A file reached
+    twice is read once. Raises UserError where a path or a whole file can't be read, and where
+    nothing at all was found; single broken records are listed in `broken` instead.
+    """
+    _check_columns(columns)
+    files = _all_files(paths, cache_dir)
+    total = sum(_expected_bytes(file) for file in files)
+    if total <= LARGE_DATA:
+        found = _read_small(files, columns, progress)
+    else:
+        found = _read_large(files, columns, cache_dir, max(1, workers), progress)
+    _check_found(found)
+    return found
+
+
+def _check_columns(columns: dict[str, str] | None) -> None:
+    unknown = sorted(set(columns or ()) - set(SAMPLE_KEYS))
+    if unknown:
+        known = ", ".join(SAMPLE_KEYS)
+        raise UserError(f"columns: unknown field {clean_line(unknown[0], 60)!r}; known are {known}")
+
+
+def _all_files(paths: Sequence[str], cache_dir: Path | None) -> list[DataFile]:
+    if isinstance(paths, (str, os.PathLike)):
+        paths = [paths]
+    files, seen = [], set()
+    for path in paths:
+        for file in list_files(os.fspath(path), cache_dir):
+            real = os.path.realpath(file.path)
+            if real not in seen:
+                seen.add(real)
+                files.append(file)
+    if not files:
+        raise UserError("no data path given; name a file, a folder or a glob")
+    for file in files:
+        if os.path.getsize(file.path) == 0:
+            raise UserError(f"{clean_line(file.source, 200)} is empty; remove it or fill it")
+    return files
+
+
+def _expected_bytes(file: DataFile) -> int:
+    """Rough size of the text inside, only to tell small data from large."""
+    compressed = file.kind == "parquet" or file.path.lower().endswith(COMPRESSIONS)
+    return os.path.getsize(file.path) * (4 if compressed else 1)
+
+
+def _check_found(found: SampleSet) -> None:
+    """A file without a sample is most likely not what its user meant it to be."""
+    broken = {}
+    for item in found.broken:
+        broken.setdefault(item.source, item)
+    for source, count in found.samples_per_file.items():
+        if count:
+            continue
+        if source in broken:
+            number = sum(item.source == source for item in found.broken)
+            raise UserError(f"no sample can be read, {number} broken; the first: {broken[source]}")
+        hint = "a question looks like “### Q1: …”" if source.endswith(".md") else "no record in it"
+        raise UserError(f"{clean_line(source, 200)} holds no sample; {hint}")
+
+
+# ---- reading ----------------------------------------------------------------------------------
+
+
+def _read_chunk(chunk: Chunk, columns: dict[str, str] | None) -> Iterator[Read]:
+    """All samples of a chunk in order, with what is broken or odd between them."""
+    source = chunk.file.source
+    if chunk.file.kind == "markdown":
+        yield from markdown_samples(read_text(chunk.file), source)
+        return
+    for record in read_records(chunk):
+        if isinstance(record, BrokenSample):
+            yield record
+            continue
+        line, value = record
+        try:
+            sample = record_sample(value, columns)
+        except BrokenRecordError as error:
+            yield BrokenSample(source, line, str(error))
+        else:
+            yield _placed(sample, source, line)
+
+
+def _placed(sample: Sample, source: str, line: int) -> Sample:
+    object.__setattr__(sample, "source", source)  # fresh from the reader, nobody else holds it yet
+    object.__setattr__(sample, "line", line)
+    return sample
+
+
+def _read_small(
+    files: list[DataFile], columns: dict[str, str] | None, progress: Progress | None
+) -> SampleSet:
+    samples, broken, remarks = [], [], []
+    per_file = dict.fromkeys((file.source for file in files), 0)
+    total = sum(os.path.getsize(file.path) for file in files)
+    done = 0
+    for file in files:
+        for item in _read_chunk(Chunk(file), columns):
+            kind = {Sample: samples, BrokenSample: broken, Remark: remarks}[type(item)]
+            kind.append(item)
+            per_file[file.source] += kind is samples
+        done += os.path.getsize(file.path)
+        if progress:
+            progress(done, total)
+    fingerprint = _fingerprint(bytes.fromhex(sample.id) for sample in samples)
+    return SampleSet(samples, tuple(broken), per_file, fingerprint, tuple(remarks))
+
+
+def _fingerprint(ids: Iterable[bytes]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for item in ids:
+        digest.update(item)
+    return digest.hexdigest()
+
+
+# ---- large data -------------------------------------------------------------------------------
+
+
+def _read_large(
+    files: list[DataFile],
+    columns: dict[str, str] | None,
+    cache_dir: Path | None,
+    workers: int,
+    progress: Progress | None,
+) -> SampleSet:
+    """Arrow files of all samples, from the cache or written now; two passes over the bytes."""
+    total = 2 * sum(os.path.getsize(file.path) for file in files)
+    meter = _Meter(total, progress)
+    chunks, hashes = [], []
+    for file in files:
+        parts, digest = split_file(file, meter.add)
+        chunks += parts
+        hashes.append((file.source, file.kind, digest))
+    key = json.dumps([_FORMAT, hashes, columns], sort_keys=True, ensure_ascii=True)
+    root = Path(cache_dir) if cache_dir else _temporary_folder()
+    folder = root / "samples" / hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+    found = _load(folder)
+    if found is None:
+        _write_parts(chunks, columns, folder, workers, meter)
+        found = _load(folder)
+        assert found is not None, f"{folder} was just written"
+    meter.add(total - meter.done)
+    return found
+
+
+class _Meter:
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self.done, self._total, self._progress = 0, total, progress
+
+    def add(self, count: int) -> None:
+        self.done += count
+        if self._progress:
+            self._progress(self.done, self._total)
+
+
+def _temporary_folder() -> Path:
+    folder = tempfile.mkdtemp(prefix="samples-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+def _write_parts(
+    chunks: list[Chunk],
+    columns: dict[str, str] | None,
+    folder: Path,
+    workers: int,
+    meter: _Meter,
+) -> None:
+    """One Arrow file per chunk, then the index; the folder appears under its name when complete."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
+    except OSError as error:
+        raise UserError(f"can't write the cache {folder.parent}: {error.strerror}") from error
+    try:
+        jobs = [(chunk, columns, str(building / _part(i))) for i, chunk in enumerate(chunks)]
+        parts = []
+        for chunk, part in zip(chunks, _in_order(_write_part, jobs, workers), strict=True):
+            parts.append(part)
+            meter.add((chunk.stop or os.path.getsize(chunk.file.path)) - chunk.start)
+        write_json(building / "index.json", _index(chunks, parts))
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one, or that of a run beside this
+        os.replace(building, folder)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+
+
+def _in_order(function: Callable, jobs: list[tuple], workers: int) -> Iterator:
+    """Results of function(*job) in the order of the jobs, computed here or by worker processes."""
+    if workers == 1 or len(jobs) == 1:
+        yield from (function(*job) for job in jobs)
+        return
+    # Not forked: the parent may hold threads and a device context that don't survive it.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
+        yield from pool.map(function, *zip(*jobs, strict=True))
+
+
+def _part(i: int) -> str:
+    return f"part-{i:05d}.arrow"
+
+
+def _write_part(chunk: Chunk, columns: dict[str, str] | None, path: str) -> dict:
+    """Write a chunk's samples as an Arrow file; what else is to be known of it as JSON values."""
+    import pyarrow as pa
+
+    broken, remarks, rows, ids = [], [], [], []
+    schema = _schema()
+    with pa.OSFile(path, "wb") as out, pa.ipc.new_file(out, schema) as writer:
+        for item in _read_chunk(chunk, columns):
+            if isinstance(item, Sample):
+                rows.append(_row(item))
+                ids.append(item.id)
+            else:
+                (broken if isinstance(item, BrokenSample) else remarks).append(asdict(item))
+            if len(rows) == _ROWS:
+                writer.write_batch(pa.RecordBatch.from_pylist(rows, schema))
+                rows = []
+        if rows:
+            writer.write_batch(pa.RecordBatch.from_pylist(rows, schema))
+    return {"ids": "".join(ids), "broken": broken, "remarks": remarks}
+
+
+def _index(chunks: list[Chunk], parts: list[dict]) -> dict:
+    per_file = dict.fromkeys((chunk.file.source for chunk in chunks), 0)
+    for chunk, part in zip(chunks, parts, strict=True):
+        per_file[chunk.file.source] += len(part["ids"]) // 16
+    return {
+        "parts": len(parts),
+        "samples_per_file": per_file,
+        "fingerprint": _fingerprint(bytes.fromhex(part["ids"]) for part in parts),
+        "broken": [item for part in parts for item in part["broken"]],
+        "remarks": [item for part in parts for item in part["remarks"]],
+    }
+
+
+def _load(folder: Path) -> SampleSet | None:
+    """What `_write_parts` wrote, None where it isn't there or isn't whole."""
+    import pyarrow as pa
+
+    try:
+        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        samples = ArrowSamples([str(folder / _part(i)) for i in range(index["parts"])])
+    except (OSError, ValueError, KeyError, pa.ArrowException):
+        return None
+    if len(samples) != sum(index["samples_per_file"].values()):
+        return None
+    return SampleSet(
+        samples,
+        tuple(BrokenSample(**item) for item in index["broken"]),
+        index["samples_per_file"],
+        index["fingerprint"],
+        tuple(Remark(**item) for item in index["remarks"]),
+    )
+
+
+# ---- samples in Arrow files -------------------------------------------------------------------
+
+_JSON_COLUMNS = ("history", "tool_turns", "tool_calls")
+_TEXT_COLUMNS = ("question", "thinking", "answer", "system", "source", "tools", *_JSON_COLUMNS)
+
+
+def _schema():
+    import pyarrow as pa
+
+    fields = [(name, pa.string()) for name in _TEXT_COLUMNS]
+    return pa.schema([*fields, ("line", pa.int64()), ("difficulty", pa.int8())])
+
+
+def _row(sample: Sample) -> dict:
+    row = {name: getattr(sample, name) for name in (*_TEXT_COLUMNS, "line", "difficulty")}
+    for name in _JSON_COLUMNS:
+        row[name] = json.dumps(row[name], ensure_ascii=False) if row[name] else ""
+    return row
+
+
+def _sample(row: dict) -> Sample:
+    for name in _JSON_COLUMNS:
+        row[name] = tuple(json.loads(row[name])) if row[name] else ()
+    return Sample(**row)
+
+
+class ArrowSamples(Sequence):
+    """Samples in memory-mapped Arrow files; each is decoded when it is asked for."""
+
+    def __init__(self, paths: list[str]) -> None:
+        import pyarrow as pa
+
+        self._paths = paths
+        readers = [pa.ipc.open_file(pa.memory_map(path)) for path in paths]
+        self._batches = [r.get_batch(i) for r in readers for i in range(r.num_record_batches)]
+        self._ends = np.cumsum([batch.num_rows for batch in self._batches], dtype=np.int64).tolist()
+
+    def __reduce__(self) -> tuple:
+        return ArrowSamples, (self._paths,)  # another process maps the same files
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        position = index + len(self) if index < 0 else index
+        if not 0 <= position < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        number = bisect.bisect_right(self._ends, position)
+        batch = self._batches[number]
+        row = position - (self._ends[number] - batch.num_rows)
+        return _sample({name: batch[name][row].as_py() for name in batch.schema.names})
+
+    def __iter__(self) -> Iterator[Sample]:
+        for batch in self._batches:
+            yield from map(_sample, batch.to_pylist())
+
+    def sources(self) -> list[str]:
+        """The source of every sample, without decoding the samples."""
+        return [source for batch in self._batches for source in batch["source"].to_pylist()]
+
+
+# ---- weights ----------------------------------------------------------------------------------
+
+
+def weighted_indices(
+    samples: Sequence[Sample], indices: Sequence[int], weights: dict[str, float], seed: int
+) -> np.ndarray:
+    """`indices` with those of a source repeated or thinned out by its weight; int64, same order.
+
+    A weight's key is a source or a glob of sources; the first that fits counts, others weigh 1.
+    Weight 2.5 takes every sample twice and a random half of them a third time. Raises UserError
+    for a weight that is negative or not finite, a key that fits nothing, and nothing left.
+    """
+    indices = np.asarray(indices, dtype=np.int64)
+    everything = samples.sources() if isinstance(samples, ArrowSamples) else None
+    names = [everything[i] if everything else samples[i].source for i in indices.tolist()]
+    by_source: dict[str, list[int]] = {}
+    for place, name in enumerate(names):
+        by_source.setdefault(name, []).append(place)
+    chosen = _weight_of_sources(list(by_source), weights)
+    counts = np.ones(len(indices), dtype=np.int64)
+    for name, places in sorted(by_source.items()):
+        whole, part = divmod(chosen[name], 1.0)
+        counts[places] = int(whole)
+        # Its own generator per source: a new source must not change the draw of another one.
+        words = hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=8).digest()
+        generator = np.random.default_rng(int.from_bytes(words, "little"))
+        extra = generator.permutation(places)[: round(part * len(places))]
+        counts[extra] += 1
+    if len(indices) and not counts.any():
+        raise UserError("source weights leave no sample; raise one above 0")
+    return np.repeat(indices, counts)
+
+
+def _weight_of_sources(sources: list[str], weights: dict[str, float]) -> dict[str, float]:
+    for key, weight in weights.items():
+        shown = clean_line(key, 200)
+        if not math.isfinite(weight) or not 0 <= weight <= 1000:
+            raise UserError(f"source weight of {shown} is {weight}; give one from 0 to 1000")
+        if not any(_fits(source, key) for source in sources):
+            known = clean_line(", ".join(sources), 300)
+            raise UserError(f"source weight: nothing was read from {shown}; sources are {known}")
+    return {
+        source: next((float(w) for key, w in weights.items() if _fits(source, key)), 1.0)
+        for source in sources
+    }
+
+
+def _fits(source: str, key: str) -> bool:
+    return source == key or fnmatch.fnmatchcase(source, key)
