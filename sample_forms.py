@@ -493,8 +493,9 @@ def _turn(turn: Any) -> dict:
 def _assistant(turn: dict) -> dict:
     """An assistant turn: text, reasoning (inline, beside, or a typed part) and tool calls."""
     text, reasoning, calls = _parts(turn)
-    fields = {**turn, "reasoning": reasoning} if reasoning else turn
-    thinking, answer = _reasoned(text, fields)
+    # Where a part says which text is reasoning, a tag in another part is just text: `chat_tokens`
+    # keeps it from becoming a real control token.
+    thinking, answer = (reasoning, text.strip()) if reasoning else _reasoned(text, turn)
     for key in ("tool_calls", "function_call"):
         if turn.get(key):
             calls += _tool_calls(_parsed(turn[key], key))
@@ -527,7 +528,7 @@ def _parts(turn: dict) -> tuple[str, str, list[dict]]:
             calls += _tool_calls(_parsed(value, "tool_call"))
         else:
             raise BrokenRecordError(f"a part of type {clean_line(str(kind), 40)!r} can't be used")
-    return "".join(texts), "\n".join(reasonings), calls
+    return "".join(texts), "\n".join(reasonings).strip(), calls
 
 
 def _tool_calls(calls: Any) -> list[dict]:
