@@ -124,8 +124,8 @@ class RetryingFile:
 
     @property
     def waiting(self) -> bool:
-        """Whether records wait for the disk."""
-        return bool(self._backlog)
+        """Whether records wait for the disk, or the file itself does."""
+        return bool(self._backlog) or self._file is None
 
     def write(self, record: bytes, points: int) -> None:
         """Append now, or keep for later, or drop and count. Never raises OSError."""

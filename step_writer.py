@@ -7,9 +7,9 @@ and counted.
 
 import json
 import math
-import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,9 @@ import metric_table
 import safe_text
 from event_file import AppendFile, RetryingFile, create_event_file, event_files, frame, open_lines
 
-LINGER_SECONDS = 0.2  # a step stays open this long for calls that belong to it
+# The thread looks for work this often. Waking it on every call would cost the caller 10 to 50 us.
+POLL_SECONDS = 0.1
+LINGER_SECONDS = 0.1  # a step stays open this long for calls that belong to it
 # Written again at the top of the first file when somebody deleted the run directory.
 _PREAMBLE_TAGS = (event_values.EXPERIMENT_TAG, event_values.SESSION_START_TAG)
 
@@ -34,7 +36,7 @@ class Item(NamedTuple):
     wall_time: float
     own_time: bool  # the caller gave `wall_time`, so the value gets an event of its own
     content: dict[str, float] | Callable[[], Summary.Value]
-    weight: int = 0  # bytes that `content` holds
+    weight: int  # bytes that `content` holds, about
 
 
 class Request(NamedTuple):
@@ -78,12 +80,12 @@ class StepWriter:
         self._lines = RetryingFile(lambda: open_lines(metrics_path), tell) if metrics_path else None
         self._key: tuple[int, float | None] | None = None
         self._wall_time = 0.0
-        self._close_at = math.inf
+        self._close_at = math.inf  # monotonic seconds
         self._scalars: dict[str, float] = {}
         self._values: dict[str, Summary.Value] = {}
         self._tags: dict[str, str] = {}  # tag as given -> tag as written
         self._late = 0
-        self.weight_done = 0
+        self.weight_done = 0  # bytes of the items taken so far
 
     @property
     def dropped(self) -> int:
@@ -95,14 +97,15 @@ class StepWriter:
         """Steps that are not in metrics.jsonl."""
         return self._lines.dropped if self._lines else 0
 
-    def run(self, items: "queue.SimpleQueue[Item | Request]") -> None:
-        """Write until a request says that it is the last."""
-        item = None
-        while not self._survive(item):
-            try:
-                item = items.get(timeout=self._patience())
-            except queue.Empty:
-                item = None
+    def run(self, items: "deque[Item | Request]", wake: threading.Event) -> None:
+        """Write until a request says that it is the last. `wake` cuts the pause between two looks short."""
+        while True:
+            while items:
+                if self._survive(items.popleft()):
+                    return
+            self._survive(None)
+            wake.wait(POLL_SECONDS)
+            wake.clear()
 
     def _survive(self, item: Item | Request | None) -> bool:
         """The write boundary: what goes wrong with a value costs this value, never the run."""
@@ -116,22 +119,17 @@ class StepWriter:
         item.done.set()
         return item.last
 
-    def _patience(self) -> float | None:
-        """Seconds until there is something to do without a new item; None: nothing to do."""
-        if self._key is not None:
-            return max(0.0, self._close_at - time.monotonic())
-        waiting = self._events.waiting or (self._lines is not None and self._lines.waiting)
-        return 0.5 if waiting else None
-
     def _handle(self, item: Item | Request | None) -> bool:
         """Take one item or, without one, do what time asks for. True after the last request."""
         if isinstance(item, Item):
             self._add(item)
-        if item is None or isinstance(item, Request) or time.monotonic() >= self._close_at:
+        elif isinstance(item, Request):
             self._close_step()
-            self._drain()
-        if isinstance(item, Request):
             return self._answer(item)
+        elif time.monotonic() >= self._close_at:
+            self._close_step()
+        else:
+            self._retry()
         return False
 
     def _answer(self, request: Request) -> bool:
@@ -147,10 +145,10 @@ class StepWriter:
             request.done.set()
         return request.last
 
-    def _drain(self) -> None:
-        self._events.drain()
-        if self._lines is not None:
-            self._lines.drain()
+    def _retry(self) -> None:
+        for file in filter(None, (self._events, self._lines)):
+            if file.waiting:
+                file.drain()
 
     def _add(self, item: Item) -> None:
         self.weight_done += item.weight

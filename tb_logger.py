@@ -15,10 +15,10 @@ import atexit
 import functools
 import json
 import os
-import queue
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,8 +44,8 @@ __all__ = [
     "read_texts",
 ]
 
-MAX_QUEUED_ITEMS = 10_000
-MAX_QUEUED_BYTES = 256 << 20  # of pictures, histograms and texts
+MAX_QUEUED_BYTES = 256 << 20
+_ITEM_BYTES, _NUMBER_BYTES = 400, 100  # what an item and a number in it take in the queue, about
 
 
 def _print_warning(text: str) -> None:
@@ -92,16 +92,16 @@ class TensorBoardLogger:
         metrics_path = Path(metrics_path) if metrics_path is not None else None
         self.overhead_seconds = 0.0  # spent by callers
         self._warn, self._told = warn, set()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may log, too
         self._pid, self._closed, self._refused, self._weight = os.getpid(), False, 0, 0
         self._step = resume_step or 0
         last_steps = self._rewind(metrics_path, resume_step)
         self._writer = StepWriter(self.run_dir, metrics_path, resume_step, last_steps, self._tell)
-        self._queue: queue.SimpleQueue[Item | Request] = queue.SimpleQueue()
-        self._thread = threading.Thread(
-            target=self._writer.run, args=(self._queue,), name="tb_logger", daemon=True
-        )
-        self._thread.start()
+        self._queue: deque[Item | Request] = deque()
+        self._wake = threading.Event()
+        threading.Thread(
+            target=self._writer.run, args=(self._queue, self._wake), name="tb_logger", daemon=True
+        ).start()
         atexit.register(self.close)
 
     def _rewind(self, metrics_path: Path | None, resume_step: int | None) -> dict[str, int]:
@@ -174,18 +174,18 @@ class TensorBoardLogger:
         weight: int = 0,
     ) -> None:
         step = self._step if step is None else int(step)
-        self._step = max(self._step, step)
-        count = len(content) if isinstance(content, dict) else 1
-        queued = self._weight - self._writer.weight_done
-        if self._queue.qsize() >= MAX_QUEUED_ITEMS or (
-            queued and queued + weight > MAX_QUEUED_BYTES
-        ):
-            self._refuse("full", "the disk is slower than training, the queue is full", count)
-            return
-        self._weight += weight
         own_time = wall_time is not None
-        time_ = float(wall_time) if own_time else time.time()
-        self._queue.put(Item(step, time_, own_time, content, weight))
+        wall_time = float(wall_time) if own_time else time.time()
+        count = len(content) if isinstance(content, dict) else 1
+        weight += _ITEM_BYTES + _NUMBER_BYTES * count
+        with self._lock:
+            self._step = max(self._step, step)
+            queued = self._weight - self._writer.weight_done
+            if queued == 0 or queued + weight <= MAX_QUEUED_BYTES:
+                self._weight += weight
+                self._queue.append(Item(step, wall_time, own_time, content, weight))
+                return
+        self._refuse("full", "the disk is slower than training, the queue is full", count)
 
     def _numbers(self, scalars: Mapping[str, Any]) -> dict[str, float]:
         """A snapshot as floats; what is no number is refused."""
@@ -337,7 +337,8 @@ class TensorBoardLogger:
 
     def _request(self, wait: float, **what: bool) -> bool:
         done = threading.Event()
-        self._queue.put(Request(done, **what))
+        self._queue.append(Request(done, **what))
+        self._wake.set()
         return done.wait(wait) if wait > 0 else done.is_set()
 
     @_harmless
