@@ -140,10 +140,11 @@ class StepClock:
         """
         if self._last_stamp is not None or self._marks:
             self._enter(self._phase)
-        self._settle()
-        interval, self._interval = self._interval, _Interval()
-        rates = self._rates(interval) | self._step_parts(interval)
-        self._tokens_since_energy += interval.counts.get("tokens", 0)
+        rates: dict[str, float] = {}
+        if self._interval.counts:  # else no step has ended yet: its time waits for it
+            interval, self._interval = self._interval, _Interval()
+            rates = self._rates(interval) | self._step_parts(interval)
+            self._tokens_since_energy += interval.counts["tokens"]
         return rates | self._energy_per_1k_tokens(metrics or {})
 
     def _enter(self, phase: str | None) -> None:
@@ -166,7 +167,7 @@ class StepClock:
 
     def _rates(self, interval: _Interval) -> dict[str, float]:
         seconds, counts = interval.training_seconds(), interval.counts
-        if seconds <= 0 or not counts:
+        if seconds <= 0:
             return {}
         rates = {
             "Throughput/Tokens_Per_Second": counts["tokens"] / seconds,
@@ -179,9 +180,7 @@ class StepClock:
         return rates
 
     def _step_parts(self, interval: _Interval) -> dict[str, float]:
-        steps = interval.counts.get("steps", 0)
-        if not steps:
-            return {}
+        steps = interval.counts["steps"]
         parts = {
             f"Throughput/Step_Seconds_{phase.title()}": interval.seconds.get(phase, 0.0) / steps
             for phase in PHASES
