@@ -51,7 +51,8 @@ def packed_loss(
 
     hidden: (T, H), the decoder's output. head_weight: (V, H). target_positions, labels, segments,
     document, thinking_bucket: (N,) int64 on the device of `hidden`; positions are distinct, the
-    bucket is -1 outside the chain of thought. num_targets counts the whole optimizer step, on all
+    bucket is -1 outside the chain of thought. close_id is the id of `</think>`; -1, if the tokenizer
+    has none, leaves premature_close at 0 of 0. num_targets counts the whole optimizer step, on all
     ranks. Gradients reach `hidden`, and `head_weight` where it is trainable. No host sync.
     """
     loss, nll, correct, close = _HeadLoss.apply(
@@ -64,7 +65,11 @@ def packed_loss(
         torch.is_grad_enabled(),
     )
     with torch.no_grad():
-        sums = _sums(nll, correct, close, segments, document, num_documents, thinking_bucket)
+        thinking = segments == THINKING if close_id >= 0 else torch.zeros_like(segments)
+        sums = LossSums(
+            *_sums(nll, correct, segments, document, num_documents, thinking_bucket),
+            premature_close=_weighted_sum(close, thinking),
+        )
     return loss, sums
 
 
@@ -143,19 +148,20 @@ def _softmax_error(logits, labels, close_id, nll, correct, close, buffer) -> tor
     return probability.scatter_add_(1, target, minus_one)
 
 
-def _sums(nll, correct, close, segments, document, num_documents, thinking_bucket) -> LossSums:
-    wide = _wide(nll)
-    measured = torch.stack((nll, correct, torch.ones_like(nll)), 1).to(wide)
+def _sums(nll, correct, segments, document, num_documents, thinking_bucket):
+    """Sums by document and segment (D, 5, 3) and by thinking bucket (10, 2)."""
+    measured = torch.stack((nll, correct, torch.ones_like(nll)), 1).to(_wide(nll))
     cells = measured.new_zeros(num_documents * NUM_SEGMENTS, 3)
     cells.index_add_(0, document * NUM_SEGMENTS + segments, measured)
     buckets = measured.new_zeros(NUM_BUCKETS + 1, 2)  # the last row collects bucket -1
     buckets.index_add_(0, thinking_bucket % (NUM_BUCKETS + 1), measured[:, ::2])
-    thinking = (segments == THINKING).to(wide)
-    return LossSums(
-        per_document=cells.view(num_documents, NUM_SEGMENTS, 3),
-        thinking_buckets=buckets[:NUM_BUCKETS],
-        premature_close=torch.stack((close.to(wide).mul_(thinking).sum(), thinking.sum())),
-    )
+    return cells.view(num_documents, NUM_SEGMENTS, 3), buckets[:NUM_BUCKETS]
+
+
+def _weighted_sum(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """(2,) sum of weights * values, and sum of weights."""
+    weights = weights.to(_wide(values))
+    return torch.stack((torch.dot(values.to(weights.dtype), weights), weights.sum()))
 
 
 def _wide(tensor: torch.Tensor) -> torch.dtype:

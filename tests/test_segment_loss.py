@@ -144,6 +144,13 @@ def test_frozen_head_and_no_grad():
     assert torch.equal(loss, expected)
 
 
+def test_without_a_close_token_nothing_is_counted():
+    hidden, weight, batch = problem()
+    _, sums = packed_loss(hidden, weight, **{**batch, "close_id": -1})
+    assert sums.premature_close.tolist() == [0, 0]
+    assert sums.per_document[..., 2].sum() == 300
+
+
 def test_a_micro_batch_without_targets():
     hidden, weight, batch = problem(targets=0)
     loss, sums = packed_loss(hidden, weight, **{**batch, "num_targets": 50})
