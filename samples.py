@@ -258,8 +258,12 @@ def _write_parts(
         raise UserError(f"can't write the cache {folder.parent}: {error.strerror}") from error
     try:
         jobs = [(chunk, columns, str(building / _part(i))) for i, chunk in enumerate(chunks)]
+        if workers > 1 and len(jobs) > 1:
+            written = in_order(_write_part, jobs, workers)
+        else:
+            written = (_write_part(*job) for job in jobs)
         parts = []
-        for chunk, part in zip(chunks, _in_order(_write_part, jobs, workers), strict=True):
+        for chunk, part in zip(chunks, written, strict=True):
             parts.append(part)
             meter.add((chunk.stop or os.path.getsize(chunk.file.path)) - chunk.start)
         write_json(building / "index.json", _index(chunks, parts))
@@ -270,14 +274,18 @@ def _write_parts(
         raise
 
 
-def _in_order(function: Callable, jobs: list[tuple], workers: int) -> Iterator:
-    """Results of function(*job) in the order of the jobs, computed here or by worker processes."""
-    if workers == 1 or len(jobs) == 1:
-        yield from (function(*job) for job in jobs)
-        return
+def in_order(
+    function: Callable,
+    jobs: Sequence[tuple],
+    workers: int,
+    initializer: Callable | None = None,
+    initargs: tuple = (),
+) -> Iterator:
+    """Results of function(*job) in the order of the jobs, computed by worker processes."""
     # Not forked: the parent may hold threads and a device context that don't survive it.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
+    number = min(workers, len(jobs))
+    with ProcessPoolExecutor(number, context, initializer, initargs) as pool:
         yield from pool.map(function, *zip(*jobs, strict=True))
 
 

@@ -1,0 +1,827 @@
+"""`Sample`s → token ids with a segment for every token, through the tokenizer's own chat template.
+
+The generation prompt, exactly as it is at inference, is the prefix of every document and carries no
+loss; what the template puts behind it does: reasoning, `</think>`, answer, end of turn. Prompt and
+completion are encoded apart, so that no token reaches across their border.
+
+A sample without reasoning gets what the template writes for it; Qwen3's writes an empty think block,
+which teaches a thinking model not to think. Such samples are kept, and listed in the ledger.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from enum import IntEnum
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from errors import UserError
+from safe_text import clean, clean_line, fenced, write_json
+from sample_forms import strings_of
+from samples import Sample, SampleSet, in_order
+
+_FORMAT = 1  # of cached tables; raise it when their meaning changes
+_CHUNK = 500  # samples encoded together: more only costs memory
+_POOL_FROM = 2_000  # samples from which on worker processes pay for their start
+_OPEN, _CLOSE = "<think>", "</think>"
+
+Progress = Callable[[int, int], None]
+
+
+class Segment(IntEnum):
+    """What a token is part of. Every token but those of the prompt carries loss."""
+
+    PROMPT = 0
+    THINKING = 1
+    CLOSE = 2
+    """`</think>`"""
+    ANSWER = 3
+    """From behind `</think>` on, the template's blank line included."""
+    END = 4
+    """The token that ends the turn, `<|im_end|>` for Qwen3."""
+
+
+@dataclass(frozen=True)
+class TokenizedSample:
+    """One document: ids int32 (T,), segments uint8 (T,), and which sample it was made from."""
+
+    ids: np.ndarray
+    segments: np.ndarray
+    index: int
+
+
+@dataclass(frozen=True)
+class TruncationLedger:
+    """Ids of the samples that the tokens tell less of, or something else, than their files.
+
+    A plain cut at `max_seq_length` would lose the `</think>`, (part of) the answer, or the end of those
+    in the three `lost_` fields; no policy here does that. Every document counts, so a conversation
+    with loss on all turns may be named more than once.
+    """
+
+    truncated: tuple[str, ...] = ()
+    """Longer than max_seq_length."""
+    lost_think_close: tuple[str, ...] = ()
+    lost_answer: tuple[str, ...] = ()
+    lost_eos: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+    """Left out for their length."""
+    shortened: tuple[str, ...] = ()
+    """Kept with the middle of their reasoning taken out."""
+    control_tokens: tuple[str, ...] = ()
+    """Hold the text of a control token: left out, or with `split` kept as ordinary text."""
+    without_thinking: tuple[str, ...] = ()
+    """Kept, and teach the model to answer without reasoning."""
+
+
+@dataclass(frozen=True)
+class TokenizedSamples(Sequence):
+    """All documents in flat arrays; document i is [offsets[i], offsets[i + 1])."""
+
+    ids: np.ndarray
+    """int32 (total,)"""
+    segments: np.ndarray
+    """uint8 (total,)"""
+    offsets: np.ndarray
+    """int64 (n + 1,)"""
+    sample_index: np.ndarray
+    """int64 (n,): the sample each document was made from, ascending."""
+    num_targets: np.ndarray
+    """int64 (n,): tokens that carry loss."""
+    ledger: TruncationLedger
+    close_id: int
+    """Id of `</think>`, -1 where the tokenizer has no single token for it."""
+    end_id: int
+    """Id of the token that ends a turn."""
+    max_seq_length: int
+
+    def __len__(self) -> int:
+        return len(self.sample_index)
+
+    def __getitem__(self, i: int) -> TokenizedSample:
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"document {i} of {len(self)}")
+        i %= len(self)
+        part = slice(int(self.offsets[i]), int(self.offsets[i + 1]))
+        return TokenizedSample(self.ids[part], self.segments[part], int(self.sample_index[i]))
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """int64 (n,): tokens per document."""
+        return np.diff(self.offsets)
+
+    @cached_property
+    def segment_counts(self) -> np.ndarray:
+        """int64 (n, 5): tokens per document and segment."""
+        counts = np.zeros((len(self), len(Segment)), dtype=np.int64)
+        document = np.repeat(np.arange(len(self)), self.lengths)
+        np.add.at(counts, (document, self.segments), 1)
+        return counts
+
+    def documents_of(self, sample_indices: Sequence[int]) -> np.ndarray:
+        """int64: the documents made from these samples, in their order, repeats repeated.
+
+        Samples that were left out have none.
+        """
+        wanted = np.asarray(sample_indices, dtype=np.int64)
+        first = np.searchsorted(self.sample_index, wanted, side="left")
+        counts = np.searchsorted(self.sample_index, wanted, side="right") - first
+        ends = np.cumsum(counts)
+        within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts, counts)
+        return np.repeat(first, counts) + within
+
+    def select(self, documents: Sequence[int]) -> "TokenizedSamples":
+        """A table of these documents alone (copied), with the same ledger."""
+        documents = np.asarray(documents, dtype=np.int64)
+        lengths = self.lengths[documents]
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        source = np.arange(offsets[-1]) + np.repeat(self.offsets[documents] - offsets[:-1], lengths)
+        return TokenizedSamples(
+            np.asarray(self.ids[source]),
+            np.asarray(self.segments[source]),
+            offsets,
+            self.sample_index[documents],
+            self.num_targets[documents],
+            self.ledger,
+            self.close_id,
+            self.end_id,
+            self.max_seq_length,
+        )
+
+
+# ---- what the tokenizer and its template do ---------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """Facts about a tokenizer and its chat template, found by rendering a probe."""
+
+    reasoning: str
+    """How reasoning gets into a turn: `field` (reasoning_content), `inline` (in the content), or
+    `composed` (the template drops both, so it is put between prompt and answer here)."""
+    opens: bool
+    """The generation prompt ends with an open think block."""
+    close_id: int
+    end_id: int
+    control: re.Pattern
+    """Text that must not come from content: it would become a control token."""
+
+
+_MARKUP = re.compile(r"<\|.*\|>|</?(?:think|thinking|tools?|tool_call|tool_response)>")
+
+
+def chat_format(tokenizer: Any) -> ChatFormat:
+    """Probe a tokenizer. UserError where it has no chat template or no end of turn."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError("the tokenizer has no chat template; use a chat model, or set one")
+    question = [{"role": "user", "content": "Q0q"}]
+    prompt = _render(tokenizer, question, None, prompt=True)
+    plain = _render(tokenizer, [*question, _turn("A0a", "")], None)
+    if "A0a" not in plain:
+        raise UserError("the chat template does not render the assistant's turn")
+    tail = _encode(tokenizer, [plain[plain.rindex("A0a") + 3 :]])[0]
+    special = {i for i, token in _added(tokenizer).items() if token.special}
+    end_id = next((token for token in tail if token in special), tokenizer.eos_token_id)
+    if end_id is None:
+        raise UserError("the tokenizer has no token that ends a turn; set its eos_token")
+    return ChatFormat(
+        reasoning=_reasoning_way(tokenizer, question, prompt),
+        opens=prompt.rstrip().endswith(_OPEN),
+        close_id=next((i for i, t in _added(tokenizer).items() if t.content == _CLOSE), -1),
+        end_id=int(end_id),
+        control=_control_pattern(tokenizer),
+    )
+
+
+def _reasoning_way(tokenizer: Any, question: list[dict], prompt: str) -> str:
+    field = {**_turn("A0a", ""), "reasoning_content": "R0r"}
+    for way, turn in (("field", field), ("inline", _turn("A0a", "R0r"))):
+        text = _render(tokenizer, [*question, turn], None)
+        if text.startswith(prompt) and "R0r" in text[len(prompt) :]:
+            return way
+    return "composed"
+
+
+def _turn(answer: str, thinking: str) -> dict:
+    block = f"{_OPEN}\n{thinking}\n{_CLOSE}\n\n" if thinking else ""
+    return {"role": "assistant", "content": block + answer}
+
+
+def _added(tokenizer: Any) -> dict:
+    return tokenizer.added_tokens_decoder
+
+
+def _control_pattern(tokenizer: Any) -> re.Pattern:
+    """Special tokens, and others that look like markup; other added tokens may be ordinary words."""
+    tokens = {
+        token.content
+        for token in _added(tokenizer).values()
+        if token.special or _MARKUP.fullmatch(token.content)
+    }
+    tokens |= {_OPEN, _CLOSE}
+    return re.compile("|".join(map(re.escape, sorted(filter(None, tokens), key=len, reverse=True))))
+
+
+def _render(tokenizer: Any, messages: list[dict], tools: list | None, prompt: bool = False) -> str:
+    return tokenizer.apply_chat_template(
+        messages, tools=tools, tokenize=False, add_generation_prompt=prompt
+    )
+
+
+def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Ids of each text; the template has written all control tokens already."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or backend.truncation is not None or backend.padding is not None:
+        return tokenizer(texts, add_special_tokens=False, padding=False, truncation=False).input_ids
+    return [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+# ---- one sample → documents -------------------------------------------------------------------
+
+Pieces = list[str]  # encoded one by one and joined, so that no token reaches across their borders
+
+
+@dataclass(frozen=True)
+class _Document:
+    """Text of one document, not yet encoded."""
+
+    prompt: Pieces
+    thinking: Pieces
+    """All of the completion where `</think>` is one token, which then marks the border."""
+    close: Pieces
+    answer: Pieces
+    has_thinking: bool
+
+
+def _documents(
+    sample: Sample, tokenizer: Any, form: ChatFormat, all_turns: bool, mark: str
+) -> list[_Document]:
+    """The final turn, or every assistant turn, behind the prompt that the model sees for it."""
+    messages = sample.messages()
+    tools = json.loads(sample.tools) if sample.tools else None
+    if mark:
+        messages, tools = _marked(messages, form, mark), _marked(tools, form, mark)
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    try:
+        return [
+            _document(messages[:i], messages[i], tools, tokenizer, form, mark)
+            for i in (turns if all_turns else turns[-1:])
+        ]
+    except UserError:
+        raise
+    except _template_errors() as error:
+        place = f"{clean_line(sample.source, 200)}:{sample.line}"
+        raise UserError(
+            f"{place}: the model's chat template refuses this sample: {clean_line(str(error), 200)}"
+        ) from error
+
+
+def _template_errors() -> tuple:
+    import jinja2
+
+    return (jinja2.TemplateError, TypeError, ValueError, LookupError)
+
+
+def _document(
+    before: list[dict],
+    turn: dict,
+    tools: list | None,
+    tokenizer: Any,
+    form: ChatFormat,
+    mark: str,
+) -> _Document:
+    prompt = _render(tokenizer, before, tools, prompt=True)
+    completion = _completion(before, turn, tools, prompt, tokenizer, form)
+    thinking, close, answer = completion, "", ""
+    if form.close_id < 0 and _CLOSE in completion:
+        thinking, close, answer = completion.partition(_CLOSE)
+    elif form.close_id < 0:
+        thinking, answer = "", completion
+    pieces = (text.split(mark) if mark else [text] for text in (prompt, thinking, close, answer))
+    return _Document(*pieces, has_thinking=bool(turn.get("reasoning_content")))
+
+
+def _completion(
+    before: list[dict],
+    turn: dict,
+    tools: list | None,
+    prompt: str,
+    tokenizer: Any,
+    form: ChatFormat,
+) -> str:
+    """What the model is to write behind `prompt`, up to and beyond the end of the turn."""
+    thinking = turn.get("reasoning_content", "")
+    plain = {key: value for key, value in turn.items() if key != "reasoning_content"}
+    if form.reasoning == "inline" and thinking:
+        turn = {**plain, **_turn(turn["content"], thinking)}
+    if form.reasoning != "composed":
+        text = _render(tokenizer, [*before, turn], tools)
+        if text.startswith(prompt):
+            return text[len(prompt) :]
+    text = _render(tokenizer, [*before, plain], tools)
+    stem = prompt[: prompt.rindex(_OPEN)] if form.opens else prompt
+    if not text.startswith(stem):
+        raise UserError("the chat template's own turn does not begin with its generation prompt")
+    answer = text[len(stem) :]
+    if form.opens:
+        return f"{thinking}\n{_CLOSE}\n\n{answer}"
+    return f"{_OPEN}\n{thinking}\n{_CLOSE}\n\n{answer}" if thinking else answer
+
+
+def _marked(value: Any, form: ChatFormat, mark: str) -> Any:
+    """`value` with a mark inside every text of a control token; encoding splits the text there."""
+    if isinstance(value, str):
+        return form.control.sub(lambda match: match[0][0] + mark + match[0][1:], value)
+    if isinstance(value, dict):
+        return {_marked(k, form, mark): _marked(v, form, mark) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_marked(item, form, mark) for item in value]
+    return value
+
+
+def _contents(sample: Sample) -> Iterator[str]:
+    yield from strings_of(sample.content)
+    if sample.tools:
+        yield from strings_of(json.loads(sample.tools))  # \\u003c in JSON is < once it is read
+
+
+def _has_control(sample: Sample, form: ChatFormat) -> bool:
+    return any(form.control.search(text) for text in _contents(sample))
+
+
+def _unused_mark(sample: Sample) -> str:
+    """A character that the sample doesn't hold: one of Unicode's noncharacters."""
+    held = set("".join(_contents(sample)))
+    return next(chr(c) for c in range(0xFDD0, 0xFDF0) if chr(c) not in held)
+
+
+# ---- documents → tokens -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Options:
+    max_seq_length: int
+    over_length: str
+    loss_on: str
+    control_tokens: str
+
+
+class _Part:
+    """Arrays of one chunk of samples, and its lines of the ledger."""
+
+    def __init__(self) -> None:
+        self.ids, self.segments, self.lengths, self.sample_index = [], [], [], []
+        self.ledger = {field.name: [] for field in fields(TruncationLedger)}
+
+    def add(self, ids: np.ndarray, segments: np.ndarray, index: int) -> None:
+        self.ids.append(ids)
+        self.segments.append(segments)
+        self.lengths.append(len(ids))
+        self.sample_index.append(index)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {
+            "ids": np.concatenate([np.zeros(0, np.int32), *self.ids]),
+            "segments": np.concatenate([np.zeros(0, np.uint8), *self.segments]),
+            "lengths": np.array(self.lengths, dtype=np.int64),
+            "sample_index": np.array(self.sample_index, dtype=np.int64),
+            "num_targets": np.array(
+                [np.count_nonzero(segments) for segments in self.segments], dtype=np.int64
+            ),
+        }
+
+
+def _tokenize_range(
+    samples: Sequence[Sample],
+    start: int,
+    stop: int,
+    tokenizer: Any,
+    form: ChatFormat,
+    options: _Options,
+) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
+    """Tokens and ledger of samples[start:stop]; a function of these samples alone."""
+    part, documents, owners = _Part(), [], []
+    for index, sample in enumerate(samples[start:stop], start):
+        mark = ""
+        if _has_control(sample, form):
+            part.ledger["control_tokens"].append(sample.id)
+            if options.control_tokens == "refuse":
+                continue
+            mark = _unused_mark(sample)
+        made = _documents(sample, tokenizer, form, options.loss_on == "all_turns", mark)
+        documents += made
+        owners += [(index, sample)] * len(made)
+    encoded = _encode_documents(documents, tokenizer, form)
+    for document, (index, sample), (ids, segments) in zip(documents, owners, encoded, strict=True):
+        fitted = _fit(ids, segments, sample, tokenizer, options, part.ledger)
+        if fitted is not None:
+            part.add(*fitted, index)
+            if not document.has_thinking:
+                part.ledger["without_thinking"].append(sample.id)
+    return part.arrays(), part.ledger
+
+
+def _encode_documents(
+    documents: list[_Document], tokenizer: Any, form: ChatFormat
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(ids, segments) of each document, all their pieces encoded in one batch."""
+    groups = [[d.prompt, d.thinking, d.close, d.answer] for d in documents]
+    flat = [piece for group in groups for pieces in group for piece in pieces if piece]
+    encoded = iter(_encode(tokenizer, flat) if flat else [])
+    for group in groups:
+        joined = [[t for piece in pieces if piece for t in next(encoded)] for pieces in group]
+        yield _labelled(*joined, form)
+
+
+def _labelled(
+    prompt: list[int], thinking: list[int], close: list[int], answer: list[int], form: ChatFormat
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and segments, cut behind the token that ends the turn."""
+    if form.close_id >= 0:
+        completion = thinking
+        border = completion.index(form.close_id) if form.close_id in completion else -1
+        thinking, answer = completion[: max(border, 0)], completion[border + 1 :]
+        close = [form.close_id] if border >= 0 else []
+    end = answer.index(form.end_id) if form.end_id in answer else len(answer)
+    answer = answer[:end]
+    ids = np.array([*prompt, *thinking, *close, *answer, form.end_id], dtype=np.int32)
+    lengths = [len(prompt), len(thinking), len(close), len(answer), 1]
+    return ids, np.repeat(np.arange(len(Segment), dtype=np.uint8), lengths)
+
+
+def _fit(
+    ids: np.ndarray,
+    segments: np.ndarray,
+    sample: Sample,
+    tokenizer: Any,
+    options: _Options,
+    ledger: dict[str, list[str]],
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """The document within max_seq_length, or None; says in the ledger what became of it."""
+    limit = options.max_seq_length
+    if len(ids) <= limit:
+        return ids, segments
+    if options.over_length == "error":
+        place = f"{clean_line(sample.source, 200)}:{sample.line}"
+        raise UserError(
+            f"{place}: {len(ids)} tokens, but max_seq_length is {limit}; raise it, or choose "
+            "over_length drop or truncate_thinking"
+        )
+    beyond = segments[limit:]
+    ledger["truncated"].append(sample.id)
+    for name, lost in (
+        ("lost_think_close", Segment.CLOSE in beyond),
+        ("lost_answer", Segment.ANSWER in beyond),
+        ("lost_eos", Segment.END in beyond),
+    ):
+        if lost:
+            ledger[name].append(sample.id)
+    kept = None
+    if options.over_length == "truncate_thinking":
+        kept = _without_middle(ids, segments, limit, tokenizer)
+    if kept is None:
+        ledger["dropped"].append(sample.id)
+        return None
+    ledger["shortened"].append(sample.id)
+    return ids[kept], segments[kept]
+
+
+_LEAST_THINKING = 16  # tokens; what is left of a reasoning below that teaches nothing
+
+
+def _without_middle(
+    ids: np.ndarray, segments: np.ndarray, limit: int, tokenizer: Any
+) -> np.ndarray | None:
+    """Positions to keep when the middle of the reasoning goes; None if too little would be left.
+
+    The cuts fall behind a line where one ends in the outer halves of what can stay, else at least
+    between whole characters.
+    """
+    thinking = np.flatnonzero(segments == Segment.THINKING)
+    room = limit - (len(ids) - len(thinking))
+    if room < _LEAST_THINKING:
+        return None
+    texts = [tokenizer.decode([token]) for token in ids[thinking].tolist()]
+    half = room // 2
+    head = next((i for i in range(half, half // 2, -1) if texts[i - 1].endswith("\n")), None)
+    if head is None:
+        head = next((i for i in range(half, 0, -1) if _clean_cut(texts, i)), 0)
+    tail, last = len(texts) - (room - head), len(texts) - half // 2
+    line = next((i for i in range(tail, last) if texts[i - 1].endswith("\n")), None)
+    if line is None:
+        line = next(i for i in range(tail, len(texts) + 1) if _clean_cut(texts, i))
+    gone = thinking[head:line]
+    return np.setdiff1d(np.arange(len(ids)), gone, assume_unique=True)
+
+
+def _clean_cut(texts: list[str], i: int) -> bool:
+    """No character is cut in two between tokens i - 1 and i."""
+    return i == len(texts) or not ("\ufffd" in texts[i - 1] and "\ufffd" in texts[i])
+
+
+# ---- the whole table --------------------------------------------------------------------------
+
+
+def tokenize_samples(
+    samples: Sequence[Sample] | SampleSet,
+    tokenizer: Any,
+    max_seq_length: int,
+    *,
+    over_length: str = "drop",
+    loss_on: str = "last_turn",
+    control_tokens: str = "refuse",
+    cache_dir: Path | None = None,
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> TokenizedSamples:
+    """Tokenize all samples; the result does not depend on `workers` or on the cache.
+
+    over_length: `drop` leaves longer documents out, `truncate_thinking` takes the middle out of their
+    reasoning (and drops what still doesn't fit), `error` refuses the first one.
+    loss_on: `last_turn`, or `all_turns`: one document per assistant turn, each behind the prompt
+    that the model sees for it, so that earlier turns learn to think as well.
+    control_tokens: samples whose content spells a control token are left out (`refuse`), or kept with
+    the text encoded as ordinary characters (`split`); it never becomes the token itself.
+    cache_dir: keep the table there, memory-mapped. `progress(done, total)` counts samples.
+    Raises UserError for an impossible option, a template that can't be used, and an empty result.
+    """
+    options = _Options(max_seq_length, over_length, loss_on, control_tokens)
+    _check(options)
+    fingerprint = samples.fingerprint if isinstance(samples, SampleSet) else None
+    samples = samples.samples if isinstance(samples, SampleSet) else samples
+    form = chat_format(tokenizer)
+    if cache_dir is None:
+        parts = _parts(samples, tokenizer, form, options, workers, progress)
+        arrays, ledger = _in_memory(parts)
+    else:
+        key = _cache_key(samples, fingerprint, tokenizer, options)
+        folder = Path(cache_dir) / "tokens" / key
+        if _loaded(folder) is None:
+            _write(folder, _parts(samples, tokenizer, form, options, workers, progress))
+        elif progress:
+            progress(len(samples), len(samples))
+        arrays, ledger = _loaded(folder) or _unreadable(folder)
+    offsets = np.concatenate([[0], np.cumsum(arrays.pop("lengths"))]).astype(np.int64)
+    tokens = TokenizedSamples(
+        **arrays,
+        offsets=offsets,
+        ledger=ledger,
+        close_id=form.close_id,
+        end_id=form.end_id,
+        max_seq_length=max_seq_length,
+    )
+    if not len(tokens):
+        raise UserError(
+            f"no sample is left to train on: {len(ledger.dropped)} are longer than "
+            f"{max_seq_length} tokens, {len(ledger.control_tokens)} hold control tokens; raise "
+            "max_seq_length or mend the data"
+        )
+    return tokens
+
+
+def _check(options: _Options) -> None:
+    if not isinstance(options.max_seq_length, int) or options.max_seq_length < 2:
+        raise UserError(f"max_seq_length is {options.max_seq_length}; give at least 2 tokens")
+    for name, known in (
+        ("over_length", ("drop", "truncate_thinking", "error")),
+        ("loss_on", ("last_turn", "all_turns")),
+        ("control_tokens", ("refuse", "split")),
+    ):
+        value = getattr(options, name)
+        if value not in known:
+            raise UserError(f"{name} is {value!r}; choose one of {', '.join(known)}")
+
+
+def _parts(
+    samples: Sequence[Sample],
+    tokenizer: Any,
+    form: ChatFormat,
+    options: _Options,
+    workers: int,
+    progress: Progress | None,
+) -> Iterator[tuple[dict[str, np.ndarray], dict[str, list[str]]]]:
+    """Tokens of the samples, chunk by chunk, in order."""
+    ranges = [(i, min(i + _CHUNK, len(samples))) for i in range(0, len(samples), _CHUNK)]
+    state = (samples, tokenizer, form, options)
+    if workers > 1 and len(samples) >= _POOL_FROM:
+        parts = in_order(_work, ranges, workers, _start_worker, state)
+    else:
+        parts = (_tokenize_range(samples, *span, tokenizer, form, options) for span in ranges)
+    for (_, stop), part in zip(ranges, parts, strict=True):
+        yield part
+        if progress:
+            progress(stop, len(samples))
+
+
+_worker_state: tuple = ()
+
+
+def _start_worker(*state: Any) -> None:
+    """Runs once per worker process: samples and tokenizer travel once, not with every chunk."""
+    global _worker_state
+    _worker_state = state
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _work(start: int, stop: int) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
+    samples, tokenizer, form, options = _worker_state
+    return _tokenize_range(samples, start, stop, tokenizer, form, options)
+
+
+_DTYPES = {
+    "ids": np.int32,
+    "segments": np.uint8,
+    "lengths": np.int64,
+    "sample_index": np.int64,
+    "num_targets": np.int64,
+}
+
+
+def _merged(ledgers: Iterable[dict[str, list[str]]]) -> TruncationLedger:
+    merged = {field.name: [] for field in fields(TruncationLedger)}
+    for ledger in ledgers:
+        for name, items in ledger.items():
+            merged[name] += items
+    return TruncationLedger(**{name: tuple(items) for name, items in merged.items()})
+
+
+def _in_memory(parts: Iterator) -> tuple[dict[str, np.ndarray], TruncationLedger]:
+    found = list(parts)
+    arrays = {
+        name: np.concatenate([np.zeros(0, dtype), *(arrays[name] for arrays, _ in found)])
+        for name, dtype in _DTYPES.items()
+    }
+    return arrays, _merged(ledger for _, ledger in found)
+
+
+# ---- cache ------------------------------------------------------------------------------------
+
+
+def _cache_key(
+    samples: Sequence[Sample], fingerprint: str | None, tokenizer: Any, options: _Options
+) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    if fingerprint is None:
+        for sample in samples:
+            digest.update(sample.id.encode())
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    facts = [_FORMAT, fingerprint, asdict(options), tokenizer.chat_template, tokenizer.eos_token]
+    digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
+    digest.update(vocabulary.encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def _write(folder: Path, parts: Iterator) -> None:
+    """Append all parts to raw files, then give them the .npy form; memory holds one part at a time."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
+    except OSError as error:
+        raise UserError(f"can't write the cache {folder.parent}: {error.strerror}") from error
+    try:
+        ledgers = []
+        for arrays, ledger in parts:
+            ledgers.append(ledger)
+            for name in _DTYPES:
+                with open(building / f"{name}.raw", "ab") as file:
+                    arrays[name].tofile(file)
+        for name, dtype in _DTYPES.items():
+            _as_npy(building, name, dtype)
+        write_json(building / "ledger.json", asdict(_merged(ledgers)))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(building, folder)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+
+
+def _as_npy(folder: Path, name: str, dtype: type) -> None:
+    raw = folder / f"{name}.raw"
+    size = raw.stat().st_size if raw.exists() else 0
+    values = np.memmap(raw, dtype, mode="r") if size else np.zeros(0, dtype)
+    np.save(folder / f"{name}.npy", values)
+    del values  # a mapped file can't be removed on every system
+    raw.unlink(missing_ok=True)
+
+
+def _loaded(folder: Path) -> tuple[dict[str, np.ndarray], TruncationLedger] | None:
+    """The cached table, None where it isn't there or isn't whole."""
+    try:
+        stored = json.loads((folder / "ledger.json").read_text(encoding="utf-8"))
+        ledger = TruncationLedger(**{name: tuple(items) for name, items in stored.items()})
+        arrays = {
+            name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            for name in _DTYPES
+        }
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+    total, n = int(arrays["lengths"].sum()), len(arrays["lengths"])
+    whole = len(arrays["ids"]) == len(arrays["segments"]) == total
+    return (arrays, ledger) if whole and len(arrays["sample_index"]) == n else None
+
+
+def _unreadable(folder: Path) -> tuple:
+    raise UserError(
+        f"the cache {folder} can't be read back; remove it, or choose another cache_dir"
+    )
+
+
+# ---- prompts and completions at inference -----------------------------------------------------
+
+
+def encode_prompt(tokenizer: Any, messages: list[dict], tools: list | None = None) -> list[int]:
+    """The generation prompt for `messages`, exactly the prefix that training puts before a completion.
+
+    Text of control tokens inside the messages is encoded as ordinary characters.
+    """
+    control = _control_pattern(tokenizer)
+    held = set("".join(strings_of([messages, tools or []])))
+    mark = next(chr(c) for c in range(0xFDD0, 0xFDF0) if chr(c) not in held)
+    form = ChatFormat("", False, -1, -1, control)
+    text = _render(
+        tokenizer, _marked(messages, form, mark), _marked(tools, form, mark), prompt=True
+    )
+    pieces = [piece for piece in text.split(mark) if piece]
+    return [token for ids in _encode(tokenizer, pieces) for token in ids]
+
+
+_CLOSING = re.compile(r"</think(?:ing)?>")
+_OPENING = re.compile(r"\s*<think(?:ing)?>")
+_ENDS = re.compile(r"(?:\s*<\|(?:im_end|endoftext|eot_id|end)\|>|\s*</s>)+\s*$")
+
+
+def parse_completion(text: str) -> tuple[str, str, bool]:
+    """(thinking, answer, closed) of what a model wrote behind the generation prompt.
+
+    Without a closing tag all of it is thinking, since the prompt opened the block.
+    """
+    text = _ENDS.sub("", text)
+    opening = _OPENING.match(text)
+    text = text[opening.end() :] if opening else text
+    closing = _CLOSING.search(text)
+    if not closing:
+        return text.strip(), "", False
+    return text[: closing.start()].strip(), text[closing.end() :].strip(), True
+
+
+# ---- mask audit -------------------------------------------------------------------------------
+
+_AUDIT_RUN = 400  # tokens of one segment that are shown whole; of longer ones both ends
+
+
+def mask_audit(tokens: TokenizedSamples, tokenizer: Any, count: int = 3) -> str:
+    """Markdown: every token of `count` documents with its segment and whether it carries loss.
+
+    The documents are spread evenly over the table. `│` separates tokens, a `+` marks lines with loss.
+    """
+    chosen = np.unique(np.linspace(0, len(tokens) - 1, min(count, len(tokens))).astype(int))
+    parts = [
+        "`+` = carries loss, `-` = carries none; the number is the position of a line's first token; "
+        "`│` separates tokens; `\\n` is a line break."
+    ]
+    for number in chosen.tolist():
+        document = tokens[number]
+        targets = int(tokens.num_targets[number])
+        parts.append(
+            f"**Document {number}** (sample {document.index}): {len(document.ids)} tokens, "
+            f"{targets} carry loss"
+        )
+        parts.append(fenced("\n".join(_audit_lines(document, tokenizer))))
+    return "\n\n".join(parts)
+
+
+def _audit_lines(document: TokenizedSample, tokenizer: Any, per_line: int = 16) -> Iterator[str]:
+    edges = np.flatnonzero(np.diff(document.segments)) + 1
+    bounds = [0, *edges.tolist(), len(document.ids)]
+    for start, stop in itertools.pairwise(bounds):
+        segment = Segment(int(document.segments[start]))
+        sign = "-" if segment == Segment.PROMPT else "+"
+        spans = [(start, stop)]
+        if stop - start > _AUDIT_RUN:
+            spans = [(start, start + _AUDIT_RUN // 2), (stop - _AUDIT_RUN // 2, stop)]
+        for number, (first, last) in enumerate(spans):
+            if number:
+                yield f"      … {first - spans[0][1]} tokens of {segment.name} not shown"
+            for at in range(first, last, per_line):
+                ids = document.ids[at : min(at + per_line, last)].tolist()
+                shown = "│".join(_shown(token, tokenizer) for token in ids)
+                yield f"{at:6d} {sign} {segment.name:<8} {shown}"
+
+
+def _shown(token: int, tokenizer: Any) -> str:
+    """A token as text on one line; half a character is shown by its id."""
+    text = tokenizer.decode([token])
+    if "\ufffd" in text or not text:
+        return f"⟨{token}⟩"
+    text = text.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
+    return clean(text) or f"⟨{token}⟩"
