@@ -5,11 +5,14 @@ file reads it once.
 """
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as torch_distributed
+
+from errors import UserError
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,52 @@ def pick_device(device: str, local_rank: int = 0) -> torch.device:
     return torch.device("cpu")
 
 
-def leave(clean_end: bool) -> None:
-    """Leave the group. After an error the group is aborted by the process's exit, not waited for."""
-    if clean_end and torch_distributed.is_available() and torch_distributed.is_initialized():
+def leave() -> None:
+    """Leave the group after a clean end. After an error the process's exit ends it, not a wait."""
+    if torch_distributed.is_available() and torch_distributed.is_initialized():
         torch_distributed.destroy_process_group()
+
+
+# -----------------------------------------------------------------------------
+# Wrapping
+
+
+def parallelize(module: torch.nn.Module, mode: str, dist: Distributed) -> torch.nn.Module:
+    """The module as all ranks train it: itself (one rank), DDP replicas, or FSDP2 shards.
+
+    mode: "ddp", "fsdp", or "auto", which is ddp. Under fsdp every decoder layer is a unit of its own.
+    """
+    if mode == "fsdp":
+        return _shard(module)
+    if dist.world_size == 1:
+        return module
+    return torch.nn.parallel.DistributedDataParallel(
+        module, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
+
+
+def _shard(module: torch.nn.Module) -> torch.nn.Module:
+    from torch.distributed.fsdp import fully_shard
+
+    if not torch_distributed.is_initialized():
+        raise UserError(
+            "--parallel fsdp needs torchrun: start the script with torchrun, also for 1 rank"
+        )
+    for layer in decoder_layers(module):
+        fully_shard(layer)
+    return fully_shard(module)
+
+
+def decoder_layers(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """The repeated layers of a decoder: the longest module list inside."""
+    lists = [m for m in module.modules() if isinstance(m, torch.nn.ModuleList)]
+    return list(max(lists, key=len))
+
+
+def sync_gradients(module: torch.nn.Module, *, is_last: bool) -> AbstractContextManager:
+    """Within it, gradients are only accumulated, except in the last micro-batch, which sums over ranks."""
+    if isinstance(module, torch.nn.parallel.DistributedDataParallel):
+        return nullcontext() if is_last else module.no_sync()
+    if hasattr(module, "set_requires_gradient_sync"):
+        module.set_requires_gradient_sync(is_last)
+    return nullcontext()

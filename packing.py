@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+
 from chat_tokens import Segment, TokenizedSamples
 
 NUM_THINKING_BUCKETS = 10  # tenths of a chain of thought
@@ -33,14 +34,17 @@ class PlannedStep:
     num_samples: int  # documents, all ranks
     num_micro_batches: int  # without fillers, all ranks
     epoch: int  # 0-based
+    documents: tuple[int, ...]  # all ranks, each once
 
 
 class StepPlan:
     """Every step of a run, known before its first.
 
     Args:
-        lengths: (n,) tokens of each document; none is above `row_tokens`.
-        num_targets: (n,) supervised tokens of each document.
+        lengths: (n,) tokens of each document of the table.
+        num_targets: (n,) supervised tokens of each document of the table.
+        documents: (m,) the documents to plan, by index, repeats allowed; none longer than
+            `row_tokens`. None: all.
         row_tokens: capacity of a row.
         rows_per_micro_batch: rows that go through the model at once.
         accumulation: micro-batches of one rank in one update.
@@ -53,6 +57,7 @@ class StepPlan:
         self,
         lengths: np.ndarray,
         num_targets: np.ndarray,
+        documents: np.ndarray | None = None,
         *,
         row_tokens: int,
         rows_per_micro_batch: int = 1,
@@ -64,17 +69,20 @@ class StepPlan:
         world_size: int = 1,
         packing: bool = True,
     ) -> None:
+        self.documents = np.arange(len(lengths)) if documents is None else np.asarray(documents)
         self._lengths = np.asarray(lengths, dtype=np.int64)
         self._num_targets = np.asarray(num_targets, dtype=np.int64)
-        assert len(self._lengths) > 0, "a plan needs at least one document"
-        assert self._lengths.max() <= row_tokens, (self._lengths.max(), row_tokens)
+        planned = self._lengths[self.documents]
+        assert len(planned) > 0, "a plan needs at least one document"
+        assert planned.max() <= row_tokens, (planned.max(), row_tokens)
+        self.num_tokens = int(planned.sum())  # of one epoch
         self.rank, self.world_size, self.seed = rank, world_size, seed
         self.row_tokens, self.rows_per_micro_batch = row_tokens, rows_per_micro_batch
         if packing:
-            order = np.random.default_rng([seed, 0]).permutation(len(self._lengths))
+            order = np.random.default_rng([seed, 0]).permutation(self.documents)
             self._rows = pack_rows(self._lengths, order, row_tokens)
         else:
-            self._rows = [(i,) for i in range(len(self._lengths))]
+            self._rows = [(document,) for document in self.documents.tolist()]
         self.rows_per_step = rows_per_micro_batch * accumulation * world_size
         self.steps_per_epoch = math.ceil(len(self._rows) / self.rows_per_step)
         self.num_steps = max_steps or math.ceil(num_epochs * self.steps_per_epoch)
@@ -106,6 +114,7 @@ class StepPlan:
             num_samples=len(documents),
             num_micro_batches=len(micro_batches),
             epoch=epoch,
+            documents=tuple(documents.tolist()),
         )
 
     def fractional_epoch(self, step: int) -> float:
@@ -120,7 +129,7 @@ class StepPlan:
     @property
     def efficiency(self) -> float:
         """Share of the rows' capacity that holds tokens, in [0, 1]."""
-        return float(self._lengths.sum()) / (len(self._rows) * self.row_tokens)
+        return self.num_tokens / (len(self._rows) * self.row_tokens)
 
     def _rows_of(self, epoch: int) -> np.ndarray:
         """Row indices in this epoch's order; kept for the epoch in progress."""

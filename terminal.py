@@ -56,6 +56,11 @@ class Terminal:
             console = self._live_console() if self._progress else self._errors
             console.print(Text(f"warning: {clean(redact(text))}", style="yellow"))
 
+    def error(self, text: str) -> None:
+        """Why the program ends, on standard error."""
+        self._write_log(f"error: {text}")
+        self._errors.print(Text(f"error: {clean(redact(text))}", style="bold red"))
+
     def table(self, title: str, rows: Iterable[tuple[str, object]]) -> None:
         """Name and value, line by line."""
         rows = [(name, clean(redact(str(value)))) for name, value in rows]

@@ -1,0 +1,787 @@
+"""LoRA fine-tuning of Qwen3-4B-Thinking on Q&A with reasoning, watched in TensorBoard.
+
+The default, which also runs on a laptop:
+    uv run python direct_finetuning_with_existing_modules.py
+Your own data and model:
+    uv run python direct_finetuning_with_existing_modules.py --data-path my.jsonl --model-name FOLDER
+Several GPUs:
+    uv run torchrun --nproc-per-node auto direct_finetuning_with_existing_modules.py
+The smallest run on a CPU:
+    uv run python direct_finetuning_with_existing_modules.py --max-steps 3 --num-probes 0
+Watch it:
+    tensorboard --logdir=qwen3_4b_thinking_output/tensorboard_logs
+
+This file is the story of a run; every other file is a module it uses.
+"""
+
+import memory_settings  # noqa: F401, I001  first: it tunes malloc before torch allocates
+
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import distributed
+import model_loading
+import run_summary
+from chat_tokens import mask_audit
+from checkpoint import (
+    Checkpoint,
+    checkpoint_at,
+    newest_checkpoint,
+    optimizer_tensors,
+    prune_checkpoints,
+    remove_leftovers,
+    restore_optimizer,
+    restore_rng,
+    rng_tensors,
+    save_checkpoint,
+)
+from convergence import ConvergenceMonitor
+from errors import RunStopped, UserError
+from evaluation import held_out_sums
+from loss_ledger import LossLedger
+from optimization import (
+    MicroBatchSums,
+    StepResult,
+    build_optimizer,
+    clip_gradients,
+    forward_backward,
+    is_out_of_memory,
+    learning_rate_at,
+    micro_batch_pieces,
+    set_learning_rate,
+    update_weights,
+)
+from packed_model import PackedLossModel
+from packing import PlannedStep, StepPlan
+from run_directory import RunDirectory, check_writable, known_run, lock_output, new_run
+from run_record import RunRecord
+from safe_text import write_json
+from system_monitor import gpu_memory
+from tb_logger import NullLogger, TensorBoardLogger
+from terminal import Terminal
+from throughput import StepClock, dims_from_config, peak_flops, training_flops
+from train_state import TrainState
+from training_config import CommandLine, DirectTrainingConfig, parse_command_line
+from training_data import TrainingData, prepare_data, split_samples
+from visible_gpus import visible_gpu_uuids
+
+
+class DirectTrainer:
+    """One run: `DirectTrainer(DirectTrainingConfig()).train()`.
+
+    Args:
+        config: every setting.
+        resume: "", "latest", "auto" or a checkpoint directory (see CommandLine.resume).
+        quiet: only warnings and the closing lines on the terminal.
+        trust_remote_code: let the model folder run its own code.
+    """
+
+    def __init__(
+        self,
+        config: DirectTrainingConfig,
+        *,
+        resume: str = "",
+        quiet: bool = False,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.config, self.resume, self.trust_remote_code = config, resume, trust_remote_code
+        self.settings = run_summary.settings_of(config)
+        self.dist = distributed.init_distributed(config.device, config.distributed_timeout)
+        self.terminal = Terminal(quiet=quiet, is_main=self.dist.is_main)
+        self.record: RunRecord | None = None
+        self.state = TrainState()
+        self.clock = StepClock()
+        self.pending: list[StepResult] = []
+        self.stop_signal = ""  # set by a signal, read at step boundaries
+        self.outcome = ""  # why the loop ends: completed, preempted, stopped, nonfinite
+        self.rollback_from = 0  # non-finite step to go back from
+        self.saved_step = -1
+
+    @property
+    def tensorboard_writer(self) -> TensorBoardLogger | NullLogger:
+        """The run's writer, with SummaryWriter's methods; false in a condition on ranks other than 0."""
+        return self.record.writer if self.record else NullLogger()
+
+    # -------------------------------------------------------------------------
+    # The story
+
+    def train(self) -> TrainState:
+        """The whole run, from data to final model. Returns the state after the last step."""
+        lock = lock_output(Path(self.config.output_dir)) if self.dist.is_main else None
+        try:
+            self.prepare()
+            self.build_model()
+            self.open_run()
+            try:
+                self.loop()
+                self.finish()
+            except BaseException as error:
+                status = "stopped" if isinstance(error, RunStopped) else "failed"
+                self.record.status(status, step=self.state.step, reason=repr(error))
+                raise
+            finally:
+                self.close_run()
+        finally:
+            if lock is not None:
+                lock.release()
+        return self.state
+
+    def prepare(self) -> TrainingData:
+        """Read, split and tokenize the data and plan every step; no weights are loaded."""
+        config = self.config
+        workers = config.workers or os.cpu_count() or 1
+        self.resolved = model_loading.resolve_model(config.model_name or None, self.dist.device)
+        split = split_samples(
+            config.data_path,
+            data_weights=config.data_weights,
+            columns=config.columns,
+            eval_path=config.eval_path,
+            eval_fraction=config.eval_fraction,
+            max_broken_fraction=config.max_broken_fraction,
+            seed=config.seed,
+            cache_dir=config.cache_path,
+            workers=workers,
+        )
+        self.tokenizer = model_loading.load_tokenizer(self.resolved)
+        self.data = prepare_data(
+            split,
+            self.tokenizer,
+            config.max_seq_length,
+            workers=workers,
+            over_length=config.over_length,
+            loss_on=config.loss_on,
+            control_tokens=config.control_tokens,
+            cache_dir=config.cache_path,
+        )
+        self.plan_steps()
+        return self.data
+
+    def plan_steps(self) -> None:
+        """Pack the documents and fix what every step of every rank will do."""
+        config, train, held_out = self.config, self.data.train, self.data.held_out
+        common = {
+            "row_tokens": config.max_seq_length,
+            "rows_per_micro_batch": config.batch_size,
+            "seed": config.seed,
+            "rank": self.dist.rank,
+            "world_size": self.dist.world_size,
+            "packing": config.packing,
+        }
+        self.plan = StepPlan(
+            train.tokens.lengths,
+            train.tokens.num_targets,
+            train.documents,
+            accumulation=config.gradient_accumulation_steps,
+            num_epochs=config.num_epochs,
+            max_steps=config.max_steps,
+            **common,
+        )
+        self.eval_plan = None
+        if len(held_out):
+            tokens = held_out.tokens
+            self.eval_plan = StepPlan(
+                tokens.lengths, tokens.num_targets, held_out.documents, **common
+            )
+        self.ledger = LossLedger(self.data.train.groups)
+        self.eval_ledger = LossLedger(self.data.held_out.groups)
+
+    def loop(self) -> None:
+        """Step n is the n-th optimizer update; a resumed run starts at a later n."""
+        config, plan, state = self.config, self.plan, self.state
+        self.terminal.start_progress(plan.num_steps, state.step)
+        if state.step == 0 and self.saved_step < 0:
+            self.log(0, self.evaluate(0))
+        while self.state.step < plan.num_steps and not self.outcome:
+            state, step = self.state, self.state.step + 1
+            learning_rate = self.learning_rate(step)
+            set_learning_rate(self.optimizer, learning_rate)
+            planned = plan[step]
+            sums = self.forward_backward(planned)
+            with self.clock.phase("optimizer"):
+                grad_norm = clip_gradients(self.parameters, config.max_grad_norm)
+                update_weights(self.optimizer, grad_norm, skip=step in state.skipped_steps)
+            self.pending.append(StepResult(step, learning_rate, planned, sums, grad_norm))
+            self.advance(step, planned)
+
+            last = step == plan.num_steps
+            epoch_ends = last or step % plan.steps_per_epoch == 0
+            logs, saves = (
+                last or due(step, config.logging_steps),
+                last or due(step, config.save_steps),
+            )
+            evaluates = last or due(step, config.eval_steps)
+            interrupted = self.dist.any(bool(self.stop_signal))
+            if logs or evaluates or saves or epoch_ends or interrupted or self.reads_are_free:
+                self.collect()  # the only place that waits for the device
+            if self.rollback_from:
+                self.roll_back()
+                continue
+            metrics = {}
+            if logs:
+                metrics |= self.training_metrics(step, learning_rate)
+            if evaluates:
+                metrics |= self.evaluate(step)
+            if epoch_ends:
+                metrics |= self.epoch_metrics(step)
+            if metrics:
+                saves |= "save" in self.log(step, metrics)
+            if interrupted and not self.outcome:
+                self.outcome = "preempted"
+            if saves or self.outcome:
+                self.save(step)
+            self.terminal.advance(step, metrics)
+        self.outcome = self.outcome or "completed"
+
+    # -------------------------------------------------------------------------
+    # One step
+
+    def learning_rate(self, step: int) -> float:
+        """The schedule at this step."""
+        config = self.config
+        return learning_rate_at(
+            step,
+            self.plan.num_steps,
+            peak=config.learning_rate,
+            schedule=config.lr_schedule,
+            warmup_ratio=config.warmup_ratio,
+            min_ratio=config.min_lr_ratio,
+        )
+
+    def forward_backward(self, planned: PlannedStep) -> MicroBatchSums:
+        """The step's gradients. Out of memory: halve the micro-batches and begin the step again.
+
+        The global batch, and so the loss, stays the same. Several ranks can't agree in the middle of a
+        step: there the run ends, to be resumed with smaller micro-batches.
+        """
+        tokens, state = self.data.train.tokens, self.state
+        while True:
+            try:
+                return forward_backward(
+                    self.parallel_model,
+                    planned,
+                    tokens,
+                    self.dist,
+                    self.clock,
+                    splits=state.micro_batch_splits,
+                    batch_shape=self.batch_shape,
+                )
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = str(error).partition("\n")[0]
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.dist.device.type == "cuda":
+                torch.cuda.empty_cache()
+            pieces = micro_batch_pieces(planned, tokens.lengths, state.micro_batch_splits)
+            if self.dist.world_size > 1 or all(len(documents) == 1 for documents, _ in pieces):
+                raise RunStopped(
+                    f"step {state.step + 1}: out of memory ({reason}). Lower --batch-size or "
+                    "--max-seq-length, or use --gradient-checkpointing on, and go on with --resume latest"
+                )
+            state.micro_batch_splits += 1
+            self.terminal.warn(
+                f"step {state.step + 1}: out of memory; micro-batches are now done in "
+                f"{2**state.micro_batch_splits} parts, the global batch and the loss stay the same"
+            )
+
+    def advance(self, step: int, planned: PlannedStep) -> None:
+        """Count the step. Only numbers that the host knows."""
+        state = self.state
+        state.step = step
+        state.tokens_seen += planned.num_tokens
+        state.samples_seen += planned.num_samples
+        flops = 0
+        if self.dims is not None:
+            lengths = self.data.train.tokens.lengths[list(planned.documents)]
+            flops = training_flops(
+                self.dims, lengths, planned.num_targets, lora_weights=self.lora_weights
+            )
+        self.clock.count(
+            tokens=planned.num_tokens,
+            supervised=planned.num_targets,
+            samples=planned.num_samples,
+            flops=flops,
+        )
+
+    def collect(self) -> None:
+        """Bring the pending steps' sums to the host, add them up over ranks, look at each step."""
+        state = self.state
+        own = np.zeros((len(self.pending), self.ledger.size))
+        for row, result in zip(own, self.pending, strict=True):
+            for documents, sums in result.sums:
+                row += self.ledger.vector(
+                    documents,
+                    sums.per_document.cpu().numpy(),
+                    sums.thinking_buckets.cpu().numpy(),
+                    sums.premature_close.cpu().numpy(),
+                )
+        vectors = self.dist.sum(torch.from_numpy(own)).numpy()
+        for vector, result in zip(vectors, self.pending, strict=True):
+            state.interval = (np.asarray(state.interval) + vector).tolist()
+            state.grad_norm = float(result.grad_norm)
+            if math.isfinite(state.grad_norm):
+                state.grad_norm_max = max(state.grad_norm_max, state.grad_norm)
+                state.epoch = (np.asarray(state.epoch) + vector).tolist()
+            else:
+                self.note_nonfinite(result)
+        self.pending.clear()
+
+    def note_nonfinite(self, result: StepResult) -> None:
+        """A NaN or infinite gradient: its update did not happen; name the samples, follow the policy."""
+        state, config = self.state, self.config
+        state.nonfinite_steps.append(result.step)
+        own = [d for documents, sums in result.sums for d in _nonfinite(documents, sums)]
+        own = own or [d for documents, _ in result.sums for d in documents]
+        places = [
+            p for rank in self.dist.gather([self.data.train.place(d) for d in own]) for p in rank
+        ]
+        self.record.evidence["samples"] = self.nonfinite_places = places[:20]
+        self.terminal.warn(
+            f"step {result.step}: the gradient is not finite; its update was left out. Samples: "
+            + ", ".join(places[:8])
+        )
+        if config.nonfinite == "stop" or len(state.nonfinite_steps) > config.max_nonfinite_steps:
+            self.outcome = "nonfinite"
+        elif config.nonfinite == "rollback":
+            self.rollback_from = result.step
+
+    # -------------------------------------------------------------------------
+    # Numbers
+
+    def training_metrics(self, step: int, learning_rate: float) -> dict[str, float]:
+        """What a logged step shows, over the steps since the last logged one."""
+        state = self.state
+        metrics = self.ledger.training_metrics(np.asarray(state.interval))
+        state.last_loss = metrics["Training/Loss"]
+        self.convergence.observe(step, state.last_loss, learning_rate)
+        metrics |= {
+            "Training/Learning_Rate": learning_rate,
+            "Training/Gradient_Norm": state.grad_norm,
+            "Training/Gradient_Norm_Max": state.grad_norm_max,
+            "Training/Epoch": self.plan.fractional_epoch(step),
+            "Throughput/Packing_Efficiency_Percent": 100 * self.plan.efficiency,
+            "Throughput/Tokens_Seen": float(state.tokens_seen),
+            "Monitoring/NonFinite_Steps": float(len(state.nonfinite_steps)),
+            "Monitoring/Resume_Count": float(state.resume_count),
+            **self.convergence.scalars(),
+            **self.record.system.read(),
+            **(gpu_memory(self.dist.device) if self.dist.device.type == "cuda" else {}),
+        }
+        metrics |= self.clock.read(metrics)
+        metrics |= self.record.overhead_percent(time.monotonic() - self.started)
+        state.interval, state.grad_norm_max = self.ledger.zeros().tolist(), 0.0
+        return metrics
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Held-out losses; keeps the best model. Empty without held-out data."""
+        if self.eval_plan is None:
+            return {}
+        tokens, state = self.data.held_out.tokens, self.state
+        with self.clock.phase("evaluation"):
+            sums = held_out_sums(self.parallel_model, tokens, self.eval_plan, self.dist)
+        vector = self.eval_ledger.vector(self.eval_plan.documents, sums)
+        metrics = self.eval_ledger.eval_metrics(vector)
+        if state.note_evaluation(step, metrics["Eval/Loss"]) and step:
+            self.save_model(self.run.best_model)
+        patience = self.config.early_stopping_patience
+        if patience and state.evals_without_gain >= patience:
+            self.terminal.say(f"early stopping: no better held-out loss in {patience} evaluations")
+            self.outcome = "stopped"
+        return metrics
+
+    def epoch_metrics(self, step: int) -> dict[str, float]:
+        """Epoch/ tags over the epoch that ends with this step, and its line in TEXT."""
+        state, plan = self.state, self.plan
+        self.count_seconds()
+        steps = (step - 1) % plan.steps_per_epoch + 1
+        metrics = {
+            "Epoch/Average_Loss": self.ledger.loss(np.asarray(state.epoch)),
+            "Epoch/Duration_Seconds": state.epoch_seconds,
+            "Epoch/Steps_Per_Second": steps / state.epoch_seconds,
+        }
+        epoch = math.ceil(plan.fractional_epoch(step))
+        text = run_summary.epoch_summary(epoch, steps, metrics)
+        self.tensorboard_writer.add_text("Training/Epoch_Summary", text, step)
+        state.epoch, state.epoch_seconds = self.ledger.zeros().tolist(), 0.0
+        return metrics
+
+    def log(self, step: int, metrics: dict[str, float]) -> set[str]:
+        """One step's numbers to TensorBoard, metrics.jsonl and the alerts; what the alerts ask for."""
+        with self.clock.phase("logging"):
+            wishes = self.record.log(step, metrics)
+        if "stop" in wishes:
+            self.outcome = "stopped"
+        return wishes
+
+    def count_seconds(self) -> None:
+        """Bring the state's wall times up to now."""
+        now = time.monotonic()
+        self.state.epoch_seconds += now - self.counted
+        self.state.training_seconds += now - self.counted
+        self.counted = now
+
+    # -------------------------------------------------------------------------
+    # Saving and going back
+
+    def save(self, step: int) -> None:
+        """A checkpoint of this step; the points up to it are on the disk before it is."""
+        if self.saved_step == step:
+            return
+        with self.clock.phase("saving"):
+            rng = {  # collectives: all ranks take part
+                f"rank{rank}.{device}": tensor
+                for rank, states in enumerate(self.dist.gather(rng_tensors(self.dist.device)))
+                for device, tensor in states.items()
+            }
+            tensors = {
+                "adapter_model": model_loading.adapter_state(self.model),
+                "optimizer": optimizer_tensors(self.optimizer, self.names),
+                "rng": rng,
+            }
+            self.count_seconds()
+            self.state.convergence = self.convergence.state_dict()
+            self.state.alerts = self.record.alerts.state_dict()
+            fault = self.dist.broadcast(self.dist.is_main and self.write_checkpoint(step, tensors))
+        if fault:
+            raise RunStopped(
+                f"the checkpoint of step {step} can't be written ({fault}); the one before it is intact. "
+                "Free some space and go on with --resume latest"
+            )
+        self.saved_step = step
+
+    def write_checkpoint(self, step: int, tensors: dict[str, dict[str, torch.Tensor]]) -> str:
+        """Write, say so, prune. Returns what went wrong, or nothing."""
+        directory, best = self.run.checkpoints, self.state.best_step
+        self.tensorboard_writer.flush(durable=True)
+        try:
+            path = save_checkpoint(
+                directory,
+                step,
+                run=self.run.name,
+                tensors=tensors,
+                documents=model_loading.adapter_documents(self.model),
+                state={
+                    "train_state": run_summary.settings_of(self.state),
+                    "identity": self.identity,
+                    "config": self.settings,
+                },
+            )
+        except OSError as error:
+            return f"{directory}: {error.strerror or error}"
+        self.terminal.say(f"saved {path}")
+        prune_checkpoints(
+            directory,
+            run=self.run.name,
+            keep=self.config.save_total_limit,
+            protect=directory / f"checkpoint-{best}" if best else None,
+            warn=self.terminal.warn,
+        )
+        return ""
+
+    def save_model(self, directory: Path) -> None:
+        """The adapter with its tokenizer, whole or not at all."""
+        state = model_loading.adapter_state(self.model)
+        if self.dist.is_main:
+            model_loading.save_adapter(self.model, self.tokenizer, state, directory)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Weights, optimizer, random state and counters as they were at the checkpoint."""
+        run_summary.check_identity(checkpoint.state["identity"], self.identity, checkpoint.path)
+        model_loading.load_adapter_state(self.model, checkpoint.tensors["adapter_model"])
+        parameters = {name: parameter for parameter, name in self.names.items()}
+        restore_optimizer(self.optimizer, parameters, checkpoint.tensors["optimizer"])
+        prefix = f"rank{self.dist.rank}."
+        rng = {
+            k.removeprefix(prefix): v for k, v in checkpoint.tensors["rng"].items() if prefix in k
+        }
+        if rng:  # a rank that did not exist then starts from the seed
+            restore_rng(rng, self.dist.device)
+        self.state = TrainState(**checkpoint.state["train_state"])
+        self.saved_step = self.state.step
+
+    def roll_back(self) -> None:
+        """Policy `rollback`: the newest checkpoint again, and no update at the step that failed."""
+        failed, self.rollback_from = self.rollback_from, 0
+        nonfinite, skipped = self.state.nonfinite_steps, self.state.skipped_steps
+        path = None
+        if self.dist.is_main:
+            found = newest_checkpoint(
+                self.run.checkpoints, warn=self.terminal.warn, run=self.run.name
+            )
+            path = found.path if found else None
+        path = self.dist.broadcast(path)
+        if path is None or failed in skipped:
+            self.outcome = "nonfinite"
+            return
+        self.restore(checkpoint_at(path))
+        self.state.nonfinite_steps, self.state.skipped_steps = nonfinite, [*skipped, failed]
+        self.start_convergence()
+        self.record.rewind(self.state.step, self.state.alerts)
+        self.terminal.say(f"went back to {path}; the update of step {failed} will be left out")
+
+    # -------------------------------------------------------------------------
+    # Beginning
+
+    def build_model(self) -> None:
+        """Weights, adapters, fast kernels, the wrapper of several ranks, optimizer."""
+        config, dist = self.config, self.dist
+        self.model = model_loading.load_model(
+            self.resolved,
+            self.tokenizer,
+            device=dist.device,
+            precision=config.precision,
+            lora_r=config.lora_r,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=config.target_modules,
+            rank_pattern=config.rank_pattern,
+            use_rslora=config.use_rslora,
+            use_dora=config.use_dora,
+            quantization=config.quantization,
+            init_adapter=config.init_adapter,
+            gradient_checkpointing=config.gradient_checkpointing == "on",
+            seed=config.seed,
+            trust_remote_code=self.trust_remote_code,
+        )
+        packed = PackedLossModel(self.model, self.data.train.tokens.close_id)
+        compiles = config.compile == "on" or (
+            config.compile == "auto" and dist.device.type == "cuda"
+        )
+        self.batch_shape = packed.compile_layers(self.plan) if compiles else {}
+        self.parallel_model = distributed.parallelize(packed, config.parallel, dist)
+        self.parallel_model.train()
+        named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        self.names = {parameter: name for name, parameter in named}
+        self.parameters = [parameter for _, parameter in named]
+        self.optimizer = build_optimizer(
+            self.parameters,
+            learning_rate=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            epsilon=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+        )
+        self.dims = dims_from_config(self.model.config)
+        self.lora_weights = sum(p.numel() for p in self.parameters) if config.lora_r else None
+        # Nothing waits for the CPU's own results, so there every step is looked at.
+        self.reads_are_free = dist.device.type == "cpu"
+        torch.manual_seed(config.seed + dist.rank)  # dropout, if any, differs between ranks
+
+    def open_run(self) -> None:
+        """Directories, record and monitors; from a checkpoint where there is one."""
+        config, dist = self.config, self.dist
+        output_dir = Path(config.output_dir)
+        self.state.interval = self.state.epoch = self.ledger.zeros().tolist()
+        self.identity = run_summary.identity(
+            self.settings, self.resolved.name, self.data, self.plan
+        )
+        checkpoint = self.find_checkpoint()
+        if checkpoint:
+            self.restore(checkpoint)
+            self.state.resume_count += 1
+        if dist.is_main:  # weights and both moments, one more while the old one is still there
+            check_writable(output_dir, 6 * sum(p.numel() * 4 for p in self.parameters))
+        name = dist.broadcast(
+            checkpoint.run if checkpoint else dist.is_main and new_run(output_dir).name
+        )
+        self.run: RunDirectory = known_run(output_dir, name)
+        self.terminal.open_log(self.run.logs / "training.log")
+        self.start_convergence()
+        on_cuda = dist.device.type == "cuda"
+        self.record = RunRecord(
+            self.run,
+            is_main=dist.is_main,
+            resume_step=self.state.step if checkpoint else None,
+            gpu_uuids=visible_gpu_uuids() if on_cuda else (),
+            first_gpu_index=0,
+            alert_state=self.state.alerts,
+            alert_actions=config.alert_actions,
+            warn=self.terminal.warn,
+        )
+        peak = peak_flops(torch.cuda.get_device_name(dist.device)) if on_cuda else None
+        self.clock = StepClock(peak_flops=peak and peak * dist.world_size)
+        self.started = self.counted = time.monotonic()
+        self.announce(checkpoint)
+        self.record.status("running", step=self.state.step)
+        if not checkpoint and dist.is_main:
+            self.describe_data()
+        for signal_name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            if hasattr(signal, signal_name):  # Windows has no SIGHUP
+                signal.signal(getattr(signal, signal_name), self.on_signal)
+
+    def find_checkpoint(self) -> Checkpoint | None:
+        """The checkpoint that `resume` asks for; the same on all ranks."""
+        directory = Path(self.config.output_dir) / "checkpoints"
+        path = None
+        if self.dist.is_main:
+            remove_leftovers(directory)
+            if self.resume in ("latest", "auto"):
+                newest = newest_checkpoint(directory, warn=self.terminal.warn)
+                path = newest.path if newest else None
+            elif self.resume:
+                path = Path(self.resume)
+        path = self.dist.broadcast(path)
+        if path is None and self.resume == "latest":
+            raise UserError(
+                f"--resume latest: no usable checkpoint in {directory}; --resume auto starts fresh "
+                "where there is none"
+            )
+        return checkpoint_at(path) if path else None
+
+    def start_convergence(self) -> None:
+        """The convergence monitor as it stood at the state's step."""
+        self.convergence = ConvergenceMonitor(
+            self.plan.num_steps, self.plan.steps_per_epoch, self.state.convergence or None
+        )
+
+    def on_signal(self, number: int, _frame: object) -> None:
+        """Only a flag: the loop saves at the next step boundary, all ranks at the same one."""
+        self.stop_signal = signal.Signals(number).name
+
+    def announce(self, checkpoint: Checkpoint | None) -> None:
+        """What was resolved, on the terminal."""
+        if self.resolved.embedded:
+            self.terminal.say(model_loading.banner(self.resolved), style="bold yellow")
+        data, plan = self.data, self.plan
+        counts = model_loading.parameter_counts(self.model)
+        self.terminal.table(
+            "Run",
+            [
+                ("device", f"{self.dist.device}, {self.dist.world_size} rank(s)"),
+                ("model", self.resolved.name),
+                ("parameters", f"{counts[0]:,} trainable of {counts[1]:,}"),
+                (
+                    "samples",
+                    f"{len(data.train)} train, {len(data.held_out)} held out",
+                ),
+                ("broken, left out", len(data.split.read.broken)),
+                ("tokens per epoch", f"{plan.num_tokens:,}"),
+                ("steps", f"{plan.num_steps} ({plan.steps_per_epoch} per epoch)"),
+                ("packing", f"{plan.num_rows} rows, {plan.efficiency:.1%} full"),
+                ("run", self.run.logs),
+            ],
+        )
+        if checkpoint:
+            self.terminal.say(f"resumed from {checkpoint.path}, step {self.state.step}")
+        self.terminal.say(f"tensorboard --logdir={self.run.tensorboard.parent}")
+
+    def describe_data(self) -> None:
+        """Before step 1: settings, dataset and mask audit, to TensorBoard and as files."""
+        writer, statistics = self.tensorboard_writer, self.data.statistics
+        self.data.write_reports(self.run.logs)
+        writer.add_hparams(run_summary.hparams(self.settings))
+        settings = run_summary.markdown_table(run_summary.hparams(self.settings))
+        writer.add_text("Config/Training_Settings", settings, 0)
+        writer.add_text("Dataset/Summary", statistics.summary_markdown(), 0)
+        audit = mask_audit(self.data.train.tokens, self.tokenizer)
+        writer.add_text("Dataset/Mask_Audit", audit, 0)
+        for tag, values in statistics.histograms().items():
+            writer.add_histogram(tag, values, 0)
+        for tag, figure in statistics.figures().items():
+            writer.add_figure(tag, figure, 0)
+        config = {
+            "Config/Batch_Size": float(self.config.batch_size),
+            "Config/Sequence_Length": float(self.config.max_seq_length),
+            "Config/Gradient_Accumulation_Steps": float(self.config.gradient_accumulation_steps),
+        }
+        writer.log(0, statistics.scalars() | config)
+
+    # -------------------------------------------------------------------------
+    # End
+
+    def finish(self) -> None:
+        """Final model, summary and statistics; or, when interrupted, how to go on."""
+        state, outcome = self.state, self.outcome
+        self.terminal.stop_progress()
+        if outcome == "nonfinite":
+            raise RunStopped(
+                f"step {state.nonfinite_steps[-1]}: non-finite gradient, samples "
+                f"{', '.join(self.nonfinite_places[:4])}. No bad update reached the weights; look at these "
+                "samples, lower --learning-rate or use --nonfinite skip, then --resume latest"
+            )
+        if outcome == "preempted":
+            self.terminal.conclude(
+                f"{self.stop_signal}: saved step {state.step} of {self.plan.num_steps}. Go on with the "
+                "same command and --resume latest"
+            )
+        else:
+            self.save_model(self.run.final_model)
+            self.count_seconds()
+            if self.dist.is_main:
+                self.write_summary()
+        self.record.status(outcome, step=state.step, signal=self.stop_signal)
+
+    def write_summary(self) -> None:
+        """Final_* tags, Training/Final_Summary and training_statistics.json."""
+        state, run = self.state, self.run
+        trainable, total = model_loading.parameter_counts(self.model)
+        model = {"name": self.resolved.name, "trainable": trainable, "total": total}
+        final = run_summary.final_metrics(
+            self.settings,
+            self.data,
+            {"Trainable_Parameters": trainable, "Total_Parameters": total},
+            state,
+            self.convergence.scalars(),
+            self.record.system.read(),
+        )
+        statistics = run_summary.training_statistics(
+            self.settings, model, self.data, self.plan, state, final, run
+        )
+        self.tensorboard_writer.log(state.step, final)
+        summary = run_summary.final_summary(statistics)
+        self.tensorboard_writer.add_text("Training/Final_Summary", summary, state.step)
+        write_json(run.statistics, statistics)
+        self.terminal.conclude(run_summary.closing_lines(statistics, run))
+
+    def close_run(self) -> None:
+        """Writer and monitors end, whatever happened."""
+        self.terminal.stop_progress()
+        ends = {"completed": "success", "stopped": "success"}
+        self.record.close(ends.get(self.outcome))
+
+
+def due(step: int, every: int) -> bool:
+    """True at every `every`-th step; never for 0."""
+    return every > 0 and step % every == 0
+
+
+def _nonfinite(documents: tuple[int, ...], sums: object) -> list[int]:
+    """Documents whose own loss is not finite."""
+    finite = torch.isfinite(sums.per_document).all(dim=2).all(dim=1).tolist()
+    return [d for d, good in zip(documents, finite, strict=True) if not good]
+
+
+# -----------------------------------------------------------------------------
+# The command
+
+
+def run(command: CommandLine) -> None:
+    """Do what the command line says."""
+    trainer = DirectTrainer(
+        command.training,
+        resume=command.resume,
+        quiet=command.quiet,
+        trust_remote_code=command.trust_remote_code,
+    )
+    trainer.train()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit codes: 0 done or interrupted with a checkpoint, 2 bad input, 3 the run could not go on."""
+    try:
+        run(parse_command_line(sys.argv[1:] if arguments is None else arguments))
+    except (UserError, RunStopped) as error:
+        Terminal().error(str(error))
+        return 2 if isinstance(error, UserError) else 3
+    distributed.leave()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,28 @@
+"""Settings that must be made before torch is imported: import this module first."""
+
+import ctypes
+import os
+import sys
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep large freed blocks instead of returning them to the kernel at every step.
+
+    A training step frees and takes the same large tensors again; each return costs a page fault per
+    4 KiB on the next touch. mallopt(M_TRIM_THRESHOLD = -1, ...) and mallopt(M_MMAP_THRESHOLD = -3, ...).
+    Users who set the MALLOC_ variables keep their own values.
+    """
+    named = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
+    if not sys.platform.startswith("linux") or any(name in os.environ for name in named):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # musl has none
+        mallopt(-1, 2**31 - 1)
+        mallopt(-3, 2**30)
+
+
+_keep_freed_memory()
+# The tokenizer's own threads and forked workers don't go together; it warns at length otherwise.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Restarted groups meet a stale address in torchrun's shared store (pytorch#135712) without this.
+os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")

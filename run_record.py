@@ -1,0 +1,109 @@
+"""Everything of a run that is written down while it goes on: one object, so that the loop has one call.
+
+It owns the run's TensorBoard writer, hardware monitor, alerts and status file. On ranks other than 0
+the same calls do nothing; only the alerts look at every rank's numbers, so that all ranks act alike.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from alerts import Alert, AlertMonitor, run_command
+from run_directory import RunDirectory
+from safe_text import redact_values, strict
+from system_monitor import SystemMonitor
+from tb_logger import NullLogger, TensorBoardLogger
+
+
+class RunRecord:
+    """The record of one session of a run.
+
+    Args:
+        run: where it is written.
+        is_main: this rank writes.
+        resume_step: step of the checkpoint that the session starts from; None for a fresh run.
+        gpu_uuids: this node's devices, numbered from `first_gpu_index`; empty: none are read.
+        alert_actions: alert name -> log, save, stop, or a command to run.
+        warn: told of everything a person should look at.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        *,
+        is_main: bool,
+        resume_step: int | None,
+        gpu_uuids: tuple[str, ...] | None,
+        first_gpu_index: int,
+        alert_state: Mapping | None,
+        alert_actions: Mapping[str, str],
+        warn: Callable[[str], None],
+    ) -> None:
+        self.run, self._is_main, self._warn = run, is_main, warn
+        self._actions = alert_actions
+        self.evidence: dict[str, object] = {}  # what the alerts of the next logged step may cite
+        self.alerts = AlertMonitor(alert_state or None)
+        self.writer = self._open_writer(resume_step)
+        self.system = SystemMonitor(gpu_uuids, run.output_dir, 1.0, first_gpu_index, warn=warn)
+        if is_main:
+            self.system.start()
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> set[str]:
+        """Write one step's numbers; returns what its alerts ask for: any of "save" and "stop"."""
+        raised = self.alerts.observe(step, metrics, self.evidence)
+        self.evidence = {}
+        self.writer.log(step, {**metrics, **self.alerts.scalars()})
+        if raised:
+            self.writer.add_text("Alerts/Table", self.alerts.table(), step)
+        return {self._act(alert) for alert in raised} & {"save", "stop"}
+
+    def rewind(self, step: int, alert_state: Mapping) -> None:
+        """Take back everything after `step`: the run goes on from there."""
+        self.writer.close()
+        self.writer = self._open_writer(step)
+        self.alerts = AlertMonitor(alert_state or None)
+
+    def status(self, status: str, **details: object) -> None:
+        """How the run stands, for schedulers and people."""
+        if self._is_main:
+            self.run.write_status(status, **redact_values(details))
+
+    def overhead_percent(self, seconds: float) -> dict[str, float]:
+        """Share of `seconds` of training that calls of the writer took."""
+        if seconds <= 0 or not self.writer:
+            return {}
+        return {"Monitoring/Logging_Overhead_Percent": 100 * self.writer.overhead_seconds / seconds}
+
+    def close(self, status: str | None) -> None:
+        """End writing; `status` "success" or "failure" only when the run will not be resumed."""
+        self.system.stop()
+        self.writer.close(status)
+
+    def _open_writer(self, resume_step: int | None) -> TensorBoardLogger | NullLogger:
+        if not self._is_main:
+            return NullLogger()
+        return TensorBoardLogger(
+            self.run.tensorboard,
+            metrics_path=self.run.logs / "metrics.jsonl",
+            resume_step=resume_step,
+            warn=self._warn,
+        )
+
+    def _act(self, alert: Alert) -> str:
+        self._warn(f"{alert.name} at step {alert.step}: {alert.advice}")
+        action = self._actions.get(alert.name, "log")
+        if not self._is_main:
+            return action
+        _append_line(self.run.logs / "alerts.jsonl", alert.record(), self._warn)
+        if action not in ("log", "save", "stop"):
+            run_command(action, alert)
+        return action
+
+
+def _append_line(path: Path, record: Mapping, warn: Callable[[str], None]) -> None:
+    line = json.dumps(strict(redact_values(dict(record))), ensure_ascii=False, allow_nan=False)
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    except OSError as error:  # a full disk must not stop training
+        warn(f"{path.name} can't be written: {error.strerror or error}")

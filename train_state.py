@@ -1,0 +1,45 @@
+"""What a run knows besides its weights: counters, sums in progress, monitors. Strict JSON."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class TrainState:
+    """The loop's state after `step` updates; identical on all ranks and saved whole."""
+
+    step: int = 0
+    tokens_seen: int = 0
+    samples_seen: int = 0
+    training_seconds: float = 0.0  # wall time of the loop over all sessions
+    resume_count: int = 0
+    interval: list[float] = field(default_factory=list)  # loss sums since the last logged step
+    epoch: list[float] = field(
+        default_factory=list
+    )  # loss sums since the epoch began, finite steps
+    epoch_seconds: float = 0.0
+    grad_norm: float = 0.0  # of the newest step, before clipping
+    grad_norm_max: float = 0.0  # since the last logged step
+    last_loss: float | None = None  # the newest Training/Loss
+    first_eval_loss: float | None = None
+    last_eval_loss: float | None = None
+    best_eval_loss: float | None = None
+    best_step: int | None = None
+    evals_without_gain: int = 0
+    nonfinite_steps: list[int] = field(default_factory=list)
+    skipped_steps: list[int] = field(
+        default_factory=list
+    )  # their update is left out after a rollback
+    micro_batch_splits: int = 0  # how often out-of-memory has halved the micro-batches
+    convergence: dict = field(default_factory=dict)
+    alerts: dict = field(default_factory=dict)
+
+    def note_evaluation(self, step: int, loss: float) -> bool:
+        """Take a held-out loss; True if it is the best so far."""
+        if self.first_eval_loss is None:
+            self.first_eval_loss = loss
+        self.last_eval_loss = loss
+        if self.best_eval_loss is None or loss < self.best_eval_loss:
+            self.best_eval_loss, self.best_step, self.evals_without_gain = loss, step, 0
+            return True
+        self.evals_without_gain += 1
+        return False

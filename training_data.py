@@ -1,0 +1,199 @@
+"""Raw files to everything the loop and the reports need of the data: samples, split, tokens, groups."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from chat_tokens import TokenizedSamples, tokenize_samples
+from crypto_terms import categories, find_terms, load_terms
+from dataset_stats import DatasetStatistics, compute_statistics
+from errors import UserError
+from near_duplicates import split_held_out
+from safe_text import atomic_write_text, clean_line, strict, write_json
+from sample_facts import difficulty
+from samples import BrokenSample, Sample, SampleSet, read_samples, weighted_indices
+
+DIFFICULTIES = ("1", "2", "3", "4")
+NO_CATEGORY = "none"
+
+
+@dataclass(frozen=True)
+class Split:
+    """All samples that were read, and which of them train and which are held out."""
+
+    read: SampleSet
+    train: np.ndarray  # (n,) indices; a weighted source may appear several times
+    held_out: np.ndarray  # (m,) indices, empty when the held-out data are files of their own
+    eval_read: SampleSet | None  # held-out files of the user's
+
+    def training_texts(self) -> list[str]:
+        """Plain text of the distinct training samples, for the demonstration model."""
+        samples = (self.read.samples[int(i)] for i in np.unique(self.train))
+        return ["\n".join(filter(None, (s.question, s.thinking, s.answer))) for s in samples]
+
+
+@dataclass(frozen=True)
+class DataPart:
+    """The training or the held-out part: which documents of a table, their samples, their groups."""
+
+    samples: Sequence[Sample]
+    tokens: TokenizedSamples
+    documents: np.ndarray  # (m,) rows of `tokens`; a weighted source may appear several times
+    groups: Mapping[str, tuple[Sequence[str], np.ndarray]]  # labels of all rows of `tokens`
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def sample(self, document: int) -> Sample:
+        """The sample that a document was made of."""
+        return self.samples[int(self.tokens.sample_index[document])]
+
+    def place(self, document: int) -> str:
+        """`file:line` and id of a document's sample, for messages."""
+        sample = self.sample(document)
+        return f"{clean_line(sample.source)}:{sample.line} ({sample.id})"
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What `prepare_data` returns."""
+
+    split: Split
+    train: DataPart
+    held_out: DataPart
+    max_seq_length: int
+    workers: int
+
+    @cached_property
+    def statistics(self) -> DatasetStatistics:
+        """Statistics of everything that was read; computed when first asked for."""
+        read = self.split.read
+        return compute_statistics(
+            read.samples,
+            held_out=self.split.held_out,
+            tokens=self.train.tokens,
+            max_seq_length=self.max_seq_length,
+            workers=self.workers,
+            broken=read.broken,
+        )
+
+    def write_reports(self, logs: Path) -> None:
+        """dataset_statistics.json, broken_samples.jsonl and truncation.json in the run's log directory."""
+        write_json(logs / "dataset_statistics.json", self.statistics.to_json())
+        write_broken(logs / "broken_samples.jsonl", self.split.read.broken)
+        write_json(logs / "truncation.json", asdict(self.train.tokens.ledger))
+
+
+def split_samples(
+    data_path: Sequence[str],
+    *,
+    data_weights: Sequence[float] = (),
+    columns: Mapping[str, str] | None = None,
+    eval_path: Sequence[str] = (),
+    eval_fraction: float = 0.1,
+    max_broken_fraction: float = 0.1,
+    seed: int = 0,
+    cache_dir: Path | None = None,
+    workers: int = 1,
+) -> Split:
+    """Read the files and split off the held-out share. Raises UserError where too much is broken."""
+    options = {"columns": dict(columns or {}) or None, "cache_dir": cache_dir, "workers": workers}
+    read = read_samples(data_path, **options)
+    check_broken(read, max_broken_fraction)
+    eval_read = read_samples(eval_path, **options) if eval_path else None
+    everything = np.arange(len(read.samples))
+    if eval_read is not None or not eval_fraction:
+        train, held_out = everything, everything[:0]
+    else:
+        train, held_out = split_held_out(read.samples, eval_fraction)
+    if data_weights:
+        weights = dict(zip(data_path, data_weights, strict=True))
+        train = weighted_indices(read.samples, train, weights, seed)
+    if not len(train):
+        raise UserError(f"data_path {', '.join(data_path)}: no sample is left for training")
+    return Split(read, train, held_out, eval_read)
+
+
+def check_broken(read: SampleSet, max_fraction: float) -> None:
+    """Refuse data of which too much can't be read, naming the first places."""
+    total = len(read.samples) + len(read.broken)
+    if len(read.broken) <= max_fraction * total:
+        return
+    places = "; ".join(f"{b.source}:{b.line} {b.reason}" for b in read.broken[:3])
+    raise UserError(
+        f"data: {len(read.broken)} of {total} samples are broken, more than max_broken_fraction "
+        f"{max_fraction:g} allows. First: {places}. Mend them (--check-data lists all) or raise "
+        "--max-broken-fraction"
+    )
+
+
+def prepare_data(
+    split: Split, tokenizer: object, max_seq_length: int, *, workers: int, **options: object
+) -> TrainingData:
+    """Tokenize both parts. `options` are those of `tokenize_samples`."""
+    options = {"workers": workers, **options}
+    sources = sorted({*split.read.samples_per_file, *_eval_sources(split)})
+    tokens = tokenize_samples(split.read.samples, tokenizer, max_seq_length, **options)
+    groups = _groups(split.read.samples, tokens, sources)
+    train = DataPart(split.read.samples, tokens, tokens.documents_of(split.train), groups)
+    if split.eval_read is None:
+        documents = tokens.documents_of(split.held_out)
+        held_out = DataPart(split.read.samples, tokens, documents, groups)
+    else:
+        samples = split.eval_read.samples
+        tokens = tokenize_samples(samples, tokenizer, max_seq_length, **options)
+        groups = _groups(samples, tokens, sources)
+        held_out = DataPart(samples, tokens, np.arange(len(tokens)), groups)
+    if not len(train):
+        raise UserError(
+            f"data: none of {len(split.train)} samples fits in max_seq_length {max_seq_length} tokens; "
+            "raise --max-seq-length or use --over-length truncate_thinking"
+        )
+    return TrainingData(split, train, held_out, max_seq_length, workers)
+
+
+def write_broken(path: Path, broken: Sequence[BrokenSample]) -> None:
+    """One JSON object a line: source, line, reason. Nothing is written where nothing is broken."""
+    if broken:
+        records = ({"source": b.source, "line": b.line, "reason": b.reason} for b in broken)
+        lines = (json.dumps(strict(r), ensure_ascii=False, allow_nan=False) for r in records)
+        atomic_write_text(path, "".join(line + "\n" for line in lines))
+
+
+def _eval_sources(split: Split) -> Sequence[str]:
+    return list(split.eval_read.samples_per_file) if split.eval_read is not None else []
+
+
+def _groups(
+    samples: Sequence[Sample], tokens: TokenizedSamples, sources: Sequence[str]
+) -> dict[str, tuple[Sequence[str], np.ndarray]]:
+    """Labels by difficulty, source and term category; a document is in one group of each."""
+    index_of = {source: i for i, source in enumerate(sources)}
+    names = [*categories(), NO_CATEGORY]
+    wanted = tokens.sample_index.tolist()
+    labels = {i: _labels(samples[i], index_of, names) for i in dict.fromkeys(wanted)}
+    table = np.array([labels[i] for i in wanted], dtype=np.int64).reshape(-1, 3)
+    return {
+        "By_Difficulty_": (DIFFICULTIES, table[:, 0]),
+        "By_Source/": (sources, table[:, 1]),
+        "By_Category/": (names, table[:, 2]),
+    }
+
+
+def _labels(
+    sample: Sample, index_of: Mapping[str, int], names: Sequence[str]
+) -> tuple[int, int, int]:
+    """Difficulty 0..3, source, and the category of most of the sample's terms."""
+    return difficulty(sample) - 1, index_of[sample.source], names.index(_category(sample))
+
+
+def _category(sample: Sample) -> str:
+    terms, counts = load_terms(), {}
+    for name, count in find_terms(f"{sample.question}\n{sample.answer}").items():
+        category = terms[name].category
+        counts[category] = counts.get(category, 0) + count
+    return max(counts, key=lambda c: (counts[c], c), default=NO_CATEGORY)
