@@ -9,7 +9,7 @@ decides. Clusters are the connected components of that relation.
 import hashlib
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import rensa
@@ -49,6 +49,22 @@ def question_text(sample: Sample) -> str:
 def pair_text(sample: Sample) -> str:
     """Question and answer, the text that near duplicates of a sample share."""
     return f"{question_text(sample)}\n{sample.answer}"
+
+
+class Texts(Sequence):
+    """A text of each sample, made on demand so that large data stay on disk."""
+
+    def __init__(self, samples: Sequence[Sample], text: Callable[[Sample], str]) -> None:
+        self._samples, self._text = samples, text
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> str:
+        return self._text(self._samples[int(index)])
+
+    def __iter__(self) -> Iterator[str]:
+        return map(self._text, self._samples)
 
 
 def shingles(text: str) -> np.ndarray:
@@ -235,8 +251,8 @@ def split_held_out(samples: Sequence[Sample], fraction: float) -> tuple[np.ndarr
 
 def _split_clusters(samples: Sequence[Sample]) -> np.ndarray:
     """Label per sample: joined when the questions or the question-answer pairs are near."""
-    by_question = near_duplicate_clusters(_Lazy(samples, question_text))
-    by_pair = near_duplicate_clusters(_Lazy(samples, pair_text))
+    by_question = near_duplicate_clusters(Texts(samples, question_text))
+    by_pair = near_duplicate_clusters(Texts(samples, pair_text))
     return _joined(by_question, np.arange(len(samples)), by_pair)
 
 
@@ -261,16 +277,3 @@ def _fallback_cluster(position: np.ndarray, sizes: np.ndarray, eligible: np.ndar
         )
     order = np.lexsort((position, np.where(eligible, 0, sizes)))
     return int(order[0])
-
-
-class _Lazy(Sequence):
-    """`function(items[i])` on demand, so that large data stay on disk."""
-
-    def __init__(self, items: Sequence, function):
-        self.items, self.function = items, function
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index):
-        return self.function(self.items[int(index)])

@@ -1,0 +1,615 @@
+"""What is in the data, what is wrong with it and how long it is, before a GPU hour is spent.
+
+    python dataset_stats.py data/raw                      report with bars, and an HTML page
+    python dataset_stats.py data/raw --json               one JSON object on standard output
+    python dataset_stats.py train.jsonl --compare test.jsonl      side by side, with leaks
+
+One pass over the samples gives mergeable `Facts` (also in parallel); duplicates and leaks are found
+from keys and, for near ones, by reading the texts once more.
+"""
+
+import multiprocessing
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from json import dumps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import tyro
+
+import crypto_terms
+import dataset_report
+from errors import UserError
+from near_duplicates import Texts, jaccard, near_duplicate_clusters, pair_text, question_text
+from safe_text import atomic_write_text, clean_line, strict
+from sample_facts import LISTED, Facts, Finding, Tally, difficulty, observe
+from samples import BrokenSample, Sample, read_samples
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from chat_tokens import TokenizedSamples
+
+__all__ = ["DatasetStatistics", "compute_statistics", "difficulty", "packing_efficiency"]
+
+SEQUENCE_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
+QUALITY_BOUNDARIES = (0.5, 0.75, 0.9)  # level 1 is below the first, level 4 from the last
+MANY_TERMS = 10  # Crypto_Terms_10 counts samples with ten different terms or more
+TOLERATED = 0.001  # share of samples that the advised sequence length may exceed
+_CHUNK = 2000  # samples that one worker observes at a time
+_FORECAST_SAMPLES = 50_000  # lengths that the packing forecast looks at
+_SEGMENTS = {0: "prompt", 1: "thinking", 3: "answer"}  # of chat_tokens.Segment
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """Samples that repeat others; the findings name each and its partner, the first `LISTED`."""
+
+    exact: int  # samples beyond the first with equal question and answer
+    near: int  # further samples whose question and answer are nearly those of another
+    conflicting_questions: int  # questions with more than one different answer
+    leaks: int | None  # held-out samples that (nearly) repeat a training sample; None: no split
+    findings: dict[str, list[Finding]]
+
+
+@dataclass(frozen=True)
+class TokenLengths:
+    """Tokens per segment, exact from a tokenizer or estimated from characters."""
+
+    exact: bool
+    tallies: dict[str, Tally]  # prompt, thinking, answer, total
+    ledger: dict[str, int] = field(default_factory=dict)  # samples, by what truncation did to them
+    limit: int | None = None  # above which the lengths of truncated or dropped samples are unknown
+
+
+@dataclass(frozen=True)
+class DatasetStatistics:
+    """All statistics of a data set. Every number of `scalars` is also in `to_json`."""
+
+    facts: Facts
+    duplicates: Duplicates
+    tokens: TokenLengths
+    max_seq_length: int | None
+    broken: tuple[BrokenSample, ...]
+
+    @property
+    def total_samples(self) -> int:
+        return self.facts.counts["samples"]
+
+    def scalars(self) -> dict[str, float]:
+        """Every number under its tag "Dataset/…"; what is unknown is absent. Lengths in characters
+        unless the tag says tokens; token counts only where a tokenizer made them."""
+        return {f"Dataset/{name}": float(value) for name, value in self._numbers().items()}
+
+    def _numbers(self) -> dict[str, float]:
+        """The known numbers by the last part of their tag; counts are int."""
+        values = {**self._sample_scalars(), **self._duplicate_scalars()}
+        if self.tokens.exact:
+            values |= self._token_scalars()
+        return {name: value for name, value in values.items() if value is not None}
+
+    def _sample_scalars(self) -> dict[str, float | None]:
+        facts, total = self.facts, self.total_samples
+        copied = facts.counts["answer_copied"]
+        result = {
+            "Total_Samples": total,
+            "Broken_Samples": len(self.broken),
+            "Avg_Instruction_Length": self._mean("question_chars"),
+            "Avg_Thinking_Length": self._mean("thinking_chars"),
+            "Avg_Answer_Length": self._mean("answer_chars"),
+            "Avg_Output_Length": self._mean("output_chars"),
+            "Thinking_Samples_Percent": 100 * facts.counts["thinking_samples"] / total,
+            "Thinking_Answer_Ratio_P50": self._tally("thinking_answer_ratio").summary().get("p50"),
+            "Avg_Instruction_Quality": self._mean("question_quality"),
+            "Avg_Output_Quality": self._mean("output_quality"),
+            "Avg_Crypto_Complexity": self._mean("complexity"),
+            "Answer_Copied_Into_Thinking": copied,
+            "Citation_Conflicts": facts.counts["citation_conflicts"],
+        }
+        result |= _counts_and_percents("Difficulty", facts.difficulty, total)
+        result |= _counts_and_percents("Quality_Level", self._quality_levels(), total)
+        terms = np.minimum(self._tally("distinct_terms").values(), MANY_TERMS).astype(int)
+        for k in range(MANY_TERMS + 1):
+            result[f"Crypto_Terms_{k}_Count"] = int(np.count_nonzero(terms == k))
+        for name, tally in sorted(facts.tallies.items()):
+            if name.startswith("quality/"):
+                result[f"Quality_{_tag(name.split('/')[1])}"] = tally.mean()
+        return result
+
+    def _duplicate_scalars(self) -> dict[str, float | None]:
+        return {
+            "Exact_Duplicates": self.duplicates.exact,
+            "Near_Duplicates": self.duplicates.near,
+            "Conflicting_Answers": self.duplicates.conflicting_questions,
+            "Train_Eval_Leaks": self.duplicates.leaks,
+        }
+
+    def _token_scalars(self) -> dict[str, float | None]:
+        result: dict[str, float | None] = {}
+        for name, tally in self.tokens.tallies.items():
+            for key, value in tally.summary().items():
+                result[f"{_tag(name)}_Tokens_{key.title()}"] = value
+        for length, percent in self.exceeding().items():
+            result[f"Exceeding_{length}_Percent"] = percent
+        result["Advised_Max_Seq_Length"] = self.advised_max_seq_length()
+        if self.max_seq_length:
+            result["Packing_Efficiency_Percent"] = self.packing_forecast()[self.max_seq_length]
+        if ledger := self.tokens.ledger:
+            documents = len(self.tokens.tallies["total"]) + ledger["dropped"]
+            result["Truncated_Percent"] = 100 * ledger["truncated"] / max(1, documents)
+            names = ("lost_think_close", "lost_answer", "lost_eos", "dropped", "control_tokens")
+            result |= {_tag(name): ledger[name] for name in names}
+        return result
+
+    def _tally(self, name: str) -> Tally:
+        return self.facts.tallies.get(name) or Tally()
+
+    def _mean(self, name: str) -> float | None:
+        return self._tally(name).mean()
+
+    def _quality_levels(self) -> dict[int, int]:
+        levels = 1 + np.searchsorted(
+            QUALITY_BOUNDARIES, self._tally("output_quality").values(), side="right"
+        )
+        return {k: int(np.count_nonzero(levels == k)) for k in range(1, 5)}
+
+    def exceeding(self) -> dict[int, float]:
+        """Percent of the samples longer than each length of `SEQUENCE_LENGTHS`, in tokens; a
+        length is absent where truncation hid how many there were."""
+        values, ledger = self.tokens.tallies["total"].values(), self.tokens.ledger
+        dropped, truncated = ledger.get("dropped", 0), ledger.get("truncated", 0)
+        limit = self.tokens.limit if truncated else None
+        result = {}
+        for length in SEQUENCE_LENGTHS:
+            if limit is None or length < limit:
+                count = int(np.count_nonzero(values > length)) + dropped
+            elif length == limit:
+                count = truncated
+            else:
+                break
+            result[length] = 100 * count / max(1, len(values) + dropped)
+        return result
+
+    def advised_max_seq_length(self) -> int | None:
+        """The shortest of `SEQUENCE_LENGTHS` that at most `TOLERATED` of the samples exceed."""
+        fitting = (k for k, percent in self.exceeding().items() if percent <= 100 * TOLERATED)
+        return next(fitting, None)
+
+    def packing_forecast(self) -> dict[int, float]:
+        """Percent of the tokens in full rows that are no padding, by row length, when samples are
+        packed; longer samples are left out. Rows in which nothing fits are absent."""
+        values = self.tokens.tallies["total"].values()
+        lengths = sorted({*SEQUENCE_LENGTHS, self.max_seq_length or SEQUENCE_LENGTHS[0]})
+        forecast = {n: packing_efficiency(values[values <= n], n) for n in lengths}
+        return {n: 100 * share for n, share in forecast.items() if share is not None}
+
+    def histograms(self) -> dict[str, np.ndarray]:
+        """Values (n,) per tag, for histograms of lengths, quality and complexity."""
+        names = ("question_chars", "thinking_chars", "answer_chars", "question_quality")
+        names += ("output_quality", "complexity", "distinct_terms")
+        result = {f"Dataset/{_tag(n)}_Histogram": self._tally(n).values() for n in names}
+        if self.tokens.exact:
+            for name, tally in self.tokens.tallies.items():
+                result[f"Dataset/{_tag(name)}_Tokens_Histogram"] = tally.values()
+        return {tag: values for tag, values in result.items() if len(values)}
+
+    def figures(self) -> "dict[str, Figure]":
+        """Pictures of lengths and terms, by tag. Close them after use."""
+        return dataset_report.figures(self.to_json())
+
+    def summary_markdown(self) -> str:
+        """Tables of everything, with what to look at first."""
+        return dataset_report.markdown(self.to_json())
+
+    def warnings(self) -> list[str]:
+        """What a person should know before training, worst first."""
+        return list(_warnings(self))
+
+    def worst_samples(self) -> list[dict[str, Any]]:
+        """Samples with the lowest quality, worst first: quality, source, line, part, weakest, …"""
+        return [asdict(sample) for sample in sorted(self.facts.worst)[:20]]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as strict JSON. Scalars bear their tag's name in small letters."""
+        facts = self.facts
+        findings = {**facts.findings, **self.duplicates.findings}
+        return strict(
+            {
+                **{name.lower(): value for name, value in self._numbers().items()},
+                "samples_per_file": dict(sorted(facts.per_file.items())),
+                "thinking_samples": facts.counts["thinking_samples"],
+                "samples_without_thinking": facts.counts["without_thinking"],
+                "samples_with_explicit_difficulty": facts.counts["explicit_difficulty"],
+                "broken": [asdict(record) for record in self.broken],
+                "warnings": self.warnings(),
+                "characters": {
+                    name: self._tally(f"{name}_chars").summary()
+                    for name in ("question", "thinking", "answer", "output")
+                },
+                "thinking_answer_ratio": self._tally("thinking_answer_ratio").summary(),
+                "tokens": {k: tally.summary() for k, tally in self.tokens.tallies.items()},
+                "tokens_are_exact": self.tokens.exact,
+                "token_histogram": _binned(self.tokens.tallies),
+                "truncation": self.tokens.ledger,
+                "max_seq_length": self.max_seq_length,
+                "exceeding_percent": self.exceeding(),
+                "packing_efficiency_percent_by_length": self.packing_forecast(),
+                "advised_max_seq_length": self.advised_max_seq_length(),
+                "terms": dict(sorted(facts.terms.items(), key=lambda item: (-item[1], item[0]))),
+                "term_occurrences": sum(facts.occurrences.values()),
+                "terms_by_category": _by_category(facts.occurrences),
+                "findings": {k: [asdict(f) for f in sorted(v)] for k, v in findings.items()},
+                "worst_samples": self.worst_samples(),
+            }
+        )
+
+
+def _tag(name: str) -> str:
+    """ "answer_chars" as a part of a tag: "Answer_Chars"."""
+    return name.replace("_", " ").title().replace(" ", "_").replace("Eos", "EOS")
+
+
+def _counts_and_percents(name: str, counts: dict[int, int], total: int) -> dict[str, float]:
+    result = {}
+    for k in range(1, 5):
+        result[f"{name}_{k}_Count"] = counts.get(k, 0)
+        result[f"{name}_{k}_Percent"] = 100 * counts.get(k, 0) / total
+    return result
+
+
+def _by_category(occurrences: dict[str, int]) -> dict[str, int]:
+    terms = crypto_terms.load_terms()
+    result = dict.fromkeys(crypto_terms.categories(), 0)
+    for name, count in occurrences.items():
+        result[terms[name].category] += count
+    return result
+
+
+def _binned(tallies: dict[str, Tally]) -> dict[str, list[int]]:
+    """Samples per power-of-two bin of tokens: up to 16, 32, … for pictures."""
+    edges = [0, *(2**k for k in range(4, 17)), np.inf]
+    return {
+        name: np.histogram(np.maximum(tally.values() - 0.5, 0), edges)[0].tolist()
+        for name, tally in tallies.items()
+    }
+
+
+def packing_efficiency(lengths: np.ndarray, row_tokens: int) -> float | None:
+    """Tokens / (rows x row_tokens) of first-fit-decreasing packing; None without lengths.
+
+    Looks at evenly spaced quantiles when there are more than `_FORECAST_SAMPLES`.
+    """
+    lengths = np.sort(np.asarray(lengths, np.int64))
+    if len(lengths) == 0:
+        return None
+    if len(lengths) > _FORECAST_SAMPLES:
+        lengths = lengths[np.linspace(0, len(lengths) - 1, _FORECAST_SAMPLES).astype(np.int64)]
+    # Rows by free space: best fit over distinct free spaces, as many rows may share one.
+    free = np.zeros(row_tokens + 1, np.int64)
+    rows = 0
+    for length in lengths[::-1].tolist():
+        offset = int(np.argmax(free[length:] > 0)) + length
+        if free[offset] == 0:
+            rows += 1
+            offset = row_tokens
+        else:
+            free[offset] -= 1
+        free[offset - length] += offset > length
+    return float(lengths.sum() / (rows * row_tokens))
+
+
+# -----------------------------------------------------------------------------
+# Computing
+
+
+def compute_statistics(
+    samples: Sequence[Sample],
+    *,
+    held_out: Sequence[int] | np.ndarray | None = None,
+    tokens: "TokenizedSamples | None" = None,
+    max_seq_length: int | None = None,
+    workers: int = 1,
+    broken: Sequence[BrokenSample] = (),
+) -> DatasetStatistics:
+    """Statistics of all `samples`; those with an index in `held_out` are checked for leaks.
+
+    With `tokens`, lengths in tokens are exact, otherwise they are estimated and kept out of
+    `scalars`. The result does not depend on the order of the samples or on `workers`.
+    Raises UserError without samples.
+    """
+    if len(samples) == 0:
+        raise UserError("no sample to describe; check the paths and the list of broken records")
+    facts = Facts()
+    for part in _observed(samples, workers):
+        facts.merge(part)
+    return DatasetStatistics(
+        facts=facts,
+        duplicates=_find_duplicates(samples, facts, held_out),
+        tokens=_exact_lengths(tokens) if tokens is not None else _estimated_lengths(facts),
+        max_seq_length=max_seq_length,
+        broken=tuple(broken),
+    )
+
+
+def _observed(samples: Sequence[Sample], workers: int) -> Iterator[Facts]:
+    """Facts of consecutive chunks, in order."""
+    starts = range(0, len(samples), _CHUNK)
+    if workers <= 1 or len(starts) == 1:
+        yield from (observe(samples[start : start + _CHUNK]) for start in starts)
+        return
+    # Not forked: the parent may hold threads and a device context that don't survive it.
+    context = multiprocessing.get_context("spawn")
+    workers = min(workers, len(starts))
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        waiting = []  # a few chunks ahead only, so that memory stays flat
+        for start in starts:
+            waiting.append(pool.submit(observe, samples[start : start + _CHUNK]))
+            if len(waiting) > 2 * workers:
+                yield waiting.pop(0).result()
+        yield from (job.result() for job in waiting)
+
+
+def _estimated_lengths(facts: Facts) -> TokenLengths:
+    names = ("prompt", "thinking", "answer", "total")
+    return TokenLengths(False, {n: facts.tallies.get(f"estimated/{n}") or Tally() for n in names})
+
+
+def _exact_lengths(tokens: "TokenizedSamples") -> TokenLengths:
+    """Tokens per segment of every document; one that lacks a segment does not count there."""
+    tallies = {"total": _tally_of(tokens.lengths)}
+    for number, name in _SEGMENTS.items():
+        lengths = tokens.segment_counts[:, number]
+        tallies[name] = _tally_of(lengths[lengths > 0])
+    ledger = {name: len(ids) for name, ids in asdict(tokens.ledger).items()}
+    return TokenLengths(True, tallies, ledger, tokens.max_seq_length)
+
+
+def _tally_of(values: np.ndarray) -> Tally:
+    tally = Tally()
+    for value, times in zip(*np.unique(values, return_counts=True), strict=True):
+        tally.counts[int(value)] += int(times)
+    return tally
+
+
+def _find_duplicates(
+    samples: Sequence[Sample], facts: Facts, held_out: Sequence[int] | np.ndarray | None
+) -> Duplicates:
+    questions, answers = np.concatenate(facts.question_keys), np.concatenate(facts.answer_keys)
+    pairs = questions ^ (answers * np.uint64(0x9E3779B97F4A7C15))
+    groups = np.unique(pairs, return_inverse=True)[1]
+    clusters = near_duplicate_clusters(Texts(samples, pair_text))
+    distinct, near_groups = len(set(groups.tolist())), len(set(clusters.tolist()))
+    conflicts = _conflicting(questions, groups)
+    findings = {
+        "exact_duplicates": _repeats(samples, groups, "same question and answer as"),
+        "near_duplicates": _near_repeats(samples, clusters, groups),
+        "conflicting_answers": _conflict_findings(samples, conflicts),
+    }
+    leaks = None
+    if held_out is not None:
+        leaks, findings["train_eval_leaks"] = _leaks(samples, clusters, np.asarray(held_out))
+    exact = len(samples) - distinct
+    return Duplicates(exact, distinct - near_groups, len(conflicts), leaks, findings)
+
+
+def _members(labels: np.ndarray, minimum: int = 2) -> list[np.ndarray]:
+    """Indices of every group of equal labels with at least `minimum` members."""
+    order = np.argsort(labels, kind="stable")
+    groups = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
+    return [group for group in groups if len(group) >= minimum]
+
+
+def _place(sample: Sample) -> str:
+    return f"{sample.source}:{sample.line}"
+
+
+def _repeats(samples: Sequence[Sample], labels: np.ndarray, words: str) -> list[Finding]:
+    """A finding for each member of a group beyond the first by place."""
+    found: list[Finding] = []
+    for group in _members(labels):
+        first, *others = _by_place(samples, group)
+        found += [Finding(s.source, s.line, f"{words} {_place(first)}") for s in others]
+        if len(found) >= LISTED:
+            break
+    return sorted(found)[:LISTED]
+
+
+def _by_place(samples: Sequence[Sample], group: Sequence[int]) -> list[Sample]:
+    chosen = [samples[int(i)] for i in group[: LISTED + 1]]
+    return sorted(chosen, key=lambda s: (s.source, s.line))
+
+
+def _near_repeats(
+    samples: Sequence[Sample], clusters: np.ndarray, groups: np.ndarray
+) -> list[Finding]:
+    """A finding for each different pair of a cluster beyond the first, with the similarity."""
+    found: list[Finding] = []
+    for cluster in _members(clusters):
+        distinct = cluster[np.unique(groups[cluster], return_index=True)[1]]
+        first, *others = _by_place(samples, distinct)
+        for sample in others:
+            share = jaccard(pair_text(first), pair_text(sample))
+            note = f"near duplicate of {_place(first)} (similarity {share:.2f})"
+            found.append(Finding(sample.source, sample.line, note))
+        if len(found) >= LISTED:
+            break
+    return sorted(found)[:LISTED]
+
+
+def _conflicting(questions: np.ndarray, groups: np.ndarray) -> list[np.ndarray]:
+    """Per question with several different answers, one index of each answer."""
+    result = []
+    for same in _members(questions):
+        firsts = np.unique(groups[same], return_index=True)[1]
+        if len(firsts) > 1:
+            result.append(same[firsts])
+    return result
+
+
+def _conflict_findings(samples: Sequence[Sample], conflicts: list[np.ndarray]) -> list[Finding]:
+    found = []
+    for group in conflicts[:LISTED]:
+        first, *others = _by_place(samples, group)
+        places = ", ".join(_place(sample) for sample in others)
+        note = f"{len(group)} different answers to one question, also at {places}"
+        found.append(Finding(first.source, first.line, note))
+    return sorted(found)
+
+
+def _leaks(
+    samples: Sequence[Sample], pair_clusters: np.ndarray, held_out: np.ndarray
+) -> tuple[int, list[Finding]]:
+    """Held-out samples whose question, or question with answer, (nearly) stands in training."""
+    is_held_out = np.zeros(len(samples), bool)
+    is_held_out[held_out] = True
+    train = np.flatnonzero(~is_held_out)
+    question_clusters = near_duplicate_clusters(Texts(samples, question_text))
+    leaking: dict[int, int] = {}  # held-out index: a training index
+    for clusters in (question_clusters, pair_clusters):
+        labels, first = np.unique(clusters[train], return_index=True)
+        partner = dict(zip(labels.tolist(), train[first].tolist(), strict=True))
+        for index in np.flatnonzero(is_held_out).tolist():
+            if int(clusters[index]) in partner:
+                leaking.setdefault(index, partner[int(clusters[index])])
+    found = []
+    for index, train in sorted(leaking.items())[:LISTED]:
+        note = f"held out, but (nearly) repeats {_place(samples[train])} of the training samples"
+        found.append(Finding(samples[index].source, samples[index].line, note))
+    return len(leaking), sorted(found)
+
+
+# -----------------------------------------------------------------------------
+# What to say about it
+
+
+def _warnings(stats: DatasetStatistics) -> Iterator[str]:
+    facts, found, total = stats.facts, stats.duplicates, stats.total_samples
+    if stats.broken:
+        yield f"{len(stats.broken)} records could not be read and are left out"
+    if found.leaks:
+        yield f"{found.leaks} held-out samples (nearly) repeat training samples; the eval loss flatters"
+    without = facts.counts["without_thinking"]
+    if without:
+        yield (
+            f"{without} of {total} samples have no thinking; they teach a thinking model to answer"
+            " without it"
+        )
+    if found.conflicting_questions:
+        yield f"{found.conflicting_questions} questions have several different answers"
+    if found.exact or found.near:
+        yield f"{found.exact} exact and {found.near} near duplicates; they count more than once"
+    if facts.counts["citation_conflicts"]:
+        yield (
+            f"{facts.counts['citation_conflicts']} citations name a standard about something else"
+        )
+    if facts.counts["answer_copied"]:
+        yield f"{facts.counts['answer_copied']} thinkings contain most of their answer word for word"
+    yield from _length_warnings(stats)
+
+
+def _length_warnings(stats: DatasetStatistics) -> Iterator[str]:
+    limit, lengths = stats.max_seq_length, stats.tokens.tallies["total"].values()
+    over = stats.tokens.ledger.get("truncated", 0)
+    over = over or int(np.count_nonzero(lengths > (limit or np.inf)))
+    about = "" if stats.tokens.exact else "about "
+    if over:
+        yield f"{about}{over} samples are longer than max_seq_length {limit}"
+    low = stats._quality_levels()[1]
+    if low:
+        yield f"{low} outputs look damaged (quality below {QUALITY_BOUNDARIES[0]})"
+
+
+# -----------------------------------------------------------------------------
+# Command line
+
+
+class _Both(Sequence):
+    """The samples of one data set followed by those of another."""
+
+    def __init__(self, first: Sequence[Sample], second: Sequence[Sample]) -> None:
+        self._first, self._second = first, second
+
+    def __len__(self) -> int:
+        return len(self._first) + len(self._second)
+
+    def __getitem__(self, index: int) -> Sample:
+        inside = index < len(self._first)
+        return self._first[index] if inside else self._second[index - len(self._first)]
+
+    def __iter__(self) -> Iterator[Sample]:
+        yield from self._first
+        yield from self._second
+
+
+def find_leaks(first: Sequence[Sample], second: Sequence[Sample]) -> tuple[int, list[Finding]]:
+    """How many samples of `second` (nearly) repeat one of `first`, and which, the first `LISTED`."""
+    both = _Both(first, second)
+    clusters = near_duplicate_clusters(Texts(both, pair_text))
+    return _leaks(both, clusters, np.arange(len(first), len(both)))
+
+
+def main(
+    paths: tyro.conf.Positional[tuple[str, ...]],
+    /,
+    compare: tuple[str, ...] = (),
+    json: bool = False,
+    html: Path | None = None,
+    max_seq_length: int | None = None,
+    workers: int = 1,
+) -> None:
+    """Statistics of training data: a report with bars and an HTML page, or one JSON object.
+
+    Args:
+        paths: Files, folders, globs or hub data set names.
+        compare: Another data set, shown beside the first and searched for its samples.
+        json: Print one JSON object and nothing else.
+        html: Where the page goes; dataset_statistics.html when not given and not --json.
+        max_seq_length: Tokens that a sample may have in your training.
+        workers: Processes that read and analyse.
+    """
+    result = _described(paths, compare, max_seq_length, workers)
+    if json:
+        print(dumps(result, ensure_ascii=False, allow_nan=False))
+    else:
+        dataset_report.print_report(result)
+    if html or not json:
+        page = html or Path("dataset_statistics.html")
+        atomic_write_text(page, dataset_report.html_page(result))
+        print(f"Report as a page: {page}", file=sys.stderr if json else sys.stdout)
+
+
+def _described(
+    paths: Sequence[str], compare: Sequence[str], max_seq_length: int | None, workers: int
+) -> dict[str, Any]:
+    """The JSON of one data set; with another to compare, that one's under "compare"."""
+    if not paths:
+        raise UserError("no path given; name a file, a folder, a glob or a hub data set")
+    data = read_samples(paths, workers=workers)
+    options = {"max_seq_length": max_seq_length, "workers": workers}
+    result = compute_statistics(data.samples, broken=data.broken, **options).to_json()
+    if compare:
+        other = read_samples(compare, workers=workers)
+        stats = compute_statistics(other.samples, broken=other.broken, **options)
+        leaks, found = find_leaks(data.samples, other.samples)
+        leaked = {"leaks": leaks, "leak_findings": [asdict(finding) for finding in found]}
+        result["compare"] = {**stats.to_json(), **leaked}
+    return result
+
+
+def command_line() -> int:
+    """The program; a UserError becomes one line on stderr and exit code 2."""
+    if hasattr(sys.stdout, "reconfigure"):  # a Windows console may not be UTF-8
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace")
+    try:
+        tyro.cli(main)
+    except UserError as error:
+        print(f"error: {clean_line(str(error))}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command_line())

@@ -1,0 +1,263 @@
+"""What is counted on one sample, and tallies of it that merge: a data set is a sum of its chunks.
+
+A `Facts` holds counts only, never texts, so its size depends on how many different values there are
+and not on how many samples; only two 8-byte keys per sample stay, to find duplicates. Sums are of
+integers, so the order of samples and the number of workers change nothing.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+import crypto_terms
+import text_quality
+from near_duplicates import normalized, question_text, text_key
+from safe_text import clean_line
+from samples import Sample
+
+LISTED = 200  # findings of one kind and worst samples that are kept by name
+COPIED = 0.6  # share of the answer's 8-grams within the thinking from which it counts as copied
+_GRAM = 8
+_TEMPLATE_TOKENS = 11  # <|im_start|>, roles, newlines, <think> and their ends, of a single turn
+# Tokens of the Qwen3 vocabulary per character of each kind (mean error below 6% of a text).
+_TOKENS_PER = {"hanzi": 0.547, "letter": 0.465, "digit": 1.397, "other": 0.708}
+_RESOLUTION = {"quality": 1e-4, "complexity": 1e-4, "ratio": 1e-2}
+
+
+class Tally:
+    """A distribution that merges: how often each value occurs, values rounded to `resolution`."""
+
+    def __init__(self, resolution: float = 1) -> None:
+        self.resolution = resolution
+        self.counts: Counter[int] = Counter()
+
+    def add(self, value: float, times: int = 1) -> None:
+        self.counts[round(value / self.resolution)] += times
+
+    def merge(self, other: "Tally") -> None:
+        self.counts.update(other.counts)
+
+    def __len__(self) -> int:
+        return sum(self.counts.values())
+
+    def values(self) -> np.ndarray:
+        """Every value, repeated and ascending, (n,) float64."""
+        keys = np.array(sorted(self.counts), np.int64)
+        times = np.array([self.counts[int(key)] for key in keys], np.int64)
+        # Divided rather than multiplied: 0.29 and not 0.29000000000000004.
+        return np.repeat(keys, times) / round(1 / self.resolution)
+
+    def mean(self) -> float | None:
+        if not self.counts:
+            return None
+        total = sum(key * times for key, times in self.counts.items())
+        return total / round(1 / self.resolution) / len(self)
+
+    def summary(self) -> dict[str, float]:
+        """mean, p50, p90, p99, max (quantiles as numpy.quantile interpolates); empty: {}."""
+        if not self.counts:
+            return {}
+        values = self.values()
+        p50, p90, p99 = np.quantile(values, [0.5, 0.9, 0.99]).tolist()
+        return {"mean": self.mean(), "p50": p50, "p90": p90, "p99": p99, "max": float(values[-1])}
+
+
+@dataclass(frozen=True, order=True)
+class Finding:
+    """Something to look at, by place."""
+
+    source: str
+    line: int
+    note: str
+
+
+@dataclass(frozen=True, order=True)
+class WorstSample:
+    """The weakest text of a sample."""
+
+    quality: float
+    source: str
+    line: int
+    part: str  # question, thinking or answer
+    weakest: str  # component
+    excerpt: str
+
+
+def _lists() -> dict[str, list]:
+    return defaultdict(list)
+
+
+@dataclass
+class Facts:
+    """Merged counts of some samples; see `observe` for what each one means."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    per_file: Counter[str] = field(default_factory=Counter)
+    difficulty: Counter[int] = field(default_factory=Counter)
+    terms: Counter[str] = field(default_factory=Counter)  # samples that hold the term
+    occurrences: Counter[str] = field(default_factory=Counter)
+    tallies: dict[str, Tally] = field(default_factory=dict)
+    findings: dict[str, list[Finding]] = field(default_factory=_lists)
+    worst: list[WorstSample] = field(default_factory=list)
+    question_keys: list[np.ndarray] = field(default_factory=list)
+    answer_keys: list[np.ndarray] = field(default_factory=list)
+
+    def add(self, name: str, value: float) -> None:
+        if name not in self.tallies:
+            self.tallies[name] = Tally(_RESOLUTION.get(name.split("/")[0].split("_")[-1], 1))
+        self.tallies[name].add(value)
+
+    def find(self, kind: str, sample: Sample, note: str) -> None:
+        self.counts[kind] += 1
+        self.findings[kind].append(Finding(sample.source, sample.line, note))
+
+    def merge(self, other: "Facts") -> None:
+        """Add the facts of the samples that follow."""
+        for name in ("counts", "per_file", "difficulty", "terms", "occurrences"):
+            getattr(self, name).update(getattr(other, name))
+        for name, tally in other.tallies.items():
+            if name not in self.tallies:
+                self.tallies[name] = Tally(tally.resolution)
+            self.tallies[name].merge(tally)
+        for kind, found in other.findings.items():
+            self.findings[kind] = sorted([*self.findings[kind], *found])[:LISTED]
+        self.worst = sorted([*self.worst, *other.worst])[:LISTED]
+        self.question_keys += other.question_keys
+        self.answer_keys += other.answer_keys
+
+
+def observe(samples: Iterable[Sample]) -> Facts:
+    """The facts of some samples, in one pass."""
+    facts = Facts()
+    question_keys, answer_keys = [], []
+    for sample in samples:
+        facts.counts["samples"] += 1
+        facts.per_file[sample.source] += 1
+        _observe_lengths(facts, sample)
+        _observe_terms(facts, sample)
+        _observe_quality(facts, sample)
+        _observe_thinking(facts, sample)
+        question_keys.append(text_key(question_text(sample)))
+        answer_keys.append(text_key(sample.answer))
+    facts.question_keys.append(np.array(question_keys, np.uint64))
+    facts.answer_keys.append(np.array(answer_keys, np.uint64))
+    return facts
+
+
+def _observe_lengths(facts: Facts, sample: Sample) -> None:
+    """Characters per segment, and tokens as far as characters tell."""
+    question, thinking, answer = len(sample.question), len(sample.thinking), len(sample.answer)
+    facts.add("question_chars", question)
+    facts.add("answer_chars", answer)
+    facts.add("output_chars", thinking + answer)
+    if thinking:
+        facts.add("thinking_chars", thinking)
+    if thinking and answer:
+        facts.add("thinking_answer_ratio", thinking / answer)
+    earlier = [str(m.get("content") or "") for m in (*sample.history, *sample.tool_turns)]
+    prompt = estimate_tokens("\n".join([sample.system, sample.tools, *earlier, sample.question]))
+    parts = {"thinking": estimate_tokens(sample.thinking), "answer": estimate_tokens(sample.answer)}
+    facts.add("estimated/prompt", prompt)
+    for name, tokens in parts.items():
+        if tokens:
+            facts.add(f"estimated/{name}", tokens)
+    facts.add("estimated/total", prompt + sum(parts.values()) + _TEMPLATE_TOKENS)
+
+
+def estimate_tokens(text: str) -> int:
+    """About how many Qwen3 tokens a text is, without the tokenizer."""
+    classes = text_quality.character_classes(text)
+    hanzi = np.count_nonzero(classes & text_quality.HANZI)
+    letters = np.count_nonzero(classes & text_quality.LETTER)
+    digits = np.count_nonzero(classes & text_quality.DIGIT)
+    other = len(text) - hanzi - letters - digits
+    per = _TOKENS_PER
+    total = hanzi * per["hanzi"] + letters * per["letter"] + digits * per["digit"]
+    return round(total + other * per["other"])
+
+
+def _observe_terms(facts: Facts, sample: Sample) -> None:
+    """Terms of question and answer set complexity and difficulty; the thinking's count as well
+    for what occurs at all."""
+    pair_text = f"{sample.question}\n{sample.answer}"
+    in_pair = crypto_terms.find_terms(pair_text)
+    occurring = in_pair + crypto_terms.find_terms(sample.thinking)
+    facts.terms.update(occurring.keys())
+    facts.occurrences.update(occurring)
+    facts.add("distinct_terms", len(in_pair))
+    facts.add("complexity", crypto_terms.complexity(in_pair))
+    facts.difficulty[difficulty(sample, in_pair)] += 1
+    facts.counts["explicit_difficulty"] += sample.difficulty is not None
+    everything = f"{pair_text}\n{sample.thinking}"
+    for standard in crypto_terms.citation_conflicts(everything):
+        note = f"cites {standard.number}, which is about {standard.subject}; the text is not"
+        facts.find("citation_conflicts", sample, note)
+
+
+def difficulty(sample: Sample, terms: Iterable[str] | None = None) -> int:
+    """1 to 4: what the data say, else the heuristic of `crypto_terms.difficulty_score`."""
+    if sample.difficulty is not None:
+        return sample.difficulty
+    if terms is None:
+        terms = crypto_terms.find_terms(f"{sample.question}\n{sample.answer}")
+    score = crypto_terms.difficulty_score(sample.question, sample.answer, terms)
+    return crypto_terms.difficulty_level(score)
+
+
+def _observe_quality(facts: Facts, sample: Sample) -> None:
+    """Quality of the question, and of the output: the weaker of thinking and answer."""
+    question = text_quality.text_quality(sample.question, text_quality.QUESTION_WEIGHTS)
+    if question is not None:
+        facts.add("question_quality", question)
+    rated = []
+    for part, text, weights in (
+        ("thinking", sample.thinking, text_quality.THINKING_WEIGHTS),
+        ("answer", sample.answer, text_quality.WEIGHTS),
+    ):
+        components = text_quality.quality_components(text)
+        value = text_quality.quality(components, weights)
+        if value is None:
+            continue
+        rated.append((value, part, _weakest(components, weights), text))
+        for name in components.keys() & weights.keys():
+            facts.add(f"quality/{name}", components[name])
+    if rated:
+        value, part, weakest, text = min(rated)
+        facts.add("output_quality", value)
+        place = (round(value, 4), sample.source, sample.line)
+        _keep_worst(facts, WorstSample(*place, part, weakest, clean_line(text, 80)))
+
+
+def _weakest(components: dict[str, float], weights: dict[str, float]) -> str:
+    present = [name for name in weights if name in components]
+    return min(present, key=lambda name: components[name])
+
+
+def _keep_worst(facts: Facts, candidate: WorstSample) -> None:
+    facts.worst.append(candidate)
+    if len(facts.worst) > 4 * LISTED:
+        facts.worst = sorted(facts.worst)[:LISTED]
+
+
+def _observe_thinking(facts: Facts, sample: Sample) -> None:
+    if not sample.thinking.strip():
+        facts.counts["without_thinking"] += 1
+        return
+    facts.counts["thinking_samples"] += 1
+    share = copied_share(sample.answer, sample.thinking)
+    if share is not None and share >= COPIED:
+        facts.find("answer_copied", sample, f"{share:.0%} of the answer stands in the thinking")
+
+
+def copied_share(answer: str, thinking: str) -> float | None:
+    """Share of the answer's character 8-grams that also occur in the thinking; None when the
+    answer is too short to tell (below 20 characters)."""
+    answer = normalized(answer)
+    if len(answer) < 20:
+        return None
+    grams = {answer[i : i + _GRAM] for i in range(len(answer) - _GRAM + 1)}
+    thinking = normalized(thinking)
+    there = {thinking[i : i + _GRAM] for i in range(len(thinking) - _GRAM + 1)}
+    return len(grams & there) / len(grams)
