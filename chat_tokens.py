@@ -12,9 +12,6 @@ import hashlib
 import itertools
 import json
 import os
-import re
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from enum import IntEnum
@@ -24,17 +21,35 @@ from typing import Any
 
 import numpy as np
 
+from chat_format import (
+    CLOSE,
+    OPEN,
+    ChatFormat,
+    chat_format,
+    encode,
+    encode_prompt,
+    marked,
+    parse_completion,
+    render,
+    turn_with,
+    unused_mark,
+)
 from errors import UserError
 from safe_text import clean, clean_line, fenced, write_json
 from sample_forms import strings_of
-from samples import Sample, SampleSet, in_order
+from samples import Sample, SampleSet, in_order, written_folder
 
 _FORMAT = 1  # of cached tables; raise it when their meaning changes
 _CHUNK = 500  # samples encoded together: more only costs memory
 _POOL_FROM = 2_000  # samples from which on worker processes pay for their start
-_OPEN, _CLOSE = "<think>", "</think>"
 
 Progress = Callable[[int, int], None]
+
+
+__all__ = [
+    "ChatFormat", "Segment", "TokenizedSample", "TokenizedSamples", "TruncationLedger", "chat_format",
+    "encode_prompt", "mask_audit", "parse_completion", "tokenize_samples",
+]  # fmt: skip
 
 
 class Segment(IntEnum):
@@ -50,7 +65,7 @@ class Segment(IntEnum):
     """The token that ends the turn, `<|im_end|>` for Qwen3."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenizedSample:
     """One document: ids int32 (T,), segments uint8 (T,), and which sample it was made from."""
 
@@ -83,7 +98,7 @@ class TruncationLedger:
     """Kept, and teach the model to answer without reasoning."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenizedSamples(Sequence):
     """All documents in flat arrays; document i is [offsets[i], offsets[i + 1])."""
 
@@ -123,8 +138,8 @@ class TokenizedSamples(Sequence):
     def segment_counts(self) -> np.ndarray:
         """int64 (n, 5): tokens per document and segment."""
         counts = np.zeros((len(self), len(Segment)), dtype=np.int64)
-        document = np.repeat(np.arange(len(self)), self.lengths)
-        np.add.at(counts, (document, self.segments), 1)
+        for i in range(len(self)):  # one document at a time: the table may be larger than memory
+            counts[i] = np.bincount(self[i].segments, minlength=len(Segment))
         return counts
 
     def documents_of(self, sample_indices: Sequence[int]) -> np.ndarray:
@@ -158,93 +173,6 @@ class TokenizedSamples(Sequence):
         )
 
 
-# ---- what the tokenizer and its template do ---------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ChatFormat:
-    """Facts about a tokenizer and its chat template, found by rendering a probe."""
-
-    reasoning: str
-    """How reasoning gets into a turn: `field` (reasoning_content), `inline` (in the content), or
-    `composed` (the template drops both, so it is put between prompt and answer here)."""
-    opens: bool
-    """The generation prompt ends with an open think block."""
-    close_id: int
-    end_id: int
-    control: re.Pattern
-    """Text that must not come from content: it would become a control token."""
-
-
-_MARKUP = re.compile(r"<\|.*\|>|</?(?:think|thinking|tools?|tool_call|tool_response)>")
-
-
-def chat_format(tokenizer: Any) -> ChatFormat:
-    """Probe a tokenizer. UserError where it has no chat template or no end of turn."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise UserError("the tokenizer has no chat template; use a chat model, or set one")
-    question = [{"role": "user", "content": "Q0q"}]
-    prompt = _render(tokenizer, question, None, prompt=True)
-    plain = _render(tokenizer, [*question, _turn("A0a", "")], None)
-    if "A0a" not in plain:
-        raise UserError("the chat template does not render the assistant's turn")
-    tail = _encode(tokenizer, [plain[plain.rindex("A0a") + 3 :]])[0]
-    special = {i for i, token in _added(tokenizer).items() if token.special}
-    end_id = next((token for token in tail if token in special), tokenizer.eos_token_id)
-    if end_id is None:
-        raise UserError("the tokenizer has no token that ends a turn; set its eos_token")
-    return ChatFormat(
-        reasoning=_reasoning_way(tokenizer, question, prompt),
-        opens=prompt.rstrip().endswith(_OPEN),
-        close_id=next((i for i, t in _added(tokenizer).items() if t.content == _CLOSE), -1),
-        end_id=int(end_id),
-        control=_control_pattern(tokenizer),
-    )
-
-
-def _reasoning_way(tokenizer: Any, question: list[dict], prompt: str) -> str:
-    field = {**_turn("A0a", ""), "reasoning_content": "R0r"}
-    for way, turn in (("field", field), ("inline", _turn("A0a", "R0r"))):
-        text = _render(tokenizer, [*question, turn], None)
-        if text.startswith(prompt) and "R0r" in text[len(prompt) :]:
-            return way
-    return "composed"
-
-
-def _turn(answer: str, thinking: str) -> dict:
-    block = f"{_OPEN}\n{thinking}\n{_CLOSE}\n\n" if thinking else ""
-    return {"role": "assistant", "content": block + answer}
-
-
-def _added(tokenizer: Any) -> dict:
-    return tokenizer.added_tokens_decoder
-
-
-def _control_pattern(tokenizer: Any) -> re.Pattern:
-    """Special tokens, and others that look like markup; other added tokens may be ordinary words."""
-    tokens = {
-        token.content
-        for token in _added(tokenizer).values()
-        if token.special or _MARKUP.fullmatch(token.content)
-    }
-    tokens |= {_OPEN, _CLOSE}
-    return re.compile("|".join(map(re.escape, sorted(filter(None, tokens), key=len, reverse=True))))
-
-
-def _render(tokenizer: Any, messages: list[dict], tools: list | None, prompt: bool = False) -> str:
-    return tokenizer.apply_chat_template(
-        messages, tools=tools, tokenize=False, add_generation_prompt=prompt
-    )
-
-
-def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Ids of each text; the template has written all control tokens already."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or backend.truncation is not None or backend.padding is not None:
-        return tokenizer(texts, add_special_tokens=False, padding=False, truncation=False).input_ids
-    return [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
-
-
 # ---- one sample → documents -------------------------------------------------------------------
 
 Pieces = list[str]  # encoded one by one and joined, so that no token reaches across their borders
@@ -269,15 +197,13 @@ def _documents(
     messages = sample.messages()
     tools = json.loads(sample.tools) if sample.tools else None
     if mark:
-        messages, tools = _marked(messages, form, mark), _marked(tools, form, mark)
+        messages, tools = marked(messages, form.control, mark), marked(tools, form.control, mark)
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     try:
         return [
             _document(messages[:i], messages[i], tools, tokenizer, form, mark)
             for i in (turns if all_turns else turns[-1:])
         ]
-    except UserError:
-        raise
     except _template_errors() as error:
         place = f"{clean_line(sample.source, 200)}:{sample.line}"
         raise UserError(
@@ -299,11 +225,11 @@ def _document(
     form: ChatFormat,
     mark: str,
 ) -> _Document:
-    prompt = _render(tokenizer, before, tools, prompt=True)
+    prompt = render(tokenizer, before, tools, prompt=True)
     completion = _completion(before, turn, tools, prompt, tokenizer, form)
     thinking, close, answer = completion, "", ""
-    if form.close_id < 0 and _CLOSE in completion:
-        thinking, close, answer = completion.partition(_CLOSE)
+    if form.close_id < 0 and CLOSE in completion:
+        thinking, close, answer = completion.partition(CLOSE)
     elif form.close_id < 0:
         thinking, answer = "", completion
     pieces = (text.split(mark) if mark else [text] for text in (prompt, thinking, close, answer))
@@ -322,30 +248,19 @@ def _completion(
     thinking = turn.get("reasoning_content", "")
     plain = {key: value for key, value in turn.items() if key != "reasoning_content"}
     if form.reasoning == "inline" and thinking:
-        turn = {**plain, **_turn(turn["content"], thinking)}
+        turn = {**plain, **turn_with(turn["content"], thinking)}
     if form.reasoning != "composed":
-        text = _render(tokenizer, [*before, turn], tools)
+        text = render(tokenizer, [*before, turn], tools)
         if text.startswith(prompt):
             return text[len(prompt) :]
-    text = _render(tokenizer, [*before, plain], tools)
-    stem = prompt[: prompt.rindex(_OPEN)] if form.opens else prompt
+    text = render(tokenizer, [*before, plain], tools)
+    stem = prompt[: prompt.rindex(OPEN)] if form.opens else prompt
     if not text.startswith(stem):
         raise UserError("the chat template's own turn does not begin with its generation prompt")
     answer = text[len(stem) :]
     if form.opens:
-        return f"{thinking}\n{_CLOSE}\n\n{answer}"
-    return f"{_OPEN}\n{thinking}\n{_CLOSE}\n\n{answer}" if thinking else answer
-
-
-def _marked(value: Any, form: ChatFormat, mark: str) -> Any:
-    """`value` with a mark inside every text of a control token; encoding splits the text there."""
-    if isinstance(value, str):
-        return form.control.sub(lambda match: match[0][0] + mark + match[0][1:], value)
-    if isinstance(value, dict):
-        return {_marked(k, form, mark): _marked(v, form, mark) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_marked(item, form, mark) for item in value]
-    return value
+        return f"{thinking}\n{CLOSE}\n\n{answer}"
+    return f"{OPEN}\n{thinking}\n{CLOSE}\n\n{answer}" if thinking else answer
 
 
 def _contents(sample: Sample) -> Iterator[str]:
@@ -356,12 +271,6 @@ def _contents(sample: Sample) -> Iterator[str]:
 
 def _has_control(sample: Sample, form: ChatFormat) -> bool:
     return any(form.control.search(text) for text in _contents(sample))
-
-
-def _unused_mark(sample: Sample) -> str:
-    """A character that the sample doesn't hold: one of Unicode's noncharacters."""
-    held = set("".join(_contents(sample)))
-    return next(chr(c) for c in range(0xFDD0, 0xFDF0) if chr(c) not in held)
 
 
 # ---- documents → tokens -----------------------------------------------------------------------
@@ -416,7 +325,7 @@ def _tokenize_range(
             part.ledger["control_tokens"].append(sample.id)
             if options.control_tokens == "refuse":
                 continue
-            mark = _unused_mark(sample)
+            mark = unused_mark(_contents(sample))
         made = _documents(sample, tokenizer, form, options.loss_on == "all_turns", mark)
         documents += made
         owners += [(index, sample)] * len(made)
@@ -436,7 +345,7 @@ def _encode_documents(
     """(ids, segments) of each document, all their pieces encoded in one batch."""
     groups = [[d.prompt, d.thinking, d.close, d.answer] for d in documents]
     flat = [piece for group in groups for pieces in group for piece in pieces if piece]
-    encoded = iter(_encode(tokenizer, flat) if flat else [])
+    encoded = iter(encode(tokenizer, flat) if flat else [])
     for group in groups:
         joined = [[t for piece in pieces if piece for t in next(encoded)] for pieces in group]
         yield _labelled(*joined, form)
@@ -683,12 +592,7 @@ def _cache_key(
 
 def _write(folder: Path, parts: Iterator) -> None:
     """Append all parts to raw files, then give them the .npy form; memory holds one part at a time."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
-    except OSError as error:
-        raise UserError(f"can't write the cache {folder.parent}: {error.strerror}") from error
-    try:
+    with written_folder(folder) as building:
         ledgers = []
         for arrays, ledger in parts:
             ledgers.append(ledger)
@@ -698,11 +602,6 @@ def _write(folder: Path, parts: Iterator) -> None:
         for name, dtype in _DTYPES.items():
             _as_npy(building, name, dtype)
         write_json(building / "ledger.json", asdict(_merged(ledgers)))
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(building, folder)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
 
 
 def _as_npy(folder: Path, name: str, dtype: type) -> None:
@@ -734,44 +633,6 @@ def _unreadable(folder: Path) -> tuple:
     raise UserError(
         f"the cache {folder} can't be read back; remove it, or choose another cache_dir"
     )
-
-
-# ---- prompts and completions at inference -----------------------------------------------------
-
-
-def encode_prompt(tokenizer: Any, messages: list[dict], tools: list | None = None) -> list[int]:
-    """The generation prompt for `messages`, exactly the prefix that training puts before a completion.
-
-    Text of control tokens inside the messages is encoded as ordinary characters.
-    """
-    control = _control_pattern(tokenizer)
-    held = set("".join(strings_of([messages, tools or []])))
-    mark = next(chr(c) for c in range(0xFDD0, 0xFDF0) if chr(c) not in held)
-    form = ChatFormat("", False, -1, -1, control)
-    text = _render(
-        tokenizer, _marked(messages, form, mark), _marked(tools, form, mark), prompt=True
-    )
-    pieces = [piece for piece in text.split(mark) if piece]
-    return [token for ids in _encode(tokenizer, pieces) for token in ids]
-
-
-_CLOSING = re.compile(r"</think(?:ing)?>")
-_OPENING = re.compile(r"\s*<think(?:ing)?>")
-_ENDS = re.compile(r"(?:\s*<\|(?:im_end|endoftext|eot_id|end)\|>|\s*</s>)+\s*$")
-
-
-def parse_completion(text: str) -> tuple[str, str, bool]:
-    """(thinking, answer, closed) of what a model wrote behind the generation prompt.
-
-    Without a closing tag all of it is thinking, since the prompt opened the block.
-    """
-    text = _ENDS.sub("", text)
-    opening = _OPENING.match(text)
-    text = text[opening.end() :] if opening else text
-    closing = _CLOSING.search(text)
-    if not closing:
-        return text.strip(), "", False
-    return text[: closing.start()].strip(), text[closing.end() :].strip(), True
 
 
 # ---- mask audit -------------------------------------------------------------------------------

@@ -12,9 +12,11 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import stat
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -112,7 +114,12 @@ def _existing(path: str, source: str, mode: int) -> list[DataFile]:
     kind = _kind_of(path)
     if kind is None:
         raise UserError(f"can't read {clean_line(source, 200)}: readable are {_readable()}")
-    return [DataFile(path, Path(source).as_posix(), kind)]
+    return [DataFile(path, _source(source), kind)]
+
+
+def _source(*parts: str) -> str:
+    """A file's name as samples carry it: forward slashes, and UTF-8 even if the disk's name is not."""
+    return os.fsencode(Path(*parts).as_posix()).decode("utf-8", "replace")
 
 
 def _kind_of(path: str) -> str | None:
@@ -130,7 +137,7 @@ def _folder_files(path: str, source: str) -> list[DataFile]:
     if os.path.isfile(os.path.join(path, "state.json")):
         return _saved_dataset(path, source, "")
     files = []
-    for folder, folders, names in os.walk(path):
+    for folder, folders, names in os.walk(path, onerror=_unreadable_folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             full = os.path.join(folder, name)
@@ -139,11 +146,16 @@ def _folder_files(path: str, source: str) -> list[DataFile]:
             mode = _mode(full, full)
             if mode is None or not stat.S_ISREG(mode):
                 raise UserError(f"{clean_line(full, 200)} is no regular file; remove it")
-            inner = Path(os.path.relpath(full, path)).as_posix()
-            files.append(DataFile(full, f"{Path(source).as_posix()}/{inner}", _kind_of(name)))
+            inner = os.path.relpath(full, path)
+            files.append(DataFile(full, _source(source, inner), _kind_of(name)))
     if not files:
         raise UserError(f"the folder {clean_line(source, 200)} holds no {_readable()} file")
     return sorted(files, key=lambda file: file.source)
+
+
+def _unreadable_folder(error: OSError) -> None:
+    shown = clean_line(str(error.filename), 200)
+    raise UserError(f"can't look into {shown}: {error.strerror}") from error
 
 
 def _splits(path: str) -> list[str]:
@@ -170,7 +182,7 @@ def _saved_dataset(path: str, source: str, split: str) -> list[DataFile]:
         mode = _mode(full, full)
         if mode is None or not stat.S_ISREG(mode):
             raise UserError(f"{clean_line(full, 200)} is missing from the saved dataset")
-        files.append(DataFile(full, (Path(source) / split / name).as_posix(), "arrow"))
+        files.append(DataFile(full, _source(source, split, name), "arrow"))
     return files
 
 
@@ -262,7 +274,7 @@ def _opened(file: DataFile) -> BinaryIO:
         raise UserError(f"can't open {clean_line(file.source, 200)}: {error.strerror}") from error
 
 
-def _stream(file: DataFile) -> BinaryIO:
+def _stream(file: DataFile) -> io.BufferedReader:
     """The file's bytes, decompressed on the way."""
     raw = _opened(file)
     if file.path.lower().endswith(".gz"):
@@ -278,11 +290,15 @@ def _stream(file: DataFile) -> BinaryIO:
 
 def _text_stream(file: DataFile) -> io.TextIOWrapper:
     """The file's text: UTF-8, or what its byte order mark says; line ends as they are."""
-    stream = (
-        io.BufferedReader(_stream(file)) if file.path.lower().endswith(".zst") else _stream(file)
-    )
+    stream = _stream(file)
     encoding = _BOMS.get(_utf_bom(stream.peek(4)[:4]), "utf-8")
     return io.TextIOWrapper(stream, encoding=encoding, newline="")
+
+
+def _archive_errors() -> tuple[type[Exception], ...]:
+    """What reading can raise on a damaged disk or archive."""
+    zstandard = sys.modules.get("zstandard")
+    return (OSError, EOFError, zlib.error, *([zstandard.ZstdError] if zstandard else []))
 
 
 def _encoding_error(file: DataFile) -> UserError:
@@ -317,6 +333,8 @@ def read_text(file: DataFile) -> str:
             return text.read()
     except UnicodeDecodeError:
         raise _encoding_error(file) from None
+    except _archive_errors() as error:
+        raise _damaged(file, error) from error
 
 
 # ---- records ----------------------------------------------------------------------------------
@@ -329,7 +347,7 @@ def read_records(chunk: Chunk) -> Iterator[Record | BrokenSample]:
         yield from readers[chunk.file.kind](chunk)
     except UnicodeDecodeError:
         raise _encoding_error(chunk.file) from None
-    except (OSError, EOFError, zlib.error) as error:  # damaged archives among them
+    except _archive_errors() as error:
         raise _damaged(chunk.file, error) from error
 
 
@@ -346,6 +364,7 @@ class _Decoder:
         self._decoder = json.JSONDecoder(
             parse_constant=self._constant,
             parse_int=self._integer,
+            parse_float=self._float,
             object_pairs_hook=self._object,
         )
 
@@ -357,6 +376,12 @@ class _Decoder:
             self.faults.append(f"an integer of {len(digits)} digits")
             return 0
         return int(digits)
+
+    def _float(self, digits: str) -> float:
+        value = float(digits)
+        if not math.isfinite(value):
+            self.faults.append("a number too large for a float")
+        return value
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict:
         value = dict(pairs)
@@ -421,26 +446,19 @@ def _raw_lines(chunk: Chunk) -> Iterator[tuple[int, bytes | None, int]]:
             raw = stream.readline(MAX_RECORD + 1)
             if not raw:
                 return
-            start, too_long = position, len(raw) > MAX_RECORD
+            too_long = len(raw) > MAX_RECORD
+            mark = len(codecs.BOM_UTF8) if not position and raw.startswith(codecs.BOM_UTF8) else 0
+            yield line, None if too_long else raw[mark:], position + mark
             position += len(raw)
-            while raw and not raw.endswith(b"\n"):  # the rest of an overlong or of the last line
-                raw_more = stream.readline(MAX_RECORD)
-                if not raw_more:
-                    break
-                position += len(raw_more)
-                raw = raw_more
-            if start == 0 and not too_long and raw.startswith(codecs.BOM_UTF8):
-                yield line, raw[3:], 3
-            else:
-                yield line, None if too_long else raw, start
+            while too_long and raw and not raw.endswith(b"\n"):
+                raw = stream.readline(MAX_RECORD)
+                position += len(raw)
             line += 1
 
 
 def _utf8_stream(file: DataFile) -> BinaryIO:
     """The file's bytes as UTF-8: a file with a UTF-16 or UTF-32 mark is converted in memory."""
     stream = _stream(file)
-    if not hasattr(stream, "peek"):
-        stream = io.BufferedReader(stream)
     if _utf_bom(stream.peek(4)[:4]) in (None, codecs.BOM_UTF8):
         return stream
     stream.close()

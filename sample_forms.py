@@ -145,7 +145,7 @@ _QUESTION = re.compile(
     re.MULTILINE,
 )
 _HEADING = re.compile(r"^#{1,2}(?:[ \t\u3000]+\S|[\u4e00-\u9fff]).*$", re.MULTILINE)
-_FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[^\n]*\n.*?^[ \t]*\1[^\n]*$", re.MULTILINE | re.DOTALL)
+_FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})", re.MULTILINE)
 _DIFFICULTY_LINE = re.compile(
     r"^[ \t]*[*_]*(?:难度|difficulty)[ \t]*[:：][ \t]*([1-4])[*_]*[ \t]*$", re.MULTILINE | re.I
 )
@@ -162,11 +162,23 @@ def _answer_marker(text: str, number: str) -> re.Match | None:
     return next(iter(own or markers), None) or _BARE_ANSWER.search(text)
 
 
+def _code_spans(text: str) -> list[tuple[int, int]]:
+    """Spans of the code fences that are closed again."""
+    spans, opening = [], None
+    for fence in _FENCE.finditer(text):
+        if opening is None:
+            opening = fence
+        elif fence[1].startswith(opening[1]):
+            spans.append((opening.start(), fence.end()))
+            opening = None
+    return spans
+
+
 def _cut_at_heading(text: str) -> tuple[str, str]:
     """(answer, following section): a heading line ends an answer, save in a code fence."""
-    fences = [fence.span() for fence in _FENCE.finditer(text)]
+    spans = _code_spans(text)
     for heading in _HEADING.finditer(text):
-        if not any(start <= heading.start() < stop for start, stop in fences):
+        if not any(start <= heading.start() < stop for start, stop in spans):
             return text[: heading.start()], text[heading.start() :]
     return text, ""
 
@@ -327,6 +339,8 @@ def strings_of(value: Any, depth: int = 0) -> Iterator[str]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from strings_of(item, depth + 1)
+    elif value is not None and not isinstance(value, (bool, int, float)):
+        raise BrokenRecordError(f"{type(value).__name__} is no value of JSON")
 
 
 def _kind(value: Any) -> str:

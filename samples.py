@@ -7,6 +7,7 @@ the number of workers, and the files are kept under `cache_dir` by the hash of w
 
 import atexit
 import bisect
+import contextlib
 import fnmatch
 import hashlib
 import json
@@ -251,12 +252,7 @@ def _write_parts(
     meter: _Meter,
 ) -> None:
     """One Arrow file per chunk, then the index; the folder appears under its name when complete."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
-    except OSError as error:
-        raise UserError(f"can't write the cache {folder.parent}: {error.strerror}") from error
-    try:
+    with written_folder(folder) as building:
         jobs = [(chunk, columns, str(building / _part(i))) for i, chunk in enumerate(chunks)]
         if workers > 1 and len(jobs) > 1:
             written = in_order(_write_part, jobs, workers)
@@ -267,11 +263,34 @@ def _write_parts(
             parts.append(part)
             meter.add((chunk.stop or os.path.getsize(chunk.file.path)) - chunk.start)
         write_json(building / "index.json", _index(chunks, parts))
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged one, or that of a run beside this
+
+
+@contextlib.contextmanager
+def written_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into that appears under its name when all is written, or never."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
+        try:
+            yield building
+            shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+            if not _renamed(building, folder):
+                shutil.rmtree(building)  # a process beside this one was faster, with the same
+        except BaseException:
+            shutil.rmtree(building, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise UserError(f"can't write the cache {folder}: {error.strerror or error}") from error
+
+
+def _renamed(building: Path, folder: Path) -> bool:
+    try:
         os.replace(building, folder)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
+    except OSError:
+        if not folder.is_dir():
+            raise
+        return False
+    return True
 
 
 def in_order(
