@@ -61,6 +61,14 @@ def _temperature(nvml: ModuleType, board: object) -> Readings:
     return {"Temperature_C": _number(celsius)}
 
 
+def _temperature_limit(nvml: ModuleType, board: object) -> Readings:
+    """Where the hardware starts to slow the clocks; newer boards may not tell."""
+    celsius = nvml.nvmlDeviceGetTemperatureThreshold(
+        board, nvml.NVML_TEMPERATURE_THRESHOLD_SLOWDOWN
+    )
+    return {"Temperature_Limit_C": _number(celsius)}
+
+
 def _power(nvml: ModuleType, board: object) -> Readings:
     return {"Power_W": _number(nvml.nvmlDeviceGetPowerUsage(board), 1000)}
 
@@ -102,6 +110,7 @@ def _ecc_uncorrected(nvml: ModuleType, board: object) -> Readings:
 _DEVICE_READERS = {"Utilization_Percent": (_utilization,), "Memory_Usage_Percent": (_memory,)}
 _BOARD_READERS = {
     "Temperature_C": (_temperature_v, _temperature),
+    "Temperature_Limit_C": (_temperature_limit,),
     "Power_W": (_power,),
     "Energy_J": (_energy,),
     "SM_Clock_MHz": (_clock,),
@@ -256,8 +265,9 @@ class _Gpu:
         )
 
     def _is_normal(self, metric: str, error: Exception) -> bool:
-        """Consumer boards have no ECC memory: nothing to warn of."""
-        return metric.startswith("ECC_") and error.value == self.nvml.NVML_ERROR_NOT_SUPPORTED
+        """Many boards have no ECC memory, or tell no limit: nothing to warn of."""
+        optional = ("ECC_Corrected", "ECC_Uncorrected", "Temperature_Limit_C")
+        return metric in optional and error.value == self.nvml.NVML_ERROR_NOT_SUPPORTED
 
     def _joules(self, millijoules: float | None) -> float | None:
         """Since the first sample. The counter is whole millijoules, so differences are exact."""

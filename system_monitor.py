@@ -75,8 +75,9 @@ class SystemMonitor:
     def read(self) -> Values:
         """Aggregates of the samples since the last read; what has no new sample is absent.
 
-        The tag itself is the mean; counters (energy, ECC errors, free disk) are the last value;
-        throttle reasons the highest; utilisation comes with `_Min` and `_Max` as well.
+        The tag itself is the mean, and utilisation comes with `_Min` and `_Max` as well; of the
+        temperature and the throttle reasons (1: it held at some time, `Throttle_Reasons`: how many
+        at once) it is the highest; of counters (energy, ECC errors, free disk) the last value.
         """
         self._report()
         return self._window.take()
@@ -150,7 +151,7 @@ class _Spread:
         name = tag.rpartition("/")[2]
         if name in _COUNTERS:
             return {tag: self.last}
-        if name.startswith("Throttle_"):
+        if name.startswith("Throttle_") or name == "Temperature_C":
             return {tag: self.high}
         if name == "Utilization_Percent":
             extremes = {f"{tag}_Min": self.low, f"{tag}_Max": self.high}

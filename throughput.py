@@ -275,8 +275,8 @@ def training_flops(
     2·heads·head_dim·length² forward and twice that backward, per layer.
     """
     per_weight = 6 if lora_weights is None else 4
-    tokens = int(sum(lengths))
-    square = sum(int(length) ** 2 for length in lengths)
+    lengths = [int(length) for length in lengths]  # numpy's own integers would overflow
+    tokens, square = sum(lengths), sum(length**2 for length in lengths)
     linear = per_weight * dims.linear_parameters() * tokens
     adapters = 6 * (lora_weights or 0) * tokens
     head = per_weight * dims.hidden * dims.vocab * int(num_targets)

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -333,6 +334,14 @@ def test_lora_flops_are_within_one_percent_of_a_count_by_hand(lengths, targets):
     weights = lora_parameters(QWEN3_4B, 16, targets)
     ours = training_flops(QWEN3_4B, lengths, num_targets, lora_weights=weights)
     assert ours == pytest.approx(by_hand, rel=0.01)
+
+
+def test_numpy_lengths_do_not_overflow():
+    lengths = [60_000, 70_000]
+    as_numpy = np.array(lengths, dtype=np.int32)
+    assert training_flops(QWEN3_4B, as_numpy, 9, lora_weights=5) == training_flops(
+        QWEN3_4B, lengths, 9, lora_weights=5
+    )
 
 
 def test_documents_attend_to_themselves_only():

@@ -155,6 +155,14 @@ int nvmlDeviceGetTemperature(Device *d, int sensor, unsigned *celsius) {
     return SUCCESS;
 }
 
+int nvmlDeviceGetTemperatureThreshold(Device *d, int kind, unsigned *celsius) {
+    ENTER(d);
+    BOARD_ONLY(d);
+    if (kind != 1) return INVALID_ARGUMENT; /* NVML_TEMPERATURE_THRESHOLD_SLOWDOWN */
+    *celsius = reading("limit", d->board, 92);
+    return SUCCESS;
+}
+
 int nvmlDeviceGetPowerUsage(Device *d, unsigned *milliwatts) {
     ENTER(d);
     BOARD_ONLY(d);
