@@ -519,7 +519,7 @@ def _length_warnings(stats: DatasetStatistics) -> Iterator[str]:
         yield f"{about}{over} samples are longer than max_seq_length {limit}"
     low = stats._quality_levels()[1]
     if low:
-        yield f"{low} outputs look damaged (quality below {QUALITY_BOUNDARIES[0]})"
+        yield f"{low} outputs are damaged or hardly Chinese (quality below {QUALITY_BOUNDARIES[0]})"
 
 
 # -----------------------------------------------------------------------------

@@ -138,7 +138,7 @@ def quality_components(text: str) -> dict[str, float]:
         return {}
     classes = character_classes(text)
     hanzi = _count(classes, HANZI)
-    visible = len(classes) - _count(classes, SPACE)
+    visible = max(1, len(classes) - _count(classes, SPACE))
     result = {
         "garbling": _garbling(text, classes),
         "cjk_share": _ramp(hanzi / visible, 0.05, 0.30),
@@ -147,7 +147,7 @@ def quality_components(text: str) -> dict[str, float]:
         "terminal": 1.0 if text[-1] in _TERMINAL else 0.25,
         "brackets": _brackets(text),
     }
-    if hanzi:
+    if hanzi > 0.02 * visible:  # otherwise the text isn't Chinese, which cjk_share says alone
         result |= _hanzi_components(text, classes, hanzi, visible)
     return result
 
