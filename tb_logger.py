@@ -194,7 +194,7 @@ class TensorBoardLogger:
             return numbers
         for tag, value in scalars.items():
             try:
-                numbers[tag] = float(value)
+                numbers[tag] = float(value.item() if hasattr(value, "item") else value)
             except (TypeError, ValueError, OverflowError, RuntimeError) as error:
                 del numbers[tag]
                 self._refuse("number", f"{tag}: {error}")
