@@ -93,7 +93,7 @@ def save_checkpoint(
             "sequence": 1 + max((m["sequence"] for _, m in _manifests(directory)), default=0),
             "files": digests,
         }
-        _write(staging / MANIFEST, _json_bytes(manifest))
+        _write(staging / MANIFEST, _json_bytes(_sealed(manifest)))
         _fsync_directory(staging)
         target = _free_name(directory, step)
         os.rename(staging, target)
@@ -252,19 +252,30 @@ def _manifests(
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     file = path / MANIFEST
+    if file.is_symlink() or not file.is_file():
+        raise DamagedCheckpoint(f"{file}: missing or not a plain file")
+    data = file.read_bytes()
     try:
-        manifest = json.loads(file.read_bytes())
+        manifest = json.loads(data)
         kinds = {"step": int, "run": str, "sequence": int, "files": dict}
         good = manifest["format"] == FORMAT and all(
             type(manifest[key]) is kind for key, kind in kinds.items()
         )
-    except FileNotFoundError as error:
-        raise DamagedCheckpoint(f"{file}: missing") from error
+        # It has no manifest above it, so it carries its own digest; and no byte may differ.
+        unaltered = data == _json_bytes(manifest) and manifest == _sealed(manifest)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedCheckpoint(f"{file}: not a manifest") from error
     if not good or STATE not in manifest["files"]:
         raise DamagedCheckpoint(f"{file}: not a manifest of this program's checkpoints")
+    if not unaltered:
+        raise DamagedCheckpoint(f"{file}: its own SHA-256 is not right")
     return manifest
+
+
+def _sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest with the SHA-256 of its other entries."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    return {**content, "sha256": hashlib.sha256(_json_bytes(content)).hexdigest()}
 
 
 def _read_verified(file: Path, entry: Any) -> bytes:

@@ -1,0 +1,150 @@
+"""The plan is a pure function, loses no document, and is the same work for any number of ranks.
+
+uv run pytest tests/test_packing.py
+"""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from chat_tokens import Segment, TokenizedSamples, TruncationLedger
+from packing import StepPlan, build_batch, pack_rows, split_micro_batch
+
+
+def random_lengths(n: int = 200, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(10, 300, n)
+
+
+def make_plan(lengths: np.ndarray, **options: object) -> StepPlan:
+    options = {"row_tokens": 512, "accumulation": 2, "seed": 3, **options}
+    return StepPlan(lengths, lengths - 5, **options)
+
+
+def table(*documents: list[tuple[int, int]]) -> TokenizedSamples:
+    """A table of documents given as lists of (token, segment)."""
+    pairs = [np.array(d) for d in documents]
+    lengths = [len(p) for p in pairs]
+    return TokenizedSamples(
+        ids=np.concatenate(pairs)[:, 0].astype(np.int32),
+        segments=np.concatenate(pairs)[:, 1].astype(np.uint8),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        sample_index=np.arange(len(documents)),
+        num_targets=np.array([int((p[:, 1] > 0).sum()) for p in pairs]),
+        ledger=TruncationLedger(),
+        close_id=7,
+        end_id=8,
+        max_seq_length=64,
+    )
+
+
+def test_rows_hold_every_document_once_and_never_overflow():
+    lengths = random_lengths()
+    rows = pack_rows(lengths, range(len(lengths)), 512)
+    assert Counter(d for row in rows for d in row) == Counter(range(len(lengths)))
+    assert max(lengths[list(row)].sum() for row in rows) <= 512
+    # Best-fit decreasing: within 11/9 of the lower bound, plus one.
+    assert len(rows) <= 11 / 9 * np.ceil(lengths.sum() / 512) + 1
+
+
+def test_every_epoch_shows_every_document_once():
+    plan = make_plan(random_lengths(), num_epochs=3)
+    for epoch in range(3):
+        steps = range(epoch * plan.steps_per_epoch + 1, (epoch + 1) * plan.steps_per_epoch + 1)
+        seen = Counter(d for step in steps for d in plan[step].documents)
+        assert seen == Counter(range(200)), f"epoch {epoch}"
+    assert plan[1].documents != plan[plan.steps_per_epoch + 1].documents, "epochs share an order"
+
+
+def test_a_step_does_not_depend_on_what_was_asked_before():
+    lengths = random_lengths()
+    forward = make_plan(lengths, num_epochs=3)
+    steps = [forward[s] for s in range(1, forward.num_steps + 1)]
+    backward = make_plan(lengths, num_epochs=3)
+    assert [backward[s] for s in range(backward.num_steps, 0, -1)] == steps[::-1]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_share_the_step_of_one_rank(world_size: int):
+    lengths = random_lengths(150)
+    alone = make_plan(lengths, accumulation=8, num_epochs=2)
+    ranks = [
+        make_plan(
+            lengths, accumulation=8 // world_size, num_epochs=2, rank=r, world_size=world_size
+        )
+        for r in range(world_size)
+    ]
+    for step in range(1, alone.num_steps + 1):
+        parts = [plan[step] for plan in ranks]
+        own = [
+            d
+            for p in parts
+            for m in p.micro_batches[: len(p.micro_batches) - p.num_fillers]
+            for d in m
+        ]
+        assert Counter(own) == Counter(alone[step].documents)
+        assert {p.num_targets for p in parts} == {alone[step].num_targets}
+        assert len({len(p.micro_batches) for p in parts}) == 1, (
+            "ranks go through the model unequally"
+        )
+
+
+def test_the_last_partial_accumulation_counts():
+    lengths = np.full(7, 500)
+    plan = make_plan(lengths, row_tokens=512, accumulation=4)
+    assert plan.steps_per_epoch == 2
+    assert [plan[s].num_samples for s in (1, 2)] == [4, 3]
+    assert plan[2].num_targets == 3 * 495
+
+
+def test_max_steps_wins_over_epochs_and_goes_on_into_further_epochs():
+    plan = make_plan(np.full(4, 500), accumulation=1, num_epochs=1, max_steps=11)
+    assert plan.num_steps == 11
+    assert plan[11].epoch == 2
+
+
+def test_only_chosen_documents_are_planned_and_repeats_repeat():
+    plan = make_plan(random_lengths(20), documents=np.array([3, 3, 5, 9]), accumulation=99)
+    assert Counter(plan[1].documents) == Counter({3: 2, 5: 1, 9: 1})
+
+
+def test_without_packing_a_row_is_a_document():
+    plan = make_plan(random_lengths(9), packing=False, rows_per_micro_batch=2, accumulation=1)
+    assert [len(plan[s].micro_batches[0]) for s in range(1, plan.num_steps + 1)] == [2, 2, 2, 2, 1]
+
+
+def test_batch_restarts_positions_and_predicts_from_the_token_before():
+    P, T, C, A, E = Segment
+    tokens = table(
+        [(1, P), (2, P), (3, T), (4, T), (7, C), (5, A), (8, E)],
+        [(1, P), (6, A), (8, E)],
+    )
+    batch = build_batch(tokens, (1, 0))
+    assert batch.input_ids.tolist() == [[1, 6, 8, 1, 2, 3, 4, 7, 5, 8]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 4, 5, 6]]
+    assert batch.cu_seqlens.tolist() == [0, 3, 10]
+    assert batch.labels.tolist() == [6, 8, 3, 4, 7, 5, 8]
+    assert batch.target_positions.tolist() == [0, 1, 4, 5, 6, 7, 8]
+    assert batch.segments.tolist() == [A, E, T, T, C, A, E]
+    assert batch.document.tolist() == [0, 0, 1, 1, 1, 1, 1]
+    assert batch.thinking_bucket.tolist() == [-1, -1, 0, 5, -1, -1, -1]
+    assert batch.documents == (1, 0)
+
+
+def test_padding_is_a_document_without_targets():
+    tokens = table([(1, 0), (2, 3)], [(3, 0), (4, 3)])
+    plain, padded = build_batch(tokens, (0, 1)), build_batch(tokens, (0, 1), pad_to=9)
+    assert padded.input_ids.shape == (1, 9)
+    assert padded.lengths == (2, 2, 5)
+    assert padded.cu_seqlens.tolist() == [0, 2, 4, 9]
+    assert torch.equal(padded.labels, plain.labels)
+    assert padded.documents == plain.documents
+
+
+def test_halves_keep_the_order_and_all_documents():
+    lengths = np.array([100, 10, 10, 10, 70])
+    first, second = split_micro_batch((0, 1, 2, 3, 4), lengths)
+    assert first + second == (0, 1, 2, 3, 4)
+    assert abs(lengths[list(first)].sum() - lengths[list(second)].sum()) <= 20
+    assert split_micro_batch((2,), lengths) == [(2,)]

@@ -1,0 +1,87 @@
+"""Command line and TOML: right values, all faults at once, and nothing unknown passes.
+
+uv run pytest tests/test_training_config.py
+"""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+import training_config
+from errors import UserError
+from training_config import DirectTrainingConfig, parse_command_line, read_config_file
+
+
+def toml(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "run.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_command_line_wins_over_file_wins_over_defaults(tmp_path: Path):
+    path = toml(tmp_path, 'learning_rate = 1e-5\nseed = 7\ndata_path = "mine.jsonl"\n')
+    command = parse_command_line(
+        ["--config", str(path), "--learning-rate", "2e-5", "--resume", "auto"]
+    )
+    training = command.training
+    assert (training.learning_rate, training.seed, training.data_path) == (2e-5, 7, ("mine.jsonl",))
+    assert training.lora_r == DirectTrainingConfig().lora_r
+    assert command.resume == "auto" and not command.trust_remote_code
+
+
+def test_names_of_neighbours_are_understood(tmp_path: Path):
+    path = toml(tmp_path, "per_device_train_batch_size = 3\nnum_train_epochs = 2\nlora_rank = 8\n")
+    config = read_config_file(path)
+    assert (config.batch_size, config.num_epochs, config.lora_r) == (3, 2.0, 8)
+
+
+def test_all_faults_of_values_are_reported_at_once():
+    with pytest.raises(UserError) as caught:
+        DirectTrainingConfig(
+            learning_rate=-1.0, batch_size=0, eval_fraction=1.5, lora_r=-2, data_path=()
+        )
+    for name in ("learning_rate", "batch_size", "eval_fraction", "lora_r", "data_path"):
+        assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_all_faults_of_a_file_are_reported_at_once(tmp_path: Path):
+    text = (
+        'lerning_rate = 1\nseed = "x"\npacking = 1\nprecision = "fp8"\ntrust_remote_code = true\n'
+    )
+    with pytest.raises(UserError) as caught:
+        read_config_file(toml(tmp_path, text))
+    message = str(caught.value)
+    for part in ("learning_rate", "seed", "packing", "fp32", "trust_remote_code", "run.toml"):
+        assert part in message
+
+
+@pytest.mark.parametrize("text", ["a = ", "seed = 1\nseed = 2", "\x00"])
+def test_a_broken_file_is_one_clear_error(tmp_path: Path, text: str):
+    with pytest.raises(UserError, match="not valid TOML"):
+        read_config_file(toml(tmp_path, text))
+
+
+def test_a_missing_file_is_a_clear_error(tmp_path: Path):
+    with pytest.raises(UserError, match="can't be read"):
+        read_config_file(tmp_path / "absent.toml")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_none_are_refused(value: float):
+    with pytest.raises(UserError, match="learning_rate"):
+        DirectTrainingConfig(learning_rate=value)
+
+
+def test_every_field_has_its_line_of_help():
+    source = Path(training_config.__file__).read_text(encoding="utf-8")
+    for field in dataclasses.fields(DirectTrainingConfig):
+        pattern = rf'\n    {field.name}: [^"]*?(?:"[^"\n]*"[^"]*?)*\n    """'
+        assert re.search(pattern, source), field.name
+
+
+def test_the_configuration_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        DirectTrainingConfig().seed = 1
