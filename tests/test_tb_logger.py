@@ -37,7 +37,9 @@ NO_WARNING = pytest.fail
 
 
 def accumulate(run_dir: Path) -> EventAccumulator:
-    reader = EventAccumulator(str(run_dir), size_guidance={"scalars": 0, "tensors": 0})
+    reader = EventAccumulator(
+        str(run_dir), size_guidance={"scalars": 0, "tensors": 0, "histograms": 0}
+    )
     reader.Reload()
     return reader
 
