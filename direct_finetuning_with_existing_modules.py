@@ -66,7 +66,14 @@ from safe_text import write_json
 from system_monitor import gpu_memory
 from tb_logger import NullLogger, TensorBoardLogger
 from terminal import Terminal
-from throughput import StepClock, dims_from_config, peak_flops, training_flops
+from throughput import (
+    CudaTimeline,
+    HostTimeline,
+    StepClock,
+    dims_from_config,
+    peak_flops,
+    training_flops,
+)
 from train_state import TrainState
 from training_config import CommandLine, DirectTrainingConfig, parse_command_line
 from training_data import TrainingData, prepare_data, split_samples
@@ -286,6 +293,9 @@ class DirectTrainer:
                     "--max-seq-length, or use --gradient-checkpointing on, and go on with --resume latest"
                 )
             state.micro_batch_splits += 1
+            if self.batch_shape:  # smaller parts have other shapes than the compiled one
+                self.batch_shape = {}
+                torch.compiler.set_stance("force_eager")
             self.terminal.warn(
                 f"step {state.step + 1}: out of memory; micro-batches are now done in "
                 f"{2**state.micro_batch_splits} parts, the global batch and the loss stay the same"
@@ -371,13 +381,20 @@ class DirectTrainer:
             "Monitoring/NonFinite_Steps": float(len(state.nonfinite_steps)),
             "Monitoring/Resume_Count": float(state.resume_count),
             **self.convergence.scalars(),
-            **self.record.system.read(),
+            **self.hardware(),
             **(gpu_memory(self.dist.device) if self.dist.device.type == "cuda" else {}),
         }
         metrics |= self.clock.read(metrics)
         metrics |= self.record.overhead_percent(time.monotonic() - self.started)
         state.interval, state.grad_norm_max = self.ledger.zeros().tolist(), 0.0
         return metrics
+
+    def hardware(self) -> dict[str, float]:
+        """This node's gauges, and the GPUs of all other nodes under their global numbers."""
+        gauges = self.record.system.read()
+        for others in self.dist.gather({t: v for t, v in gauges.items() if t.startswith("GPU_")}):
+            gauges |= others
+        return gauges
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Held-out losses; keeps the best model. Empty without held-out data."""
@@ -554,7 +571,10 @@ class DirectTrainer:
         compiles = config.compile == "on" or (
             config.compile == "auto" and dist.device.type == "cuda"
         )
-        self.batch_shape = packed.compile_layers(self.plan) if compiles else {}
+        self.batch_shape = {}
+        if compiles:
+            packed.compile_layers()
+            self.batch_shape = self.plan.constant_shape
         self.parallel_model = distributed.parallelize(packed, config.parallel, dist)
         self.parallel_model.train()
         named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
@@ -594,18 +614,23 @@ class DirectTrainer:
         self.terminal.open_log(self.run.logs / "training.log")
         self.start_convergence()
         on_cuda = dist.device.type == "cuda"
+        gpus = visible_gpu_uuids() if on_cuda and dist.local_rank == 0 else ()
         self.record = RunRecord(
             self.run,
             is_main=dist.is_main,
+            samples_hardware=dist.local_rank == 0,
             resume_step=self.state.step if checkpoint else None,
-            gpu_uuids=visible_gpu_uuids() if on_cuda else (),
-            first_gpu_index=0,
+            gpu_uuids=gpus,
+            first_gpu_index=sum(dist.gather(len(gpus or ()))[: dist.rank]),
             alert_state=self.state.alerts,
             alert_actions=config.alert_actions,
             warn=self.terminal.warn,
         )
         peak = peak_flops(torch.cuda.get_device_name(dist.device)) if on_cuda else None
-        self.clock = StepClock(peak_flops=peak and peak * dist.world_size)
+        self.clock = StepClock(
+            peak_flops=peak and peak * dist.world_size,
+            timeline=CudaTimeline() if on_cuda else HostTimeline(),
+        )
         self.started = self.counted = time.monotonic()
         self.announce(checkpoint)
         self.record.status("running", step=self.state.step)
@@ -713,11 +738,12 @@ class DirectTrainer:
         else:
             self.save_model(self.run.final_model)
             self.count_seconds()
+            hardware = self.hardware()  # a collective
             if self.dist.is_main:
-                self.write_summary()
+                self.write_summary(hardware)
         self.record.status(outcome, step=state.step, signal=self.stop_signal)
 
-    def write_summary(self) -> None:
+    def write_summary(self, hardware: dict[str, float]) -> None:
         """Final_* tags, Training/Final_Summary and training_statistics.json."""
         state, run = self.state, self.run
         trainable, total = model_loading.parameter_counts(self.model)
@@ -728,7 +754,7 @@ class DirectTrainer:
             {"Trainable_Parameters": trainable, "Total_Parameters": total},
             state,
             self.convergence.scalars(),
-            self.record.system.read(),
+            hardware,
         )
         statistics = run_summary.training_statistics(
             self.settings, model, self.data, self.plan, state, final, run

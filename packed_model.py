@@ -7,6 +7,7 @@ the full logits never exist. Being one module with one forward, it is what DDP a
 import torch
 
 import varlen_attention
+from distributed import decoder_layers
 from errors import UserError
 from packing import PackedBatch
 from segment_loss import LossSums, packed_loss
@@ -40,6 +41,13 @@ class PackedLossModel(torch.nn.Module):
         varlen_attention.enable(model)
         # Not as submodules: the parameters stay registered once, under `model`.
         self._base = (base,)
+        self._compiled = False
+
+    def compile_layers(self) -> None:
+        """torch.compile for each decoder layer, one graph for all of them; wants constant shapes."""
+        for layer in decoder_layers(self.model):
+            layer.compile(fullgraph=True, dynamic=False)
+        self._compiled = True
 
     def forward(
         self, batch: PackedBatch, num_targets: int, scale: float = 1.0
@@ -50,8 +58,12 @@ class PackedLossModel(torch.nn.Module):
             batch.cu_seqlens, batch.lengths, batch.max_length
         )
         decoder = base.get_decoder() if hasattr(base, "get_decoder") else base.model
+        embeds = base.get_input_embeddings()(batch.input_ids)
+        if self._compiled and torch.is_grad_enabled():
+            # The first layer would else see an input without gradient: a second graph.
+            embeds.requires_grad_()
         hidden = decoder(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **kwargs
+            inputs_embeds=embeds, position_ids=batch.position_ids, use_cache=False, **kwargs
         ).last_hidden_state[0]
         return packed_loss(
             hidden,

@@ -122,6 +122,18 @@ class StepPlan:
         return step / self.steps_per_epoch
 
     @property
+    def constant_shape(self) -> dict[str, int]:
+        """Arguments of `build_batch` that give every micro-batch of the plan one shape."""
+        fullest = sorted((len(row) for row in self._rows), reverse=True)[
+            : self.rows_per_micro_batch
+        ]
+        return {
+            "pad_to": self.rows_per_micro_batch * self.row_tokens,
+            "pad_documents": sum(fullest) + self.rows_per_micro_batch,
+            "max_length": self.row_tokens,
+        }
+
+    @property
     def num_rows(self) -> int:
         """Rows of one epoch."""
         return len(self._rows)
@@ -216,12 +228,18 @@ class PackedBatch:
 
 
 def build_batch(
-    tokens: TokenizedSamples, documents: Sequence[int], pad_to: int = 0, pad_id: int = 0
+    tokens: TokenizedSamples,
+    documents: Sequence[int],
+    *,
+    pad_to: int = 0,
+    pad_documents: int = 0,
+    max_length: int = 0,
 ) -> PackedBatch:
-    """Put `documents` end to end. A token with a segment other than PROMPT is predicted from the one before.
+    """Put `documents` end to end; a token outside the prompt is predicted from the one before.
 
-    `pad_to` above the number of tokens adds one more document of padding without targets, so that
-    compiled kernels see one shape.
+    For compiled kernels, which want one shape: `pad_to` above the number of tokens adds documents of
+    padding without targets, none longer than `max_length`; `pad_documents` repeats the end of the
+    last one until there are so many; `max_length` is given out as it is.
     """
     pieces = [tokens[d] for d in documents]
     lengths = [len(piece.ids) for piece in pieces]
@@ -232,17 +250,18 @@ def build_batch(
     assert (segments[starts[:-1]] == Segment.PROMPT).all(), "a document starts with its prompt"
     predicted = np.flatnonzero(segments != Segment.PROMPT)
     document = np.repeat(np.arange(len(pieces)), lengths)[predicted]
-    if pad_to > len(ids):
-        lengths.append(pad_to - len(ids))
-        ids = np.concatenate([ids, np.full(lengths[-1], pad_id, dtype=np.int64)])
-        starts = np.append(starts, pad_to)
+    for start in range(len(ids), pad_to, max_length or pad_to):
+        lengths.append(min(max_length or pad_to, pad_to - start))
+        starts = np.append(starts, starts[-1] + lengths[-1])
+    ids = np.concatenate([ids, np.zeros(starts[-1] - len(ids), dtype=np.int64)])
+    starts = np.append(starts, [starts[-1]] * (pad_documents + 1 - len(starts)))
     positions = np.concatenate([np.arange(length) for length in lengths])
     return PackedBatch(
         input_ids=torch.from_numpy(ids)[None],
         position_ids=torch.from_numpy(positions)[None],
         cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
         lengths=tuple(lengths),
-        max_length=max(lengths),
+        max_length=max_length or max(lengths),
         target_positions=torch.from_numpy(predicted - 1),
         labels=torch.from_numpy(ids[predicted]),
         segments=torch.from_numpy(segments[predicted]),

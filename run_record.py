@@ -21,6 +21,7 @@ class RunRecord:
     Args:
         run: where it is written.
         is_main: this rank writes.
+        samples_hardware: this rank reads its node's gauges.
         resume_step: step of the checkpoint that the session starts from; None for a fresh run.
         gpu_uuids: this node's devices, numbered from `first_gpu_index`; empty: none are read.
         alert_actions: alert name -> log, save, stop, or a command to run.
@@ -32,6 +33,7 @@ class RunRecord:
         run: RunDirectory,
         *,
         is_main: bool,
+        samples_hardware: bool,
         resume_step: int | None,
         gpu_uuids: tuple[str, ...] | None,
         first_gpu_index: int,
@@ -45,7 +47,7 @@ class RunRecord:
         self.alerts = AlertMonitor(alert_state or None)
         self.writer = self._open_writer(resume_step)
         self.system = SystemMonitor(gpu_uuids, run.output_dir, 1.0, first_gpu_index, warn=warn)
-        if is_main:
+        if samples_hardware:
             self.system.start()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> set[str]:

@@ -3,6 +3,7 @@
 uv run pytest tests/test_optimization.py
 """
 
+import itertools
 import math
 
 import pytest
@@ -23,7 +24,7 @@ def test_warmup_starts_above_zero_and_reaches_the_peak():
     course = rates(100)
     assert course[0] == pytest.approx(0.1)
     assert course[9] == course[10] == 1.0
-    assert all(a >= b for a, b in zip(course[10:], course[11:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(course[10:]))
     assert 0 < course[-1] < 0.001, "the last update must not be lost"
     assert course[54 + 1] == pytest.approx(0.5, abs=0.01)
 

@@ -132,14 +132,29 @@ def test_batch_restarts_positions_and_predicts_from_the_token_before():
     assert batch.documents == (1, 0)
 
 
-def test_padding_is_a_document_without_targets():
+def test_padding_is_documents_without_targets():
     tokens = table([(1, 0), (2, 3)], [(3, 0), (4, 3)])
-    plain, padded = build_batch(tokens, (0, 1)), build_batch(tokens, (0, 1), pad_to=9)
-    assert padded.input_ids.shape == (1, 9)
-    assert padded.lengths == (2, 2, 5)
-    assert padded.cu_seqlens.tolist() == [0, 2, 4, 9]
+    plain = build_batch(tokens, (0, 1))
+    padded = build_batch(tokens, (0, 1), pad_to=9, pad_documents=6, max_length=3)
+    assert padded.input_ids.shape == padded.position_ids.shape == (1, 9)
+    assert padded.lengths == (2, 2, 3, 2)
+    assert padded.cu_seqlens.tolist() == [0, 2, 4, 7, 9, 9, 9]
+    assert padded.max_length == 3
     assert torch.equal(padded.labels, plain.labels)
     assert padded.documents == plain.documents
+
+
+def test_every_micro_batch_fits_the_constant_shape():
+    lengths = random_lengths()
+    plan = make_plan(lengths, rows_per_micro_batch=3, num_epochs=2)
+    tokens = table(*([(1, 0)] * (n - 1) + [(2, 3)] for n in lengths.tolist()))
+    shape = plan.constant_shape
+    for step in range(1, plan.num_steps + 1):
+        for documents in plan[step].micro_batches:
+            batch = build_batch(tokens, documents, **shape)
+            assert batch.input_ids.shape == (1, shape["pad_to"])
+            assert batch.cu_seqlens.shape == (shape["pad_documents"] + 1,)
+            assert max(batch.lengths) <= batch.max_length == 512
 
 
 def test_halves_keep_the_order_and_all_documents():
