@@ -250,7 +250,7 @@ def build_batch(
     assert (segments[starts[:-1]] == Segment.PROMPT).all(), "a document starts with its prompt"
     predicted = np.flatnonzero(segments != Segment.PROMPT)
     document = np.repeat(np.arange(len(pieces)), lengths)[predicted]
-    for start in range(len(ids), pad_to, max_length or pad_to):
+    for start in range(len(ids), pad_to, max_length or pad_to or 1):
         lengths.append(min(max_length or pad_to, pad_to - start))
         starts = np.append(starts, starts[-1] + lengths[-1])
     ids = np.concatenate([ids, np.zeros(starts[-1] - len(ids), dtype=np.int64)])
