@@ -156,7 +156,9 @@ class DirectTrainer:
             cache_dir=config.cache_path,
             workers=workers,
         )
-        self.tokenizer = model_loading.load_tokenizer(self.resolved)
+        self.tokenizer = model_loading.load_tokenizer(
+            self.resolved, split.training_texts(), config.cache_path
+        )
         self.data = prepare_data(
             split,
             self.tokenizer,
