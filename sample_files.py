@@ -80,7 +80,7 @@ def list_files(path: str, cache_dir: Path | None = None) -> list[DataFile]:
         return _existing(expanded, path, mode)
     if glob.has_magic(expanded):
         found = sorted(glob.glob(expanded, recursive=True))
-        files = [file for name in found for file in _existing(name, name, _mode(name, name))]
+        files = [file for name in found for file in _matched(name)]
         if not files:
             raise UserError(f"no data file matches {shown}; readable are {_readable()}")
         return files
@@ -130,6 +130,17 @@ def _kind_of(path: str) -> str | None:
     return KINDS.get(suffix)
 
 
+def _matched(name: str) -> list[DataFile]:
+    """What a glob found; like a folder's, files that are no data are passed over."""
+    mode = _mode(name, clean_line(name, 200))
+    passed = mode is None or _kind_of(name) is None or _describes(name)
+    return [] if passed and not os.path.isdir(name) else _existing(name, name, mode)
+
+
+def _describes(name: str) -> bool:
+    return os.path.basename(name).lower() in _NOT_DATA
+
+
 def _folder_files(path: str, source: str) -> list[DataFile]:
     splits = _splits(path)
     if splits:
@@ -141,7 +152,7 @@ def _folder_files(path: str, source: str) -> list[DataFile]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             full = os.path.join(folder, name)
-            if name.startswith(".") or name.lower() in _NOT_DATA or _kind_of(name) is None:
+            if name.startswith(".") or _describes(name) or _kind_of(name) is None:
                 continue
             mode = _mode(full, full)
             if mode is None or not stat.S_ISREG(mode):
@@ -621,9 +632,16 @@ def _arrow(chunk: Chunk) -> Iterator[Record | BrokenSample]:
                 batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
             else:
                 batches = iter(pa.ipc.open_stream(memory))
-            yield from _rows(batches)
+            yield from _rows(_validated(batches))
     except (pa.ArrowException, ValueError, NotImplementedError) as error:
         raise _damaged(chunk.file, error) from error
+
+
+def _validated(batches: Iterator) -> Iterator:
+    """Arrow trusts the offsets in a file; a wrong one would read foreign memory."""
+    for batch in batches:
+        batch.validate(full=True)
+        yield batch
 
 
 def _rows(batches: Iterator) -> Iterator[Record]:

@@ -11,7 +11,8 @@ Forms of records: Alpaca, ShareGPT, messages, prompt/completion, question/reason
 
     A1: …                         the marker may be missing after the thinking
 
-White space around a question, a reasoning or an answer is not content and is dropped; nothing else is.
+White space around a question, a reasoning or an answer is not content and is dropped, as is a rule
+(`---`) that closes an answer; nothing else is.
 """
 
 import hashlib
@@ -153,6 +154,7 @@ _DIFFICULTY_HEADING = re.compile(r"难度[ \t]*[:：]?[ \t]*([1-4])(?!\d)")
 # A bare `A:` may be an option of a multiple-choice question, so a numbered marker goes first.
 _NUMBERED_ANSWER = re.compile(r"^[ \t]*\**A[ \t]*(\d+)\**[ \t]*[:：]\**", re.MULTILINE)
 _BARE_ANSWER = re.compile(r"^[ \t]*\**(?:A|答|答案)\**[ \t]*[:：]\**", re.MULTILINE)
+_RULE = re.compile(r"\n[ \t]*(?:-{3,}|\*{3,}|_{3,})[ \t]*\Z")
 _RESIDUE = re.compile(r"[\u4e00-\u9fff]{1,11}类")
 
 
@@ -220,7 +222,7 @@ def _markdown_block(body: str, number: str) -> tuple[Sample, str, list[str]]:
     cut = closings[-1].end() if closings else 0  # a heading inside the reasoning ends nothing
     answer, section = _cut_at_heading(reply[cut:])
     has_tags = _TAG.search(reply) is not None
-    thinking, answer = split_thinking(reply[:cut] + answer)
+    thinking, answer = split_thinking(reply[:cut] + _RULE.sub("", answer.rstrip()))
     if marker is None:
         answer, marker = _strip_marker(answer, number)
     remarks = []
