@@ -90,8 +90,9 @@ def categories() -> list[str]:
 
 
 @cache
-def _matcher() -> tuple[AhoCorasick, tuple[str, ...]]:
-    """Automaton over all lower-case surfaces and, per surface, its term ("" for a decoy)."""
+def _matcher() -> tuple[AhoCorasick, tuple[str, ...], tuple[bool, ...]]:
+    """Automaton over all lower-case surfaces and, per surface, its term ("" for a decoy) and
+    whether it begins or ends with ASCII."""
     surfaces = dict.fromkeys(_DECOYS, "")
     for term in load_terms().values():
         surfaces |= {surface.lower(): term.name for surface in (term.name, *term.aliases)}
@@ -100,7 +101,8 @@ def _matcher() -> tuple[AhoCorasick, tuple[str, ...]]:
         matchkind=MatchKind.LeftmostLongest,
         implementation=Implementation.DFA,
     )
-    return automaton, tuple(surfaces.values())
+    edges = tuple(surface[0].isascii() or surface[-1].isascii() for surface in surfaces)
+    return automaton, tuple(surfaces.values()), edges
 
 
 def find_terms(text: str) -> Counter[str]:
@@ -112,10 +114,10 @@ def find_terms(text: str) -> Counter[str]:
     if _FULL_WIDTH.search(text):
         text = unicodedata.normalize("NFKC", text)
     text = text.lower()
-    automaton, names = _matcher()
+    automaton, names, has_ascii_edge = _matcher()
     found: Counter[str] = Counter()
     for index, start, end in automaton.find_matches_as_indexes(text):
-        if _bounded(text, start, end):
+        if not has_ascii_edge[index] or _bounded(text, start, end):
             found[names[index]] += 1
         else:
             found.update(_inside(text, start, end))
@@ -135,7 +137,7 @@ def _joins(text: str, at: int) -> bool:
 
 def _inside(text: str, start: int, end: int) -> list[str]:
     """Shorter terms within a match that ran into a letter: "IPSec" in "IPSec VPNs"."""
-    automaton, names = _matcher()
+    automaton, names, _ = _matcher()
     for stop in range(end - 1, start, -1):
         if _joins(text, stop):
             continue

@@ -7,8 +7,6 @@ decides. Clusters are the connected components of that relation.
 """
 
 import hashlib
-import re
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -16,6 +14,7 @@ import rensa
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
+from character_grams import gram_hashes, normalized
 from errors import UserError
 from samples import Sample
 
@@ -24,14 +23,8 @@ EXACT_LIMIT = 10_000  # distinct texts up to which every pair above the threshol
 _NUM_PERM = 125  # MinHash values per text
 _WINDOW = 8  # neighbours compared within a bucket of equal MinHash bands
 _CHUNK = 1000  # texts whose shingles are in memory together
-_NOT_A_LETTER = re.compile(r"[\W_]+")
 _HASH_SEED = np.uint64(0x9E3779B97F4A7C15)
 _HASH_STEP = np.uint64(0xD6E8FEB86659FD93)
-
-
-def normalized(text: str) -> str:
-    """The form in which texts are compared: NFKC, lower case, letters and digits only."""
-    return _NOT_A_LETTER.sub("", unicodedata.normalize("NFKC", text)).lower()
 
 
 def text_key(text: str) -> int:
@@ -69,15 +62,10 @@ class Texts(Sequence):
 
 def shingles(text: str) -> np.ndarray:
     """Sorted distinct 64-bit hashes (k,) uint64 of the character 5-grams; a shorter text is one."""
-    points = np.frombuffer(normalized(text).encode("utf-32-le", "replace"), np.uint32)
-    width = min(SHINGLE, max(1, len(points)))
-    count = max(1, len(points) - width + 1)
-    padded = points if len(points) else np.zeros(1, np.uint32)
-    hashes = np.full(count, _HASH_SEED + np.uint64(width))
-    for offset in range(width):
-        hashes = (hashes ^ padded[offset : offset + count].astype(np.uint64)) * _HASH_STEP
-        hashes ^= hashes >> np.uint64(32)
-    return np.unique(hashes)
+    text = normalized(text)
+    if len(text) < SHINGLE:
+        return np.array([text_key(text)], np.uint64)
+    return np.unique(gram_hashes(text, SHINGLE))
 
 
 def jaccard(first: str, second: str) -> float:

@@ -13,7 +13,8 @@ import numpy as np
 
 import crypto_terms
 import text_quality
-from near_duplicates import normalized, question_text, text_key
+from character_grams import gram_hashes, normalized
+from near_duplicates import question_text, text_key
 from safe_text import clean_line
 from samples import Sample
 
@@ -257,7 +258,6 @@ def copied_share(answer: str, thinking: str) -> float | None:
     answer = normalized(answer)
     if len(answer) < 20:
         return None
-    grams = {answer[i : i + _GRAM] for i in range(len(answer) - _GRAM + 1)}
-    thinking = normalized(thinking)
-    there = {thinking[i : i + _GRAM] for i in range(len(thinking) - _GRAM + 1)}
-    return len(grams & there) / len(grams)
+    grams = np.unique(gram_hashes(answer, _GRAM))
+    there = gram_hashes(normalized(thinking), _GRAM)
+    return float(np.isin(grams, there).mean())

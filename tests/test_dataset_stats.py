@@ -17,11 +17,11 @@ import dataset_report
 import dataset_stats
 import sample_facts
 import text_quality
+from character_grams import normalized
 from chat_tokens import TokenizedSamples, TruncationLedger
 from crypto_terms import complexity, find_terms
 from dataset_stats import compute_statistics, find_leaks, packing_efficiency
 from errors import UserError
-from near_duplicates import normalized
 from sample_facts import Facts, Tally, observe
 from samples import Sample, read_samples
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import near_duplicates
+from character_grams import gram_hashes, normalized
 from errors import UserError
-from near_duplicates import jaccard, near_duplicate_clusters, normalized, split_held_out
+from near_duplicates import jaccard, near_duplicate_clusters, split_held_out
 from samples import Sample
 
 
@@ -155,3 +156,22 @@ def test_band_width_keeps_the_recall():
     for threshold in (0.5, 0.6, 0.7, 0.8, 0.9, 0.95):
         rows = near_duplicates._rows_per_band(threshold)
         assert 1 - (1 - threshold**rows) ** (near_duplicates._NUM_PERM // rows) >= 0.999
+
+
+@pytest.mark.parametrize("width", range(1, 17))
+def test_gram_hashes_are_equal_where_the_grams_are(width):
+    text = "".join(random.Random(width).choices("密码钥ab", k=300))
+    grams = [text[i : i + width] for i in range(len(text) - width + 1)]
+    hashes = gram_hashes(text, width)
+    assert hashes.shape == (len(grams),) and hashes.dtype == np.uint64
+    assert len(set(zip(grams, hashes.tolist(), strict=True))) == len(set(grams))
+    assert len(set(hashes.tolist())) == len(set(grams))
+    assert gram_hashes("密" * (width - 1), width).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [("ＳＭ４，算法_2！", "sm4算法2"), ("A b\nC", "abc"), ("①㎝", "1"), ("。", ""), ("", "")],
+)
+def test_normalized(text, expected):
+    assert normalized(text) == expected

@@ -1,0 +1,201 @@
+"""How fast the statistics are, against the obvious single-threaded way, in one interleaved run.
+
+    python benchmarks/stats_throughput.py                       stages, and the whole on 2 workers
+    python benchmarks/stats_throughput.py --memory 1000 10000 100000    peak memory by samples
+
+The obvious way to the same numbers: jieba with HMM for the words, one `in` per term and alias, the
+same components and keys in a plain loop. Both ways read the same samples in turn, the median of
+the rounds counts. The last line on stdout is JSON with `speedup_vs_naive` and `mb_per_second`.
+"""
+
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import jieba
+import tyro
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import crypto_terms  # noqa: E402
+import dataset_stats  # noqa: E402
+import near_duplicates  # noqa: E402
+import sample_facts  # noqa: E402
+import text_quality  # noqa: E402
+from samples import Sample, read_samples  # noqa: E402
+
+PACKAGES = ("jieba", "rjieba", "ahocorasick-rs", "rensa", "numpy", "scipy")
+
+
+def make_samples(count: int, seed: int = 0) -> list[Sample]:
+    """Samples of the length and words of the bundled Q&A: its sentences, drawn anew."""
+    bundled = read_samples([str(ROOT / "data" / "raw")]).samples
+    answers = [line for s in bundled for line in s.answer.splitlines() if line.strip()]
+    thoughts = [line for s in bundled for line in s.thinking.splitlines() if line.strip()]
+    rng = random.Random(seed)
+    return [
+        Sample(
+            question=f"{rng.choice(bundled).question}（{i}）",
+            thinking="\n".join(rng.choices(thoughts, k=rng.randint(3, 12))),
+            answer="\n".join(rng.choices(answers, k=rng.randint(2, 8))),
+            source="made.jsonl",
+            line=i + 1,
+        )
+        for i in range(count)
+    ]
+
+
+def text_of(sample: Sample) -> str:
+    return f"{sample.question}\n{sample.thinking}\n{sample.answer}"
+
+
+def naive_terms(text: str) -> set[str]:
+    """One search per surface."""
+    lowered = text.lower()
+    return {
+        term.name
+        for term in crypto_terms.load_terms().values()
+        if any(surface.lower() in lowered for surface in (term.name, *term.aliases))
+    }
+
+
+def naive_way(samples: list[Sample]) -> None:
+    """`observe` with jieba's default words and an `in` loop over the terms."""
+    fast_segment, fast_terms = text_quality.segment, crypto_terms.find_terms
+    from collections import Counter
+
+    text_quality.segment = jieba.lcut
+    crypto_terms.find_terms = lambda text: Counter(naive_terms(text))
+    try:
+        sample_facts.observe(samples)
+    finally:
+        text_quality.segment, crypto_terms.find_terms = fast_segment, fast_terms
+
+
+def stages() -> dict[str, tuple[Callable, Callable | None]]:
+    """Name: (ours, the obvious way) per text."""
+    return {
+        "segmentation": (text_quality.segment, jieba.lcut),
+        "terms": (crypto_terms.find_terms, naive_terms),
+        "quality components": (text_quality.quality_components, None),
+        "citations": (crypto_terms.citation_conflicts, None),
+        "duplicate keys": (near_duplicates.text_key, None),
+        "shingles": (near_duplicates.shingles, None),
+    }
+
+
+def seconds(function: Callable, *arguments) -> float:
+    start = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - start
+
+
+def loop(function: Callable, texts: list[str]) -> None:
+    for text in texts:
+        function(text)
+
+
+def report_stages(texts: list[str], rounds: int) -> None:
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    print(f"{'stage':<20}{'MB/s':>8}{'samples/s':>12}{'obvious MB/s':>14}{'ratio':>8}")
+    for name, (ours, obvious) in stages().items():
+        fast, slow = [], []
+        for _ in range(rounds):
+            fast.append(seconds(loop, ours, texts))
+            slow += [seconds(loop, obvious, texts)] if obvious else []
+        took = statistics.median(fast)
+        line = f"{name:<20}{megabytes / took:>8.1f}{len(texts) / took:>12.0f}"
+        if slow:
+            other = statistics.median(slow)
+            line += f"{megabytes / other:>14.1f}{other / took:>8.1f}"
+        print(line)
+
+
+def whole(samples: list[Sample], workers: int, rounds: int) -> dict[str, float]:
+    """Whole analysis (near duplicates included in ours) against the obvious way, interleaved."""
+    ours, obvious, single = [], [], []
+    for number in range(rounds):
+        ours.append(seconds(lambda: dataset_stats.compute_statistics(samples, workers=workers)))
+        single.append(seconds(lambda: dataset_stats.compute_statistics(samples)))
+        part = samples[:: max(1, len(samples) // 1500)]  # it is slow; a share of them will do
+        obvious.append(seconds(naive_way, part) * len(samples) / len(part))
+        print(
+            f"round {number + 1}: {workers} workers {ours[-1]:.2f} s, one {single[-1]:.2f} s,"
+            f" obvious way {obvious[-1]:.2f} s"
+        )
+    megabytes = sum(len(text_of(s).encode()) for s in samples) / 1e6
+    took = statistics.median(ours)
+    return {
+        "speedup_vs_naive": statistics.median(obvious) / took,
+        "speedup_of_one_process": statistics.median(obvious) / statistics.median(single),
+        "mb_per_second": megabytes / took,
+        "samples_per_second": len(samples) / took,
+        "naive_mb_per_second": megabytes / statistics.median(obvious),
+        "samples": len(samples),
+        "megabytes": megabytes,
+        "workers": workers,
+    }
+
+
+def peak_memory_mb(count: int) -> float:
+    """Peak resident memory of the program in a process of its own, on a JSONL file of that size."""
+    import psutil
+
+    folder = Path(os.environ.get("TMPDIR", "/tmp" if os.name == "posix" else "."))
+    path = folder / f"stats_memory_{os.getpid()}.jsonl"
+    with open(path, "w", encoding="utf-8") as file:
+        for start in range(0, count, 10_000):
+            for s in make_samples(min(10_000, count - start), seed=start):
+                row = {
+                    "question": f"{s.question}{start}",
+                    "reasoning": s.thinking,
+                    "answer": s.answer,
+                }
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    command = [sys.executable, str(ROOT / "dataset_stats.py"), str(path), "--json"]
+    try:
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=folder) as process:
+            watched, peak = psutil.Process(process.pid), 0
+            while process.poll() is None:
+                try:
+                    peak = max(peak, watched.memory_info().rss)
+                except psutil.NoSuchProcess:
+                    break
+                time.sleep(0.02)
+    finally:
+        path.unlink()
+    return peak / 1e6
+
+
+def main(
+    samples: int = 12_000,
+    rounds: int = 3,
+    workers: int = 2,
+    memory: Annotated[tuple[int, ...], tyro.conf.arg(help="Sample counts to measure.")] = (),
+) -> None:
+    """Print machine, stages and the whole; the last line is JSON."""
+    print(f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}")
+    print(", ".join(f"{name} {version(name)}" for name in PACKAGES))
+    jieba.setLogLevel("ERROR")
+    jieba.initialize()
+    made = make_samples(samples)
+    loop(text_quality.segment, ["预热"])
+    report_stages([text_of(s) for s in made[:1500]], rounds)
+    result = whole(made, workers, rounds)
+    if memory:
+        result["peak_memory_mb"] = {str(count): peak_memory_mb(count) for count in memory}
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
