@@ -323,7 +323,7 @@ def compute_statistics(
     if len(samples) == 0:
         raise UserError("no sample to describe; check the paths and the list of broken records")
     facts = Facts()
-    for part in _observed(samples, workers):
+    for part in observed(samples, workers):
         facts.merge(part)
     return DatasetStatistics(
         facts=facts,
@@ -334,7 +334,7 @@ def compute_statistics(
     )
 
 
-def _observed(samples: Sequence[Sample], workers: int) -> Iterator[Facts]:
+def observed(samples: Sequence[Sample], workers: int) -> Iterator[Facts]:
     """Facts of consecutive chunks, in order."""
     starts = range(0, len(samples), _CHUNK)
     if workers <= 1 or len(starts) == 1:

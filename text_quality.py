@@ -45,6 +45,8 @@ _MARKS = "，。、；：？！“”‘’（）《》〈〉【】「」『』�
 _TERMINAL = "。！？!?.…；;：:”’\"'）)】]》」』}`|>~～*"
 _PAIRS = ("（）", "()", "《》", "【】", "[]", "“”", "「」", "{}")
 _NUMBERING = re.compile(r"(?:^|[\s。；;，,])[0-9a-zA-Z一二三四五六七八九十]{1,2}[)）]")
+_WORD = re.compile("[A-Za-z]{4,}")
+_RESULT = re.compile(r"[：:=≈≡][^：:=≈≡。，\n]{1,40}$")  # "最终答案：5.06" needs no full stop
 _GARBLED_RUNS = ("锟斤拷", "烫烫", "屯屯")
 
 # Classes of a character, as bits.
@@ -61,7 +63,8 @@ _GARBLED_RUNS = ("锟斤拷", "烫烫", "屯屯")
     LATIN_1,
     LETTER,
     DIGIT,
-) = (1 << bit for bit in range(12))
+    FOREIGN,
+) = (1 << bit for bit in range(13))
 
 
 @cache
@@ -83,6 +86,9 @@ def _classes() -> np.ndarray:
     table[0xD800:0xF900] |= BROKEN  # surrogates and private use
     table[[*range(0x41, 0x5B), *range(0x61, 0x7B)]] |= LETTER
     table[0x30:0x3A] |= DIGIT
+    # Cyrillic to Arabic, kana, Hangul; Greek is left out, as formulas use it.
+    for first, last in ((0x100, 0x24F), (0x400, 0x6FF), (0x3040, 0x30FF), (0xAC00, 0xD7AF)):
+        table[first : last + 1] |= FOREIGN
     # UTF-8 read as Latin-1 or Windows-1252: runs of these. × ° ± · ² ³ µ stand alone in good text.
     table[0x80:0x100] |= LATIN_1
     table[[ord(c) for c in "‚ƒ„†‡ˆ‰Š‹ŒŽ™š›œžŸ¤¥¦"]] |= LATIN_1
@@ -142,12 +148,15 @@ def quality_components(text: str) -> dict[str, float]:
     visible = max(1, len(classes) - _count(classes, SPACE))
     result = {
         "garbling": _garbling(text, classes),
-        "cjk_share": _ramp(hanzi / visible, 0.05, 0.30),
         "repetition": _repetition(text),
         "sentence_repetition": _sentence_repetition(text),
-        "terminal": 1.0 if text[-1] in _TERMINAL else 0.25,
+        "terminal": _terminal(text),
         "brackets": _brackets(text),
     }
+    # Formulas and numbers are of no language; words are, and letters of other scripts.
+    foreign = _count(classes, FOREIGN | LATIN_1) + sum(map(len, _WORD.findall(text)))
+    if hanzi + foreign:
+        result["cjk_share"] = _ramp(hanzi / (hanzi + foreign), 0.05, 0.30)
     if hanzi > 0.02 * visible:  # otherwise the text isn't Chinese, which cjk_share says alone
         result |= _hanzi_components(text, classes, hanzi, visible)
     return result
@@ -155,15 +164,17 @@ def quality_components(text: str) -> dict[str, float]:
 
 def _hanzi_components(text: str, classes: np.ndarray, hanzi: int, visible: int):
     """The components that only make sense where there are Chinese characters."""
+    in_words = _in_words(text, classes)
     traditional, simplified = _count(classes, TRADITIONAL), _count(classes, SIMPLIFIED)
     marks = classes & (MARK | SPACE)
     result = {
-        "segmentation": _ramp(_in_words(text, hanzi), 0.50, 0.74),
         "charset": _ramp(_count(classes, GB2312) / hanzi, 0.95, 1.0),
         "punctuation": _punctuation_density(_count(classes, MARK) / visible, hanzi),
         "clause_length": 1.0 - _ramp(_longest_run(marks), 60, 160),
-        "length": _ramp(hanzi, 8, 30),
+        "length": _ramp(visible, 8, 30),
     }
+    if in_words is not None:
+        result["segmentation"] = _ramp(in_words, 0.50, 0.74)
     if traditional + simplified:
         share = min(traditional, simplified) / (traditional + simplified)
         result["script_mix"] = _ramp(1 - 2 * share, 0.7, 0.99)
@@ -189,12 +200,25 @@ def text_quality(text: str, weights: dict[str, float] | None = None) -> float | 
     return quality(quality_components(text), weights)
 
 
-def _in_words(text: str, hanzi: int) -> float:
-    """Share of the Chinese characters that belong to a word of two or more."""
-    classes = character_classes("\n" + "\n".join(segment(text)) + "\n")
-    inside, breaks = (classes[1:-1] & HANZI) > 0, (classes & SPACE) > 0
-    single = np.count_nonzero(inside & breaks[:-2] & breaks[2:])
-    return 1 - single / hanzi
+def _in_words(text: str, classes: np.ndarray) -> float | None:
+    """Share of the Chinese characters with a Chinese neighbour that belong to a word of two or
+    more ("得 x 模 n" says nothing), with ten more taken for good, as a few characters tell little;
+    None when none has a neighbour."""
+    hanzi = (classes & HANZI) > 0
+    beside = np.zeros(len(hanzi), bool)
+    beside[1:] |= hanzi[:-1]
+    beside[:-1] |= hanzi[1:]
+    joined = character_classes("\n" + "\n".join(segment(text)) + "\n")
+    breaks = (joined & SPACE) > 0
+    single = np.count_nonzero((joined[1:-1] & HANZI > 0) & breaks[:-2] & breaks[2:])
+    alone, total = np.count_nonzero(hanzi & ~beside), np.count_nonzero(hanzi)
+    return 1 - (single - alone) / (total - alone + 10) if total > alone else None
+
+
+def _terminal(text: str) -> float:
+    """1 when the text comes to an end, 0.25 when it stops within a sentence."""
+    is_result = text[-1].isascii() and _RESULT.search(text[-60:])
+    return 1.0 if text[-1] in _TERMINAL or is_result else 0.25
 
 
 def _garbling(text: str, classes: np.ndarray) -> float:
