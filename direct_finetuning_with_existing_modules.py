@@ -44,7 +44,10 @@ from checkpoint import (
 )
 from convergence import ConvergenceMonitor
 from errors import RunStopped, UserError
-from evaluation import held_out_sums
+from evaluation import document_losses, held_out_sums
+from fast_lora import enable_fast_lora
+from generation_probes import choose_probes, complete, hardest_text, probe_metrics, samples_text
+from lora_health import LoraHealth
 from loss_ledger import LossLedger
 from optimization import (
     MicroBatchSums,
@@ -144,7 +147,11 @@ class DirectTrainer:
         """Read, split and tokenize the data and plan every step; no weights are loaded."""
         config = self.config
         workers = config.workers or os.cpu_count() or 1
-        self.resolved = model_loading.resolve_model(config.model_name or None, self.dist.device)
+        self.resolved = model_loading.resolve_model(
+            config.model_name or None,
+            self.dist.device,
+            trust_remote_code=self.trust_remote_code,
+        )
         split = split_samples(
             config.data_path,
             data_weights=config.data_weights,
@@ -157,7 +164,7 @@ class DirectTrainer:
             workers=workers,
         )
         self.tokenizer = model_loading.load_tokenizer(
-            self.resolved, split.training_texts(), config.cache_path
+            self.resolved, split.training_texts, config.cache_path, config.seed
         )
         self.data = prepare_data(
             split,
@@ -405,8 +412,11 @@ class DirectTrainer:
         tokens, state = self.data.held_out.tokens, self.state
         with self.clock.phase("evaluation"):
             sums = held_out_sums(self.parallel_model, tokens, self.eval_plan, self.dist)
-        vector = self.eval_ledger.vector(self.eval_plan.documents, sums)
-        metrics = self.eval_ledger.eval_metrics(vector)
+            vector = self.eval_ledger.vector(self.eval_plan.documents, sums)
+            metrics = self.eval_ledger.eval_metrics(vector)
+            metrics |= self.probe(step)
+            metrics |= self.adapter_health(step)
+        self.show_hardest(step, sums)
         if state.note_evaluation(step, metrics["Eval/Loss"]) and step:
             self.save_model(self.run.best_model)
         patience = self.config.early_stopping_patience
@@ -414,6 +424,45 @@ class DirectTrainer:
             self.terminal.say(f"early stopping: no better held-out loss in {patience} evaluations")
             self.outcome = "stopped"
         return metrics
+
+    def probe(self, step: int) -> dict[str, float]:
+        """The fixed held-out questions, answered by the model as it is now."""
+        if not self.probes:
+            return {}
+        tokens = self.data.held_out.tokens
+        completions = complete(  # on all ranks alike: sharded weights need all of them
+            self.packed,
+            self.tokenizer,
+            [probe.prompt for probe in self.probes],
+            max_new_tokens=self.config.probe_max_new_tokens,
+            end_id=tokens.end_id,
+            close_id=tokens.close_id,
+            device=self.dist.device,
+        )
+        text = samples_text(self.probes, completions)
+        self.tensorboard_writer.add_text("Eval/Samples", text, step)
+        return probe_metrics(self.probes, completions)
+
+    def adapter_health(self, step: int) -> dict[str, float]:
+        """How far each adapter has moved its layer; a picture, and histograms if asked for."""
+        health, writer = self.lora_health, self.tensorboard_writer
+        if not health.modules:
+            return {}
+        scalars = health.scalars()
+        ratios = {m.name: scalars.get(f"LoRA/{m.name}/Update_Ratio", 0.0) for m in health.modules}
+        if self.dist.is_main:
+            writer.add_figure("LoRA/Update_Ratio_Map", health.figure(ratios), step)
+        if self.config.log_weight_histograms:
+            for tag, histogram in health.weight_histograms().items():
+                writer.log_histogram_counts(tag, histogram.counts, histogram.edges, step)
+        return scalars
+
+    def show_hardest(self, step: int, sums: np.ndarray) -> None:
+        """TEXT: the held-out samples with the highest loss."""
+        if self.dist.is_main:
+            losses = document_losses(self.eval_plan.documents, sums)
+            text = hardest_text(self.data.held_out, losses)
+            self.tensorboard_writer.add_text("Eval/Hardest_Samples", text, step)
 
     def epoch_metrics(self, step: int) -> dict[str, float]:
         """Epoch/ tags over the epoch that ends with this step, and its line in TEXT."""
@@ -567,9 +616,9 @@ class DirectTrainer:
             init_adapter=config.init_adapter,
             gradient_checkpointing=config.gradient_checkpointing == "on",
             seed=config.seed,
-            trust_remote_code=self.trust_remote_code,
         )
-        packed = PackedLossModel(self.model, self.data.train.tokens.close_id)
+        enable_fast_lora(self.model)
+        packed = self.packed = PackedLossModel(self.model, self.data.train.tokens.close_id)
         compiles = config.compile == "on" or (
             config.compile == "auto" and dist.device.type == "cuda"
         )
@@ -589,6 +638,8 @@ class DirectTrainer:
             epsilon=config.adam_epsilon,
             weight_decay=config.weight_decay,
         )
+        self.lora_health = LoraHealth(self.model)
+        self.probes = choose_probes(self.data.held_out, self.tokenizer, config.num_probes)
         self.dims = dims_from_config(self.model.config)
         self.lora_weights = sum(p.numel() for p in self.parameters) if config.lora_r else None
         # Nothing waits for the CPU's own results, so there every step is looked at.

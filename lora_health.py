@@ -9,9 +9,13 @@ Modules of one shape are measured together, and one copy brings everything to th
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MAX_HISTOGRAM_ELEMENTS = 1 << 23  # weights that are binned at once; bounds the temporary memory
 HISTOGRAM_DECADES = (-7.0, 2.0)  # magnitudes between 1e-7 and 1e2 have bins of their own
@@ -92,6 +96,27 @@ class LoraHealth:
             if rank is not None:
                 values[f"LoRA/{name}/Effective_Rank"] = rank
         return values
+
+    def figure(self, ratios: dict[str, float]) -> "Figure":
+        """Picture of `update_ratios`: one row a layer, one column a projection, logarithmic colour."""
+        from matplotlib.colors import LogNorm
+        from matplotlib.figure import Figure
+
+        grid, layers, projections = ratio_map(self.modules, ratios)
+        known = grid[grid > 0]
+        low, high = (known.min(), known.max()) if len(known) else (1e-6, 1e-3)
+        figure = Figure(figsize=(1.5 + 0.9 * len(projections), 1.5 + 0.25 * len(layers)), dpi=100)
+        axes = figure.add_subplot(xlabel="projection", ylabel="layer", title="||s B A|| / ||W||")
+        picture = axes.imshow(
+            np.where(grid > 0, grid, np.nan),
+            aspect="auto",
+            norm=LogNorm(low, max(high, 1.01 * low)),
+        )
+        axes.set_xticks(range(len(projections)), projections, rotation=45, ha="right")
+        axes.set_yticks(range(len(layers)), layers)
+        figure.colorbar(picture)
+        figure.set_layout_engine("tight")
+        return figure
 
     def gradient_norms(self) -> dict[str, float]:
         """`LoRA/<module>/Gradient_Norm` of A and B together, and `LoRA/Gradient_Norm` of all.

@@ -78,3 +78,7 @@ class PackedLossModel(torch.nn.Module):
             num_targets=num_targets,
             scale=scale,
         )
+
+    def generate(self, **kwargs: object) -> torch.Tensor:
+        """Token ids (B, T) of the wrapped model's `generate`; call it within `ordinary_attention`."""
+        return self.model.generate(**kwargs)

@@ -1,0 +1,222 @@
+"""Held-out questions answered by the model as it is now, and what the answers tell.
+
+The same few questions at every evaluation, greedy, so that a change is the model's. A completion is
+judged from its tokens: does it close its thinking once, answer, and end; how long does it think; does it
+loop; does it name the terms of the reference, and the number where the reference has one.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from chat_format import encode_prompt, parse_completion
+from chat_tokens import Segment
+from crypto_terms import find_terms
+from safe_text import clean_line, fenced
+from samples import Sample
+from training_data import DataPart
+from varlen_attention import ordinary_attention
+
+REPETITION_NGRAM = 10  # tokens
+_FINAL_ANSWER = re.compile(r"最终答案[：:]\s*(.+)")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A held-out question with its reference."""
+
+    sample: Sample
+    prompt: tuple[int, ...]
+    thinking_tokens: int  # of the reference
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the model wrote behind the prompt."""
+
+    tokens: tuple[int, ...]  # without the end token
+    ended: bool  # it wrote the end token within its budget
+    thinking: str
+    answer: str
+    closed: bool  # exactly one `</think>`, and no second `<think>`
+    thinking_tokens: int
+
+    @property
+    def valid(self) -> bool:
+        """One closed thinking, an answer that is not empty, and an end."""
+        return self.closed and bool(self.answer.strip()) and self.ended
+
+
+def choose_probes(part: DataPart, tokenizer: object, count: int) -> list[Probe]:
+    """`count` held-out samples in the order of their ids, half of them with a number to compute.
+
+    So the choice does not depend on the order of the files and does not change between runs.
+    """
+    by_id = {part.sample(d).id: int(d) for d in part.documents}
+    documents = [by_id[i] for i in sorted(by_id)]
+    numbers = [d for d in documents if final_answer(part.sample(d).answer) is not None]
+    others = [d for d in documents if d not in set(numbers)]
+    half = numbers[: count // 2]
+    chosen = [*half, *others[: count - len(half)], *numbers[len(half) :]][:count]
+    return [_probe(part, tokenizer, document) for document in chosen]
+
+
+def _probe(part: DataPart, tokenizer: object, document: int) -> Probe:
+    sample = part.sample(document)
+    thinking = int((part.tokens[document].segments == Segment.THINKING).sum())
+    return Probe(sample, tuple(encode_prompt(tokenizer, sample.messages()[:-1])), thinking)
+
+
+@torch.no_grad()
+def complete(
+    model: torch.nn.Module,
+    tokenizer: object,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    end_id: int,
+    close_id: int,
+    device: torch.device,
+) -> list[Completion]:
+    """Greedy completions of all prompts in one batch, padded on the left.
+
+    `model` has `generate`. Training mode and random state are as before afterwards.
+    """
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), width), end_id, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    was_training = model.training
+    model.eval()
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), ordinary_attention(model):
+        out = model.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            eos_token_id=end_id,
+            pad_token_id=end_id,
+        )
+    model.train(was_training)
+    return [
+        read_completion(row[width:].tolist(), tokenizer, end_id=end_id, close_id=close_id)
+        for row in out
+    ]
+
+
+def read_completion(
+    tokens: Sequence[int], tokenizer: object, *, end_id: int, close_id: int
+) -> Completion:
+    """Judge the generated tokens; what follows the first end token is padding."""
+    ended = end_id in tokens
+    tokens = tokens[: tokens.index(end_id)] if ended else list(tokens)
+    text = tokenizer.decode(tokens, skip_special_tokens=False)
+    thinking, answer, _ = parse_completion(text)
+    closes = tokens.count(close_id) if close_id >= 0 else text.count("</think>")
+    closed = closes == 1 and "<think>" not in text
+    before = tokens.index(close_id) if close_id in tokens else len(tokens)
+    return Completion(tuple(tokens), ended, thinking, answer, closed, before)
+
+
+# -----------------------------------------------------------------------------
+# Judgement
+
+
+def probe_metrics(probes: Sequence[Probe], completions: Sequence[Completion]) -> dict[str, float]:
+    """Eval/ tags, means over the probes for which they are defined; absent where for none."""
+    pairs = list(zip(probes, completions, strict=True))
+    values = {
+        "Eval/Format_Valid_Rate": [float(c.valid) for c in completions],
+        "Eval/Think_Length_Ratio": [
+            c.thinking_tokens / p.thinking_tokens for p, c in pairs if p.thinking_tokens
+        ],
+        "Eval/Repetition_Rate": [repetition_rate(c.tokens) for c in completions],
+        "Eval/Budget_Hit_Rate": [float(not c.ended) for c in completions],
+        "Eval/Term_Recall": _known(term_recall(p.sample.answer, c.answer) for p, c in pairs),
+        "Eval/Exact_Answer": _known(exact_answer(p.sample.answer, c.answer) for p, c in pairs),
+    }
+    return {tag: sum(v) / len(v) for tag, v in values.items() if v}
+
+
+def repetition_rate(tokens: Sequence[int], n: int = REPETITION_NGRAM) -> float:
+    """Share of the n-grams of tokens that occurred before in the completion; 0 if there are none."""
+    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def term_recall(reference: str, answer: str) -> float | None:
+    """Share of the reference answer's cryptographic terms that the answer names; None without any."""
+    wanted = set(find_terms(reference))
+    return len(wanted & set(find_terms(answer))) / len(wanted) if wanted else None
+
+
+def exact_answer(reference: str, answer: str) -> float | None:
+    """1 if the answer gives the reference's final number, 0 if not; None if the reference has none."""
+    wanted = final_answer(reference)
+    return None if wanted is None else float(final_answer(answer) == wanted)
+
+
+def final_answer(text: str) -> str | None:
+    """What stands behind the last `最终答案：`, without spaces, for comparison."""
+    found = _FINAL_ANSWER.findall(text)
+    return re.sub(r"[\s。]+", "", found[-1]).replace("，", ",").rstrip(".") if found else None
+
+
+def _known(values: object) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+# -----------------------------------------------------------------------------
+# TEXT
+
+
+def samples_text(probes: Sequence[Probe], completions: Sequence[Completion]) -> str:
+    """Question, and thinking and answer beside the reference's, in code fences."""
+    parts = []
+    for probe, completion in zip(probes, completions, strict=True):
+        verdict = {
+            "valid": completion.valid,
+            "closed": completion.closed,
+            "ended": completion.ended,
+        }
+        facts = ", ".join(f"{name} {'yes' if good else 'NO'}" for name, good in verdict.items())
+        parts += [
+            f"### {clean_line(probe.sample.source)}:{probe.sample.line}",
+            fenced(probe.sample.question),
+            f"**model** ({facts}, {completion.thinking_tokens} thinking tokens)",
+            fenced(completion.thinking + "\n</think>\n" + completion.answer),
+            f"**reference** ({probe.thinking_tokens} thinking tokens)",
+            fenced(probe.sample.thinking + "\n</think>\n" + probe.sample.answer),
+        ]
+    return "\n\n".join(parts)
+
+
+def hardest_text(part: DataPart, losses: Mapping[int, Sequence[float]], count: int = 10) -> str:
+    """The documents with the highest mean loss: place, loss by segment, excerpt.
+
+    losses: as from `evaluation.document_losses`.
+    """
+    segments = ("thinking", "close", "answer", "end")
+    finite_last = {d: row for d, row in losses.items() if row[0] == row[0]}
+    hardest = sorted(finite_last, key=lambda d: (-finite_last[d][0], d))[:count]
+    lines = [
+        f"| # | sample | loss | {' | '.join(segments)} |",
+        "| --- " * (3 + len(segments)) + "|",
+    ]
+    for rank, document in enumerate(hardest, start=1):
+        row = [f"{x:.3f}" if x == x else "–" for x in losses[document]]
+        lines.append(f"| {rank} | `{part.place(document)}` | " + " | ".join(row) + " |")
+    excerpts = []
+    for rank, document in enumerate(hardest, start=1):
+        sample = part.sample(document)
+        text = f"{sample.question}\n---\n{sample.thinking}\n---\n{sample.answer}"
+        excerpts.append(f"**{rank}**\n\n{fenced(text[:400])}")
+    return "\n".join(lines) + "\n\n" + "\n\n".join(excerpts)
