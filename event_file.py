@@ -73,7 +73,7 @@ class AppendFile:
     """An unbuffered file that is whole after every append: what a failed write left is cut off."""
 
     def __init__(self, path: Path, flags: int = 0):
-        self.path = path
+        self.path, self._name = path, os.fspath(path)
         flags |= os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
         self._fd = os.open(path, flags, 0o644)
         self.size = os.fstat(self._fd).st_size
@@ -93,7 +93,7 @@ class AppendFile:
     def in_place(self) -> bool:
         """False if the path was deleted or replaced; writes would then go to no visible file."""
         try:
-            there, here = os.stat(self.path), os.fstat(self._fd)
+            there, here = os.stat(self._name), os.fstat(self._fd)
         except OSError:
             return False
         return (there.st_ino, there.st_dev) == (here.st_ino, here.st_dev)
