@@ -28,6 +28,8 @@ Training/Learning_Rate | | always | trainer
     Learning rate of this update.
 Training/Gradient_Norm | | always | trainer
     L2 norm of all trainable gradients before clipping.
+Training/Gradient_Norm_Max | | always | trainer
+    Highest gradient norm before clipping since the last logged step.
 Training/Epoch | epochs | always | packing
     Passes over the training data so far, with fraction.
 Training/Token_Accuracy | fraction | always | loss_ledger
@@ -74,14 +76,18 @@ Eval/Close_Loss | nats/token | evaluation | evaluation
     Held-out loss on the </think> token.
 Eval/EOS_Loss | nats/token | evaluation | evaluation
     Held-out loss on the <|im_end|> token.
-Eval/Format_Valid_Rate | fraction | generation probes | evaluation
+Eval/Format_Valid_Rate | fraction | generation probes | generation_probes
     Generated completions with one closed chain of thought and an answer.
-Eval/Think_Length_Ratio | | generation probes | evaluation
+Eval/Think_Length_Ratio | | generation probes | generation_probes
     Length of the generated chain of thought over the length of the reference.
-Eval/Repetition_Rate | fraction | generation probes | evaluation
+Eval/Repetition_Rate | fraction | generation probes | generation_probes
     Repeated n-grams in generated text.
-Eval/Term_Recall | fraction | generation probes | evaluation
+Eval/Term_Recall | fraction | generation probes | generation_probes
     Cryptographic terms of the reference answer that the generated answer has.
+Eval/Budget_Hit_Rate | fraction | generation probes | generation_probes
+    Generated completions that ended only because the token budget did.
+Eval/Exact_Answer | fraction | generation probes | generation_probes
+    Generated answers that agree with the reference where it has one exact result.
 Eval/By_Difficulty_<k> | nats/token | samples with a difficulty | evaluation
     Held-out loss on samples of difficulty k.
 Eval/By_Source/<name> | nats/token | several sources | evaluation
@@ -104,9 +110,9 @@ Memory/Host_Percent | % | always | system_monitor
     Host memory in use by all processes.
 GPU_<i>/Utilization_Percent | % | GPU | system_monitor
     Time in which a kernel ran, mean since the last logged step. High load is not yet high efficiency.
-GPU_<i>/Utilization_Min_Percent | % | GPU | system_monitor
+GPU_<i>/Utilization_Percent_Min | % | GPU | system_monitor
     Lowest sample of the utilisation since the last logged step.
-GPU_<i>/Utilization_Max_Percent | % | GPU | system_monitor
+GPU_<i>/Utilization_Percent_Max | % | GPU | system_monitor
     Highest sample of the utilisation since the last logged step.
 GPU_<i>/Memory_Usage_Percent | % | GPU | system_monitor
     Device memory in use over total.
@@ -119,9 +125,23 @@ GPU_<i>/Power_W | W | GPU | system_monitor
 GPU_<i>/SM_Clock_MHz | MHz | GPU | system_monitor
     Clock of the multiprocessors.
 GPU_<i>/Throttle_Reasons | count | GPU | system_monitor
-    Reasons for which the device is slowed down; 0 is none.
+    Most reasons at once for which the device was slowed down; 0 is none.
+GPU_<i>/Throttle_SW_Power_Cap | 0 or 1 | GPU | system_monitor
+    Slowed down at some time since the last logged step to keep the power limit.
+GPU_<i>/Throttle_HW_Slowdown | 0 or 1 | GPU | system_monitor
+    Slowed down at some time since the last logged step by the hardware (heat or power).
+GPU_<i>/Throttle_SW_Thermal | 0 or 1 | GPU | system_monitor
+    Slowed down at some time since the last logged step by the driver because of heat.
+GPU_<i>/Throttle_HW_Thermal | 0 or 1 | GPU | system_monitor
+    Slowed down at some time since the last logged step by the hardware because of heat.
+GPU_<i>/Throttle_Power_Brake | 0 or 1 | GPU | system_monitor
+    Slowed down at some time since the last logged step by the power supply.
+GPU_<i>/ECC_Corrected | errors | GPU with ECC | system_monitor
+    Memory errors corrected since the driver was loaded.
+GPU_<i>/ECC_Uncorrected | errors | GPU with ECC | system_monitor
+    Memory errors not corrected since the driver was loaded.
 GPU_<i>/Energy_J | J | GPU | system_monitor
-    Energy used since the start.
+    Energy used since the session's first sample.
 System/CPU_Percent | % | always | system_monitor
     Load of all host cores.
 System/Disk_Free_GB | GB | always | system_monitor
@@ -138,14 +158,16 @@ Throughput/Samples_Per_Second | samples/s | always | throughput
     Samples over the time of the steps.
 Throughput/Step_Seconds | s | always | throughput
     Mean time of a step, without evaluation and saving.
-Throughput/Data_Seconds | s | always | throughput
+Throughput/Step_Seconds_Data | s | always | throughput
     Part of the step: waiting for data.
-Throughput/Forward_Backward_Seconds | s | always | throughput
+Throughput/Step_Seconds_Forward_Backward | s | always | throughput
     Part of the step: forward and backward pass.
-Throughput/Optimizer_Seconds | s | always | throughput
+Throughput/Step_Seconds_Optimizer | s | always | throughput
     Part of the step: clipping and update.
-Throughput/Logging_Seconds | s | always | throughput
+Throughput/Step_Seconds_Logging | s | always | throughput
     Part of the step: logging.
+Throughput/Straggler_Percent | % | several ranks | trainer
+    Time of the slowest rank above the mean of all ranks.
 Throughput/MFU_Percent | % | known GPU | throughput
     Model FLOPs per second over the peak of the device.
 Throughput/Packing_Efficiency_Percent | % | always | packing
@@ -156,10 +178,20 @@ Throughput/Energy_J_Per_1K_Tokens | J/1000 tokens | GPU | throughput
     Energy of all devices for 1000 tokens.
 Monitoring/Convergence_Score | 0 to 1 | always | convergence
     Rises as the loss settles.
+Monitoring/Convergence_Score_Low | 0 to 1 | always | convergence
+    Lower end of the score's interval.
+Monitoring/Convergence_Score_High | 0 to 1 | always | convergence
+    Upper end of the score's interval.
 Monitoring/Loss_Trend | loss/100 steps | always | convergence
     Slope of the loss; negative is falling.
 Monitoring/Forecast_Final_Loss | nats/token | always | convergence
     Loss expected at the last step.
+Monitoring/Forecast_Final_Loss_Low | nats/token | always | convergence
+    Lower end of the forecast's interval.
+Monitoring/Forecast_Final_Loss_High | nats/token | always | convergence
+    Upper end of the forecast's interval.
+Monitoring/Steps_To_99_Percent | steps | always | convergence
+    Step at which 99% of the forecast fall of the loss is reached.
 Monitoring/NonFinite_Steps | steps | always | trainer
     Updates left out so far because loss or gradient was NaN or infinite.
 Monitoring/Resume_Count | | always | trainer
@@ -182,6 +214,16 @@ Alerts/Low_GPU_Utilization | 0 or 1 | always | alerts
     A device is busy for less than 80% of the time.
 Alerts/OOM_Risk | 0 or 1 | always | alerts
     Device memory is nearly full.
+Alerts/Divergence | 0 or 1 | always | alerts
+    The smoothed loss has risen clearly above its best.
+Alerts/Data_Starvation | 0 or 1 | always | alerts
+    Waiting for data takes a large part of the step.
+Alerts/Thinking_Collapse | 0 or 1 | always | alerts
+    The generated chains of thought are much shorter than at first, or are not closed.
+Alerts/Overfitting | 0 or 1 | always | alerts
+    The held-out loss has risen above its best.
+Alerts/Slow_Rank | 0 or 1 | always | alerts
+    One rank holds up all others.
 Config/Batch_Size | | always | trainer
     Rows in a micro-batch.
 Config/Sequence_Length | tokens | always | trainer
@@ -206,10 +248,18 @@ Final_GPU_<i>/<name> | | GPU, at the end | trainer
     State of a device at the end.
 Dataset/Total_Samples | samples | always | dataset_stats
     Samples that were read.
+Dataset/Broken_Samples | samples | always | dataset_stats
+    Entries that could not be read.
 Dataset/Avg_Instruction_Length | characters | always | dataset_stats
     Mean length of the questions.
 Dataset/Avg_Output_Length | characters | always | dataset_stats
     Mean length of thinking plus answer.
+Dataset/Avg_Thinking_Length | characters | always | dataset_stats
+    Mean length of the chains of thought.
+Dataset/Avg_Answer_Length | characters | always | dataset_stats
+    Mean length of the answers.
+Dataset/Thinking_Answer_Ratio_P50 | | always | dataset_stats
+    Median of thinking length over answer length.
 Dataset/Thinking_Samples_Percent | % | always | dataset_stats
     Samples with a chain of thought.
 Dataset/Avg_Instruction_Quality | 0 to 1 | always | dataset_stats
@@ -228,8 +278,48 @@ Dataset/Quality_Level_<k>_Percent | % | always | dataset_stats
     Share of samples of quality level k.
 Dataset/Crypto_Terms_<k>_Count | samples | always | dataset_stats
     Samples with k different cryptographic terms.
+Dataset/Quality_<name> | 0 to 1 | always | dataset_stats
+    Mean of one part of the quality score.
+Dataset/Answer_Copied_Into_Thinking | samples | always | dataset_stats
+    Samples whose chain of thought holds the answer word by word.
+Dataset/Citation_Conflicts | samples | always | dataset_stats
+    Samples that cite a standard under a wrong number or name.
+Dataset/Exact_Duplicates | samples | always | dataset_stats
+    Samples that repeat another one exactly.
+Dataset/Near_Duplicates | samples | always | dataset_stats
+    Samples that are nearly the same as another one.
+Dataset/Conflicting_Answers | questions | always | dataset_stats
+    Questions that come with different answers.
+Dataset/Train_Eval_Leaks | samples | evaluation | dataset_stats
+    Held-out samples that are nearly the same as a training sample.
+Dataset/<name>_Tokens_<name> | tokens | always | dataset_stats
+    Token lengths of prompt, thinking, answer and total: mean, p50, p90, p99, max.
+Dataset/Exceeding_<k>_Percent | % | always | dataset_stats
+    Samples longer than k tokens.
+Dataset/Advised_Max_Seq_Length | tokens | always | dataset_stats
+    Shortest usual sequence length that nearly all samples fit into.
+Dataset/Packing_Efficiency_Percent | % | always | dataset_stats
+    Forecast of real tokens over token places when samples are packed.
+Dataset/Truncated_Percent | % | always | dataset_stats
+    Samples that were cut to the longest sequence.
+Dataset/Lost_Think_Close | samples | always | dataset_stats
+    Samples that lost </think> by the cut.
+Dataset/Lost_Answer | samples | always | dataset_stats
+    Samples that lost the answer by the cut.
+Dataset/Lost_EOS | samples | always | dataset_stats
+    Samples that lost the end of the answer by the cut.
+Dataset/Dropped | samples | always | dataset_stats
+    Samples left out because they are too long.
+Dataset/Control_Tokens | samples | always | dataset_stats
+    Samples whose text holds control tokens of the chat template.
 LoRA/<name>/Update_Ratio | | logged weights | lora_health
     Norm of the LoRA update over the norm of the frozen weight.
+LoRA/<name>/Effective_Rank | | always | lora_health
+    Effective rank of the update.
+LoRA/<name>/Gradient_Norm | | always | lora_health
+    Gradient norm of A and B together.
+LoRA/Gradient_Norm | | always | lora_health
+    Gradient norm of all adapters.
 """
 _TEXTS = """
 Dataset/Summary | Markdown | always | dataset_stats
@@ -252,8 +342,10 @@ Eval/Hardest_Samples | Markdown | evaluation | evaluation
 _HISTOGRAMS = """
 Model/Weights_Distribution | | logged weights | lora_health
     Trainable weights.
-LoRA/<name>/Update_Ratio | | logged weights | lora_health
-    Update ratios of a group of modules.
+LoRA/A | | logged weights | lora_health
+    Weights of all A matrices.
+LoRA/B | | logged weights | lora_health
+    Weights of all B matrices.
 Dataset/<name>_Histogram | | always | dataset_stats
     Distribution over the samples.
 """
@@ -300,7 +392,7 @@ LAYOUT = {
         "Memory of all GPUs (%)": [r"^GPU_\d+/Memory_Usage_Percent$"],
         "Temperature with its limit (°C)": [r"^GPU_\d+/Temperature(_Limit)?_C$"],
         "Power of all GPUs (W)": [r"^GPU_\d+/Power_W$"],
-        "Where a step's time goes (s)": [r"^Throughput/.*_Seconds$"],
+        "Where a step's time goes (s)": [r"^Throughput/Step_Seconds_.*"],
     },
     "Alerts": {"Alerts (1 = raised)": [r"^Alerts/.*"]},
 }
