@@ -1,7 +1,8 @@
-"""Character n-grams of a text as 64-bit hashes, the common ground of repetition, copying and likeness."""
+"""Character n-grams of a text as 64-bit hashes: for repetition, copying and likeness."""
 
 import re
 import unicodedata
+from functools import lru_cache
 
 import numpy as np
 
@@ -9,6 +10,7 @@ _NOT_A_LETTER = re.compile(r"[\W_]+")
 _MULTIPLIER = 0xD6E8FEB86659FD93
 
 
+@lru_cache(maxsize=8)  # an answer is compared in several ways, one after the other
 def normalized(text: str) -> str:
     """The form in which texts are compared: letters and digits only, lower case, NFKC."""
     text = _NOT_A_LETTER.sub("", text).lower()

@@ -40,6 +40,7 @@ QUALITY_BOUNDARIES = (0.5, 0.75, 0.9)  # level 1 is below the first, level 4 fro
 MANY_TERMS = 10  # Crypto_Terms_10 counts samples with ten different terms or more
 TOLERATED = 0.001  # share of samples that the advised sequence length may exceed
 _CHUNK = 2000  # samples that one worker observes at a time
+_POOL_FROM = 10_000  # samples from which on worker processes pay for their start
 _FORECAST_SAMPLES = 50_000  # lengths that the packing forecast looks at
 _SEGMENTS = {0: "prompt", 1: "thinking", 3: "answer"}  # of chat_tokens.Segment
 
@@ -337,7 +338,7 @@ def compute_statistics(
 def observed(samples: Sequence[Sample], workers: int) -> Iterator[Facts]:
     """Facts of consecutive chunks, in order."""
     starts = range(0, len(samples), _CHUNK)
-    if workers <= 1 or len(starts) == 1:
+    if workers <= 1 or len(samples) < _POOL_FROM:
         yield from (observe(samples[start : start + _CHUNK]) for start in starts)
         return
     # Not forked: the parent may hold threads and a device context that don't survive it.

@@ -173,8 +173,10 @@ def _band_hashes(texts: Sequence[str], chosen: np.ndarray, rows: int) -> np.ndar
     """Hash (n, bands) uint32 of every band of the MinHash signature."""
     bands = _NUM_PERM // rows
     result = np.empty((len(chosen), bands), np.uint32)
+    in_file_order = np.argsort(chosen)  # lazy texts are read faster in their order
     for start in range(0, len(chosen), _CHUNK):
-        sets = [shingles(texts[i]) for i in chosen[start : start + _CHUNK]]
+        places = in_file_order[start : start + _CHUNK]
+        sets = [shingles(texts[i]) for i in chosen[places]]
         offsets = np.concatenate([[0], np.cumsum([len(s) for s in sets])]).astype(np.uint64)
         digests = rensa.RMinHash.digest_matrix_from_flat_token_hashes(
             np.concatenate(sets), offsets, num_perm=_NUM_PERM, seed=1
@@ -184,7 +186,7 @@ def _band_hashes(texts: Sequence[str], chosen: np.ndarray, rows: int) -> np.ndar
         for row in range(rows):
             mixed = (mixed ^ values[:, row::rows]) * _HASH_STEP
             mixed ^= mixed >> np.uint64(32)
-        result[start : start + len(sets)] = mixed.astype(np.uint32)
+        result[places] = mixed.astype(np.uint32)
     return result
 
 

@@ -258,6 +258,6 @@ def copied_share(answer: str, thinking: str) -> float | None:
     answer = normalized(answer)
     if len(answer) < 20:
         return None
-    grams = np.unique(gram_hashes(answer, _GRAM))
-    there = gram_hashes(normalized(thinking), _GRAM)
-    return float(np.isin(grams, there).mean())
+    grams = set(gram_hashes(answer, _GRAM).tolist())
+    there = set(gram_hashes(normalized(thinking), _GRAM).tolist())
+    return len(grams & there) / len(grams)

@@ -234,17 +234,14 @@ def _garbling(text: str, classes: np.ndarray) -> float:
 
 def _repetition(text: str) -> float:
     """From the share of characters in 10-grams that occurred before (as Gopher counts them)."""
-    hashes = np.sort(gram_hashes(text, 10))
-    if not np.any(hashes[1:] == hashes[:-1]):
+    hashes = gram_hashes(text, 10)
+    order = np.argsort(hashes, kind="stable")  # stable: the first of equal grams stays first
+    later = order[1:][hashes[order[1:]] == hashes[order[:-1]]]
+    if len(later) == 0:
         return 1.0
-    grams = [text[i : i + 10] for i in range(len(text) - 9)]
-    seen: set[str] = set()
-    covered, end = 0, 0
-    for start, gram in enumerate(grams):
-        if gram in seen:
-            covered += start + 10 - max(start, end)
-            end = start + 10
-        seen.add(gram)
+    starts = np.bincount(later, minlength=len(text) + 1)
+    starts[10:] -= starts[:-10].copy()  # a gram covers ten characters
+    covered = np.count_nonzero(np.cumsum(starts[: len(text)]))
     return _ramp(1 - covered / len(text), 0.3, 0.7)
 
 

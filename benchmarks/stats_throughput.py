@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -72,8 +73,6 @@ def naive_terms(text: str) -> set[str]:
 def naive_way(samples: list[Sample]) -> None:
     """`observe` with jieba's default words and an `in` loop over the terms."""
     fast_segment, fast_terms = text_quality.segment, crypto_terms.find_terms
-    from collections import Counter
-
     text_quality.segment = jieba.lcut
     crypto_terms.find_terms = lambda text: Counter(naive_terms(text))
     try:
@@ -94,10 +93,10 @@ def stages() -> dict[str, tuple[Callable, Callable | None]]:
     }
 
 
-def seconds(function: Callable, *arguments) -> float:
-    start = time.perf_counter()
+def seconds(function: Callable, *arguments, clock: Callable = time.perf_counter) -> float:
+    start = clock()
     function(*arguments)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def loop(function: Callable, texts: list[str]) -> None:
@@ -122,29 +121,43 @@ def report_stages(texts: list[str], rounds: int) -> None:
 
 
 def whole(samples: list[Sample], workers: int, rounds: int) -> dict[str, float]:
-    """Whole analysis (near duplicates included in ours) against the obvious way, interleaved."""
-    ours, obvious, single = [], [], []
+    """The pass over all samples, the same work in three ways, interleaved; near duplicates, for
+    which there is no obvious way below n², apart."""
+    ours, obvious, single, near, cpu = [], [], [], [], []
     for number in range(rounds):
-        ours.append(seconds(lambda: dataset_stats.compute_statistics(samples, workers=workers)))
-        single.append(seconds(lambda: dataset_stats.compute_statistics(samples)))
+        ours.append(seconds(the_pass, samples, workers))
+        single.append(seconds(the_pass, samples, 1))
+        texts = near_duplicates.Texts(samples, near_duplicates.pair_text)
+        near.append(seconds(near_duplicates.near_duplicate_clusters, texts))
         part = samples[:: max(1, len(samples) // 1500)]  # it is slow; a share of them will do
         obvious.append(seconds(naive_way, part) * len(samples) / len(part))
+        # Processor time of one process each, for a machine that is not idle.
+        slow = seconds(naive_way, part, clock=time.process_time)
+        cpu.append(slow / seconds(the_pass, part, 1, clock=time.process_time))
         print(
             f"round {number + 1}: {workers} workers {ours[-1]:.2f} s, one {single[-1]:.2f} s,"
-            f" obvious way {obvious[-1]:.2f} s"
+            f" obvious way {obvious[-1]:.2f} s; near duplicates {near[-1]:.2f} s"
         )
     megabytes = sum(len(text_of(s).encode()) for s in samples) / 1e6
     took = statistics.median(ours)
     return {
         "speedup_vs_naive": statistics.median(obvious) / took,
         "speedup_of_one_process": statistics.median(obvious) / statistics.median(single),
+        "speedup_of_one_process_in_cpu_time": statistics.median(cpu),
         "mb_per_second": megabytes / took,
         "samples_per_second": len(samples) / took,
         "naive_mb_per_second": megabytes / statistics.median(obvious),
         "samples": len(samples),
         "megabytes": megabytes,
         "workers": workers,
+        "near_duplicate_mb_per_second": megabytes / statistics.median(near),
     }
+
+
+def the_pass(samples: list[Sample], workers: int) -> None:
+    facts = sample_facts.Facts()
+    for part in dataset_stats.observed(samples, workers):
+        facts.merge(part)
 
 
 def peak_memory_mb(count: int) -> float:
@@ -178,7 +191,7 @@ def peak_memory_mb(count: int) -> float:
 
 
 def main(
-    samples: int = 12_000,
+    samples: int = 20_000,
     rounds: int = 3,
     workers: int = 2,
     memory: Annotated[tuple[int, ...], tyro.conf.arg(help="Sample counts to measure.")] = (),

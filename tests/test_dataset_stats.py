@@ -281,6 +281,7 @@ def test_order_and_chunks_change_nothing(monkeypatch):
 
 def test_workers_change_nothing(monkeypatch):
     monkeypatch.setattr(dataset_stats, "_CHUNK", 20)
+    monkeypatch.setattr(dataset_stats, "_POOL_FROM", 1)
     expected = compute_statistics(SAMPLES).to_json()
     assert compute_statistics(SAMPLES, workers=2).to_json() == expected
 
