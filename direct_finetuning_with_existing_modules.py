@@ -20,6 +20,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -110,6 +111,7 @@ class DirectTrainer:
         self.clock = StepClock()
         self.pending: list[StepResult] = []
         self.stop_signal = ""  # set by a signal, read at step boundaries
+        self.former_handlers: dict[int, object] = {}
         self.outcome = ""  # why the loop ends: completed, preempted, stopped, nonfinite
         self.rollback_from = 0  # non-finite step to go back from
         self.saved_step = -1
@@ -654,6 +656,7 @@ class DirectTrainer:
         self.identity = run_summary.identity(
             self.settings, self.resolved.name, self.data, self.plan
         )
+        self.catch_signals()
         checkpoint = self.find_checkpoint()
         if checkpoint:
             self.restore(checkpoint)
@@ -689,9 +692,6 @@ class DirectTrainer:
         self.record.status("running", step=self.state.step)
         if not checkpoint and dist.is_main:
             self.describe_data()
-        for signal_name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            if hasattr(signal, signal_name):  # Windows has no SIGHUP
-                signal.signal(getattr(signal, signal_name), self.on_signal)
 
     def find_checkpoint(self) -> Checkpoint | None:
         """The checkpoint that `resume` asks for; the same on all ranks."""
@@ -717,6 +717,15 @@ class DirectTrainer:
         self.convergence = ConvergenceMonitor(
             self.plan.num_steps, self.plan.steps_per_epoch, self.state.convergence or None
         )
+
+    def catch_signals(self) -> None:
+        """From here on there is something to save; before, a signal simply ends the process."""
+        if threading.current_thread() is not threading.main_thread():
+            return  # Python lets only the main thread do this
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            if hasattr(signal, name):  # Windows has no SIGHUP
+                number = getattr(signal, name)
+                self.former_handlers[number] = signal.signal(number, self.on_signal)
 
     def on_signal(self, number: int, _frame: object) -> None:
         """Only a flag: the loop saves at the next step boundary, all ranks at the same one."""
@@ -823,6 +832,8 @@ class DirectTrainer:
         self.terminal.stop_progress()
         ends = {"completed": "success", "stopped": "success"}
         self.record.close(ends.get(self.outcome))
+        for number, handler in self.former_handlers.items():
+            signal.signal(number, handler)
 
 
 def due(step: int, every: int) -> bool:

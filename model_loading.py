@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -36,6 +37,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import embedded_model
 from errors import UserError
 from safe_text import clean_line, redact, write_json
+
+transformers.utils.logging.disable_progress_bar()  # the run has its own
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft asks for it
 
 DEFAULT_MODEL = "Qwen/Qwen3-4B-Thinking-2507"
 EMBEDDED = "embedded"
@@ -403,7 +407,7 @@ def load_model(
     model = _load_base(resolved, folder, device, dtype, quantization)
     _check_vocabulary(model, tokenizer, folder)
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        _recompute_activations(model)
     if lora_r == 0:
         return model.requires_grad_(True)
     base_name = resolved.name if _hub_spelling(resolved) else str(folder)
@@ -423,6 +427,14 @@ def load_model(
     )
     _check_patterns(model, config)
     return _with_adapters(model, config, seed)
+
+
+def _recompute_activations(model: PreTrainedModel) -> None:
+    """Gradient checkpointing, under the name that this version of transformers has for it."""
+    new = "activation_checkpointing_enable"
+    getattr(model, new if hasattr(model, new) else "gradient_checkpointing_enable")(
+        {"use_reentrant": False}
+    )
 
 
 def weight_dtype(device: torch.device, precision: str) -> torch.dtype:
