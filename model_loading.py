@@ -488,8 +488,20 @@ def _load_base(
                 f"model folder {folder}: {fault.replace('_', ' ')} in its weights, {len(info[fault])} in "
                 f"all, first {first}; they don't belong to its config.json, download the folder again"
             )
+    if quantization == "4bit":
+        _keep_training_layout(model)
     model.config.use_cache = False
     return model.requires_grad_(False)
+
+
+def _keep_training_layout(model: PreTrainedModel) -> None:
+    """On some CPUs bitsandbytes repacks a weight at the first inference; training then reads it wrongly.
+
+    Seen with 0.50.2: gradients differ after an evaluation. Its switch for the repacking is turned off.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _quantization(
