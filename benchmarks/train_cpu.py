@@ -2,6 +2,7 @@
 
     uv run --group bench python benchmarks/train_cpu.py             # about 5 minutes
     uv run --group bench python benchmarks/train_cpu.py --ablation  # what each piece brings
+    uv run --group bench python benchmarks/train_cpu.py --data data/raw --steps 15
 
 Every side trains the same tiny Qwen3 with the same weights, LoRA, documents, order and optimizer,
 in fp32 without checkpointing. First the step losses and gradient norms are compared; then the runs
@@ -106,6 +107,20 @@ def make_documents(count: int, seed: int = 0) -> list[TokenizedSample]:
         ids = rng.integers(8, VOCAB, length).astype(np.int32)
         ids[close], ids[-1] = CLOSE, 1
         documents.append(TokenizedSample(ids=ids, segments=segments, index=index))
+    return documents
+
+
+def read_documents(paths: Sequence[str], count: int) -> list[TokenizedSample]:
+    """Samples from files, through the tokenizer of the embedded model, repeated to the number."""
+    from chat_tokens import tokenize_samples
+    from embedded_model import train_tokenizer
+    from samples import read_samples
+
+    samples = read_samples(paths).samples
+    texts = [f"{s.question}\n{s.thinking}\n{s.answer}" for s in samples]
+    tokens = tokenize_samples(samples, train_tokenizer(texts), 1500)
+    documents = [tokens[index % len(tokens)] for index in range(count)]
+    assert max(int(document.ids.max()) for document in documents) < VOCAB
     return documents
 
 
@@ -318,9 +333,11 @@ ABLATION: dict[str, Trainer] = {
 }
 
 
-def compare(sides: dict[str, Trainer], steps: int, repeats: int) -> dict[str, list[Record]]:
+def compare(
+    sides: dict[str, Trainer], documents: Sequence[TokenizedSample], repeats: int
+) -> dict[str, list[Record]]:
     """Alternate the sides, `repeats` times, each time from the same weights."""
-    documents = make_documents(steps * PER_STEP)
+    steps = len(documents) // PER_STEP
     records: dict[str, list[Record]] = {name: [] for name in sides}
     for repeat in range(repeats):
         for name, train in sides.items():
@@ -367,6 +384,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--ablation", action="store_true", help="our pieces instead of the peers")
+    parser.add_argument("--data", nargs="+", help="files or folders instead of random documents")
     arguments = parser.parse_args()
     assert arguments.steps > WARM_UP + 1, "nothing would be left to time"
     torch.set_num_threads(1)
@@ -374,11 +392,14 @@ def main() -> None:
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
     sides = ABLATION if arguments.ablation else PEERS
-    records = compare(sides, arguments.steps, arguments.repeats)
+    count = arguments.steps * PER_STEP
+    documents = read_documents(arguments.data, count) if arguments.data else make_documents(count)
+    records = compare(sides, documents, arguments.repeats)
     cpu = print_table(records)
     differences = {w: largest_difference(records, w) for w in ("losses", "grad_norms")}
     print(f"largest difference between step losses: {differences['losses']:.1e}")
     result = {"losses_equal": differences["losses"] < 1e-4, "cpu_ms_per_step": cpu, **machine()}
+    result["tokens_per_step"] = sum(len(d.ids) for d in documents) / arguments.steps
     if not arguments.ablation:
         result["speedup_vs_hf_trainer"] = cpu["HF Trainer"] / cpu["ours"]
         result["speedup_vs_trl"] = cpu["TRL as shipped"] / cpu["ours"]
