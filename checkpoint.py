@@ -243,7 +243,10 @@ def _manifests(
         if not path.is_dir() or path.name.endswith(".damaged"):
             continue
         try:
-            found.append((path, _read_manifest(path)))
+            manifest = _read_manifest(path)
+            if path.name.partition(".")[0] != f"checkpoint-{manifest['step']}":
+                raise DamagedCheckpoint(f"{path}: its manifest is that of step {manifest['step']}")
+            found.append((path, manifest))
         except (DamagedCheckpoint, OSError) as error:
             if warn is not None and not path.is_symlink():
                 warn(f"damaged checkpoint, kept aside as {_put_aside(path).name}: {error}")

@@ -97,6 +97,14 @@ def test_a_damaged_newest_is_put_aside_and_the_one_before_is_used(tmp_path: Path
     assert len(warnings) == 1, "the one put aside was looked at again"
 
 
+def test_the_manifest_of_another_step_is_damage(tmp_path: Path):
+    older, newest = save(tmp_path, 5), save(tmp_path, 10)
+    shutil.copy(older / "manifest.json", newest / "manifest.json")
+    warnings: list[str] = []
+    assert newest_checkpoint(tmp_path, warn=warnings.append).step == 5
+    assert "checkpoint-10" in warnings[0] and (tmp_path / "checkpoint-10.damaged").is_dir()
+
+
 def test_newest_is_what_was_saved_last_not_the_highest_step(tmp_path: Path):
     save(tmp_path, 9999, run="older")
     save(tmp_path, 5, run="newer")
