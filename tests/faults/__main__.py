@@ -1,0 +1,162 @@
+"""Runs rows of the scorecard, their mutants, and writes docs/reliability.md.
+
+The last line on standard output is JSON: tried, survived, lost, void.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+MODULES = ("checkpoints",)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
+    parser.add_argument("--all", action="store_true", help="every row with full counts")
+    parser.add_argument("--quick", action="store_true", help="the rows for CI, small counts")
+    parser.add_argument("--only", default="", help="rows, e.g. F01,F06")
+    parser.add_argument("--counts", default="", help="counts of rows, e.g. F01=20,F10=50")
+    parser.add_argument("--no-mutants", action="store_true", help="leave the mutants out")
+    parser.add_argument("--json", default="", help="write every row's numbers here")
+    parser.add_argument("--report", default="", help="write the table here")
+    options = parser.parse_args()
+    if not (options.all or options.quick or options.only):
+        parser.error("say --all, --quick or --only")
+    return options
+
+
+def restart_with_hook(work: Path) -> None:
+    """Start again under the preloaded library, with one thread and without the network."""
+    from . import hook
+
+    library = hook.build(work)
+    environment = {
+        **os.environ,
+        "FAULTS_WORK": str(work),
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if library is not None:
+        environment["LD_PRELOAD"] = str(library)
+    os.execve(sys.executable, [sys.executable, "-m", "tests.faults", *sys.argv[1:]], environment)
+
+
+def warm_up(rig) -> None:
+    """Import in this process, once, what a run imports on its way; none of its code runs here."""
+    from .rig import fork
+
+    names = rig.root / "modules.txt"
+
+    def collect() -> int:
+        import direct_finetuning_with_existing_modules as program
+
+        code = program.main(rig.arguments(rig.root / "warm" / "out", "--max-steps", "1"))
+        names.write_text("\n".join(sys.modules))
+        return code
+
+    outcome = fork(rig.root / "warm.txt", collect).wait(300)
+    if outcome.code:
+        raise SystemExit(f"a plain run of the program fails here:\n{outcome.output[-3000:]}")
+    for name in names.read_text().split("\n"):
+        if name not in sys.modules and not name.startswith("tests"):
+            try:
+                importlib.import_module(name)
+            except Exception:  # made at run time, or only importable on the way
+                continue
+    import crypto_terms
+
+    crypto_terms.load_terms()
+
+
+def run_row(rig, row, count: int, with_mutants: bool):
+    """The row's tally, its mutants included."""
+    from .rig import fork
+    from .tally import Tally
+
+    tally, began = Tally(row.id), time.monotonic()
+    row.run(rig, tally, count)
+    for name, mutate in row.mutants.items() if with_mutants else ():
+        place = rig.place("mutant")
+
+        def mutant(mutate=mutate, place=place) -> None:
+            mutate()
+            result = Tally(row.id)
+            row.run(rig, result, row.mutant_count)
+            result.write(place / "tally.json")
+
+        outcome = fork(place / "console.txt", mutant).wait(900)
+        if outcome.code:
+            tally.faults.append(f"mutant {name}: its test did not run\n{outcome.output[-1500:]}")
+            tally.mutants[name] = False
+        else:
+            tally.mutants[name] = Tally.read(place / "tally.json").lost > 0
+    tally.seconds = time.monotonic() - began
+    return tally
+
+
+def chosen_rows(options: argparse.Namespace) -> list:
+    """(row, count) in the order of the scorecard."""
+    rows = [row for name in MODULES for row in importlib.import_module(f"tests.faults.{name}").ROWS]
+    only = set(filter(None, options.only.split(",")))
+    counts = dict(item.split("=") for item in filter(None, options.counts.split(",")))
+    unknown = (only | set(counts)) - {row.id for row in rows}
+    if unknown:
+        raise SystemExit(f"no such row: {', '.join(sorted(unknown))}")
+    found = []
+    for row in sorted(rows, key=lambda row: row.id):
+        if only and row.id not in only or (options.quick and not only and not row.in_quick):
+            continue
+        default = row.quick if options.quick else row.full
+        found.append((row, int(counts.get(row.id, default))))
+    return found
+
+
+def main() -> int:
+    """0 when nothing was lost, nothing void and every mutant was caught."""
+    options = arguments()
+    if "FAULTS_WORK" not in os.environ:
+        restart_with_hook(Path(tempfile.mkdtemp(prefix="faults-")))
+    work = Path(os.environ["FAULTS_WORK"])
+    from . import report
+    from .rig import Rig
+
+    try:
+        rows = chosen_rows(options)
+        rig = Rig(work / "rig")
+        began = time.monotonic()
+        warm_up(rig)
+        rig.make_reference()
+        print(
+            f"ready in {time.monotonic() - began:.0f} s; a run takes {rig.reference.seconds:.1f} s",
+            flush=True,
+        )
+        tallies = []
+        for row, count in rows:
+            tally = run_row(rig, row, count, not options.no_mutants)
+            tallies.append(tally)
+            print(report.line(row, tally), flush=True)
+            for fault in tally.faults[:8]:
+                print(f"    {fault}", flush=True)
+        totals = report.totals(tallies)
+        if options.json:
+            Path(options.json).write_text(report.as_json(tallies))
+        if options.report:
+            report.write(Path(options.report), [row for row, _ in rows], tallies, sys.argv[1:])
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    print(json.dumps(totals), flush=True)
+    clean = not totals["lost"] and not totals["void"]
+    return 0 if clean and all(all(t.mutants.values()) for t in tallies) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

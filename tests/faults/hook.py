@@ -1,0 +1,75 @@
+"""The preloaded C library that counts, logs, fails or kills at the k-th change to files.
+
+`python -m tests.faults` builds it and starts itself again under it; trials arm it in forked children.
+"""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+OPEN, WRITE, SYNC, RENAME, UNLINK, MKDIR, TRUNCATE, LINK = (1 << i for i in range(8))
+ALL = 255
+ONLY_LOG, KILL_BEFORE, FAIL, KILL_IN_HALF, KILL_AFTER = range(5)
+_SOURCE = Path(__file__).with_name("fault_hook.c")
+FOREVER = 1 << 40
+
+
+def build(folder: Path) -> Path | None:
+    """Compile; None where there is no compiler or no LD_PRELOAD."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None or not sys.platform.startswith("linux"):
+        return None
+    library = folder / "fault_hook.so"
+    command = [compiler, "-shared", "-fPIC", "-O1", "-o", str(library), str(_SOURCE), "-ldl"]
+    subprocess.run(command, check=True)
+    return library
+
+
+def preloaded() -> bool:
+    """Whether this process runs under the library."""
+    return hasattr(ctypes.CDLL(None), "fault_arm") if os.name == "posix" else False
+
+
+def arm(
+    below: Path,
+    *,
+    action: int,
+    first: int = 1,
+    count: int = 1,
+    operations: int = ALL,
+    contains: str = "",
+    error: int = 0,
+    log: Path | None = None,
+) -> None:
+    """From now on, in this process: act on the `first`-th and the following `count` - 1 changes."""
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644) if log else -1
+    call = ctypes.CDLL(None).fault_arm
+    call.argtypes = [
+        ctypes.c_char_p,
+        ctypes.c_char_p,
+        ctypes.c_uint,
+        ctypes.c_long,
+        ctypes.c_long,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_int,
+    ]
+    call(os.fsencode(below), contains.encode(), operations, first, count, action, error, handle)
+
+
+def disarm() -> None:
+    """Nothing happens any more."""
+    arm(Path("/"), action=ONLY_LOG, operations=0)
+
+
+def lines(log: Path) -> list[str]:
+    """What the library saw."""
+    return log.read_text().splitlines() if log.exists() else []
+
+
+def fired(log: Path) -> bool:
+    """Whether the fault happened."""
+    return any(line.startswith("FIRED") for line in lines(log))

@@ -1,0 +1,75 @@
+"""What a row of the scorecard counts: tried, survived, lost, void, skipped; and what a row is."""
+
+import json
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class Tally:
+    """The trials of one row. A trial whose fault did not fire is void, never survived."""
+
+    row: str
+    tried: int = 0
+    survived: int = 0
+    lost: int = 0
+    void: int = 0
+    skipped: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+    measures: dict[str, Any] = field(default_factory=dict)
+    mutants: dict[str, bool] = field(default_factory=dict)  # name -> its test failed, as it must
+    seconds: float = 0.0
+
+    def add(self, name: str, fired: bool, problems: list[str]) -> None:
+        """Count one trial."""
+        self.tried += 1
+        if not fired:
+            self.void += 1
+            self.faults.append(f"{name}: void, the fault did not fire")
+        elif problems:
+            self.lost += 1
+            self.faults.append(f"{name}: {'; '.join(problems)}")
+        else:
+            self.survived += 1
+
+    def attempt(self, name: str, trial: Callable[[], tuple[bool, list[str]]]) -> None:
+        """Count one trial whose own exception is a loss, too."""
+        try:
+            fired, problems = trial()
+        except Exception:
+            fired, problems = True, [traceback.format_exc(limit=-4)]
+        self.add(name, fired, problems)
+
+    def skip(self, reason: str) -> None:
+        """Say that something was not tested, and why."""
+        self.skipped.append(reason)
+
+    def write(self, path: Path) -> None:
+        """As JSON, for the process that waits for this one."""
+        path.write_text(json.dumps(asdict(self), default=str))
+
+    @classmethod
+    def read(cls, path: Path) -> "Tally":
+        """What `write` wrote."""
+        return cls(**json.loads(path.read_text()))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One fault of the scorecard.
+
+    `run(rig, tally, count)` does `count` trials (some rows have a fixed number). Each mutant removes one
+    protection; under it, `run` with `mutant_count` must lose something.
+    """
+
+    id: str
+    title: str
+    run: Callable[[Any, Tally, int], None]
+    full: int
+    quick: int = 0  # 0: not in the quick run
+    mutants: Mapping[str, Callable[[], None]] = field(default_factory=dict)
+    mutant_count: int = 1
+    in_quick: bool = False
