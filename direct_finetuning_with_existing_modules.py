@@ -45,9 +45,10 @@ from checkpoint import (
 )
 from convergence import ConvergenceMonitor
 from errors import RunStopped, UserError
-from evaluation import document_losses, held_out_sums
+from evaluation import held_out_sums
 from fast_lora import enable_fast_lora
-from generation_probes import choose_probes, complete, hardest_text, probe_metrics, samples_text
+from generation_probes import choose_probes, complete, probe_metrics, samples_text, token_budget
+from hardest_samples import LEVEL_DECAY, hardest, hardest_text, loss_rows
 from lora_health import LoraHealth
 from loss_ledger import LossLedger
 from optimization import (
@@ -110,6 +111,7 @@ class DirectTrainer:
         self.state = TrainState()
         self.clock = StepClock()
         self.pending: list[StepResult] = []
+        self.gradient_norms: dict[str, float] = {}  # of the step that is evaluated
         self.stop_signal = ""  # set by a signal, read at step boundaries
         self.former_handlers: dict[int, object] = {}
         self.outcome = ""  # why the loop ends: completed, preempted, stopped, nonfinite
@@ -222,19 +224,21 @@ class DirectTrainer:
             set_learning_rate(self.optimizer, learning_rate)
             planned = plan[step]
             sums = self.forward_backward(planned)
+            last = step == plan.num_steps
+            evaluates = last or due(step, config.eval_steps)
+            if evaluates:
+                self.gradient_norms = self.lora_health.gradient_norms()
             with self.clock.phase("optimizer"):
                 grad_norm = clip_gradients(self.parameters, config.max_grad_norm)
                 update_weights(self.optimizer, grad_norm, skip=step in state.skipped_steps)
             self.pending.append(StepResult(step, learning_rate, planned, sums, grad_norm))
             self.advance(step, planned)
 
-            last = step == plan.num_steps
             epoch_ends = last or step % plan.steps_per_epoch == 0
             logs, saves = (
                 last or due(step, config.logging_steps),
                 last or due(step, config.save_steps),
             )
-            evaluates = last or due(step, config.eval_steps)
             interrupted = self.dist.any(bool(self.stop_signal))
             if logs or evaluates or saves or epoch_ends or interrupted or self.reads_are_free:
                 self.collect()  # the only place that waits for the device
@@ -246,6 +250,8 @@ class DirectTrainer:
                 metrics |= self.training_metrics(step, learning_rate)
             if evaluates:
                 metrics |= self.evaluate(step)
+            if evaluates or epoch_ends:
+                self.show_hardest_trained(step)
             if epoch_ends:
                 metrics |= self.epoch_metrics(step)
             if metrics:
@@ -335,24 +341,40 @@ class DirectTrainer:
         """Bring the pending steps' sums to the host, add them up over ranks, look at each step."""
         state = self.state
         own = np.zeros((len(self.pending), self.ledger.size))
+        by_document = []
         for row, result in zip(own, self.pending, strict=True):
-            for documents, sums in result.sums:
+            by_document.append([(d, sums.per_document.cpu().numpy()) for d, sums in result.sums])
+            for (documents, per_document), (_, sums) in zip(
+                by_document[-1], result.sums, strict=True
+            ):
                 row += self.ledger.vector(
                     documents,
-                    sums.per_document.cpu().numpy(),
+                    per_document,
                     sums.thinking_buckets.cpu().numpy(),
                     sums.premature_close.cpu().numpy(),
                 )
         vectors = self.dist.sum(torch.from_numpy(own)).numpy()
-        for vector, result in zip(vectors, self.pending, strict=True):
+        for vector, result, losses in zip(vectors, self.pending, by_document, strict=True):
             state.interval = (np.asarray(state.interval) + vector).tolist()
             state.grad_norm = float(result.grad_norm)
             if math.isfinite(state.grad_norm):
                 state.grad_norm_max = max(state.grad_norm_max, state.grad_norm)
                 state.epoch = (np.asarray(state.epoch) + vector).tolist()
+                self.rank_hardest(result.step, vector, losses)
             else:
                 self.note_nonfinite(result)
         self.pending.clear()
+
+    def rank_hardest(
+        self, step: int, vector: np.ndarray, losses: list[tuple[tuple[int, ...], np.ndarray]]
+    ) -> None:
+        """Keep this rank's hardest documents of the epoch, measured against the steps around them."""
+        state, count = self.state, self.ledger.num_targets(vector)
+        total, tokens = (LEVEL_DECAY * old for old in state.loss_level)
+        state.loss_level = [total + self.ledger.loss(vector) * count, tokens + count]
+        level = state.loss_level[0] / state.loss_level[1]
+        rows = [r for d, sums in losses for r in loss_rows(d, sums, step=step, level=level)]
+        state.hardest = hardest([*state.hardest, *rows])
 
     def note_nonfinite(self, result: StepResult) -> None:
         """A NaN or infinite gradient: its update did not happen; name the samples, follow the policy."""
@@ -436,7 +458,9 @@ class DirectTrainer:
             self.packed,
             self.tokenizer,
             [probe.prompt for probe in self.probes],
-            max_new_tokens=self.config.probe_max_new_tokens,
+            max_new_tokens=token_budget(
+                self.probes, self.config.probe_max_new_tokens, self.dist.device
+            ),
             end_id=tokens.end_id,
             close_id=tokens.close_id,
             device=self.dist.device,
@@ -450,21 +474,34 @@ class DirectTrainer:
         health, writer = self.lora_health, self.tensorboard_writer
         if not health.modules:
             return {}
-        scalars = health.scalars()
-        ratios = {m.name: scalars.get(f"LoRA/{m.name}/Update_Ratio", 0.0) for m in health.modules}
+        values = health.scalars() | self.gradient_norms
+        ratios = {m.name: values.get(f"LoRA/{m.name}/Update_Ratio", 0.0) for m in health.modules}
         if self.dist.is_main:
             writer.add_figure("LoRA/Update_Ratio_Map", health.figure(ratios), step)
+            writer.add_text("LoRA/Modules", health.table(values), step)
         if self.config.log_weight_histograms:
             for tag, histogram in health.weight_histograms().items():
                 writer.log_histogram_counts(tag, histogram.counts, histogram.edges, step)
-        return scalars
+        return health.by_projection(values)
 
     def show_hardest(self, step: int, sums: np.ndarray) -> None:
         """TEXT: the held-out samples with the highest loss."""
         if self.dist.is_main:
-            losses = document_losses(self.eval_plan.documents, sums)
-            text = hardest_text(self.data.held_out, losses)
+            rows = hardest(loss_rows(self.eval_plan.documents, sums))
+            text = hardest_text(self.data.held_out, rows)
             self.tensorboard_writer.add_text("Eval/Hardest_Samples", text, step)
+
+    def gather_hardest(self) -> None:
+        """The hardest documents of all ranks, on every rank."""
+        state = self.state
+        state.hardest = hardest([r for rows in self.dist.gather(state.hardest) for r in rows])
+
+    def show_hardest_trained(self, step: int) -> None:
+        """TEXT: the training samples of this epoch with the highest loss."""
+        self.gather_hardest()
+        if self.dist.is_main:
+            text = hardest_text(self.data.train, self.state.hardest, training=True)
+            self.tensorboard_writer.add_text("Training/Hardest_Samples", text, step)
 
     def epoch_metrics(self, step: int) -> dict[str, float]:
         """Epoch/ tags over the epoch that ends with this step, and its line in TEXT."""
@@ -480,6 +517,7 @@ class DirectTrainer:
         text = run_summary.epoch_summary(epoch, steps, metrics)
         self.tensorboard_writer.add_text("Training/Epoch_Summary", text, step)
         state.epoch, state.epoch_seconds = self.ledger.zeros().tolist(), 0.0
+        state.hardest = []
         return metrics
 
     def log(self, step: int, metrics: dict[str, float]) -> set[str]:
@@ -504,6 +542,7 @@ class DirectTrainer:
         """A checkpoint of this step; the points up to it are on the disk before it is."""
         if self.saved_step == step:
             return
+        self.gather_hardest()
         with self.clock.phase("saving"):
             rng = {  # collectives: all ranks take part
                 f"rank{rank}.{device}": tensor

@@ -32,16 +32,3 @@ def held_out_sums(
                 sums[torch.from_numpy(rows)] = result.per_document.double().cpu()
     model.train(was_training)
     return dist.sum(sums).numpy()
-
-
-def document_losses(documents: np.ndarray, sums: np.ndarray) -> dict[int, list[float]]:
-    """document -> mean loss of all supervised tokens, then by thinking, close, answer and end.
-
-    sums: (m, segments, 3) of `held_out_sums`. NaN where a document has no such token.
-    """
-    by_segment = sums[:, 1:, :]
-    totals = by_segment.sum(axis=1, keepdims=True)
-    table = np.concatenate([totals, by_segment], axis=1)
-    with np.errstate(invalid="ignore"):
-        means = table[..., 0] / table[..., 2]
-    return dict(zip(documents.tolist(), means.tolist(), strict=True))

@@ -5,8 +5,9 @@ judged from its tokens: does it close its thinking once, answer, and end; how lo
 loop; does it name the terms of the reference, and the number where the reference has one.
 """
 
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,12 +15,14 @@ import torch
 from chat_format import encode_prompt, parse_completion
 from chat_tokens import Segment
 from crypto_terms import find_terms
-from safe_text import clean_line, fenced
+from safe_text import fenced, table_cell
 from samples import Sample
 from training_data import DataPart
 from varlen_attention import ordinary_attention
 
 REPETITION_NGRAM = 10  # tokens
+CPU_BUDGET = 256  # tokens; about two seconds for the embedded model
+SHOWN_CHARACTERS = 6000  # of one thinking or answer
 _FINAL_ANSWER = re.compile(r"最终答案[：:]\s*(.+)")
 
 
@@ -30,6 +33,7 @@ class Probe:
     sample: Sample
     prompt: tuple[int, ...]
     thinking_tokens: int  # of the reference
+    reference_tokens: int  # thinking, answer and what closes them
 
 
 @dataclass(frozen=True)
@@ -64,9 +68,26 @@ def choose_probes(part: DataPart, tokenizer: object, count: int) -> list[Probe]:
 
 
 def _probe(part: DataPart, tokenizer: object, document: int) -> Probe:
-    sample = part.sample(document)
-    thinking = int((part.tokens[document].segments == Segment.THINKING).sum())
-    return Probe(sample, tuple(encode_prompt(tokenizer, sample.messages()[:-1])), thinking)
+    sample, segments = part.sample(document), part.tokens[document].segments
+    tools = json.loads(sample.tools) if sample.tools else None
+    return Probe(
+        sample,
+        tuple(encode_prompt(tokenizer, sample.messages()[:-1], tools)),
+        thinking_tokens=int((segments == Segment.THINKING).sum()),
+        reference_tokens=int((segments != Segment.PROMPT).sum()),
+    )
+
+
+def token_budget(probes: Sequence[Probe], wanted: int, device: torch.device) -> int:
+    """Tokens a completion may take: `wanted`, or, if that is 0, what the device can afford.
+
+    An accelerator gets a quarter more than the longest reference, so that a good completion ends; a
+    CPU gets `CPU_BUDGET`.
+    """
+    if wanted or not probes:
+        return wanted
+    enough = max(probe.reference_tokens for probe in probes) * 5 // 4
+    return min(enough, CPU_BUDGET) if device.type == "cpu" else enough
 
 
 @torch.no_grad()
@@ -121,8 +142,13 @@ def read_completion(
     text = tokenizer.decode(tokens, skip_special_tokens=False)
     thinking, answer, _ = parse_completion(text)
     closes = tokens.count(close_id) if close_id >= 0 else text.count("</think>")
-    closed = closes == 1 and "<think>" not in text
-    before = tokens.index(close_id) if close_id in tokens else len(tokens)
+    # Where the prompt does not open the block, the model does.
+    closed = closes == 1 and "<think>" not in text.lstrip().removeprefix("<think>")
+    before = len(tokens)
+    if close_id in tokens:
+        before = tokens.index(close_id)
+    elif closes:  # the tag is ordinary text to this tokenizer
+        before = len(tokenizer.encode(thinking, add_special_tokens=False))
     return Completion(tuple(tokens), ended, thinking, answer, closed, before)
 
 
@@ -170,7 +196,7 @@ def final_answer(text: str) -> str | None:
     return re.sub(r"[\s。]+", "", found[-1]).replace("，", ",").rstrip(".") if found else None
 
 
-def _known(values: object) -> list[float]:
+def _known(values: Iterable[float | None]) -> list[float]:
     return [value for value in values if value is not None]
 
 
@@ -179,44 +205,35 @@ def _known(values: object) -> list[float]:
 
 
 def samples_text(probes: Sequence[Probe], completions: Sequence[Completion]) -> str:
-    """Question, and thinking and answer beside the reference's, in code fences."""
-    parts = []
-    for probe, completion in zip(probes, completions, strict=True):
-        verdict = {
-            "valid": completion.valid,
-            "closed": completion.closed,
-            "ended": completion.ended,
-        }
-        facts = ", ".join(f"{name} {'yes' if good else 'NO'}" for name, good in verdict.items())
-        parts += [
-            f"### {clean_line(probe.sample.source)}:{probe.sample.line}",
-            fenced(probe.sample.question),
-            f"**model** ({facts}, {completion.thinking_tokens} thinking tokens)",
-            fenced(completion.thinking + "\n</think>\n" + completion.answer),
-            f"**reference** ({probe.thinking_tokens} thinking tokens)",
-            fenced(probe.sample.thinking + "\n</think>\n" + probe.sample.answer),
+    """Each question, and below it the model's thinking and answer beside the reference's."""
+    pairs = zip(probes, completions, strict=True)
+    return "\n\n".join(_sample_text(probe, completion) for probe, completion in pairs)
+
+
+def _sample_text(probe: Probe, completion: Completion) -> str:
+    sample = probe.sample
+    verdict = {
+        "valid": completion.valid,
+        "closed": completion.closed,
+        "ended": completion.ended,
+    }
+    facts = ", ".join(f"{name} {'yes' if good else 'NO'}" for name, good in verdict.items())
+    lengths = f"{completion.thinking_tokens} | {probe.thinking_tokens}"
+    # A table, since only a table stands side by side; its cells take no code fences.
+    return "\n".join(
+        [
+            f"### {table_cell(sample.source)}:{sample.line}\n",
+            fenced(sample.question[:SHOWN_CHARACTERS]) + "\n",
+            f"| | model ({facts}) | reference |",
+            "| --- | --- | --- |",
+            f"| thinking | {_cell(completion.thinking)} | {_cell(sample.thinking)} |",
+            f"| answer | {_cell(completion.answer)} | {_cell(sample.answer)} |",
+            f"| thinking tokens | {lengths} |",
         ]
-    return "\n\n".join(parts)
+    )
 
 
-def hardest_text(part: DataPart, losses: Mapping[int, Sequence[float]], count: int = 10) -> str:
-    """The documents with the highest mean loss: place, loss by segment, excerpt.
-
-    losses: as from `evaluation.document_losses`.
-    """
-    segments = ("thinking", "close", "answer", "end")
-    finite_last = {d: row for d, row in losses.items() if row[0] == row[0]}
-    hardest = sorted(finite_last, key=lambda d: (-finite_last[d][0], d))[:count]
-    lines = [
-        f"| # | sample | loss | {' | '.join(segments)} |",
-        "| --- " * (3 + len(segments)) + "|",
-    ]
-    for rank, document in enumerate(hardest, start=1):
-        row = [f"{x:.3f}" if x == x else "–" for x in losses[document]]
-        lines.append(f"| {rank} | `{part.place(document)}` | " + " | ".join(row) + " |")
-    excerpts = []
-    for rank, document in enumerate(hardest, start=1):
-        sample = part.sample(document)
-        text = f"{sample.question}\n---\n{sample.thinking}\n---\n{sample.answer}"
-        excerpts.append(f"**{rank}**\n\n{fenced(text[:400])}")
-    return "\n".join(lines) + "\n\n" + "\n\n".join(excerpts)
+def _cell(text: str) -> str:
+    """Untrusted text of several lines as one cell."""
+    cut = text[:SHOWN_CHARACTERS] + ("…" if len(text) > SHOWN_CHARACTERS else "")
+    return "<br>".join(table_cell(line).replace("&", "&amp;") for line in cut.splitlines())

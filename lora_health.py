@@ -136,6 +136,30 @@ class LoraHealth:
         }
         return {"LoRA/Gradient_Norm": float(np.sqrt(squares.sum())), **values}
 
+    def by_projection(self, values: dict[str, float]) -> dict[str, float]:
+        """Means over the layers: `LoRA/<projection>/<quantity>` from tags by module.
+
+        A 4B model has 252 modules, too many charts; a tag of no module stays as it is.
+        """
+        projections = {module.name: module.projection for module in self.modules}
+        means: dict[str, list[float]] = {}
+        for tag, value in values.items():
+            name, _, quantity = tag.removeprefix("LoRA/").rpartition("/")
+            mean = f"LoRA/{projections[name]}/{quantity}" if name in projections else tag
+            means.setdefault(mean, []).append(value)
+        return {tag: sum(group) / len(group) for tag, group in means.items()}
+
+    def table(self, values: dict[str, float]) -> str:
+        """Markdown: one line a module, what `values` (tags by module) know of it."""
+        quantities = ("Update_Ratio", "Effective_Rank", "Gradient_Norm")
+        heads = " | ".join(quantity.replace("_", " ") for quantity in quantities)
+        lines = [f"| module | {heads} |", "| --- " * (1 + len(quantities)) + "|"]
+        for name in self.names:
+            found = [values.get(f"LoRA/{name}/{quantity}") for quantity in quantities]
+            cells = ["–" if value is None else f"{value:.4g}" for value in found]
+            lines.append(f"| `{name}` | {' | '.join(cells)} |")
+        return "\n".join(lines)
+
     def weight_histograms(self) -> dict[str, Histogram]:
         """Histograms of LoRA/A, LoRA/B and of all trainable weights, in fixed bins.
 

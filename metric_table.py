@@ -40,6 +40,8 @@ Training/By_Difficulty_<k> | nats/token | samples with a difficulty | loss_ledge
     Training loss on samples of difficulty k.
 Training/By_Source/<name> | nats/token | several sources | loss_ledger
     Training loss on samples of one source file.
+Training/By_Category/<name> | nats/token | always | loss_ledger
+    Training loss on samples by the category of most of their terms; none: without a term.
 Training/Final_Loss | nats/token | at the end | trainer
     Training loss of the last logged step.
 Thinking/Loss | nats/token | always | loss_ledger
@@ -77,21 +79,23 @@ Eval/Close_Loss | nats/token | evaluation | evaluation
 Eval/EOS_Loss | nats/token | evaluation | evaluation
     Held-out loss on the <|im_end|> token.
 Eval/Format_Valid_Rate | fraction | generation probes | generation_probes
-    Generated completions with one closed chain of thought and an answer.
+    Generated completions with one closed chain of thought, an answer, and an end.
 Eval/Think_Length_Ratio | | generation probes | generation_probes
     Length of the generated chain of thought over the length of the reference.
 Eval/Repetition_Rate | fraction | generation probes | generation_probes
-    Repeated n-grams in generated text.
+    Share of the 10-grams of tokens in a generated completion that occurred in it before.
 Eval/Term_Recall | fraction | generation probes | generation_probes
     Cryptographic terms of the reference answer that the generated answer has.
 Eval/Budget_Hit_Rate | fraction | generation probes | generation_probes
     Generated completions that ended only because the token budget did.
 Eval/Exact_Answer | fraction | generation probes | generation_probes
-    Generated answers that agree with the reference where it has one exact result.
+    Generated answers that end in the reference's number, where the reference has one.
 Eval/By_Difficulty_<k> | nats/token | samples with a difficulty | evaluation
     Held-out loss on samples of difficulty k.
 Eval/By_Source/<name> | nats/token | several sources | evaluation
     Held-out loss on samples of one source file.
+Eval/By_Category/<name> | nats/token | evaluation | evaluation
+    Held-out loss on samples by the category of most of their terms; none: without a term.
 Memory/GPU_Allocated_MB | MB | GPU | trainer
     Device memory held by tensors of this process.
 Memory/GPU_Reserved_MB | MB | GPU | trainer
@@ -312,14 +316,14 @@ Dataset/Dropped | samples | always | dataset_stats
     Samples left out because they are too long.
 Dataset/Control_Tokens | samples | always | dataset_stats
     Samples whose text holds control tokens of the chat template.
-LoRA/<name>/Update_Ratio | | logged weights | lora_health
-    Norm of the LoRA update over the norm of the frozen weight.
-LoRA/<name>/Effective_Rank | | always | lora_health
-    Effective rank of the update.
-LoRA/<name>/Gradient_Norm | | always | lora_health
-    Gradient norm of A and B together.
-LoRA/Gradient_Norm | | always | lora_health
-    Gradient norm of all adapters.
+LoRA/<name>/Update_Ratio | | evaluation | lora_health
+    Norm of the LoRA update over the norm of the frozen weight, mean over the layers.
+LoRA/<name>/Effective_Rank | | evaluation after step 0 | lora_health
+    Effective rank of the update, at most lora_r, mean over the layers.
+LoRA/<name>/Gradient_Norm | | evaluation after step 0 | lora_health
+    Gradient norm of A and B together before clipping, mean over the layers.
+LoRA/Gradient_Norm | | evaluation after step 0 | lora_health
+    Gradient norm of all adapters before clipping.
 """
 _TEXTS = """
 Dataset/Summary | Markdown | always | dataset_stats
@@ -334,10 +338,14 @@ Config/Training_Settings | Markdown | always | trainer
     All settings.
 Alerts/Table | Markdown | alerts | alerts
     All alerts so far.
-Eval/Samples | Markdown | generation probes | evaluation
+Eval/Samples | Markdown | generation probes | generation_probes
     Generated answers beside the reference.
-Eval/Hardest_Samples | Markdown | evaluation | evaluation
+Eval/Hardest_Samples | Markdown | evaluation | hardest_samples
     Held-out samples with the highest loss.
+Training/Hardest_Samples | Markdown | evaluation, end of an epoch | hardest_samples
+    Training samples of this epoch whose loss was furthest above that of the steps around them.
+LoRA/Modules | Markdown | evaluation | lora_health
+    Update ratio, effective rank and gradient norm of every adapted layer.
 """
 _HISTOGRAMS = """
 Model/Weights_Distribution | | logged weights | lora_health
@@ -354,7 +362,7 @@ Dataset/Length_Distribution | | always | dataset_stats
     Lengths of prompt, thinking and answer.
 Dataset/Term_Distribution | | always | dataset_stats
     Most frequent cryptographic terms.
-LoRA/Update_Ratio_Map | | logged weights | lora_health
+LoRA/Update_Ratio_Map | | evaluation | lora_health
     Update ratio by layer and projection.
 """
 

@@ -1,5 +1,6 @@
 """What a run knows besides its weights: counters, sums in progress, monitors. Strict JSON."""
 
+import math
 from dataclasses import dataclass, field
 
 
@@ -25,6 +26,8 @@ class TrainState:
     best_eval_loss: float | None = None
     best_step: int | None = None
     evals_without_gain: int = 0
+    loss_level: list[float] = field(default_factory=lambda: [0.0, 0.0])  # decayed sum and tokens
+    hardest: list[list] = field(default_factory=list)  # rows of hardest_samples, this epoch
     nonfinite_steps: list[int] = field(default_factory=list)
     skipped_steps: list[int] = field(
         default_factory=list
@@ -38,7 +41,8 @@ class TrainState:
         if self.first_eval_loss is None:
             self.first_eval_loss = loss
         self.last_eval_loss = loss
-        if self.best_eval_loss is None or loss < self.best_eval_loss:
+        is_better = self.best_eval_loss is None or loss < self.best_eval_loss
+        if is_better and math.isfinite(loss):
             self.best_eval_loss, self.best_step, self.evals_without_gain = loss, step, 0
             return True
         self.evals_without_gain += 1
