@@ -314,6 +314,9 @@ def record_sample(record: Any, columns: dict[str, str] | None = None) -> Sample:
     return checked(replace(sample, tools=_tools(record), difficulty=_difficulty(record)))
 
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
 def checked(sample: Sample) -> Sample:
     """The sample itself if it can be learnt from and written as UTF-8."""
     if not sample.question:
@@ -323,7 +326,7 @@ def checked(sample: Sample) -> Sample:
     for text in strings_of(sample.content):
         if "\0" in text:
             raise BrokenRecordError("NUL character (is the file UTF-16 without a byte order mark?)")
-        if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+        if _SURROGATE.search(text):
             raise BrokenRecordError("lone surrogate (half of a character, \\ud800 to \\udfff)")
     return sample
 
