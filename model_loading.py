@@ -606,6 +606,33 @@ def _check_patterns(model: PreTrainedModel, config: LoraConfig) -> None:
             )
 
 
+def load_for_inference(
+    folder: Path, *, device: str | torch.device, precision: str = "auto", base_model: str = ""
+) -> tuple[PeftModel | PreTrainedModel, transformers.PreTrainedTokenizerBase]:
+    """A saved adapter on its base, or a whole model folder, ready to generate; and its tokenizer.
+
+    `base_model` replaces the base that the adapter's configuration names.
+    """
+    device, is_adapter = torch.device(device), (folder / ADAPTER_CONFIG).is_file()
+    resolved = (
+        _base_of(folder, device, base_model) if is_adapter else _named_model(str(folder), False)
+    )
+    tokenizer = load_tokenizer(resolved)
+    dtype = weight_dtype(device, precision)
+    model = _load_base(resolved, Path(tokenizer.name_or_path), device, dtype, "none")
+    if is_adapter:
+        model = _load_adapter(model, folder, resolved.name)
+    model.config.use_cache = True
+    return model.eval(), tokenizer
+
+
+def _base_of(adapter: Path, device: torch.device, base_model: str = "") -> ResolvedModel:
+    name = base_model or _adapter_config(adapter).base_model_name_or_path
+    if not name:
+        raise UserError(f"{adapter / ADAPTER_CONFIG} names no base model; give it as --base-model")
+    return resolve_model(name, device)
+
+
 def _load_adapter(model: PreTrainedModel, folder: Path, base_name: str) -> PeftModel:
     """A saved LoRA adapter as the trainable start; rank and modules are the adapter's own."""
     config = _adapter_config(folder)
@@ -738,22 +765,20 @@ def export_merged(
     The sum W + s·B·A is made in fp32 and then rounded once to the base's own type ("auto"), fp32 or
     bf16. `base_model` replaces the base that the adapter's configuration names.
     """
-    config = _adapter_config(adapter)
-    resolved = resolve_model(base_model or config.base_model_name_or_path, "cpu")
+    resolved = _base_of(adapter, torch.device("cpu"), base_model)
     tokenizer = load_tokenizer(resolved)
     folder = Path(tokenizer.name_or_path)
     base = _load_base(resolved, folder, torch.device("cpu"), torch.float32, "none")
     dtype = (
-        _saved_dtype(folder)
-        if precision == "auto"
-        else weight_dtype(torch.device("cpu"), precision)
+        saved_dtype(folder) if precision == "auto" else weight_dtype(torch.device("cpu"), precision)
     )
     merged = _load_adapter(base, adapter, resolved.name).merge_and_unload(safe_merge=True)
+    merged.config.use_cache = True
     _save_folder(directory, tokenizer, lambda path: merged.to(dtype).save_pretrained(path))
     return directory
 
 
-def _saved_dtype(folder: Path) -> torch.dtype:
+def saved_dtype(folder: Path) -> torch.dtype:
     """The type of the weights in a model folder, from its configuration."""
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     return getattr(config, "dtype", None) or torch.float32
