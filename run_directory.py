@@ -68,12 +68,13 @@ class RunDirectory:
 def lock_output(output_dir: Path) -> FileLock:
     """Take the output directory for this process; the operating system frees it when we die.
 
-    Raises UserError if another live run holds it or it can't be written.
+    What an owner that died left half-written is removed. Raises UserError if another live run holds it or it can't be written.
     """
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         lock = FileLock(output_dir / LOCK_NAME)
         lock.acquire(timeout=0)
+        _remove_leftovers(output_dir)
     except Timeout as error:
         raise UserError(
             f"output_dir {output_dir}: another run is writing there; wait for it or choose another "
@@ -85,6 +86,20 @@ def lock_output(output_dir: Path) -> FileLock:
             "--output-dir"
         ) from error
     return lock
+
+
+def _remove_leftovers(output_dir: Path) -> None:
+    """Temporary files and model folders that were in the making; an old folder that was put aside returns."""
+    for pattern in (".probe-*", ".training_statistics.json.*.tmp", "training_logs/*/.*.tmp"):
+        for path in output_dir.glob(pattern):
+            path.unlink(missing_ok=True)
+    for name in ("final_model", "best_model"):
+        for path in sorted(output_dir.glob(f".{name}-old-*")):
+            if not (output_dir / name).exists():
+                path.rename(output_dir / name)
+        for path in output_dir.glob(f".{name}-*"):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
 
 
 def check_writable(output_dir: Path, needed_bytes: int) -> None:

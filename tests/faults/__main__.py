@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-MODULES = ("checkpoints",)
+MODULES = ("checkpoints", "interruptions", "numbers")
 
 
 def arguments() -> argparse.Namespace:

@@ -80,16 +80,12 @@ def crash_point(rig: Rig, k: int, action: int) -> tuple[bool, list[str]]:
         problems.append(f"{announced} was announced, {step} is what loads")
     if found and float(found.tensors["adapter_model"]["a"][0, 0]) != step:
         problems.append(f"checkpoint {step} holds other weights")
-    if found:
-        story_left = [s for s in (5, 10, 15) if s > step]
-        for later in story_left:
+    for later in (5, 10, 15):
+        if later > step:
             save(directory, later)
-            prune(directory)
-    names = sorted(p.name for p in directory.iterdir()) if directory.exists() else []
-    if step == 15 and announced < 15:
         prune(directory)
-        names = sorted(p.name for p in directory.iterdir())
-    if found and names != ["checkpoint-10", "checkpoint-15"]:
+    names = sorted(p.name for p in directory.iterdir())
+    if names != ["checkpoint-10", "checkpoint-15"]:
         problems.append(f"after going on there is {names}")
     shutil.rmtree(place)
     return hook.fired(log) or outcome.code == -signal.SIGKILL, problems
