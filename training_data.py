@@ -137,7 +137,7 @@ def prepare_data(
     """Tokenize both parts. `options` are those of `tokenize_samples`."""
     options = {"workers": workers, **options}
     sources = sorted({*split.read.samples_per_file, *_eval_sources(split)})
-    tokens = tokenize_samples(split.read.samples, tokenizer, max_seq_length, **options)
+    tokens = tokenize_samples(split.read, tokenizer, max_seq_length, **options)
     groups = _groups(split.read.samples, tokens, sources)
     train = DataPart(split.read.samples, tokens, tokens.documents_of(split.train), groups)
     if split.eval_read is None:
@@ -145,7 +145,7 @@ def prepare_data(
         held_out = DataPart(split.read.samples, tokens, documents, groups)
     else:
         samples = split.eval_read.samples
-        tokens = tokenize_samples(samples, tokenizer, max_seq_length, **options)
+        tokens = tokenize_samples(split.eval_read, tokenizer, max_seq_length, **options)
         groups = _groups(samples, tokens, sources)
         held_out = DataPart(samples, tokens, np.arange(len(tokens)), groups)
     if not len(train):
