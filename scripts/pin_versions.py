@@ -43,7 +43,9 @@ def main() -> int:
     wanted = pinned(text, resolved())
     if "--check" in sys.argv[1:]:
         if wanted != text:
-            print("pyproject.toml: the pins are not what uv resolves to; run scripts/pin_versions.py")
+            print(
+                "pyproject.toml: the pins are not what uv resolves to; run scripts/pin_versions.py"
+            )
             return 1
         return 0
     PYPROJECT.write_text(wanted, encoding="utf-8")
