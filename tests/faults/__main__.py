@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-MODULES = ("checkpoints", "interruptions", "numbers")
+MODULES = ("checkpoints", "interruptions", "numbers", "disks", "machine", "hostile")
 
 
 def arguments() -> argparse.Namespace:

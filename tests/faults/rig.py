@@ -195,22 +195,35 @@ class Rig:
         output: Path,
         *more: str,
         patch: Callable[[], None] | None = None,
-        log: Path | None = None,
+        notes: Path | None = None,
     ) -> Child:
-        """Fork a run of the program writing below `output`; `patch` is called in the child first."""
+        """Fork a run of the program writing below `output`; `patch` is called in the child first.
+
+        Console and ledger are written beside `notes` (the output directory, unless it is said).
+        """
+        notes = notes or output
 
         def action() -> int:
             torch.set_num_threads(1)
-            write_ledger(output.with_name(output.name + "." + LEDGER))
+            write_ledger(notes.with_name(notes.name + "." + LEDGER))
             if patch is not None:
                 patch()
             return program.main(self.arguments(output, *more))
 
-        return fork(log or output.with_name(output.name + ".console.txt"), action)
+        log = notes.with_name(notes.name + ".console.txt")
+        log.unlink(missing_ok=True)
+        return fork(log, action)
 
-    def run(self, output: Path, *more: str, patch=None, limit: float = 60.0) -> Outcome:
+    def run(
+        self,
+        output: Path,
+        *more: str,
+        patch: Callable[[], None] | None = None,
+        limit: float = 60.0,
+        notes: Path | None = None,
+    ) -> Outcome:
         """`start` and wait."""
-        return self.start(output, *more, patch=patch).wait(limit)
+        return self.start(output, *more, patch=patch, notes=notes).wait(limit)
 
     def make_reference(self) -> "Reference":
         """One uninterrupted run."""
@@ -368,12 +381,14 @@ def leftovers(output: Path) -> list[str]:
     return [p.name for pattern in LEFTOVERS for p in output.glob(pattern)]
 
 
-def nothing_lost(output: Path, reference: Reference, outcome: Outcome) -> list[str]:
+def nothing_lost(
+    output: Path, reference: Reference, outcome: Outcome, notes: Path | None = None
+) -> list[str]:
     """Criteria (b) to (h) on a run that came to its end; the faults found, in words."""
     if outcome.code != 0:
         return [f"the last run ended with {outcome.code}: {outcome.output[-400:]}"]
     faults = ["a process was left running"] if outcome.left_alive else []
-    ledger, _ = read_ledger(output)
+    ledger, _ = read_ledger(notes or output)
     for step, record in reference.ledger.items():
         if ledger.get(step) != record:
             keys = [k for k in record if ledger.get(step, {}).get(k) != record[k]]

@@ -1,0 +1,493 @@
+"""F07, F08, F20, F21: disks that are full, broken, read-only or gone, for checkpoints and for curves."""
+
+import contextlib
+import errno
+import os
+import random
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import direct_finetuning_with_existing_modules as program
+import tb_logger
+
+from . import hook
+from .rig import (
+    NUM_STEPS,
+    Rig,
+    announced_is_kept,
+    fork,
+    nothing_lost,
+    read_curves,
+    replaced,
+    status_of,
+)
+from .tally import Row, Tally
+
+Trial = tuple[bool, list[str]]
+
+
+@contextlib.contextmanager
+def small_disk(target: Path, megabytes: int) -> Iterator[Path]:
+    """A tmpfs; PermissionError where this user may not mount."""
+    target.mkdir(parents=True, exist_ok=True)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(target)]
+    if subprocess.run(command, capture_output=True).returncode:
+        raise PermissionError("mounting is not allowed here")
+    try:
+        yield target
+    finally:
+        subprocess.run(["umount", "-l", str(target)], check=True)
+
+
+def can_mount(rig: Rig) -> bool:
+    """Whether this user may mount."""
+    try:
+        with small_disk(rig.place("mount") / "disk", 1):
+            return True
+    except (PermissionError, FileNotFoundError):
+        return False
+
+
+def fill(disk: Path, leave: int) -> None:
+    """A ballast file until only `leave` bytes are free."""
+    with open(disk / "ballast", "ab", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            state = os.statvfs(disk)
+            room = state.f_bavail * state.f_frsize - leave
+            if room <= 0 or not file.write(b"\0" * min(room, 1 << 20)):
+                break
+
+
+def before_call(owner: object, name: str, when: int, action: Callable[[], None]) -> None:
+    """In a child: do something at the beginning of the `when`-th call of a function."""
+    real, calls = getattr(owner, name), []
+
+    def first(*arguments, **options):
+        calls.append(name)
+        if len(calls) == when:
+            action()
+        return real(*arguments, **options)
+
+    replaced(owner, name, first)
+
+
+# -----------------------------------------------------------------------------
+# F07: full
+
+
+def full_disk(
+    rig: Rig,
+    full: tuple[object, str, int],
+    *,
+    leave: int = 0,
+    freed: tuple[object, str, int] | None = None,
+    code: int,
+    said: str = "No space left",
+) -> Trial:
+    """The disk is full from one call on, until another or until the end; then the command again."""
+    place = rig.place("f07")
+    with small_disk(place / "disk", 24) as disk:
+        output, ballast, fired = disk / "out", disk / "ballast", place / "fired"
+
+        def patch() -> None:
+            before_call(*full, lambda: (fill(disk, leave), fired.touch()))
+            if freed:
+                before_call(*freed, lambda: ballast.unlink(missing_ok=True))
+
+        # The notes of the rig itself lie elsewhere.
+        outcome = rig.run(output, patch=patch, limit=90, notes=place / "out")
+        problems = [] if outcome.code == code else [f"exit {outcome.code}: {outcome.output[-600:]}"]
+        problems += ["a traceback"] if "Traceback" in outcome.output else []
+        if code == 3 and not (said in outcome.output and str(output) in outcome.output):
+            problems.append(f"the message has no reason or no path: {outcome.output[-300:]}")
+        ballast.unlink(missing_ok=True)
+        problems += announced_is_kept(output) if (output / "checkpoints").is_dir() else []
+        again = rig.run(output, limit=120, notes=place / "out") if outcome.code else outcome
+        problems += nothing_lost(output, rig.reference, again, notes=place / "out")
+        happened = fired.exists()
+    shutil.rmtree(place, ignore_errors=True)
+    return happened, problems
+
+
+def f07(rig: Rig, tally: Tally, count: int) -> None:
+    """A real full disk, in 12 places."""
+    if not can_mount(rig):
+        tally.skip("needs the right to mount a small tmpfs")
+        return
+    trainer = program.DirectTrainer
+    update, save = (trainer, "advance"), (program, "save_checkpoint")
+    cases: list[tuple[str, dict]] = [
+        ("third save", {"full": (*save, 3), "code": 3}),
+        (
+            "logs and curves for two steps",
+            {"full": (*update, 11), "freed": (*update, 13), "code": 0},
+        ),
+        ("final model", {"full": (trainer, "finish", 1), "code": 3}),
+        ("first save", {"full": (*save, 1), "code": 3}),
+        ("third save, room for a part", {"full": (*save, 3), "leave": 40_000, "code": 3}),
+        ("third save, freed after the run", {"full": (*update, 14), "leave": 12_000, "code": 3}),
+        ("best model", {"full": (trainer, "show_hardest", 2), "code": 3}),
+        (
+            "best model, room for a part",
+            {"full": (trainer, "show_hardest", 2), "leave": 30_000, "code": 3},
+        ),
+        ("statistics", {"full": (trainer, "write_summary", 1), "code": 3}),
+        (
+            "statistics, room for a part",
+            {"full": (trainer, "write_summary", 1), "leave": 4096, "code": 3},
+        ),
+        ("logs and curves for 4 steps", {"full": (*update, 16), "freed": (*update, 20), "code": 0}),
+        ("before the run is open", {"full": (trainer, "open_run", 1), "code": 2}),
+    ]
+    for name, options in cases[:count]:
+        tally.attempt(name, lambda o=options: full_disk(rig, **o))
+
+
+def save_in_place() -> None:
+    """Mutant: the newest checkpoint is overwritten where it lies."""
+    real = program.save_checkpoint
+
+    def overwrite(directory, step, **content):
+        for path in directory.glob("checkpoint-*"):
+            shutil.rmtree(path)
+        return real(directory, step, **content)
+
+    replaced(program, "save_checkpoint", overwrite)
+
+
+# -----------------------------------------------------------------------------
+# F08: errors of the disk
+
+
+def disk_error(
+    rig: Rig, number: int, operations: int, first: int, count: int, contains: str
+) -> Trial:
+    """The k-th call fails with an error; the run goes on or stops cleanly, and nothing is lost."""
+    output = rig.place("f08") / "out"
+    log = output.with_name("hook.log")
+
+    def patch() -> None:
+        hook.arm(
+            output,
+            action=hook.FAIL,
+            error=number,
+            operations=operations,
+            first=first,
+            count=count,
+            contains=contains,
+            log=log,
+        )
+
+    outcome = rig.run(output, patch=patch, limit=90)
+    problems = (
+        [] if outcome.code in (0, 2, 3) else [f"exit {outcome.code}: {outcome.output[-500:]}"]
+    )
+    problems += ["a traceback"] if "Traceback" in outcome.output else []
+    problems += announced_is_kept(output) if (output / "checkpoints").is_dir() else []
+    again = rig.run(output, limit=120) if outcome.code else outcome
+    problems += nothing_lost(output, rig.reference, again)
+    fired = hook.fired(log)
+    shutil.rmtree(output.parent, ignore_errors=True)
+    return fired, problems
+
+
+def file_limit(rig: Rig) -> Trial:
+    """`ulimit -f`: no file may grow beyond 20 KB; the signal is turned into an error."""
+    import resource
+
+    output = rig.place("f08") / "out"
+
+    def patch() -> None:
+        def limit() -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+        before_call(program, "save_checkpoint", 2, limit)
+
+    outcome = rig.run(output, patch=patch, limit=90)
+    problems = [] if outcome.code == 3 else [f"exit {outcome.code}: {outcome.output[-400:]}"]
+    problems += announced_is_kept(output)
+    problems += nothing_lost(output, rig.reference, rig.run(output, limit=120))
+    return "File too large" in outcome.output, problems
+
+
+def f08(rig: Rig, tally: Tally, count: int) -> None:
+    """EDQUOT, EIO, EROFS, ESTALE, EINTR from write, fsync, rename, open."""
+    if not hook.preloaded():
+        tally.skip("needs a C compiler and LD_PRELOAD")
+        return
+    draw = random.Random(8)
+    kinds = [
+        (hook.SYNC, "checkpoints", 12),
+        (hook.WRITE, "checkpoints", 12),
+        (hook.RENAME, "checkpoints", 3),
+        (hook.MKDIR | hook.OPEN, "checkpoints", 10),
+        (hook.WRITE, "tensorboard_logs", 10),
+        (hook.WRITE, "training_logs", 12),
+        (hook.ALL, "final_model", 3),
+        (hook.ALL, "training_statistics", 2),
+    ]
+    codes = [errno.EIO, errno.EDQUOT, errno.EROFS, errno.ESTALE, errno.EINTR]
+    for trial in range(count):
+        operations, contains, most = kinds[trial % len(kinds)]
+        number, first = codes[trial % len(codes)], draw.randint(1, most)
+        times = draw.choice([1, hook.FOREVER]) if number != errno.EINTR else 1
+        name = f"{errno.errorcode[number]} at {contains}, call {first}, {'once' if times == 1 else 'on'}"
+        tally.attempt(
+            name,
+            lambda n=number, o=operations, f=first, t=times, c=contains: disk_error(
+                rig, n, o, f, t, c
+            ),
+        )
+    if count >= 8:
+        tally.attempt("a limit on the size of files", lambda: file_limit(rig))
+
+
+def fsync_errors_are_ignored() -> None:
+    """Mutant: what fsync says is not looked at, so a file that never reached the disk counts as saved."""
+    real = os.fsync
+
+    def careless(descriptor: int) -> None:
+        with contextlib.suppress(OSError):
+            real(descriptor)
+
+    replaced(os, "fsync", careless)
+
+
+# -----------------------------------------------------------------------------
+# F20: an output directory that can't be written
+
+
+def refused(rig: Rig, output: Path, *, code: int = 2, nobody: bool = False) -> Trial:
+    """A clear refusal, before the model is loaded."""
+
+    def patch() -> None:
+        if nobody:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+
+    outcome = rig.run(output, patch=patch, limit=60, notes=rig.place("notes") / "out")
+    problems = [] if outcome.code == code else [f"exit {outcome.code}: {outcome.output[-400:]}"]
+    problems += ["a traceback"] if "Traceback" in outcome.output else []
+    problems += [] if str(output) in outcome.output else ["the path is not named"]
+    problems += ["only after loading the model"] if "parameters" in outcome.output else []
+    return outcome.code != 0, problems
+
+
+def turns_read_only(rig: Rig) -> Trial:
+    """The disk turns read-only at step 12, and is writable again for the next start."""
+    place = rig.place("f20")
+    with small_disk(place / "disk", 24) as disk:
+        fired = place / "fired"
+
+        def remount(how: str) -> None:
+            for child in disk.glob("**/*.pid"):
+                child.unlink()
+            subprocess.run(["mount", "-o", f"remount,{how}", str(disk)], capture_output=True)
+
+        def broken() -> None:
+            def error(*arguments, **options):
+                raise OSError(errno.EROFS, "Read-only file system")
+
+            fired.touch()
+            replaced(program, "save_checkpoint", error)
+            remount("ro")
+
+        patch = lambda: before_call(program.DirectTrainer, "advance", 12, broken)  # noqa: E731
+        outcome = rig.run(disk / "out", patch=patch, limit=90, notes=place / "out")
+        problems = [] if outcome.code == 3 else [f"exit {outcome.code}: {outcome.output[-500:]}"]
+        problems += ["a traceback"] if "Traceback" in outcome.output else []
+        remount("rw")
+        again = rig.run(disk / "out", limit=120, notes=place / "out")
+        problems += nothing_lost(disk / "out", rig.reference, again, notes=place / "out")
+        happened = fired.exists()
+    shutil.rmtree(place, ignore_errors=True)
+    return happened, problems
+
+
+def vanishes(rig: Rig) -> Trial:
+    """The whole output directory is moved away at step 12; moved back, the run goes on."""
+    output = rig.place("f20") / "out"
+    aside, fired = output.with_name("aside"), output.with_name("fired")
+
+    def move() -> None:
+        output.rename(aside)
+        output.write_text("something else stands here now")
+        fired.touch()
+
+    patch = lambda: before_call(program.DirectTrainer, "advance", 12, move)  # noqa: E731
+    outcome = rig.run(output, patch=patch, limit=90)
+    problems = [] if outcome.code == 3 else [f"exit {outcome.code}: {outcome.output[-500:]}"]
+    problems += ["a traceback"] if "Traceback" in outcome.output else []
+    output.unlink()
+    aside.rename(output)
+    problems += nothing_lost(output, rig.reference, rig.run(output, limit=120))
+    return fired.exists(), problems
+
+
+def f20(rig: Rig, tally: Tally, count: int) -> None:
+    """Read-only, somebody else's, a file, a FIFO, too small, gone."""
+    place = rig.place("f20")
+    (place / "file").write_text("a file")
+    os.mkfifo(place / "fifo")
+    (place / "loop").symlink_to(place / "loop")
+    (place / "dangling").symlink_to(place / "nowhere" / "deep")
+    for name in ("file", "fifo", "loop"):
+        tally.attempt(f"output is a {name}", lambda n=name: refused(rig, place / n))
+    tally.attempt("below a file", lambda: refused(rig, place / "file" / "out"))
+    tally.attempt("NUL in the name", lambda: refused_name(rig, "bad\0name"))
+    tally.attempt("a name of 300 characters", lambda: refused(rig, place / ("x" * 300)))
+    tally.attempt("vanishes in the run", lambda: vanishes(rig))
+    if not can_mount(rig):
+        tally.skip("read-only and too small disks: need the right to mount")
+        return
+    with small_disk(place / "ro", 8) as disk:
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        tally.attempt("read-only disk", lambda: refused(rig, disk / "out"))
+    with small_disk(place / "tiny", 1) as disk:
+        fill(disk, 60_000)
+        tally.attempt("disk too small", lambda: refused_late(rig, disk / "out"))
+    tally.attempt("turns read-only in the run", lambda: turns_read_only(rig))
+
+
+def refused_name(rig: Rig, name: str) -> Trial:
+    """A name that no file can have."""
+    place = rig.place("f20n")
+    arguments = rig.arguments(place / "out")
+    arguments[arguments.index("--output-dir") + 1] = str(place) + "/" + name
+    outcome = fork(place / "console.txt", lambda: program.main(arguments)).wait(60)
+    problems = [] if outcome.code == 2 else [f"exit {outcome.code}: {outcome.output[-300:]}"]
+    return True, problems + (["a traceback"] if "Traceback" in outcome.output else [])
+
+
+def refused_late(rig: Rig, output: Path) -> Trial:
+    """Too little room: what a checkpoint takes is known only when the adapter exists."""
+    fired, problems = refused(rig, output)
+    return fired, [p for p in problems if not p.startswith("only after")]
+
+
+def nobody_looks() -> None:
+    """Mutant: neither lock nor probe."""
+    replaced(program, "check_writable", lambda output_dir, needed: None)
+
+    class Free:
+        def release(self) -> None:
+            """Nothing to release."""
+
+    replaced(program, "lock_output", lambda output_dir: Free())
+
+
+# -----------------------------------------------------------------------------
+# F21: TensorBoard
+
+
+def torn(rig: Rig, cut: int) -> Trial:
+    """The event file of a stopped run loses its last bytes; resumed, the curves are whole."""
+    from .checkpoints import two_checkpoints
+
+    output = rig.place("f21") / "out"
+    shutil.copytree(two_checkpoints(rig), output)
+    ledger = two_checkpoints(rig).with_name("out.ledger.jsonl")
+    shutil.copy(ledger, output.with_name(ledger.name))
+    file = max((output / "tensorboard_logs").glob("*/*tfevents*"), key=os.path.getsize)
+    size = file.stat().st_size
+    with open(file, "ab") as handle:
+        if cut > 0:  # the beginning of a record that never came to its end
+            handle.write(b"\x40\x00\x00\x00\x00\x00\x00\x00" + os.urandom(cut))
+        else:
+            handle.truncate(size + cut)
+    outcome = rig.run(output, limit=120)
+    problems = nothing_lost(output, rig.reference, outcome)
+    if cut < 0:  # the cut points were of the steps before the checkpoint: only they may be missing
+        problems = [p for p in problems if not p.startswith("curve")]
+        problems += _whole_after(output, 13)
+    shutil.rmtree(output.parent, ignore_errors=True)
+    return file.exists() or True, problems
+
+
+def _whole_after(output: Path, step: int) -> list[str]:
+    curve = read_curves(output)["Training/Loss"]
+    problems = ["a step is twice"] if -1.0 in curve.values() else []
+    missing = set(range(step, NUM_STEPS + 1)) - set(curve)
+    return problems + ([f"steps {sorted(missing)} are missing"] if missing else [])
+
+
+def resumed_often(rig: Rig) -> Trial:
+    """Killed in the middle of a step's records, three times; each step once in the curves."""
+    output = rig.place("f21") / "out"
+    for k in (6, 9, 12):
+        log = output.with_name(f"hook{k}.log")
+        patch = lambda k=k, log=log: hook.arm(  # noqa: E731
+            output,
+            action=hook.KILL_IN_HALF,
+            first=k,
+            operations=hook.WRITE,
+            contains="tfevents",
+            log=log,
+        )
+        rig.run(output, patch=patch, limit=90)
+    fired = all(hook.fired(output.with_name(f"hook{k}.log")) for k in (6, 9, 12))
+    return fired, nothing_lost(output, rig.reference, rig.run(output, limit=120))
+
+
+def f21(rig: Rig, tally: Tally, count: int) -> None:
+    """Torn records, a full disk in the event file, kills in the middle of records, no directory."""
+    for cut in (1, 7, 30, 100):
+        tally.attempt(f"{cut} bytes of a torn record", lambda c=cut: torn(rig, c))
+    for cut in (-1, -9, -200):
+        tally.attempt(f"the last {-cut} bytes are gone", lambda c=cut: torn(rig, c))
+    if hook.preloaded():
+        tally.attempt("killed in the middle of records, three times", lambda: resumed_often(rig))
+        for name, number in (("ENOSPC", errno.ENOSPC), ("EIO", errno.EIO)):
+            tally.attempt(
+                f"{name} for five writes",
+                lambda n=number: disk_error(rig, n, hook.WRITE, 4, 5, "tfevents"),
+            )
+
+
+def curves_are_appended() -> None:
+    """Mutant: a resumed run's event file is appended to, dead branch and torn end included."""
+    replaced(tb_logger, "rewind_events", lambda run_dir, step: {})
+
+
+ROWS = [
+    Row(
+        "F07",
+        "disk full: saves, curves, models, statistics; freed and not",
+        f07,
+        full=12,
+        quick=3,
+        in_quick=True,
+        mutants={"saved in place": save_in_place},
+        mutant_count=1,
+    ),
+    Row(
+        "F08",
+        "errors of the disk: quota, EIO, read-only, stale, interrupted, limits",
+        f08,
+        full=25,
+        quick=4,
+        mutants={"fsync's errors are ignored": fsync_errors_are_ignored},
+        mutant_count=4,
+    ),
+    Row(
+        "F20",
+        "output directory read-only, somebody else's, gone, no directory",
+        f20,
+        full=1,
+        quick=1,
+        mutants={"nobody looks": nobody_looks},
+    ),
+    Row(
+        "F21",
+        "TensorBoard: torn records, kills in records, errors",
+        f21,
+        full=1,
+        quick=1,
+        mutants={"appended": curves_are_appended},
+    ),
+]

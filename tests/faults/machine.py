@@ -1,0 +1,252 @@
+"""F18, F19: a driver and a clock that lie."""
+
+import datetime
+import json
+import random
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pynvml
+
+import direct_finetuning_with_existing_modules as program
+import run_record
+import system_monitor
+from tests import fake_nvml
+
+from .rig import Outcome, Rig, nothing_lost, replaced, strict_json
+from .tally import Row, Tally
+
+# -----------------------------------------------------------------------------
+# F18: NVML
+
+CODES = {
+    3: "not supported",
+    4: "no permission",
+    15: "lost",
+    18: "version mismatch",
+    9: "driver not loaded",
+    999: "unknown",
+}
+CALLS = {
+    "nvmlInit_v2": "",
+    "nvmlDeviceGetHandleByIndex_v2": "",
+    "nvmlDeviceGetUtilizationRates": "Utilization_Percent",
+    "nvmlDeviceGetMemoryInfo": "Memory_Usage_Percent",
+    "nvmlDeviceGetTemperatureV": "",
+    "nvmlDeviceGetPowerUsage": "Power_W",
+}
+
+
+def under_driver(library: Path, state: Path, lines: dict[str, int], later: dict[str, int]) -> None:
+    """In a child: the monitor asks the real bindings, and these the fake driver."""
+    if lines.get("missing"):
+
+        def absent() -> None:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+        replaced(pynvml, "nvmlInit", absent)
+    else:
+        fake = fake_nvml.installed(library, state)
+        changing = fake.__enter__()  # the child ends with the run
+        changing.set({"count": 2, **lines})
+    monitor = run_record.SystemMonitor
+
+    def watching(uuids, disk_path, interval, first, **options):
+        return monitor(None, disk_path, 0.02, first, **options)
+
+    replaced(run_record, "SystemMonitor", watching)
+    if later:
+        advance = program.DirectTrainer.advance
+
+        def then_changes(self, step, planned):
+            if step == 8:
+                changing.set(later)
+            return advance(self, step, planned)
+
+        program.DirectTrainer.advance = then_changes
+
+
+def gpu_tags(output: Path) -> dict[str, set[str]]:
+    """GPU number -> tags in metrics.jsonl."""
+    found: dict[str, set[str]] = {}
+    for path in (output / "training_logs").glob("*/metrics.jsonl"):
+        for line in path.read_text().splitlines():
+            for tag in json.loads(line)["metrics"]:
+                if tag.startswith("GPU_"):
+                    found.setdefault(tag.partition("/")[0], set()).add(tag.partition("/")[2])
+    return found
+
+
+def driver(
+    rig: Rig, library: Path, lines: dict[str, int], absent: str, later: dict[str, int] | None = None
+) -> tuple[bool, list[str]]:
+    """A run under a driver that fails in one way: the same run, the field absent, a word about it."""
+    output = rig.place("f18") / "out"
+    state = output.with_name("nvml")
+    patch = lambda: under_driver(library, state, lines, later or {})  # noqa: E731
+    outcome = rig.run(output, patch=patch, limit=60)
+    problems = nothing_lost(output, rig.reference, outcome)
+    tags = gpu_tags(output)
+    fired = bool(tags) or _spoken_of(outcome)
+    if absent and any(absent in of_one for of_one in tags.values()) and not later:
+        problems.append(f"{absent} has a value")
+    if outcome.output.count("warning: ") > 8:
+        problems.append(f"{outcome.output.count('warning: ')} warnings")
+    shutil.rmtree(output.parent, ignore_errors=True)
+    return fired, problems
+
+
+def _spoken_of(outcome: Outcome) -> bool:
+    return "NVML" in outcome.output or "GPU" in outcome.output
+
+
+def f18(rig: Rig, tally: Tally, count: int) -> None:
+    """Error codes of each call, hanging calls, no library, MIG, boards that come and go."""
+    if shutil.which("cc") is None and shutil.which("gcc") is None:
+        tally.skip("needs a C compiler for the fake driver")
+        return
+    library = fake_nvml.build(rig.place("nvml"))
+    cases: list[tuple[str, dict[str, int], str, dict[str, int] | None]] = [
+        ("as it should be", {}, "", None),
+        ("no library", {"missing": 1}, "Utilization_Percent", None),
+        ("a call hangs", {"hang.nvmlDeviceGetPowerUsage": 1}, "Power_W", None),
+        ("MIG", {"mig.0": 2}, "", None),
+        ("a board goes", {}, "", {"count": 1}),
+        ("lost in the run", {}, "", {"error.nvmlDeviceGetUtilizationRates": 15}),
+    ]
+    cases += [
+        (f"{call}: {text}", {f"error.{call}": code}, absent, None)
+        for call, absent in CALLS.items()
+        for code, text in CODES.items()
+    ]
+    first, rest = cases[:6], cases[6:]
+    random.Random(18).shuffle(rest)
+    for name, lines, absent, later in (first + rest)[:count]:
+        trial = lambda s=lines, a=absent, t=later: driver(rig, library, s, a, t)  # noqa: E731
+        tally.attempt(name, trial)
+
+
+def errors_are_raised() -> None:
+    """Mutant: the loop asks the driver itself and takes no for an answer from nobody."""
+    real = run_record.RunRecord.log
+
+    def asks(self, step, metrics):
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        pynvml.nvmlDeviceGetPowerUsage(handle)
+        if step < 3:
+            pynvml.nvmlDeviceGetMemoryInfo(handle)
+        return real(self, step, metrics)
+
+    replaced(run_record.RunRecord, "log", asks)
+
+
+# -----------------------------------------------------------------------------
+# F19: the wall clock
+
+
+def clock(rig: Rig, shift: Callable[[int], float]) -> tuple[bool, list[str]]:
+    """A run whose wall clock is moved by `shift(calls)` seconds; then a resume under the same clock."""
+    output = rig.place("f19") / "out"
+    fired = output.with_name("fired")
+
+    def patch() -> None:
+        real, calls = time.time, []
+
+        def lying() -> float:
+            calls.append(1)
+            if len(calls) == 5:
+                fired.touch()
+            return max(0.0, real() + shift(len(calls)))
+
+        time.time = lying
+        strftime, localtime = time.strftime, time.localtime
+        time.strftime = lambda form, moment=None: strftime(form, moment or localtime(lying()))
+
+        class Lying(datetime.datetime):
+            @classmethod
+            def now(cls, tz=None):
+                return cls.fromtimestamp(lying(), tz)
+
+        import run_directory
+
+        run_directory.datetime = Lying
+
+    from .checkpoints import stop_at
+
+    def stopped() -> None:
+        patch()
+        stop_at(12)
+
+    first = rig.run(output, patch=stopped, limit=60)
+    problems = [] if first.code == 0 else [f"exit {first.code}: {first.output[-400:]}"]
+    second = rig.run(output, patch=patch, limit=90)
+    problems += nothing_lost(output, rig.reference, second)
+    if not second.code:
+        statistics = strict_json(output / "training_statistics.json")
+        problems += [f"{k} is {v}" for k, v in _durations(statistics) if v is not None and v < 0]
+    happened = fired.exists()
+    shutil.rmtree(output.parent, ignore_errors=True)
+    return happened, problems
+
+
+def _durations(value: dict, prefix: str = "") -> list[tuple[str, float]]:
+    found = []
+    for key, item in value.items():
+        if isinstance(item, dict):
+            found += _durations(item, f"{prefix}{key}.")
+        elif "second" in key.lower() and isinstance(item, (int, float)):
+            found.append((prefix + key, item))
+    return found
+
+
+def f19(rig: Rig, tally: Tally, count: int) -> None:
+    """Jumps by hours and years, backwards, frozen, slow; seen from Python."""
+    hour, year = 3600.0, 31_557_600.0
+    now = time.time()
+    cases: list[tuple[str, Callable[[int], float]]] = [
+        ("an hour back in the run", lambda n: -hour if n > 40 else 0.0),
+        ("an hour on in the run", lambda n: hour if n > 40 else 0.0),
+        ("ten years on", lambda n: 10 * year),
+        ("ten years back", lambda n: -10 * year),
+        ("ten years back in the run", lambda n: -10 * year if n > 40 else 0.0),
+        ("backwards at every look", lambda n: -3.0 * n),
+        ("frozen", lambda n: now - time.monotonic() - (time.clock_gettime(0) - time.monotonic())),
+        ("1970", lambda n: -now + 5.0),
+        ("to and fro", lambda n: hour * (-1) ** n),
+        ("a day further at every look", lambda n: 86_400.0 * n),
+    ]
+    for name, shift in cases[:count]:
+        tally.attempt(name, lambda s=shift: clock(rig, s))
+    tally.skip("the clock is moved under Python's time and datetime, not under the kernel's")
+
+
+def newest_by_time() -> None:
+    """Mutant: run time is taken from the wall clock."""
+    replaced(program.time, "monotonic", lambda: time.time())
+
+
+ROWS = [
+    Row(
+        "F18",
+        "NVML: errors, hanging calls, no library, MIG, boards that go",
+        f18,
+        full=42,
+        quick=4,
+        in_quick=True,
+        mutants={"errors are raised": errors_are_raised},
+        mutant_count=2,
+    ),
+    Row(
+        "F19",
+        "wall clock: jumps, backwards, frozen",
+        f19,
+        full=10,
+        quick=2,
+        mutants={"durations by the wall clock": newest_by_time},
+        mutant_count=1,
+    ),
+]
+assert system_monitor.SystemMonitor is run_record.SystemMonitor
