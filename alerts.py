@@ -387,7 +387,7 @@ def _stagnation(monitor: AlertMonitor, metrics: Mapping):
 
 
 def _memory_leak(monitor: AlertMonitor, metrics: Mapping):
-    """Theil-Sen slope of a memory series, sure to be upward in both halves of what was seen."""
+    """A memory that surely grows and does not slow down (see `_leak`)."""
     found, new = None, False
     for name in ("Memory/Host_RSS_MB", "Memory/GPU_Allocated_MB"):
         value = _finite(metrics, name)
@@ -413,26 +413,33 @@ def _add_to_bins(monitor: AlertMonitor, name: str, value: float) -> bool:
 
 
 def _leak(monitor: AlertMonitor, name: str) -> _Finding | None:
-    """The first eighth is warm-up. Growth over the rest, by the lower 99% bound of the slope."""
-    bins = monitor.series[f"bins {name}"]
-    bins = bins[len(bins) // 8 :]
-    if len(bins) < 14:
+    """Growth over the last half of what was seen, by the lower 99% bound of the slope.
+
+    Both quarters of that half must surely rise, the second at least 0.8 times as fast as the first:
+    a cache that fills up slows down, a leak does not.
+    """
+    bins, width = monitor.series[f"bins {name}"], monitor.marks[f"width {name}"]
+    if len(bins) * width < 100:
         return None
+    bins = bins[len(bins) // 2 :]
     half = len(bins) // 2
-    slopes = [_surely_rising(part) for part in (bins[:half], bins[half:])]
-    growth = min(_surely_rising(bins), *slopes) * (len(bins) - 1)
+    (early, early_low), (late, late_low) = (_slope(part) for part in (bins[:half], bins[half:]))
+    if min(early_low, late_low) <= 0 or late < 0.8 * early:
+        return None
+    growth = _slope(bins)[1] * (len(bins) - 1)
     limit = max(monitor.limit["leak_share"] * bins[0], monitor.limit["leak_mb"])
     if growth <= limit:
         return None
-    per_log = growth / (len(bins) - 1) / monitor.marks[f"width {name}"]
+    per_log = growth / (len(bins) - 1) / width
     return _Finding(growth, limit, {"memory": name, "MB per logged step": per_log})
 
 
-def _surely_rising(values: Sequence[float]) -> float:
-    """Lower bound of the Theil-Sen slope at 99% confidence (Sen 1968), per value."""
+def _slope(values: Sequence[float]) -> tuple[float, float]:
+    """Theil-Sen slope per value and its lower bound at 99% confidence (Sen 1968)."""
     from scipy.stats import theilslopes
 
-    return float(theilslopes(values, alpha=0.99).low_slope)
+    result = theilslopes(values, alpha=0.99)
+    return float(result.slope), float(result.low_slope)
 
 
 def _gpu_overheat(monitor: AlertMonitor, metrics: Mapping):

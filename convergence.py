@@ -9,6 +9,7 @@ docs/convergence.md. By itself:
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import sys
@@ -45,14 +46,14 @@ class ConvergenceMonitor:
     ):
         self.total_steps = total_steps
         self.steps_per_epoch = steps_per_epoch
-        state = state or {}
+        state = copy.deepcopy(dict(state or {}))
         self.count = state.get("count", 0)
         self.nonfinite = state.get("nonfinite", 0)
         self.width = state.get("width", 1)
-        self.bins = [list(b) for b in state.get("bins", [])]  # [count, sum step, sum loss, sum lr]
-        self.first = list(state.get("first", []))
-        self.recent = [list(p) for p in state.get("recent", [])]  # [step, loss, lr]
-        self.spikes = list(state.get("spikes", []))  # [index of the logged loss]
+        self.bins = state.get("bins", [])  # [count, sum step, sum loss, sum lr]
+        self.first = state.get("first", [])
+        self.recent = state.get("recent", [])  # [step, loss, lr]
+        self.spikes = state.get("spikes", [])  # [index of the logged loss]
         self.in_spike = state.get("in_spike", False)
         self._fit: Fit | None = None
 
@@ -74,7 +75,7 @@ class ConvergenceMonitor:
     def _note_spike(self, loss: float) -> None:
         """Remember sudden rises: far outside the noise and a quarter above the local median."""
         losses = [point[1] for point in self.recent]
-        high = len(losses) >= 8 and is_spike(loss, losses)
+        high = len(losses) >= 8 and bool(is_spike(loss, losses))
         if high and not self.in_spike:
             self.spikes = [*self.spikes, self.count][-64:]
         self.in_spike = high
@@ -147,7 +148,7 @@ class ConvergenceMonitor:
     def state_dict(self) -> dict:
         """Everything seen so far, as strict JSON, at most about 15 kB however long the run."""
         names = ("count", "nonfinite", "width", "bins", "first", "recent", "spikes", "in_spike")
-        return {name: getattr(self, name) for name in names}
+        return copy.deepcopy({name: getattr(self, name) for name in names})
 
 
 def _merge(a: list, b: list) -> list:
@@ -175,13 +176,15 @@ def describe(curve: Curve, upto: float = 1.0) -> dict:
     """Score, trend, forecast for the last step and the alerts of the first `upto` of a run."""
     monitor = ConvergenceMonitor(curve.total_steps, curve.steps_per_epoch)
     alerts, spoken, used = AlertMonitor(), [], 0
+    every = max(1, len(curve.points) // 200)  # the detectors need no new forecast at each step
     for row in curve.points:
         if row["step"] > upto * curve.total_steps:
             break
-        used += "Training/Loss" in row
         if "Training/Loss" in row:
+            used += 1
             monitor.observe(row["step"], row["Training/Loss"], row.get("Training/Learning_Rate"))
-        spoken += alerts.observe(int(row["step"]), row | monitor.scalars(), {})
+        forecast = monitor.scalars() if used % every == 0 else {}
+        spoken += alerts.observe(int(row["step"]), row | forecast, {})
     if not used:
         raise UserError(f"--upto {upto:g} leaves no logged loss; raise it")
     values = monitor.scalars()

@@ -75,7 +75,8 @@ def fit_curve(
     keep = x > 0.03 if (x > 0.03).sum() >= 6 else x >= 0
     post = _posterior(x[keep], y[keep], weight[keep], ends)
     stairs = (future, unseen)
-    return _summary(post, start_loss, noise, losses, stairs, course.decay, calm, now)
+    single = noise * math.sqrt(np.median(count))  # of one logged loss
+    return _summary(post, start_loss, single, losses, stairs, course.decay, calm, now)
 
 
 def _noise(losses) -> float:
@@ -86,11 +87,13 @@ def _noise(losses) -> float:
 
 def _segment_start(losses, noise: float) -> int:
     """First bin after the last lasting upward jump (a restart, a crash); 0 without one."""
-    for i in range(len(losses) - 4, 2, -1):
-        before, after = np.median(losses[max(0, i - 3) : i]), np.median(losses[i : i + 3])
-        if after > 1.2 * before and after - before > 6 * noise:
-            return min(int(i + np.argmax(losses[i : i + 4])), len(losses) - 6)
-    return 0
+    level = np.median(np.lib.stride_tricks.sliding_window_view(losses, 3), axis=1)
+    before, after = level[:-4], level[3:-1]  # around bins 3 to n - 4
+    jumps = np.flatnonzero((after > 1.2 * before) & (after - before > 6 * noise))
+    if len(jumps) == 0:
+        return 0
+    last = int(jumps[-1]) + 3
+    return min(last + int(np.argmax(losses[last : last + 4])), len(losses) - 6)
 
 
 def _step_change(steps, losses, boundary: float, reach: float) -> tuple[float, float, int]:

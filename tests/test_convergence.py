@@ -1,0 +1,259 @@
+"""The convergence score, trend and forecast on known curves, recorded runs and broken input."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+import convergence
+import loss_curves
+from convergence import ConvergenceMonitor, loss_trend, main
+from errors import UserError
+
+STEPS = np.arange(1, 601)
+
+
+def noisy(curve, sigma=0.02, seed=1):
+    return curve * np.exp(sigma * np.random.default_rng(seed).standard_normal(len(curve)))
+
+
+def watch(losses, total=None, rates=None, **known):
+    monitor = ConvergenceMonitor(total or len(losses), **known)
+    for i, loss in enumerate(losses):
+        monitor.observe(i + 1, loss, None if rates is None else rates[i])
+    return monitor
+
+
+def score(losses, **known):
+    return watch(losses, **known).scalars()["Monitoring/Convergence_Score"]
+
+
+def test_exponential_forecast_and_score_are_the_true_ones():
+    curve = 1 + 2 * np.exp(-STEPS / 100)
+    fit = watch(noisy(curve)[:300], total=600).fit()
+    assert fit.forecast_low <= curve[-1] <= fit.forecast_high
+    assert abs(fit.forecast - curve[-1]) < 0.05 * 2
+    assert abs(fit.score - (1 - math.exp(-3))) < 0.05
+
+
+def test_power_law_forecast_beats_holding_the_last_value():
+    curve = 0.5 + 2 * (1 + STEPS / 20) ** -0.5
+    fit = watch(noisy(curve)[:300], total=600).fit()
+    assert abs(fit.forecast - curve[-1]) < 0.5 * abs(curve[299] - curve[-1])
+
+
+def test_score_rises_as_the_model_converges():
+    losses = noisy(1 + 2 * np.exp(-STEPS / 100))
+    scores = [score(losses[:n], total=600) for n in (60, 150, 300, 600)]
+    assert scores == sorted(scores) and scores[0] < 0.8 and scores[-1] > 0.95
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_plateau_from_the_start_and_pure_noise_are_no_convergence(seed):
+    assert score(noisy(np.full(600, 2.0), 0.02, seed)) < 0.1
+    assert score(noisy(np.full(600, 2.0), 0.1, seed)) < 0.1
+
+
+def test_divergence_takes_the_score_back():
+    curve = np.where(STEPS < 300, 1 + 2 * np.exp(-STEPS / 60), 1 + (STEPS - 300) / 120)
+    assert score(noisy(curve)[:300], total=600) > 0.9
+    assert score(noisy(curve)) < 0.3
+
+
+def test_restart_lowers_the_score_until_the_loss_has_come_back():
+    curve = 1 + 2 * np.exp(-np.where(STEPS < 300, STEPS, STEPS - 300) / 50)
+    scores = [score(noisy(curve)[:n], total=600) for n in (290, 330, 600)]
+    assert scores[1] < 0.8 < min(scores[0], scores[2])
+
+
+def test_learning_rate_drop_is_progress():
+    curve = np.where(STEPS < 300, 1.5, 1.2) + 1.5 * np.exp(-STEPS / 40)
+    before, after = (watch(noisy(curve)[:n], total=600).fit() for n in (290, 600))
+    assert after.level < before.level - 0.2
+    assert after.forecast_low <= 1.2 <= after.forecast_high
+
+
+def test_annealing_to_come_lowers_the_forecast():
+    losses = noisy(1 + 2 * np.exp(-STEPS / 100))[:300]
+    linear = watch(losses, 600, rates=1e-4 * (1 - STEPS / 600)).fit()
+    constant = watch(losses, 600, rates=np.full(600, 1e-4)).fit()
+    assert linear.forecast < constant.forecast
+
+
+@pytest.mark.parametrize("known", [{}, {"steps_per_epoch": 150}])
+def test_epochs_to_come_are_foreseen_from_the_staircase(known):
+    stairs = 1.2 * 0.7 ** ((STEPS - 1) // 150)
+    fit = watch(noisy(stairs)[:310], total=600, **known).fit()
+    assert abs(fit.forecast - stairs[-1]) < 0.1 * (stairs[0] - stairs[-1])
+
+
+def test_a_smooth_fall_is_not_taken_for_a_staircase():
+    curve = 0.2 + 2 * np.exp(-STEPS / 300)
+    fit = watch(noisy(curve)[:300], total=600).fit()
+    assert abs(fit.forecast - curve[-1]) < 0.1 * (curve[0] - curve[-1])
+
+
+@pytest.mark.parametrize("curve", [2 * np.exp(-STEPS / 50), 2 - STEPS / 301, np.zeros(600)])
+def test_forecasts_are_never_negative(curve):
+    for n in (10, 100, 300):
+        fit = watch(np.maximum(curve[:n], 0), total=600).fit()
+        assert 0 <= fit.forecast_low <= fit.forecast <= fit.forecast_high
+
+
+def test_no_evidence_gives_score_zero_and_no_forecast():
+    values = watch([2.0, 1.9, 1.8]).scalars()
+    assert values == {"Monitoring/Convergence_Score": 0.0}
+
+
+def test_non_finite_losses_are_counted_and_not_fitted():
+    losses = noisy(1 + 2 * np.exp(-STEPS / 100))
+    clean, dirty = ConvergenceMonitor(600), ConvergenceMonitor(600)
+    for step, loss in enumerate(losses, 1):
+        clean.observe(step, loss)
+        dirty.observe(step, loss)
+        dirty.observe(step, math.nan if step % 2 else math.inf)
+    assert dirty.nonfinite == 600
+    assert dirty.scalars() == clean.scalars()
+
+
+def test_trend_is_the_median_slope_per_100_steps():
+    bins = [[1, step, 3 - 0.002 * step, None] for step in range(40)]
+    bins[-3][2] = 50.0  # one outlier does not move it
+    assert loss_trend(bins) == pytest.approx(-0.2)
+
+
+@pytest.mark.parametrize("cut", [1, 7, 128, 129, 300, 511])
+def test_interrupted_and_uninterrupted_runs_agree(cut):
+    losses, rates = noisy(1 + 2 * np.exp(-STEPS / 100)), 1e-4 * (1 - STEPS / 600)
+    whole = watch(losses, rates=rates)
+    first = watch(losses[:cut], total=600, rates=rates)
+    state = json.loads(json.dumps(first.state_dict(), allow_nan=False))
+    second = ConvergenceMonitor(600, state=state)
+    for i in range(cut, 600):
+        second.observe(i + 1, losses[i], rates[i])
+    assert second.scalars() == pytest.approx(whole.scalars(), abs=1e-9)
+
+
+def test_a_saved_state_does_not_change_when_the_run_goes_on():
+    monitor = watch(noisy(np.full(50, 2.0)), total=600)
+    state = monitor.state_dict()
+    saved = json.dumps(state)
+    for step in range(51, 300):
+        monitor.observe(step, 1.0)
+    assert json.dumps(state) == saved
+
+
+def test_state_is_bounded():
+    monitor = watch(noisy(np.full(20_000, 2.0)))
+    assert len(json.dumps(monitor.state_dict(), allow_nan=False)) < 20_000
+    assert sum(b[0] for b in monitor.bins) == 19_998  # the first and the last have one neighbour
+
+
+# ------------------------------------------------------------------------------------- the tool
+
+
+def run_tool(capsys, *arguments):
+    code = main([str(a) for a in arguments])
+    return code, capsys.readouterr()
+
+
+def write_csv(path, losses):
+    path.write_text("step,loss\n" + "".join(f"{i},{x}\n" for i, x in enumerate(losses, 1)))
+    return path
+
+
+def test_csv_trainer_state_and_our_run_give_the_same(tmp_path, capsys):
+    losses = noisy(1 + 2 * np.exp(-STEPS / 100))
+    table = write_csv(tmp_path / "a.csv", losses)
+    foreign = tmp_path / "trainer_state.json"
+    history = [{"step": i, "loss": x} for i, x in enumerate(losses, 1)]
+    foreign.write_text(json.dumps({"log_history": [*history, {"step": 600, "eval_loss": 1.0}]}))
+    ours = tmp_path / "out" / "training_logs" / "run" / "metrics.jsonl"
+    ours.parent.mkdir(parents=True)
+    rows = [{"step": i, "Training/Loss": x} for i, x in enumerate(losses, 1)]
+    ours.write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"step": 601, "Trai')
+    board = tmp_path / "out" / "tensorboard_logs" / "run"
+    board.mkdir(parents=True)
+    results = []
+    for path in (table, foreign, ours, ours.parent, board, tmp_path / "out"):
+        code, printed = run_tool(capsys, path, "--upto", "0.5", "--json")
+        assert code == 0
+        results.append(json.loads(printed.out))
+    assert all(result == results[0] for result in results)
+    assert results[0]["step"] == 300 and results[0]["total_steps"] == 600
+    low, middle, high = (results[0][f"forecast{end}"] for end in ("_low", "", "_high"))
+    assert low < middle < high and results[0]["score"] > 0.8 and results[0]["alerts"] == []
+
+
+def test_text_output_names_what_is_not_known(tmp_path, capsys):
+    code, printed = run_tool(capsys, write_csv(tmp_path / "a.csv", [2.0, 1.9, 1.8]))
+    assert code == 0 and "not known yet" in printed.out
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.csv", "x,y\n1,2\n", "columns step and loss"),
+        ("a.csv", "step,loss\n1,2\n2,many\n", ":3:"),
+        ("a.csv", "step,loss\n", "no loss"),
+        ("a.json", "{}", "log_history"),
+        ("a.json", "{", "not readable"),
+        ("a.jsonl", '{"step": 1}\n{broken\n{"step": 2}\n', ":2:"),
+        ("a.txt", "hello", "give a run directory"),
+    ],
+)
+def test_bad_files_are_one_line_and_exit_code_2(tmp_path, capsys, name, content, said):
+    path = tmp_path / name
+    path.write_text(content)
+    code, printed = run_tool(capsys, path)
+    assert code == 2 and printed.err.count("\n") == 1 and said in printed.err
+
+
+def test_missing_file_and_bad_share(tmp_path, capsys):
+    assert run_tool(capsys, tmp_path / "none")[0] == 2
+    assert run_tool(capsys, tmp_path)[0] == 2
+    assert run_tool(capsys, write_csv(tmp_path / "a.csv", [1.0] * 30), "--upto", "1.5")[0] == 2
+
+
+def test_epoch_column_tells_the_steps_per_epoch(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("step,loss,epoch\n" + "".join(f"{i},1.0,{i / 40}\n" for i in range(1, 99)))
+    assert loss_curves.read_curve(path).steps_per_epoch == pytest.approx(40)
+
+
+def test_null_loss_of_our_log_counts_as_not_finite(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"step": i, "Training/Loss": None if i == 7 else 1.0} for i in range(1, 30)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = convergence.describe(loss_curves.read_curve(path))
+    assert result["nonfinite"] == 1 and result["alerts"] == ["NonFinite"]
+
+
+def test_missing_loss_raises_user_error(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "Eval/Loss": 2.0}\n')
+    with pytest.raises(UserError, match="no loss"):
+        loss_curves.read_curve(path)
+
+
+# ----------------------------------------------------------------------------- recorded real runs
+
+
+def recorded(shared_data, number, upto=1.0):
+    path = next((shared_data / "loss_curves").glob(f"{number}_*.csv"))
+    return convergence.describe(loss_curves.read_curve(path), upto)
+
+
+@pytest.mark.parametrize("number", ["15", "18", "20", "26"])
+@pytest.mark.parametrize("upto", [0.5, 1.0])
+def test_broken_runs_alarm_and_do_not_converge(shared_data, number, upto):
+    result = recorded(shared_data, number, upto)
+    assert result["alerts"] and result["score"] < 0.7
+
+
+@pytest.mark.parametrize("number", ["02", "03", "05", "09", "11", "12"])
+def test_healthy_runs_are_silent_and_converge(shared_data, number):
+    half, end = (recorded(shared_data, number, upto) for upto in (0.5, 1.0))
+    assert half["alerts"] == end["alerts"] == []
+    assert end["score"] > 0.85 and end["score"] > half["score"] - 0.05
