@@ -64,7 +64,7 @@ class ConvergenceMonitor:
             return
         self._fit = None
         self.count += 1
-        if len(self.first) < 5:
+        if len(self.first) < 3:
             self.first.append(float(loss))
         self._note_spike(loss)
         rate = float(learning_rate) if learning_rate is not None else None

@@ -90,8 +90,8 @@ def _numbers(record: Mapping, place: str) -> dict[str, float] | None:
         except ValueError:
             if name.strip() in ("step", "loss"):
                 raise UserError(f"{place}: {name} is no number: {value!r:.40}") from None
-    if not math.isfinite(row["step"]):
-        raise UserError(f"{place}: step is not finite")
+    if not (math.isfinite(row["step"]) and row["step"] >= 0):
+        raise UserError(f"{place}: step must be a number from 0 up, not {row['step']:g}")
     return row
 
 

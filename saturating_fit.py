@@ -15,7 +15,7 @@ import numpy as np
 
 FLOOR_HORIZON = 10.0  # a power law never ends: at a constant rate its floor is at ten runs' length
 ANNEALING_GAIN = 0.06  # share of the fall that a full decay of the learning rate still gives
-MODEL_ERROR = 0.03  # 1 sigma of the forecast that no fit knows of, as a share of the fall
+MODEL_ERROR = 0.03  # 1 sigma that no fit knows of, as a share of the fall, per doubling of the run
 UNSEEN_EPOCH = 0.04  # 1 sigma, as a share of the loss, for each kind of epoch not yet seen
 Z80 = 1.2816  # an 80% interval of the normal distribution is mean +- 1.2816 sigma
 
@@ -55,8 +55,8 @@ def fit_curve(
     Posterior: exp(-BIC/2), BIC = n log(RSS/n) + k log n (Schwarz 1978), with n shortened for the
     autocorrelation rho of the residuals, n (1 - rho)/(1 + rho).
 
-    score = mean over the posterior of (L_start - L_now) / (L_start - floor), floor being L where the
-    learning ends (see `_course`); times `calm` and times how certain the fall is (see `_fall_certainty`).
+    score = mean over the posterior of (L_start - L_now) / (L_start - floor), floor being L where
+    the learning ends (`_course`); times `calm` and how certain the fall is (`_fall_certainty`).
     """
     count = np.array([b[0] for b in bins], float)
     steps = np.array([b[1] for b in bins]) / count
@@ -75,8 +75,9 @@ def fit_curve(
     keep = x > 0.03 if (x > 0.03).sum() >= 6 else x >= 0
     post = _posterior(x[keep], y[keep], weight[keep], ends)
     stairs = (future, unseen)
+    unit, doublings = now * (1 - origin), math.log2(total / now)
     single = noise * math.sqrt(np.median(count))  # of one logged loss
-    return _summary(post, start_loss, single, losses, stairs, course.decay, calm, now)
+    return _summary(post, start_loss, single, losses, stairs, course.decay, calm, unit, doublings)
 
 
 def _noise(losses) -> float:
@@ -306,7 +307,8 @@ def _fall_certainty(start: float, level: float, error: float) -> float:
     return float(min(1, max(0, relative)) * min(1, max(0, sure)))
 
 
-def _summary(post, start, noise, losses, stairs, decay, calm, now) -> Fit:
+def _summary(post, start, noise, losses, stairs, decay, calm, unit, doublings) -> Fit:
+    """Score, forecast and intervals of the posterior; `unit` is the steps of x = 1."""
     future, unseen = stairs
     best_seen = float(np.min(np.convolve(losses, np.ones(3) / 3, "valid")))
     level = float(post.weight @ post.now)
@@ -314,17 +316,17 @@ def _summary(post, start, noise, losses, stairs, decay, calm, now) -> Fit:
     gain = ANNEALING_GAIN * decay * fall
     end = np.maximum(post.end * future - gain, 0)
     floor = np.minimum(np.maximum(post.floor * future - gain, 0), best_seen)
-    trust = calm * _fall_certainty(start, level, noise / math.sqrt(5))
+    trust = calm * _fall_certainty(start, level, noise / math.sqrt(3))
     share = np.clip((start - post.now) / np.maximum(start - floor, 1e-12), 0, 1) * trust
     forecast = float(post.weight @ end)
     spread = math.sqrt(
         float(post.weight @ ((end - forecast) ** 2 + post.sigma**2))
-        + (MODEL_ERROR * fall) ** 2
+        + (MODEL_ERROR * fall * max(1.0, doublings)) ** 2
         + gain**2
         + unseen * (UNSEEN_EPOCH * level) ** 2
         + (0.3 * level * (1 - future)) ** 2
     )
-    left = (post.reached(start - 0.99 * (start - floor)) - 1) * now if trust > 0 else None
+    left = (post.reached(start - 0.99 * (start - floor)) - 1) * unit if trust > 0 else None
     return Fit(
         score=float(post.weight @ share),
         score_low=_quantile(share, post.weight, 0.1) * (1 - Z80 * MODEL_ERROR),
