@@ -156,30 +156,35 @@ class DirectTrainer:
             self.dist.device,
             trust_remote_code=self.trust_remote_code,
         )
-        split = split_samples(
-            config.data_path,
-            data_weights=config.data_weights,
-            columns=config.columns,
-            eval_path=config.eval_path,
-            eval_fraction=config.eval_fraction,
-            max_broken_fraction=config.max_broken_fraction,
-            seed=config.seed,
-            cache_dir=config.cache_path,
-            workers=workers,
-        )
-        self.tokenizer = model_loading.load_tokenizer(
-            self.resolved, split.training_texts, config.cache_path, config.seed
-        )
-        self.data = prepare_data(
-            split,
-            self.tokenizer,
-            config.max_seq_length,
-            workers=workers,
-            over_length=config.over_length,
-            loss_on=config.loss_on,
-            control_tokens=config.control_tokens,
-            cache_dir=config.cache_path,
-        )
+        with self.terminal.working("reading the data") as progress:
+            split = split_samples(
+                config.data_path,
+                data_weights=config.data_weights,
+                columns=config.columns,
+                eval_path=config.eval_path,
+                eval_fraction=config.eval_fraction,
+                max_broken_fraction=config.max_broken_fraction,
+                seed=config.seed,
+                cache_dir=config.cache_path,
+                workers=workers,
+                progress=progress,
+            )
+        with self.terminal.working("getting the tokenizer"):
+            self.tokenizer = model_loading.load_tokenizer(
+                self.resolved, split.training_texts, config.cache_path, config.seed
+            )
+        with self.terminal.working("tokenizing") as progress:
+            self.data = prepare_data(
+                split,
+                self.tokenizer,
+                config.max_seq_length,
+                workers=workers,
+                over_length=config.over_length,
+                loss_on=config.loss_on,
+                control_tokens=config.control_tokens,
+                cache_dir=config.cache_path,
+                progress=progress,
+            )
         self.plan_steps()
         return self.data
 
@@ -215,7 +220,7 @@ class DirectTrainer:
     def loop(self) -> None:
         """Step n is the n-th optimizer update; a resumed run starts at a later n."""
         config, plan, state = self.config, self.plan, self.state
-        self.terminal.start_progress(plan.num_steps, state.step)
+        self.terminal.start_progress(plan.num_steps, state.step, plan.steps_per_epoch)
         if state.step == 0 and self.saved_step < 0:
             self.log(0, self.evaluate(0))
         while self.state.step < plan.num_steps and not self.outcome:
@@ -434,8 +439,10 @@ class DirectTrainer:
         if self.eval_plan is None:
             return {}
         tokens, state = self.data.held_out.tokens, self.state
-        with self.clock.phase("evaluation"):
-            sums = held_out_sums(self.parallel_model, tokens, self.eval_plan, self.dist)
+        with self.clock.phase("evaluation"), self.terminal.working("evaluation") as progress:
+            sums = held_out_sums(
+                self.parallel_model, tokens, self.eval_plan, self.dist, progress=progress
+            )
             vector = self.eval_ledger.vector(self.eval_plan.documents, sums)
             metrics = self.eval_ledger.eval_metrics(vector)
             metrics |= self.probe(step)
@@ -543,7 +550,7 @@ class DirectTrainer:
         if self.saved_step == step:
             return
         self.gather_hardest()
-        with self.clock.phase("saving"):
+        with self.clock.phase("saving"), self.terminal.working("saving"):
             rng = {  # collectives: all ranks take part
                 f"rank{rank}.{device}": tensor
                 for rank, states in enumerate(self.dist.gather(rng_tensors(self.dist.device)))
@@ -596,9 +603,10 @@ class DirectTrainer:
 
     def save_model(self, directory: Path) -> None:
         """The adapter with its tokenizer, whole or not at all."""
-        state = model_loading.adapter_state(self.model)
-        if self.dist.is_main:
-            model_loading.save_adapter(self.model, self.tokenizer, state, directory)
+        with self.terminal.working(f"saving {directory.name}"):
+            state = model_loading.adapter_state(self.model)
+            if self.dist.is_main:
+                model_loading.save_adapter(self.model, self.tokenizer, state, directory)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Weights, optimizer, random state and counters as they were at the checkpoint."""
@@ -641,23 +649,24 @@ class DirectTrainer:
     def build_model(self) -> None:
         """Weights, adapters, fast kernels, the wrapper of several ranks, optimizer."""
         config, dist = self.config, self.dist
-        self.model = model_loading.load_model(
-            self.resolved,
-            self.tokenizer,
-            device=dist.device,
-            precision=config.precision,
-            lora_r=config.lora_r,
-            lora_alpha=config.lora_alpha,
-            lora_dropout=config.lora_dropout,
-            target_modules=config.target_modules,
-            rank_pattern=config.rank_pattern,
-            use_rslora=config.use_rslora,
-            use_dora=config.use_dora,
-            quantization=config.quantization,
-            init_adapter=config.init_adapter,
-            gradient_checkpointing=config.gradient_checkpointing == "on",
-            seed=config.seed,
-        )
+        with self.terminal.working("loading the model"):
+            self.model = model_loading.load_model(
+                self.resolved,
+                self.tokenizer,
+                device=dist.device,
+                precision=config.precision,
+                lora_r=config.lora_r,
+                lora_alpha=config.lora_alpha,
+                lora_dropout=config.lora_dropout,
+                target_modules=config.target_modules,
+                rank_pattern=config.rank_pattern,
+                use_rslora=config.use_rslora,
+                use_dora=config.use_dora,
+                quantization=config.quantization,
+                init_adapter=config.init_adapter,
+                gradient_checkpointing=config.gradient_checkpointing == "on",
+                seed=config.seed,
+            )
         enable_fast_lora(self.model)
         packed = self.packed = PackedLossModel(self.model, self.data.train.tokens.close_id)
         compiles = config.compile == "on" or (

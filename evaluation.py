@@ -1,5 +1,7 @@
 """Held-out loss: every held-out sample once, summed over ranks, without touching the training state."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -11,13 +13,18 @@ from segment_loss import NUM_SEGMENTS
 
 @torch.no_grad()
 def held_out_sums(
-    model: torch.nn.Module, tokens: TokenizedSamples, plan: StepPlan, dist: Distributed
+    model: torch.nn.Module,
+    tokens: TokenizedSamples,
+    plan: StepPlan,
+    dist: Distributed,
+    *,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> np.ndarray:
     """(m, segments, 3) float64: loss sum, correct count and token count of every planned document.
 
     `plan` is one epoch; all ranks go through the model equally often and get the same result, in the
     order of `plan.documents`, which are distinct and ascending. Training mode is restored and no
-    random number is drawn.
+    random number is drawn. `progress` is called with (steps done, all steps).
     """
     was_training = model.training
     model.eval()
@@ -30,5 +37,6 @@ def held_out_sums(
             if index < own:
                 rows = np.searchsorted(plan.documents, documents)
                 sums[torch.from_numpy(rows)] = result.per_document.double().cpu()
+        progress(step, plan.num_steps)
     model.train(was_training)
     return dist.sum(sums).numpy()

@@ -1,7 +1,7 @@
 """Raw files to everything the loop and the reports need of the data: samples, split, tokens, groups."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -99,9 +99,15 @@ def split_samples(
     seed: int = 0,
     cache_dir: Path | None = None,
     workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Split:
     """Read the files and split off the held-out share. Raises UserError where too much is broken."""
-    options = {"columns": dict(columns or {}) or None, "cache_dir": cache_dir, "workers": workers}
+    options = {
+        "columns": dict(columns or {}) or None,
+        "cache_dir": cache_dir,
+        "workers": workers,
+        "progress": progress,
+    }
     read = read_samples(data_path, **options)
     check_broken(read, max_broken_fraction)
     eval_read = read_samples(eval_path, **options) if eval_path else None
