@@ -59,7 +59,7 @@ MARKER_TOKENS = (
     "</think>",
 )
 WEIGHTS = "model.safetensors"
-VOCAB_SIZE = 2048
+VOCAB_SIZE = 1024
 NUM_LAYERS = 4
 MAX_POSITIONS = 32_768
 # Words, single digits, punctuation runs and white space, as Qwen's tokenizer cuts them.
@@ -68,7 +68,7 @@ WORD_PATTERN = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-WARM_START_STEPS = 240
+WARM_START_STEPS = 300
 WARM_START_ROWS = 8
 WARM_START_LENGTH = 64  # tokens
 WARM_START_LR = 4e-3
