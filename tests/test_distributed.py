@@ -1,0 +1,171 @@
+"""Ranks are many hands on one run: the same samples, the same losses, one record; and no hang.
+
+uv run pytest tests/test_distributed.py
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tb_logger import read_metrics
+
+SCRIPT = Path(__file__).parents[1] / "direct_finetuning_with_existing_modules.py"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+OPTIONS = [
+    *("--max-steps", "8", "--logging-steps", "1", "--eval-steps", "4", "--save-steps", "3"),
+    *("--max-seq-length", "512", "--num-probes", "0", "--device", "cpu"),
+]
+
+
+@pytest.fixture(scope="module")
+def command(tiny_model: Path, tiny_data: Path, cache_dir: Path) -> list[str]:
+    """The script with a tiny model and data; without interpreter or launcher."""
+    inputs = ["--model-name", str(tiny_model), "--data-path", str(tiny_data)]
+    return [str(SCRIPT), *OPTIONS, *inputs, "--cache-dir", str(cache_dir)]
+
+
+def train(
+    command: list[str], out: Path, ranks: int, accumulation: int, *more: str, launch: tuple = ()
+) -> subprocess.CompletedProcess:
+    """The whole run with `ranks` processes; one rank runs without torchrun."""
+    launcher = (
+        [*TORCHRUN, "--nproc-per-node", str(ranks), *launch] if ranks > 1 else [sys.executable]
+    )
+    batch = ["--gradient-accumulation-steps", str(accumulation), "--output-dir", str(out)]
+    return subprocess.run(
+        [*launcher, *command, *batch, *more], capture_output=True, text=True, timeout=300
+    )
+
+
+def curve(out: Path, tag: str = "Training/Loss") -> np.ndarray:
+    (logs,) = (out / "training_logs").iterdir()
+    records = read_metrics(logs / "metrics.jsonl")
+    return np.array([r["metrics"][tag] for r in records if tag in r["metrics"]])
+
+
+@pytest.fixture(scope="module")
+def one_rank(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("one") / "out"
+    done = train(command, out, ranks=1, accumulation=4)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return out
+
+
+@pytest.mark.parametrize(("ranks", "mode"), [(2, "ddp"), (4, "ddp"), (2, "fsdp")])
+def test_the_same_global_batch_gives_the_same_losses(command, one_rank, tmp_path, ranks, mode):
+    done = train(command, tmp_path / "out", ranks, 4 // ranks, "--parallel", mode)
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone, together = curve(one_rank), curve(tmp_path / "out")
+    assert len(alone) == 8
+    np.testing.assert_allclose(together, alone, rtol=1e-6)
+    for tag in ("Eval/Loss", "Throughput/Tokens_Seen", "Thinking/Loss"):
+        np.testing.assert_allclose(curve(tmp_path / "out", tag), curve(one_rank, tag), rtol=1e-6)
+    assert len(list((tmp_path / "out" / "tensorboard_logs").iterdir())) == 1
+
+
+def test_a_mean_of_means_would_be_noticed(one_rank):
+    """The control of the test above: the parts of a step differ in tokens and in loss."""
+    thinking, answer = curve(one_rank, "Thinking/Loss"), curve(one_rank, "Answer/Loss")
+    wrong = (thinking + answer) / 2
+    with pytest.raises(AssertionError):
+        np.testing.assert_allclose(wrong, curve(one_rank), rtol=1e-6)
+
+
+def test_two_ranks_resume_on_one_and_on_two(command, one_rank, tmp_path):
+    out = tmp_path / "out"
+    assert train(command, out, 2, 2, "--max-steps", "8").returncode == 0
+    checkpoint = out / "checkpoints" / "checkpoint-6"
+    for ranks in (1, 2):
+        done = train(command, out, ranks, 4 // ranks, "--resume", str(checkpoint))
+        assert done.returncode == 0, done.stderr[-2000:]
+        np.testing.assert_allclose(curve(out), curve(one_rank), rtol=1e-6)
+
+
+def test_a_killed_rank_is_restarted_and_nothing_is_lost(command, one_rank, tmp_path):
+    out = tmp_path / "out"
+    launcher = [*TORCHRUN, "--nproc-per-node", "2", "--max-restarts", "2"]
+    batch = ["--gradient-accumulation-steps", "2", "--output-dir", str(out), "--resume", "auto"]
+    group = subprocess.Popen(
+        [*launcher, *command, *batch],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        victim = _rank_process(group.pid, rank=1, until=lambda: (out / "checkpoints").exists())
+        os.kill(victim, signal.SIGKILL)
+        said, _ = group.communicate(timeout=240)
+    finally:
+        if group.poll() is None:
+            os.killpg(group.pid, signal.SIGKILL)
+    assert group.returncode == 0, said[-3000:]
+    (logs,) = (out / "training_logs").iterdir()
+    status = json.loads((logs / "status.json").read_text())
+    assert status["status"] == "completed"
+    assert curve(out, "Monitoring/Resume_Count")[-1] == 1, (
+        "the kill came too late: nothing was resumed"
+    )
+    np.testing.assert_allclose(curve(out), curve(one_rank), rtol=1e-6)
+
+
+FAULTS = {
+    "exception": "raise RuntimeError('injected fault on rank 1')",
+    "stopped": "os.kill(os.getpid(), signal.SIGSTOP)",
+}
+WRAPPER = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import direct_finetuning_with_existing_modules as program
+
+def fault(*arguments, **options):
+    {fault}
+
+if os.environ["RANK"] == "1":
+    program.learning_rate_at = fault
+sys.exit(program.main())
+"""
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_on_one_rank_ends_all_in_time(command, tmp_path, fault):
+    wrapper = tmp_path / "wrapper.py"
+    wrapper.write_text(WRAPPER.format(root=str(SCRIPT.parent), fault=FAULTS[fault]))
+    options = ["--output-dir", str(tmp_path / "out"), "--distributed-timeout", "10"]
+    group = subprocess.Popen(
+        [*TORCHRUN, "--nproc-per-node", "2", str(wrapper), *command[1:], *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        said, _ = group.communicate(timeout=240)
+    finally:
+        if group.poll() is None:
+            os.killpg(group.pid, signal.SIGKILL)
+    assert group.returncode != 0
+    assert ("injected fault on rank 1" if fault == "exception" else "imed out") in said, said[
+        -3000:
+    ]
+
+
+def _rank_process(launcher: int, rank: int, until) -> int:
+    """Process id of a rank below torchrun, once `until()` is true."""
+    import psutil
+
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline:
+        if until():
+            for child in psutil.Process(launcher).children(recursive=True):
+                if child.is_running() and child.environ().get("RANK") == str(rank):
+                    return child.pid
+        time.sleep(0.05)
+    raise AssertionError("the group did not get so far")
