@@ -7,6 +7,7 @@ Before the folder appears, its logits are compared with those of base and adapte
 """
 
 import gc
+import math
 import shutil
 import sys
 from dataclasses import dataclass
@@ -28,8 +29,8 @@ PROMPTS = (
     "RSA中p=61、q=53、e=17，求私钥指数d。",
     "What does a nonce protect against in AES-GCM?",
 )
-# Largest difference of a logit, in standard deviations of the logits. Rounding each merged weight to
-# 16 bits moves them by some hundredths.
+# Largest difference of a logit, in standard deviations of the logits, times what the adapter moves them
+# if that is more than one: rounding takes a share of each merged weight, so it grows with the adapter.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.1}
 
 
@@ -48,7 +49,8 @@ class Export:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Type of the written weights; auto: that of the base."""
     tolerance: float = 0.0
-    """Largest difference of a logit that passes, in standard deviations; 0: 0.001 in fp32, 0.25 in bf16."""
+    """Largest difference of a logit that passes, in standard deviations (times what the adapter moves the
+    logits, if that is more than one); 0: 0.001 in fp32, 0.25 in bf16."""
     device: str = "auto"
     """Where the logits are compared."""
 
@@ -131,13 +133,14 @@ def compare(merged: torch.Tensor, trained: torch.Tensor, base: torch.Tensor) -> 
 def check(agreement: Agreement, tolerance: float, terminal: Terminal) -> None:
     """Say how well the logits agree. RunStopped where they don't."""
     difference, effect = agreement.difference, agreement.effect
+    limit = tolerance * max(1.0, effect)
     terminal.say(
         f"merged against apart: largest difference of a logit {difference:.2g} standard deviations "
-        f"(tolerance {tolerance:g}); the adapter itself moves them by {effect:.2g}"
+        f"(at most {limit:.2g}); the adapter itself moves them by {effect:.2g}"
     )
-    if not difference <= tolerance:
+    if not (math.isfinite(difference) and difference <= limit):
         raise RunStopped(
-            f"the merged model differs by {difference:.2g} standard deviations, more than {tolerance:g}; "
+            f"the merged model differs by {difference:.2g} standard deviations, more than {limit:.2g}; "
             "nothing was written. Try --precision fp32"
         )
     if difference > 0.5 * effect > 0:
