@@ -16,6 +16,7 @@ This file is the story of a run; every other file is a module it uses.
 
 import memory_settings  # noqa: F401, I001  first: it tunes malloc before torch allocates
 
+import dataclasses
 import math
 import os
 import signal
@@ -27,8 +28,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import dataset_report
 import distributed
 import model_loading
+import run_plan
 import run_summary
 from chat_tokens import mask_audit
 from checkpoint import (
@@ -44,6 +47,7 @@ from checkpoint import (
     save_checkpoint,
 )
 from convergence import ConvergenceMonitor
+from data_check import data_faults, is_good, summary
 from errors import RunStopped, UserError
 from evaluation import held_out_sums
 from fast_lora import enable_fast_lora
@@ -104,6 +108,7 @@ class DirectTrainer:
         trust_remote_code: bool = False,
     ) -> None:
         self.config, self.resume, self.trust_remote_code = config, resume, trust_remote_code
+        self.quiet = quiet
         self.settings = run_summary.settings_of(config)
         self.dist = distributed.init_distributed(config.device, config.distributed_timeout)
         self.terminal = Terminal(quiet=quiet, is_main=self.dist.is_main)
@@ -131,6 +136,7 @@ class DirectTrainer:
         lock = lock_output(Path(self.config.output_dir)) if self.dist.is_main else None
         try:
             self.prepare()
+            self.make_forecast()
             self.build_model()
             self.open_run()
             try:
@@ -216,6 +222,57 @@ class DirectTrainer:
             )
         self.ledger = LossLedger(self.data.train.groups)
         self.eval_ledger = LossLedger(self.data.held_out.groups)
+
+    def make_forecast(self) -> run_plan.RunForecast:
+        """Memory, time and disk that the planned steps will take; decides gradient checkpointing."""
+        config, dist, plan, data = self.config, self.dist, self.plan, self.data
+        shape = run_plan.model_shape(
+            Path(self.tokenizer.name_or_path),
+            lora_r=config.lora_r,
+            target_modules=config.target_modules,
+            rank_pattern=config.rank_pattern,
+            use_dora=config.use_dora,
+            init_adapter=config.init_adapter,
+            trust_remote_code=self.trust_remote_code,
+        )
+        dtype = model_loading.weight_dtype(dist.device, config.precision)
+        plain = not (config.lora_dropout or config.use_dora or config.quantization != "none")
+        placement = run_plan.Placement(
+            dist.device.type,
+            dtype.itemsize,
+            quantized=config.quantization != "none",
+            compiled=self.compiles,
+            fused_lora=plain or not config.lora_r,
+            shards=dist.world_size if config.parallel == "fsdp" else 1,
+        )
+        train, held_out = data.train, data.held_out
+        self.forecast = run_plan.forecast(
+            shape,
+            placement,
+            device=dist.device,
+            dtype=dtype,
+            plan=plan,
+            lengths=train.tokens.lengths[plan.documents],
+            num_targets=int(train.tokens.num_targets[plan.documents].sum()),
+            eval_lengths=held_out.tokens.lengths[held_out.documents],
+            eval_targets=int(held_out.tokens.num_targets[held_out.documents].sum()),
+            batch_size=config.batch_size,
+            eval_steps=config.eval_steps,
+            gradient_checkpointing=config.gradient_checkpointing,
+            save_steps=config.save_steps,
+            save_total_limit=config.save_total_limit,
+            output_dir=Path(config.output_dir),
+        )
+        self.checkpointing = dist.any(self.forecast.checkpointing)  # all ranks alike
+        return self.forecast
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the decoder layers are compiled."""
+        config = self.config
+        return config.compile == "on" or (
+            config.compile == "auto" and self.dist.device.type == "cuda"
+        )
 
     def loop(self) -> None:
         """Step n is the n-th optimizer update; a resumed run starts at a later n."""
@@ -664,16 +721,13 @@ class DirectTrainer:
                 use_dora=config.use_dora,
                 quantization=config.quantization,
                 init_adapter=config.init_adapter,
-                gradient_checkpointing=config.gradient_checkpointing == "on",
+                gradient_checkpointing=self.checkpointing,
                 seed=config.seed,
             )
         enable_fast_lora(self.model)
         packed = self.packed = PackedLossModel(self.model, self.data.train.tokens.close_id)
-        compiles = config.compile == "on" or (
-            config.compile == "auto" and dist.device.type == "cuda"
-        )
         self.batch_shape = {}
-        if compiles:
+        if self.compiles:
             packed.compile_layers()
             self.batch_shape = self.plan.constant_shape
         self.parallel_model = distributed.parallelize(packed, config.parallel, dist)
@@ -799,6 +853,8 @@ class DirectTrainer:
                 ("tokens per epoch", f"{plan.num_tokens:,}"),
                 ("steps", f"{plan.num_steps} ({plan.steps_per_epoch} per epoch)"),
                 ("packing", f"{plan.num_rows} rows, {plan.efficiency:.1%} full"),
+                ("gradient checkpointing", "on" if self.checkpointing else "off"),
+                *self.forecast.short_rows(),
                 ("run", self.run.logs),
             ],
         )
@@ -899,26 +955,50 @@ def _nonfinite(documents: tuple[int, ...], sums: object) -> list[int]:
 # The command
 
 
-def run(command: CommandLine) -> None:
-    """Do what the command line says."""
+def run(command: CommandLine) -> int:
+    """Do what the command line says; returns the exit code."""
+    config = command.training
+    if command.check_data:  # everything that is wrong is to be seen, nothing may end the reading
+        policy = "drop" if config.over_length == "error" else config.over_length
+        config = dataclasses.replace(config, max_broken_fraction=1.0, over_length=policy)
     trainer = DirectTrainer(
-        command.training,
+        config,
         resume=command.resume,
         quiet=command.quiet,
         trust_remote_code=command.trust_remote_code,
     )
-    trainer.train()
+    if command.check_data:
+        return check_data(trainer)
+    if command.plan:
+        trainer.prepare()
+        rows = trainer.make_forecast().rows()
+        trainer.terminal.table(f"Plan for {trainer.resolved.name}", rows, always=True)
+    else:
+        trainer.train()
+    return 0
+
+
+def check_data(trainer: DirectTrainer) -> int:
+    """Print statistics, unless quiet, and everything that is wrong; 1 if something serious is."""
+    data = trainer.prepare()
+    if not trainer.quiet and trainer.dist.is_main:
+        dataset_report.print_report(data.statistics.to_json())
+    faults = data_faults(data)
+    count = len(data.split.read.samples)
+    trainer.terminal.conclude("\n".join([*map(str, faults), summary(faults, count)]))
+    return 0 if is_good(faults) else 1
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit codes: 0 done or interrupted with a checkpoint, 2 bad input, 3 the run could not go on."""
+    """Exit codes: 0 done or interrupted with a checkpoint, 1 --check-data found something, 2 bad input,
+    3 the run could not go on."""
     try:
-        run(parse_command_line(sys.argv[1:] if arguments is None else arguments))
+        code = run(parse_command_line(sys.argv[1:] if arguments is None else arguments))
     except (UserError, RunStopped) as error:
         Terminal().error(str(error))
         return 2 if isinstance(error, UserError) else 3
     distributed.leave()
-    return 0
+    return code
 
 
 if __name__ == "__main__":

@@ -1,0 +1,522 @@
+"""What a run would do, need and take, told before any weight is loaded.
+
+Memory is counted from the model's configuration, tensor by tensor of what the training keeps; time from
+the number of operations and the speed of the device. Both are estimates and say so; how good the first
+one is, `benchmarks/memory_estimate.py` measures.
+"""
+
+import math
+import re
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from errors import UserError
+from packing import StepPlan
+from safe_text import clean_line
+from segment_loss import rows_per_chunk
+from terminal import duration
+from throughput import ModelDims, dims_from_config, peak_flops, training_flops
+
+FP32 = 4  # bytes
+BITS_4 = 0.516  # bytes a weight in NF4: half a byte, and its doubly quantised scales
+USABLE = 0.92  # of the free memory; the rest goes to fragmentation and what the estimate leaves out
+GPU_SHARE = 0.35  # of a GPU's peak that training reaches, all overheads included
+HOST_SHARE = 0.55  # of the rate of large matrix products, for devices that are measured
+Rows = list[tuple[str, str]]
+
+# -----------------------------------------------------------------------------
+# The model, not loaded
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a model and its adapters; numbers of weights, shared ones once."""
+
+    dims: ModelDims | None  # None: an architecture whose activations are not known here
+    parameters: int
+    linear_parameters: int  # those that 4-bit quantisation packs
+    trainable: int  # of the adapters; all of them at lora_r 0
+    lora: bool
+
+    @property
+    def lora_weights(self) -> int | None:
+        """As `training_flops` takes it."""
+        return self.trainable if self.lora else None
+
+
+def model_shape(
+    folder: Path,
+    *,
+    lora_r: int,
+    target_modules: Sequence[str],
+    rank_pattern: Mapping[str, int] | None = None,
+    use_dora: bool = False,
+    init_adapter: str = "",
+    trust_remote_code: bool = False,
+) -> ModelShape:
+    """Build the model of `folder` on the meta device, without weights, and count. Raises UserError."""
+    try:
+        config = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"model folder {folder}: its architecture can't be built ({clean_line(str(error), 200)}); "
+            "check that this version of transformers knows it"
+        ) from error
+    head = model.get_output_embeddings()
+    linear = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    }
+    parameters = sum(p.numel() for p in model.parameters())
+    adapter = parameters
+    if init_adapter:
+        adapter = adapter_size(Path(init_adapter).expanduser())
+    elif lora_r:
+        adapter = sum(
+            _adapter_weights(module, _rank(name, lora_r, rank_pattern or {}), use_dora)
+            for name, module in linear.items()
+            if _is_target(name, target_modules)
+        )
+    return ModelShape(
+        dims=dims_from_config(config),
+        parameters=parameters,
+        linear_parameters=sum(m.weight.numel() for m in linear.values()),
+        trainable=adapter,
+        lora=bool(lora_r),
+    )
+
+
+def adapter_size(folder: Path) -> int:
+    """Number of weights in a saved adapter, read from its header. Raises UserError."""
+    path = folder / "adapter_model.safetensors"
+    try:
+        with safe_open(path, framework="pt") as file:
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(
+            f"init_adapter {folder}: {path.name} can't be read ({clean_line(str(error), 200)}); give the "
+            "folder of an adapter saved as safetensors"
+        ) from error
+
+
+def _is_target(name: str, wanted: Sequence[str]) -> bool:
+    return list(wanted) == ["all-linear"] or any(
+        name == w or name.endswith(f".{w}") for w in wanted
+    )
+
+
+def _rank(name: str, lora_r: int, pattern: Mapping[str, int]) -> int:
+    """The rank that peft gives a module: of the first pattern that fits the end of its name."""
+    fits = (rank for key, rank in pattern.items() if re.match(rf"(.*\.)?({key})$", name))
+    return next(fits, lora_r)
+
+
+def _adapter_weights(module: torch.nn.Linear, rank: int, dora: bool) -> int:
+    """A (r, in), B (out, r), and DoRA's magnitudes (out)."""
+    return rank * (module.in_features + module.out_features) + dora * module.out_features
+
+
+# -----------------------------------------------------------------------------
+# Memory
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How the model lies on the device."""
+
+    device_type: str
+    dtype_bytes: int  # of frozen weights and activations
+    quantized: bool = False
+    compiled: bool = False
+    fused_lora: bool = True  # adapters with one autograd node each
+    shards: int = 1  # devices that share the weights
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one device at the peak of a step."""
+
+    weights: float
+    adapter: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    workspace: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return sum(vars(self).values())
+
+
+def estimate_memory(
+    shape: ModelShape, placement: Placement, tokens: int, *, checkpointing: bool
+) -> MemoryEstimate | None:
+    """Peak of a step with `tokens` in a micro-batch; None for an unknown architecture.
+
+    Adapters are fp32: 4 bytes each for weight and gradient, 8 for AdamW's moments. At lora_r 0 weights,
+    gradients and moments are of the weights' type. Activations: `activation_bytes` per token and layer;
+    with checkpointing only each layer's input, and all of one layer while it is recomputed.
+    """
+    dims, size = shape.dims, placement.dtype_bytes
+    if dims is None:
+        return None
+    packed = shape.linear_parameters if placement.quantized else 0
+    adapters = shape.trainable if shape.lora else 0
+    trained = FP32 if shape.lora else size
+    layer = activation_bytes(dims, placement)
+    kept = dims.layers * dims.hidden * size + layer if checkpointing else dims.layers * layer
+    return MemoryEstimate(
+        weights=(packed * BITS_4 + (shape.parameters - packed) * size) / placement.shards,
+        adapter=adapters * FP32 / placement.shards,
+        gradients=shape.trainable * trained / placement.shards,
+        optimizer=2 * shape.trainable * trained / placement.shards,
+        activations=tokens * kept,
+        logits=_logits_bytes(shape, placement, tokens),
+        workspace=_workspace_bytes(shape, placement, tokens),
+    )
+
+
+def activation_bytes(dims: ModelDims, placement: Placement) -> int:
+    """What one layer keeps of a token for its backward pass.
+
+    With H hidden, Q and K the widths of queries and keys, I of the MLP, b bytes an element. Eager: both
+    residuals and the queries and keys before their norms in fp32, 4(2H + Q + K); two norm outputs,
+    queries, keys, values, attention output and four widths of the MLP, b(2H + 2Q + 2K + 4I). The CPU's
+    attention repeats keys and values for each query head, 2Q for 2K, and its output is copied once
+    more, Q. Compiled: norms and the product of the MLP are recomputed, b(2H + 3Q + 3K + 2I). Adapters
+    that are not fused keep a copy of each layer's input in fp32, 4(5H + Q + I), unless the base is
+    fp32. Qwen3-4B in bf16: 146, 78 and 104 KiB.
+    """
+    hidden, mlp = dims.hidden, dims.intermediate
+    queries, keys = dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim
+    size = placement.dtype_bytes
+    if placement.compiled:
+        kept = size * (2 * hidden + 3 * queries + 3 * keys + 2 * mlp)
+    else:
+        # Flash attention on the CPU sees as many heads of keys as of queries.
+        attention = 5 * queries if placement.device_type == "cpu" else 2 * queries + 2 * keys
+        kept = FP32 * (2 * hidden + queries + keys)
+        kept += size * (2 * hidden + attention + 4 * mlp)
+    if not placement.fused_lora and size < FP32:
+        kept += FP32 * (5 * hidden + queries + mlp)
+    return kept
+
+
+def _logits_bytes(shape: ModelShape, placement: Placement, tokens: int) -> int:
+    """A chunk of fp32 logits, of probabilities and of their gradient; the head's gradient if trained."""
+    vocab = shape.dims.vocab
+    rows = min(rows_per_chunk(vocab, placement.device_type), tokens)
+    copies = 2 * FP32 + (placement.dtype_bytes if placement.dtype_bytes < FP32 else 0)
+    head = 0 if shape.lora else vocab * shape.dims.hidden * FP32
+    return rows * vocab * copies + head
+
+
+def _workspace_bytes(shape: ModelShape, placement: Placement, tokens: int) -> int:
+    """Gradients in flight: three widths of the MLP and four hidden states; adapters cast to bf16."""
+    dims, size = shape.dims, placement.dtype_bytes
+    casts = shape.trainable * size if shape.lora and size < FP32 else 0
+    return tokens * size * (3 * dims.intermediate + 4 * dims.hidden) + casts
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process can still take: of the GPU, else of the host and its container."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return min([psutil.virtual_memory().available, *_container_room()])
+
+
+def _container_room() -> list[int]:
+    """What a Linux container's limit leaves; nothing where there is no limit."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        used = int((group / "memory.current").read_text())
+    except (OSError, ValueError):
+        return []
+    return [int(limit) - used] if limit.isdigit() else []
+
+
+def largest_batch(
+    total: Callable[[int], float], free: float, limit: int, *, usable: float = USABLE
+) -> int:
+    """The most rows up to `limit` whose `total(rows)`, which rises, stays within the free memory."""
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if total(middle) <= usable * free else (low, middle - 1)
+    return low
+
+
+# -----------------------------------------------------------------------------
+# Time
+
+
+def operations(
+    shape: ModelShape, plan: StepPlan, lengths: Sequence[int], num_targets: int
+) -> float | None:
+    """Floating-point operations of all steps of a plan whose epoch has these documents."""
+    if shape.dims is None:
+        return None
+    epoch = training_flops(shape.dims, lengths, num_targets, lora_weights=shape.lora_weights)
+    return epoch * plan.num_steps / plan.steps_per_epoch
+
+
+def recompute_factor(lora: bool, checkpointing: bool) -> float:
+    """Arithmetic with checkpointing over that without: one more forward pass, 2 of 4 or of 6."""
+    if not checkpointing:
+        return 1.0
+    return 6 / 4 if lora else 8 / 6
+
+
+def device_speed(device: torch.device, dims: ModelDims, dtype: torch.dtype) -> tuple[float, str]:
+    """FLOP/s to expect of training, and where the number comes from."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = peak_flops(name)
+    if peak:
+        return peak * GPU_SHARE, f"{GPU_SHARE:.0%} of the peak of {name}"
+    rate = matmul_rate(device, dims, dtype)
+    return rate * HOST_SHARE, f"{HOST_SHARE:.0%} of a measured matrix product"
+
+
+def matmul_rate(device: torch.device, dims: ModelDims, dtype: torch.dtype) -> float:
+    """FLOP/s of (512, hidden) x (hidden, intermediate), the median of a few, in about 0.1 s."""
+    rows = torch.randn(512, dims.hidden, device=device, dtype=dtype)
+    weight = torch.randn(dims.hidden, dims.intermediate, device=device, dtype=dtype)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    seconds: list[float] = []
+    while len(seconds) < 3 or (sum(seconds) < 0.1 and len(seconds) < 50):
+        wait()
+        start = time.perf_counter()
+        rows @ weight
+        wait()
+        seconds.append(time.perf_counter() - start)
+    median = sorted(seconds)[len(seconds) // 2]
+    return 2 * 512 * dims.hidden * dims.intermediate / median
+
+
+# -----------------------------------------------------------------------------
+# Disk
+
+
+def disk_bytes(shape: ModelShape, dtype_bytes: int, checkpoints: int) -> int:
+    """So many checkpoints with weights and moments, one in the making, final and best model."""
+    trained = FP32 if shape.lora else dtype_bytes
+    weights = shape.trainable * trained
+    return (checkpoints + 1) * 3 * weights + 3 * weights
+
+
+def disk_free(directory: Path) -> int:
+    """Bytes free where `directory` is, or would be."""
+    existing = next(p for p in (directory.absolute(), *directory.absolute().parents) if p.exists())
+    return shutil.disk_usage(existing).free
+
+
+def number_of_checkpoints(num_steps: int, save_steps: int) -> int:
+    """Checkpoints that a whole run writes: every `save_steps` (0: never) and at the end."""
+    regular = num_steps // save_steps if save_steps else 0
+    return regular + (not save_steps or num_steps % save_steps > 0)
+
+
+# -----------------------------------------------------------------------------
+# All together
+
+
+@dataclass(frozen=True)
+class RunForecast:
+    """What is known before the weights are."""
+
+    work: Rows  # samples, tokens, steps
+    shape: ModelShape
+    estimates: Mapping[bool, MemoryEstimate | None]  # without and with checkpointing
+    checkpointing: bool  # what the run does
+    free: int
+    device: torch.device
+    largest_batches: Mapping[bool, int]
+    seconds: float | None
+    speed: str
+    disk_needed: int
+    disk_free: int
+
+    def rows(self) -> Rows:
+        """Everything, as names and texts."""
+        shape = self.shape
+        kind = "adapters" if shape.lora else "full fine-tuning"
+        return [
+            *self.work,
+            ("parameters", f"{shape.trainable:,} trainable ({kind}) of {shape.parameters:,}"),
+            *self.memory_rows(),
+            *self.closing_rows(),
+        ]
+
+    def short_rows(self) -> Rows:
+        """What the start of a run says: memory, time, disk."""
+        estimate = self.estimates[self.checkpointing]
+        memory = [("memory", self._against_free(estimate))] if estimate else []
+        return memory + self.closing_rows()
+
+    def memory_rows(self) -> Rows:
+        """The parts of the estimate, and what fits."""
+        plain, checkpointed = self.estimates[False], self.estimates[True]
+        if plain is None or checkpointed is None:
+            return [("memory", "not estimated: the architecture is not a dense decoder")]
+        chosen = "on" if self.checkpointing else "off"
+        batches = self.largest_batches
+        return [
+            ("memory: weights", size_text(plain.weights)),
+            ("memory: adapter", size_text(plain.adapter)),
+            ("memory: gradients", size_text(plain.gradients)),
+            ("memory: optimizer", size_text(plain.optimizer)),
+            (
+                "memory: activations",
+                f"{size_text(plain.activations)}; {size_text(checkpointed.activations)} with "
+                "gradient checkpointing",
+            ),
+            ("memory: logits", f"{size_text(plain.logits)}, a chunk at a time"),
+            ("memory: working space", size_text(plain.workspace)),
+            ("memory without checkpointing", self._against_free(plain)),
+            ("memory with checkpointing", self._against_free(checkpointed)),
+            ("gradient checkpointing", chosen),
+            (
+                "largest batch_size that fits",
+                f"{_batch_text(batches[False])}; with checkpointing {_batch_text(batches[True])}",
+            ),
+        ]
+
+    def closing_rows(self) -> Rows:
+        """Time and disk."""
+        rows = []
+        if self.seconds is not None:
+            text = f"about {duration(self.seconds)} (an estimate: {self.speed}; without probes)"
+            rows.append(("training and evaluation", text))
+        short = "" if self.disk_free >= self.disk_needed else ": too little"
+        disk = f"{size_text(self.disk_needed)} of {size_text(self.disk_free)} free{short}"
+        return [*rows, ("disk", disk)]
+
+    def _against_free(self, estimate: MemoryEstimate) -> str:
+        fits = "" if estimate.total <= USABLE * self.free else ": does not fit"
+        free = size_text(self.free)
+        return f"{size_text(estimate.total)} of {free} free on {self.device} (an estimate){fits}"
+
+
+def forecast(
+    shape: ModelShape,
+    placement: Placement,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    plan: StepPlan,
+    lengths: Sequence[int],
+    num_targets: int,
+    eval_lengths: Sequence[int],
+    eval_targets: int,
+    batch_size: int,
+    eval_steps: int,
+    gradient_checkpointing: str,
+    save_steps: int,
+    save_total_limit: int,
+    output_dir: Path,
+) -> RunForecast:
+    """Everything about a run that is planned but not begun.
+
+    lengths: (m,) tokens of the planned documents, one entry for each time in an epoch. num_targets:
+    their supervised tokens. gradient_checkpointing: on, off, or auto, which turns it on where the
+    estimate without it does not fit into the free memory. Raises no error for what does not fit.
+    """
+    row = _row_tokens(plan, placement, lengths)
+    free = free_memory(device)
+
+    def total(rows: int, checkpointing: bool) -> float:
+        return estimate_memory(shape, placement, rows * row, checkpointing=checkpointing).total
+
+    estimates = {
+        way: estimate_memory(shape, placement, batch_size * row, checkpointing=way)
+        for way in (False, True)
+    }
+    plain = estimates[False]
+    tight = plain is not None and plain.total > USABLE * free
+    checkpointing = gradient_checkpointing == "on" or (gradient_checkpointing == "auto" and tight)
+    most = max(batch_size, plan.num_rows)
+    largest = (
+        {way: largest_batch(lambda rows, w=way: total(rows, w), free, most) for way in estimates}
+        if plain is not None
+        else {}
+    )
+    evaluations = number_of_evaluations(plan.num_steps, eval_steps, len(eval_lengths))
+    seconds, speed = None, ""
+    work = operations(shape, plan, lengths, num_targets)
+    if work is not None:
+        rate, speed = device_speed(device, shape.dims, dtype)
+        work *= recompute_factor(shape.lora, checkpointing)
+        work += evaluations * eval_flops(shape, eval_lengths, eval_targets)
+        seconds = work / (rate * plan.world_size)
+    checkpoints = number_of_checkpoints(plan.num_steps, save_steps)
+    kept = min(checkpoints, save_total_limit + 1)  # the best one may be kept beside them
+    return RunForecast(
+        work=[
+            ("samples", f"{len(lengths):,} an epoch, {len(eval_lengths):,} held out"),
+            ("tokens", f"{plan.num_tokens:,} an epoch, {num_targets:,} of them supervised"),
+            ("steps", f"{plan.num_steps:,} ({plan.steps_per_epoch:,} an epoch)"),
+            ("epochs", f"{plan.fractional_epoch(plan.num_steps):.4g}"),
+            (
+                "rows",
+                f"{plan.num_rows:,} of {plan.row_tokens:,} tokens, {plan.efficiency:.1%} full",
+            ),
+            ("checkpoints", f"{checkpoints:,}, of which at most {kept:,} are kept"),
+            ("evaluations", f"{evaluations:,}"),
+        ],
+        shape=shape,
+        estimates=estimates,
+        checkpointing=checkpointing,
+        free=free,
+        device=device,
+        largest_batches=largest,
+        seconds=seconds,
+        speed=speed,
+        disk_needed=disk_bytes(shape, placement.dtype_bytes, kept),
+        disk_free=disk_free(output_dir),
+    )
+
+
+def eval_flops(shape: ModelShape, lengths: Sequence[int], num_targets: int) -> float:
+    """A forward pass over held-out documents of these lengths: 2 of the 4 or 6 of a training step."""
+    training = training_flops(shape.dims, lengths, num_targets, lora_weights=shape.lora_weights)
+    return training / (2 if shape.lora else 3)
+
+
+def number_of_evaluations(num_steps: int, eval_steps: int, held_out: int) -> int:
+    """Before the first step, every `eval_steps` (0: never), and at the end; none without data."""
+    if not held_out:
+        return 0
+    return 1 + number_of_checkpoints(num_steps, eval_steps)
+
+
+def size_text(number: float) -> str:
+    """Bytes for people, in GiB or MiB."""
+    return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"
+
+
+def _row_tokens(plan: StepPlan, placement: Placement, lengths: Sequence[int]) -> int:
+    """Tokens of the longest row: its capacity where rows are padded or hold several documents."""
+    if placement.compiled:
+        return plan.row_tokens
+    packed = plan.num_rows < len(lengths)
+    return min(plan.row_tokens, plan.num_tokens) if packed else int(max(lengths))
+
+
+def _batch_text(rows: int) -> str:
+    return str(rows) if rows else "none"
