@@ -72,11 +72,27 @@ def init_distributed(device: str = "auto", timeout_seconds: float = 600.0) -> Di
     if world_size > 1:
         if torch_device.type == "cuda":
             torch.cuda.set_device(torch_device)
+        timeout = timedelta(seconds=timeout_seconds)
         torch_distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if torch_device.type == "cuda" else "gloo",
-            timeout=timedelta(seconds=timeout_seconds),
+            store=_fresh_store(timeout),
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
         )
     return Distributed(rank, world_size, local_rank, torch_device)
+
+
+def _fresh_store(timeout: timedelta) -> torch_distributed.Store:
+    """torchrun's key-value store, under a prefix of this attempt's own.
+
+    A restarted group gets the store of the group before it, with the addresses of ranks that are gone
+    (pytorch#135712): without the prefix it connects to those.
+    """
+    store, _, _ = next(iter(torch_distributed.rendezvous("env://", timeout=timeout)))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    group = os.environ.get("GROUP_WORLD_SIZE", "1")
+    return torch_distributed.PrefixStore(f"attempt-{attempt}-of-{group}-nodes", store)
 
 
 def pick_device(device: str, local_rank: int = 0) -> torch.device:

@@ -24,5 +24,3 @@ def _keep_freed_memory() -> None:
 _keep_freed_memory()
 # The tokenizer's own threads and forked workers don't go together; it warns at length otherwise.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Restarted groups meet a stale address in torchrun's shared store (pytorch#135712) without this.
-os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
