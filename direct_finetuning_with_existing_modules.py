@@ -49,11 +49,9 @@ from checkpoint import (
 from convergence import ConvergenceMonitor
 from data_check import data_faults, is_good, summary
 from errors import RunStopped, UserError
-from evaluation import held_out_sums
+from evaluation import Evaluator
 from fast_lora import enable_fast_lora
-from generation_probes import choose_probes, complete, probe_metrics, samples_text, token_budget
 from hardest_samples import LEVEL_DECAY, hardest, hardest_text, loss_rows
-from lora_health import LoraHealth
 from loss_ledger import LossLedger
 from optimization import (
     MicroBatchSums,
@@ -116,7 +114,6 @@ class DirectTrainer:
         self.state = TrainState()
         self.clock = StepClock()
         self.pending: list[StepResult] = []
-        self.gradient_norms: dict[str, float] = {}  # of the step that is evaluated
         self.stop_signal = ""  # set by a signal, read at step boundaries
         self.former_handlers: dict[int, object] = {}
         self.outcome = ""  # why the loop ends: completed, preempted, stopped, nonfinite
@@ -221,7 +218,6 @@ class DirectTrainer:
                 tokens.lengths, tokens.num_targets, held_out.documents, **common
             )
         self.ledger = LossLedger(self.data.train.groups)
-        self.eval_ledger = LossLedger(self.data.held_out.groups)
 
     def make_forecast(self) -> run_plan.RunForecast:
         """Memory, time and disk that the planned steps will take; decides gradient checkpointing."""
@@ -289,7 +285,7 @@ class DirectTrainer:
             last = step == plan.num_steps
             evaluates = last or due(step, config.eval_steps)
             if evaluates:
-                self.gradient_norms = self.lora_health.gradient_norms()
+                self.evaluator.note_gradients()
             with self.clock.phase("optimizer"):
                 grad_norm = clip_gradients(self.parameters, config.max_grad_norm)
                 update_weights(self.optimizer, grad_norm, skip=step in state.skipped_steps)
@@ -492,68 +488,17 @@ class DirectTrainer:
         return gauges
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Held-out losses; keeps the best model. Empty without held-out data."""
-        if self.eval_plan is None:
-            return {}
-        tokens, state = self.data.held_out.tokens, self.state
+        """Held-out losses, answers and adapter health; keeps the best model."""
+        state, writer = self.state, self.tensorboard_writer
         with self.clock.phase("evaluation"), self.terminal.working("evaluation") as progress:
-            sums = held_out_sums(
-                self.parallel_model, tokens, self.eval_plan, self.dist, progress=progress
-            )
-            vector = self.eval_ledger.vector(self.eval_plan.documents, sums)
-            metrics = self.eval_ledger.eval_metrics(vector)
-            metrics |= self.probe(step)
-            metrics |= self.adapter_health(step)
-        self.show_hardest(step, sums)
-        if state.note_evaluation(step, metrics["Eval/Loss"]) and step:
+            metrics = self.evaluator.measure(step, writer, progress)
+        if "Eval/Loss" in metrics and state.note_evaluation(step, metrics["Eval/Loss"]) and step:
             self.save_model(self.run.best_model)
         patience = self.config.early_stopping_patience
         if patience and state.evals_without_gain >= patience:
             self.terminal.say(f"early stopping: no better held-out loss in {patience} evaluations")
             self.outcome = "stopped"
         return metrics
-
-    def probe(self, step: int) -> dict[str, float]:
-        """The fixed held-out questions, answered by the model as it is now."""
-        if not self.probes:
-            return {}
-        tokens = self.data.held_out.tokens
-        completions = complete(  # on all ranks alike: sharded weights need all of them
-            self.packed,
-            self.tokenizer,
-            [probe.prompt for probe in self.probes],
-            max_new_tokens=token_budget(
-                self.probes, self.config.probe_max_new_tokens, self.dist.device
-            ),
-            end_id=tokens.end_id,
-            close_id=tokens.close_id,
-            device=self.dist.device,
-        )
-        text = samples_text(self.probes, completions)
-        self.tensorboard_writer.add_text("Eval/Samples", text, step)
-        return probe_metrics(self.probes, completions)
-
-    def adapter_health(self, step: int) -> dict[str, float]:
-        """How far each adapter has moved its layer; a picture, and histograms if asked for."""
-        health, writer = self.lora_health, self.tensorboard_writer
-        if not health.modules:
-            return {}
-        values = health.scalars() | self.gradient_norms
-        ratios = {m.name: values.get(f"LoRA/{m.name}/Update_Ratio", 0.0) for m in health.modules}
-        if self.dist.is_main:
-            writer.add_figure("LoRA/Update_Ratio_Map", health.figure(ratios), step)
-            writer.add_text("LoRA/Modules", health.table(values), step)
-        if self.config.log_weight_histograms:
-            for tag, histogram in health.weight_histograms().items():
-                writer.log_histogram_counts(tag, histogram.counts, histogram.edges, step)
-        return health.by_projection(values)
-
-    def show_hardest(self, step: int, sums: np.ndarray) -> None:
-        """TEXT: the held-out samples with the highest loss."""
-        if self.dist.is_main:
-            rows = hardest(loss_rows(self.eval_plan.documents, sums))
-            text = hardest_text(self.data.held_out, rows)
-            self.tensorboard_writer.add_text("Eval/Hardest_Samples", text, step)
 
     def gather_hardest(self) -> None:
         """The hardest documents of all ranks, on every rank."""
@@ -725,7 +670,7 @@ class DirectTrainer:
                 seed=config.seed,
             )
         enable_fast_lora(self.model)
-        packed = self.packed = PackedLossModel(self.model, self.data.train.tokens.close_id)
+        packed = PackedLossModel(self.model, self.data.train.tokens.close_id)
         self.batch_shape = {}
         if self.compiles:
             packed.compile_layers()
@@ -742,8 +687,17 @@ class DirectTrainer:
             epsilon=config.adam_epsilon,
             weight_decay=config.weight_decay,
         )
-        self.lora_health = LoraHealth(self.model)
-        self.probes = choose_probes(self.data.held_out, self.tokenizer, config.num_probes)
+        self.evaluator = Evaluator(
+            packed,
+            self.parallel_model,
+            self.tokenizer,
+            self.data.held_out,
+            self.eval_plan,
+            dist,
+            num_probes=config.num_probes,
+            max_new_tokens=config.probe_max_new_tokens,
+            histograms=config.log_weight_histograms,
+        )
         self.dims = dims_from_config(self.model.config)
         self.lora_weights = sum(p.numel() for p in self.parameters) if config.lora_r else None
         # Nothing waits for the CPU's own results, so there every step is looked at.

@@ -1,14 +1,117 @@
-"""Held-out loss: every held-out sample once, summed over ranks, without touching the training state."""
+"""How good the model is now: held-out losses, questions answered, what the adapters do, hardest samples.
+
+Nothing here touches the training state: modes are restored and no random number is drawn.
+"""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 
 from chat_tokens import TokenizedSamples
 from distributed import Distributed
+from generation_probes import choose_probes, complete, probe_metrics, samples_text, token_budget
+from hardest_samples import hardest, hardest_text, loss_rows
+from lora_health import LoraHealth
+from loss_ledger import LossLedger
+from packed_model import PackedLossModel
 from packing import StepPlan, build_batch
 from segment_loss import NUM_SEGMENTS
+from tb_logger import NullLogger, TensorBoardLogger
+from training_data import DataPart
+
+
+class Evaluator:
+    """Measures a model on held-out data, always the same samples and questions.
+
+    Args:
+        packed: the model; its `generate` answers the questions.
+        parallel_model: the same as the ranks train it.
+        plan: one epoch over `part`; None without held-out data, then only adapters are measured.
+        num_probes: questions answered each time.
+        max_new_tokens: longest answer; 0: by the references (see `token_budget`).
+        histograms: also write the distributions of the trainable weights.
+    """
+
+    def __init__(
+        self,
+        packed: PackedLossModel,
+        parallel_model: torch.nn.Module,
+        tokenizer: Any,
+        part: DataPart,
+        plan: StepPlan | None,
+        dist: Distributed,
+        *,
+        num_probes: int,
+        max_new_tokens: int,
+        histograms: bool,
+    ) -> None:
+        self._packed, self._parallel_model, self._tokenizer = packed, parallel_model, tokenizer
+        self._part, self._plan, self._dist = part, plan, dist
+        self._ledger = LossLedger(part.groups)
+        self._probes = choose_probes(part, tokenizer, num_probes)
+        self._budget = (
+            token_budget(self._probes, max_new_tokens, dist.device) if self._probes else 0
+        )
+        self._histograms = histograms
+        self.health = LoraHealth(packed.model)
+        self._gradient_norms: dict[str, float] = {}
+
+    def note_gradients(self) -> None:
+        """Keep the adapters' gradient norms for the coming `measure`: call it before the update."""
+        self._gradient_norms = self.health.gradient_norms()
+
+    def measure(
+        self,
+        step: int,
+        writer: TensorBoardLogger | NullLogger,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> dict[str, float]:
+        """Eval/ and LoRA/ tags of this step; texts and pictures go to `writer`. All ranks take part."""
+        metrics = {}
+        if self._plan is not None:
+            metrics = self._held_out(step, writer, progress)
+            metrics |= self._answers(step, writer)
+        return metrics | self._adapters(step, writer)
+
+    def _held_out(self, step: int, writer: Any, progress: Callable) -> dict[str, float]:
+        sums = held_out_sums(
+            self._parallel_model, self._part.tokens, self._plan, self._dist, progress=progress
+        )
+        if self._dist.is_main:
+            rows = hardest(loss_rows(self._plan.documents, sums))
+            writer.add_text("Eval/Hardest_Samples", hardest_text(self._part, rows), step)
+        return self._ledger.eval_metrics(self._ledger.vector(self._plan.documents, sums))
+
+    def _answers(self, step: int, writer: Any) -> dict[str, float]:
+        if not self._probes:
+            return {}
+        completions = complete(  # on all ranks alike: sharded weights need all of them
+            self._packed,
+            self._tokenizer,
+            [probe.prompt for probe in self._probes],
+            max_new_tokens=self._budget,
+            end_id=self._part.tokens.end_id,
+            close_id=self._part.tokens.close_id,
+            device=self._dist.device,
+        )
+        writer.add_text("Eval/Samples", samples_text(self._probes, completions), step)
+        return probe_metrics(self._probes, completions)
+
+    def _adapters(self, step: int, writer: Any) -> dict[str, float]:
+        health = self.health
+        if not health.modules:
+            return {}
+        values = health.scalars() | self._gradient_norms
+        ratios = {m.name: values.get(f"LoRA/{m.name}/Update_Ratio", 0.0) for m in health.modules}
+        if self._dist.is_main:
+            writer.add_figure("LoRA/Update_Ratio_Map", health.figure(ratios), step)
+            writer.add_text("LoRA/Modules", health.table(values), step)
+        if self._histograms:
+            for tag, histogram in health.weight_histograms().items():
+                writer.log_histogram_counts(tag, histogram.counts, histogram.edges, step)
+        return health.by_projection(values)
 
 
 @torch.no_grad()

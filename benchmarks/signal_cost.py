@@ -88,7 +88,7 @@ def step_of(trainer: DirectTrainer, step: int, signals: bool) -> float:
     tokens = trainer.data.train.tokens
     sums = forward_backward(trainer.parallel_model, planned, tokens, trainer.dist, StepClock())
     if signals and due(step, EVAL_STEPS):
-        trainer.gradient_norms = trainer.lora_health.gradient_norms()
+        trainer.evaluator.note_gradients()
     norm = clip_gradients(trainer.parameters, 1.0)
     update_weights(trainer.optimizer, norm)
     if not signals:
@@ -129,7 +129,7 @@ def measure(trainer: DirectTrainer, pairs: int) -> dict[str, list[float]]:
 def apart(trainer: DirectTrainer) -> dict[str, float]:
     """CPU seconds of what runs once per evaluation."""
     held_out, plan = trainer.data.held_out.tokens, trainer.eval_plan
-    health = trainer.lora_health
+    health = trainer.evaluator.health
     health.scalars()  # the norms of the frozen weights, once per run
     return {
         "held_out_losses": timed(
