@@ -67,6 +67,7 @@ from optimization import (
 )
 from packed_model import PackedLossModel
 from packing import PlannedStep, StepPlan
+from report import write_report
 from run_directory import RunDirectory, check_writable, known_run, lock_output, new_run
 from run_record import RunRecord
 from safe_text import write_json
@@ -745,6 +746,8 @@ class DirectTrainer:
         )
         self.started = self.counted = time.monotonic()
         self.announce(checkpoint)
+        if dist.is_main:
+            self.write_configuration()
         self.record.status("running", step=self.state.step)
         if not checkpoint and dist.is_main:
             self.describe_data()
@@ -815,6 +818,16 @@ class DirectTrainer:
         if checkpoint:
             self.terminal.say(f"resumed from {checkpoint.path}, step {self.state.step}")
         self.terminal.say(f"tensorboard --logdir={self.run.tensorboard.parent}")
+
+    def write_configuration(self) -> None:
+        """configuration.json among the run's logs: settings, model, steps and versions."""
+        trainable, total = model_loading.parameter_counts(self.model)
+        record = run_summary.configuration(
+            self.settings,
+            {"name": self.resolved.name, "trainable": trainable, "total": total},
+            self.plan,
+        )
+        write_json(self.run.logs / "configuration.json", record)
 
     def describe_data(self) -> None:
         """Before step 1: settings, dataset and mask audit, to TensorBoard and as files."""
@@ -890,8 +903,19 @@ class DirectTrainer:
         self.terminal.stop_progress()
         ends = {"completed": "success", "stopped": "success"}
         self.record.close(ends.get(self.outcome))
+        if self.dist.is_main:
+            self.write_report()
         for number, handler in self.former_handlers.items():
             signal.signal(number, handler)
+
+    def write_report(self) -> None:
+        """report.html; a disk that is full or a file that somebody broke ends no run."""
+        try:
+            with self.terminal.working("writing the report"):
+                path = write_report(self.run)
+            self.terminal.say(f"report: {path}")
+        except (OSError, UserError) as error:
+            self.terminal.warn(f"no report.html: {error}")
 
 
 def due(step: int, every: int) -> bool:

@@ -29,6 +29,11 @@ FP32 = 4  # bytes
 BITS_4 = 0.516  # bytes a weight in NF4: half a byte, and its doubly quantised scales
 USABLE = 0.92  # of the free memory; the rest goes to fragmentation and what the estimate leaves out
 GPU_SHARE = 0.35  # of a GPU's peak that training reaches, all overheads included
+HOST_LAYERS = (
+    3  # layers' activations that a host's malloc holds in gaps no tensor fits into (glibc)
+)
+HOST_LIBRARIES = 40 * 2**20  # bytes that libraries take with their first products
+STEP_SECONDS, EVALUATION_SECONDS = 0.03, 0.3  # of one, beside its arithmetic
 HOST_SHARE = 0.55  # of the rate of large matrix products, for devices that are measured
 Rows = list[tuple[str, str]]
 
@@ -156,6 +161,7 @@ class MemoryEstimate:
     activations: float
     logits: float
     workspace: float
+    allocator: float
 
     @property
     def total(self) -> float:
@@ -170,7 +176,8 @@ def estimate_memory(
 
     Adapters are fp32: 4 bytes each for weight and gradient, 8 for AdamW's moments. At lora_r 0 weights,
     gradients and moments are of the weights' type. Activations: `activation_bytes` per token and layer;
-    with checkpointing only each layer's input, and all of one layer while it is recomputed.
+    with checkpointing only each layer's input, and all of one layer while it is recomputed. A GPU's
+    allocator has its share of the memory left free (`USABLE`); a host's malloc is part of the estimate.
     """
     dims, size = shape.dims, placement.dtype_bytes
     if dims is None:
@@ -178,7 +185,7 @@ def estimate_memory(
     packed = shape.linear_parameters if placement.quantized else 0
     adapters = shape.trainable if shape.lora else 0
     trained = FP32 if shape.lora else size
-    layer = activation_bytes(dims, placement)
+    layer, on_host = activation_bytes(dims, placement), placement.device_type == "cpu"
     kept = dims.layers * dims.hidden * size + layer if checkpointing else dims.layers * layer
     return MemoryEstimate(
         weights=(packed * BITS_4 + (shape.parameters - packed) * size) / placement.shards,
@@ -188,6 +195,7 @@ def estimate_memory(
         activations=tokens * kept,
         logits=_logits_bytes(shape, placement, tokens),
         workspace=_workspace_bytes(shape, placement, tokens),
+        allocator=tokens * HOST_LAYERS * layer + HOST_LIBRARIES if on_host else 0,
     )
 
 
@@ -197,10 +205,10 @@ def activation_bytes(dims: ModelDims, placement: Placement) -> int:
     With H hidden, Q and K the widths of queries and keys, I of the MLP, b bytes an element. Eager: both
     residuals and the queries and keys before their norms in fp32, 4(2H + Q + K); two norm outputs,
     queries, keys, values, attention output and four widths of the MLP, b(2H + 2Q + 2K + 4I). The CPU's
-    attention repeats keys and values for each query head, 2Q for 2K, and its output is copied once
-    more, Q. Compiled: norms and the product of the MLP are recomputed, b(2H + 3Q + 3K + 2I). Adapters
-    that are not fused keep a copy of each layer's input in fp32, 4(5H + Q + I), unless the base is
-    fp32. Qwen3-4B in bf16: 146, 78 and 104 KiB.
+    attention gives its output document by document, so that it is copied once more, Q. Compiled: norms
+    and the product of the MLP are recomputed, b(2H + 3Q + 3K + 2I). Adapters that are not fused keep a
+    copy of each layer's input in fp32, 4(5H + Q + I), unless the base is fp32. Qwen3-4B in bf16: 146,
+    78 and 104 KiB.
     """
     hidden, mlp = dims.hidden, dims.intermediate
     queries, keys = dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim
@@ -208,8 +216,7 @@ def activation_bytes(dims: ModelDims, placement: Placement) -> int:
     if placement.compiled:
         kept = size * (2 * hidden + 3 * queries + 3 * keys + 2 * mlp)
     else:
-        # Flash attention on the CPU sees as many heads of keys as of queries.
-        attention = 5 * queries if placement.device_type == "cpu" else 2 * queries + 2 * keys
+        attention = 2 * queries + 2 * keys + (placement.device_type == "cpu") * queries
         kept = FP32 * (2 * hidden + queries + keys)
         kept += size * (2 * hidden + attention + 4 * mlp)
     if not placement.fused_lora and size < FP32:
@@ -387,7 +394,7 @@ class RunForecast:
                 "gradient checkpointing",
             ),
             ("memory: logits", f"{size_text(plain.logits)}, a chunk at a time"),
-            ("memory: working space", size_text(plain.workspace)),
+            ("memory: working space", size_text(plain.workspace + plain.allocator)),
             ("memory without checkpointing", self._against_free(plain)),
             ("memory with checkpointing", self._against_free(checkpointed)),
             ("gradient checkpointing", chosen),
@@ -464,6 +471,7 @@ def forecast(
         work *= recompute_factor(shape.lora, checkpointing)
         work += evaluations * eval_flops(shape, eval_lengths, eval_targets)
         seconds = work / (rate * plan.world_size)
+        seconds += plan.num_steps * STEP_SECONDS + evaluations * EVALUATION_SECONDS
     checkpoints = number_of_checkpoints(plan.num_steps, save_steps)
     kept = min(checkpoints, save_total_limit + 1)  # the best one may be kept beside them
     return RunForecast(

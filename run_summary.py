@@ -165,6 +165,19 @@ def training_statistics(
     }
 
 
+def configuration(
+    settings: Mapping[str, Any], model: Mapping[str, Any], plan: StepPlan
+) -> dict[str, Any]:
+    """The content of configuration.json; secrets redacted."""
+    return {
+        "config": redact_values(dict(settings)),
+        "model": dict(model),
+        "steps": plan.num_steps,
+        "steps_per_epoch": plan.steps_per_epoch,
+        "versions": versions(),
+    }
+
+
 def versions() -> dict[str, str]:
     """Python, the packages that matter, and the platform."""
     packages = {name: version(name) for name in PACKAGES}

@@ -91,6 +91,8 @@ class Terminal:
             self._write_log(f"{name}: {value}")
         if self._is_main and (always or not self._quiet):
             table = Table(title=title, show_header=False, title_justify="left", box=None)
+            table.add_column(no_wrap=True)
+            table.add_column(overflow="fold")  # a path must be whole
             for name, value in rows:
                 table.add_row(Text(name, style="bold"), Text(value))
             self._console.print(table)

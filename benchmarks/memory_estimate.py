@@ -1,0 +1,215 @@
+"""The memory estimate of --plan against measured peaks, in a process of its own for each case.
+
+    uv run python benchmarks/memory_estimate.py            # about 3 minutes on one CPU core
+    uv run python benchmarks/memory_estimate.py --device cuda
+
+A case writes a Qwen3 with random weights, loads it as a run does, and makes three updates on one packed
+row. Measured is what the process takes beyond what it held before the model: resident memory, sampled
+every millisecond; on CUDA the allocator's own peak. The last line is JSON.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import memory_settings  # noqa: F401, I001  before torch
+
+import argparse
+import json
+import subprocess
+import tempfile
+import threading
+import time
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import psutil
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+import model_loading
+import run_plan
+from chat_tokens import Segment, TokenizedSample
+from embedded_model import train_tokenizer
+from fast_lora import enable_fast_lora
+from optimization import build_optimizer, clip_gradients, update_weights
+from packed_model import PackedLossModel
+from packing import build_batch
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, a row and the settings that memory depends on."""
+
+    hidden: int
+    layers: int
+    vocab: int
+    tokens: int
+    lora_r: int = 16
+    precision: str = "fp32"
+    checkpointing: bool = False
+    compiled: bool = False
+
+    @property
+    def name(self) -> str:
+        kind = f"r{self.lora_r}" if self.lora_r else "full"
+        ways = "".join([", ckpt" * self.checkpointing, ", compiled" * self.compiled])
+        return f"H{self.hidden} L{self.layers} V{self.vocab} T{self.tokens} {kind} {self.precision}{ways}"
+
+
+CPU_CASES = (
+    Case(256, 4, 2048, 2048),
+    Case(512, 8, 16000, 2048),
+    Case(512, 8, 16000, 2048, checkpointing=True),
+    Case(512, 8, 16000, 2048, lora_r=0),
+    Case(512, 8, 16000, 2048, precision="bf16"),
+    Case(1024, 8, 32000, 1024),
+    Case(1024, 8, 32000, 1024, checkpointing=True),
+)
+CUDA_CASES = tuple(
+    Case(2560, 36, 151936, 8192, precision="bf16", checkpointing=ckpt, compiled=compiled)
+    for ckpt, compiled in ((True, False), (False, False), (False, True))
+)
+
+
+def write_model(case: Case, folder: Path) -> None:
+    """A Qwen3 of the case's shape; heads of 64, grouped by four; the published ones for 2560."""
+    tokenizer = train_tokenizer(["分组密码SM4的分组长度和密钥长度都是128比特，共32轮。"] * 4)
+    published = case.hidden == 2560
+    config = Qwen3Config(
+        vocab_size=case.vocab,
+        hidden_size=case.hidden,
+        intermediate_size=9728 if published else 3 * case.hidden,
+        num_hidden_layers=case.layers,
+        num_attention_heads=32 if published else case.hidden // 64,
+        num_key_value_heads=8 if published else max(1, case.hidden // 256),
+        head_dim=128 if published else 64,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    dtype = model_loading.weight_dtype(torch.device("cpu"), case.precision)
+    Qwen3ForCausalLM(config).to(dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+class Peak(threading.Thread):
+    """Highest resident memory of this process while it runs, in bytes."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._process, self._over = psutil.Process(), threading.Event()
+        self.value = 0
+
+    def run(self) -> None:
+        while not self._over.is_set():
+            self.value = max(self.value, self._process.memory_info().rss)
+            time.sleep(0.001)
+
+    def stop(self) -> int:
+        """End and return the peak."""
+        self._over.set()
+        self.join()
+        return self.value
+
+
+class Documents(list):
+    """Tokenized samples as `build_batch` takes them."""
+
+
+def documents(case: Case, length: int = 256) -> Documents:
+    """Random documents of one length, a quarter of each prompt, that fill the row."""
+    rng = np.random.default_rng(0)
+    segments = np.full(length, Segment.THINKING, dtype=np.uint8)
+    segments[: length // 4], segments[-1] = Segment.PROMPT, Segment.END
+    return Documents(
+        TokenizedSample(rng.integers(0, 1000, length, dtype=np.int32), segments, i)
+        for i in range(case.tokens // length)
+    )
+
+
+def measure(case: Case, folder: Path, device: torch.device) -> dict[str, float]:
+    """Estimated and measured bytes of one case."""
+    shape = run_plan.model_shape(
+        folder, lora_r=case.lora_r, target_modules=model_loading.PROJECTIONS
+    )
+    dtype = model_loading.weight_dtype(device, case.precision)
+    placement = run_plan.Placement(device.type, dtype.itemsize, compiled=case.compiled)
+    estimate = run_plan.estimate_memory(
+        shape, placement, case.tokens, checkpointing=case.checkpointing
+    )
+    before, peak = psutil.Process().memory_info().rss, Peak()
+    peak.start()
+    train(case, folder, device)
+    measured = peak.stop() - before
+    if device.type == "cuda":
+        measured = torch.cuda.max_memory_allocated(device)
+    return {"estimated": estimate.total, "measured": measured, "parts": vars(estimate)}
+
+
+def train(case: Case, folder: Path, device: torch.device) -> None:
+    """Three updates as a run makes them."""
+    resolved = model_loading.resolve_model(str(folder), device)
+    tokenizer = model_loading.load_tokenizer(resolved)
+    model = model_loading.load_model(
+        resolved,
+        tokenizer,
+        device=device,
+        precision=case.precision,
+        lora_r=case.lora_r,
+        gradient_checkpointing=case.checkpointing,
+    )
+    enable_fast_lora(model)
+    packed = PackedLossModel(model, tokenizer.convert_tokens_to_ids("</think>")).train()
+    if case.compiled:
+        packed.compile_layers()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = build_optimizer(
+        parameters, learning_rate=1e-4, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.0
+    )
+    samples = documents(case)
+    batch = build_batch(samples, range(len(samples))).to(device)
+    for _ in range(3):
+        packed(batch, len(batch.labels))[0].backward()
+        update_weights(optimizer, clip_gradients(parameters, 1.0))
+
+
+def in_process(case: Case, device: str) -> dict[str, float]:
+    """Measure in a fresh process, so that no case inherits another's memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(case, Path(folder))
+        arguments = ["--case", json.dumps(asdict(case)), "--folder", folder, "--device", device]
+        command = [sys.executable, __file__, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{case.name}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    """All cases of a device, or the one that a parent process asks for."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--case")
+    parser.add_argument("--folder", type=Path)
+    arguments = parser.parse_args()
+    if arguments.case:
+        case = Case(**json.loads(arguments.case))
+        print(json.dumps(measure(case, arguments.folder, torch.device(arguments.device))))
+        return
+    cases = CUDA_CASES if arguments.device == "cuda" else CPU_CASES
+    print(f"{'case':45} {'estimated':>10} {'measured':>10} {'error':>7}")
+    results = {}
+    for case in cases:
+        result = in_process(case, arguments.device)
+        error = result["estimated"] / result["measured"] - 1
+        results[case.name] = result | {"error": error}
+        sizes = (f"{result[name] / MIB:.0f} MiB" for name in ("estimated", "measured"))
+        print("{:45} {:>10} {:>10} {:>+7.1%}".format(case.name, *sizes, error), flush=True)
+    print(json.dumps({"device": arguments.device, "cases": results}))
+
+
+if __name__ == "__main__":
+    main()

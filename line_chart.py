@@ -1,0 +1,146 @@
+"""Curves as inline SVG: small, sharp, without a script, and readable in light and dark pages."""
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+
+Points = Sequence[tuple[float, float]]  # (x, y), x rises; a y that is not finite breaks the line
+
+WIDTH, HEIGHT = 560, 240
+LEFT, RIGHT, TOP, BOTTOM = 58, 12, 10, 24  # around the plot
+COLUMNS = 500  # beyond so many points a line is drawn by the lowest and highest of each column
+COLORS = (
+    "#2a7fb8", "#d9622b", "#3a9a54", "#a05ab4", "#c9a21a", "#4ab3b3", "#c2497a", "#7a7a7a",
+)  # fmt: skip
+STYLE = """
+.chart{max-width:100%;height:auto;font:11px system-ui,sans-serif}
+.chart text{fill:currentColor}.chart .grid{stroke:currentColor;opacity:.15}
+.chart path{fill:none;stroke-width:1.6;stroke-linejoin:round}
+.legend span{margin-right:1rem;white-space:nowrap;font-size:.85rem}
+.legend i{display:inline-block;width:.9rem;height:.25rem;margin-right:.3rem;vertical-align:middle}
+figure{margin:0}figcaption{font-weight:600;margin:.2rem 0}
+"""
+
+
+def line_chart(title: str, lines: Mapping[str, Points], *, x_name: str = "step") -> str:
+    """A `<figure>` with one curve for each name; empty where no value is finite.
+
+    The page needs `STYLE`.
+    """
+    finite = [(x, y) for points in lines.values() for x, y in points if math.isfinite(y)]
+    if not finite:
+        return ""
+    xs, ys = zip(*finite, strict=True)
+    x_range, y_range = _padded(min(xs), max(xs), 0), _padded(min(ys), max(ys), 0.05)
+
+    def place(x: float, y: float) -> str:
+        across = LEFT + (x - x_range[0]) / (x_range[1] - x_range[0]) * (WIDTH - LEFT - RIGHT)
+        down = TOP + (y_range[1] - y) / (y_range[1] - y_range[0]) * (HEIGHT - TOP - BOTTOM)
+        return f"{across:.1f},{down:.1f}"
+
+    parts = [_grid(x_range, y_range, place, x_name)]
+    for number, (name, points) in enumerate(lines.items()):
+        color, drawn = COLORS[number % len(COLORS)], thinned(points)
+        parts.append(
+            f'<path stroke="{color}" d="{_path(drawn, place)}"><title>{html.escape(name)}</title></path>'
+        )
+        parts += [
+            f'<circle cx="{p[0]}" cy="{p[1]}" r="2.2" fill="{color}"/>'
+            for p in (place(*point).split(",") for point in _lonely(drawn))
+        ]
+    label = html.escape(title, quote=True)
+    svg = (
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" role="img" '
+        f'aria-label="{label}">{"".join(parts)}</svg>'
+    )
+    return f"<figure><figcaption>{html.escape(title)}</figcaption>{svg}{_legend(lines)}</figure>"
+
+
+def thinned(points: Points) -> list[tuple[float, float]]:
+    """At most two points for each of `COLUMNS` columns, their lowest and highest, so that no spike
+    is lost; what is not finite stays."""
+    if len(points) <= 2 * COLUMNS:
+        return list(points)
+    kept: list[tuple[float, float]] = []
+    size = math.ceil(len(points) / COLUMNS)
+    for start in range(0, len(points), size):
+        column = list(points[start : start + size])
+        broken = [p for p in column if not math.isfinite(p[1])]
+        whole = [p for p in column if math.isfinite(p[1])]
+        ends = {min(whole, key=lambda p: p[1]), max(whole, key=lambda p: p[1])} if whole else set()
+        kept += sorted([*broken[:1], *ends], key=lambda p: p[0])
+    return kept
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers within [low, high], about `count` of them."""
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    return [i * step for i in range(first, last + 1)]
+
+
+def _padded(low: float, high: float, share: float) -> tuple[float, float]:
+    """The range with some air, and never empty."""
+    if high <= low:
+        air = abs(low) * 0.1 or 1.0
+        return low - air, low + air
+    return low - share * (high - low), high + share * (high - low)
+
+
+def _grid(x_range: tuple, y_range: tuple, place, x_name: str) -> str:
+    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
+    parts = []
+    for y in ticks(*y_range):
+        down = place(x_range[0], y).split(",")[1]
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{down}" y2="{down}"/>')
+        parts.append(
+            f'<text x="{LEFT - 6}" y="{down}" dy=".32em" text-anchor="end">{_number(y)}</text>'
+        )
+    for x in ticks(*x_range, 7):
+        across = place(x, y_range[0]).split(",")[0]
+        parts.append(f'<line class="grid" x1="{across}" x2="{across}" y1="{TOP}" y2="{bottom}"/>')
+        parts.append(
+            f'<text x="{across}" y="{HEIGHT - 8}" text-anchor="middle">{_number(x)}</text>'
+        )
+    parts.append(
+        f'<text x="{right}" y="{bottom - 4}" text-anchor="end" opacity=".6">'
+        f"{html.escape(x_name)}</text>"
+    )
+    return "".join(parts)
+
+
+def _path(points: Points, place) -> str:
+    """SVG path data; a gap where a value is not finite."""
+    commands, pen = [], "M"
+    for x, y in points:
+        if not math.isfinite(y):
+            pen = "M"
+            continue
+        commands.append(pen + place(x, y))
+        pen = "L"
+    return "".join(commands)
+
+
+def _lonely(points: Points) -> list[tuple[float, float]]:
+    """Points without a finite neighbour, which a line would not show."""
+    ok = [False, *(math.isfinite(y) for _, y in points), False]
+    return [p for i, p in enumerate(points, 1) if ok[i] and not ok[i - 1] and not ok[i + 1]]
+
+
+def _legend(lines: Mapping[str, Points]) -> str:
+    if len(lines) < 2:
+        return ""
+    items = (
+        f'<span><i style="background:{COLORS[i % len(COLORS)]}"></i>{html.escape(name)}</span>'
+        for i, name in enumerate(lines)
+    )
+    return f'<div class="legend">{"".join(items)}</div>'
+
+
+def _number(value: float) -> str:
+    if value and (abs(value) >= 1e5 or abs(value) < 1e-3):
+        return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e")
+    return f"{value:.6g}"

@@ -1,0 +1,130 @@
+"""Runs as they were recorded: curves, alerts, settings and status, read back from their log directories.
+
+Finished, running and broken-off runs alike; what a run has not written is empty here.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from errors import UserError
+from run_directory import RunDirectory
+from tb_logger import read_metrics, read_texts
+
+Points = list[tuple[int, float]]  # (step, value), steps rise
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """What a run left in `training_logs/<run>/`."""
+
+    directory: RunDirectory
+    series: dict[str, Points]  # by tag; a value that was not finite is NaN
+    seconds: float  # from the first record to the last, pauses included
+    alerts: list[dict[str, Any]]
+    configuration: dict[str, Any]  # settings, model, versions
+    status: dict[str, Any]
+    dataset: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.directory.name
+
+    def last(self, tag: str) -> float | None:
+        """The newest value of a tag."""
+        points = self.series.get(tag)
+        return points[-1][1] if points else None
+
+    def lowest(self, tag: str) -> float | None:
+        """The smallest finite value of a tag."""
+        return min((v for _, v in self.series.get(tag, ()) if math.isfinite(v)), default=None)
+
+    def texts(self) -> dict[str, list[tuple[int, str]]]:
+        """The texts of its event files by tag: (step, Markdown)."""
+        return read_texts(self.directory.tensorboard)
+
+
+def find_runs(places: Sequence[str | Path]) -> list[RunDirectory]:
+    """Runs that are meant: output directories (all their runs), log or event directories of one run.
+
+    Sorted by name, which is by time. Raises UserError for a place where there is no run.
+    """
+    found = {run.logs.resolve(): run for place in places for run in _runs_at(Path(place))}
+    return sorted(found.values(), key=lambda run: (run.name, str(run.output_dir)))
+
+
+def _runs_at(place: Path) -> list[RunDirectory]:
+    place = place.expanduser().absolute()
+    if not place.exists():
+        raise UserError(f"{place}: no such directory; give an output directory or a run's logs")
+    if place.name == "metrics.jsonl":
+        place = place.parent
+    if place.parent.name in ("training_logs", "tensorboard_logs"):
+        runs = [RunDirectory(place.parent.parent, place.name)]
+    else:
+        output = place.parent if place.name in ("training_logs", "tensorboard_logs") else place
+        runs = [RunDirectory(output, path.name) for path in output.glob("training_logs/*")]
+    runs = [run for run in runs if (run.logs / "metrics.jsonl").is_file()]
+    if not runs:
+        raise UserError(
+            f"{place}: no run has left a metrics.jsonl here; give an --output-dir or one of its "
+            "training_logs/<run>/"
+        )
+    return runs
+
+
+def read_recorded(run: RunDirectory) -> RecordedRun:
+    """Read a run's files. Raises UserError for one that is broken, naming it."""
+    series, times = _series(run.logs / "metrics.jsonl")
+    return RecordedRun(
+        directory=run,
+        series=series,
+        seconds=times[-1] - times[0] if times else 0.0,
+        alerts=_json_lines(run.logs / "alerts.jsonl"),
+        configuration=_json(run.logs / "configuration.json"),
+        status=_json(run.logs / "status.json"),
+        dataset=_json(run.logs / "dataset_statistics.json"),
+    )
+
+
+def _series(path: Path) -> tuple[dict[str, Points], list[float]]:
+    """Points by tag and the times of the records; a later record of a step replaces its values."""
+    by_tag: dict[str, dict[int, float]] = {}
+    times = []
+    try:
+        for record in read_metrics(path):
+            times.append(float(record["time"]))
+            for tag, value in record["metrics"].items():
+                number = math.nan if value is None else float(value)
+                by_tag.setdefault(tag, {})[int(record["step"])] = number
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise UserError(f"{path}: not a metrics file of this program ({error!r:.120})") from error
+    return {tag: sorted(points.items()) for tag, points in by_tag.items()}, times
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The object in a file; empty where the file is missing."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: can't be read ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return content
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    """One object a line; a last line that a crash cut is left out."""
+    if not path.is_file():
+        return []
+    whole = path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
+    try:
+        return [json.loads(line) for line in whole if line.strip()]
+    except ValueError as error:
+        raise UserError(f"{path}: broken JSON ({error})") from error
