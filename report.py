@@ -144,6 +144,7 @@ def headline(run: RecordedRun) -> dict[str, str]:
     steps = max((points[-1][0] for points in run.series.values()), default=0)
     planned = run.configuration.get("steps")
     held_out = run.series.get("Eval/Loss", ())
+    speed = run.last("Throughput/Tokens_Per_Second")
     numbers = {
         "model": clean_line(str(run.configuration.get("model", {}).get("name", "")), 60),
         "steps": f"{steps} of {planned}" if planned else str(steps),
@@ -152,7 +153,7 @@ def headline(run: RecordedRun) -> dict[str, str]:
         if held_out
         else "",
         "lowest held-out loss": _shown(run.lowest("Eval/Loss")),
-        "tokens per second": _shown(run.last("Throughput/Tokens_Per_Second")),
+        "tokens per second": "" if speed is None else f"{speed:,.0f}",
         "time": duration(run.seconds),
         "alerts": str(len(run.alerts)),
     }
@@ -182,10 +183,12 @@ def _charts(series: Mapping[str, Points]) -> str:
 
 
 def curves_of(series: Mapping[str, Points], patterns: Sequence[str]) -> dict[str, Points]:
-    """Curves of a chart by tag, the first `MOST_CURVES`."""
+    """Curves of a chart, the first `MOST_CURVES`, by the part of the tag in which they differ."""
     whole = re.compile("|".join(patterns))
-    tags = sorted(tag for tag in series if whole.fullmatch(tag))
-    return {clean_line(tag, 60): series[tag] for tag in tags[:MOST_CURVES]}
+    tags = sorted(tag for tag in series if whole.fullmatch(tag))[:MOST_CURVES]
+    alike = len({tag.partition("/")[0] for tag in tags}) == 1 < len(tags)
+    names = [tag.partition("/")[2] if alike else tag for tag in tags]
+    return {clean_line(name, 60): series[tag] for name, tag in zip(names, tags, strict=True)}
 
 
 def _texts(texts: Mapping[str, Sequence[tuple[int, str]]]) -> str:
