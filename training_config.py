@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from errors import UserError
+from foreign_names import known_names, translated
 
 
 @dataclass(frozen=True)
@@ -258,25 +259,6 @@ class CommandLine:
     """TOML file with any of the settings above; the command line wins."""
 
 
-# Names of transformers' TrainingArguments and of neighbours that mean the same here.
-ALIASES = {
-    "per_device_train_batch_size": "batch_size",
-    "num_train_epochs": "num_epochs",
-    "model_name_or_path": "model_name",
-    "lr_scheduler_type": "lr_schedule",
-    "max_length": "max_seq_length",
-    "cutoff_len": "max_seq_length",
-    "dataset": "data_path",
-    "train_file": "data_path",
-    "val_size": "eval_fraction",
-    "adam_beta_1": "adam_beta1",
-    "adam_beta_2": "adam_beta2",
-    "lora_rank": "lora_r",
-    "lora_target": "target_modules",
-    "adapter_name_or_path": "init_adapter",
-}
-
-
 def parse_command_line(arguments: list[str]) -> CommandLine:
     """Defaults, then the TOML file of --config, then the command line. Raises UserError for the file."""
     path = _value_of("--config", arguments)
@@ -297,13 +279,17 @@ def read_config_file(path: Path) -> DirectTrainingConfig:
     fields = {f.name: f for f in dataclasses.fields(DirectTrainingConfig)}
     settings, faults = {}, []
     for key, value in values.items():
-        name = ALIASES.get(key, key)
-        if name not in fields:
-            faults.append(f"unknown key {key!r}{_closest(key, [*fields, *ALIASES])}")
-        elif name in settings:
-            faults.append(f"{key!r} sets {name} a second time")
-        else:
-            settings[name] = _converted(fields[name], value, faults)
+        meant = translated(key, value)
+        if isinstance(meant, str):
+            faults.append(meant)
+            continue
+        for name, setting in meant.items():
+            if name not in fields:
+                faults.append(f"unknown key {key!r}{_closest(key, [*fields, *known_names()])}")
+            elif name in settings:
+                faults.append(f"{key!r} sets {name} a second time")
+            else:
+                settings[name] = _converted(fields[name], setting, faults)
     if faults:
         raise UserError(f"--config {path}: " + "; ".join(faults))
     return DirectTrainingConfig(**settings)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import foreign_names
 import training_config
 from errors import UserError
 from training_config import DirectTrainingConfig, parse_command_line, read_config_file
@@ -35,6 +36,67 @@ def test_names_of_neighbours_are_understood(tmp_path: Path):
     path = toml(tmp_path, "per_device_train_batch_size = 3\nnum_train_epochs = 2\nlora_rank = 8\n")
     config = read_config_file(path)
     assert (config.batch_size, config.num_epochs, config.lora_r) == (3, 2.0, 8)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("bf16 = true", {"precision": "bf16"}),
+        ("bf16 = false", {"precision": "fp32"}),
+        ("gradient_checkpointing = true", {"gradient_checkpointing": "on"}),
+        ("gradient_checkpointing = false", {"gradient_checkpointing": "off"}),
+        ('gradient_checkpointing = "auto"', {"gradient_checkpointing": "auto"}),
+        ('lr_scheduler_type = "linear"', {"lr_schedule": "linear"}),
+        ('lr_scheduler_type = "constant"', {"lr_schedule": "constant", "warmup_ratio": 0.0}),
+        (
+            'lr_scheduler_type = "constant_with_warmup"\nwarmup_ratio = 0.1',
+            {"lr_schedule": "constant", "warmup_ratio": 0.1},
+        ),
+        ("max_steps = -1", {"max_steps": 0}),
+        ('lora_target = "all"', {"target_modules": ("all-linear",)}),
+        ('lora_target = "q_proj, v_proj"', {"target_modules": ("q_proj", "v_proj")}),
+        ('finetuning_type = "full"', {"lora_r": 0}),
+        ("load_in_4bit = true", {"quantization": "4bit"}),
+        ('optim = "adamw_torch"\nreport_to = ["tensorboard"]\nseed = 3', {"seed": 3}),
+        ("use_cpu = true", {"device": "cpu"}),
+    ],
+)
+def test_settings_of_training_arguments_that_mean_the_same(tmp_path: Path, text, expected):
+    config = read_config_file(toml(tmp_path, text))
+    changed = dataclasses.replace(DirectTrainingConfig(), **expected)
+    assert config == changed
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("warmup_steps = 100", "warmup_ratio"),
+        ("fp16 = true", "must be False"),
+        ("bf16 = 1", "True or False"),
+        ('lr_scheduler_type = "polynomial"', "'constant_with_warmup'"),
+        ('optim = "adafactor"', "adamw_torch"),
+        ('report_to = "wandb"', "tensorboard"),
+        ('save_strategy = "epoch"', "'steps'"),
+        ('resume_from_checkpoint = "x"', "--resume"),
+        ("trust_remote_code = true", "--trust-remote-code"),
+        ("bf16 = true\nprecision = 'fp32'", "second time"),
+        ("num_train_epoch = 3", "num_train_epochs"),
+    ],
+)
+def test_settings_that_mean_something_else_get_an_answer(tmp_path: Path, text, said):
+    with pytest.raises(UserError) as caught:
+        read_config_file(toml(tmp_path, text))
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_every_translation_names_a_setting_of_ours():
+    fields = {f.name for f in dataclasses.fields(DirectTrainingConfig)}
+    assert set(foreign_names.ALIASES.values()) <= fields
+    for meanings in foreign_names.MEANINGS.values():
+        for _, settings in meanings:
+            assert settings.keys() <= fields
+    taken = set(foreign_names.ALIASES) | set(foreign_names.ADVICE)
+    assert not taken & fields, "a name of ours must mean ours"
 
 
 def test_all_faults_of_values_are_reported_at_once():
