@@ -63,15 +63,16 @@ def settle(page: Page) -> None:
 def _filter(expression: str, box: str) -> Callable[[Page], None]:
     def fill(page: Page) -> None:
         page.locator(box).first.fill(expression)
+        page.keyboard.press("Escape")  # closes the list of suggestions
         settle(page)
 
     return fill
 
 
 def _histograms(page: Page) -> None:
-    """How the adapters' weights move; the newest run only."""
+    """Lengths, quality and terms of the data; the newest run only."""
     page.locator("tf-runs-selector input").first.fill(_newest_run(page))
-    _filter("LoRA|Model|Tokens_H", "tf-tag-filterer input")(page)
+    _filter("Dataset", "tf-tag-filterer input")(page)
 
 
 def _images(page: Page) -> None:
