@@ -61,7 +61,7 @@ def tiny(tiny_model: Path, cache_dir: Path) -> list[str]:
         "--max-steps",
         "1",
         "--max-seq-length",
-        "2048",
+        "4096",
         "--num-probes",
         "0",
         "--save-steps",
