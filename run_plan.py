@@ -90,6 +90,7 @@ def model_shape(
     if init_adapter:
         adapter = adapter_size(Path(init_adapter).expanduser())
     elif lora_r:
+        _check_names(linear, target_modules, rank_pattern or {})
         adapter = sum(
             _adapter_weights(module, _rank(name, lora_r, rank_pattern or {}), use_dora)
             for name, module in linear.items()
@@ -115,6 +116,24 @@ def adapter_size(folder: Path) -> int:
             f"init_adapter {folder}: {path.name} can't be read ({clean_line(str(error), 200)}); give the "
             "folder of an adapter saved as safetensors"
         ) from error
+
+
+def _check_names(
+    linear: Mapping[str, torch.nn.Linear], wanted: Sequence[str], patterns: Mapping[str, int]
+) -> None:
+    """Every name must fit a layer and every pattern be an expression, or the plan would be another."""
+    unknown = [w for w in wanted if not any(_is_target(name, [w]) for name in linear)]
+    if unknown:
+        known = sorted({name.rpartition(".")[2] for name in linear})
+        raise UserError(
+            f"target_modules: {clean_line(', '.join(unknown))}; this model has {', '.join(known)} (or "
+            "all-linear)"
+        )
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"rank_pattern {clean_line(pattern)}: {error}") from error
 
 
 def _is_target(name: str, wanted: Sequence[str]) -> bool:
@@ -251,8 +270,8 @@ def _container_room() -> list[int]:
     """What a Linux container's limit leaves; nothing where there is no limit."""
     group = Path("/sys/fs/cgroup")
     try:
-        limit = (group / "memory.max").read_text().strip()
-        used = int((group / "memory.current").read_text())
+        limit = (group / "memory.max").read_text(encoding="ascii").strip()
+        used = int((group / "memory.current").read_text(encoding="ascii"))
     except (OSError, ValueError):
         return []
     return [int(limit) - used] if limit.isdigit() else []

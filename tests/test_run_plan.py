@@ -89,6 +89,10 @@ def test_what_cannot_be_counted_is_one_clear_error(tiny_model: Path, tmp_path: P
     (tmp_path / "config.json").write_text('{"model_type": "unheard-of"}', encoding="utf-8")
     with pytest.raises(UserError, match="can't be built"):
         model_shape(tmp_path, lora_r=16, target_modules=PROJECTIONS)
+    with pytest.raises(UserError, match="target_modules: nothing"):
+        model_shape(tiny_model, lora_r=16, target_modules=("q_proj", "nothing"))
+    with pytest.raises(UserError, match="rank_pattern"):
+        model_shape(tiny_model, lora_r=16, target_modules=PROJECTIONS, rank_pattern={"(": 2})
     with pytest.raises(UserError, match="init_adapter"):
         model_shape(
             tiny_model, lora_r=16, target_modules=PROJECTIONS, init_adapter=str(tmp_path / "no")

@@ -1,0 +1,111 @@
+"""Windows and macOS can import and run every module: checked by reading the sources, as neither is at hand.
+
+uv run pytest tests/test_portability.py
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py")])
+POSIX_MODULES = {
+    "crypt", "curses", "fcntl", "grp", "nis", "posix", "pty", "pwd", "readline", "resource", "spwd",
+    "syslog", "termios", "tty",
+}  # fmt: skip
+POSIX_OS = {
+    "O_DIRECTORY", "O_NOFOLLOW", "chown", "fchmod", "fork", "forkpty", "getegid", "geteuid", "getgid",
+    "getloadavg", "getpgid", "getuid", "killpg", "mkfifo", "nice", "posix_fadvise", "sched_getaffinity",
+    "sched_setaffinity", "setsid", "statvfs", "sysconf", "uname", "wait4",
+}  # fmt: skip
+EVERYWHERE = {"SIGABRT", "SIGFPE", "SIGILL", "SIGINT", "SIGSEGV", "SIGTERM", "SIG_DFL", "SIG_IGN"}
+
+
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def at_module_level(node: ast.AST) -> Iterator[ast.AST]:
+    """What runs when the module is imported: not the bodies of functions."""
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            yield child
+            yield from at_module_level(child)
+
+
+def imported(node: ast.AST) -> set[str]:
+    if isinstance(node, ast.Import):
+        return {alias.name.split(".")[0] for alias in node.names}
+    if isinstance(node, ast.ImportFrom) and not node.level:
+        return {node.module.split(".")[0]}
+    return set()
+
+
+def attributes(tree: ast.Module, module: str) -> set[str]:
+    """Names that are read as `module.name`."""
+    return {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == module
+    }
+
+
+def asked_for(tree: ast.Module) -> set[str]:
+    """Names whose existence the module asks for: hasattr(x, "name"), getattr(x, "name", default)."""
+    calls = (n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name))
+    return {
+        call.args[1].value
+        for call in calls
+        if call.func.id in ("hasattr", "getattr")
+        and len(call.args) > 1
+        and isinstance(call.args[1], ast.Constant)
+    }
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_no_posix_module_is_needed_to_import(path: Path):
+    names = {name for node in at_module_level(parsed(path)) for name in imported(node)}
+    assert not names & POSIX_MODULES
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_what_some_systems_lack_is_asked_for_first(path: Path):
+    tree = parsed(path)
+    found = attributes(tree, "os") & POSIX_OS
+    found |= {n for n in attributes(tree, "signal") if n.startswith("SIG")} - EVERYWHERE
+    assert not found - asked_for(tree)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_text_is_read_and_written_as_utf_8(path: Path):
+    """A Windows machine in China would else use GBK."""
+    wrong = []
+    for node in ast.walk(parsed(path)):
+        if not isinstance(node, ast.Call):
+            continue
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        given = {keyword.arg for keyword in node.keywords}
+        mode = next((k.value for k in node.keywords if k.arg == "mode"), None)
+        if name == "open" and isinstance(node.func, ast.Name) and len(node.args) > 1:
+            mode = node.args[1]
+        binary = isinstance(mode, ast.Constant) and "b" in mode.value
+        texts = name in ("write_text",) or (name == "read_text" and not node.args)
+        opens = name == "open" and isinstance(node.func, ast.Name) and not binary
+        if (texts or opens) and "encoding" not in given:
+            wrong.append(node.lineno)
+    assert not wrong, [f"{path.name}:{line}" for line in wrong]
+
+
+def test_the_checks_see_what_they_look_for():
+    bad = ast.parse(
+        "import fcntl\nimport os, signal\nos.fork()\nsignal.SIGHUP\ndef f(): import pty\n"
+    )
+    assert {n for node in at_module_level(bad) for n in imported(node)} >= {"fcntl", "os"}
+    assert "pty" not in {n for node in at_module_level(bad) for n in imported(node)}
+    assert attributes(bad, "os") == {"fork"} and attributes(bad, "signal") == {"SIGHUP"}
+    asked = ast.parse('hasattr(signal, "SIGHUP"); getattr(os, "fork", None)')
+    assert asked_for(asked) == {"SIGHUP", "fork"}
