@@ -71,6 +71,9 @@ def histogram_value(
     counts, edges = np.asarray(counts, np.float64), np.asarray(edges, np.float64)
     if counts.ndim != 1 or edges.shape != (len(counts) + 1,) or not len(counts):
         raise ValueError(f"got {counts.shape} counts and {edges.shape} edges, need n and n + 1")
+    used = np.flatnonzero(counts)
+    if len(used):  # the chart stretches to the outermost edges, empty or not
+        counts, edges = counts[used[0] : used[-1] + 1], edges[used[0] : used[-1] + 2]
     centres = (edges[1:] + edges[:-1]) / 2
     if total is None:
         total = float(counts @ centres)

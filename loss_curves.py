@@ -118,6 +118,8 @@ def _read_metrics(path: Path):
             if number == len(lines):  # a crash may cut the last line
                 return
             raise UserError(f"{path}:{number}: broken JSON ({error.msg})") from error
+        if isinstance(record, dict) and isinstance(record.get("metrics"), dict):  # our own lines
+            record = {"step": record.get("step"), **record["metrics"]}
         row = _numbers(record, f"{path}:{number}") if isinstance(record, dict) else None
         if row:
             # JSON has no NaN: a null loss is a loss that was not finite

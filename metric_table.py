@@ -101,7 +101,7 @@ Memory/GPU_Allocated_MB | MB | GPU | trainer
 Memory/GPU_Reserved_MB | MB | GPU | trainer
     Device memory reserved by the caching allocator.
 Memory/GPU_Peak_MB | MB | GPU | trainer
-    Highest allocated memory since the last logged step.
+    Highest allocated memory since the start.
 Memory/GPU_Total_MB | MB | GPU | trainer
     Memory of the device.
 Memory/GPU_Utilization_Percent | % | GPU | trainer
@@ -195,7 +195,7 @@ Monitoring/Forecast_Final_Loss_Low | nats/token | always | convergence
 Monitoring/Forecast_Final_Loss_High | nats/token | always | convergence
     Upper end of the forecast's interval.
 Monitoring/Steps_To_99_Percent | steps | always | convergence
-    Step at which 99% of the forecast fall of the loss is reached.
+    Steps left until 99% of the forecast fall of the loss is reached.
 Monitoring/NonFinite_Steps | steps | always | trainer
     Updates left out so far because loss or gradient was NaN or infinite.
 Monitoring/Resume_Count | | always | trainer
