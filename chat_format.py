@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from errors import UserError
+from safe_text import clean_line
 from sample_forms import strings_of
+from template_probe import check_template
 
 OPEN, CLOSE = "<think>", "</think>"
 
@@ -34,9 +36,28 @@ _MARKUP = re.compile(r"<\|.*\|>|</?(?:think|thinking|tools?|tool_call|tool_respo
 
 
 def chat_format(tokenizer: Any) -> ChatFormat:
-    """Probe a tokenizer. UserError where it has no chat template or no end of turn."""
-    if not getattr(tokenizer, "chat_template", None):
+    """Probe a tokenizer. UserError where it has no usable chat template or no end of turn."""
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
         raise UserError("the tokenizer has no chat template; use a chat model, or set one")
+    for text in template.values() if isinstance(template, dict) else [template]:
+        check_template(text)
+    try:
+        return _probed(tokenizer)
+    except template_errors() as error:
+        raise UserError(
+            f"the model's chat template can't be used: {clean_line(str(error), 200)}"
+        ) from error
+
+
+def template_errors() -> tuple[type[Exception], ...]:
+    """What a chat template can raise."""
+    import jinja2
+
+    return (jinja2.TemplateError, TypeError, ValueError, LookupError)
+
+
+def _probed(tokenizer: Any) -> ChatFormat:
     question = [{"role": "user", "content": "Q0q"}]
     prompt = render(tokenizer, question, None, prompt=True)
     plain = render(tokenizer, [*question, turn_with("A0a", "")], None)

@@ -31,6 +31,7 @@ from chat_format import (
     marked,
     parse_completion,
     render,
+    template_errors,
     turn_with,
     unused_mark,
 )
@@ -204,17 +205,11 @@ def _documents(
             _document(messages[:i], messages[i], tools, tokenizer, form, mark)
             for i in (turns if all_turns else turns[-1:])
         ]
-    except _template_errors() as error:
+    except template_errors() as error:
         place = f"{clean_line(sample.source, 200)}:{sample.line}"
         raise UserError(
             f"{place}: the model's chat template refuses this sample: {clean_line(str(error), 200)}"
         ) from error
-
-
-def _template_errors() -> tuple:
-    import jinja2
-
-    return (jinja2.TemplateError, TypeError, ValueError, LookupError)
 
 
 def _document(
