@@ -26,7 +26,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
 from errors import UserError
-from safe_text import clean_line, strict
+from safe_text import clean_line, json_text
 
 FORMAT = "qwen3-thinking-finetuning checkpoint 1"
 MANIFEST = "manifest.json"
@@ -104,6 +104,16 @@ def save_checkpoint(
     return target
 
 
+def nonfinite_tensors(tensors: Mapping[str, Tensors]) -> list[str]:
+    """`file: name` of every tensor with a NaN or an infinity; such a checkpoint is worth nothing."""
+    return [
+        f"{file}: {name}"
+        for file, content in tensors.items()
+        for name, tensor in content.items()
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all()
+    ]
+
+
 def prune_checkpoints(
     directory: Path, *, run: str, keep: int, protect: Path | None, warn: Callable[[str], None]
 ) -> None:
@@ -144,9 +154,7 @@ def _write(path: Path, data: bytes) -> dict[str, Any]:
 
 
 def _json_bytes(value: Mapping[str, Any]) -> bytes:
-    return (
-        json.dumps(strict(value), ensure_ascii=False, indent=1, allow_nan=False) + "\n"
-    ).encode()
+    return (json_text(value, indent=1) + "\n").encode()
 
 
 def _fsync_directory(path: Path) -> None:

@@ -38,6 +38,7 @@ from checkpoint import (
     Checkpoint,
     checkpoint_at,
     newest_checkpoint,
+    nonfinite_tensors,
     optimizer_tensors,
     prune_checkpoints,
     remove_leftovers,
@@ -68,12 +69,19 @@ from optimization import (
 from packed_model import PackedLossModel
 from packing import PlannedStep, StepPlan
 from report import write_report
-from run_directory import RunDirectory, check_writable, known_run, lock_output, new_run
+from run_directory import (
+    RunDirectory,
+    check_writable,
+    disk_faults_stop_the_run,
+    known_run,
+    lock_output,
+    new_run,
+)
 from run_record import RunRecord
-from safe_text import write_json
+from safe_text import redact_values, write_json
 from system_monitor import gpu_memory
 from tb_logger import NullLogger, TensorBoardLogger
-from terminal import Terminal
+from terminal import Terminal, show_crash
 from throughput import (
     CudaTimeline,
     HostTimeline,
@@ -136,10 +144,12 @@ class DirectTrainer:
             self.prepare()
             self.make_forecast()
             self.build_model()
-            self.open_run()
+            with disk_faults_stop_the_run(Path(self.config.output_dir)):
+                self.open_run()
             try:
-                self.loop()
-                self.finish()
+                with disk_faults_stop_the_run(self.run.output_dir):
+                    self.loop()
+                    self.finish()
             except BaseException as error:
                 status = "stopped" if isinstance(error, RunStopped) else "failed"
                 self.record.status(status, step=self.state.step, reason=repr(error))
@@ -317,8 +327,8 @@ class DirectTrainer:
                 saves |= "save" in self.log(step, metrics)
             if interrupted and not self.outcome:
                 self.outcome = "preempted"
-            if saves or self.outcome:
-                self.save(step)
+            if (saves or self.outcome) and self.outcome != "nonfinite":
+                self.save(step)  # a step that failed is to be done again, not to be resumed behind
             self.terminal.advance(step, metrics)
         self.outcome = self.outcome or "completed"
 
@@ -451,7 +461,7 @@ class DirectTrainer:
         )
         if config.nonfinite == "stop" or len(state.nonfinite_steps) > config.max_nonfinite_steps:
             self.outcome = "nonfinite"
-        elif config.nonfinite == "rollback":
+        elif config.nonfinite == "rollback" and result.step not in state.skipped_steps:
             self.rollback_from = result.step
 
     # -------------------------------------------------------------------------
@@ -570,14 +580,17 @@ class DirectTrainer:
             fault = self.dist.broadcast(self.dist.is_main and self.write_checkpoint(step, tensors))
         if fault:
             raise RunStopped(
-                f"the checkpoint of step {step} can't be written ({fault}); the one before it is intact. "
-                "Free some space and go on with --resume latest"
+                f"no checkpoint of step {step}: {fault}. The one before it is intact: go on with "
+                "--resume latest"
             )
         self.saved_step = step
 
     def write_checkpoint(self, step: int, tensors: dict[str, dict[str, torch.Tensor]]) -> str:
         """Write, say so, prune. Returns what went wrong, or nothing."""
         directory, best = self.run.checkpoints, self.state.best_step
+        bad = nonfinite_tensors(tensors)
+        if bad:
+            return f"{bad[0]} is not finite; lower --learning-rate"
         self.tensorboard_writer.flush(durable=True)
         try:
             path = save_checkpoint(
@@ -589,11 +602,11 @@ class DirectTrainer:
                 state={
                     "train_state": run_summary.settings_of(self.state),
                     "identity": self.identity,
-                    "config": self.settings,
+                    "config": redact_values(self.settings),
                 },
             )
         except OSError as error:
-            return f"{directory}: {error.strerror or error}"
+            return f"{directory} can't be written ({error.strerror or error}); free some space"
         self.terminal.say(f"saved {path}")
         prune_checkpoints(
             directory,
@@ -971,6 +984,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0 done or interrupted with a checkpoint, 1 --check-data found something, 2 bad input,
     3 the run could not go on."""
     try:
+        sys.excepthook = show_crash
         code = run(parse_command_line(sys.argv[1:] if arguments is None else arguments))
     except (UserError, RunStopped) as error:
         Terminal().error(str(error))

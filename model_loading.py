@@ -808,6 +808,8 @@ def _save_folder(directory: Path, tokenizer: Any, write: Callable[[Path], None])
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
         _replace(staging, directory)
+    except SafetensorError as error:  # the library's own kind of OSError
+        raise OSError(f"{directory}: {error}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

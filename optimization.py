@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from chat_tokens import TokenizedSamples
 
 import distributed
+from chat_tokens import TokenizedSamples
 from checkpoint import full_tensor
 from packing import PlannedStep, build_batch, split_micro_batch
 from segment_loss import LossSums

@@ -9,13 +9,15 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from errors import UserError
+from errors import RunStopped, UserError
 from safe_text import write_json
 
 RUN_PREFIX = "qwen3_4b_thinking_"
@@ -68,7 +70,8 @@ class RunDirectory:
 def lock_output(output_dir: Path) -> FileLock:
     """Take the output directory for this process; the operating system frees it when we die.
 
-    What an owner that died left half-written is removed. Raises UserError if another live run holds it or it can't be written.
+    What an owner that died left half-written is removed. Raises UserError if another live run holds it
+    or it can't be written.
     """
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -100,6 +103,18 @@ def _remove_leftovers(output_dir: Path) -> None:
         for path in output_dir.glob(f".{name}-*"):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
+
+
+@contextmanager
+def disk_faults_stop_the_run(output_dir: Path) -> Iterator[None]:
+    """A disk that fails is no crash: RunStopped with what the system said."""
+    try:
+        yield
+    except OSError as error:
+        raise RunStopped(
+            f"output_dir {output_dir}: {error}; the last checkpoint is intact. Free some space and go on "
+            "with --resume latest"
+        ) from error
 
 
 def check_writable(output_dir: Path, needed_bytes: int) -> None:

@@ -4,13 +4,12 @@ It owns the run's TensorBoard writer, hardware monitor, alerts and status file. 
 the same calls do nothing; only the alerts look at every rank's numbers, so that all ranks act alike.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from alerts import Alert, AlertMonitor, run_command
 from run_directory import RunDirectory
-from safe_text import redact_values, strict
+from safe_text import json_text, redact_values
 from system_monitor import SystemMonitor
 from tb_logger import NullLogger, TensorBoardLogger
 
@@ -67,8 +66,12 @@ class RunRecord:
 
     def status(self, status: str, **details: object) -> None:
         """How the run stands, for schedulers and people."""
-        if self._is_main:
+        if not self._is_main:
+            return
+        try:
             self.run.write_status(status, **redact_values(details))
+        except OSError as error:  # a full disk must neither stop training nor hide why it stopped
+            self._warn(f"status.json can't be written: {error.strerror or error}")
 
     def overhead_percent(self, seconds: float) -> dict[str, float]:
         """Share of `seconds` of training that calls of the writer took."""
@@ -103,7 +106,7 @@ class RunRecord:
 
 
 def _append_line(path: Path, record: Mapping, warn: Callable[[str], None]) -> None:
-    line = json.dumps(strict(redact_values(dict(record))), ensure_ascii=False, allow_nan=False)
+    line = json_text(redact_values(dict(record)))
     try:
         with open(path, "a", encoding="utf-8") as file:
             file.write(line + "\n")

@@ -103,6 +103,14 @@ def strict(value: Any) -> Any:
     return str(value)
 
 
+def json_text(value: Any, indent: int | None = None) -> str:
+    """Strict JSON, readable, all content kept: what `clean` drops is written as an escape."""
+    text = json.dumps(strict(value), ensure_ascii=False, indent=indent, allow_nan=False)
+    for hidden in (_CONTROLS, _INVISIBLE):
+        text = hidden.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+    return text
+
+
 def atomic_write_text(path: Path, text: str) -> None:
     """Write beside and rename, so that a reader sees the old file or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,5 +132,4 @@ def atomic_write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Strict, readable JSON, written atomically."""
-    text = json.dumps(strict(value), ensure_ascii=False, indent=2, allow_nan=False)
-    atomic_write_text(path, text + "\n")
+    atomic_write_text(path, json_text(value, indent=2) + "\n")

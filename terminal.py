@@ -8,10 +8,12 @@ import math
 import re
 import sys
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import TextIO
 
 from rich.console import Console, Group
@@ -305,3 +307,11 @@ def _metric_line(metrics: Mapping[str, float], with_trend: bool = False) -> str:
 
 def _ignore(done: int, total: int) -> None:
     """There is no bar to move."""
+
+
+def show_crash(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """`sys.excepthook`: the usual traceback without secrets and control characters."""
+    text = "".join(traceback.format_exception(kind, error, trace))
+    sys.stderr.write(clean(redact(text)))

@@ -80,7 +80,7 @@ class DirectTrainingConfig:
     """Packed rows per micro-batch and rank."""
     gradient_accumulation_steps: int = 1
     """Micro-batches of one rank per optimizer update."""
-    num_epochs: float = 4.0
+    num_epochs: float = 3.0
     """Passes over the training data."""
     max_steps: int = 0
     """Exactly so many optimizer updates instead of num_epochs; 0: off."""
@@ -128,7 +128,7 @@ class DirectTrainingConfig:
     """Optimizer steps between logged points."""
     save_steps: int = 50
     """Steps between checkpoints; 0: only at the end."""
-    eval_steps: int = 20
+    eval_steps: int = 40
     """Steps between held-out evaluations; they also run before the first step and at the end. 0: only
     these two."""
     save_total_limit: int = 3
@@ -207,7 +207,11 @@ class DirectTrainingConfig:
             unless(_finite(self.lora_alpha) and self.lora_alpha > 0, "lora_alpha", "above 0"),
             unless(bool(self.target_modules) or not self.lora_r, "target_modules", "not empty"),
             unless(bool(self.data_path), "data_path", "not empty"),
-            unless(bool(self.output_dir.strip()), "output_dir", "not empty"),
+            unless(
+                bool(self.output_dir.strip()) and "\0" not in self.output_dir,
+                "output_dir",
+                "a path, not empty",
+            ),
             unless(
                 not self.data_weights
                 or (
@@ -232,7 +236,10 @@ class DirectTrainingConfig:
 
 
 def _finite(value: float) -> bool:
-    return math.isfinite(value)
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
 
 
 # -----------------------------------------------------------------------------
@@ -274,7 +281,7 @@ def read_config_file(path: Path) -> DirectTrainingConfig:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--config {path}: can't be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # syntax, encoding, endless digits, depth
         raise UserError(f"--config {path}: not valid TOML ({error})") from error
     fields = {f.name: f for f in dataclasses.fields(DirectTrainingConfig)}
     settings, faults = {}, []

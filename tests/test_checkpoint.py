@@ -85,6 +85,13 @@ def test_no_flipped_bit_of_the_manifest_passes(tmp_path: Path):
             load_checkpoint(file.parent)
 
 
+def test_numbers_that_are_not_finite_are_named():
+    good, bad = torch.ones(3), torch.tensor([1.0, float("inf")])
+    tensors = {"adapter_model": {"a": good, "b": bad}, "rng": {"c": torch.arange(3)}}
+    assert checkpoint.nonfinite_tensors(tensors) == ["adapter_model: b"]
+    assert checkpoint.nonfinite_tensors({"optimizer": {"a": good}}) == []
+
+
 def test_a_damaged_newest_is_put_aside_and_the_one_before_is_used(tmp_path: Path):
     save(tmp_path, 5)
     newest = save(tmp_path, 10)

@@ -16,8 +16,15 @@ from pathlib import Path
 import pytest
 
 import run_directory
-from errors import UserError
-from run_directory import RunDirectory, check_writable, known_run, lock_output, new_run
+from errors import RunStopped, UserError
+from run_directory import (
+    RunDirectory,
+    check_writable,
+    disk_faults_stop_the_run,
+    known_run,
+    lock_output,
+    new_run,
+)
 
 ROOT = Path(run_directory.__file__).parent
 HOLDER = """
@@ -110,7 +117,7 @@ def as_nobody(tmp_path: Path, call: str) -> subprocess.CompletedProcess:
     if os.name != "posix" or os.geteuid() != 0 or shutil.which("setpriv") is None:
         pytest.skip("needs root and setpriv, to become a user without rights")
     code = f"""
-from errors import UserError
+from errors import RunStopped, UserError
 from pathlib import Path
 from run_directory import *
 try:
@@ -207,3 +214,13 @@ def test_everything_lies_below_the_output_directory(tmp_path: Path):
         run.statistics,
     )
     assert all(path.is_relative_to(tmp_path) for path in paths) and len(set(paths)) == 6
+
+
+def test_a_disk_that_fails_stops_the_run_with_its_reason(tmp_path: Path):
+    with (
+        pytest.raises(RunStopped, match=r"No such file.*--resume latest"),
+        disk_faults_stop_the_run(tmp_path),
+    ):
+        (tmp_path / "gone" / "x").write_text("")
+    with pytest.raises(ValueError), disk_faults_stop_the_run(tmp_path):
+        raise ValueError("another fault is not the disk's")
