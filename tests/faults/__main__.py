@@ -113,7 +113,7 @@ def chosen_rows(options: argparse.Namespace) -> list:
         raise SystemExit(f"no such row: {', '.join(sorted(unknown))}")
     found = []
     for row in sorted(rows, key=lambda row: row.id):
-        if only and row.id not in only or (options.quick and not only and not row.in_quick):
+        if (only and row.id not in only) or (options.quick and not only and not row.in_quick):
             continue
         default = row.quick if options.quick else row.full
         found.append((row, int(counts.get(row.id, default))))

@@ -196,8 +196,8 @@ def delete_before_saving() -> None:
 
 
 def order_faults(log: list[str], directory: Path) -> tuple[int, list[str]]:
-    """Publishes found in the log, and violations of: fsync of every file < rename < fsync of parent < say < delete."""
-    faults, publishes, synced, written, removable = [], 0, set(), {}, True
+    """Publishes in the log, and violations of: fsync of files < rename < fsync of parent < say < delete."""
+    faults, publishes, synced, written = [], 0, set(), {}
     waiting_for_parent = waiting_for_word = ""
     for line in log:
         _, call, rest = line.split(" ", 2)
@@ -223,12 +223,15 @@ def order_faults(log: list[str], directory: Path) -> tuple[int, list[str]]:
             if waiting_for_parent:
                 faults.append("announced before fsync of the parent")
             waiting_for_word = ""
-        elif (call.startswith(("unlink", "rmdir")) or ".staging-removed" in target) and (
-            "/checkpoint-" in path or ".staging-removed" in path
-        ):
-            if waiting_for_parent or waiting_for_word:
-                faults.append("an old checkpoint removed before the new one was announced")
+        elif _removes(call, path, target) and (waiting_for_parent or waiting_for_word):
+            faults.append("an old checkpoint removed before the new one was announced")
     return publishes, faults
+
+
+def _removes(call: str, path: str, target: str) -> bool:
+    """Whether a call takes away a checkpoint or a part of one."""
+    takes = call.startswith(("unlink", "rmdir")) or ".staging-removed" in target
+    return takes and ("/checkpoint-" in path or ".staging-removed" in path)
 
 
 def f03(rig: Rig, tally: Tally, count: int) -> None:
@@ -596,7 +599,7 @@ def rotation(rig: Rig) -> Iterator[tuple[str, Callable[[], tuple[bool, list[str]
         return True, expect(place, "checkpoint-7", "checkpoint-3.damaged", "checkpoint-20")
 
     def undeletable() -> tuple[bool, list[str]]:
-        place, paths = directory()
+        place, _ = directory()
         result = place.parent / "warnings"
 
         def action() -> None:

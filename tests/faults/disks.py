@@ -22,7 +22,6 @@ from .rig import (
     nothing_lost,
     read_curves,
     replaced,
-    status_of,
 )
 from .tally import Row, Tally
 
@@ -186,6 +185,9 @@ def disk_error(
         [] if outcome.code in (0, 2, 3) else [f"exit {outcome.code}: {outcome.output[-500:]}"]
     )
     problems += ["a traceback"] if "Traceback" in outcome.output else []
+    unsaved = operations == hook.SYNC and contains == "checkpoints" and number != errno.EINTR
+    if unsaved and outcome.code != 3:
+        problems.append("fsync failed and the checkpoint counts as saved")
     problems += announced_is_kept(output) if (output / "checkpoints").is_dir() else []
     again = rig.run(output, limit=120) if outcome.code else outcome
     problems += nothing_lost(output, rig.reference, again)

@@ -255,7 +255,7 @@ def two_at_once(rig: Rig, kill_first: bool) -> tuple[bool, list[str]]:
     """A second start in the same directory: refused while the first lives, free when it was killed."""
     output = rig.place("f15") / "out"
     first = rig.start(output)
-    training = wait_until(lambda: _ledger(output).exists() and bool(read_ledger(output)[0]), 60)
+    training = wait_until(lambda: bool(list(output.glob("checkpoints/checkpoint-*"))), 60)
     problems = []
     second_log = output.with_name("second.txt")
     if kill_first:

@@ -63,9 +63,10 @@ def markdown(rows: Sequence[Row], tallies: Sequence[Tally], command: Sequence[st
 
 A trial survives when nothing is lost: the newest announced checkpoint loads, every later loss, gradient,
 learning rate, random state and the final adapter's SHA-256 equal those of an uninterrupted run to the last
-bit, every document was trained once per epoch, TensorBoard shows each step once, `training_statistics.json` is strict
-JSON with the same totals, no temporary file and no process is left. A trial whose fault did not happen is void. A
-mutant is the program with one protection removed; its trials must fail, else the row proves nothing.
+bit, every document was trained once per epoch, TensorBoard shows each step once,
+`training_statistics.json` is strict JSON with the same totals, no temporary file and no process is left.
+A trial whose fault did not happen is void. A mutant is the program with one protection removed; its
+trials must fail, else the row proves nothing.
 
 | | fault | tried | survived | lost | void | mutants caught | seconds |
 |---|---|---|---|---|---|---|---|

@@ -14,7 +14,6 @@ import random
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,10 +25,49 @@ import embedded_model
 
 NUM_RECORDS, NUM_STEPS, SAVE_STEPS = 64, 24, 5
 LEDGER = "ledger.jsonl"
-_WORDS = (
-    "密钥 分组 密码 公钥 私钥 签名 散列 碰撞 随机 椭圆 曲线 同态 格 侧信道 填充 协议 证书 明文 密文 认证 "
-    "完整性 机密性 攻击 安全 证明 归约 素数 模数 指数 迭代 轮函数 置换 线性 差分 代数 消息 摘要 计数器 向量"
-).split()
+_WORDS = list(
+    [
+        "密钥",
+        "分组",
+        "密码",
+        "公钥",
+        "私钥",
+        "签名",
+        "散列",
+        "碰撞",
+        "随机",
+        "椭圆",
+        "曲线",
+        "同态",
+        "格",
+        "侧信道",
+        "填充",
+        "协议",
+        "证书",
+        "明文",
+        "密文",
+        "认证",
+        "完整性",
+        "机密性",
+        "攻击",
+        "安全",
+        "证明",
+        "归约",
+        "素数",
+        "模数",
+        "指数",
+        "迭代",
+        "轮函数",
+        "置换",
+        "线性",
+        "差分",
+        "代数",
+        "消息",
+        "摘要",
+        "计数器",
+        "向量",
+    ]
+)
 
 
 # -----------------------------------------------------------------------------
@@ -147,7 +185,7 @@ def fork(log: Path, action: Callable[[], int | None]) -> Child:
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
     except BaseException:
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())  # what a user sees; the program may have put its own there
     finally:
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
@@ -325,7 +363,8 @@ def read_curves(output: Path) -> dict[str, dict[int, float]]:
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
     curves: dict[str, dict[int, float]] = {tag: {} for tag in CURVES}
-    for path in sorted((output / "tensorboard_logs").glob("*/*tfevents*")):
+    runs = sorted((output / "tensorboard_logs").iterdir(), key=lambda p: p.stat().st_mtime)
+    for path in sorted(runs[-1].glob("*tfevents*")):
         for event in EventFileLoader(str(path)).Load():
             for value in event.summary.value:
                 if value.tag in curves:
