@@ -606,7 +606,9 @@ DETECTORS = {  # in this order: _loss_spike needs the losses before, _divergence
 # --------------------------------------------------------------------------- a command of the user's
 
 
-def run_command(command: str | Sequence[str], alert: Alert, timeout_s: float = 60.0):
+def run_command(
+    command: str | Sequence[str], alert: Alert, timeout_s: float = 60.0
+) -> threading.Thread:
     """Start the user's command with the alert as JSON on its stdin; return the thread at once.
 
     The command is split as a shell would and run without a shell, so nothing in the alert is ever

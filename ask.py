@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -114,14 +114,14 @@ class Reply(BaseStreamer):
             self._show(self._part, new)
 
 
-def stop_tokens(tokenizer, form: ChatFormat) -> set[int]:
+def stop_tokens(tokenizer: Any, form: ChatFormat) -> set[int]:
     """Ids that end a reply."""
     return {form.end_id, tokenizer.eos_token_id} - {None}
 
 
 def generate(
     model: torch.nn.Module,
-    tokenizer,
+    tokenizer: Any,
     ask: Ask,
     show: Callable[[str, str], None] = lambda part, text: None,
 ) -> Reply:
@@ -138,7 +138,7 @@ def generate(
             attention_mask=torch.ones_like(ids),
             streamer=reply,
             max_new_tokens=ask.max_new_tokens,
-            eos_token_id=sorted(stop_tokens(tokenizer, form)),
+            eos_token_id=sorted(stop_tokens(tokenizer: Any, form)),
             pad_token_id=form.end_id,
             **sampling(ask.temperature),
         )
@@ -158,7 +158,7 @@ def sampling(temperature: float | None) -> dict:
 # On the terminal
 
 
-def answer(model: torch.nn.Module, tokenizer, ask: Ask, console: Console) -> None:
+def answer(model: torch.nn.Module, tokenizer: Any, ask: Ask, console: Console) -> None:
     """One reply, piece by piece."""
     part = ""
 
@@ -175,7 +175,7 @@ def answer(model: torch.nn.Module, tokenizer, ask: Ask, console: Console) -> Non
     console.rule(remark(reply, ask), style="dim")
 
 
-def compare(model: torch.nn.Module, tokenizer, ask: Ask, console: Console) -> None:
+def compare(model: torch.nn.Module, tokenizer: Any, ask: Ask, console: Console) -> None:
     """Base against trained, side by side."""
     texts = {name: {"thinking": "", "answer": ""} for name in ("base", "trained")}
     remarks = dict.fromkeys(texts, "")

@@ -35,6 +35,8 @@ _QUESTION_TYPES = (
 
 @dataclass(frozen=True, slots=True)
 class Term:
+    """A cryptographic term of the list."""
+
     name: str
     category: str
     level: int  # 1 to 4
@@ -43,6 +45,8 @@ class Term:
 
 @dataclass(frozen=True, slots=True)
 class Standard:
+    """A standard, and words of which at least one belongs to a text that cites it."""
+
     number: str  # "GM/T 0002"
     years: tuple[str, ...]
     subject: str

@@ -111,7 +111,7 @@ def logits_of(folder: Path, device: torch.device) -> torch.Tensor:
 
 
 @torch.no_grad()
-def prompt_logits(model: torch.nn.Module, tokenizer) -> torch.Tensor:
+def prompt_logits(model: torch.nn.Module, tokenizer: Any) -> torch.Tensor:
     """(positions of all prompts, words) fp32 on the host."""
     rows = []
     for question in PROMPTS:
