@@ -138,7 +138,7 @@ def generate(
             attention_mask=torch.ones_like(ids),
             streamer=reply,
             max_new_tokens=ask.max_new_tokens,
-            eos_token_id=sorted(stop_tokens(tokenizer: Any, form)),
+            eos_token_id=sorted(stop_tokens(tokenizer, form)),
             pad_token_id=form.end_id,
             **sampling(ask.temperature),
         )
