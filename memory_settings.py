@@ -24,3 +24,7 @@ def _keep_freed_memory() -> None:
 _keep_freed_memory()
 # The tokenizer's own threads and forked workers don't go together; it warns at length otherwise.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Threads that spin while they wait hold up the ones they wait for as soon as anything else wants a core:
+# measured on two cores with one busy neighbour, generation took 13 to 20 times, training 2.5 to 3.4 times
+# as long as with threads that sleep.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
