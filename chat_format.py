@@ -87,6 +87,7 @@ def _reasoning_way(tokenizer: Any, question: list[dict], prompt: str) -> str:
 
 
 def turn_with(answer: str, thinking: str) -> dict:
+    """An assistant message with its thinking inline, for templates that know no reasoning field."""
     block = f"{OPEN}\n{thinking}\n{CLOSE}\n\n" if thinking else ""
     return {"role": "assistant", "content": block + answer}
 
@@ -108,6 +109,7 @@ def _control_pattern(tokenizer: Any) -> re.Pattern:
 
 
 def render(tokenizer: Any, messages: list[dict], tools: list | None, prompt: bool = False) -> str:
+    """The template's text for `messages`; with `prompt`, up to where the model goes on."""
     return tokenizer.apply_chat_template(
         messages, tools=tools, tokenize=False, add_generation_prompt=prompt
     )
