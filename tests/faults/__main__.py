@@ -9,11 +9,12 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 import time
 from pathlib import Path
 
-MODULES = ("checkpoints", "interruptions", "numbers", "disks", "machine", "hostile")
+from . import hook, report
+
+MODULES = ("checkpoints", "interruptions", "numbers", "disks", "machine", "hostile", "peers")
 
 
 def arguments() -> argparse.Namespace:
@@ -30,24 +31,6 @@ def arguments() -> argparse.Namespace:
     if not (options.all or options.quick or options.only):
         parser.error("say --all, --quick or --only")
     return options
-
-
-def restart_with_hook(work: Path) -> None:
-    """Start again under the preloaded library, with one thread and without the network."""
-    from . import hook
-
-    library = hook.build(work)
-    environment = {
-        **os.environ,
-        "FAULTS_WORK": str(work),
-        "OMP_NUM_THREADS": "1",
-        "MKL_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    if library is not None:
-        environment["LD_PRELOAD"] = str(library)
-    os.execve(sys.executable, [sys.executable, "-m", "tests.faults", *sys.argv[1:]], environment)
 
 
 def warm_up(rig) -> None:
@@ -124,9 +107,8 @@ def main() -> int:
     """0 when nothing was lost, nothing void and every mutant was caught."""
     options = arguments()
     if "FAULTS_WORK" not in os.environ:
-        restart_with_hook(Path(tempfile.mkdtemp(prefix="faults-")))
+        hook.restart(["-m", "tests.faults", *sys.argv[1:]])
     work = Path(os.environ["FAULTS_WORK"])
-    from . import report
     from .rig import Rig
 
     try:

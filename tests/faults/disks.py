@@ -112,7 +112,7 @@ def full_disk(
 
 
 def f07(rig: Rig, tally: Tally, count: int) -> None:
-    """A real full disk, in 12 places."""
+    """A real full disk, in 13 places."""
     if not can_mount(rig):
         tally.skip("needs the right to mount a small tmpfs")
         return
@@ -128,17 +128,21 @@ def f07(rig: Rig, tally: Tally, count: int) -> None:
         ("first save", {"full": (*save, 1), "code": 3}),
         ("third save, room for a part", {"full": (*save, 3), "leave": 40_000, "code": 3}),
         ("third save, freed after the run", {"full": (*update, 14), "leave": 12_000, "code": 3}),
-        ("best model", {"full": (trainer, "show_hardest", 2), "code": 3}),
+        ("best model", {"full": (trainer, "save_model", 1), "code": 3}),
         (
             "best model, room for a part",
-            {"full": (trainer, "show_hardest", 2), "leave": 30_000, "code": 3},
+            {"full": (trainer, "save_model", 1), "leave": 30_000, "code": 3},
         ),
         ("statistics", {"full": (trainer, "write_summary", 1), "code": 3}),
         (
             "statistics, room for a part",
             {"full": (trainer, "write_summary", 1), "leave": 4096, "code": 3},
         ),
-        ("logs and curves for 4 steps", {"full": (*update, 16), "freed": (*update, 20), "code": 0}),
+        ("logs and curves for 3 steps", {"full": (*update, 17), "freed": (*update, 20), "code": 0}),
+        (
+            "final model, room for the adapter",
+            {"full": (trainer, "finish", 1), "leave": 60_000, "code": 3},
+        ),
         ("before the run is open", {"full": (trainer, "open_run", 1), "code": 2}),
     ]
     for name, options in cases[:count]:
@@ -461,7 +465,7 @@ ROWS = [
         "F07",
         "disk full: saves, curves, models, statistics; freed and not",
         f07,
-        full=12,
+        full=13,
         quick=3,
         in_quick=True,
         mutants={"saved in place": save_in_place},

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 OPEN, WRITE, SYNC, RENAME, UNLINK, MKDIR, TRUNCATE, LINK = (1 << i for i in range(8))
@@ -26,6 +27,26 @@ def build(folder: Path) -> Path | None:
     command = [compiler, "-shared", "-fPIC", "-O1", "-o", str(library), str(_SOURCE), "-ldl"]
     subprocess.run(command, check=True)
     return library
+
+
+def restart(command: list[str]) -> None:
+    """Replace this process by Python with `command`, under the library, on one thread, offline.
+
+    FAULTS_WORK then names a new temporary directory, which the new process is to remove.
+    """
+    work = Path(tempfile.mkdtemp(prefix="faults-"))
+    library = build(work)
+    environment = {
+        **os.environ,
+        "FAULTS_WORK": str(work),
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if library is not None:
+        environment["LD_PRELOAD"] = str(library)
+    os.execve(sys.executable, [sys.executable, *command], environment)
 
 
 def preloaded() -> bool:

@@ -203,6 +203,7 @@ class Rig:
 
     root: Path
     reference: "Reference | None" = None
+    pair: "Reference | None" = None  # of two ranks
 
     def __post_init__(self) -> None:
         self.data, self.model = self.root / "records.jsonl", self.root / "model"

@@ -1,0 +1,305 @@
+"""F05, F13, F14: two ranks over gloo, forked with the environment that torchrun gives them."""
+
+import errno
+import os
+import random
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import direct_finetuning_with_existing_modules as program
+
+from .checkpoints import stop_at
+from .interruptions import no_random_state, wait_until
+from .rig import (
+    LEDGER,
+    NUM_STEPS,
+    Child,
+    Outcome,
+    Reference,
+    Rig,
+    fork,
+    nothing_lost,
+    read_ledger,
+    replaced,
+    write_ledger,
+)
+from .tally import Row, Tally
+
+TIMEOUT = 5  # seconds, --distributed-timeout of the trials that hang
+Patch = Callable[[], None]
+
+
+def start_ranks(
+    rig: Rig, output: Path, *more: str, world: int = 2, patches: dict[int, Patch] | None = None
+) -> list[Child]:
+    """Fork the ranks of one run; `patches` are called in the rank's child first."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def action(rank: int) -> int:
+        torch.set_num_threads(1)
+        if world > 1:
+            os.environ |= {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+        write_ledger(notes(output, rank).with_name(notes(output, rank).name + "." + LEDGER))
+        if patches and rank in patches:
+            patches[rank]()
+        return program.main(rig.arguments(output, *more))
+
+    children = []
+    for rank in range(world):
+        console = output.with_name(f"console{rank}.txt")
+        console.unlink(missing_ok=True)
+        children.append(fork(console, lambda rank=rank: action(rank)))
+    return children
+
+
+def notes(output: Path, rank: int) -> Path:
+    """Where a rank's ledger lies beside the output."""
+    return output if rank == 0 else output.with_name(f"{output.name}.rank{rank}")
+
+
+def wait_all(children: list[Child], limit: float) -> list[Outcome]:
+    """Reap all ranks."""
+    return [child.wait(limit) for child in children]
+
+
+def reference_of_two(rig: Rig) -> Reference:
+    """One uninterrupted run of two ranks."""
+    output = rig.root / "reference2" / "out"
+    if not output.exists():
+        outcomes = wait_all(start_ranks(rig, output), 240)
+        assert not any(o.code for o in outcomes), outcomes[0].output + outcomes[1].output
+        rig.pair = Reference.read(output)
+        rig.pair.seconds = max(o.seconds for o in outcomes)
+    return rig.pair
+
+
+def same_on_both(output: Path) -> list[str]:
+    """Both ranks hold the same weights after every step."""
+    first, second = (read_ledger(notes(output, rank))[0] for rank in (0, 1))
+    differing = [s for s in first if s in second and first[s]["weights"] != second[s]["weights"]]
+    return [f"ranks differ after step {differing[0]}"] if differing else []
+
+
+def ends_well(rig: Rig, output: Path) -> list[str]:
+    """The same command on two ranks comes to its end with nothing lost."""
+    outcomes = wait_all(start_ranks(rig, output), 240)
+    problems = [f"rank 1: exit {outcomes[1].code}"] if outcomes[1].code else []
+    problems += nothing_lost(output, rig.pair, outcomes[0])
+    return problems + (same_on_both(output) if not problems else [])
+
+
+# -----------------------------------------------------------------------------
+# F05
+
+
+def stopped_pair(rig: Rig, step: int) -> tuple[bool, list[str]]:
+    """SIGTERM to rank 1 only: both stop at the same step, both go on bit-equal."""
+    output = rig.place("f05") / "out"
+    outcomes = wait_all(start_ranks(rig, output, patches={1: lambda: stop_at(step)}), 120)
+    problems = [
+        f"rank {r}: exit {o.code}: {o.output[-300:]}" for r, o in enumerate(outcomes) if o.code
+    ]
+    lasts = [max(read_ledger(notes(output, rank))[0], default=0) for rank in (0, 1)]
+    problems += [f"ranks stopped after {lasts}"] if lasts[0] != lasts[1] else []
+    fired = lasts[1] == step
+    problems += ends_well(rig, output)
+    shutil.rmtree(output.parent, ignore_errors=True)
+    return fired, problems
+
+
+def other_world(rig: Rig, tally: Tally, worlds: tuple[int, int, int]) -> tuple[bool, list[str]]:
+    """Ranks change at two stops with the same global batch: same documents, same losses but for rounding."""
+    output, whole = rig.place("f05w") / "out", rig.place("f05w") / "out"
+
+    def options(world: int) -> list[str]:
+        accumulation = str(4 // world)
+        return ["--lora-dropout", "0", "--gradient-accumulation-steps", accumulation]
+
+    wait_all(start_ranks(rig, whole, *options(1), world=1), 120)
+    for world, stop in zip(worlds, (8, 16, 0), strict=True):
+        patches = {0: lambda stop=stop: stop_at(stop)} if stop else None
+        outcomes = wait_all(
+            start_ranks(rig, output, *options(world), world=world, patches=patches), 120
+        )
+        if any(o.code for o in outcomes):
+            return True, [f"exit {[o.code for o in outcomes]}: {outcomes[0].output[-400:]}"]
+    found, wanted = Reference.read(output), Reference.read(whole)
+    documents = [
+        s
+        for s, r in wanted.ledger.items()
+        if sorted(found.ledger[s]["documents"]) != sorted(r["documents"])
+    ]
+    problems = [f"step {documents[0]} has other documents"] if documents else []
+    curves = found.curves["Training/Loss"], wanted.curves["Training/Loss"]
+    worst = max(abs(curves[0].get(s, 0) / v - 1) for s, v in curves[1].items())
+    tally.measures[f"ranks {worlds}: largest relative difference of a loss"] = f"{worst:.1e}"
+    problems += [f"losses differ by {worst:.1e}"] if worst > 1e-4 else []
+    return True, problems
+
+
+def f05(rig: Rig, tally: Tally, count: int) -> None:
+    """Two ranks: stops, and other numbers of ranks at the same global batch."""
+    reference_of_two(rig)
+    draw = random.Random(5)
+    for step in sorted(draw.sample(range(1, NUM_STEPS), min(count, NUM_STEPS - 1))):
+        tally.attempt(f"stop {step} by rank 1", lambda s=step: stopped_pair(rig, s))
+    for worlds in ((1, 2, 1), (2, 1, 2))[:count]:
+        tally.attempt(f"ranks {worlds}", lambda w=worlds: other_world(rig, tally, w))
+
+
+# -----------------------------------------------------------------------------
+# F13, F14
+
+
+def killed_peer(rig: Rig, rank: int, at: float) -> tuple[bool, list[str], float]:
+    """kill -9 of one rank: the other ends by itself; both again, nothing lost. (…, seconds to end)"""
+    output = rig.place("f13") / "out"
+    children = start_ranks(rig, output, "--distributed-timeout", "30")
+    time.sleep(at)
+    fired = children[rank].kill(signal.SIGKILL)
+    children[rank].wait()
+    began = time.monotonic()
+    other = children[1 - rank].wait(65)
+    seconds = time.monotonic() - began
+    problems = [] if other.code not in (-signal.SIGALRM, 0) else [f"the other: exit {other.code}"]
+    if fired:
+        problems += ends_well(rig, output)
+    shutil.rmtree(output.parent, ignore_errors=True)
+    return fired, problems, seconds
+
+
+def f13(rig: Rig, tally: Tally, count: int) -> None:
+    """kill -9 of either rank at random times."""
+    pair, draw, slowest = reference_of_two(rig), random.Random(13), 0.0
+    for number in range(count):
+        at = draw.uniform(0.3, 0.9) * pair.seconds
+        fired, problems, seconds = killed_peer(rig, number % 2, at)
+        tally.add(f"rank {number % 2} after {at:.1f} s", fired, problems)
+        slowest = max(slowest, seconds)
+    tally.measures["slowest end of the other rank after a kill, s"] = round(slowest, 1)
+
+
+def disturbed(rig: Rig, tally: Tally, kind: str, rank: int) -> tuple[bool, list[str]]:
+    """One rank hangs, raises, or has no disk: all end in time, not with 0; then nothing is lost."""
+    output = rig.place("f14") / "out"
+    marker = output.with_name("fired")
+
+    def at_step_8(action: Callable[[], None]) -> Patch:
+        def patch() -> None:
+            advance = program.DirectTrainer.advance
+
+            def then(self, step, planned):
+                advance(self, step, planned)
+                if step == 8:
+                    marker.touch()
+                    action()
+
+            program.DirectTrainer.advance = then
+
+        return patch
+
+    def explode() -> None:
+        raise RuntimeError("a fault of this rank only")
+
+    def no_disk() -> None:
+        def full(*_: object, **__: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        replaced(program, "save_checkpoint", full)
+
+    action = {
+        "hangs": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+        "raises": explode,
+        "has no disk": no_disk,
+    }[kind]
+    options = ("--distributed-timeout", str(TIMEOUT))
+    began = time.monotonic()
+    children = start_ranks(rig, output, *options, patches={rank: at_step_8(action)})
+    wait_until(marker.exists, 60)
+    others = [c for r, c in enumerate(children) if kind != "hangs" or r != rank]
+    outcomes = [child.wait(TIMEOUT + 60 + began - time.monotonic() + 40) for child in others]
+    seconds = time.monotonic() - began
+    if kind == "hangs":
+        children[rank].kill(signal.SIGKILL)
+        children[rank].wait()
+    codes = [o.code for o in outcomes]
+    problems = [f"exit codes {codes}"] if 0 in codes or -signal.SIGALRM in codes else []
+    if kind == "has no disk" and rank == 0 and codes != [3, 3]:
+        problems.append(f"exit codes {codes}, wanted 3 on both: {outcomes[1].output[-300:]}")
+    name = "slowest end of a group with a fault on one rank, s"
+    tally.measures[name] = round(max(seconds, tally.measures.get(name, 0)), 1)
+    fired = marker.exists()
+    problems += ends_well(rig, output)
+    shutil.rmtree(output.parent, ignore_errors=True)
+    return fired, problems
+
+
+def f14(rig: Rig, tally: Tally, count: int) -> None:
+    """One rank of two hangs, raises or can't save."""
+    reference_of_two(rig)
+    cases = [("raises", 1), ("hangs", 1), ("has no disk", 0), ("raises", 0), ("hangs", 0)]
+    for number in range(count):
+        kind, rank = cases[number % len(cases)]
+        tally.attempt(f"rank {rank} {kind}", lambda k=kind, r=rank: disturbed(rig, tally, k, r))
+    tally.skip("a DataLoader worker that dies: the program has no DataLoader")
+
+
+def every_rank_for_itself() -> None:
+    """Mutant: ranks do not agree on a signal."""
+    import distributed
+
+    replaced(distributed.Distributed, "any", lambda self, flag: flag)
+
+
+def only_rank_0_notices() -> None:
+    """Mutant: the other ranks are not told that the checkpoint could not be written."""
+    import distributed
+
+    real = distributed.Distributed.broadcast
+
+    def silent(self, value):
+        result = real(self, value)
+        return (
+            value
+            if self.rank and isinstance(result, str) and "can't be written" in result
+            else result
+        )
+
+    replaced(distributed.Distributed, "broadcast", silent)
+
+
+ROWS = [
+    Row(
+        "F05",
+        "two ranks: stop and resume bit-equal; 1, 2, 1 ranks at one global batch",
+        f05,
+        full=8,
+        quick=1,
+        mutants={"ranks do not agree": every_rank_for_itself, "random state": no_random_state},
+        mutant_count=1,
+    ),
+    Row("F13", "two ranks: kill -9 of one", f13, full=20, quick=1),
+    Row(
+        "F14",
+        "two ranks: one hangs, raises, or has no disk",
+        f14,
+        full=12,
+        quick=2,
+        mutants={"only rank 0 notices": only_rank_0_notices},
+        mutant_count=3,
+    ),
+]
