@@ -808,8 +808,11 @@ def _save_folder(directory: Path, tokenizer: Any, write: Callable[[Path], None])
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
         _replace(staging, directory)
-    except SafetensorError as error:  # the library's own kind of OSError
-        raise OSError(f"{directory}: {error}") from error
+    except Exception as error:
+        # A full disk is a SafetensorError to safetensors and a bare Exception to tokenizers.
+        if isinstance(error, SafetensorError) or type(error) is Exception:
+            raise OSError(f"{directory}: {error}") from error
+        raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from huggingface_hub import constants as hub_constants
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
@@ -633,3 +634,27 @@ def test_4bit(tiny):
     # An evaluation in between must not change what training sees.
     for gradient, again in zip(before, adapter_gradients(model), strict=True):
         torch.testing.assert_close(gradient, again)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        SafetensorError("I/O error: No space left"),
+        Exception("No space left"),
+        OSError(28, "No space left"),
+    ],
+)
+def test_a_full_disk_is_an_oserror_and_the_earlier_folder_stays(tmp_path, fault):
+    target = tmp_path / "final_model"
+    target.mkdir()
+    (target / "weights").write_text("of before")
+
+    def full(path):
+        raise fault
+
+    with pytest.raises(OSError, match="No space left"):
+        model_loading._save_folder(target, None, full)
+    assert (target / "weights").read_text() == "of before"
+    assert [p.name for p in tmp_path.iterdir()] == ["final_model"]
+    with pytest.raises(TypeError):  # our own mistake is no full disk
+        model_loading._save_folder(target, None, lambda: None)

@@ -298,7 +298,7 @@ def f17(rig: Rig, tally: Tally, count: int) -> None:
         ("host, once", host_error, 6, 0, False),
         ("device, once", device_error, 6, 0, False),
         ("device, above 150 tokens", device_error, 3, 150, False),
-        ("host, above 60 tokens", host_error, 1, 60, False),
+        ("host, above 100 tokens", host_error, 1, 100, False),
         ("device, every document", device_error, 12, 1, True),
         ("host, every document from the start", host_error, 1, 1, True),
     ]

@@ -165,11 +165,18 @@ def f05(rig: Rig, tally: Tally, count: int) -> None:
 # F13, F14
 
 
-def killed_peer(rig: Rig, rank: int, at: float) -> tuple[bool, list[str], float]:
+def _steps(output: Path, rank: int) -> dict[int, dict]:
+    ledger = notes(output, rank)
+    exists = ledger.with_name(f"{ledger.name}.{LEDGER}").exists()
+    return read_ledger(ledger)[0] if exists else {}
+
+
+def killed_peer(rig: Rig, rank: int, step: int, delay: float) -> tuple[bool, list[str], float]:
     """kill -9 of one rank: the other ends by itself; both again, nothing lost. (…, seconds to end)"""
     output = rig.place("f13") / "out"
     children = start_ranks(rig, output, "--distributed-timeout", "30")
-    time.sleep(at)
+    wait_until(lambda: len(_steps(output, rank)) >= step, 120)
+    time.sleep(delay)
     fired = children[rank].kill(signal.SIGKILL)
     children[rank].wait()
     began = time.monotonic()
@@ -184,11 +191,12 @@ def killed_peer(rig: Rig, rank: int, at: float) -> tuple[bool, list[str], float]
 
 def f13(rig: Rig, tally: Tally, count: int) -> None:
     """kill -9 of either rank at random times."""
-    pair, draw, slowest = reference_of_two(rig), random.Random(13), 0.0
+    reference_of_two(rig)
+    draw, slowest = random.Random(13), 0.0
     for number in range(count):
-        at = draw.uniform(0.3, 0.9) * pair.seconds
-        fired, problems, seconds = killed_peer(rig, number % 2, at)
-        tally.add(f"rank {number % 2} after {at:.1f} s", fired, problems)
+        step, delay = draw.randrange(NUM_STEPS - 3), draw.uniform(0, 0.1)
+        fired, problems, seconds = killed_peer(rig, number % 2, step, delay)
+        tally.add(f"rank {number % 2} after step {step}", fired, problems)
         slowest = max(slowest, seconds)
     tally.measures["slowest end of the other rank after a kill, s"] = round(slowest, 1)
 
