@@ -1,0 +1,162 @@
+"""Real runs with a fault put into each: does the monitor find it, name it, and stay silent otherwise?
+
+    uv run python benchmarks/injected_faults.py            table; last line JSON
+    uv run python benchmarks/injected_faults.py --write    also docs/monitoring.md
+
+Every run is the real trainer on a tiny model, a process of its own: one healthy, one whose learning rate
+is multiplied by 300 at step 150, one whose data reader sleeps, one that keeps 4 MB a step.
+"""
+
+import argparse
+import json
+import multiprocessing
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+STEPS = 300
+FAULTS = {
+    "healthy": set(),
+    "learning rate × 300 from step 150": {"Gradient_Explosion", "Loss_Spike", "Divergence"},
+    "data reader sleeps 0.2 s a batch": {"Data_Starvation"},
+    "4 MB kept per step": {"Memory_Leak"},
+}
+PAGE = ROOT / "docs" / "monitoring.md"
+INTRODUCTION = """# Monitoring: what is watched, and faults that were found
+
+What is measured and where: `metric_table.py` holds every tag with unit, meaning and source. The guide
+([TENSORBOARD_GUIDE.md](../TENSORBOARD_GUIDE.md)) explains how to read them; the formulas of score and
+forecast are in [convergence.md](convergence.md). Each alert is 0 or 1 in `Alerts/<Name>` at every logged
+step, a row of the cumulative table in TEXT, a line on the terminal and a record in
+`training_logs/<run>/alerts.jsonl` with step, value, threshold, evidence and advice. What shall happen is set
+by `--alert-actions NAME log|save|stop|COMMAND`; a command gets the alert as JSON on its input, so a webhook
+is a command away.
+
+"""
+
+
+def train(fault: str, output_dir: str, inputs: dict[str, str]) -> None:
+    """One run in this process, with its fault."""
+    import direct_finetuning_with_existing_modules as program
+    import optimization
+
+    kept: list[bytearray] = []
+    learning_rate_at, build_batch = program.learning_rate_at, optimization.build_batch
+
+    def exploding(step: int, *args: object, **kwargs: object) -> float:
+        return learning_rate_at(step, *args, **kwargs) * (300 if step >= 150 else 1)
+
+    def waiting(*args: object, **kwargs: object) -> float:
+        time.sleep(0.4)
+        return learning_rate_at(*args, **kwargs)
+
+    def sleeping(*args: object, **kwargs: object) -> object:
+        time.sleep(0.2)
+        return build_batch(*args, **kwargs)
+
+    def leaking(*args: object, **kwargs: object) -> object:
+        kept.append(bytearray(b"x") * (4 << 20))
+        return build_batch(*args, **kwargs)
+
+    if "learning rate" in fault:
+        program.learning_rate_at = exploding
+    elif "sleeps" in fault:
+        optimization.build_batch = sleeping
+    elif "kept" in fault:
+        optimization.build_batch = leaking
+        program.learning_rate_at = waiting  # memory is read once a second
+    config = program.DirectTrainingConfig(
+        model_name=inputs["model"],
+        data_path=(inputs["data"],),
+        cache_dir=inputs["cache"],
+        output_dir=output_dir,
+        max_steps=STEPS,
+        max_seq_length=512,
+        lora_r=0,  # all weights: a run that has learned something, and so has something to lose
+        learning_rate=3e-3,
+        logging_steps=1,
+        eval_steps=0,
+        num_probes=0,
+        save_steps=0,
+    )
+    program.DirectTrainer(config, quiet=True).train()
+
+
+def run(fault: str, inputs: dict[str, str], folder: Path) -> list[dict]:
+    """The alerts of one run, as it recorded them."""
+    output = folder / fault.replace(" ", "_").replace("×", "x")
+    process = multiprocessing.get_context("spawn").Process(
+        target=train, args=(fault, str(output), inputs)
+    )
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"{fault}: the run ended with code {process.exitcode}")
+    found = list(output.glob("training_logs/*/alerts.jsonl"))
+    lines = found[0].read_text(encoding="utf-8").splitlines() if found else []
+    return [json.loads(line) for line in lines]
+
+
+def row(fault: str, wanted: set[str], alerts: list[dict]) -> dict:
+    """What was injected, what spoke, whether it should have."""
+    spoke = list(dict.fromkeys(alert["name"] for alert in alerts))
+    found = bool(wanted & set(spoke)) if wanted else not spoke
+    false = sorted(set(spoke) - wanted)
+    return {"fault": fault, "spoke": spoke, "found": found, "false": false, "alerts": alerts}
+
+
+def page(rows: list[dict]) -> str:
+    """docs/monitoring.md."""
+    parts = [
+        INTRODUCTION,
+        "## Injected faults\n\n`uv run python benchmarks/injected_faults.py --write`, "
+        f"{date.today()}: real runs of {STEPS} steps on a tiny model, one logged point a step.\n\n",
+        "| fault | alerts | found | false alarms |\n| --- | --- | --- | --- |\n",
+    ]
+    for r in rows:
+        spoke = ", ".join(r["spoke"]) or "none"
+        false = ", ".join(r["false"]) or "none"
+        parts.append(f"| {r['fault']} | {spoke} | {'yes' if r['found'] else 'NO'} | {false} |\n")
+    for r in rows:
+        for alert in {a["name"]: a for a in reversed(r["alerts"])}.values():
+            evidence = ", ".join(f"{k}: {v}" for k, v in alert["evidence"].items())
+            parts.append(
+                f"\n**{r['fault']}**: {alert['name']} at step {alert['step']}, value {alert['value']:.4g}, "
+                f"threshold {alert['threshold']:.4g}. {evidence}\n\n> {alert['advice']}\n"
+            )
+    return "".join(parts)
+
+
+def main() -> None:
+    """All runs, the table, the JSON line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--write", action="store_true", help="write docs/monitoring.md")
+    options = parser.parse_args()
+    from tiny_model import make_tiny_data, make_tiny_model
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        inputs = {
+            "model": str(make_tiny_model(folder / "model")),
+            "data": str(make_tiny_data(folder / "data.jsonl", 200)),
+            "cache": str(folder / "cache"),
+        }
+        rows = [row(f, wanted, run(f, inputs, folder)) for f, wanted in FAULTS.items()]
+    for r in rows:
+        print(
+            f"{r['fault']}: {', '.join(r['spoke']) or 'silent'}; found {r['found']}; false {r['false']}"
+        )
+    if options.write:
+        PAGE.write_text(page(rows), encoding="utf-8")
+    print(json.dumps({r["fault"]: {"found": r["found"], "false": r["false"]} for r in rows}))
+
+
+if __name__ == "__main__":
+    main()
