@@ -27,9 +27,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--no-mutants", action="store_true", help="leave the mutants out")
     parser.add_argument("--json", default="", help="write every row's numbers here")
     parser.add_argument("--report", default="", help="write the table here")
+    parser.add_argument(
+        "--merge", nargs="*", default=[], help="no run: a table of these JSON files"
+    )
     options = parser.parse_args()
-    if not (options.all or options.quick or options.only):
-        parser.error("say --all, --quick or --only")
+    if not (options.all or options.quick or options.only or options.merge):
+        parser.error("say --all, --quick, --only or --merge")
+    if options.merge and not options.report:
+        parser.error("--merge needs --report")
     return options
 
 
@@ -88,7 +93,7 @@ def run_row(rig, row, count: int, with_mutants: bool):
 
 def chosen_rows(options: argparse.Namespace) -> list:
     """(row, count) in the order of the scorecard."""
-    rows = [row for name in MODULES for row in importlib.import_module(f"tests.faults.{name}").ROWS]
+    rows = all_rows()
     only = set(filter(None, options.only.split(",")))
     counts = dict(item.split("=") for item in filter(None, options.counts.split(",")))
     unknown = (only | set(counts)) - {row.id for row in rows}
@@ -103,9 +108,31 @@ def chosen_rows(options: argparse.Namespace) -> list:
     return found
 
 
+def merge(options: argparse.Namespace) -> int:
+    """One table of several runs, each with rows of its own."""
+    from .tally import Tally
+
+    tallies = [
+        Tally(**item) for path in options.merge for item in json.loads(Path(path).read_text())
+    ]
+    tallies.sort(key=lambda tally: tally.row)
+    rows = {row.id: row for row in all_rows()}
+    command = ["--all", *(["--counts", options.counts] if options.counts else [])]
+    report.write(Path(options.report), [rows[t.row] for t in tallies], tallies, command)
+    print(json.dumps(report.totals(tallies)))
+    return 0
+
+
+def all_rows() -> list:
+    """Every row of the scorecard."""
+    return [row for name in MODULES for row in importlib.import_module(f"tests.faults.{name}").ROWS]
+
+
 def main() -> int:
     """0 when nothing was lost, nothing void and every mutant was caught."""
     options = arguments()
+    if options.merge:
+        return merge(options)
     if "FAULTS_WORK" not in os.environ:
         hook.restart(["-m", "tests.faults", *sys.argv[1:]])
     work = Path(os.environ["FAULTS_WORK"])
@@ -128,9 +155,9 @@ def main() -> int:
             print(report.line(row, tally), flush=True)
             for fault in tally.faults[:8]:
                 print(f"    {fault}", flush=True)
+            if options.json:  # after every row, so that a long run leaves something when it is cut
+                Path(options.json).write_text(report.as_json(tallies))
         totals = report.totals(tallies)
-        if options.json:
-            Path(options.json).write_text(report.as_json(tallies))
         if options.report:
             report.write(Path(options.report), [row for row, _ in rows], tallies, sys.argv[1:])
     finally:

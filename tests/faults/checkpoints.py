@@ -133,7 +133,7 @@ def f02(rig: Rig, tally: Tally, count: int) -> None:
         return
     total = number_of_changes(rig)
     tally.measures["changes in save and rotation"] = total
-    for k in range(1, total + 1):
+    for k in range(1, total + 1, 1 if count else 4):
         for name, action in (("before", hook.KILL_BEFORE), ("half", hook.KILL_IN_HALF)):
             tally.attempt(f"{name} change {k}", lambda k=k, a=action: crash_point(rig, k, a))
     if not count:
