@@ -4,7 +4,8 @@ Everything here reads the dictionary of `DatasetStatistics.to_json` and computes
 """
 
 import html as html_escape
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import crypto_terms
@@ -317,10 +318,15 @@ def _html_table(title: str, header: Row, rows: list[Row]) -> str:
 
 
 def figures(report: Report) -> "dict[str, Figure]":
-    """Pictures by tag: lengths of the segments in tokens, and the most frequent terms."""
+    """`pictures`, drawn."""
+    return {tag: draw() for tag, draw in pictures(report).items()}
+
+
+def pictures(report: Report) -> "dict[str, Callable[[], Figure]]":
+    """Functions that draw, by tag: lengths of the segments in tokens, and the most frequent terms."""
     return {
-        "Dataset/Length_Distribution": _length_figure(report),
-        "Dataset/Term_Distribution": _term_figure(report),
+        "Dataset/Length_Distribution": partial(_length_figure, report),
+        "Dataset/Term_Distribution": partial(_term_figure, report),
     }
 
 

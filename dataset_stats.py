@@ -10,7 +10,7 @@ from keys and, for near ones, by reading the texts once more.
 
 import multiprocessing
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from json import dumps
@@ -200,6 +200,10 @@ class DatasetStatistics:
     def figures(self) -> "dict[str, Figure]":
         """Pictures of lengths and terms, by tag. Close them after use."""
         return dataset_report.figures(self.to_json())
+
+    def pictures(self) -> "dict[str, Callable[[], Figure]]":
+        """The functions that draw `figures`, by tag; matplotlib is not needed before the call."""
+        return dataset_report.pictures(self.to_json())
 
     def summary_markdown(self) -> str:
         """Tables of everything, with what to look at first."""

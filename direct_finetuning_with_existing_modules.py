@@ -14,13 +14,27 @@ Watch it:
 This file is the story of a run; every other file is a module it uses.
 """
 
-import memory_settings  # noqa: F401, I001  first: it tunes malloc before torch allocates
+# ruff: noqa: I001  the order of the imports is on purpose
+
+import memory_settings  # first: it tunes malloc before torch allocates
+
+import sys
+
+from errors import RunStopped, UserError
+from terminal import Terminal, show_crash
+from training_config import CommandLine, DirectTrainingConfig, parse_command_line
+
+if __name__ == "__main__":  # help and wrong settings are answered before the imports that take long
+    try:
+        parse_command_line(sys.argv[1:])
+    except UserError as error:
+        Terminal().error(str(error))
+        sys.exit(2)
 
 import dataclasses
 import math
 import os
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -49,7 +63,6 @@ from checkpoint import (
 )
 from convergence import ConvergenceMonitor
 from data_check import data_faults, is_good, summary
-from errors import RunStopped, UserError
 from evaluation import Evaluator
 from fast_lora import enable_fast_lora
 from hardest_samples import LEVEL_DECAY, hardest, hardest_text, loss_rows
@@ -81,7 +94,6 @@ from run_record import RunRecord
 from safe_text import redact_values, write_json
 from system_monitor import gpu_memory
 from tb_logger import NullLogger, TensorBoardLogger
-from terminal import Terminal, show_crash
 from throughput import (
     CudaTimeline,
     HostTimeline,
@@ -91,9 +103,10 @@ from throughput import (
     training_flops,
 )
 from train_state import TrainState
-from training_config import CommandLine, DirectTrainingConfig, parse_command_line
 from training_data import TrainingData, prepare_data, split_samples
 from visible_gpus import visible_gpu_uuids
+
+memory_settings.imports_are_done()
 
 
 class DirectTrainer:
@@ -854,8 +867,8 @@ class DirectTrainer:
         writer.add_text("Dataset/Mask_Audit", audit, 0)
         for tag, values in statistics.histograms().items():
             writer.add_histogram(tag, values, 0)
-        for tag, figure in statistics.figures().items():
-            writer.add_figure(tag, figure, 0)
+        for tag, draw in statistics.pictures().items():
+            writer.add_figure(tag, draw, 0)
         config = {
             "Config/Batch_Size": float(self.config.batch_size),
             "Config/Sequence_Length": float(self.config.max_seq_length),

@@ -4,6 +4,7 @@ Nothing here touches the training state: modes are restored and no random number
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -106,7 +107,7 @@ class Evaluator:
         values = health.scalars() | self._gradient_norms
         ratios = {m.name: values.get(f"LoRA/{m.name}/Update_Ratio", 0.0) for m in health.modules}
         if self._dist.is_main:
-            writer.add_figure("LoRA/Update_Ratio_Map", health.figure(ratios), step)
+            writer.add_figure("LoRA/Update_Ratio_Map", partial(health.figure, ratios), step)
             writer.add_text("LoRA/Modules", health.table(values), step)
         if self._histograms:
             for tag, histogram in health.weight_histograms().items():

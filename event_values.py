@@ -141,10 +141,10 @@ def image_value(tag: str, image: np.ndarray, dataformats: str) -> Summary.Value:
 
 
 def figure_value(tag: str, figure: Any) -> Summary.Value:
-    """PNG of a matplotlib figure, drawn without pyplot."""
+    """PNG of a matplotlib figure, or of what a function makes, drawn without pyplot."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    canvas = FigureCanvasAgg(figure)
+    canvas = FigureCanvasAgg(figure() if callable(figure) else figure)
     buffer = io.BytesIO()
     canvas.print_png(buffer)
     return _image(tag, buffer.getvalue(), *canvas.get_width_height(), 4)

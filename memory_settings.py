@@ -1,6 +1,7 @@
 """Settings that must be made before torch is imported: import this module first."""
 
 import ctypes
+import gc
 import os
 import sys
 
@@ -21,7 +22,17 @@ def _keep_freed_memory() -> None:
         mallopt(-3, 2**30)
 
 
+def imports_are_done() -> None:
+    """Collect garbage as usual from now on, but never look at what the imports have made."""
+    gc.freeze()
+    gc.set_threshold(*_THRESHOLDS)
+
+
 _keep_freed_memory()
+# Importing torch and transformers makes a million objects that stay. The collector would search them
+# for garbage again and again, a sixth of the time that the imports take.
+_THRESHOLDS = gc.get_threshold()
+gc.set_threshold(200_000, 50, 50)
 # The tokenizer's own threads and forked workers don't go together; it warns at length otherwise.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Threads that spin while they wait hold up the ones they wait for as soon as anything else wants a core:

@@ -45,6 +45,7 @@ __all__ = [
 ]
 
 MAX_QUEUED_BYTES = 256 << 20
+TYPICAL_FIGURE_BYTES = 4 * 800 * 600  # of a figure that is still to be made
 _ITEM_BYTES, _NUMBER_BYTES = 400, 100  # what an item and a number in it take in the queue, about
 
 
@@ -300,8 +301,14 @@ class TensorBoardLogger:
         close: bool = True,
         walltime: float | None = None,
     ) -> None:
-        """A matplotlib figure, drawn in the thread; with `close=False`, as it may change, drawn here."""
+        """A matplotlib figure, drawn in the thread; with `close=False`, as it may change, drawn here.
+
+        Or a function that makes one: called in the thread, so nobody waits for matplotlib.
+        """
         build = functools.partial(event_values.figure_value, clean_tag(tag), figure)
+        if callable(figure):
+            self._put(global_step, walltime, build, TYPICAL_FIGURE_BYTES)
+            return
         if close:
             if "matplotlib.pyplot" in sys.modules:
                 sys.modules["matplotlib.pyplot"].close(figure)

@@ -8,12 +8,15 @@ is right; swapped words are invisible to it. Ramps were set on Q&A about Chinese
 import math
 import re
 from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
-import rjieba
 
 from character_grams import code_points, gram_hashes
 from crypto_terms import load_terms
+
+if TYPE_CHECKING:
+    import rjieba
 
 TERM_FREQUENCY = 20_000  # keeps 95% of the terms whole; jieba's own suggestion keeps 94%
 FLOOR = 0.02  # a component of 0 pulls the total down but not to 0
@@ -110,7 +113,9 @@ def user_words() -> list[str]:
 
 
 @cache
-def _segmenter() -> rjieba.Jieba:
+def _segmenter() -> "rjieba.Jieba":
+    import rjieba  # its dictionary takes longer to load than all other imports of this module
+
     segmenter = rjieba.Jieba()
     for word in user_words():
         segmenter.add_word(word, TERM_FREQUENCY, "n")

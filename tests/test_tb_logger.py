@@ -263,6 +263,7 @@ def test_figures_are_drawn(tmp_path):
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     with TensorBoardLogger(tmp_path / "run", warn=NO_WARNING) as logger:
         for tag, close in (("closed", True), ("kept", False)):
@@ -270,10 +271,12 @@ def test_figures_are_drawn(tmp_path):
             axes.set_facecolor("red")
             logger.add_figure(tag, figure, 1, close=close)
             axes.set_facecolor("blue" if not close else "red")
+        red = Figure(figsize=(2, 1), facecolor="red")
+        logger.add_figure("made later", lambda: red, 1)
     assert len(plt.get_fignums()) == 1
     plt.close("all")
     reader = accumulate(tmp_path / "run")
-    for tag in ("closed", "kept"):
+    for tag in ("closed", "kept", "made later"):
         [event] = reader.Images(tag)
         image = np.array(Image.open(io.BytesIO(event.encoded_image_string)))
         assert image.shape[:2] == (100, 200)
