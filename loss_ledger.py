@@ -9,8 +9,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from chat_tokens import Segment
 
+from chat_tokens import Segment
 from packing import NUM_THINKING_BUCKETS
 
 NUM_SEGMENTS = len(Segment)
