@@ -91,6 +91,7 @@ ADVICE = {
     "of its GPU, and its share of long samples.",
 }
 NAMES = tuple(ADVICE)
+ONLY_FOR = {"slowest_rank": "Slow_Rank"}  # evidence that says nothing about other alerts
 
 
 class AlertMonitor:
@@ -160,7 +161,8 @@ class AlertMonitor:
         return raised
 
     def _alert(self, name: str, step: int, finding: _Finding, evidence: Mapping) -> Alert:
-        facts = {**finding.evidence, **evidence}
+        known = {k: v for k, v in evidence.items() if ONLY_FOR.get(k, name) == name}
+        facts = {**finding.evidence, **known}
         alert = Alert(
             name, int(step), float(finding.value), float(finding.threshold), facts, ADVICE[name]
         )

@@ -100,6 +100,7 @@ from throughput import (
     StepClock,
     dims_from_config,
     peak_flops,
+    straggler,
     training_flops,
 )
 from train_state import TrainState
@@ -499,10 +500,18 @@ class DirectTrainer:
             **self.hardware(),
             **(gpu_memory(self.dist.device) if self.dist.device.type == "cuda" else {}),
         }
-        metrics |= self.clock.read(metrics)
+        metrics |= self.clock.read(metrics) | self.straggler()
         metrics |= self.record.overhead_percent(time.monotonic() - self.started)
         state.interval, state.grad_norm_max = self.ledger.zeros().tolist(), 0.0
         return metrics
+
+    def straggler(self) -> dict[str, float]:
+        """How far the slowest rank lies behind; an alert about it names the rank."""
+        seconds = self.dist.gather(self.clock.own_seconds)
+        if None in seconds or not all(seconds):  # one rank, or nothing that a rank does on its own
+            return {}
+        percent, self.record.evidence["slowest_rank"] = straggler(seconds)
+        return {"Throughput/Straggler_Percent": percent}
 
     def hardware(self) -> dict[str, float]:
         """This node's gauges, and the GPUs of all other nodes under their global numbers."""
@@ -702,7 +711,9 @@ class DirectTrainer:
         if self.compiles:
             packed.compile_layers()
             self.batch_shape = self.plan.constant_shape
-        self.parallel_model = distributed.parallelize(packed, config.parallel, dist)
+        self.parallel_model = distributed.parallelize(
+            packed, config.parallel, dist, lambda: self.clock.gradients_are_ready()
+        )
         self.parallel_model.train()
         named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         self.names = {parameter: name for name, parameter in named}

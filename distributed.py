@@ -5,6 +5,7 @@ file reads it once.
 """
 
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -116,18 +117,38 @@ def leave() -> None:
 # Wrapping
 
 
-def parallelize(module: torch.nn.Module, mode: str, dist: Distributed) -> torch.nn.Module:
+def parallelize(
+    module: torch.nn.Module,
+    mode: str,
+    dist: Distributed,
+    gradients_are_ready: Callable[[], None] = lambda: None,
+) -> torch.nn.Module:
     """The module as all ranks train it: itself (one rank), DDP replicas, or FSDP2 shards.
 
     mode: "ddp", "fsdp", or "auto", which is ddp. Under fsdp every decoder layer is a unit of its own.
+    gradients_are_ready: called in each backward pass of DDP that ends in a sum over ranks, when this
+    rank has done its part. Under fsdp ranks wait for each other in every layer: it is never called.
     """
     if mode == "fsdp":
         return _shard(module)
     if dist.world_size == 1:
         return module
-    return torch.nn.parallel.DistributedDataParallel(
+    replica = torch.nn.parallel.DistributedDataParallel(
         module, broadcast_buffers=False, gradient_as_bucket_view=True
     )
+    replica.register_comm_hook(gradients_are_ready, _mean_over_ranks)
+    return replica
+
+
+def _mean_over_ranks(
+    gradients_are_ready: Callable[[], None], bucket: torch_distributed.GradBucket
+) -> torch.futures.Future[torch.Tensor]:
+    """DDP's own average, that tells when the last gradients of this rank go out."""
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+    if bucket.is_last():
+        gradients_are_ready()
+    return allreduce_hook(torch_distributed.group.WORLD, bucket)
 
 
 def _shard(module: torch.nn.Module) -> torch.nn.Module:

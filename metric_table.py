@@ -171,7 +171,7 @@ Throughput/Step_Seconds_Optimizer | s | always | throughput
 Throughput/Step_Seconds_Logging | s | always | throughput
     Part of the step: logging.
 Throughput/Straggler_Percent | % | several ranks | trainer
-    Time of the slowest rank above the mean of all ranks.
+    Slowest rank's own time (data, forward, backward, no waiting) above the median of all ranks.
 Throughput/MFU_Percent | % | known GPU | throughput
     Model FLOPs per second over the peak of the device.
 Throughput/Packing_Efficiency_Percent | % | always | packing

@@ -8,6 +8,7 @@ FLOPs: recomputation, padding and element-wise work do not count), `peak_flops` 
 from __future__ import annotations
 
 import re
+import statistics
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import Protocol
 
 PHASES = ("data", "forward_backward", "optimizer", "logging")
 EXCLUDED = ("evaluation", "saving")
+WAITING = "waiting"  # the end of forward_backward: the other ranks' gradients
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -68,6 +70,12 @@ class _Interval:
     def training_seconds(self) -> float:
         return sum(s for phase, s in self.seconds.items() if phase not in EXCLUDED)
 
+    def own_seconds(self) -> float | None:
+        if WAITING not in self.seconds:
+            return None
+        own = self.seconds.get("data", 0.0) + self.seconds.get("forward_backward", 0.0)
+        return own / self.counts["steps"]
+
 
 class StepClock:
     """Time and rates of training steps.
@@ -89,12 +97,16 @@ class StepClock:
     the time the device stood waiting for them: nothing if they were done while it computed. Neither
     one synchronises: `read` covers the steps that the device has finished.
 
+    `own_seconds`: of a step in the interval last read, this rank's data, forward and backward without
+    the wait for other ranks; None where `gradients_are_ready` never said where that wait begins.
+
     `peak_flops`: of all devices that the counts cover together, or None if unknown.
     """
 
     def __init__(
         self, *, peak_flops: float | None = None, timeline: Timeline | None = None
     ) -> None:
+        self.own_seconds: float | None = None
         self._peak_flops = peak_flops
         self._timeline = timeline if timeline is not None else HostTimeline()
         self._phase: str | None = None
@@ -115,6 +127,10 @@ class StepClock:
             yield
         finally:
             self._enter(outer)
+
+    def gradients_are_ready(self) -> None:
+        """From here to the end of the phase this rank only waits for the others."""
+        self._enter(WAITING)
 
     def count(
         self, *, tokens: int, supervised: int, samples: int, flops: float = 0.0, steps: int = 1
@@ -143,6 +159,7 @@ class StepClock:
         rates: dict[str, float] = {}
         if self._interval.counts:  # else no step has ended yet: its time waits for it
             interval, self._interval = self._interval, _Interval()
+            self.own_seconds = interval.own_seconds()
             rates = self._rates(interval) | self._step_parts(interval)
             self._tokens_since_energy += interval.counts["tokens"]
         return rates | self._energy_per_1k_tokens(metrics or {})
@@ -180,9 +197,12 @@ class StepClock:
         return rates
 
     def _step_parts(self, interval: _Interval) -> dict[str, float]:
-        steps = interval.counts["steps"]
+        steps, seconds = interval.counts["steps"], dict(interval.seconds)
+        if WAITING in seconds:
+            waited = seconds.pop(WAITING)
+            seconds["forward_backward"] = seconds.get("forward_backward", 0.0) + waited
         parts = {
-            f"Throughput/Step_Seconds_{phase.title()}": interval.seconds.get(phase, 0.0) / steps
+            f"Throughput/Step_Seconds_{phase.title()}": seconds.get(phase, 0.0) / steps
             for phase in PHASES
         }
         return {"Throughput/Step_Seconds": interval.training_seconds() / steps, **parts}
@@ -200,6 +220,16 @@ class StepClock:
         if min(used) < 0:
             return {}
         return {"Throughput/Energy_J_Per_1K_Tokens": 1000 * sum(used) / tokens}
+
+
+def straggler(seconds: Sequence[float]) -> tuple[float, int]:
+    """How far the slowest rank's own time lies above the median of all, %; and which rank it is.
+
+    Own time, because a whole step takes all ranks equally long: the fast ones wait in it.
+    """
+    slowest = max(range(len(seconds)), key=seconds.__getitem__)
+    typical = statistics.median(seconds)
+    return 100 * (seconds[slowest] - typical) / typical, slowest
 
 
 # ---- arithmetic ---------------------------------------------------------------------------------

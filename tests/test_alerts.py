@@ -288,3 +288,11 @@ def test_a_failing_command_is_one_line_on_stderr(command, capsys):
 def test_an_unusable_command_is_the_users_error(command):
     with pytest.raises(UserError):
         run_command(command, EVIL)
+
+
+def test_the_slowest_rank_is_evidence_of_a_slow_rank_only():
+    monitor, evidence = AlertMonitor(), {"slowest_rank": 3}
+    row = {"Throughput/Straggler_Percent": 60.0, "Monitoring/NonFinite_Steps": 1.0}
+    raised = {a.name: a for i in range(5) for a in monitor.observe(i, row, evidence)}
+    assert raised["Slow_Rank"].evidence["slowest_rank"] == 3
+    assert "slowest_rank" not in raised["NonFinite"].evidence

@@ -157,6 +157,41 @@ def test_a_fault_on_one_rank_ends_all_in_time(command, tmp_path, fault):
     ]
 
 
+SLOW_RANK = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+import direct_finetuning_with_existing_modules as program
+import packed_model
+
+forward = packed_model.PackedLossModel.forward
+
+def slow_forward(*arguments):
+    time.sleep(0.5 * (os.environ["RANK"] == "1"))
+    return forward(*arguments)
+
+packed_model.PackedLossModel.forward = slow_forward
+sys.exit(program.main())
+"""
+
+
+def test_a_slow_rank_is_seen_and_named(command, tmp_path):
+    wrapper, out = tmp_path / "wrapper.py", tmp_path / "out"
+    wrapper.write_text(SLOW_RANK.format(root=str(SCRIPT.parent)))
+    done = train([str(wrapper), *command[1:]], out, 2, 2, "--eval-steps", "0")
+    assert done.returncode == 0, done.stderr[-3000:]
+    percent = curve(out, "Throughput/Straggler_Percent")
+    assert len(percent) == 8
+    assert np.median(percent) > 20  # a whole step takes both ranks equally long: it would be 0
+    (logs,) = (out / "training_logs").iterdir()
+    alerts = [json.loads(line) for line in (logs / "alerts.jsonl").read_text().splitlines()]
+    (alert,) = [a for a in alerts if a["name"] == "Slow_Rank"]
+    assert alert["evidence"]["slowest_rank"] == 1
+
+
+def test_one_rank_has_no_straggler(one_rank):
+    assert len(curve(one_rank, "Throughput/Straggler_Percent")) == 0
+
+
 def _rank_process(launcher: int, rank: int, until) -> int:
     """Process id of a rank below torchrun, once `until()` is true."""
     import psutil

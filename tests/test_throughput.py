@@ -14,6 +14,7 @@ from throughput import (
     dims_from_config,
     lora_parameters,
     peak_flops,
+    straggler,
     training_flops,
 )
 
@@ -461,3 +462,40 @@ def test_dims_of_models_that_the_count_does_not_fit_are_absent():
 )
 def test_peaks_of_known_gpus_and_no_guess_for_others(name, teraflops):
     assert peak_flops(name) == (None if teraflops is None else pytest.approx(teraflops * 1e12))
+
+
+# ---- several ranks ------------------------------------------------------------------------------
+
+
+def test_waiting_for_other_ranks_is_not_a_ranks_own_time():
+    hand = HandClock()
+    clock = StepClock(timeline=hand)
+    with clock.phase("data"):
+        hand.now += 1.0
+    with clock.phase("forward_backward"):
+        hand.now += 2.0
+        clock.gradients_are_ready()
+        hand.now += 5.0
+    with clock.phase("optimizer"):
+        hand.now += 0.5
+    clock.count(tokens=1, supervised=1, samples=1)
+    read = clock.read()
+    assert clock.own_seconds == pytest.approx(3.0)
+    assert read["Throughput/Step_Seconds_Forward_Backward"] == pytest.approx(7.0)
+    assert read["Throughput/Step_Seconds"] == pytest.approx(8.5)
+
+
+def test_without_a_wait_own_time_is_unknown():
+    hand = HandClock()
+    clock = StepClock(timeline=hand)
+    train_step(clock, hand)
+    clock.read()
+    assert clock.own_seconds is None
+
+
+@pytest.mark.parametrize(
+    ("seconds", "percent", "rank"),
+    [([1.0, 1.0, 1.5, 1.0], 50.0, 2), ([3.0, 1.0], 50.0, 0), ([2.0, 2.0], 0.0, 0)],
+)
+def test_the_slowest_rank_against_the_median(seconds, percent, rank):
+    assert straggler(seconds) == (pytest.approx(percent), rank)
