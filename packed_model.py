@@ -4,6 +4,8 @@ The decoder is called instead of the model with its head, and the head meets the
 the full logits never exist. Being one module with one forward, it is what DDP and FSDP2 wrap.
 """
 
+from collections.abc import Callable
+
 import torch
 
 import varlen_attention
@@ -43,16 +45,18 @@ class PackedLossModel(torch.nn.Module):
         self._base = (base,)
         self._compiled = False
 
-    def compile_layers(self) -> None:
-        """torch.compile for each decoder layer, one graph for all of them; wants constant shapes."""
+    def compile_layers(self, backend: str | Callable = "inductor") -> None:
+        """torch.compile for each decoder layer, one graph for all of them; wants constant shapes.
+
+        Meant for CUDA: elsewhere the lengths of the documents are constants of the graph, and every
+        batch would need another one.
+        """
         for layer in decoder_layers(self.model):
-            layer.compile(fullgraph=True, dynamic=False)
+            layer.compile(backend=backend, fullgraph=True, dynamic=False)
         self._compiled = True
 
-    def forward(
-        self, batch: PackedBatch, num_targets: int, scale: float = 1.0
-    ) -> tuple[torch.Tensor, LossSums]:
-        """Scalar `scale * loss sum / num_targets` for backward, and the sums on the device."""
+    def hidden_states(self, batch: PackedBatch) -> torch.Tensor:
+        """(T, H): the decoder's output for all tokens of the batch."""
         base = self._base[0]
         kwargs = varlen_attention.attention_kwargs(
             batch.cu_seqlens, batch.lengths, batch.max_length
@@ -62,12 +66,17 @@ class PackedLossModel(torch.nn.Module):
         if self._compiled and torch.is_grad_enabled():
             # The first layer would else see an input without gradient: a second graph.
             embeds.requires_grad_()
-        hidden = decoder(
+        return decoder(
             inputs_embeds=embeds, position_ids=batch.position_ids, use_cache=False, **kwargs
         ).last_hidden_state[0]
+
+    def forward(
+        self, batch: PackedBatch, num_targets: int, scale: float = 1.0
+    ) -> tuple[torch.Tensor, LossSums]:
+        """Scalar `scale * loss sum / num_targets` for backward, and the sums on the device."""
         return packed_loss(
-            hidden,
-            base.get_output_embeddings().weight,
+            self.hidden_states(batch),
+            self._base[0].get_output_embeddings().weight,
             target_positions=batch.target_positions,
             labels=batch.labels,
             segments=batch.segments,
