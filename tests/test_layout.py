@@ -67,7 +67,11 @@ def test_no_name_hides_a_known_module():
     assert not MODULES.keys() & (TAKEN | set(sys.stdlib_module_names))
 
 
-@pytest.mark.parametrize("arguments", [["check", "--no-cache"], ["format", "--check", "--no-cache"]], ids=["lint", "format"])
+@pytest.mark.parametrize(
+    "arguments",
+    [["check", "--no-cache"], ["format", "--check", "--no-cache"]],
+    ids=["lint", "format"],
+)
 def test_ruff_is_content(arguments: list[str]):
     ruff = [sys.executable, "-m", "ruff", *arguments, "--quiet", "."]
     done = subprocess.run(ruff, cwd=ROOT, capture_output=True, text=True)
