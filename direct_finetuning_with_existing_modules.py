@@ -290,10 +290,13 @@ class DirectTrainer:
     @property
     def compiles(self) -> bool:
         """Whether the decoder layers are compiled."""
-        config = self.config
-        return config.compile == "on" or (
-            config.compile == "auto" and self.dist.device.type == "cuda"
-        )
+        on_cuda = self.dist.device.type == "cuda"
+        if self.config.compile == "on" and not on_cuda:
+            raise UserError(
+                f"compile on needs CUDA: on {self.dist.device.type} every batch would be compiled anew; "
+                "leave it at auto"
+            )
+        return self.config.compile != "off" and on_cuda
 
     def loop(self) -> None:
         """Step n is the n-th optimizer update; a resumed run starts at a later n."""

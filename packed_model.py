@@ -5,6 +5,7 @@ the full logits never exist. Being one module with one forward, it is what DDP a
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 
@@ -63,12 +64,17 @@ class PackedLossModel(torch.nn.Module):
         )
         decoder = base.get_decoder() if hasattr(base, "get_decoder") else base.model
         embeds = base.get_input_embeddings()(batch.input_ids)
+        stance = nullcontext()
         if self._compiled and torch.is_grad_enabled():
             # The first layer would else see an input without gradient: a second graph.
             embeds.requires_grad_()
-        return decoder(
-            inputs_embeds=embeds, position_ids=batch.position_ids, use_cache=False, **kwargs
-        ).last_hidden_state[0]
+        elif self._compiled:
+            # Batches of an evaluation have shapes of their own, and each would be a compilation.
+            stance = torch.compiler.set_stance("force_eager")
+        with stance:
+            return decoder(
+                inputs_embeds=embeds, position_ids=batch.position_ids, use_cache=False, **kwargs
+            ).last_hidden_state[0]
 
     def forward(
         self, batch: PackedBatch, num_targets: int, scale: float = 1.0
