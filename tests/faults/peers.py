@@ -300,7 +300,15 @@ ROWS = [
         mutants={"ranks do not agree": every_rank_for_itself, "random state": no_random_state},
         mutant_count=1,
     ),
-    Row("F13", "two ranks: kill -9 of one", f13, full=20, quick=1),
+    Row(
+        "F13",
+        "two ranks: kill -9 of one",
+        f13,
+        full=20,
+        quick=1,
+        mutants={"random state": no_random_state},
+        mutant_count=2,
+    ),
     Row(
         "F14",
         "two ranks: one hangs, raises, or has no disk",
