@@ -8,7 +8,7 @@ communication.
 
 import math
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,23 +70,22 @@ class StepPlan:
         packing: bool = True,
     ) -> None:
         self.documents = np.arange(len(lengths)) if documents is None else np.asarray(documents)
-        self._lengths = np.asarray(lengths, dtype=np.int64)
-        self._num_targets = np.asarray(num_targets, dtype=np.int64)
-        planned = self._lengths[self.documents]
-        assert len(planned) > 0, "a plan needs at least one document"
-        assert planned.max() <= row_tokens, (planned.max(), row_tokens)
-        self.num_tokens = int(planned.sum())  # of one epoch
+        self._lengths, self._num_targets = np.asarray(lengths), np.asarray(num_targets)
+        assert len(self.documents) > 0, "a plan needs at least one document"
+        self.num_tokens, longest = _total_and_longest(self._lengths, self.documents)  # of one epoch
+        assert longest <= row_tokens, (longest, row_tokens)
         self.rank, self.world_size, self.seed = rank, world_size, seed
         self.row_tokens, self.rows_per_micro_batch = row_tokens, rows_per_micro_batch
+        order = self.documents.astype(_index_type(len(lengths)))
         if packing:
-            order = np.random.default_rng([seed, 0]).permutation(self.documents)
+            np.random.default_rng([seed, 0]).shuffle(order)
             self._rows = pack_rows(self._lengths, order, row_tokens)
         else:
-            self._rows = [(document,) for document in self.documents.tolist()]
+            self._rows = Rows(order, np.arange(len(order) + 1, dtype=_index_type(len(order))))
         self.rows_per_step = rows_per_micro_batch * accumulation * world_size
         self.steps_per_epoch = math.ceil(len(self._rows) / self.rows_per_step)
         self.num_steps = max_steps or math.ceil(num_epochs * self.steps_per_epoch)
-        self._epoch_order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+        self._epoch_order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int32))
 
     def __len__(self) -> int:
         return self.num_steps
@@ -96,12 +95,13 @@ class StepPlan:
         assert 1 <= step <= self.num_steps, (step, self.num_steps)
         epoch, index = divmod(step - 1, self.steps_per_epoch)
         rows = self._rows_of(epoch)[index * self.rows_per_step : (index + 1) * self.rows_per_step]
+        in_rows = [self._rows[row] for row in rows]
         starts = range(0, len(rows), self.rows_per_micro_batch)
         micro_batches = [
-            tuple(d for row in rows[s : s + self.rows_per_micro_batch] for d in self._rows[row])
+            tuple(np.concatenate(in_rows[s : s + self.rows_per_micro_batch]).tolist())
             for s in starts
         ]
-        documents = np.concatenate([np.asarray(m) for m in micro_batches])
+        documents = np.concatenate(in_rows)
         # Every rank goes through the model equally often, as sharded parameters demand.
         mine = micro_batches[self.rank :: self.world_size]
         num_fillers = math.ceil(len(micro_batches) / self.world_size) - len(mine)
@@ -124,12 +124,10 @@ class StepPlan:
     @property
     def constant_shape(self) -> dict[str, int]:
         """Arguments of `build_batch` that give every micro-batch of the plan one shape."""
-        fullest = sorted((len(row) for row in self._rows), reverse=True)[
-            : self.rows_per_micro_batch
-        ]
+        fullest = np.sort(np.diff(self._rows.starts))[-self.rows_per_micro_batch :]
         return {
             "pad_to": self.rows_per_micro_batch * self.row_tokens,
-            "pad_documents": sum(fullest) + self.rows_per_micro_batch,
+            "pad_documents": int(fullest.sum()) + self.rows_per_micro_batch,
             "max_length": self.row_tokens,
         }
 
@@ -146,41 +144,82 @@ class StepPlan:
     def _rows_of(self, epoch: int) -> np.ndarray:
         """Row indices in this epoch's order; kept for the epoch in progress."""
         if self._epoch_order[0] != epoch:
-            order = np.random.default_rng([self.seed, 1 + epoch]).permutation(len(self._rows))
+            order = np.arange(len(self._rows), dtype=_index_type(len(self._rows)))
+            np.random.default_rng([self.seed, 1 + epoch]).shuffle(order)
             self._epoch_order = (epoch, order)
         return self._epoch_order[1]
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Rows of documents in two flat arrays: row i is documents[starts[i] : starts[i + 1]]."""
+
+    documents: np.ndarray  # (m,) document indices
+    starts: np.ndarray  # (rows + 1,)
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self.documents[self.starts[row] : self.starts[row + 1]]
+
+
 def pack_rows(
-    lengths: np.ndarray, order: Iterable[int], row_tokens: int, window: int = PACKING_WINDOW
-) -> list[tuple[int, ...]]:
-    """Best-fit-decreasing bin packing of documents into rows, window by window of `order`.
+    lengths: np.ndarray, order: np.ndarray, row_tokens: int, window: int = PACKING_WINDOW
+) -> Rows:
+    """Best-fit-decreasing bin packing of documents into rows, window by window of `order`, in place.
 
     Each document goes, longest first, to the row with the least room that still holds it
-    (Johnson 1973: at most 11/9 of the optimum plus a constant). O(log rows) a document.
+    (Johnson 1973: at most 11/9 of the optimum plus a constant). O(log rows) a document. `order`
+    is sorted by row and becomes the rows' documents: a plan may take most of a rank's memory.
     """
-    order = np.asarray(list(order), dtype=np.int64)
-    rows: list[tuple[int, ...]] = []
+    sizes = []
     for start in range(0, len(order), window):
-        chunk = order[start : start + window]
-        chunk = chunk[np.argsort(-lengths[chunk], kind="stable")]
-        rows.extend(_best_fit(lengths, chunk, row_tokens))
+        chunk = order[start : start + window]  # a view
+        of_chunk = lengths[chunk]
+        by_length = np.argsort(-of_chunk, kind="stable")
+        rows = np.array(_best_fit(of_chunk[by_length].tolist(), row_tokens), dtype=np.int32)
+        chunk[:] = chunk[by_length][np.argsort(rows, kind="stable")]
+        sizes.append(np.bincount(rows).astype(np.int32))
+    starts = np.zeros(1 + sum(map(len, sizes)), dtype=_index_type(len(order)))
+    np.cumsum(np.concatenate(sizes), out=starts[1:])
+    return Rows(order, starts)
+
+
+def _best_fit(lengths: list[int], row_tokens: int) -> list[int]:
+    """The row of each document; lengths descend."""
+    shortest = lengths[-1]
+    rows, count = [], 0
+    free: list[
+        int
+    ] = []  # (room left, row) as one number, sorted; rows that still hold the shortest
+    for length in lengths:
+        place = bisect_left(free, length << 32)
+        if place == len(free):
+            row, room = count, row_tokens - length
+            count += 1
+        else:
+            room, row = divmod(free.pop(place), 1 << 32)
+            room -= length
+        rows.append(row)
+        if room >= shortest:
+            insort(free, room << 32 | row)
     return rows
 
 
-def _best_fit(lengths: np.ndarray, documents: np.ndarray, row_tokens: int) -> list[tuple[int, ...]]:
-    rows: list[list[int]] = []
-    free: list[tuple[int, int]] = []  # (room left, row), sorted
-    for document, length in zip(documents.tolist(), lengths[documents].tolist(), strict=True):
-        place = bisect_left(free, (length, -1))
-        if place == len(free):
-            room, row = row_tokens, len(rows)
-            rows.append([])
-        else:
-            room, row = free.pop(place)
-        rows[row].append(document)
-        insort(free, (room - length, row))
-    return [tuple(row) for row in rows]
+def _index_type(count: int) -> type:
+    """The smaller type that counts to `count`."""
+    return np.int32 if count < 2**31 else np.int64
+
+
+def _total_and_longest(lengths: np.ndarray, documents: np.ndarray) -> tuple[int, int]:
+    """Sum and maximum of lengths[documents], a million at a time."""
+    total, longest = 0, 0
+    for start in range(0, len(documents), 1 << 20):
+        part = lengths[documents[start : start + (1 << 20)]]
+        total += int(part.sum(dtype=np.int64))
+        longest = max(longest, int(part.max()))
+    return total, longest
 
 
 def split_micro_batch(documents: Sequence[int], lengths: np.ndarray) -> list[tuple[int, ...]]:

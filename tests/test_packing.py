@@ -3,6 +3,8 @@
 uv run pytest tests/test_packing.py
 """
 
+import hashlib
+import tracemalloc
 from collections import Counter
 
 import numpy as np
@@ -41,9 +43,9 @@ def table(*documents: list[tuple[int, int]]) -> TokenizedSamples:
 
 def test_rows_hold_every_document_once_and_never_overflow():
     lengths = random_lengths()
-    rows = pack_rows(lengths, range(len(lengths)), 512)
-    assert Counter(d for row in rows for d in row) == Counter(range(len(lengths)))
-    assert max(lengths[list(row)].sum() for row in rows) <= 512
+    rows = pack_rows(lengths, np.arange(len(lengths)), 512)
+    assert Counter(d for row in rows for d in row.tolist()) == Counter(range(len(lengths)))
+    assert max(lengths[row].sum() for row in rows) <= 512
     # Best-fit decreasing: within 11/9 of the lower bound, plus one.
     assert len(rows) <= 11 / 9 * np.ceil(lengths.sum() / 512) + 1
 
@@ -163,3 +165,32 @@ def test_halves_keep_the_order_and_all_documents():
     assert first + second == (0, 1, 2, 3, 4)
     assert abs(lengths[list(first)].sum() - lengths[list(second)].sum()) <= 20
     assert split_micro_batch((2,), lengths) == [(2,)]
+
+
+def test_the_plan_of_given_arguments_stays_what_it_was():
+    """A checkpoint holds a step number only: another plan would show other samples on resume."""
+    lengths = np.random.default_rng(7).integers(1, 513, 3000)
+    chosen = np.random.default_rng(8).integers(0, 3000, 2000)
+    plans = [
+        make_plan(lengths, rows_per_micro_batch=3, num_epochs=2.5, rank=1, world_size=2),
+        make_plan(lengths, documents=chosen, row_tokens=600),
+        make_plan(lengths, documents=chosen, row_tokens=600, packing=False),
+    ]
+    digests = []
+    for plan in plans:
+        steps = [plan[step] for step in range(1, plan.num_steps + 1)]
+        facts = (steps, plan.constant_shape, plan.efficiency, plan.num_rows)
+        digests.append(hashlib.sha256(repr(facts).encode()).hexdigest()[:16])
+    assert digests == ["e4412f88c6bf5659", "fe52289439c178fb", "182bf391c919df91"]
+
+
+def test_a_plan_holds_few_bytes_a_document_and_leaves_the_choice_alone():
+    lengths = random_lengths(50_000)
+    documents = np.arange(50_000)
+    tracemalloc.start()
+    plan = make_plan(lengths, documents=documents)
+    assert plan[1].documents
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 16 * 50_000
+    assert (documents == np.arange(50_000)).all()
