@@ -137,7 +137,8 @@ class DirectTrainer:
         self.state = TrainState()
         self.clock = StepClock()
         self.pending: list[StepResult] = []
-        self.stop_signal = ""  # set by a signal, read at step boundaries
+        self.stop_signal = ""  # set by a signal on this rank
+        self.interrupted = False  # a signal reached some rank; all ranks learn it in the same step
         self.former_handlers: dict[int, object] = {}
         self.outcome = ""  # why the loop ends: completed, preempted, stopped, nonfinite
         self.rollback_from = 0  # non-finite step to go back from
@@ -245,7 +246,18 @@ class DirectTrainer:
         self.ledger = LossLedger(self.data.train.groups)
 
     def make_forecast(self) -> run_plan.RunForecast:
-        """Memory, time and disk that the planned steps will take; decides gradient checkpointing."""
+        """Memory, time and disk that the planned steps will take; decides `parallel` and recomputation."""
+        config, dist = self.config, self.dist
+        self.parallel = "ddp" if config.parallel == "auto" else config.parallel
+        self.forecast = self.forecast_for(self.parallel)
+        chooses = config.parallel == "auto" and dist.world_size > 1
+        if chooses and any(dist.any(not config.lora_r, not self.forecast.fits)):
+            self.parallel, self.forecast = "fsdp", self.forecast_for("fsdp")
+        (self.checkpointing,) = dist.any(self.forecast.checkpointing)  # all ranks alike
+        return self.forecast
+
+    def forecast_for(self, parallel: str) -> run_plan.RunForecast:
+        """The forecast with replicas (ddp) or shards (fsdp)."""
         config, dist, plan, data = self.config, self.dist, self.plan, self.data
         shape = run_plan.model_shape(
             Path(self.tokenizer.name_or_path),
@@ -264,10 +276,10 @@ class DirectTrainer:
             quantized=config.quantization != "none",
             compiled=self.compiles,
             fused_lora=plain or not config.lora_r,
-            shards=dist.world_size if config.parallel == "fsdp" else 1,
+            shards=dist.world_size if parallel == "fsdp" else 1,
         )
         train, held_out = data.train, data.held_out
-        self.forecast = run_plan.forecast(
+        return run_plan.forecast(
             shape,
             placement,
             device=dist.device,
@@ -284,8 +296,6 @@ class DirectTrainer:
             save_total_limit=config.save_total_limit,
             output_dir=Path(config.output_dir),
         )
-        self.checkpointing = dist.any(self.forecast.checkpointing)  # all ranks alike
-        return self.forecast
 
     @property
     def compiles(self) -> bool:
@@ -325,8 +335,7 @@ class DirectTrainer:
                 last or due(step, config.logging_steps),
                 last or due(step, config.save_steps),
             )
-            interrupted = self.dist.any(bool(self.stop_signal))
-            if logs or evaluates or saves or epoch_ends or interrupted or self.reads_are_free:
+            if logs or evaluates or saves or epoch_ends or self.interrupted or self.reads_are_free:
                 self.collect()  # the only place that waits for the device
             if self.rollback_from:
                 self.roll_back()
@@ -342,7 +351,7 @@ class DirectTrainer:
                 metrics |= self.epoch_metrics(step)
             if metrics:
                 saves |= "save" in self.log(step, metrics)
-            if interrupted and not self.outcome:
+            if self.interrupted and not self.outcome:
                 self.outcome = "preempted"
             if (saves or self.outcome) and self.outcome != "nonfinite":
                 self.save(step)  # a step that failed is to be done again, not to be resumed behind
@@ -365,15 +374,17 @@ class DirectTrainer:
         )
 
     def forward_backward(self, planned: PlannedStep) -> MicroBatchSums:
-        """The step's gradients. Out of memory: halve the micro-batches and begin the step again.
+        """The step's gradients, the mean over all ranks.
 
-        The global batch, and so the loss, stays the same. Several ranks can't agree in the middle of a
-        step: there the run ends, to be resumed with smaller micro-batches.
+        Out of memory on one rank: all halve their micro-batches and begin the step again; the global
+        batch, and so the loss, stays the same. Shards can't agree in the middle of a step: there the
+        run ends, to be resumed with smaller micro-batches.
         """
         tokens, state = self.data.train.tokens, self.state
         while True:
+            sums, full = [], ""
             try:
-                return forward_backward(
+                sums = forward_backward(
                     self.parallel_model,
                     planned,
                     tokens,
@@ -385,24 +396,48 @@ class DirectTrainer:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                reason = str(error).partition("\n")[0]
-            self.optimizer.zero_grad(set_to_none=True)
-            if self.dist.device.type == "cuda":
-                torch.cuda.empty_cache()
+                full = str(error).partition("\n")[0] or "out of memory"
             pieces = micro_batch_pieces(planned, tokens.lengths, state.micro_batch_splits)
-            if self.dist.world_size > 1 or all(len(documents) == 1 for documents, _ in pieces):
-                raise RunStopped(
-                    f"step {state.step + 1}: out of memory ({reason}). Lower --batch-size or "
-                    "--max-seq-length, or use --gradient-checkpointing on, and go on with --resume latest"
+            stuck = bool(full) and all(len(documents) == 1 for documents, _ in pieces)
+            if full and self.parallel == "fsdp":
+                raise self.out_of_memory(full)
+            with self.clock.phase("forward_backward"):
+                if self.dist.world_size > 1 and self.parallel == "ddp":
+                    self.clock.gradients_are_ready()
+                again, stuck, self.interrupted = self.dist.any(
+                    bool(full), stuck, bool(self.stop_signal)
                 )
-            state.micro_batch_splits += 1
-            if self.batch_shape:  # smaller parts have other shapes than the compiled one
-                self.batch_shape = {}
-                torch.compiler.set_stance("force_eager")
-            self.terminal.warn(
-                f"step {state.step + 1}: out of memory; micro-batches are now done in "
-                f"{2**state.micro_batch_splits} parts, the global batch and the loss stay the same"
-            )
+                if not again:
+                    distributed.average_gradients(self.parallel_model)
+                    return sums
+            if stuck:
+                raise self.out_of_memory(full or "on another rank")
+            del sums
+            self.make_room()
+
+    def out_of_memory(self, reason: str) -> RunStopped:
+        """What ends a run whose micro-batches can't become smaller."""
+        return RunStopped(
+            f"step {self.state.step + 1}: out of memory ({reason}). Lower --batch-size or "
+            "--max-seq-length, or use --gradient-checkpointing on, and go on with --resume latest"
+        )
+
+    def make_room(self) -> None:
+        """Smaller micro-batches from here on, on all ranks."""
+        state = self.state
+        state.micro_batch_splits += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.dist.world_size > 1:  # a backward pass that broke off left the old replica unusable
+            self.parallel_model = distributed.parallelize(self.packed, "ddp", self.dist)
+        if self.dist.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self.batch_shape:  # smaller parts have other shapes than the compiled one
+            self.batch_shape = {}
+            torch.compiler.set_stance("force_eager")
+        self.terminal.warn(
+            f"step {state.step + 1}: out of memory; micro-batches are now done in "
+            f"{2**state.micro_batch_splits} parts, the global batch and the loss stay the same"
+        )
 
     def advance(self, step: int, planned: PlannedStep) -> None:
         """Count the step. Only numbers that the host knows."""
@@ -709,15 +744,12 @@ class DirectTrainer:
                 seed=config.seed,
             )
         enable_fast_lora(self.model)
-        packed = PackedLossModel(self.model, self.data.train.tokens.close_id)
+        self.packed = PackedLossModel(self.model, self.data.train.tokens.close_id)
         self.batch_shape = {}
         if self.compiles:
-            packed.compile_layers()
+            self.packed.compile_layers()
             self.batch_shape = self.plan.constant_shape
-        self.parallel_model = distributed.parallelize(
-            packed, config.parallel, dist, lambda: self.clock.gradients_are_ready()
-        )
-        self.parallel_model.train()
+        self.parallel_model = distributed.parallelize(self.packed, self.parallel, dist).train()
         named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         self.names = {parameter: name for name, parameter in named}
         self.parameters = [parameter for _, parameter in named]
@@ -729,8 +761,7 @@ class DirectTrainer:
             weight_decay=config.weight_decay,
         )
         self.evaluator = Evaluator(
-            packed,
-            self.parallel_model,
+            self.packed,
             self.tokenizer,
             self.data.held_out,
             self.eval_plan,
@@ -834,12 +865,13 @@ class DirectTrainer:
         """What was resolved, on the terminal."""
         if self.resolved.embedded:
             self.terminal.say(model_loading.banner(self.resolved), style="bold yellow")
-        data, plan = self.data, self.plan
+        data, plan, dist = self.data, self.plan, self.dist
         counts = model_loading.parameter_counts(self.model)
+        ranks = f", {dist.world_size} ranks, {self.parallel}" if dist.world_size > 1 else ""
         self.terminal.table(
             "Run",
             [
-                ("device", f"{self.dist.device}, {self.dist.world_size} rank(s)"),
+                ("device", f"{dist.device}{ranks}"),
                 ("model", self.resolved.name),
                 ("parameters", f"{counts[0]:,} trainable of {counts[1]:,}"),
                 (
@@ -905,7 +937,8 @@ class DirectTrainer:
             )
         if outcome == "preempted":
             self.terminal.conclude(
-                f"{self.stop_signal}: saved step {state.step} of {self.plan.num_steps}. Go on with the "
+                f"{self.stop_signal or 'a signal to another rank'}: saved step {state.step} of "
+                f"{self.plan.num_steps}. Go on with the "
                 "same command and --resume latest"
             )
         else:

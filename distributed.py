@@ -5,7 +5,6 @@ file reads it once.
 """
 
 import os
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -36,11 +35,11 @@ class Distributed:
             torch_distributed.all_reduce(tensor)
         return tensor
 
-    def any(self, flag: bool) -> bool:
-        """True on all ranks if `flag` is true on one."""
+    def any(self, *flags: bool) -> list[bool]:
+        """Of each flag: whether it is true on at least one rank."""
         if self.world_size == 1:
-            return flag
-        return self.sum(torch.tensor(float(flag))).item() > 0  # on the host: no device waits
+            return list(flags)
+        return (self.sum(torch.tensor(flags, dtype=torch.float)) > 0).tolist()  # no device waits
 
     def gather(self, value: object) -> list:
         """One picklable value of every rank, in rank order, on every rank."""
@@ -117,38 +116,38 @@ def leave() -> None:
 # Wrapping
 
 
-def parallelize(
-    module: torch.nn.Module,
-    mode: str,
-    dist: Distributed,
-    gradients_are_ready: Callable[[], None] = lambda: None,
-) -> torch.nn.Module:
-    """The module as all ranks train it: itself (one rank), DDP replicas, or FSDP2 shards.
+class Replica(torch.nn.parallel.DistributedDataParallel):
+    """DDP whose gradients are summed over ranks when told to, not in the backward pass.
 
-    mode: "ddp", "fsdp", or "auto", which is ddp. Under fsdp every decoder layer is a unit of its own.
-    gradients_are_ready: called in each backward pass of DDP that ends in a sum over ranks, when this
-    rank has done its part. Under fsdp ranks wait for each other in every layer: it is never called.
+    A rank that runs out of memory in its backward pass would else leave the others waiting for its
+    gradients; so all ranks first say how it went (`Distributed.any`). What it costs is the overlap of
+    the sum with the arithmetic: with adapters, milliseconds of a step.
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+        self.buckets: list[torch.Tensor] = []  # flat gradients of this rank, (n,) each
+        self.register_comm_hook(self.buckets, _hold_back)
+
+
+def _hold_back(
+    buckets: list[torch.Tensor], bucket: torch_distributed.GradBucket
+) -> torch.futures.Future[torch.Tensor]:
+    """DDP's communication hook: nothing is sent yet."""
+    buckets.append(bucket.buffer())
+    done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+    done.set_result(bucket.buffer())
+    return done
+
+
+def parallelize(module: torch.nn.Module, mode: str, dist: Distributed) -> torch.nn.Module:
+    """The module as all ranks train it: itself (one rank), a replica, or FSDP2 shards of itself.
+
+    mode: "ddp" or "fsdp", which makes every decoder layer a unit of its own.
     """
     if mode == "fsdp":
         return _shard(module)
-    if dist.world_size == 1:
-        return module
-    replica = torch.nn.parallel.DistributedDataParallel(
-        module, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
-    replica.register_comm_hook(gradients_are_ready, _mean_over_ranks)
-    return replica
-
-
-def _mean_over_ranks(
-    gradients_are_ready: Callable[[], None], bucket: torch_distributed.GradBucket
-) -> torch.futures.Future[torch.Tensor]:
-    """DDP's own average, that tells when the last gradients of this rank go out."""
-    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-
-    if bucket.is_last():
-        gradients_are_ready()
-    return allreduce_hook(torch_distributed.group.WORLD, bucket)
+    return Replica(module) if dist.world_size > 1 else module
 
 
 def _shard(module: torch.nn.Module) -> torch.nn.Module:
@@ -170,9 +169,23 @@ def decoder_layers(module: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def sync_gradients(module: torch.nn.Module, *, is_last: bool) -> AbstractContextManager:
-    """Within it, gradients are only accumulated, except in the last micro-batch, which sums over ranks."""
-    if isinstance(module, torch.nn.parallel.DistributedDataParallel):
+    """Within it, gradients are only accumulated; the last micro-batch's are ready for all ranks."""
+    if isinstance(module, Replica):
         return nullcontext() if is_last else module.no_sync()
     if hasattr(module, "set_requires_gradient_sync"):
         module.set_requires_gradient_sync(is_last)
     return nullcontext()
+
+
+def average_gradients(module: torch.nn.Module) -> None:
+    """A replica's gradients become their mean over ranks, in place; shards have done it already."""
+    if not isinstance(module, Replica):
+        return
+    world_size = torch_distributed.get_world_size()
+    sums = [
+        torch_distributed.all_reduce(bucket.div_(world_size), async_op=True)
+        for bucket in module.buckets
+    ]
+    for handle in sums:
+        handle.wait()
+    module.buckets.clear()

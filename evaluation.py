@@ -27,8 +27,7 @@ class Evaluator:
     """Measures a model on held-out data, always the same samples and questions.
 
     Args:
-        packed: the model; its `generate` answers the questions.
-        parallel_model: the same as the ranks train it.
+        packed: the model, whole or sharded; its `generate` answers the questions.
         plan: one epoch over `part`; None without held-out data, then only adapters are measured.
         num_probes: questions answered each time.
         max_new_tokens: longest answer; 0: by the references (see `token_budget`).
@@ -38,7 +37,6 @@ class Evaluator:
     def __init__(
         self,
         packed: PackedLossModel,
-        parallel_model: torch.nn.Module,
         tokenizer: Any,
         part: DataPart,
         plan: StepPlan | None,
@@ -48,7 +46,7 @@ class Evaluator:
         max_new_tokens: int,
         histograms: bool,
     ) -> None:
-        self._packed, self._parallel_model, self._tokenizer = packed, parallel_model, tokenizer
+        self._packed, self._tokenizer = packed, tokenizer
         self._part, self._plan, self._dist = part, plan, dist
         self._ledger = LossLedger(part.groups)
         self._probes = choose_probes(part, tokenizer, num_probes)
@@ -78,7 +76,7 @@ class Evaluator:
 
     def _held_out(self, step: int, writer: Any, progress: Callable) -> dict[str, float]:
         sums = held_out_sums(
-            self._parallel_model, self._part.tokens, self._plan, self._dist, progress=progress
+            self._packed, self._part.tokens, self._plan, self._dist, progress=progress
         )
         if self._dist.is_main:
             rows = hardest(loss_rows(self._plan.documents, sums))

@@ -378,6 +378,12 @@ class RunForecast:
     disk_needed: int
     disk_free: int
 
+    @property
+    def fits(self) -> bool:
+        """Whether the estimate stays within the free memory; true where there is no estimate."""
+        estimate = self.estimates[self.checkpointing]
+        return estimate is None or estimate.total <= USABLE * self.free
+
     def rows(self) -> Rows:
         """Everything, as names and texts."""
         shape = self.shape

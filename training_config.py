@@ -113,11 +113,11 @@ class DirectTrainingConfig:
     device: str = "auto"
     """auto: CUDA, else MPS, else CPU."""
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
-    """Under torchrun: replicas (ddp) or sharded weights (fsdp); auto: ddp where the model fits a device."""
+    """Under torchrun: replicas (ddp) or sharded weights (fsdp); auto: ddp for adapters on a model that fits."""
     gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
     """Recompute activations instead of keeping them; auto: by the memory estimate."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile per layer; auto: on CUDA."""
+    """torch.compile per layer, which needs CUDA; auto: there."""
     distributed_timeout: float = 600.0
     """Seconds after which a silent rank ends the group."""
 

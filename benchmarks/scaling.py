@@ -170,6 +170,7 @@ class Side:
         self.step += 1
         planned = self.plan[self.step]
         sums = forward_backward(self.model, planned, self.documents, self.dist, StepClock())
+        distributed.average_gradients(self.model)
         update_weights(self.optimizer, clip_gradients(self.parameters, 1.0))
         own = sum(s.per_document[..., 0].double().sum() for _, s in sums)
         return own / planned.num_targets

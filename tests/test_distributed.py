@@ -157,6 +157,80 @@ def test_a_fault_on_one_rank_ends_all_in_time(command, tmp_path, fault):
     ]
 
 
+SHORT_OF_MEMORY = """
+import os, sys
+sys.path.insert(0, {root!r})
+import torch
+import direct_finetuning_with_existing_modules as program
+import packed_model
+
+forward, calls = packed_model.PackedLossModel.forward, [0]
+
+def full(*arguments):
+    print("injected: no memory", flush=True)
+    raise torch.OutOfMemoryError("CUDA out of memory (injected)")
+
+def short_forward(self, batch, *rest):
+    mine = os.environ["RANK"] == "1" and torch.is_grad_enabled()
+    calls[0] += mine
+    if mine and ({where!r} == "always" or {where!r} == "forward" and calls[0] == 3):
+        full()
+    loss, sums = forward(self, batch, *rest)
+    if mine and {where!r} == "backward" and calls[0] == 4:  # the last micro-batch of step 2
+        weight = next(p for n, p in self.named_parameters() if "lora_B" in n)
+        handle = weight.register_hook(lambda gradient: (handle.remove(), full()))
+    return loss, sums
+
+packed_model.PackedLossModel.forward = short_forward
+sys.exit(program.main())
+"""
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_out_of_memory_on_one_rank_divides_on_all(command, one_rank, tmp_path, where):
+    """Also where the other rank is through with its part already."""
+    wrapper, out = tmp_path / "wrapper.py", tmp_path / "out"
+    wrapper.write_text(SHORT_OF_MEMORY.format(root=str(SCRIPT.parent), where=where))
+    done = train([str(wrapper), *command[1:]], out, 2, 2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "injected: no memory" in done.stdout and "2 ranks, ddp" in done.stdout
+    assert done.stderr.count("in 2 parts") == 1, done.stderr
+    np.testing.assert_allclose(curve(out), curve(one_rank), rtol=1e-6)
+    np.testing.assert_allclose(
+        curve(out, "Training/Gradient_Norm"), curve(one_rank, "Training/Gradient_Norm"), rtol=1e-5
+    )
+
+
+def test_out_of_memory_without_a_way_out_ends_all_ranks(command, tmp_path):
+    wrapper, out = tmp_path / "wrapper.py", tmp_path / "out"
+    wrapper.write_text(SHORT_OF_MEMORY.format(root=str(SCRIPT.parent), where="always"))
+    done = train([str(wrapper), *command[1:]], out, 2, 2)
+    said = done.stdout + done.stderr
+    assert done.returncode != 0
+    assert "step 1: out of memory (on another rank). Lower --batch-size" in said, said[-3000:]
+    assert "Traceback" not in done.stdout
+    (logs,) = (out / "training_logs").iterdir()
+    assert json.loads((logs / "status.json").read_text())["status"] == "stopped"
+
+
+def test_auto_shards_what_does_not_fit_and_full_fine_tuning(command, tmp_path):
+    wrapper = tmp_path / "wrapper.py"
+    wrapper.write_text(
+        f"import sys\nsys.path.insert(0, {str(SCRIPT.parent)!r})\n"
+        "import direct_finetuning_with_existing_modules as program\n"
+        "import run_plan\n"
+        "run_plan.free_memory = lambda device: 2**20\n"
+        "sys.exit(program.main())\n"
+    )
+    for name, line in {
+        "full": [*command, "--lora-r", "0"],
+        "crowded": [str(wrapper), *command[1:]],
+    }.items():
+        done = train([*line, "--max-steps", "1", "--eval-steps", "0"], tmp_path / name, 2, 1)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "2 ranks, fsdp" in done.stdout, done.stdout
+
+
 SLOW_RANK = """
 import os, sys, time
 sys.path.insert(0, {root!r})
