@@ -15,9 +15,11 @@ import math
 import multiprocessing
 import os
 import shutil
+import sys
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -50,7 +52,7 @@ __all__ = [
     "split_thinking", "weighted_indices",
 ]  # fmt: skip
 
-LARGE_DATA = 64 * 2**20
+LARGE_DATA = 4 * 2**20
 """Bytes of input from which on samples live in Arrow files and are read in parallel."""
 _ROWS = 1000  # per record batch: the unit that is decoded when samples are read in order
 _FORMAT = 1  # of the cached files; raise it when readers or columns change
@@ -258,11 +260,21 @@ def _write_parts(
             written = in_order(_write_part, jobs, workers)
         else:
             written = (_write_part(*job) for job in jobs)
-        parts = []
-        for chunk, part in zip(chunks, written, strict=True):
-            parts.append(part)
+        index = {
+            "parts": len(chunks),
+            "samples_per_file": dict.fromkeys((chunk.file.source for chunk in chunks), 0),
+            "broken": [],
+            "remarks": [],
+        }
+        fingerprint = hashlib.blake2b(digest_size=16)
+        for chunk, (ids, broken, remarks) in zip(chunks, written, strict=True):
+            fingerprint.update(ids)
+            index["samples_per_file"][chunk.file.source] += len(ids) // 8
+            index["broken"] += broken
+            index["remarks"] += remarks
             meter.add((chunk.stop or os.path.getsize(chunk.file.path)) - chunk.start)
-        write_json(building / "index.json", _index(chunks, parts))
+        index["fingerprint"] = fingerprint.hexdigest()
+        write_json(building / "index.json", index)
 
 
 @contextlib.contextmanager
@@ -303,26 +315,49 @@ def in_order(
     """Results of function(*job) in the order of the jobs, computed by worker processes."""
     # Not forked: the parent may hold threads and a device context that don't survive it.
     context = multiprocessing.get_context("spawn")
-    number = min(workers, len(jobs))
-    with ProcessPoolExecutor(number, context, initializer, initargs) as pool:
-        yield from pool.map(function, *zip(*jobs, strict=True))
+    workers = min(workers, len(jobs))
+    waiting: deque[Future] = deque()  # a few jobs ahead only, so that memory stays flat
+    with ProcessPoolExecutor(workers, context, initializer, initargs) as pool:
+        for job in jobs:
+            with _main_stays_out():  # a process is started by the job that needs it
+                waiting.append(pool.submit(function, *job))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+@contextlib.contextmanager
+def _main_stays_out() -> Iterator[None]:
+    """Processes started meanwhile import what their function needs, and not the program itself:
+    that one imports torch, which takes longer than the work on ten thousand samples."""
+    main = sys.modules["__main__"].__dict__
+    hidden = {name: main.get(name) for name in ("__spec__", "__file__") if name in main}
+    main["__spec__"] = main["__file__"] = None
+    try:
+        yield
+    finally:
+        del main["__spec__"], main["__file__"]
+        main.update(hidden)
 
 
 def _part(i: int) -> str:
     return f"part-{i:05d}.arrow"
 
 
-def _write_part(chunk: Chunk, columns: dict[str, str] | None, path: str) -> dict:
-    """Write a chunk's samples as an Arrow file; what else is to be known of it as JSON values."""
+def _write_part(
+    chunk: Chunk, columns: dict[str, str] | None, path: str
+) -> tuple[bytes, list[dict], list[dict]]:
+    """Write a chunk's samples as an Arrow file. Their ids (8 bytes each), what is broken or odd."""
     import pyarrow as pa
 
-    broken, remarks, rows, ids = [], [], [], []
+    broken, remarks, rows, ids = [], [], [], bytearray()
     schema = _schema()
     with pa.OSFile(path, "wb") as out, pa.ipc.new_file(out, schema) as writer:
         for item in _read_chunk(chunk, columns):
             if isinstance(item, Sample):
                 rows.append(_row(item))
-                ids.append(item.id)
+                ids += bytes.fromhex(item.id)
             else:
                 (broken if isinstance(item, BrokenSample) else remarks).append(asdict(item))
             if len(rows) == _ROWS:
@@ -330,20 +365,7 @@ def _write_part(chunk: Chunk, columns: dict[str, str] | None, path: str) -> dict
                 rows = []
         if rows:
             writer.write_batch(pa.RecordBatch.from_pylist(rows, schema))
-    return {"ids": "".join(ids), "broken": broken, "remarks": remarks}
-
-
-def _index(chunks: list[Chunk], parts: list[dict]) -> dict:
-    per_file = dict.fromkeys((chunk.file.source for chunk in chunks), 0)
-    for chunk, part in zip(chunks, parts, strict=True):
-        per_file[chunk.file.source] += len(part["ids"]) // 16
-    return {
-        "parts": len(parts),
-        "samples_per_file": per_file,
-        "fingerprint": _fingerprint(bytes.fromhex(part["ids"]) for part in parts),
-        "broken": [item for part in parts for item in part["broken"]],
-        "remarks": [item for part in parts for item in part["remarks"]],
-    }
+    return bytes(ids), broken, remarks
 
 
 def _load(folder: Path) -> SampleSet | None:
@@ -393,14 +415,20 @@ def _sample(row: dict) -> Sample:
 
 
 class ArrowSamples(Sequence):
-    """Samples in memory-mapped Arrow files; each is decoded when it is asked for."""
+    """Samples in Arrow files; each is decoded when it is asked for.
+
+    One by one they come from the mapped files. In order they are read: pages of a mapped file
+    that were looked at would count as this process's memory.
+    """
 
     def __init__(self, paths: list[str]) -> None:
         import pyarrow as pa
 
         self._paths = paths
         readers = [pa.ipc.open_file(pa.memory_map(path)) for path in paths]
+        counts = [reader.num_record_batches for reader in readers]
         self._batches = [r.get_batch(i) for r in readers for i in range(r.num_record_batches)]
+        self._places = [(p, i) for p, n in zip(paths, counts, strict=True) for i in range(n)]
         self._ends = np.cumsum([batch.num_rows for batch in self._batches], dtype=np.int64).tolist()
 
     def __reduce__(self) -> tuple:
@@ -411,7 +439,10 @@ class ArrowSamples(Sequence):
 
     def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+            start, stop, step = index.indices(len(self))
+            if step == 1:
+                return list(self._between(start, stop))
+            return [self[i] for i in range(start, stop, step)]
         position = index + len(self) if index < 0 else index
         if not 0 <= position < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
@@ -421,12 +452,27 @@ class ArrowSamples(Sequence):
         return _sample({name: batch[name][row].as_py() for name in batch.schema.names})
 
     def __iter__(self) -> Iterator[Sample]:
-        for batch in self._batches:
-            yield from map(_sample, batch.to_pylist())
+        return self._between(0, len(self))
 
-    def sources(self) -> list[str]:
+    def sources(self) -> Iterator[str]:
         """The source of every sample, without decoding the samples."""
-        return [source for batch in self._batches for source in batch["source"].to_pylist()]
+        for number in range(len(self._batches)):
+            yield from self._read(number)["source"].to_pylist()
+
+    def _between(self, start: int, stop: int) -> Iterator[Sample]:
+        number = bisect.bisect_right(self._ends, start)
+        while start < stop:
+            batch, end = self._read(number), min(stop, self._ends[number])
+            first = start - (self._ends[number] - batch.num_rows)
+            yield from map(_sample, batch.slice(first, end - start).to_pylist())
+            start, number = end, number + 1
+
+    def _read(self, number: int):
+        import pyarrow as pa
+
+        path, place = self._places[number]
+        with pa.OSFile(path) as file:
+            return pa.ipc.open_file(file).get_batch(place)
 
 
 # ---- weights ----------------------------------------------------------------------------------
@@ -442,14 +488,13 @@ def weighted_indices(
     for a weight that is negative or not finite, a key that fits nothing, and nothing left.
     """
     indices = np.asarray(indices, dtype=np.int64)
-    everything = samples.sources() if isinstance(samples, ArrowSamples) else None
-    names = [everything[i] if everything else samples[i].source for i in indices.tolist()]
-    by_source: dict[str, list[int]] = {}
-    for place, name in enumerate(names):
-        by_source.setdefault(name, []).append(place)
+    names, codes = _source_codes(samples)
+    codes = codes[indices]
+    by_source = {names[code]: code for code in np.unique(codes).tolist()}
     chosen = _weight_of_sources(list(by_source), weights)
     counts = np.ones(len(indices), dtype=np.int64)
-    for name, places in sorted(by_source.items()):
+    for name, code in sorted(by_source.items()):
+        places = np.flatnonzero(codes == code)
         whole, part = divmod(chosen[name], 1.0)
         counts[places] = int(whole)
         # Its own generator per source: a new source must not change the draw of another one.
@@ -460,6 +505,16 @@ def weighted_indices(
     if len(indices) and not counts.any():
         raise UserError("source weights leave no sample; raise one above 0")
     return np.repeat(indices, counts)
+
+
+def _source_codes(samples: Sequence[Sample]) -> tuple[list[str], np.ndarray]:
+    """All sources in the order of their first samples, and the number (n,) of each sample's."""
+    numbers: dict[str, int] = {}
+    lazy = isinstance(samples, ArrowSamples)
+    sources = samples.sources() if lazy else (sample.source for sample in samples)
+    codes = (numbers.setdefault(source, len(numbers)) for source in sources)
+    found = np.fromiter(codes, np.int32, len(samples))
+    return [*numbers], found
 
 
 def _weight_of_sources(sources: list[str], weights: dict[str, float]) -> dict[str, float]:

@@ -698,10 +698,12 @@ def test_large_data_equal_small(large, tmp_path, monkeypatch):
     assert [found.samples[i] for i in range(len(found.samples))] == small.samples
     assert found.samples[-1] == small.samples[-1]
     assert found.samples[3:9:2] == small.samples[3:9:2]
+    assert found.samples[37:245] == small.samples[37:245]
+    assert found.samples[5:5] == found.samples[9:3] == []
     for name in ("broken", "samples_per_file", "fingerprint", "remarks"):
         assert getattr(found, name) == getattr(small, name)
     assert found.broken[0].line == 201
-    assert found.samples.sources() == [sample.source for sample in small.samples]
+    assert list(found.samples.sources()) == [sample.source for sample in small.samples]
     assert seen == sorted(seen)
     assert seen[-1][0] == seen[-1][1]
     with pytest.raises(IndexError):
