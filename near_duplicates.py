@@ -7,7 +7,10 @@ decides. Clusters are the connected components of that relation.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import BinaryIO
 
 import numpy as np
 import rensa
@@ -84,38 +87,86 @@ def near_duplicate_clusters(
     """
     if len(texts) == 0:
         return np.zeros(0, np.int64)
-    keys = np.fromiter((text_key(text) for text in texts), np.uint64, len(texts))
-    _, first, group = np.unique(keys, return_index=True, return_inverse=True)
-    join = _join_exact if len(first) <= exact_limit else _join_minhash
-    labels = join(texts, first, threshold)[group]
-    _, smallest, inverse = np.unique(labels, return_index=True, return_inverse=True)
-    return smallest[inverse].astype(np.int64)
+    keys = np.fromiter(map(text_key, texts), np.uint64, len(texts))
+    same = smallest_of_equal(keys)
+    first = np.flatnonzero(same == np.arange(len(same)))  # of each distinct text
+    if len(first) <= exact_limit:
+        labels = _join_exact(texts, first, threshold)
+    else:
+        labels = _join_minhash(texts, first, keys[first], threshold)
+    return first[smallest_of_equal(labels)][np.searchsorted(first, same)]
+
+
+def smallest_of_equal(keys: np.ndarray) -> np.ndarray:
+    """(n,) int64: for each of the keys (n,) the index of the first that equals it."""
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
+    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
+    result = np.empty(len(keys), np.int64)
+    result[order] = np.repeat(order[starts], np.diff(starts, append=len(keys)))
+    return result
+
+
+def _chosen(texts: Sequence[str], chosen: np.ndarray) -> Iterator[str]:
+    """The texts of these ascending indices, read in order: much faster than one by one."""
+    wanted = np.zeros(len(texts), bool)
+    wanted[chosen] = True
+    return itertools.compress(texts, wanted)
 
 
 def _join_exact(texts: Sequence[str], chosen: np.ndarray, threshold: float) -> np.ndarray:
     """Component label per chosen text. Two sets can only be near when their prefixes, the rarest
-    `size - ceil(threshold * size) + 1` shingles, have one in common."""
-    sets, sizes = _shingle_matrix(texts, chosen)
-    # Columns are numbered from rare to frequent, so the first entries of a row are its rarest.
-    prefix_sizes = sizes - np.ceil(threshold * sizes - 1e-9).astype(np.int64) + 1
-    place = np.arange(sets.nnz) - np.repeat(sets.indptr[:-1], sizes)
-    kept = place < np.repeat(prefix_sizes, sizes)
-    starts = np.concatenate([[0], np.cumsum(prefix_sizes)])
-    ones = np.ones(int(kept.sum()), np.int32)
-    prefixes = csr_array((ones, sets.indices[kept], starts), shape=sets.shape)
-    by_shingle = prefixes.T.tocsr()
-    labels = np.arange(len(chosen))
-    for start in range(0, len(chosen), 256):
-        shared = (prefixes[start : start + 256] @ by_shingle).tocoo()
-        left, right = shared.coords[0] + start, shared.coords[1]
-        for block in _candidate_blocks(left, right, sizes, threshold):
-            a, b = (left[block], right[block])
-            open_pairs = labels[a] != labels[b]
-            a, b = a[open_pairs], b[open_pairs]
-            common = sets[a].multiply(sets[b]).sum(axis=1)
-            near = _is_near(common, sizes[a], sizes[b], threshold)
-            labels = _joined(labels, a[near], b[near])
+    `size - ceil(threshold * size) + 1` shingles, have one in common. The sets wait in a file."""
+    labels = np.arange(len(chosen), dtype=np.int32)
+    with tempfile.TemporaryFile() as file:
+        sets = _StoredSets(file, map(shingles, _chosen(texts, chosen)))
+        prefixes = _prefixes(sets, threshold)
+        by_shingle = prefixes.T.tocsr()
+        for start in range(0, len(chosen), 256):
+            shared = (prefixes[start : start + 256] @ by_shingle).tocoo()
+            left, right = shared.coords[0] + start, shared.coords[1]
+            for block in _candidate_blocks(left, right, sets.sizes, threshold):
+                labels = _joined_if_near(sets, left[block], right[block], labels, threshold)
     return labels
+
+
+class _StoredSets:
+    """Sorted sets of shingles in a file: [i] reads one, (sizes[i],) uint64."""
+
+    def __init__(self, file: BinaryIO, sets: Iterable[np.ndarray]) -> None:
+        self._file = file
+        self.sizes = np.array([file.write(s.tobytes()) // 8 for s in sets], np.int64)
+        self._starts = np.cumsum(self.sizes) - self.sizes
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        self._file.seek(8 * int(self._starts[i]))
+        return np.frombuffer(self._file.read(8 * int(self.sizes[i])), np.uint64)
+
+
+def _prefixes(sets: _StoredSets, threshold: float) -> csr_array:
+    """Texts x shingles, 0/1: the rarest shingles of each text, but none that occurs only once.
+
+    How rare a shingle is, is counted by 20 bits of it; any order that all texts share will do.
+    """
+    counts = np.zeros(1 << 20, np.int32)
+    for i in range(len(sets.sizes)):
+        np.add.at(counts, _buckets(sets[i]), 1)
+    lengths = sets.sizes - np.ceil(threshold * sets.sizes - 1e-9).astype(np.int64) + 1
+    prefixes = []
+    for i, length in enumerate(lengths.tolist()):
+        shingles_of = sets[i]
+        count = counts[_buckets(shingles_of)]
+        rarest = np.argsort(count, kind="stable")[:length]  # equal ones stay in their order
+        prefixes.append(shingles_of[rarest[count[rarest] > 1]])
+    starts = np.cumsum([0, *map(len, prefixes)])
+    _, columns = np.unique(np.concatenate(prefixes), return_inverse=True)
+    shape = (len(prefixes), int(columns.max(initial=-1)) + 1)
+    columns = columns.astype(np.int32)
+    return csr_array((np.ones(len(columns), np.int32), columns, starts.astype(np.int32)), shape)
+
+
+def _buckets(hashes: np.ndarray) -> np.ndarray:
+    return (hashes >> np.uint64(44)).astype(np.int64)
 
 
 def _candidate_blocks(
@@ -128,36 +179,24 @@ def _candidate_blocks(
         yield allowed[start : start + 4096]
 
 
-def _shingle_matrix(texts: Sequence[str], chosen: np.ndarray) -> tuple[csr_array, np.ndarray]:
-    """Texts x shingles, 0/1, columns ordered from rare to frequent; and the size of every set."""
-    rows = [shingles(texts[i]) for i in chosen]
-    sizes = np.array([len(row) for row in rows], np.int64)
-    _, columns, frequency = np.unique(np.concatenate(rows), return_inverse=True, return_counts=True)
-    rank = np.empty(len(frequency), np.int64)
-    rank[np.argsort(frequency, kind="stable")] = np.arange(len(frequency))
-    starts = np.concatenate([[0], np.cumsum(sizes)])
-    shape = (len(rows), len(frequency))
-    matrix = csr_array((np.ones(len(columns), np.int32), rank[columns], starts), shape=shape)
-    matrix.sort_indices()
-    return matrix, sizes
-
-
-def _join_minhash(texts: Sequence[str], chosen: np.ndarray, threshold: float) -> np.ndarray:
+def _join_minhash(
+    texts: Sequence[str], chosen: np.ndarray, keys: np.ndarray, threshold: float
+) -> np.ndarray:
     """Component label per chosen text: pairs with one equal MinHash band, verified exactly.
 
     Within a bucket a text meets its next `_WINDOW` neighbours only; larger buckets are joined
-    through chains. Keeps 4 bytes per text and band.
+    through chains. The bands wait in a temporary file; one at a time, 4 bytes per text, is in memory.
     """
-    bands = _band_hashes(texts, chosen, _rows_per_band(threshold))
-    labels = np.arange(len(chosen))
-    for band in bands.T:
-        order = np.argsort(band, kind="stable")
+    labels = np.arange(len(chosen), dtype=np.int32)
+    by_key = np.argsort(keys).astype(np.int32)  # so that the order of the texts changes nothing
+    sets = _SetsOf(texts, chosen)
+    for band in _bands(_chosen(texts, chosen), len(chosen), _rows_per_band(threshold)):
+        order = by_key[np.argsort(band[by_key], kind="stable")]
+        band = band[order]
         for distance in range(1, min(_WINDOW, len(order) - 1) + 1):
-            a, b = order[:-distance], order[distance:]
-            candidates = np.flatnonzero((band[a] == band[b]) & (labels[a] != labels[b]))
-            a, b = a[candidates], b[candidates]
-            near = _verify(texts, chosen[a], chosen[b], threshold)
-            labels = _joined(labels, a[near], b[near])
+            candidates = np.flatnonzero(band[:-distance] == band[distance:])
+            left, right = order[candidates], order[candidates + distance]
+            labels = _joined_if_near(sets, left, right, labels, threshold)
     return labels
 
 
@@ -169,37 +208,66 @@ def _rows_per_band(threshold: float) -> int:
     return 1
 
 
-def _band_hashes(texts: Sequence[str], chosen: np.ndarray, rows: int) -> np.ndarray:
-    """Hash (n, bands) uint32 of every band of the MinHash signature."""
+def _bands(texts: Iterator[str], count: int, rows: int) -> Iterator[np.ndarray]:
+    """Hash (count,) uint32 of each band of the texts' MinHash signatures."""
+    spans = [(i, min(i + _CHUNK, count)) for i in range(0, count, _CHUNK)]
+    with tempfile.TemporaryFile() as file:
+        for start, stop in spans:
+            some = list(itertools.islice(texts, stop - start))
+            file.write(_band_hashes(some, rows).tobytes())
+        for number in range(_NUM_PERM // rows):
+            band = np.empty(count, np.uint32)
+            for start, stop in spans:
+                file.seek(4 * (start * (_NUM_PERM // rows) + number * (stop - start)))
+                file.readinto(band[start:stop])
+            yield band
+
+
+def _band_hashes(texts: list[str], rows: int) -> np.ndarray:
+    """Hash (bands, n) uint32 of every band of the MinHash signatures."""
     bands = _NUM_PERM // rows
-    result = np.empty((len(chosen), bands), np.uint32)
-    in_file_order = np.argsort(chosen)  # lazy texts are read faster in their order
-    for start in range(0, len(chosen), _CHUNK):
-        places = in_file_order[start : start + _CHUNK]
-        sets = [shingles(texts[i]) for i in chosen[places]]
-        offsets = np.concatenate([[0], np.cumsum([len(s) for s in sets])]).astype(np.uint64)
-        digests = rensa.RMinHash.digest_matrix_from_flat_token_hashes(
-            np.concatenate(sets), offsets, num_perm=_NUM_PERM, seed=1
-        )
-        values = np.array(digests.to_rows(), np.uint64)[:, : bands * rows]
-        mixed = np.full((len(sets), bands), _HASH_SEED)
-        for row in range(rows):
-            mixed = (mixed ^ values[:, row::rows]) * _HASH_STEP
-            mixed ^= mixed >> np.uint64(32)
-        result[places] = mixed.astype(np.uint32)
-    return result
+    sets = [shingles(text) for text in texts]
+    offsets = np.concatenate([[0], np.cumsum([len(s) for s in sets])]).astype(np.uint64)
+    digests = rensa.RMinHash.digest_matrix_from_flat_token_hashes(
+        np.concatenate(sets), offsets, num_perm=_NUM_PERM, seed=1
+    )
+    values = np.array(digests.to_rows(), np.uint64).T[: bands * rows]
+    mixed = np.full((bands, len(sets)), _HASH_SEED)
+    for row in range(rows):
+        mixed = (mixed ^ values[row::rows]) * _HASH_STEP
+        mixed ^= mixed >> np.uint64(32)
+    return mixed.astype(np.uint32)
 
 
-def _verify(texts: Sequence[str], left: np.ndarray, right: np.ndarray, threshold: float):
-    """Exact decision (n,) bool per pair of text indices; each text is shingled once per chunk."""
-    near = np.zeros(len(left), bool)
+class _SetsOf:
+    """The shingles of chosen texts, made when they are asked for."""
+
+    def __init__(self, texts: Sequence[str], chosen: np.ndarray) -> None:
+        self._texts, self._chosen = texts, chosen
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return shingles(self._texts[int(self._chosen[i])])
+
+
+def _joined_if_near(
+    sets: "_StoredSets | _SetsOf",
+    left: np.ndarray,
+    right: np.ndarray,
+    labels: np.ndarray,
+    threshold: float,
+) -> np.ndarray:
+    """Labels after the candidate pairs that are truly near are joined; each set is read once a chunk."""
+    apart = labels[left] != labels[right]
+    left, right = left[apart], right[apart]
     for start in range(0, len(left), _CHUNK):
-        pairs = list(zip(left[start : start + _CHUNK], right[start : start + _CHUNK], strict=True))
-        sets = {i: shingles(texts[i]) for i in {i for pair in pairs for i in pair}}
-        common = np.array([len(np.intersect1d(sets[a], sets[b], True)) for a, b in pairs])
-        sizes = np.array([(len(sets[a]), len(sets[b])) for a, b in pairs])
-        near[start : start + len(pairs)] = _is_near(common, sizes[:, 0], sizes[:, 1], threshold)
-    return near
+        a, b = left[start : start + _CHUNK], right[start : start + _CHUNK]
+        read = {i: sets[i] for i in np.union1d(a, b).tolist()}
+        pairs = list(zip(a.tolist(), b.tolist(), strict=True))
+        common = np.array([len(np.intersect1d(read[i], read[j], True)) for i, j in pairs])
+        sizes = np.array([(len(read[i]), len(read[j])) for i, j in pairs])
+        near = _is_near(common, sizes[:, 0], sizes[:, 1], threshold)
+        labels = _joined(labels, a[near], b[near])
+    return labels
 
 
 def _is_near(common, first_size, second_size, threshold: float):
@@ -210,10 +278,14 @@ def _joined(labels: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarr
     """Labels after the components of the given pairs are merged."""
     if len(left) == 0:
         return labels
-    size = len(labels)
-    edges = (np.ones(len(left), np.int8), (labels[left], labels[right]))
-    _, component = connected_components(csr_array(edges, shape=(size, size)), directed=False)
-    return component[labels]
+    ends = np.concatenate([labels[left], labels[right]])
+    met, compact = np.unique(ends, return_inverse=True)  # the few labels that these pairs touch
+    edges = (np.ones(len(left), np.int8), (compact[: len(left)], compact[len(left) :]))
+    graph = csr_array(edges, shape=(len(met), len(met)))
+    _, component = connected_components(graph, directed=False)
+    renamed = np.arange(int(labels.max()) + 1, dtype=labels.dtype)
+    renamed[met] = met[smallest_of_equal(component)]
+    return renamed[labels]
 
 
 def split_held_out(samples: Sequence[Sample], fraction: float) -> tuple[np.ndarray, np.ndarray]:
@@ -248,14 +320,16 @@ def _split_clusters(samples: Sequence[Sample]) -> np.ndarray:
 
 def _cluster_positions(samples: Sequence[Sample], compact: np.ndarray, count: int) -> np.ndarray:
     """A uniform number in [0, 1) per cluster, from the smallest content hash among its members."""
-    smallest = [""] * count
-    for index, cluster in enumerate(compact):
-        identity = samples[index].id
-        if not smallest[cluster] or identity < smallest[cluster]:
-            smallest[cluster] = identity
+    smallest = np.full(count, 2**64 - 1, np.uint64)
+    for sample, cluster in zip(samples, compact, strict=True):
+        smallest[cluster] = min(smallest[cluster], np.uint64(int(sample.id, 16)))
     # Hashed once more: the minimum of many ids is small and would hold out large clusters.
-    digests = (hashlib.blake2b(i.encode(), digest_size=8).digest() for i in smallest)
-    return np.array([int.from_bytes(d, "big") / 2**64 for d in digests])
+    return np.fromiter((_position(int(identity)) for identity in smallest), float, count)
+
+
+def _position(identity: int) -> float:
+    digest = hashlib.blake2b(f"{identity:016x}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
 
 
 def _fallback_cluster(position: np.ndarray, sizes: np.ndarray, eligible: np.ndarray) -> int:
