@@ -8,10 +8,8 @@ One pass over the samples gives mergeable `Facts` (also in parallel); duplicates
 from keys and, for near ones, by reading the texts once more.
 """
 
-import multiprocessing
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from json import dumps
 from pathlib import Path
@@ -23,10 +21,17 @@ import tyro
 import crypto_terms
 import dataset_report
 from errors import UserError
-from near_duplicates import Texts, jaccard, near_duplicate_clusters, pair_text, question_text
+from near_duplicates import (
+    Texts,
+    jaccard,
+    near_duplicate_clusters,
+    pair_text,
+    question_text,
+    smallest_of_equal,
+)
 from safe_text import atomic_write_text, clean_line, strict
-from sample_facts import LISTED, Facts, Finding, Tally, difficulty, observe
-from samples import BrokenSample, Sample, read_samples
+from sample_facts import LISTED, Facts, Finding, Tally, difficulty, observe_span
+from samples import ArrowSamples, BrokenSample, Sample, in_order, read_samples
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,8 +45,9 @@ QUALITY_BOUNDARIES = (0.5, 0.75, 0.9)  # level 1 is below the first, level 4 fro
 MANY_TERMS = 10  # Crypto_Terms_10 counts samples with ten different terms or more
 TOLERATED = 0.001  # share of samples that the advised sequence length may exceed
 _CHUNK = 2000  # samples that one worker observes at a time
-_POOL_FROM = 10_000  # samples from which on worker processes pay for their start
+_POOL_FROM = 2_000  # samples from which on worker processes pay for their start
 _FORECAST_SAMPLES = 50_000  # lengths that the packing forecast looks at
+_SHOWN_VALUES = 100_000  # values of one histogram
 _SEGMENTS = {0: "prompt", 1: "thinking", 3: "answer"}  # of chat_tokens.Segment
 
 
@@ -112,9 +118,10 @@ class DatasetStatistics:
         }
         result |= _counts_and_percents("Difficulty", facts.difficulty, total)
         result |= _counts_and_percents("Quality_Level", self._quality_levels(), total)
-        terms = np.minimum(self._tally("distinct_terms").values(), MANY_TERMS).astype(int)
-        for k in range(MANY_TERMS + 1):
-            result[f"Crypto_Terms_{k}_Count"] = int(np.count_nonzero(terms == k))
+        terms = self._tally("distinct_terms")
+        for k in range(MANY_TERMS):
+            result[f"Crypto_Terms_{k}_Count"] = terms.counts[k]
+        result[f"Crypto_Terms_{MANY_TERMS}_Count"] = terms.above(MANY_TERMS - 1)
         for name, tally in sorted(facts.tallies.items()):
             if name.startswith("quality/"):
                 result[f"Quality_{_tag(name.split('/')[1])}"] = tally.mean()
@@ -152,26 +159,25 @@ class DatasetStatistics:
         return self._tally(name).mean()
 
     def _quality_levels(self) -> dict[int, int]:
-        levels = 1 + np.searchsorted(
-            QUALITY_BOUNDARIES, self._tally("output_quality").values(), side="right"
-        )
-        return {k: int(np.count_nonzero(levels == k)) for k in range(1, 5)}
+        values, times = self._tally("output_quality").table()
+        levels = 1 + np.searchsorted(QUALITY_BOUNDARIES, values, side="right")
+        return {k: int(times[levels == k].sum()) for k in range(1, 5)}
 
     def exceeding(self) -> dict[int, float]:
         """Percent of the samples longer than each length of `SEQUENCE_LENGTHS`, in tokens; a
         length is absent where truncation hid how many there were."""
-        values, ledger = self.tokens.tallies["total"].values(), self.tokens.ledger
+        lengths, ledger = self.tokens.tallies["total"], self.tokens.ledger
         dropped, truncated = ledger.get("dropped", 0), ledger.get("truncated", 0)
         limit = self.tokens.limit if truncated else None
         result = {}
         for length in SEQUENCE_LENGTHS:
             if limit is None or length < limit:
-                count = int(np.count_nonzero(values > length)) + dropped
+                count = lengths.above(length) + dropped
             elif length == limit:
                 count = truncated
             else:
                 break
-            result[length] = 100 * count / max(1, len(values) + dropped)
+            result[length] = 100 * count / max(1, len(lengths) + dropped)
         return result
 
     def advised_max_seq_length(self) -> int | None:
@@ -182,19 +188,22 @@ class DatasetStatistics:
     def packing_forecast(self) -> dict[int, float]:
         """Percent of the tokens in full rows that are no padding, by row length, when samples are
         packed; longer samples are left out. Rows in which nothing fits are absent."""
-        values = self.tokens.tallies["total"].values()
+        total = self.tokens.tallies["total"]
         lengths = sorted({*SEQUENCE_LENGTHS, self.max_seq_length or SEQUENCE_LENGTHS[0]})
-        forecast = {n: packing_efficiency(values[values <= n], n) for n in lengths}
+        fitting = {n: total.at_most(n).values(_FORECAST_SAMPLES) for n in lengths}
+        forecast = {n: packing_efficiency(values, n) for n, values in fitting.items()}
         return {n: 100 * share for n, share in forecast.items() if share is not None}
 
     def histograms(self) -> dict[str, np.ndarray]:
-        """Values (n,) per tag, for histograms of lengths, quality and complexity."""
+        """Values (n,) per tag, for histograms of lengths, quality and complexity; of more than
+        `_SHOWN_VALUES` so many evenly spaced ones, which have the same shape."""
         names = ("question_chars", "thinking_chars", "answer_chars", "question_quality")
         names += ("output_quality", "complexity", "distinct_terms")
-        result = {f"Dataset/{_tag(n)}_Histogram": self._tally(n).values() for n in names}
+        tallies = {n: self._tally(n) for n in names}
         if self.tokens.exact:
-            for name, tally in self.tokens.tallies.items():
-                result[f"Dataset/{_tag(name)}_Tokens_Histogram"] = tally.values()
+            tallies |= {f"{name}_tokens": tally for name, tally in self.tokens.tallies.items()}
+        shown = {name: tally.values(_SHOWN_VALUES) for name, tally in tallies.items()}
+        result = {f"Dataset/{_tag(name)}_Histogram": values for name, values in shown.items()}
         return {tag: values for tag, values in result.items() if len(values)}
 
     def figures(self) -> "dict[str, Figure]":
@@ -276,10 +285,11 @@ def _by_category(occurrences: dict[str, int]) -> dict[str, int]:
 def _binned(tallies: dict[str, Tally]) -> dict[str, list[int]]:
     """Samples per power-of-two bin of tokens: up to 16, 32, … for pictures."""
     edges = [0, *(2**k for k in range(4, 17)), np.inf]
-    return {
-        name: np.histogram(np.maximum(tally.values() - 0.5, 0), edges)[0].tolist()
-        for name, tally in tallies.items()
-    }
+    result = {}
+    for name, tally in tallies.items():
+        values, times = tally.table()
+        result[name] = np.histogram(np.maximum(values - 0.5, 0), edges, weights=times)[0].tolist()
+    return result
 
 
 def packing_efficiency(lengths: np.ndarray, row_tokens: int) -> float | None:
@@ -341,20 +351,13 @@ def compute_statistics(
 
 def observed(samples: Sequence[Sample], workers: int) -> Iterator[Facts]:
     """Facts of consecutive chunks, in order."""
-    starts = range(0, len(samples), _CHUNK)
-    if workers <= 1 or len(samples) < _POOL_FROM:
-        yield from (observe(samples[start : start + _CHUNK]) for start in starts)
-        return
-    # Not forked: the parent may hold threads and a device context that don't survive it.
-    context = multiprocessing.get_context("spawn")
-    workers = min(workers, len(starts))
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        waiting = []  # a few chunks ahead only, so that memory stays flat
-        for start in starts:
-            waiting.append(pool.submit(observe, samples[start : start + _CHUNK]))
-            if len(waiting) > 2 * workers:
-                yield waiting.pop(0).result()
-        yield from (job.result() for job in waiting)
+    spans = [(start, start + _CHUNK) for start in range(0, len(samples), _CHUNK)]
+    if workers > 1 and len(samples) >= _POOL_FROM:
+        lazy = isinstance(samples, ArrowSamples)  # each process reads its own share of the files
+        jobs = ((samples, *s) if lazy else (samples[slice(*s)], 0, _CHUNK) for s in spans)
+        yield from in_order(observe_span, jobs, workers)
+    else:
+        yield from (observe_span(samples, *span) for span in spans)
 
 
 def _estimated_lengths(facts: Facts) -> TokenLengths:
@@ -382,11 +385,12 @@ def _tally_of(values: np.ndarray) -> Tally:
 def _find_duplicates(
     samples: Sequence[Sample], facts: Facts, held_out: Sequence[int] | np.ndarray | None
 ) -> Duplicates:
-    questions, answers = np.concatenate(facts.question_keys), np.concatenate(facts.answer_keys)
-    pairs = questions ^ (answers * np.uint64(0x9E3779B97F4A7C15))
-    groups = np.unique(pairs, return_inverse=True)[1]
+    questions, pairs = np.concatenate(facts.question_keys), np.concatenate(facts.answer_keys)
+    pairs *= np.uint64(0x9E3779B97F4A7C15)
+    pairs ^= questions
+    groups = smallest_of_equal(pairs)
     clusters = near_duplicate_clusters(Texts(samples, pair_text))
-    distinct, near_groups = len(set(groups.tolist())), len(set(clusters.tolist()))
+    distinct, near_groups = _count(groups), _count(clusters)
     conflicts = _conflicting(questions, groups)
     findings = {
         "exact_duplicates": _repeats(samples, groups, "same question and answer as"),
@@ -400,11 +404,20 @@ def _find_duplicates(
     return Duplicates(exact, distinct - near_groups, len(conflicts), leaks, findings)
 
 
-def _members(labels: np.ndarray, minimum: int = 2) -> list[np.ndarray]:
-    """Indices of every group of equal labels with at least `minimum` members."""
+def _count(labels: np.ndarray) -> int:
+    """How many groups there are, labelled by their smallest index."""
+    return int(np.count_nonzero(labels == np.arange(len(labels))))
+
+
+def _members(labels: np.ndarray) -> Iterator[np.ndarray]:
+    """Indices of every group of equal labels with at least two members."""
     order = np.argsort(labels, kind="stable")
-    groups = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
-    return [group for group in groups if len(group) >= minimum]
+    ordered = labels[order]
+    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
+    ends = np.append(starts[1:], len(order))
+    several = ends - starts > 1
+    for start, end in zip(starts[several].tolist(), ends[several].tolist(), strict=True):
+        yield order[start:end]
 
 
 def _place(sample: Sample) -> str:
@@ -468,17 +481,18 @@ def _leaks(
     samples: Sequence[Sample], pair_clusters: np.ndarray, held_out: np.ndarray
 ) -> tuple[int, list[Finding]]:
     """Held-out samples whose question, or question with answer, (nearly) stands in training."""
-    is_held_out = np.zeros(len(samples), bool)
-    is_held_out[held_out] = True
-    train = np.flatnonzero(~is_held_out)
+    is_train = np.ones(len(samples), bool)
+    is_train[held_out] = False
+    train, held_out = np.flatnonzero(is_train), np.flatnonzero(~is_train)
     question_clusters = near_duplicate_clusters(Texts(samples, question_text))
     leaking: dict[int, int] = {}  # held-out index: a training index
     for clusters in (question_clusters, pair_clusters):
-        labels, first = np.unique(clusters[train], return_index=True)
-        partner = dict(zip(labels.tolist(), train[first].tolist(), strict=True))
-        for index in np.flatnonzero(is_held_out).tolist():
-            if int(clusters[index]) in partner:
-                leaking.setdefault(index, partner[int(clusters[index])])
+        first = np.full(len(samples), len(samples))  # training sample of each cluster
+        np.minimum.at(first, clusters[train], train)
+        partners = first[clusters[held_out]]
+        for index, partner in zip(held_out.tolist(), partners.tolist(), strict=True):
+            if partner < len(samples):
+                leaking.setdefault(index, partner)
     found = []
     for index, train in sorted(leaking.items())[:LISTED]:
         note = f"held out, but (nearly) repeats {_place(samples[train])} of the training samples"
@@ -516,9 +530,9 @@ def _warnings(stats: DatasetStatistics) -> Iterator[str]:
 
 
 def _length_warnings(stats: DatasetStatistics) -> Iterator[str]:
-    limit, lengths = stats.max_seq_length, stats.tokens.tallies["total"].values()
+    limit, lengths = stats.max_seq_length, stats.tokens.tallies["total"]
     over = stats.tokens.ledger.get("truncated", 0)
-    over = over or int(np.count_nonzero(lengths > (limit or np.inf)))
+    over = over or (lengths.above(limit) if limit else 0)
     about = "" if stats.tokens.exact else "about "
     if over:
         yield f"{about}{over} samples are longer than max_seq_length {limit}"

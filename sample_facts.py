@@ -5,8 +5,9 @@ and not on how many samples; only two 8-byte keys per sample stay, to find dupli
 integers, so the order of samples and the number of workers change nothing.
 """
 
+import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -43,12 +44,32 @@ class Tally:
     def __len__(self) -> int:
         return sum(self.counts.values())
 
-    def values(self) -> np.ndarray:
-        """Every value, repeated and ascending, (n,) float64."""
+    def table(self) -> tuple[np.ndarray, np.ndarray]:
+        """The different values (k,) float64, ascending, and how often each occurs (k,) int64."""
         keys = np.array(sorted(self.counts), np.int64)
         times = np.array([self.counts[int(key)] for key in keys], np.int64)
         # Divided rather than multiplied: 0.29 and not 0.29000000000000004.
-        return np.repeat(keys, times) / round(1 / self.resolution)
+        return keys / round(1 / self.resolution), times
+
+    def values(self, at_most: int | None = None) -> np.ndarray:
+        """Every value, repeated and ascending, (n,) float64; of more than `at_most` evenly spaced
+        ones, the smallest and the largest among them."""
+        values, times = self.table()
+        if at_most is None or len(self) <= at_most:
+            return np.repeat(values, times)
+        places = np.linspace(0, len(self) - 1, at_most).astype(np.int64)
+        return values[np.searchsorted(np.cumsum(times), places, side="right")]
+
+    def at_most(self, limit: float) -> "Tally":
+        """The values up to `limit`."""
+        result = Tally(self.resolution)
+        highest = limit * round(1 / self.resolution)
+        result.counts.update({k: n for k, n in self.counts.items() if k <= highest})
+        return result
+
+    def above(self, limit: float) -> int:
+        """How many values are greater than `limit`."""
+        return len(self) - len(self.at_most(limit))
 
     def mean(self) -> float | None:
         if not self.counts:
@@ -60,9 +81,17 @@ class Tally:
         """mean, p50, p90, p99, max (quantiles as numpy.quantile interpolates); empty: {}."""
         if not self.counts:
             return {}
-        values = self.values()
-        p50, p90, p99 = np.quantile(values, [0.5, 0.9, 0.99]).tolist()
+        values, times = self.table()
+        ends = np.cumsum(times)
+        p50, p90, p99 = (_quantile(values, ends, share) for share in (0.5, 0.9, 0.99))
         return {"mean": self.mean(), "p50": p50, "p90": p90, "p99": p99, "max": float(values[-1])}
+
+
+def _quantile(values: np.ndarray, ends: np.ndarray, share: float) -> float:
+    """numpy.quantile of values that occur several times; `ends` are their cumulative counts."""
+    place = share * (int(ends[-1]) - 1)
+    neighbours = np.searchsorted(ends, [int(place), math.ceil(place)], side="right")
+    return float(np.quantile(values[neighbours], place - int(place)))
 
 
 @dataclass(frozen=True, order=True)
@@ -127,6 +156,11 @@ class Facts:
         self.worst = sorted([*self.worst, *other.worst])[:LISTED]
         self.question_keys += other.question_keys
         self.answer_keys += other.answer_keys
+
+
+def observe_span(samples: Sequence[Sample], start: int, stop: int) -> Facts:
+    """The facts of samples[start:stop]."""
+    return observe(samples[start:stop])
 
 
 def observe(samples: Iterable[Sample]) -> Facts:

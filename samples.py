@@ -307,7 +307,7 @@ def _renamed(building: Path, folder: Path) -> bool:
 
 def in_order(
     function: Callable,
-    jobs: Sequence[tuple],
+    jobs: Iterable[tuple],
     workers: int,
     initializer: Callable | None = None,
     initargs: tuple = (),
@@ -315,7 +315,6 @@ def in_order(
     """Results of function(*job) in the order of the jobs, computed by worker processes."""
     # Not forked: the parent may hold threads and a device context that don't survive it.
     context = multiprocessing.get_context("spawn")
-    workers = min(workers, len(jobs))
     waiting: deque[Future] = deque()  # a few jobs ahead only, so that memory stays flat
     with ProcessPoolExecutor(workers, context, initializer, initargs) as pool:
         for job in jobs:
