@@ -11,7 +11,9 @@ which teaches a thinking model not to think. Such samples are kept, and listed i
 import hashlib
 import itertools
 import json
+import math
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from enum import IntEnum
@@ -40,7 +42,7 @@ from safe_text import clean, clean_line, fenced, write_json
 from sample_forms import strings_of
 from samples import Sample, SampleSet, in_order, written_folder
 
-_FORMAT = 1  # of cached tables; raise it when their meaning changes
+_FORMAT = 2  # of cached tables; raise it when their meaning changes
 _CHUNK = 500  # samples encoded together: more only costs memory
 _POOL_FROM = 2_000  # samples from which on worker processes pay for their start
 
@@ -119,6 +121,13 @@ class TokenizedSamples(Sequence):
     end_id: int
     """Id of the token that ends a turn."""
     max_seq_length: int
+    segment_counts: np.ndarray | None = None
+    """int32 (n, 5): tokens per document and segment; None: counted now."""
+
+    def __post_init__(self) -> None:
+        if self.segment_counts is None:
+            counts = _segment_counts(self.segments, self.lengths)
+            object.__setattr__(self, "segment_counts", counts)
 
     def __len__(self) -> int:
         return len(self.sample_index)
@@ -134,14 +143,6 @@ class TokenizedSamples(Sequence):
     def lengths(self) -> np.ndarray:
         """int64 (n,): tokens per document."""
         return np.diff(self.offsets)
-
-    @cached_property
-    def segment_counts(self) -> np.ndarray:
-        """int64 (n, 5): tokens per document and segment."""
-        counts = np.zeros((len(self), len(Segment)), dtype=np.int64)
-        for i in range(len(self)):  # one document at a time: the table may be larger than memory
-            counts[i] = np.bincount(self[i].segments, minlength=len(Segment))
-        return counts
 
     def documents_of(self, sample_indices: Sequence[int]) -> np.ndarray:
         """int64: the documents made from these samples, in their order, repeats repeated.
@@ -171,7 +172,15 @@ class TokenizedSamples(Sequence):
             self.close_id,
             self.end_id,
             self.max_seq_length,
+            self.segment_counts[documents],
         )
+
+
+def _segment_counts(segments: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """int32 (n, 5) from the segments (total,) of n documents end to end."""
+    kinds = len(Segment)
+    cell = np.repeat(np.arange(len(lengths)) * kinds, lengths) + segments
+    return np.bincount(cell, minlength=len(lengths) * kinds).reshape(-1, kinds).astype(np.int32)
 
 
 # ---- one sample → documents -------------------------------------------------------------------
@@ -293,14 +302,16 @@ class _Part:
         self.sample_index.append(index)
 
     def arrays(self) -> dict[str, np.ndarray]:
+        segments = np.concatenate([np.zeros(0, np.uint8), *self.segments])
+        lengths = np.array(self.lengths, dtype=np.int64)
+        counts = _segment_counts(segments, lengths)
         return {
             "ids": np.concatenate([np.zeros(0, np.int32), *self.ids]),
-            "segments": np.concatenate([np.zeros(0, np.uint8), *self.segments]),
-            "lengths": np.array(self.lengths, dtype=np.int64),
+            "segments": segments,
+            "lengths": lengths,
             "sample_index": np.array(self.sample_index, dtype=np.int64),
-            "num_targets": np.array(
-                [np.count_nonzero(segments) for segments in self.segments], dtype=np.int64
-            ),
+            "num_targets": counts[:, 1:].sum(axis=1, dtype=np.int64),
+            "segment_counts": counts,
         }
 
 
@@ -474,7 +485,9 @@ def tokenize_samples(
         elif progress:
             progress(len(samples), len(samples))
         arrays, ledger = _loaded(folder) or _unreadable(folder)
-    offsets = np.concatenate([[0], np.cumsum(arrays.pop("lengths"))]).astype(np.int64)
+    lengths = arrays.pop("lengths")
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
     tokens = TokenizedSamples(
         **arrays,
         offsets=offsets,
@@ -547,7 +560,9 @@ _DTYPES = {
     "lengths": np.int64,
     "sample_index": np.int64,
     "num_targets": np.int64,
+    "segment_counts": np.int32,
 }
+_WIDTHS = {"segment_counts": (len(Segment),)}  # of the arrays with more than one axis
 
 
 def _merged(ledgers: Iterable[dict[str, list[str]]]) -> TruncationLedger:
@@ -561,7 +576,9 @@ def _merged(ledgers: Iterable[dict[str, list[str]]]) -> TruncationLedger:
 def _in_memory(parts: Iterator) -> tuple[dict[str, np.ndarray], TruncationLedger]:
     found = list(parts)
     arrays = {
-        name: np.concatenate([np.zeros(0, dtype), *(arrays[name] for arrays, _ in found)])
+        name: np.concatenate(
+            [np.zeros((0, *_WIDTHS.get(name, ())), dtype), *(arrays[name] for arrays, _ in found)]
+        )
         for name, dtype in _DTYPES.items()
     }
     return arrays, _merged(ledger for _, ledger in found)
@@ -586,7 +603,8 @@ def _cache_key(
 
 
 def _write(folder: Path, parts: Iterator) -> None:
-    """Append all parts to raw files, then give them the .npy form; memory holds one part at a time."""
+    """Append all parts to raw files, then give them the .npy form; memory holds one part at a time,
+    and none of the files is mapped, as what is looked at would count as this process's memory."""
     with written_folder(folder) as building:
         ledgers = []
         for arrays, ledger in parts:
@@ -600,12 +618,15 @@ def _write(folder: Path, parts: Iterator) -> None:
 
 
 def _as_npy(folder: Path, name: str, dtype: type) -> None:
-    raw = folder / f"{name}.raw"
-    size = raw.stat().st_size if raw.exists() else 0
-    values = np.memmap(raw, dtype, mode="r") if size else np.zeros(0, dtype)
-    np.save(folder / f"{name}.npy", values)
-    del values  # a mapped file can't be removed on every system
-    raw.unlink(missing_ok=True)
+    raw, width = folder / f"{name}.raw", _WIDTHS.get(name, ())
+    raw.touch()
+    rows = raw.stat().st_size // (np.dtype(dtype).itemsize * math.prod(width))
+    descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
+    header = {"descr": descr, "fortran_order": False, "shape": (rows, *width)}
+    with open(folder / f"{name}.npy", "wb") as npy, open(raw, "rb") as values:
+        np.lib.format.write_array_header_1_0(npy, header)
+        shutil.copyfileobj(values, npy, 1 << 20)
+    raw.unlink()
 
 
 def _loaded(folder: Path) -> tuple[dict[str, np.ndarray], TruncationLedger] | None:
@@ -621,7 +642,8 @@ def _loaded(folder: Path) -> tuple[dict[str, np.ndarray], TruncationLedger] | No
         return None
     total, n = int(arrays["lengths"].sum()), len(arrays["lengths"])
     whole = len(arrays["ids"]) == len(arrays["segments"]) == total
-    return (arrays, ledger) if whole and len(arrays["sample_index"]) == n else None
+    whole = whole and len(arrays["sample_index"]) == len(arrays["segment_counts"]) == n
+    return (arrays, ledger) if whole else None
 
 
 def _unreadable(folder: Path) -> tuple:

@@ -44,8 +44,8 @@ SEQUENCE_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 QUALITY_BOUNDARIES = (0.5, 0.75, 0.9)  # level 1 is below the first, level 4 from the last
 MANY_TERMS = 10  # Crypto_Terms_10 counts samples with ten different terms or more
 TOLERATED = 0.001  # share of samples that the advised sequence length may exceed
-_CHUNK = 2000  # samples that one worker observes at a time
-_POOL_FROM = 2_000  # samples from which on worker processes pay for their start
+_CHUNK = 500  # samples that one worker observes at a time
+_POOL_FROM = 4_000  # samples from which on worker processes pay for their start
 _FORECAST_SAMPLES = 50_000  # lengths that the packing forecast looks at
 _SHOWN_VALUES = 100_000  # values of one histogram
 _SEGMENTS = {0: "prompt", 1: "thinking", 3: "answer"}  # of chat_tokens.Segment
@@ -369,16 +369,18 @@ def _exact_lengths(tokens: "TokenizedSamples") -> TokenLengths:
     """Tokens per segment of every document; one that lacks a segment does not count there."""
     tallies = {"total": _tally_of(tokens.lengths)}
     for number, name in _SEGMENTS.items():
-        lengths = tokens.segment_counts[:, number]
-        tallies[name] = _tally_of(lengths[lengths > 0])
+        tallies[name] = _tally_of(tokens.segment_counts[:, number])
+        del tallies[name].counts[0]
     ledger = {name: len(ids) for name, ids in asdict(tokens.ledger).items()}
     return TokenLengths(True, tallies, ledger, tokens.max_seq_length)
 
 
 def _tally_of(values: np.ndarray) -> Tally:
+    """Of non-negative integers (n,), which may be a mapped file."""
     tally = Tally()
-    for value, times in zip(*np.unique(values, return_counts=True), strict=True):
-        tally.counts[int(value)] += int(times)
+    for start in range(0, len(values), 1 << 16):
+        found, times = np.unique(values[start : start + (1 << 16)], return_counts=True)
+        tally.counts.update(dict(zip(found.tolist(), times.tolist(), strict=True)))
     return tally
 
 

@@ -180,13 +180,17 @@ def _groups(
     """Labels by difficulty, source and term category; a document is in one group of each."""
     index_of = {source: i for i, source in enumerate(sources)}
     names = [*categories(), NO_CATEGORY]
-    wanted = tokens.sample_index.tolist()
-    labels = {i: _labels(samples[i], index_of, names) for i in dict.fromkeys(wanted)}
-    table = np.array([labels[i] for i in wanted], dtype=np.int64).reshape(-1, 3)
+    has_tokens = np.zeros(len(samples), dtype=bool)
+    has_tokens[tokens.sample_index] = True
+    table = np.zeros((len(samples), 3), dtype=np.int32)
+    for i, sample in enumerate(samples):
+        if has_tokens[i]:
+            table[i] = _labels(sample, index_of, names)
+    labels = table[tokens.sample_index]
     return {
-        "By_Difficulty_": (DIFFICULTIES, table[:, 0]),
-        "By_Source/": (sources, table[:, 1]),
-        "By_Category/": (names, table[:, 2]),
+        "By_Difficulty_": (DIFFICULTIES, labels[:, 0]),
+        "By_Source/": (sources, labels[:, 1]),
+        "By_Category/": (names, labels[:, 2]),
     }
 
 
