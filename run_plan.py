@@ -1,8 +1,8 @@
 """What a run would do, need and take, told before any weight is loaded.
 
 Memory is counted from the model's configuration, tensor by tensor of what the training keeps; time from
-the number of operations and the speed of the device. Both are estimates and say so; how good the first
-one is, `benchmarks/memory_estimate.py` measures.
+the number of operations and the speed of the device. Both are estimates and say so; how good they are,
+`benchmarks/memory_estimate.py` measures.
 """
 
 import math
@@ -28,13 +28,11 @@ from throughput import ModelDims, dims_from_config, peak_flops, training_flops
 FP32 = 4  # bytes
 BITS_4 = 0.516  # bytes a weight in NF4: half a byte, and its doubly quantised scales
 USABLE = 0.92  # of the free memory; the rest goes to fragmentation and what the estimate leaves out
-GPU_SHARE = 0.35  # of a GPU's peak that training reaches, all overheads included
-HOST_LAYERS = (
-    3  # layers' activations that a host's malloc holds in gaps no tensor fits into (glibc)
-)
+GPU_SHARES = (0.25, 0.5)  # of a GPU's peak that training reaches; not measured by us
+HOST_LAYERS = 3  # layers' activations that glibc's malloc holds in gaps no tensor fits into
 HOST_LIBRARIES = 40 * 2**20  # bytes that libraries take with their first products
 STEP_SECONDS, EVALUATION_SECONDS = 0.03, 0.3  # of one, beside its arithmetic
-HOST_SHARE = 0.55  # of the rate of large matrix products, for devices that are measured
+HOST_SHARES = (0.4, 0.9)  # of the rate of large matrix products; small models use two threads badly
 Rows = list[tuple[str, str]]
 
 # -----------------------------------------------------------------------------
@@ -309,30 +307,52 @@ def recompute_factor(lora: bool, checkpointing: bool) -> float:
     return 6 / 4 if lora else 8 / 6
 
 
-def device_speed(device: torch.device, dims: ModelDims, dtype: torch.dtype) -> tuple[float, str]:
-    """FLOP/s to expect of training, and where the number comes from."""
+@dataclass(frozen=True)
+class Speed:
+    """FLOP/s to expect of training, and where the numbers come from."""
+
+    lowest: float
+    highest: float
+    source: str
+
+
+def device_speed(device: torch.device, dims: ModelDims, dtype: torch.dtype) -> Speed:
+    """From the peak of a known GPU, else from a matrix product that is measured now."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak = peak_flops(name)
-    if peak:
-        return peak * GPU_SHARE, f"{GPU_SHARE:.0%} of the peak of {name}"
-    rate = matmul_rate(device, dims, dtype)
-    return rate * HOST_SHARE, f"{HOST_SHARE:.0%} of a measured matrix product"
+    low, high = GPU_SHARES if peak else HOST_SHARES
+    rate = peak or matmul_rate(device, dims, dtype)
+    of = f"the peak of {name}" if peak else "a measured matrix product"
+    alone = ", if the processors are free" if device.type == "cpu" else ""
+    return Speed(low * rate, high * rate, f"{low:.0%} to {high:.0%} of {of}{alone}")
 
 
 def matmul_rate(device: torch.device, dims: ModelDims, dtype: torch.dtype) -> float:
-    """FLOP/s of (512, hidden) x (hidden, intermediate), the median of a few, in about 0.1 s."""
+    """FLOP/s of (512, hidden) x (hidden, intermediate), the mean of at least three, in about 0.2 s."""
     rows = torch.randn(512, dims.hidden, device=device, dtype=dtype)
     weight = torch.randn(dims.hidden, dims.intermediate, device=device, dtype=dtype)
+    seconds_of(lambda: rows @ weight, device)  # the first one also loads libraries
+    seconds, times = 0.0, 3
+    while seconds < 0.1 and times < 10_000:
+        times *= 2
+        seconds = seconds_of(lambda n=times: [rows @ weight for _ in range(n)], device)
+    return 2 * 512 * dims.hidden * dims.intermediate * times / seconds
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """How long `work` takes where nothing else runs.
+
+    On a host that is processor time over the number of threads: wall time on a busy machine was up to
+    nine times as long. Elsewhere it is wall time.
+    """
+    on_host = device.type == "cpu"
+    clock = time.process_time if on_host else time.perf_counter
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    seconds: list[float] = []
-    while len(seconds) < 3 or (sum(seconds) < 0.1 and len(seconds) < 50):
-        wait()
-        start = time.perf_counter()
-        rows @ weight
-        wait()
-        seconds.append(time.perf_counter() - start)
-    median = sorted(seconds)[len(seconds) // 2]
-    return 2 * 512 * dims.hidden * dims.intermediate / median
+    wait()
+    start = clock()
+    work()
+    wait()
+    return (clock() - start) / (torch.get_num_threads() if on_host else 1)
 
 
 # -----------------------------------------------------------------------------
@@ -373,7 +393,8 @@ class RunForecast:
     free: int
     device: torch.device
     largest_batches: Mapping[bool, int]
-    seconds: float | None
+    num_rows: int  # of an epoch
+    seconds: tuple[float, float] | None  # the shortest and the longest to expect
     speed: str
     disk_needed: int
     disk_free: int
@@ -425,7 +446,8 @@ class RunForecast:
             ("gradient checkpointing", chosen),
             (
                 "largest batch_size that fits",
-                f"{_batch_text(batches[False])}; with checkpointing {_batch_text(batches[True])}",
+                f"{self._batch_text(batches[False])}; with checkpointing "
+                f"{self._batch_text(batches[True])}",
             ),
         ]
 
@@ -433,11 +455,17 @@ class RunForecast:
         """Time and disk."""
         rows = []
         if self.seconds is not None:
-            text = f"about {duration(self.seconds)} (an estimate: {self.speed}; without probes)"
+            shortest, longest = map(duration, self.seconds)
+            text = f"{shortest} to {longest} (an estimate: {self.speed}; without probes)"
             rows.append(("training and evaluation", text))
         short = "" if self.disk_free >= self.disk_needed else ": too little"
         disk = f"{size_text(self.disk_needed)} of {size_text(self.disk_free)} free{short}"
         return [*rows, ("disk", disk)]
+
+    def _batch_text(self, rows: int) -> str:
+        if not rows:
+            return "none"
+        return f"{rows} (a whole epoch)" if rows >= self.num_rows else str(rows)
 
     def _against_free(self, estimate: MemoryEstimate) -> str:
         fits = "" if estimate.total <= USABLE * self.free else ": does not fit"
@@ -489,14 +517,15 @@ def forecast(
         else {}
     )
     evaluations = number_of_evaluations(plan.num_steps, eval_steps, len(eval_lengths))
-    seconds, speed = None, ""
+    seconds, speed = None, None
     work = operations(shape, plan, lengths, num_targets)
     if work is not None:
-        rate, speed = device_speed(device, shape.dims, dtype)
+        speed = device_speed(device, shape.dims, dtype)
         work *= recompute_factor(shape.lora, checkpointing)
         work += evaluations * eval_flops(shape, eval_lengths, eval_targets)
-        seconds = work / (rate * plan.world_size)
-        seconds += plan.num_steps * STEP_SECONDS + evaluations * EVALUATION_SECONDS
+        work /= plan.world_size
+        fixed = plan.num_steps * STEP_SECONDS + evaluations * EVALUATION_SECONDS
+        seconds = (fixed + work / speed.highest, fixed + work / speed.lowest)
     checkpoints = number_of_checkpoints(plan.num_steps, save_steps)
     kept = min(checkpoints, save_total_limit + 1)  # the best one may be kept beside them
     return RunForecast(
@@ -518,8 +547,9 @@ def forecast(
         free=free,
         device=device,
         largest_batches=largest,
+        num_rows=plan.num_rows,
         seconds=seconds,
-        speed=speed,
+        speed=speed.source if speed else "",
         disk_needed=disk_bytes(shape, placement.dtype_bytes, kept),
         disk_free=disk_free(output_dir),
     )
@@ -549,7 +579,3 @@ def _row_tokens(plan: StepPlan, placement: Placement, lengths: Sequence[int]) ->
         return plan.row_tokens
     packed = plan.num_rows < len(lengths)
     return min(plan.row_tokens, plan.num_tokens) if packed else int(max(lengths))
-
-
-def _batch_text(rows: int) -> str:
-    return str(rows) if rows else "none"

@@ -1,11 +1,12 @@
-"""The memory estimate of --plan against measured peaks, in a process of its own for each case.
+"""What --plan estimates, memory and time, against what is measured, in a process of its own for each case.
 
     uv run python benchmarks/memory_estimate.py            # about 3 minutes on one CPU core
     uv run python benchmarks/memory_estimate.py --device cuda
 
 A case writes a Qwen3 with random weights, loads it as a run does, and makes three updates on one packed
 row. Measured is what the process takes beyond what it held before the model: resident memory, sampled
-every millisecond; on CUDA the allocator's own peak. The last line is JSON.
+every millisecond; on CUDA the allocator's own peak. Then five more updates give the time of one: on a
+host processor time over threads, which other work on the machine hardly changes. The last line is JSON.
 """
 
 import sys
@@ -20,6 +21,7 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -35,6 +37,7 @@ from fast_lora import enable_fast_lora
 from optimization import build_optimizer, clip_gradients, update_weights
 from packed_model import PackedLossModel
 from packing import build_batch
+from throughput import training_flops
 
 MIB = 2**20
 
@@ -142,15 +145,37 @@ def measure(case: Case, folder: Path, device: torch.device) -> dict[str, float]:
     )
     before, peak = psutil.Process().memory_info().rss, Peak()
     peak.start()
-    train(case, folder, device)
+    update = build(case, folder, device)
+    for _ in range(3):
+        update()
     measured = peak.stop() - before
     if device.type == "cuda":
         measured = torch.cuda.max_memory_allocated(device)
-    return {"estimated": estimate.total, "measured": measured, "parts": vars(estimate)}
+    took = float(np.median([run_plan.seconds_of(update, device) for _ in range(5)]))
+    speed, work = run_plan.device_speed(device, shape.dims, dtype), operations(case, shape)
+    rates = (speed.highest, speed.lowest)
+    return {
+        "estimated": estimate.total,
+        "measured": measured,
+        "parts": vars(estimate),
+        "seconds": took,
+        "seconds_estimated": [work / rate + run_plan.STEP_SECONDS for rate in rates],
+        "rate": work / took,
+        "rates_expected": rates,
+    }
 
 
-def train(case: Case, folder: Path, device: torch.device) -> None:
-    """Three updates as a run makes them."""
+def operations(case: Case, shape: run_plan.ModelShape) -> float:
+    """Floating-point operations of an update, recomputation included."""
+    samples = documents(case)
+    targets = sum(int((s.segments != Segment.PROMPT).sum()) for s in samples)
+    lengths = [len(s.ids) for s in samples]
+    work = training_flops(shape.dims, lengths, targets, lora_weights=shape.lora_weights)
+    return work * run_plan.recompute_factor(shape.lora, case.checkpointing)
+
+
+def build(case: Case, folder: Path, device: torch.device) -> Callable[[], None]:
+    """A model as a run has it; what is returned makes one update."""
     resolved = model_loading.resolve_model(str(folder), device)
     tokenizer = model_loading.load_tokenizer(resolved)
     model = model_loading.load_model(
@@ -171,9 +196,12 @@ def train(case: Case, folder: Path, device: torch.device) -> None:
     )
     samples = documents(case)
     batch = build_batch(samples, range(len(samples))).to(device)
-    for _ in range(3):
+
+    def update() -> None:
         packed(batch, len(batch.labels))[0].backward()
         update_weights(optimizer, clip_gradients(parameters, 1.0))
+
+    return update
 
 
 def in_process(case: Case, device: str) -> dict[str, float]:
@@ -200,14 +228,18 @@ def main() -> None:
         print(json.dumps(measure(case, arguments.folder, torch.device(arguments.device))))
         return
     cases = CUDA_CASES if arguments.device == "cuda" else CPU_CASES
-    print(f"{'case':45} {'estimated':>10} {'measured':>10} {'error':>7}")
+    print(
+        f"{'case':45} {'estimated':>10} {'measured':>10} {'error':>7} {'s an update':>12} {'measured':>9}"
+    )
     results = {}
     for case in cases:
         result = in_process(case, arguments.device)
         error = result["estimated"] / result["measured"] - 1
         results[case.name] = result | {"error": error}
         sizes = (f"{result[name] / MIB:.0f} MiB" for name in ("estimated", "measured"))
-        print("{:45} {:>10} {:>10} {:>+7.1%}".format(case.name, *sizes, error), flush=True)
+        times = "{:.2f}-{:.2f}".format(*result["seconds_estimated"])
+        line = "{:45} {:>10} {:>10} {:>+7.1%} {:>12} {:>9.2f}"
+        print(line.format(case.name, *sizes, error, times, result["seconds"]), flush=True)
     print(json.dumps({"device": arguments.device, "cases": results}))
 
 

@@ -5,6 +5,7 @@ uv run pytest tests/test_run_plan.py
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from run_plan import Placement, activation_bytes, estimate_memory, largest_batch
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 GIB, KIB = 2**30, 2**10
 CUDA = Placement("cuda", 2)
+SPEED = run_plan.Speed(1e12, 2e12, "as the test says")
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +202,7 @@ def forecast(shape, tmp_path: Path, **changes) -> run_plan.RunForecast:
 
 
 def test_checkpointing_is_turned_on_where_memory_is_short(qwen3_4b, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_plan, "device_speed", lambda *_: (1e12, "as the test says"))
+    monkeypatch.setattr(run_plan, "device_speed", lambda *_: SPEED)
     needed = forecast(qwen3_4b, tmp_path).estimates
     cases = [
         (1.2 * needed[False].total, "auto", False),
@@ -221,7 +223,7 @@ def test_checkpointing_is_turned_on_where_memory_is_short(qwen3_4b, tmp_path, mo
 
 
 def test_counts_of_a_plan(qwen3_4b, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_plan, "device_speed", lambda *_: (1e15, "as the test says"))
+    monkeypatch.setattr(run_plan, "device_speed", lambda *_: SPEED)
     result = forecast(qwen3_4b, tmp_path)
     texts = dict(result.rows())
     assert texts["steps"] == "20 (10 an epoch)" and texts["epochs"] == "2"
@@ -233,10 +235,12 @@ def test_counts_of_a_plan(qwen3_4b, tmp_path, monkeypatch):
 
 
 def test_more_arithmetic_takes_more_time(qwen3_4b, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_plan, "device_speed", lambda *_: (1e12, "as the test says"))
+    monkeypatch.setattr(run_plan, "device_speed", lambda *_: SPEED)
     once = forecast(qwen3_4b, tmp_path, gradient_checkpointing="off").seconds
     again = forecast(qwen3_4b, tmp_path, gradient_checkpointing="on").seconds
-    assert 1.3 * once < again < 1.5 * once
+    for way in (once, again):
+        assert way[1] == pytest.approx(2 * way[0], rel=0.01)  # at half the speed
+    assert 1.3 * once[1] < again[1] < 1.5 * once[1]
 
 
 def test_an_unknown_architecture_has_a_plan_without_memory(tmp_path):
@@ -250,6 +254,16 @@ def test_an_unknown_architecture_has_a_plan_without_memory(tmp_path):
 def test_the_matrix_product_is_measured(qwen3_4b):
     dims = dataclasses.replace(qwen3_4b.dims, hidden=64, intermediate=64)
     assert run_plan.matmul_rate(torch.device("cpu"), dims, torch.float32) > 1e6
+
+
+def test_waiting_for_a_processor_is_not_counted():
+    """A neighbour that takes the processor away shows in wall time only."""
+    assert run_plan.seconds_of(lambda: time.sleep(0.3), torch.device("cpu")) < 0.1
+    end = time.process_time() + 0.2
+    busy = run_plan.seconds_of(
+        lambda: [None for _ in iter(lambda: time.process_time() < end, False)], torch.device("cpu")
+    )
+    assert busy * torch.get_num_threads() == pytest.approx(0.2, rel=0.2)
 
 
 # -----------------------------------------------------------------------------
