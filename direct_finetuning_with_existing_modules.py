@@ -425,8 +425,8 @@ class DirectTrainer:
         state = self.state
         state.micro_batch_splits += 1
         self.optimizer.zero_grad(set_to_none=True)
-        if self.dist.world_size > 1:  # a backward pass that broke off left the old replica unusable
-            self.parallel_model = distributed.parallelize(self.packed, "ddp", self.dist)
+        # A backward pass that broke off leaves a replica unusable.
+        self.parallel_model = distributed.parallelize(self.packed, "ddp", self.dist)
         if self.dist.device.type == "cuda":
             torch.cuda.empty_cache()
         if self.batch_shape:  # smaller parts have other shapes than the compiled one
@@ -740,6 +740,7 @@ class DirectTrainer:
                 init_adapter=config.init_adapter,
                 gradient_checkpointing=self.checkpointing,
                 seed=config.seed,
+                sharded=self.parallel == "fsdp",
             )
         enable_fast_lora(self.model)
         self.packed = PackedLossModel(self.model, self.data.train.tokens.close_id)
@@ -747,7 +748,12 @@ class DirectTrainer:
         if self.compiles:
             self.packed.compile_layers()
             self.batch_shape = self.plan.constant_shape
-        self.parallel_model = distributed.parallelize(self.packed, self.parallel, dist).train()
+        self.parallel_model = distributed.parallelize(
+            self.packed,
+            self.parallel,
+            dist,
+            model_loading.weight_dtype(dist.device, config.precision),
+        ).train()
         named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         self.names = {parameter: name for name, parameter in named}
         self.parameters = [parameter for _, parameter in named]

@@ -11,6 +11,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as torch_distributed
+from torch.distributed.tensor import DTensor
 
 from errors import UserError
 
@@ -69,7 +70,7 @@ def init_distributed(device: str = "auto", timeout_seconds: float = 600.0) -> Di
     rank = int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     torch_device = pick_device(device, local_rank)
-    if world_size > 1:
+    if world_size > 1 or torch_distributed.is_torchelastic_launched():
         if torch_device.type == "cuda":
             torch.cuda.set_device(torch_device)
         timeout = timedelta(seconds=timeout_seconds)
@@ -108,7 +109,7 @@ def pick_device(device: str, local_rank: int = 0) -> torch.device:
 
 def leave() -> None:
     """Leave the group after a clean end. After an error the process's exit ends it, not a wait."""
-    if torch_distributed.is_available() and torch_distributed.is_initialized():
+    if _in_group():
         torch_distributed.destroy_process_group()
 
 
@@ -140,26 +141,44 @@ def _hold_back(
     return done
 
 
-def parallelize(module: torch.nn.Module, mode: str, dist: Distributed) -> torch.nn.Module:
-    """The module as all ranks train it: itself (one rank), a replica, or FSDP2 shards of itself.
+def parallelize(
+    module: torch.nn.Module, mode: str, dist: Distributed, dtype: torch.dtype | None = None
+) -> torch.nn.Module:
+    """The module as all ranks train it: itself (no group), a replica, or FSDP2 shards of itself.
 
     mode: "ddp" or "fsdp", which makes every decoder layer a unit of its own.
+    dtype: under fsdp, the type that the base's weights get; adapters keep theirs.
     """
     if mode == "fsdp":
-        return _shard(module)
-    return Replica(module) if dist.world_size > 1 else module
+        return _shard(module, dist, dtype)
+    return Replica(module) if _in_group() else module
 
 
-def _shard(module: torch.nn.Module) -> torch.nn.Module:
+def _in_group() -> bool:
+    return torch_distributed.is_available() and torch_distributed.is_initialized()
+
+
+def _shard(
+    module: torch.nn.Module, dist: Distributed, dtype: torch.dtype | None
+) -> torch.nn.Module:
+    """Unit by unit, so that no rank ever holds more than its shards and one whole unit."""
     from torch.distributed.fsdp import fully_shard
 
-    if not torch_distributed.is_initialized():
+    if not _in_group():
         raise UserError(
             "--parallel fsdp needs torchrun: start the script with torchrun, also for 1 rank"
         )
-    for layer in decoder_layers(module):
-        fully_shard(layer)
-    return fully_shard(module)
+    mesh = torch_distributed.init_device_mesh(dist.device.type, (dist.world_size,))
+    has_adapters = any(not p.requires_grad for p in module.parameters())
+    for unit in (*decoder_layers(module), module):
+        for parameter in unit.parameters():
+            is_base = parameter.is_floating_point() and not (
+                has_adapters and parameter.requires_grad
+            )
+            if dtype and is_base and not isinstance(parameter, DTensor):
+                parameter.data = parameter.data.to(dtype)
+        fully_shard(unit, mesh=mesh)
+    return module
 
 
 def decoder_layers(module: torch.nn.Module) -> list[torch.nn.Module]:

@@ -390,11 +390,15 @@ def load_model(
     gradient_checkpointing: bool = False,
     seed: int = 0,
     trust_remote_code: bool = False,
+    sharded: bool = False,
 ) -> PeftModel | PreTrainedModel:
     """The model on `device`, base frozen, with fresh fp32 adapters or those of `init_adapter`.
 
     With `lora_r` 0 all parameters train and there is no adapter. `init_adapter` brings rank, alpha
     and target modules of its own. The same seed gives the same adapters on any device.
+
+    sharded: the weights stay in the files, mapped into host memory in the files' own type, one copy
+    for all ranks of a node; `distributed.parallelize` takes each rank's part from there.
     """
     folder = Path(tokenizer.name_or_path)
     device = torch.device(device)
@@ -404,6 +408,8 @@ def load_model(
             "lora_r 0 (full fine-tuning) goes with neither quantization nor init_adapter"
         )
     dtype = weight_dtype(device, precision)
+    if sharded and quantization == "none":
+        device, dtype = torch.device("cpu"), saved_dtype(folder)
     model = _load_base(resolved, folder, device, dtype, quantization)
     _check_vocabulary(model, tokenizer, folder)
     if gradient_checkpointing:

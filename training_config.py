@@ -113,7 +113,7 @@ class DirectTrainingConfig:
     device: str = "auto"
     """auto: CUDA, else MPS, else CPU."""
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
-    """Under torchrun: replicas (ddp) or sharded weights (fsdp); auto: ddp for adapters on a model that fits."""
+    """Under torchrun: replicas (ddp) or sharded weights (fsdp); auto: ddp for adapters where it fits."""
     gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
     """Recompute activations instead of keeping them; auto: by the memory estimate."""
     compile: Literal["auto", "on", "off"] = "auto"

@@ -6,6 +6,7 @@ uv run pytest tests/test_cuda.py
 import numpy as np
 import pytest
 import torch
+from test_distributed import OPTIONS, SCRIPT, curve, train
 from test_packed_model import CLOSE, lora_model, make_documents
 
 import varlen_attention
@@ -209,6 +210,19 @@ def test_a_bad_gradient_is_left_out_on_the_device(bad: float):
         assert torch.equal(parameter, old)
         assert torch.equal(optimizer.state[parameter]["exp_avg"], moment)
         assert optimizer.state[parameter]["step"].item() == 1
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_one_rank_in_a_group_gives_the_losses_of_a_plain_run(
+    tiny_model, tiny_data, cache_dir, tmp_path, mode
+):
+    options = [option if option != "cpu" else "cuda" for option in OPTIONS]
+    inputs = ["--model-name", str(tiny_model), "--data-path", str(tiny_data)]
+    command = [str(SCRIPT), *options, *inputs, "--cache-dir", str(cache_dir)]
+    for ranks, name, more in ((0, "plain", ()), (1, mode, ("--parallel", mode))):
+        done = train(command, tmp_path / name, ranks, 4, *more)
+        assert done.returncode == 0, done.stderr[-3000:]
+    np.testing.assert_allclose(curve(tmp_path / mode), curve(tmp_path / "plain"), rtol=5e-3)
 
 
 def test_recomputation_lowers_the_peak():

@@ -13,7 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from embedded_model import train_tokenizer
 from tb_logger import read_metrics
 
 SCRIPT = Path(__file__).parents[1] / "direct_finetuning_with_existing_modules.py"
@@ -34,10 +37,8 @@ def command(tiny_model: Path, tiny_data: Path, cache_dir: Path) -> list[str]:
 def train(
     command: list[str], out: Path, ranks: int, accumulation: int, *more: str, launch: tuple = ()
 ) -> subprocess.CompletedProcess:
-    """The whole run with `ranks` processes; one rank runs without torchrun."""
-    launcher = (
-        [*TORCHRUN, "--nproc-per-node", str(ranks), *launch] if ranks > 1 else [sys.executable]
-    )
+    """The whole run with `ranks` processes under torchrun; 0: one without it."""
+    launcher = [*TORCHRUN, "--nproc-per-node", str(ranks), *launch] if ranks else [sys.executable]
     batch = ["--gradient-accumulation-steps", str(accumulation), "--output-dir", str(out)]
     return subprocess.run(
         [*launcher, *command, *batch, *more], capture_output=True, text=True, timeout=300
@@ -53,12 +54,14 @@ def curve(out: Path, tag: str = "Training/Loss") -> np.ndarray:
 @pytest.fixture(scope="module")
 def one_rank(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("one") / "out"
-    done = train(command, out, ranks=1, accumulation=4)
+    done = train(command, out, ranks=0, accumulation=4)
     assert done.returncode == 0, done.stderr[-2000:]
     return out
 
 
-@pytest.mark.parametrize(("ranks", "mode"), [(2, "ddp"), (4, "ddp"), (2, "fsdp")])
+@pytest.mark.parametrize(
+    ("ranks", "mode"), [(1, "ddp"), (1, "fsdp"), (2, "ddp"), (4, "ddp"), (2, "fsdp")]
+)
 def test_the_same_global_batch_gives_the_same_losses(command, one_rank, tmp_path, ranks, mode):
     done = train(command, tmp_path / "out", ranks, 4 // ranks, "--parallel", mode)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -82,8 +85,8 @@ def test_two_ranks_resume_on_one_and_on_two(command, one_rank, tmp_path):
     out = tmp_path / "out"
     assert train(command, out, 2, 2, "--max-steps", "8").returncode == 0
     checkpoint = out / "checkpoints" / "checkpoint-6"
-    for ranks in (1, 2):
-        done = train(command, out, ranks, 4 // ranks, "--resume", str(checkpoint))
+    for ranks in (0, 2):
+        done = train(command, out, ranks, 2 if ranks else 4, "--resume", str(checkpoint))
         assert done.returncode == 0, done.stderr[-2000:]
         np.testing.assert_allclose(curve(out), curve(one_rank), rtol=1e-6)
 
@@ -278,3 +281,68 @@ def _rank_process(launcher: int, rank: int, until) -> int:
                     return child.pid
         time.sleep(0.05)
     raise AssertionError("the group did not get so far")
+
+
+LOADING = """
+import json, sys, threading, time
+from pathlib import Path
+sys.path.insert(0, {root!r})
+import memory_settings
+import torch
+import distributed, model_loading
+from packed_model import PackedLossModel
+
+def anonymous():
+    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
+
+def watch():
+    while not done.is_set():
+        seen.append(anonymous())
+        time.sleep(0.001)
+
+dist = distributed.init_distributed("cpu")
+resolved = model_loading.resolve_model({model!r}, dist.device)
+tokenizer = model_loading.load_tokenizer(resolved)
+seen, done = [anonymous()], threading.Event()
+watcher = threading.Thread(target=watch)
+watcher.start()
+model = PackedLossModel(model_loading.load_model(
+    resolved, tokenizer, device=dist.device, precision="bf16", sharded=True), -1)
+distributed.parallelize(model, "fsdp", dist, torch.bfloat16)
+done.set()
+watcher.join()
+total = sum(p.numel() for p in model.parameters())
+local = sum(p.to_local().numel() for p in model.parameters())
+print(json.dumps([max(seen) - seen[0], local / total]))
+distributed.leave()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_shards_are_loaded_without_a_whole_copy_on_any_rank(tmp_path):
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=4096,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=128,
+        tie_word_embeddings=True,
+    )
+    model, folder = Qwen3ForCausalLM(config).to(torch.bfloat16), tmp_path / "model"
+    size = 2 * sum(p.numel() for p in model.parameters())
+    model.save_pretrained(folder, max_shard_size="40MB")
+    train_tokenizer(["分组密码SM4的分组长度是128比特。"] * 4).save_pretrained(folder)
+    script = tmp_path / "loading.py"
+    script.write_text(LOADING.format(root=str(SCRIPT.parent), model=str(folder)))
+    done = subprocess.run(
+        [*TORCHRUN, "--nproc-per-node", "2", str(script)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    assert len(found) == 2
+    for peak, share in found:
+        assert share == pytest.approx(0.5, abs=0.01)
+        assert 0.4 * size < peak < 0.75 * size, (peak, size)
