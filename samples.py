@@ -54,6 +54,7 @@ __all__ = [
 
 LARGE_DATA = 4 * 2**20
 """Bytes of input from which on samples live in Arrow files and are read in parallel."""
+_BATCH_CHARACTERS = 32 * 2**20  # beyond which a batch is written with fewer rows
 _ROWS = 1000  # per record batch: the unit that is decoded when samples are read in order
 _FORMAT = 1  # of the cached files; raise it when readers or columns change
 
@@ -350,20 +351,20 @@ def _write_part(
     """Write a chunk's samples as an Arrow file. Their ids (8 bytes each), what is broken or odd."""
     import pyarrow as pa
 
-    broken, remarks, rows, ids = [], [], [], bytearray()
-    schema = _schema()
-    with pa.OSFile(path, "wb") as out, pa.ipc.new_file(out, schema) as writer:
+    broken, remarks, rows, ids, characters = [], [], [], bytearray(), 0
+    with pa.OSFile(path, "wb") as out, pa.ipc.new_file(out, _schema()) as writer:
         for item in _read_chunk(chunk, columns):
             if isinstance(item, Sample):
                 rows.append(_row(item))
                 ids += bytes.fromhex(item.id)
+                characters += sum(len(rows[-1][name]) for name in _TEXT_COLUMNS)
             else:
                 (broken if isinstance(item, BrokenSample) else remarks).append(asdict(item))
-            if len(rows) == _ROWS:
-                writer.write_batch(pa.RecordBatch.from_pylist(rows, schema))
-                rows = []
+            if len(rows) == _ROWS or characters > _BATCH_CHARACTERS:
+                writer.write_batch(_batch(rows))
+                rows, characters = [], 0
         if rows:
-            writer.write_batch(pa.RecordBatch.from_pylist(rows, schema))
+            writer.write_batch(_batch(rows))
     return bytes(ids), broken, remarks
 
 
@@ -405,6 +406,28 @@ def _row(sample: Sample) -> dict:
     for name in _JSON_COLUMNS:
         row[name] = json.dumps(row[name], ensure_ascii=False) if row[name] else ""
     return row
+
+
+def _batch(rows: list[dict]):
+    """A record batch made of its buffers: pyarrow's own ways from lists import pandas, 60 MB."""
+    import pyarrow as pa
+
+    columns = []
+    for name in _TEXT_COLUMNS:
+        texts = [row[name].encode() for row in rows]
+        starts = np.cumsum([0, *map(len, texts)], dtype=np.int64)
+        if starts[-1] >= 2**31:
+            places = f"{clean_line(rows[-1]['source'], 200)}:{rows[-1]['line']}"
+            raise UserError(f"{places}: a sample of 2 GB can't be stored; split it")
+        buffers = [None, pa.py_buffer(starts.astype(np.int32)), pa.py_buffer(b"".join(texts))]
+        columns.append(pa.Array.from_buffers(pa.string(), len(rows), buffers))
+    lines = pa.py_buffer(np.array([row["line"] for row in rows], np.int64))
+    columns.append(pa.Array.from_buffers(pa.int64(), len(rows), [None, lines]))
+    known = np.array([row["difficulty"] is not None for row in rows])
+    values = np.array([row["difficulty"] or 0 for row in rows], np.int8)
+    buffers = [pa.py_buffer(np.packbits(known, bitorder="little")), pa.py_buffer(values)]
+    columns.append(pa.Array.from_buffers(pa.int8(), len(rows), buffers))
+    return pa.RecordBatch.from_arrays(columns, schema=_schema())
 
 
 def _sample(row: dict) -> Sample:

@@ -710,6 +710,62 @@ def test_large_data_equal_small(large, tmp_path, monkeypatch):
         found.samples[len(found.samples)]
 
 
+def test_large_texts_make_smaller_batches(large, tmp_path, monkeypatch):
+    monkeypatch.setattr(samples, "_BATCH_CHARACTERS", 500)
+    found = read_samples([str(large)], cache_dir=tmp_path / "cache").samples
+    monkeypatch.setattr(samples, "LARGE_DATA", 2**30)
+    assert max(batch.num_rows for batch in found._batches) < 20
+    assert list(found) == read_samples([str(large)]).samples
+
+
+LIGHT = """
+import sys
+import torch_of_the_program
+
+if __name__ == "__main__":
+    from sample_facts import observe_span
+    from samples import Sample, in_order
+
+    samples = [Sample(question="问", thinking="想", answer="答")]
+    jobs = [(samples, 0, 1)]
+    (facts,) = in_order(observe_span, jobs, 1)
+    assert facts.counts["samples"] == 1
+    names = ("torch", "transformers", "torch_of_the_program", "pandas", "matplotlib")
+    found = f"[n for n in {names} if n in __import__('sys').modules]"
+    (there,) = in_order(eval, [(f"(__import__('sample_facts'), {found})[1]",)], 1)
+    assert there == [], there
+    main = sys.modules["__main__"]
+    assert main.__file__ == sys.argv[0] and main.__spec__ is None
+"""
+
+
+def test_workers_import_neither_the_program_nor_torch(tmp_path):
+    (tmp_path / "torch_of_the_program.py").write_text("")
+    (tmp_path / "program.py").write_text(LIGHT, encoding="utf-8")
+    root = str(Path(samples.__file__).parent)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "program.py")],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([root, str(tmp_path)])},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_large_data_need_no_pandas(large, tmp_path):
+    program = (
+        "import sys, pathlib, samples; samples.LARGE_DATA = 1; "
+        f"read = samples.read_samples([{str(large)!r}], cache_dir=pathlib.Path({str(tmp_path)!r})); "
+        "assert len(list(read.samples)) == len(read.samples) > 300; "
+        "assert type(read.samples).__name__ == 'ArrowSamples' and read.samples[5]; "
+        "assert 'pandas' not in sys.modules"
+    )
+    root = Path(samples.__file__).parent
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_workers_change_nothing(large, tmp_path):
     one = read_samples([str(large)], cache_dir=tmp_path / "one")
     two = read_samples([str(large)], cache_dir=tmp_path / "two", workers=2)
