@@ -267,7 +267,7 @@ class DirectTrainer:
             init_adapter=config.init_adapter,
             trust_remote_code=self.trust_remote_code,
         )
-        dtype = model_loading.weight_dtype(dist.device, config.precision)
+        dtype = self.dtype
         plain = not (config.lora_dropout or config.use_dora or config.quantization != "none")
         placement = run_plan.Placement(
             dist.device.type,
@@ -297,15 +297,21 @@ class DirectTrainer:
         )
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Type of the base's weights and of the arithmetic."""
+        return model_loading.weight_dtype(self.dist.device, self.config.precision)
+
+    @property
     def compiles(self) -> bool:
         """Whether the decoder layers are compiled."""
-        on_cuda = self.dist.device.type == "cuda"
-        if self.config.compile == "on" and not on_cuda:
+        device = self.dist.device.type
+        possible = device == "cuda" and self.dtype == torch.bfloat16
+        if self.config.compile == "on" and not possible:
             raise UserError(
-                f"compile on needs CUDA: on {self.dist.device.type} every batch would be compiled anew; "
-                "leave it at auto"
+                f"compile on needs CUDA and bf16: on {device} in {str(self.dtype).removeprefix('torch.')} "
+                "every batch would be compiled anew; leave it at auto"
             )
-        return self.config.compile != "off" and on_cuda
+        return self.config.compile != "off" and possible
 
     def loop(self) -> None:
         """Step n is the n-th optimizer update; a resumed run starts at a later n."""
@@ -749,10 +755,7 @@ class DirectTrainer:
             self.packed.compile_layers()
             self.batch_shape = self.plan.constant_shape
         self.parallel_model = distributed.parallelize(
-            self.packed,
-            self.parallel,
-            dist,
-            model_loading.weight_dtype(dist.device, config.precision),
+            self.packed, self.parallel, dist, self.dtype
         ).train()
         named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         self.names = {parameter: name for name, parameter in named}
@@ -869,6 +872,11 @@ class DirectTrainer:
         """What was resolved, on the terminal."""
         if self.resolved.embedded:
             self.terminal.say(model_loading.banner(self.resolved), style="bold yellow")
+        if not self.config.lora_r and self.dtype == torch.bfloat16:
+            self.terminal.warn(
+                "full fine-tuning in bf16: an update below 1/256 of its weight is lost in rounding; "
+                "--precision fp32 keeps it and takes twice the memory"
+            )
         data, plan, dist = self.data, self.plan, self.dist
         counts = model_loading.parameter_counts(self.model)
         ranks = f", {dist.world_size} ranks, {self.parallel}" if dist.world_size > 1 else ""

@@ -59,11 +59,11 @@ class PackedLossModel(torch.nn.Module):
     def hidden_states(self, batch: PackedBatch) -> torch.Tensor:
         """(T, H): the decoder's output for all tokens of the batch."""
         base = self._base[0]
-        kwargs = varlen_attention.attention_kwargs(
-            batch.cu_seqlens, batch.lengths, batch.max_length
-        )
         decoder = base.get_decoder() if hasattr(base, "get_decoder") else base.model
         embeds = base.get_input_embeddings()(batch.input_ids)
+        kwargs = varlen_attention.attention_kwargs(
+            batch.cu_seqlens, batch.lengths, batch.max_length, embeds.dtype
+        )
         stance = nullcontext()
         if self._compiled and torch.is_grad_enabled():
             # The first layer would else see an input without gradient: a second graph.

@@ -117,7 +117,7 @@ class DirectTrainingConfig:
     gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
     """Recompute activations instead of keeping them; auto: by the memory estimate."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile per layer, which needs CUDA; auto: there."""
+    """torch.compile per layer, which needs CUDA and bf16; auto: there."""
     distributed_timeout: float = 600.0
     """Seconds after which a silent rank ends the group."""
 

@@ -44,14 +44,20 @@ def cumulative_lengths(lengths: Sequence[int], pad_to: int | None = None) -> tor
     return bounds
 
 
-def attention_kwargs(cu_seqlens: torch.Tensor, lengths: Sequence[int], max_length: int) -> dict:
+def attention_kwargs(
+    cu_seqlens: torch.Tensor,
+    lengths: Sequence[int],
+    max_length: int,
+    dtype: torch.dtype = torch.bfloat16,
+) -> dict:
     """Keyword arguments for `decoder(input_ids, position_ids=…, use_cache=False, **kwargs)`.
 
     cu_seqlens: (D+1,) int32 on the model's device. lengths: tokens per document, host integers.
     max_length: at least the longest document; a constant for all batches under torch.compile.
-    On CUDA the lengths stay out: a compiled layer would be specialised on each of them.
+    dtype: of the hidden states; the CUDA kernel knows half precision only, else it is one SDPA per
+    document. With the kernel the lengths stay out: a compiled layer would be specialised on each.
     """
-    if cu_seqlens.is_cuda:
+    if cu_seqlens.is_cuda and dtype in (torch.bfloat16, torch.float16):
         return {"packed_bounds": cu_seqlens, "packed_max_length": int(max_length)}
     return {"packed_lengths": tuple(lengths)}
 

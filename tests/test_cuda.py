@@ -212,6 +212,17 @@ def test_a_bad_gradient_is_left_out_on_the_device(bad: float):
         assert optimizer.state[parameter]["step"].item() == 1
 
 
+def test_fp32_trains_without_the_kernel():
+    """A GPU without bf16, or --precision fp32."""
+    tokens = table(LENGTHS[:3])
+    losses = []
+    for model in (cuda_model().float(), cuda_model()):
+        packed, *_ = training(model)
+        batch = build_batch(tokens, range(3)).to(torch.device("cuda"))
+        losses.append(packed(batch, len(batch.labels))[0].item())
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+
+
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_one_rank_in_a_group_gives_the_losses_of_a_plain_run(
     tiny_model, tiny_data, cache_dir, tmp_path, mode
