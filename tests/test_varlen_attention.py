@@ -274,7 +274,10 @@ def use_bounds(monkeypatch, kernel) -> None:
     monkeypatch.setattr(
         varlen_attention,
         "attention_kwargs",
-        lambda bounds, lengths, longest: {"packed_bounds": bounds, "packed_max_length": longest},
+        lambda bounds, lengths, longest, dtype=None: {
+            "packed_bounds": bounds,
+            "packed_max_length": longest,
+        },
     )
 
 
@@ -328,3 +331,15 @@ def test_compiled_layers_share_one_graph(monkeypatch):
         alone = model.model(input_ids=torch.arange(70)[None, :10] % 97).last_hidden_state
     assert len(graphs) == 1
     torch.testing.assert_close(results[2][:, :10], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_only_half_precision_goes_to_the_kernel():
+    """It refuses fp32, which a GPU without bf16 trains in."""
+
+    class OnCuda:
+        is_cuda = True
+
+    kernel = varlen_attention.attention_kwargs(OnCuda(), [3, 4], 8, torch.bfloat16)
+    assert kernel.keys() == {"packed_bounds", "packed_max_length"}
+    each = varlen_attention.attention_kwargs(OnCuda(), [3, 4], 8, torch.float32)
+    assert each == {"packed_lengths": (3, 4)}
