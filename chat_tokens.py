@@ -40,7 +40,7 @@ from chat_format import (
 from errors import UserError
 from safe_text import clean, clean_line, fenced, write_json
 from sample_forms import strings_of
-from samples import Sample, SampleSet, in_order, written_folder
+from samples import Sample, SampleSet, give_back_pages, in_order, written_folder
 
 _FORMAT = 2  # of cached tables; raise it when their meaning changes
 _CHUNK = 500  # samples encoded together: more only costs memory
@@ -136,6 +136,9 @@ class TokenizedSamples(Sequence):
         if not -len(self) <= i < len(self):
             raise IndexError(f"document {i} of {len(self)}")
         i %= len(self)
+        for array in (self.ids, self.segments):
+            if mapped := getattr(array, "_mmap", None):
+                give_back_pages(mapped)  # or an epoch would add the whole table to memory
         part = slice(int(self.offsets[i]), int(self.offsets[i + 1]))
         return TokenizedSample(self.ids[part], self.segments[part], int(self.sample_index[i]))
 

@@ -12,6 +12,7 @@ import fnmatch
 import hashlib
 import json
 import math
+import mmap
 import multiprocessing
 import os
 import shutil
@@ -56,6 +57,7 @@ LARGE_DATA = 4 * 2**20
 """Bytes of input from which on samples live in Arrow files and are read in parallel."""
 _BATCH_CHARACTERS = 32 * 2**20  # beyond which a batch is written with fewer rows
 _ROWS = 1000  # per record batch: the unit that is decoded when samples are read in order
+_LOOKS = 100  # samples taken one by one until the pages that they lie on are given back
 _FORMAT = 1  # of the cached files; raise it when readers or columns change
 
 Progress = Callable[[int, int], None]
@@ -439,18 +441,20 @@ def _sample(row: dict) -> Sample:
 class ArrowSamples(Sequence):
     """Samples in Arrow files; each is decoded when it is asked for.
 
-    One by one they come from the mapped files. In order they are read: pages of a mapped file
-    that were looked at would count as this process's memory.
+    One by one they come from mapped files, in order they are read: pages of a mapped file that were
+    looked at count as this process's memory. So those are given back from time to time.
     """
 
     def __init__(self, paths: list[str]) -> None:
         import pyarrow as pa
 
         self._paths = paths
-        readers = [pa.ipc.open_file(pa.memory_map(path)) for path in paths]
+        self._maps = [_mapped(path) for path in paths]
+        readers = [pa.ipc.open_file(pa.BufferReader(pa.py_buffer(m))) for m in self._maps]
         counts = [reader.num_record_batches for reader in readers]
         self._batches = [r.get_batch(i) for r in readers for i in range(r.num_record_batches)]
-        self._places = [(p, i) for p, n in zip(paths, counts, strict=True) for i in range(n)]
+        self._places = [(part, i) for part, n in enumerate(counts) for i in range(n)]
+        self._looked_at: list[int] = []  # parts, since pages were given back
         self._ends = np.cumsum([batch.num_rows for batch in self._batches], dtype=np.int64).tolist()
 
     def __reduce__(self) -> tuple:
@@ -471,7 +475,13 @@ class ArrowSamples(Sequence):
         number = bisect.bisect_right(self._ends, position)
         batch = self._batches[number]
         row = position - (self._ends[number] - batch.num_rows)
-        return _sample({name: batch[name][row].as_py() for name in batch.schema.names})
+        sample = _sample({name: batch[name][row].as_py() for name in batch.schema.names})
+        self._looked_at.append(self._places[number][0])
+        if len(self._looked_at) >= _LOOKS:
+            for part in set(self._looked_at):
+                give_back_pages(self._maps[part])
+            self._looked_at = []
+        return sample
 
     def __iter__(self) -> Iterator[Sample]:
         return self._between(0, len(self))
@@ -492,9 +502,21 @@ class ArrowSamples(Sequence):
     def _read(self, number: int):
         import pyarrow as pa
 
-        path, place = self._places[number]
-        with pa.OSFile(path) as file:
+        part, place = self._places[number]
+        with pa.OSFile(self._paths[part]) as file:
             return pa.ipc.open_file(file).get_batch(place)
+
+
+def _mapped(path: str) -> mmap.mmap:
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def give_back_pages(mapped: mmap.mmap) -> None:
+    """Let go of the pages of a file, mapped for reading, that were looked at; they come again when
+    they are looked at again. Nothing happens on systems that take them back by themselves."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 # ---- weights ----------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 import json
 import random
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -471,3 +473,24 @@ def test_mask_audit_shows_every_token(qwen3):
     assert "CLOSE    </think>" in audit
     assert "END      <|im_end|>" in audit
     assert "想│\\n│想│\\n" in audit
+
+
+def resident_file_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("RssFile:")[2].split()[0])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident pages are counted from /proc")
+def test_documents_of_a_mapped_table_do_not_stay_in_memory(tmp_path, qwen3):
+    """A whole epoch may look at each document, and the table may be larger than memory."""
+    samples = [
+        Sample(question=f"问{i}", thinking="想和做" * 1000, answer="答") for i in range(1500)
+    ]
+    tokens = tokenize_samples(samples, qwen3, 8192, cache_dir=tmp_path)
+    size = tokens.ids.nbytes + tokens.segments.nbytes
+    before, seen = resident_file_bytes(), 0
+    for document in tokens:
+        seen += len(document.ids) + int(document.ids[-1] == document.segments[-1])
+    assert seen >= len(tokens.ids)
+    assert size > 2**22
+    assert resident_file_bytes() - before < size / 4

@@ -766,6 +766,23 @@ def test_large_data_need_no_pandas(large, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="resident pages are counted from /proc")
+def test_samples_taken_one_by_one_do_not_stay_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(samples, "LARGE_DATA", 1)
+    record = json.dumps({"question": "问", "thinking": "想" * 2000, "answer": "答"})
+    (tmp_path / "a.jsonl").write_text((record + "\n") * 5000, encoding="utf-8")
+    found = read_samples([str(tmp_path / "a.jsonl")], cache_dir=tmp_path / "cache").samples
+    before = resident_file_bytes()
+    for i in range(0, 5000, 2):
+        assert found[i].question == "问"
+    assert resident_file_bytes() - before < 5000 * 6000 / 4
+
+
+def resident_file_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("RssFile:")[2].split()[0])
+
+
 def test_workers_change_nothing(large, tmp_path):
     one = read_samples([str(large)], cache_dir=tmp_path / "one")
     two = read_samples([str(large)], cache_dir=tmp_path / "two", workers=2)
