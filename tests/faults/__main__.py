@@ -26,7 +26,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--counts", default="", help="counts of rows, e.g. F01=20,F10=50")
     parser.add_argument("--no-mutants", action="store_true", help="leave the mutants out")
     parser.add_argument("--json", default="", help="write every row's numbers here")
-    parser.add_argument("--report", default="", help="write the table here")
+    parser.add_argument(
+        "--report", default="", help="write the table here; --all: docs/reliability.md"
+    )
+    parser.add_argument(
+        "--peer", default="", help="last line of benchmarks/faults_hf_trainer, a column"
+    )
     parser.add_argument(
         "--merge", nargs="*", default=[], help="no run: a table of these JSON files"
     )
@@ -35,7 +40,19 @@ def arguments() -> argparse.Namespace:
         parser.error("say --all, --quick, --only or --merge")
     if options.merge and not options.report:
         parser.error("--merge needs --report")
+    if options.all and not options.report:
+        options.report = str(Path(__file__).parents[2] / "docs" / "reliability.md")
     return options
+
+
+def write_report(options: argparse.Namespace, tallies: list) -> None:
+    """The table as Markdown, with the options that decided what was tried."""
+    chosen = [f"--{name}" for name in ("all", "quick") if getattr(options, name)] or ["--all"]
+    chosen += [f"--{k} {v}" for k in ("only", "counts") if (v := getattr(options, k))]
+    peer = json.loads(Path(options.peer).read_text()) if options.peer else {}
+    rows = {row.id: row for row in all_rows()}
+    text = report.markdown([rows[t.row] for t in tallies], tallies, " ".join(chosen), peer)
+    Path(options.report).write_text(text, encoding="utf-8")
 
 
 def warm_up(rig) -> None:
@@ -116,9 +133,7 @@ def merge(options: argparse.Namespace) -> int:
         Tally(**item) for path in options.merge for item in json.loads(Path(path).read_text())
     ]
     tallies.sort(key=lambda tally: tally.row)
-    rows = {row.id: row for row in all_rows()}
-    command = ["--all", *(["--counts", options.counts] if options.counts else [])]
-    report.write(Path(options.report), [rows[t.row] for t in tallies], tallies, command)
+    write_report(options, tallies)
     print(json.dumps(report.totals(tallies)))
     return 0
 
@@ -159,7 +174,7 @@ def main() -> int:
                 Path(options.json).write_text(report.as_json(tallies))
         totals = report.totals(tallies)
         if options.report:
-            report.write(Path(options.report), [row for row, _ in rows], tallies, sys.argv[1:])
+            write_report(options, tallies)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     print(json.dumps(totals), flush=True)

@@ -3,13 +3,13 @@
 import json
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
-from pathlib import Path
 
 from .tally import Row, Tally
 
+PEER_ENDS = ("tried", "survived", "refused", "lost", "void")
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "tensorboard")
 
 
@@ -42,21 +42,21 @@ def as_json(tallies: Sequence[Tally]) -> str:
     return json.dumps([asdict(tally) for tally in tallies], indent=1, default=str)
 
 
-def write(
-    path: Path, rows: Sequence[Row], tallies: Sequence[Tally], command: Sequence[str]
-) -> None:
-    """The table as Markdown."""
-    path.write_text(markdown(rows, tallies, command), encoding="utf-8")
-
-
-def markdown(rows: Sequence[Row], tallies: Sequence[Tally], command: Sequence[str]) -> str:
-    """docs/reliability.md."""
+def markdown(
+    rows: Sequence[Row],
+    tallies: Sequence[Tally],
+    command: str,
+    peer: Mapping[str, Mapping[str, int]],
+) -> str:
+    """docs/reliability.md. command: options of the run. peer: what benchmarks/faults_hf_trainer.py found,
+    by names that begin with the row's.
+    """
     sums = totals(tallies)
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     head = f"""\
 # Reliability: what was broken on purpose, and what it cost
 
-{time.strftime("%Y-%m-%d")}, `uv run python -m tests.faults {" ".join(command)}`, Python
+{time.strftime("%Y-%m-%d")}, `uv run python -m tests.faults {command}`, Python
 {platform.python_version()}, {versions}, {platform.system()} without a GPU.
 
 **{sums["tried"]} trials: {sums["survived"]} survived, {sums["lost"]} lost, {sums["void"]} void.**
@@ -68,15 +68,45 @@ bit, every document was trained once per epoch, TensorBoard shows each step once
 A trial whose fault did not happen is void. A mutant is the program with one protection removed; its
 trials must fail, else the row proves nothing.
 
-| | fault | tried | survived | lost | void | mutants caught | seconds |
-|---|---|---|---|---|---|---|---|
+| | fault | tried | survived | lost | void | mutants caught | seconds | Trainer + peft survived |
+|---|---|---|---|---|---|---|---|---|
 """
     lines = [
         f"| {r.id} | {r.title} | {t.tried} | {t.survived} | {t.lost} | {t.void} | "
-        f"{sum(t.mutants.values())} of {len(t.mutants)} | {t.seconds:.0f} |"
+        f"{sum(t.mutants.values())} of {len(t.mutants)} | {t.seconds:.0f} | {_peer_cell(r, peer)} |"
         for r, t in zip(rows, tallies, strict=True)
     ]
-    return head + "\n".join(lines) + "\n" + _details(rows, tallies)
+    return head + "\n".join(lines) + "\n" + _peer_section(peer) + _details(rows, tallies)
+
+
+def _peer_cell(row: Row, peer: Mapping[str, Mapping[str, int]]) -> str:
+    found = next((f for name, f in peer.items() if name.startswith(row.id)), None)
+    return f"{found['survived']} of {found['tried']}" if found else ""
+
+
+def _peer_section(peer: Mapping[str, Mapping[str, int]]) -> str:
+    if not peer:
+        return ""
+    lines = [
+        f"| {name} | {' | '.join(str(found.get(k, 0)) for k in PEER_ENDS)} |"
+        for name, found in peer.items()
+    ]
+    return (
+        f"""
+## The same faults on transformers.Trainer with peft
+
+`uv run python -m benchmarks.faults_hf_trainer --full`: same model, adapters, records, steps and save
+interval, resumed the documented way, `resume_from_checkpoint=get_last_checkpoint(...)`. Survived: the same
+command comes to its end with the uninterrupted run's losses and adapter, bit for bit. Refused: it stops
+with an error and needs a person. Lost: it ends with other losses or another adapter, or steps were lost at
+a signal.
+
+| fault | {" | ".join(PEER_ENDS)} |
+|---{"|---" * len(PEER_ENDS)}|
+"""
+        + "\n".join(lines)
+        + "\n"
+    )
 
 
 def _details(rows: Sequence[Row], tallies: Sequence[Tally]) -> str:
