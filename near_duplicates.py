@@ -25,7 +25,7 @@ SHINGLE = 5  # characters
 EXACT_LIMIT = 10_000  # distinct texts up to which every pair above the threshold is found
 _NUM_PERM = 125  # MinHash values per text
 _WINDOW = 8  # neighbours compared within a bucket of equal MinHash bands
-_CHUNK = 1000  # texts whose shingles are in memory together
+_CHUNK = 500  # texts whose shingles are in memory together
 _HASH_SEED = np.uint64(0x9E3779B97F4A7C15)
 _HASH_STEP = np.uint64(0xD6E8FEB86659FD93)
 
@@ -81,7 +81,8 @@ def jaccard(first: str, second: str) -> float:
 def near_duplicate_clusters(
     texts: Sequence[str], threshold: float = 0.8, exact_limit: int = EXACT_LIMIT
 ) -> np.ndarray:
-    """Cluster label (n,) int64 per text: the smallest index in its cluster (alone: its own).
+    """Cluster label (n,) per text: the smallest index in its cluster (alone: its own). int32
+    below 2**31 texts.
 
     `texts` may be lazy; each is read a few times. Does not depend on their order.
     """
@@ -89,7 +90,7 @@ def near_duplicate_clusters(
         return np.zeros(0, np.int64)
     keys = np.fromiter(map(text_key, texts), np.uint64, len(texts))
     same = smallest_of_equal(keys)
-    first = np.flatnonzero(same == np.arange(len(same)))  # of each distinct text
+    first = np.flatnonzero(_is_first(same)).astype(same.dtype)  # of each distinct text
     if len(first) <= exact_limit:
         labels = _join_exact(texts, first, threshold)
     else:
@@ -97,13 +98,21 @@ def near_duplicate_clusters(
     return first[smallest_of_equal(labels)][np.searchsorted(first, same)]
 
 
+def _is_first(same: np.ndarray) -> np.ndarray:
+    return same == np.arange(len(same), dtype=same.dtype)
+
+
 def smallest_of_equal(keys: np.ndarray) -> np.ndarray:
-    """(n,) int64: for each of the keys (n,) the index of the first that equals it."""
-    order = np.argsort(keys, kind="stable")
+    """(n,) int32 or int64: for each of the keys (n,) the index of the first that equals it."""
+    kind = np.int32 if len(keys) < 2**31 else np.int64  # large data: many bytes a key otherwise
+    order = np.argsort(keys, kind="stable").astype(kind)
     ordered = keys[order]
-    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
-    result = np.empty(len(keys), np.int64)
-    result[order] = np.repeat(order[starts], np.diff(starts, append=len(keys)))
+    begins = np.ones(len(keys), bool)
+    np.not_equal(ordered[1:], ordered[:-1], out=begins[1:])
+    del ordered
+    starts = np.flatnonzero(begins).astype(kind)
+    result = np.empty(len(keys), kind)
+    result[order] = np.repeat(order[starts], np.diff(starts, append=kind(len(keys))))
     return result
 
 
