@@ -103,7 +103,10 @@ class Evaluator:
         if not health.modules:
             return {}
         values = health.scalars() | self._gradient_norms
-        ratios = {m.name: values.get(f"LoRA/{m.name}/Update_Ratio", 0.0) for m in health.modules}
+        tags = {name: f"LoRA/{name}/Update_Ratio" for name in health.names}
+        ratios = {name: values[tag] for name, tag in tags.items() if tag in values}
+        for tag, by_layer in health.ratios_by_projection(ratios).items():
+            writer.add_histogram(tag, by_layer, step)
         if self._dist.is_main:
             writer.add_figure("LoRA/Update_Ratio_Map", partial(health.figure, ratios), step)
             writer.add_text("LoRA/Modules", health.table(values), step)

@@ -149,6 +149,14 @@ class LoraHealth:
             means.setdefault(mean, []).append(value)
         return {tag: sum(group) / len(group) for tag, group in means.items()}
 
+    def ratios_by_projection(self, ratios: dict[str, float]) -> dict[str, np.ndarray]:
+        """(layers,) of `update_ratios` for each projection, under the tag of its histogram."""
+        groups: dict[str, list[float]] = {}
+        for module in self.modules:
+            if module.name in ratios:
+                groups.setdefault(module.projection, []).append(ratios[module.name])
+        return {f"LoRA/{name}/Update_Ratio_Histogram": np.array(g) for name, g in groups.items()}
+
     def table(self, values: dict[str, float]) -> str:
         """Markdown: one line a module, what `values` (tags by module) know of it."""
         quantities = ("Update_Ratio", "Effective_Rank", "Gradient_Norm")

@@ -354,6 +354,8 @@ LoRA/A | | logged weights | lora_health
     Weights of all A matrices.
 LoRA/B | | logged weights | lora_health
     Weights of all B matrices.
+LoRA/<name>/Update_Ratio_Histogram | | evaluation | lora_health
+    Update ratio of the layers, one projection a chart.
 Dataset/<name>_Histogram | | always | dataset_stats
     Distribution over the samples.
 """

@@ -22,7 +22,7 @@ from hardest_samples import hardest, hardest_text, loss_rows
 from packed_model import PackedLossModel
 from packing import StepPlan, build_batch
 from samples import read_samples
-from tb_logger import read_metrics, read_run, read_texts
+from tb_logger import read_histograms, read_metrics, read_run, read_texts
 from train_state import TrainState
 from training_config import DirectTrainingConfig
 from training_data import DataPart
@@ -299,3 +299,8 @@ def test_adapter_health_in_tensorboard(tmp_path, tiny_model, tiny_data, cache_di
     assert len([t for t in scalars if t.startswith("LoRA/")]) == 7 * 3 + 1
     table = dict(tables_of(trainer)["LoRA/Modules"])[2]
     assert table.count("\n") == 1 + 14, "every module has its line"
+    spread = read_histograms(trainer.run.tensorboard)["LoRA/q_proj/Update_Ratio_Histogram"]
+    assert [step for step, _, _ in spread] == [0, 1, 2]
+    _, counts, edges = spread[2]
+    assert sum(counts) == 2, "one value a layer"
+    assert edges[0] <= ratios[2] <= edges[-1]
