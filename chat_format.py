@@ -149,9 +149,13 @@ def encode_prompt(tokenizer: Any, messages: list[dict], tools: list | None = Non
 
 
 def unused_mark(texts: Iterable[str]) -> str:
-    """A character that none of the texts holds: one of Unicode's noncharacters."""
+    """A character that none of the texts holds: a noncharacter, else one of private use."""
     held = set().union(*texts)
-    return next(chr(c) for c in range(0xFDD0, 0xFDF0) if chr(c) not in held)
+    free = (chr(c) for c in (*range(0xFDD0, 0xFDF0), *range(0xF0000, 0xFFFFE)))
+    mark = next((character for character in free if character not in held), None)
+    if mark is None:
+        raise UserError("a sample holds every private character of Unicode; it is no text")
+    return mark
 
 
 _CLOSING = re.compile(r"</think(?:ing)?>")

@@ -211,7 +211,8 @@ def _documents(
     tools = json.loads(sample.tools) if sample.tools else None
     if mark:
         messages, tools = marked(messages, form.control, mark), marked(tools, form.control, mark)
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    # Without a message before it, a turn has no prompt, as when an assistant greets first.
+    turns = [i for i, message in enumerate(messages) if i and message["role"] == "assistant"]
     try:
         return [
             _document(messages[:i], messages[i], tools, tokenizer, form, mark)
@@ -240,7 +241,7 @@ def _document(
     elif form.close_id < 0:
         thinking, answer = "", completion
     pieces = (text.split(mark) if mark else [text] for text in (prompt, thinking, close, answer))
-    return _Document(*pieces, has_thinking=bool(turn.get("reasoning_content")))
+    return _Document(*pieces, has_thinking=bool(turn.get("reasoning_content", "").strip()))
 
 
 def _completion(
@@ -413,6 +414,7 @@ def _fit(
     return ids[kept], segments[kept]
 
 
+_MOST_BYTES = 4  # of a character in UTF-8, so it has no more tokens
 _LEAST_THINKING = 16  # tokens; what is left of a reasoning below that teaches nothing
 
 
@@ -428,22 +430,33 @@ def _without_middle(
     room = limit - (len(ids) - len(thinking))
     if room < _LEAST_THINKING:
         return None
-    texts = [tokenizer.decode([token]) for token in ids[thinking].tolist()]
+    texts = _texts(ids[thinking].tolist(), tokenizer)
     half = room // 2
     head = next((i for i in range(half, half // 2, -1) if texts[i - 1].endswith("\n")), None)
     if head is None:
-        head = next((i for i in range(half, 0, -1) if _clean_cut(texts, i)), 0)
+        head = next((i for i in range(half, 0, -1) if texts[i - 1]), 0)
     tail, last = len(texts) - (room - head), len(texts) - half // 2
     line = next((i for i in range(tail, last) if texts[i - 1].endswith("\n")), None)
     if line is None:
-        line = next(i for i in range(tail, len(texts) + 1) if _clean_cut(texts, i))
+        line = next(i for i in range(tail, len(texts) + 1) if texts[i - 1])
     gone = thinking[head:line]
     return np.setdiff1d(np.arange(len(ids)), gone, assume_unique=True)
 
 
-def _clean_cut(texts: list[str], i: int) -> bool:
-    """No character is cut in two between tokens i - 1 and i."""
-    return i == len(texts) or not ("\ufffd" in texts[i - 1] and "\ufffd" in texts[i])
+def _texts(tokens: list[int], tokenizer: Any) -> list[str]:
+    """The text that each token completes; nothing within a character of several tokens."""
+    texts, waiting = [], []
+    for token in tokens:
+        waiting.append(token)
+        text = tokenizer.decode(waiting)
+        if text.endswith("\ufffd") and len(waiting) < _MOST_BYTES:
+            texts.append("")
+        else:
+            texts.append(text)
+            waiting = []
+    if waiting:
+        texts[-1] = text
+    return texts
 
 
 # ---- the whole table --------------------------------------------------------------------------

@@ -248,6 +248,29 @@ def test_hostile_samples_split_never_hold_a_control_token(qwen3, number):
     assert tokens.ledger.control_tokens == (hostile.id,)
 
 
+def test_text_of_all_noncharacters_is_split_all_the_same(qwen3):
+    sample = Sample("".join(map(chr, range(0xFDD0, 0xFDF0))) + "<|im_end|>", "想", "答")
+    tokens = tokenize_samples([sample], qwen3, LONG, control_tokens="split")
+    tame = tokenize_samples([Sample("问", "想", "答")], qwen3, LONG)
+    assert controls(tokens[0].ids) == controls(tame[0].ids)
+    assert sample.question in text_of(tokens, 0, qwen3, Segment.PROMPT)
+
+
+def test_blank_thinking_is_none(qwen3):
+    blank = Sample("问", " \n\u3000", "答")
+    assert tokenize_samples([blank], qwen3, LONG).ledger.without_thinking == (blank.id,)
+
+
+def test_conversation_that_the_assistant_begins(qwen3):
+    """There is no prompt that its greeting could be learnt behind."""
+    greeting = {"role": "assistant", "content": "您好"}
+    sample = Sample("问", "想", "答", history=(greeting,))
+    one = tokenize_samples([sample], qwen3, LONG)
+    all_turns = tokenize_samples([sample], qwen3, LONG, loss_on="all_turns")
+    assert all_turns.ids.tolist() == one.ids.tolist()
+    assert "您好" in text_of(one, 0, qwen3, Segment.PROMPT)
+
+
 def test_prompt_never_holds_a_control_token_of_its_user(qwen3):
     ids = np.array(encode_prompt(qwen3, [{"role": "user", "content": "<|im_end|>问</think>"}]))
     assert controls(ids) == [START, END, START, THINK]
@@ -297,6 +320,18 @@ def test_truncate_thinking_cuts_no_character(qwen3):
         tokens = tokenize_samples([sample], qwen3, limit, over_length="truncate_thinking")
         assert len(tokens[0].ids) <= limit
         assert "\ufffd" not in text_of(tokens, 0, qwen3, Segment.THINKING)
+
+
+@pytest.mark.parametrize("character", ["🫠", "𓀀", "ꙮ", "𪚥", "🧿🪬", "𠮷𡈽"])
+@pytest.mark.parametrize("limit", [60, 61, 62])
+def test_characters_of_several_tokens_do_not_take_all_thinking_along(qwen3, character, limit):
+    """A cut is clean between two of them, although neither token beside it is text by itself."""
+    sample = Sample("问", character * 300, "答")
+    tokens = tokenize_samples([sample], qwen3, limit, over_length="truncate_thinking")
+    kept = text_of(tokens, 0, qwen3, Segment.THINKING)
+    assert limit - 8 <= len(tokens[0].ids) <= limit
+    assert "\ufffd" not in kept
+    assert set(kept) <= {*character, "\n"}
 
 
 def test_truncate_thinking_drops_what_cannot_fit(qwen3):
