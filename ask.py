@@ -23,11 +23,11 @@ from rich.text import Text
 from transformers.generation.streamers import BaseStreamer
 
 from chat_format import OPEN, ChatFormat, chat_format, encode_prompt
+from command_line import exit_code
 from distributed import pick_device
 from errors import UserError
 from model_loading import load_for_inference
 from safe_text import clean
-from terminal import Terminal
 from trained_model import find_trained, is_adapter
 
 STYLES = {"thinking": "dim", "answer": ""}
@@ -226,15 +226,8 @@ def run(ask: Ask, console: Console | None = None) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 bad input, 130 interrupted."""
-    try:
-        run(tyro.cli(Ask, args=arguments, use_underscores=False))
-    except UserError as error:
-        Terminal().error(str(error))
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    """The program; returns its exit code."""
+    return exit_code(lambda: run(tyro.cli(Ask, args=arguments, use_underscores=False)))
 
 
 if __name__ == "__main__":

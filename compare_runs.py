@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from command_line import exit_code
 from errors import UserError
 from line_chart import STYLE as CHART_STYLE
 from line_chart import Points, line_chart
@@ -270,17 +271,5 @@ def write_page(path: Path, runs: Sequence[RecordedRun]) -> None:
         raise UserError(f"--html {path}: can't be written ({error.strerror or error})") from error
 
 
-def command_line() -> int:
-    """The program; a UserError becomes one line on stderr and exit code 2."""
-    if hasattr(sys.stdout, "reconfigure"):  # a Windows console may not be UTF-8
-        sys.stdout.reconfigure(encoding="utf-8", errors="replace")
-    try:
-        tyro.cli(main)
-    except UserError as error:
-        print(f"error: {clean_line(str(error))}", file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(command_line())
+    sys.exit(exit_code(lambda: tyro.cli(main)))

@@ -20,6 +20,7 @@ from statistics import median
 import tyro
 
 from alerts import AlertMonitor, is_spike
+from command_line import exit_code
 from errors import UserError
 from loss_curves import Curve, read_curve
 from saturating_fit import Fit, fit_curve
@@ -233,20 +234,19 @@ class Options:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The tool. Exit code 2 and one line on stderr where the input is bad."""
-    options = tyro.cli(Options, args=arguments)
-    try:
-        if not 0 < options.upto <= 1:
-            raise UserError(f"--upto {options.upto:g}: give a share of the run, over 0 and up to 1")
-        result = describe(read_curve(options.run), options.upto)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    """The tool; returns its exit code."""
+    return exit_code(lambda: show(tyro.cli(Options, args=arguments)))
+
+
+def show(options: Options) -> None:
+    """Print what the monitor makes of a run. Raises UserError."""
+    if not 0 < options.upto <= 1:
+        raise UserError(f"--upto {options.upto:g}: give a share of the run, over 0 and up to 1")
+    result = describe(read_curve(options.run), options.upto)
     if options.json:
         print(json.dumps(result, allow_nan=False))
     else:
         _print_description(result)
-    return 0
 
 
 if __name__ == "__main__":

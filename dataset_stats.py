@@ -20,6 +20,7 @@ import tyro
 
 import crypto_terms
 import dataset_report
+from command_line import exit_code
 from errors import UserError
 from near_duplicates import (
     Texts,
@@ -29,9 +30,11 @@ from near_duplicates import (
     question_text,
     smallest_of_equal,
 )
-from safe_text import atomic_write_text, clean_line, strict
+from safe_text import atomic_write_text, strict
 from sample_facts import LISTED, Facts, Finding, Tally, difficulty, observe_span
-from samples import ArrowSamples, BrokenSample, Sample, in_order, read_samples
+from samples import (
+    ArrowSamples, BrokenSample, Sample, SampleSet, in_order, read_samples, temporary_folder,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,6 +47,7 @@ SEQUENCE_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 QUALITY_BOUNDARIES = (0.5, 0.75, 0.9)  # level 1 is below the first, level 4 from the last
 MANY_TERMS = 10  # Crypto_Terms_10 counts samples with ten different terms or more
 TOLERATED = 0.001  # share of samples that the advised sequence length may exceed
+_NO_LIMIT = 2**31 - 1  # tokens of a sample
 _CHUNK = 500  # samples that one worker observes at a time
 _POOL_FROM = 4_000  # samples from which on worker processes pay for their start
 _FORECAST_SAMPLES = 50_000  # lengths that the packing forecast looks at
@@ -579,6 +583,7 @@ def main(
     json: bool = False,
     html: Path | None = None,
     max_seq_length: int | None = None,
+    tokenizer: str | None = None,
     workers: int = 1,
 ) -> None:
     """Statistics of training data: a report with bars and an HTML page, or one JSON object.
@@ -589,9 +594,10 @@ def main(
         json: Print one JSON object and nothing else.
         html: Where the page goes; dataset_statistics.html when not given and not --json.
         max_seq_length: Tokens that a sample may have in your training.
+        tokenizer: Folder or name of a model whose tokenizer counts tokens exactly; estimated without.
         workers: Processes that read and analyse.
     """
-    result = _described(paths, compare, max_seq_length, workers)
+    result = _described(paths, compare, max_seq_length, tokenizer, workers)
     if json:
         print(dumps(result, ensure_ascii=False, allow_nan=False))
     else:
@@ -603,34 +609,47 @@ def main(
 
 
 def _described(
-    paths: Sequence[str], compare: Sequence[str], max_seq_length: int | None, workers: int
+    paths: Sequence[str],
+    compare: Sequence[str],
+    max_seq_length: int | None,
+    tokenizer: str | None,
+    workers: int,
 ) -> dict[str, Any]:
     """The JSON of one data set; with another to compare, that one's under "compare"."""
     if not paths:
         raise UserError("no path given; name a file, a folder, a glob or a hub data set")
+    if max_seq_length is not None and max_seq_length < 2:
+        raise UserError(f"max_seq_length is {max_seq_length}; give at least 2 tokens")
+
+    def statistics_of(data: SampleSet) -> dict[str, Any]:
+        tokens = _exact_tokens(data, tokenizer, workers) if tokenizer else None
+        options = {"tokens": tokens, "max_seq_length": max_seq_length, "workers": workers}
+        return compute_statistics(data.samples, broken=data.broken, **options).to_json()
+
     data = read_samples(paths, workers=workers)
-    options = {"max_seq_length": max_seq_length, "workers": workers}
-    result = compute_statistics(data.samples, broken=data.broken, **options).to_json()
+    result = statistics_of(data)
     if compare:
         other = read_samples(compare, workers=workers)
-        stats = compute_statistics(other.samples, broken=other.broken, **options)
         leaks, found = find_leaks(data.samples, other.samples)
         leaked = {"leaks": leaks, "leak_findings": [asdict(finding) for finding in found]}
-        result["compare"] = {**stats.to_json(), **leaked}
+        result["compare"] = {**statistics_of(other), **leaked}
     return result
 
 
-def command_line() -> int:
-    """The program; a UserError becomes one line on stderr and exit code 2."""
-    if hasattr(sys.stdout, "reconfigure"):  # a Windows console may not be UTF-8
-        sys.stdout.reconfigure(encoding="utf-8", errors="replace")
+def _exact_tokens(data: SampleSet, name: str, workers: int) -> "TokenizedSamples":
+    """Every sample as the model would see it, none cut or left out."""
+    from transformers import AutoTokenizer
+
+    from chat_tokens import tokenize_samples
+
     try:
-        tyro.cli(main)
-    except UserError as error:
-        print(f"error: {clean_line(str(error))}", file=sys.stderr)
-        return 2
-    return 0
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = clean_line(str(error), 200)
+        raise UserError(f"tokenizer {clean_line(name, 100)} can't be loaded: {reason}") from error
+    options = {"control_tokens": "split", "cache_dir": temporary_folder(), "workers": workers}
+    return tokenize_samples(data, tokenizer, _NO_LIMIT, **options)
 
 
 if __name__ == "__main__":
-    sys.exit(command_line())
+    sys.exit(exit_code(lambda: tyro.cli(main)))

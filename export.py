@@ -18,6 +18,7 @@ import torch
 import tyro
 
 from chat_format import encode_prompt
+from command_line import exit_code
 from distributed import pick_device
 from errors import RunStopped, UserError
 from model_loading import export_merged, load_for_inference, saved_dtype
@@ -151,14 +152,10 @@ def check(agreement: Agreement, tolerance: float, terminal: Terminal) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 bad input, 3 the merged model is not the trained one."""
-    terminal = Terminal()
-    try:
-        export(tyro.cli(Export, args=arguments, use_underscores=False), terminal)
-    except (UserError, RunStopped) as error:
-        terminal.error(str(error))
-        return 2 if isinstance(error, UserError) else 3
-    return 0
+    """The program; exit code 3: the merged model is not the trained one."""
+    return exit_code(
+        lambda: export(tyro.cli(Export, args=arguments, use_underscores=False), Terminal())
+    )
 
 
 if __name__ == "__main__":

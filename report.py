@@ -18,7 +18,7 @@ import tyro
 from markdown_it import MarkdownIt
 
 import dataset_report
-from errors import UserError
+from command_line import exit_code
 from line_chart import STYLE as CHART_STYLE
 from line_chart import Points, line_chart
 from recorded_run import RecordedRun, find_runs, read_recorded
@@ -277,15 +277,5 @@ def main(place: tyro.conf.Positional[Path] = Path("qwen3_4b_thinking_output"), /
     print(write_report(find_runs([place])[-1]))
 
 
-def command_line() -> int:
-    """The program; a UserError becomes one line on stderr and exit code 2."""
-    try:
-        tyro.cli(main)
-    except UserError as error:
-        print(f"error: {clean_line(str(error))}", file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(command_line())
+    sys.exit(exit_code(lambda: tyro.cli(main)))

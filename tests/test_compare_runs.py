@@ -8,9 +8,11 @@ import math
 from pathlib import Path
 
 import pytest
+import tyro
 from test_report import assert_harmless
 
 import compare_runs
+from command_line import exit_code
 from compare_runs import as_json, differences, html_page, labels, metrics, sparkline
 from recorded_run import find_runs, read_recorded
 from run_directory import RUN_PREFIX, RunDirectory
@@ -106,7 +108,7 @@ def test_sparkline():
 def test_bad_input_is_one_line_and_exit_code_2(arguments, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["compare_runs.py", *arguments])
-    assert compare_runs.command_line() == 2
+    assert exit_code(lambda: tyro.cli(compare_runs.main)) == 2
     error = capfd.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
 
@@ -116,5 +118,5 @@ def test_a_page_that_cannot_be_written(output, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(
         "sys.argv", ["compare_runs.py", str(output), "--html", str(tmp_path / "file" / "x.html")]
     )
-    assert compare_runs.command_line() == 2
+    assert exit_code(lambda: tyro.cli(compare_runs.main)) == 2
     assert "can't be written" in capfd.readouterr().err

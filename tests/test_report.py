@@ -11,8 +11,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tyro
 
 import report
+from command_line import exit_code
 from direct_finetuning_with_existing_modules import main
 from errors import UserError
 from line_chart import COLUMNS, line_chart, thinned, ticks
@@ -172,7 +174,7 @@ def test_bad_places_and_files_are_clear_errors(
     with pytest.raises(UserError, match="no run"):
         find_runs([tmp_path])
     monkeypatch.setattr("sys.argv", ["report.py", str(tmp_path / "absent")])
-    assert report.command_line() == 2
+    assert exit_code(lambda: tyro.cli(report.main)) == 2
     assert capfd.readouterr().err.startswith("error: ")
     (run.logs / "metrics.jsonl").write_text("{}\n", encoding="utf-8")
     with pytest.raises(UserError, match="not a metrics file"):
