@@ -456,7 +456,8 @@ class RunForecast:
         rows = []
         if self.seconds is not None:
             shortest, longest = map(duration, self.seconds)
-            text = f"{shortest} to {longest} (an estimate: {self.speed}; without probes)"
+            span = f"{shortest} to {longest}" if shortest != longest else f"about {longest}"
+            text = f"{span} (an estimate: {self.speed}; without probes)"
             rows.append(("training and evaluation", text))
         short = "" if self.disk_free >= self.disk_needed else ": too little"
         disk = f"{size_text(self.disk_needed)} of {size_text(self.disk_free)} free{short}"

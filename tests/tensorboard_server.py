@@ -10,26 +10,29 @@ import sys
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 
 class TensorBoardServer:
-    """`with TensorBoardServer(logdir, load_fast=True) as server: server.scalars(run, tag)`"""
+    """`with TensorBoardServer(logdir, load_fast=True) as server: server.scalars(run, tag)`
 
-    def __init__(self, logdir: Path, *, load_fast: bool):
+    With `arguments` the server gets these, in a folder where their relative --logdir is `logdir`.
+    """
+
+    def __init__(self, logdir: Path, *, load_fast: bool = True, arguments: Sequence[str] = ()):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self._log = open(Path(logdir).parent / f"server-{port}.log", "w+")  # noqa: SIM115
-        self._command = [
-            *(sys.executable, "-m", "tensorboard.main", "--logdir", str(logdir)),
-            *("--host", "127.0.0.1", "--port", str(port), "--reload_interval", "1"),
+        wanted = arguments or [
+            *("--logdir", str(logdir), "--host", "127.0.0.1", "--reload_interval", "1"),
             f"--load_fast={'true' if load_fast else 'false'}",
             *("--samples_per_plugin", "scalars=10000,text=500,images=100"),
         ]
+        self._command = [sys.executable, "-m", "tensorboard.main", *wanted, "--port", str(port)]
 
     def __enter__(self) -> "TensorBoardServer":
         self._process = subprocess.Popen(

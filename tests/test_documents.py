@@ -1,28 +1,39 @@
 """The documents say what is true: tags, commands, flags, files, thresholds.
 
-uv run pytest tests/test_documents.py
+    uv run pytest tests/test_documents.py
+
+Every command of every document is found here and run, a new one too; one that nothing here can run is
+a failure. What is changed before it runs: training takes one step of a tiny model, on the CPU; the folder
+/models/… is that model; torchrun starts two ranks on this one machine, whatever numbers of nodes and GPUs
+are written, and HOST is localhost; servers get a free port. What does not run: pytest in pytest (the named
+files must exist); benchmarks, the fault suite and what needs a network (minutes to hours; they must
+compile and know their flags); `hf download` (its help); ssh. `docs/screenshots.py` runs in
+tests/test_browser.py.
 """
 
 import argparse
 import inspect
+import json
+import os
 import re
 import runpy
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from tensorboard import default, program
 from tensorboard.plugins.core.core_plugin import CorePluginLoader
+from tensorboard_server import TensorBoardServer
 from tiny_model import make_tiny_data
 from torch.distributed.run import get_args_parser
 
 import alerts
 from direct_finetuning_with_existing_modules import main
 from metric_table import METRICS, find_metric
+from samples import read_samples
 from tb_logger import read_histograms, read_metrics, read_run, read_texts
 from training_config import parse_command_line, read_config_file
 
@@ -44,14 +55,41 @@ def blocks(text: str, language: str = "") -> list[str]:
     return [content for found, content in fences if found == language]
 
 
+PROGRAMS = (
+    "uv|uvx|pip|pipx|python3?|torchrun|tensorboard|pytest|ssh|hf|git|docker|curl|vllm|export|"
+    r"[A-Z_]+=\S+"
+)
+
+
 def commands(text: str) -> list[str]:
-    """Every command of the unlabelled code blocks, without its remark."""
-    lines = [line.partition("  #")[0].strip() for b in blocks(text) for line in b.splitlines()]
-    lines = [line.removeprefix("pip install uv && ") for line in lines]
-    return [line for line in lines if line.startswith(("uv ", "ssh "))]
+    """Every command of the code blocks, without its remark."""
+    shells = [
+        b for language in ("", "bash", "sh", "shell", "console") for b in blocks(text, language)
+    ]
+    lines = [line.partition("  #")[0].strip() for b in shells for line in b.splitlines()]
+    return _single(line.removeprefix("$ ") for line in lines)
 
 
-COMMANDS = list(dict.fromkeys(c for name in DOCUMENTS for c in commands(TEXT[name])))
+def inline_commands(text: str) -> list[str]:
+    """Every command between backticks, but for those that leave something out."""
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    return _single(c for c in re.findall(r"`([^`\n]+)`", prose) if "…" not in c and " " in c)
+
+
+def _single(lines: Iterable[str]) -> list[str]:
+    parts = [part.strip() for line in lines for part in line.split(" && ")]
+    return [part for part in parts if re.match(rf"(?:{PROGRAMS})\s", part)]
+
+
+ALL_DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+COMMANDS = list(
+    dict.fromkeys(
+        command
+        for path in ALL_DOCUMENTS
+        for find in (commands, inline_commands)
+        for command in find(path.read_text(encoding="utf-8"))
+    )
+)
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +114,9 @@ def sandbox(tmp_path_factory, tiny_model: Path, cache_dir: Path) -> Path:
     folder = tmp_path_factory.mktemp("sandbox")
     shutil.copytree(ROOT / "data", folder / "data")
     make_tiny_data(folder / "my_qa.jsonl")
-    (folder / "docs").mkdir()
-    shutil.copy(ROOT / "data" / "raw" / "02_hash_mac.md", folder / "docs" / "notes.md")
-    data = [str(folder / "my_qa.jsonl"), str(folder / "docs")]
+    (folder / "notes").mkdir()
+    shutil.copy(ROOT / "data" / "raw" / "02_hash_mac.md", folder / "notes" / "hash.md")
+    data = [str(folder / "my_qa.jsonl"), str(folder / "notes")]
     settings = [
         *("--max-steps", "20", "--logging-steps", "1", "--eval-steps", "10", "--save-steps", "10"),
         *(
@@ -94,6 +132,12 @@ def sandbox(tmp_path_factory, tiny_model: Path, cache_dir: Path) -> Path:
         *("--model-name", str(tiny_model), "--output-dir", str(folder / OUTPUT)),
     ]
     assert main(["--data-path", *data, *settings]) == 0
+    losses = read_run(next((folder / OUTPUT / "tensorboard_logs").iterdir()))["Training/Loss"]
+    rows = [f"{step},{loss}" for step, loss in losses]
+    (folder / "losses.csv").write_text("\n".join(["step,loss", *rows]), encoding="utf-8")
+    history = {"log_history": [{"step": step, "loss": loss} for step, loss in losses]}
+    (folder / "trainer_state.json").write_text(json.dumps(history), encoding="utf-8")
+    shutil.copytree(folder / OUTPUT / "tensorboard_logs", folder / "test_tensorboard_logs")
     return folder
 
 
@@ -209,62 +253,184 @@ def run_program(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     return 0
 
 
-def check_tensorboard(arguments: list[str]) -> None:
-    """TensorBoard itself accepts the flags, and the directory is one that a run writes."""
-    server = program.TensorBoard(default.get_plugins())
-    server.configure(["tensorboard", *arguments])
-    assert server.flags.logdir in (f"{OUTPUT}/tensorboard_logs", "test_tensorboard_logs")
-    assert "bind_all" not in " ".join(arguments)
+class Runner:
+    """Runs documented commands in a folder as the documents have it."""
+
+    def __init__(self, folder: Path, tiny: list[str], model: Path, monkeypatch, capfd) -> None:
+        self.folder, self.tiny, self.model = folder, tiny, model
+        self.monkeypatch, self.capfd = monkeypatch, capfd
+
+    def run(self, command: str) -> None:
+        """Raises AssertionError for a command that does not work or that nothing here can run."""
+        words = shlex.split(command.partition(" > ")[0])
+        if words[:2] == ["uv", "run"]:
+            words = words[2:]
+            while words[0] in ("--group", "--extra"):
+                words = words[2:]
+        name, *arguments = words
+        if name.endswith(".py"):
+            name, arguments = "python", words
+        method = getattr(self, name, None)
+        assert method, f"{name}: say in tests/test_documents.py how to run it"
+        method(arguments)
+
+    def python(self, arguments: list[str]) -> None:
+        """A program of ours, in this process."""
+        if arguments[0] == "-m":
+            return self.knows(f"{arguments[1].replace('.', '/')}/__main__.py", arguments[2:])
+        if arguments[0].startswith(SLOW):
+            return self.knows(arguments[0], arguments[1:])
+        if arguments[0] == "docs/screenshots.py":
+            return self.pytest(["tests/test_browser.py"])  # which takes all pictures with it
+        arguments = self.placed(arguments)
+        if arguments[0] == TRAINER:
+            arguments += [*self.tiny, "--output-dir", str(self.folder / "other_output")]
+        if arguments[0] == "ask.py":
+            arguments += ["--max-new-tokens", "4"]
+        if arguments[0] == "scripts/update_guide.py":
+            arguments += ["--check"]  # it must not change the guide while it is tested
+        code = run_program(arguments, self.monkeypatch)
+        assert code == 0, self.capfd.readouterr().err[-2000:]
+
+    def placed(self, arguments: list[str]) -> list[str]:
+        """With the tiny model and the name of the sandbox's run in place of the documents' names."""
+        run = next((self.folder / OUTPUT / "tensorboard_logs").iterdir()).name
+        arguments = [a.replace(MODEL_IN_DOCUMENTS, str(self.model)) for a in arguments]
+        return [re.sub(r"/RUN$", f"/{run}", a) for a in arguments]
+
+    def knows(self, file: str, arguments: list[str]) -> None:
+        """A program that takes too long here: it must compile and define the flags it is given."""
+        assert (ROOT / file).is_file(), f"{file} is documented but not there"
+        text = (ROOT / file).read_text(encoding="utf-8")
+        compile(text, file, "exec")
+        assert not [a for a in arguments if a.startswith("--") and f'"{a}"' not in text]
+
+    def torchrun(self, arguments: list[str]) -> None:
+        """Really, on two ranks of this machine: the numbers and the host are put in their place."""
+        options = get_args_parser().parse_args(arguments)
+        assert options.training_script == TRAINER
+        launch = arguments[: arguments.index(TRAINER)]
+        here = {"--nnodes": "1", "--nproc-per-node": "2", "--rdzv-endpoint": "localhost:0"}
+        for flag, value in here.items():
+            if flag in launch:
+                launch[launch.index(flag) + 1] = value
+        out = self.folder / f"ranks_{len(arguments)}"
+        launch = [sys.executable, "-m", "torch.distributed.run", *launch]
+        script = [str(ROOT / TRAINER), *options.training_script_args, *self.tiny]
+        done = subprocess.run(
+            [*launch, *script, "--device", "cpu", "--output-dir", str(out)],
+            cwd=self.folder,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert re.search(r"\b2 rank", done.stdout), done.stdout
+        (run,) = (out / "tensorboard_logs").iterdir()
+        assert read_run(run)["Training/Loss"]
+
+    def tensorboard(self, arguments: list[str]) -> None:
+        """The server starts with the flags, on this machine only, and shows the run."""
+        assert "bind_all" not in " ".join(arguments)
+        if "--inspect" in arguments:
+            done = subprocess.run(
+                [sys.executable, "-m", "tensorboard.main", *arguments],
+                cwd=self.folder,
+                capture_output=True,
+                text=True,
+                timeout=120,
+            )
+            assert done.returncode == 0 and "Training/Loss" in done.stdout, done.stderr[-2000:]
+            return
+        (logdir,) = [a.partition("=")[2] for a in arguments if a.startswith("--logdir=")]
+        with TensorBoardServer(self.folder / logdir, arguments=arguments) as server:
+            runs = server.wait_for(lambda: server.get("runs"), "the run")
+            server.wait_for(lambda: "Training/Loss" in server.scalar_tags(runs[0]), "the loss")
+            assert len(server.scalars(runs[0], "Training/Loss")) > 1
+
+    def pytest(self, arguments: list[str]) -> None:
+        """What runs now is the command itself; the files that it names exist."""
+        files = [a for a in arguments if a.endswith(".py")]
+        assert all((ROOT / file).is_file() for file in files)
+        assert [a for a in arguments if a not in files] in ([], ["-k", "NAME"])
+
+    def ruff(self, arguments: list[str]) -> None:
+        """On a copy of one file, because it may change what it finds."""
+        copy = self.folder / "ruff"
+        copy.mkdir(exist_ok=True)
+        for name in ("pyproject.toml", "errors.py"):
+            shutil.copy(ROOT / name, copy)
+        program = [sys.executable, "-m", "ruff", *arguments]
+        done = subprocess.run(program, cwd=copy, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def hf(self, arguments: list[str]) -> None:
+        """The hub's own program knows the subcommand; nothing is downloaded."""
+        program = Path(sys.executable).with_name("hf")
+        done = subprocess.run([program, arguments[0], "--help"], capture_output=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+
+    def pip(self, arguments: list[str]) -> None:
+        """uv is what runs this test."""
+        assert arguments == ["install", "uv"]
+
+    pipx = pip
+
+    def uv(self, arguments: list[str]) -> None:
+        """As `uv run` does it, before it runs this test."""
+        assert arguments == ["sync"]
+
+    def ssh(self, arguments: list[str]) -> None:
+        """The port that TensorBoard has by default, to the reader's own machine only."""
+        assert arguments[:2] == ["-L", "6006:localhost:6006"]
 
 
-def check_torchrun(arguments: list[str]) -> None:
-    """torchrun and the script accept the flags; tests/test_distributed.py runs it."""
-    options = get_args_parser().parse_args(arguments)
-    assert options.training_script == TRAINER
-    parse_command_line(options.training_script_args)
+SLOW = ("benchmarks/", "scripts/pin_versions.py")  # minutes to hours; a network
 
 
-def check_pytest(arguments: list[str]) -> None:
-    """The named tests exist. What runs now is the command itself."""
-    assert all((ROOT / argument).exists() for argument in arguments)
-
-
-CHECKS: dict[str, Callable[[list[str]], None]] = {
-    "tensorboard": check_tensorboard,
-    "torchrun": check_torchrun,
-    "pytest": check_pytest,
-}
+@pytest.fixture
+def runner(sandbox: Path, tiny, tiny_model, monkeypatch, capfd) -> Runner:
+    monkeypatch.chdir(sandbox)
+    return Runner(sandbox, tiny, tiny_model, monkeypatch, capfd)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_command(command: str, sandbox: Path, tiny, tiny_model, monkeypatch, capfd):
-    words = shlex.split(command)
-    if words[0] == "ssh":
-        assert words[1:3] == ["-L", "6006:localhost:6006"]
-        return
-    name, *arguments = words[1:]  # after "uv"
-    assert name == "run"
-    if arguments[0] in CHECKS:
-        return CHECKS[arguments[0]](arguments[1:])
-    arguments = [a.replace(MODEL_IN_DOCUMENTS, str(tiny_model)) for a in arguments if a != "python"]
-    if arguments[0] in ("test_tensorboard_integration.py", "docs/screenshots.py"):
-        assert (ROOT / arguments[0]).is_file()  # the former is a test itself, the latter is slow
-        return
-    monkeypatch.chdir(sandbox)
-    if arguments[0] == TRAINER:
-        arguments += [*tiny, "--output-dir", str(sandbox / "other_output")]
-    if arguments[0] == "ask.py":
-        arguments += ["--max-new-tokens", "4"]
-    code = run_program(arguments, monkeypatch)
-    assert code == 0, capfd.readouterr().err[-2000:]
+def test_command(command: str, runner: Runner):
+    runner.run(command)
+
+
+def test_a_new_command_is_found_and_a_wrong_one_fails(runner: Runner):
+    """The control: what the test above would do with commands that nobody has thought of."""
+    text = "Say `uv run python absent.py`.\n\n```bash\n$ uv run frobnicate --all  # new\n```\n"
+    assert commands(text) == ["uv run frobnicate --all"]
+    assert inline_commands(text) == ["uv run python absent.py"]
+    for wrong in (
+        *commands(text),
+        *inline_commands(text),
+        f"uv run python {TRAINER} --no-such-flag",
+        "uv run python benchmarks/memory.py --no-such-flag",
+        f"uv run tensorboard --inspect --logdir={OUTPUT}/nothing",
+        "uv run pytest tests/test_nothing.py",
+    ):
+        with pytest.raises(AssertionError):
+            runner.run(wrong)
 
 
 @pytest.mark.parametrize("document", [README, CHINESE])
 def test_the_two_commands_come_first(document: str):
     first = commands(TEXT[document])
-    assert first[0] == f"uv run python {TRAINER}"
-    assert first[1] == f"uv run tensorboard --logdir={OUTPUT}/tensorboard_logs"
+    assert first[:2] == ["pip install uv", f"uv run python {TRAINER}"]
+    assert first[2] == f"uv run tensorboard --logdir={OUTPUT}/tensorboard_logs"
     assert "uv run pytest" in first
+
+
+@pytest.mark.parametrize("document", [README, CHINESE])
+def test_the_example_of_data_is_read_as_it_is_meant(document: str, tmp_path: Path):
+    (line,) = blocks(TEXT[document], "json")
+    (tmp_path / "my_qa.jsonl").write_text(line, encoding="utf-8")
+    (sample,) = read_samples([str(tmp_path / "my_qa.jsonl")]).samples
+    assert (sample.question, sample.thinking, sample.answer) == tuple(json.loads(line).values())
 
 
 @pytest.mark.parametrize("document", [README, CHINESE])
