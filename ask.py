@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from chat_format import OPEN, ChatFormat, chat_format, encode_prompt
@@ -31,6 +32,7 @@ from safe_text import clean
 from trained_model import find_trained, is_adapter
 
 STYLES = {"thinking": "dim", "answer": ""}
+LOOP_TOKENS, LOOP_PERIOD = 256, 16  # so many tokens in which so few, or fewer, come again and again
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Reply(BaseStreamer):
         self._shown = 0
         self._prompt_passed = False
         self.text = {"thinking": "", "answer": ""}
-        self.num_tokens, self.ended = 0, False
+        self.num_tokens, self.ended, self.looped = 0, False, False
 
     def put(self, value: torch.Tensor) -> None:
         """The prompt at first, then one token after the other."""
@@ -114,6 +116,27 @@ class Reply(BaseStreamer):
             self._show(self._part, new)
 
 
+class UntilLoop(StoppingCriteria):
+    """Ends a reply that says the same again and again, which a badly trained model does until the limit."""
+
+    def __init__(self, prompt_length: int, reply: Reply) -> None:
+        self._start, self._reply = prompt_length, reply
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        """(rows,) whether to end; one row. Looks at each 32nd token, for a GPU would have to wait."""
+        new = input_ids.shape[1] - self._start
+        if new >= LOOP_TOKENS and new % 32 == 0:
+            self._reply.looped = is_loop(input_ids[0, -LOOP_TOKENS:])
+        return torch.full((len(input_ids),), self._reply.looped, device=input_ids.device)
+
+
+def is_loop(tokens: torch.Tensor) -> bool:
+    """Whether a few tokens (up to `LOOP_PERIOD`) repeat themselves from the first to the last."""
+    return any(
+        bool((tokens[period:] == tokens[:-period]).all()) for period in range(1, LOOP_PERIOD + 1)
+    )
+
+
 def stop_tokens(tokenizer: Any, form: ChatFormat) -> set[int]:
     """Ids that end a reply."""
     return {form.end_id, tokenizer.eos_token_id} - {None}
@@ -137,6 +160,7 @@ def generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             streamer=reply,
+            stopping_criteria=StoppingCriteriaList([UntilLoop(len(prompt), reply)]),
             max_new_tokens=ask.max_new_tokens,
             eos_token_id=sorted(stop_tokens(tokenizer, form)),
             pad_token_id=form.end_id,
@@ -204,6 +228,7 @@ def compare(model: torch.nn.Module, tokenizer: Any, ask: Ask, console: Console) 
 def remark(reply: Reply, ask: Ask) -> str:
     """How the reply ended."""
     end = "" if reply.ended else f", cut at --max-new-tokens {ask.max_new_tokens}"
+    end = ", ended because it repeats itself" if reply.looped else end
     return f"{reply.num_tokens} tokens{end}"
 
 

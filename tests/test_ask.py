@@ -145,6 +145,34 @@ def test_the_same_seed_says_the_same_and_the_base_something_else(adapter):
     assert first == second != base
 
 
+def test_a_reply_that_goes_round_in_circles_ends(adapter):
+    model, tokenizer = load_for_inference(adapter, device="cpu")
+
+    class Circle(torch.nn.Module):
+        """Makes the head say the same two tokens in turn."""
+
+        def __init__(self):
+            super().__init__()
+            self.turn = 0
+
+        def forward(self, hidden):
+            self.turn += 1
+            logits = torch.zeros(*hidden.shape[:2], len(tokenizer))
+            logits[..., 40 + self.turn % 2] = 100.0
+            return logits
+
+    model.get_base_model().lm_head = Circle()
+    settings = Ask(QUESTION, max_new_tokens=2000, temperature=0)
+    reply = generate(model, tokenizer, settings)
+    assert ask.LOOP_TOKENS <= reply.num_tokens < ask.LOOP_TOKENS + 32
+    assert "repeats itself" in ask.remark(reply, settings)
+
+
+def test_a_list_with_progress_is_no_circle():
+    counting = torch.tensor([t for i in range(64) for t in (7, 8, 9, 100 + i)])
+    assert not ask.is_loop(counting) and ask.is_loop(torch.tensor([7, 8, 9, 5] * 64))
+
+
 def test_compare_shows_both_side_by_side(adapter):
     model, tokenizer = load_for_inference(adapter, device="cpu")
     out = console()
