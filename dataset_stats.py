@@ -30,10 +30,16 @@ from near_duplicates import (
     question_text,
     smallest_of_equal,
 )
-from safe_text import atomic_write_text, strict
+from safe_text import atomic_write_text, clean_line, strict
 from sample_facts import LISTED, Facts, Finding, Tally, difficulty, observe_span
 from samples import (
-    ArrowSamples, BrokenSample, Sample, SampleSet, in_order, read_samples, temporary_folder,
+    ArrowSamples,
+    BrokenSample,
+    Sample,
+    SampleSet,
+    in_order,
+    read_samples,
+    temporary_folder,
 )
 
 if TYPE_CHECKING:
@@ -148,7 +154,7 @@ class DatasetStatistics:
             result[f"Exceeding_{length}_Percent"] = percent
         result["Advised_Max_Seq_Length"] = self.advised_max_seq_length()
         if self.max_seq_length:
-            result["Packing_Efficiency_Percent"] = self.packing_forecast()[self.max_seq_length]
+            result["Packing_Efficiency_Percent"] = self.packing_forecast().get(self.max_seq_length)
         if ledger := self.tokens.ledger:
             documents = len(self.tokens.tallies["total"]) + ledger["dropped"]
             result["Truncated_Percent"] = 100 * ledger["truncated"] / max(1, documents)
@@ -583,7 +589,7 @@ def main(
     json: bool = False,
     html: Path | None = None,
     max_seq_length: int | None = None,
-    tokenizer: str | None = None,
+    tokenizer: Path | None = None,
     workers: int = 1,
 ) -> None:
     """Statistics of training data: a report with bars and an HTML page, or one JSON object.
@@ -594,7 +600,7 @@ def main(
         json: Print one JSON object and nothing else.
         html: Where the page goes; dataset_statistics.html when not given and not --json.
         max_seq_length: Tokens that a sample may have in your training.
-        tokenizer: Folder or name of a model whose tokenizer counts tokens exactly; estimated without.
+        tokenizer: Folder of a model whose tokenizer counts tokens exactly; without, an estimate.
         workers: Processes that read and analyse.
     """
     result = _described(paths, compare, max_seq_length, tokenizer, workers)
@@ -612,7 +618,7 @@ def _described(
     paths: Sequence[str],
     compare: Sequence[str],
     max_seq_length: int | None,
-    tokenizer: str | None,
+    tokenizer: Path | None,
     workers: int,
 ) -> dict[str, Any]:
     """The JSON of one data set; with another to compare, that one's under "compare"."""
@@ -636,17 +642,19 @@ def _described(
     return result
 
 
-def _exact_tokens(data: SampleSet, name: str, workers: int) -> "TokenizedSamples":
+def _exact_tokens(data: SampleSet, folder: Path, workers: int) -> "TokenizedSamples":
     """Every sample as the model would see it, none cut or left out."""
     from transformers import AutoTokenizer
 
     from chat_tokens import tokenize_samples
 
+    if not folder.is_dir():
+        raise UserError(f"tokenizer: {clean_line(str(folder), 200)} is no folder of a model")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        reason = clean_line(str(error), 200)
-        raise UserError(f"tokenizer {clean_line(name, 100)} can't be loaded: {reason}") from error
+        place, reason = clean_line(str(folder), 200), clean_line(str(error), 200)
+        raise UserError(f"tokenizer: {place} holds none that can be loaded: {reason}") from error
     options = {"control_tokens": "split", "cache_dir": temporary_folder(), "workers": workers}
     return tokenize_samples(data, tokenizer, _NO_LIMIT, **options)
 

@@ -63,8 +63,8 @@ class Tally:
     def at_most(self, limit: float) -> "Tally":
         """The values up to `limit`."""
         result = Tally(self.resolution)
-        highest = limit * round(1 / self.resolution)
-        result.counts.update({k: n for k, n in self.counts.items() if k <= highest})
+        scale = round(1 / self.resolution)
+        result.counts.update({k: n for k, n in self.counts.items() if k / scale <= limit})
         return result
 
     def above(self, limit: float) -> int:

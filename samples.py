@@ -222,7 +222,7 @@ def _read_large(
         chunks += parts
         hashes.append((file.source, file.kind, digest))
     key = json.dumps([_FORMAT, hashes, columns], sort_keys=True, ensure_ascii=True)
-    root = Path(cache_dir) if cache_dir else _temporary_folder()
+    root = Path(cache_dir) if cache_dir else temporary_folder()
     folder = root / "samples" / hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
     found = _load(folder)
     if found is None:
@@ -243,7 +243,8 @@ class _Meter:
             self._progress(self.done, self._total)
 
 
-def _temporary_folder() -> Path:
+def temporary_folder() -> Path:
+    """A new folder that is gone when the program ends."""
     folder = tempfile.mkdtemp(prefix="samples-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)

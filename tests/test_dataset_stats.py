@@ -6,16 +6,20 @@ import random
 import re
 import subprocess
 import sys
+import tracemalloc
 import warnings
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 import dataset_report
 import dataset_stats
+import near_duplicates
 import sample_facts
+import samples
 import text_quality
 from character_grams import normalized
 from chat_tokens import TokenizedSamples, TruncationLedger
@@ -309,6 +313,56 @@ def test_tally_merges_exactly():
     assert parts[0].mean() == pytest.approx(np.round(values, 4).mean(), abs=1e-12)
 
 
+@pytest.mark.parametrize("count", [1, 2, 5, 998])
+def test_tally_tells_as_numpy_without_listing_its_values(count):
+    values = np.random.default_rng(count).integers(0, 60, count) / 100
+    tally = Tally(1e-2)
+    for value in values:
+        tally.add(value)
+    ordered = np.sort(values)
+    p50, p90, p99 = np.quantile(ordered, [0.5, 0.9, 0.99])
+    assert tally.summary() == {
+        "mean": pytest.approx(ordered.mean()),
+        "p50": p50,
+        "p90": p90,
+        "p99": p99,
+        "max": ordered[-1],
+    }
+    assert tally.above(0.29) == np.count_nonzero(ordered > 0.29)
+    assert (tally.at_most(0.29).values() == ordered[ordered <= 0.29]).all()
+    places = np.linspace(0, count - 1, min(100, count)).astype(int)
+    assert (tally.values(at_most=100) == ordered[places]).all()
+
+
+def test_samples_in_files_and_workers_give_the_same(tmp_path, monkeypatch):
+    path = _write(tmp_path / "a.jsonl", [*SAMPLES, SAMPLES[3]])
+    expected = compute_statistics(read_samples([path]).samples).to_json()
+    monkeypatch.setattr(samples, "LARGE_DATA", 1)
+    monkeypatch.setattr(samples, "_ROWS", 7)
+    monkeypatch.setattr(dataset_stats, "_CHUNK", 20)
+    monkeypatch.setattr(dataset_stats, "_POOL_FROM", 1)
+    stored = read_samples([path]).samples
+    assert isinstance(stored, samples.ArrowSamples)
+    assert compute_statistics(stored, workers=2).to_json() == expected
+
+
+def test_search_for_duplicates_takes_few_bytes_a_sample(monkeypatch):
+    """Beyond a chunk of texts: keys, labels and one band, each in flat arrays."""
+    monkeypatch.setattr(near_duplicates, "_CHUNK", 20)
+    count = 12_000
+    made = [Sample(f"第{i * 7919}问", "", f"答{i}") for i in range(count)]
+    keys = np.arange(count, dtype=np.uint64)
+    facts = Facts(question_keys=[keys], answer_keys=[keys.copy()])
+    tracemalloc.start()
+    try:
+        found = dataset_stats._find_duplicates(made, facts, range(0, count, 10))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert found.exact == 0
+    assert peak < 150 * count
+
+
 # ---- tokens ------------------------------------------------------------------------------------
 
 
@@ -470,8 +524,33 @@ def test_program_prints_a_report_and_writes_a_page(tmp_path):
     assert 'class="bar"' in page and page.startswith("<!doctype html>")
 
 
-@pytest.mark.parametrize("arguments", [["missing.jsonl"], []])
+def test_program_counts_tokens_exactly_with_a_tokenizer(tmp_path, tiny_model):
+    path = _write(tmp_path / "a.jsonl", SAMPLES[:12])
+    done = _run(
+        path, "--json", "--tokenizer", str(tiny_model), "--max-seq-length", "64", cwd=tmp_path
+    )
+    report = json.loads(done.stdout)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    texts = [tokenizer.apply_chat_template(s.messages(), tokenize=False) for s in SAMPLES[:12]]
+    lengths = [len(tokenizer(text.removesuffix("\n")).input_ids) for text in texts]
+    assert report["tokens_are_exact"] and report["total_tokens_max"] == max(lengths)
+    assert report["total_tokens_mean"] == pytest.approx(np.mean(lengths))
+    assert report["dropped"] == report["truncated_percent"] == 0
+    over = sum(n > 64 for n in lengths)
+    assert over and any(f"{over} samples are longer" in warning for warning in report["warnings"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["missing.jsonl"],
+        [],
+        [__file__, "--max-seq-length", "0"],
+        ["a.jsonl", "--tokenizer", "none"],
+    ],
+)
 def test_program_refuses_in_one_line(arguments, tmp_path):
+    _write(tmp_path / "a.jsonl", SAMPLES[:2])
     done = _run(*arguments, "--json", cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
