@@ -455,7 +455,7 @@ class RunForecast:
         """Time and disk."""
         rows = []
         if self.seconds is not None:
-            shortest, longest = map(duration, self.seconds)
+            shortest, longest = (duration(max(1.0, seconds)) for seconds in self.seconds)
             span = f"{shortest} to {longest}" if shortest != longest else f"about {longest}"
             text = f"{span} (an estimate: {self.speed}; without probes)"
             rows.append(("training and evaluation", text))
