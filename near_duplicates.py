@@ -10,16 +10,18 @@ import hashlib
 import itertools
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
-import rensa
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import connected_components
 
 from character_grams import gram_hashes, normalized
 from errors import UserError
 from samples import Sample
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
+
+# scipy and rensa are imported where pairs are joined: processes that only make keys do without.
 
 SHINGLE = 5  # characters
 EXACT_LIMIT = 10_000  # distinct texts up to which every pair above the threshold is found
@@ -152,11 +154,13 @@ class _StoredSets:
         return np.frombuffer(self._file.read(8 * int(self.sizes[i])), np.uint64)
 
 
-def _prefixes(sets: _StoredSets, threshold: float) -> csr_array:
+def _prefixes(sets: _StoredSets, threshold: float) -> "csr_array":
     """Texts x shingles, 0/1: the rarest shingles of each text, but none that occurs only once.
 
     How rare a shingle is, is counted by 20 bits of it; any order that all texts share will do.
     """
+    from scipy.sparse import csr_array
+
     counts = np.zeros(1 << 20, np.int32)
     for i in range(len(sets.sizes)):
         np.add.at(counts, _buckets(sets[i]), 1)
@@ -234,6 +238,8 @@ def _bands(texts: Iterator[str], count: int, rows: int) -> Iterator[np.ndarray]:
 
 def _band_hashes(texts: list[str], rows: int) -> np.ndarray:
     """Hash (bands, n) uint32 of every band of the MinHash signatures."""
+    import rensa
+
     bands = _NUM_PERM // rows
     sets = [shingles(text) for text in texts]
     offsets = np.concatenate([[0], np.cumsum([len(s) for s in sets])]).astype(np.uint64)
@@ -287,6 +293,9 @@ def _joined(labels: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarr
     """Labels after the components of the given pairs are merged."""
     if len(left) == 0:
         return labels
+    from scipy.sparse import csr_array
+    from scipy.sparse.csgraph import connected_components
+
     ends = np.concatenate([labels[left], labels[right]])
     met, compact = np.unique(ends, return_inverse=True)  # the few labels that these pairs touch
     edges = (np.ones(len(left), np.int8), (compact[: len(left)], compact[len(left) :]))

@@ -730,7 +730,7 @@ if __name__ == "__main__":
     jobs = [(samples, 0, 1)]
     (facts,) = in_order(observe_span, jobs, 1)
     assert facts.counts["samples"] == 1
-    names = ("torch", "transformers", "torch_of_the_program", "pandas", "matplotlib")
+    names = ("torch", "transformers", "torch_of_the_program", "pandas", "scipy", "matplotlib")
     found = f"[n for n in {names} if n in __import__('sys').modules]"
     (there,) = in_order(eval, [(f"(__import__('sample_facts'), {found})[1]",)], 1)
     assert there == [], there
