@@ -5,6 +5,7 @@ Everything here reads the dictionary of `DatasetStatistics.to_json` and computes
 
 import html as html_escape
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -376,7 +377,14 @@ def cjk_font() -> str | None:
     """A font of this machine that has Chinese characters, None where there is none."""
     from matplotlib import font_manager
 
-    available = {font.name for font in font_manager.fontManager.ttflist}
+    manager = font_manager.fontManager
+    known = {font.fname for font in manager.ttflist}
+    if not any(font.name in _CJK_FONTS for font in manager.ttflist):
+        # matplotlib keeps its list for good: it does not know a font that was installed since.
+        for path in set(font_manager.findSystemFonts()) - known:
+            with suppress(OSError, RuntimeError):  # not a font that matplotlib can read
+                manager.addfont(path)
+    available = {font.name for font in manager.ttflist}
     return next((name for name in _CJK_FONTS if name in available), None)
 
 

@@ -1,0 +1,38 @@
+"""How statistics look: what tests/test_dataset_stats.py does not see with its own figures.
+
+uv run pytest tests/test_dataset_report.py
+"""
+
+from pathlib import Path
+
+import pytest
+from matplotlib import font_manager
+
+import dataset_report
+
+
+@pytest.fixture
+def old_list(monkeypatch):
+    """matplotlib's list of fonts as it was before any Chinese font was installed."""
+    names = dataset_report._CJK_FONTS
+    fonts = [font for font in font_manager.fontManager.ttflist if font.name not in names]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", fonts)
+    dataset_report.cjk_font.cache_clear()
+    yield
+    dataset_report.cjk_font.cache_clear()
+
+
+def test_a_font_that_was_installed_later_is_found(old_list, tmp_path: Path, monkeypatch):
+    files = [f for f in font_manager.findSystemFonts() if "NotoSansCJK-Regular" in f]
+    if not files:
+        pytest.skip("no Noto Sans CJK on this machine (apt-get install fonts-noto-cjk)")
+    broken = tmp_path / "broken.ttf"
+    broken.write_bytes(b"no font at all")
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [str(broken), *files])
+    assert dataset_report.cjk_font() in dataset_report._CJK_FONTS
+
+
+def test_a_machine_without_any_has_none(old_list, monkeypatch):
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [])
+    assert dataset_report.cjk_font() is None
+    assert dataset_report.term_label("分组密码", 3, False).startswith(("#3 (", "block"))
