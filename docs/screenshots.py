@@ -70,9 +70,9 @@ def _filter(expression: str, box: str) -> Callable[[Page], None]:
 
 
 def _histograms(page: Page) -> None:
-    """Lengths, quality and terms of the data; the newest run only."""
+    """Adapters that begin to move, and lengths of the data; the newest run only."""
     page.locator("tf-runs-selector input").first.fill(_newest_run(page))
-    _filter("Dataset", "tf-tag-filterer input")(page)
+    _filter("LoRA/[AB]|Model|Tokens_H", "tf-tag-filterer input")(page)
 
 
 def _images(page: Page) -> None:
@@ -86,6 +86,12 @@ def _text(page: Page) -> None:
     """The summary of the dataset, with its tables."""
     page.locator("tf-runs-selector input").first.fill(_newest_run(page))
     _filter("Dataset/Summary|Eval/Samples", "tf-tag-filterer input")(page)
+
+
+def _custom_scalars(page: Page) -> None:
+    """The newest run only: a chart holds several curves of a run already."""
+    page.locator("tf-runs-selector input").first.fill(_newest_run(page))
+    settle(page)
 
 
 def _newest_run(page: Page) -> str:
@@ -109,7 +115,12 @@ SHOTS = (
     Shot("histograms", "histograms", "tf-histogram-loader", _histograms),
     Shot("images", "images", "tf-image-loader", _images, height=1500),
     Shot("hparams", "hparams", "tf-hparams-table-view", _hparams, height=500),
-    Shot("custom_scalars", "custom_scalars", "tf-custom-scalar-multi-line-chart-card"),
+    Shot(
+        "custom_scalars",
+        "custom_scalars",
+        "tf-custom-scalar-multi-line-chart-card",
+        _custom_scalars,
+    ),
 )
 
 
@@ -127,7 +138,7 @@ def shrink(png: bytes) -> bytes:
 
 def take(logdir: Path, browser: str, only: set[str]) -> None:
     """Serve the run and take the pictures named in `only`, or all."""
-    IMAGES.mkdir(exist_ok=True)
+    IMAGES.mkdir(parents=True, exist_ok=True)
     with (
         TensorBoardServer(logdir, load_fast=True) as server,
         sync_playwright() as playwright,
@@ -143,7 +154,7 @@ def take(logdir: Path, browser: str, only: set[str]) -> None:
             path = IMAGES / f"{shot.name}.png"
             path.write_bytes(shrink(page.screenshot()))
             page.close()
-            print(f"{path.relative_to(ROOT)}  {path.stat().st_size / 1000:.0f} kB")
+            print(f"{path.name}  {path.stat().st_size / 1000:.0f} kB")
 
 
 def main(arguments: list[str]) -> int:

@@ -23,6 +23,7 @@ sys.path.append(str(ROOT / "docs"))
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
+import screenshots  # noqa: E402
 from screenshots import SHOTS, browser_path, open_tab, settle, shrink  # noqa: E402
 
 SCRIPT = ROOT / "direct_finetuning_with_existing_modules.py"
@@ -55,12 +56,18 @@ def page(chromium) -> Iterator:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, arguments) -> Iterator[TensorBoardServer]:
-    """TensorBoard on twelve steps that are over."""
+def finished_logs(tmp_path_factory, arguments) -> Path:
+    """The log directory of twelve steps that are over."""
     out = tmp_path_factory.mktemp("finished") / "out"
     short = ["--max-steps", "12", "--eval-steps", "4", "--quiet", "--log-weight-histograms"]
     assert main([*arguments, *short, "--output-dir", str(out)]) == 0
-    with TensorBoardServer(out / "tensorboard_logs", load_fast=True) as server:
+    return out / "tensorboard_logs"
+
+
+@pytest.fixture(scope="module")
+def finished(finished_logs: Path) -> Iterator[TensorBoardServer]:
+    """TensorBoard on them."""
+    with TensorBoardServer(finished_logs, load_fast=True) as server:
         server.wait_for(lambda: any(server.get("plugin/scalars/tags").values()), "scalar tags")
         yield server
 
@@ -220,6 +227,17 @@ def test_a_large_picture_shrinks():
     small = shrink(out.getvalue())
     assert len(small) < 500_000 < len(out.getvalue())
     assert Image.open(io.BytesIO(small)).size == (900, 700)
+
+
+def test_the_script_takes_every_picture(finished_logs: Path, tmp_path: Path, monkeypatch):
+    """`uv run python docs/screenshots.py LOGDIR`, into another folder than the documents'."""
+    monkeypatch.setattr(screenshots, "IMAGES", tmp_path / "images")
+    assert screenshots.main([str(finished_logs)]) == 0
+    taken = {path.stem: Image.open(path) for path in (tmp_path / "images").iterdir()}
+    assert taken.keys() == {shot.name for shot in SHOTS}
+    for shot in SHOTS:
+        assert taken[shot.name].size == (screenshots.WIDTH, shot.height)
+        assert np.asarray(taken[shot.name].convert("L")).std() > 10, f"{shot.name} is empty"
 
 
 @pytest.mark.parametrize("shot", SHOTS, ids=lambda shot: shot.name)
