@@ -258,7 +258,15 @@ def _without_places(report: dict) -> dict:
     }
 
 
-def test_markdown_and_jsonl_give_equal_statistics(real_samples, tmp_path):
+def test_markdown_and_jsonl_give_equal_statistics(tmp_path):
+    _check_forms(list(read_samples([str(ROOT / "data" / "raw")]).samples)[:60], tmp_path)
+
+
+def test_markdown_and_jsonl_of_real_data_give_equal_statistics(real_samples, tmp_path):
+    _check_forms(real_samples, tmp_path)
+
+
+def _check_forms(real_samples: list[Sample], tmp_path: Path) -> None:
     path = tmp_path / "same.jsonl"
     lines = [
         json.dumps({"question": s.question, "reasoning": s.thinking, "answer": s.answer})

@@ -65,6 +65,19 @@ def test_counts_of_real_files(shared_data, name, count, thinking):
     assert all(sample.line > 0 for sample in found.samples)
 
 
+def test_inputs_of_real_instructions(shared_data):
+    path = shared_data / "formats/alpaca_zh_1000.json"
+    records = json.loads(path.read_text(encoding="utf-8"))
+    found = read_samples([str(path)]).samples
+    with_input = 0
+    for record, sample in zip(records, found, strict=True):
+        assert record["instruction"].strip() in sample.question
+        assert record["input"].strip() in sample.question
+        assert sample.answer == record["output"].strip()
+        with_input += sample.question != record["instruction"].strip()
+    assert with_input == 139
+
+
 def test_turns_of_real_conversations(shared_data):
     found = read_samples([str(shared_data / "formats/sharegpt_toolcall_zh_100.json")])
     messages = [message for sample in found.samples for message in sample.messages()]
