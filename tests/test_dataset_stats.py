@@ -268,10 +268,16 @@ def test_markdown_and_jsonl_of_real_data_give_equal_statistics(real_samples, tmp
 
 def _check_forms(real_samples: list[Sample], tmp_path: Path) -> None:
     path = tmp_path / "same.jsonl"
-    lines = [
-        json.dumps({"question": s.question, "reasoning": s.thinking, "answer": s.answer})
+    rows = [
+        {
+            "question": s.question,
+            "reasoning": s.thinking,
+            "answer": s.answer,
+            "difficulty": s.difficulty,
+        }
         for s in real_samples
     ]
+    lines = [json.dumps({k: v for k, v in row.items() if v is not None}) for row in rows]
     path.write_text("\n".join(lines), "utf-8")
     again = read_samples([str(path)])
     from_json = compute_statistics(again.samples, broken=again.broken).to_json()
