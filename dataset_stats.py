@@ -350,9 +350,11 @@ def compute_statistics(
     facts = Facts()
     for part in observed(samples, workers):
         facts.merge(part)
+    duplicates = _find_duplicates(samples, facts, held_out)
+    facts.question_keys = facts.answer_keys = []  # the statistics live as long as a run
     return DatasetStatistics(
         facts=facts,
-        duplicates=_find_duplicates(samples, facts, held_out),
+        duplicates=duplicates,
         tokens=_exact_lengths(tokens) if tokens is not None else _estimated_lengths(facts),
         max_seq_length=max_seq_length,
         broken=tuple(broken),

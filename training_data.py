@@ -30,9 +30,13 @@ class Split:
     held_out: np.ndarray  # (m,) indices, empty when the held-out data are files of their own
     eval_read: SampleSet | None  # held-out files of the user's
 
-    def training_texts(self) -> list[str]:
-        """Plain text of the distinct training samples, for the demonstration model."""
-        samples = (self.read.samples[int(i)] for i in np.unique(self.train))
+    def training_texts(self, at_most: int = 20_000) -> list[str]:
+        """Plain text of the distinct training samples, of many evenly spaced ones, for the
+        demonstration model."""
+        chosen = np.unique(self.train)
+        if len(chosen) > at_most:
+            chosen = chosen[np.linspace(0, len(chosen) - 1, at_most).astype(np.int64)]
+        samples = (self.read.samples[int(i)] for i in chosen)
         return ["\n".join(filter(None, (s.question, s.thinking, s.answer))) for s in samples]
 
 
