@@ -23,8 +23,7 @@ sys.path.append(str(ROOT / "docs"))
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
-import screenshots  # noqa: E402
-from screenshots import SHOTS, browser_path, open_tab, settle, shrink  # noqa: E402
+from screenshots import SHOTS, WIDTH, browser_path, open_tab, settle, shrink  # noqa: E402
 
 SCRIPT = ROOT / "direct_finetuning_with_existing_modules.py"
 CURVES = "tf-line-chart-data-loader"
@@ -229,14 +228,27 @@ def test_a_large_picture_shrinks():
     assert Image.open(io.BytesIO(small)).size == (900, 700)
 
 
-def test_the_script_takes_every_picture(finished_logs: Path, tmp_path: Path, monkeypatch):
+ELSEWHERE = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import screenshots
+screenshots.IMAGES = Path(sys.argv[2])
+sys.exit(screenshots.main(sys.argv[3:]))
+"""
+
+
+def test_the_script_takes_every_picture(finished_logs: Path, tmp_path: Path):
     """`uv run python docs/screenshots.py LOGDIR`, into another folder than the documents'."""
-    monkeypatch.setattr(screenshots, "IMAGES", tmp_path / "images")
-    assert screenshots.main([str(finished_logs)]) == 0
+    where = [str(ROOT / "docs"), str(tmp_path / "images"), str(finished_logs)]
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, *where], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
     taken = {path.stem: Image.open(path) for path in (tmp_path / "images").iterdir()}
     assert taken.keys() == {shot.name for shot in SHOTS}
     for shot in SHOTS:
-        assert taken[shot.name].size == (screenshots.WIDTH, shot.height)
+        assert taken[shot.name].size == (WIDTH, shot.height)
         assert np.asarray(taken[shot.name].convert("L")).std() > 10, f"{shot.name} is empty"
 
 
