@@ -95,7 +95,7 @@ def _peer_section(peer: Mapping[str, Mapping[str, int]]) -> str:
         f"""
 ## The same faults on transformers.Trainer with peft
 
-`uv run python -m benchmarks.faults_hf_trainer --full`: same model, adapters, records, steps and save
+`uv run python -m benchmarks.faults_hf_trainer`: same model, adapters, records, steps and save
 interval, resumed the documented way, `resume_from_checkpoint=get_last_checkpoint(...)`. Survived: the same
 command comes to its end with the uninterrupted run's losses and adapter, bit for bit. Refused: it stops
 with an error and needs a person. Lost: it ends with other losses or another adapter, or steps were lost at
