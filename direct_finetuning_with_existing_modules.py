@@ -9,7 +9,7 @@ Several GPUs:
 The smallest run on a CPU:
     uv run python direct_finetuning_with_existing_modules.py --max-steps 3 --num-probes 0
 Watch it:
-    tensorboard --logdir=qwen3_4b_thinking_output/tensorboard_logs
+    uv run tensorboard --logdir=qwen3_4b_thinking_output/tensorboard_logs
 
 This file is the story of a run; every other file is a module it uses.
 """
@@ -901,7 +901,7 @@ class DirectTrainer:
         )
         if checkpoint:
             self.terminal.say(f"resumed from {checkpoint.path}, step {self.state.step}")
-        self.terminal.say(f"tensorboard --logdir={self.run.tensorboard.parent}")
+        self.terminal.say(f"uv run tensorboard --logdir={self.run.tensorboard.parent}")
 
     def write_configuration(self) -> None:
         """configuration.json among the run's logs: settings, model, steps and versions."""

@@ -387,7 +387,8 @@ METRICS: tuple[Metric, ...] = (
 LAYOUT = {
     "Loss": {
         "Training and evaluation": [r"^Training/Loss$", r"^Eval/Loss$", r"^Epoch/Average_Loss$"],
-        "Thinking against answer": [r"^Thinking/Loss$", r"^Answer/Loss$", r"^Boundary/.*_Loss$"],
+        "Thinking against answer": [r"^Thinking/Loss$", r"^Answer/Loss$"],
+        "The ends: of thinking and of the answer": [r"^Boundary/.*_Loss$"],
         "Held out: thinking against answer": [r"^Eval/Thinking_Loss$", r"^Eval/Answer_Loss$"],
         "Loss and its forecast": [r"^Training/Loss$", r"^Monitoring/Forecast_Final_Loss"],
         "Token accuracy": [r"^(Training|Eval)/Token_Accuracy$", r"^(Thinking|Answer)/Accuracy$"],

@@ -357,7 +357,8 @@ def split_held_out(samples: Sequence[Sample], fraction: float) -> tuple[np.ndarr
     A cluster (near-equal questions, or near-equal question and answer) is held out when the hash of
     its smallest sample id falls below `fraction`; so the choice depends on content only and stays
     when unrelated samples come or go. A cluster larger than a quarter of the data (or than
-    `fraction`) always trains. With 10 samples or more, at least one is held out.
+    `fraction`) always trains. Of few samples chance may take many: the highest hashes above one and
+    a half times the fraction train as well. With 10 samples or more, at least one is held out.
     """
     if not 0 <= fraction < 1:
         raise UserError(f"held-out fraction is {fraction}; give a number from 0 to below 1")
@@ -369,6 +370,9 @@ def split_held_out(samples: Sequence[Sample], fraction: float) -> tuple[np.ndarr
     position = _cluster_positions(samples, compact, len(sizes))
     eligible = sizes <= max(fraction, 0.25) * len(samples)
     held_out = eligible & (position < fraction)
+    by_position = np.argsort(position, kind="stable")
+    taken = np.cumsum(np.where(held_out, sizes, 0)[by_position])
+    held_out[by_position[taken > math.ceil(1.5 * fraction * len(samples))]] = False
     if not held_out.any() and len(samples) >= 10:
         held_out[_fallback_cluster(position, sizes, eligible)] = True
     return everything[~held_out[compact]], everything[held_out[compact]]

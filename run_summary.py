@@ -208,7 +208,7 @@ def closing_lines(statistics: Mapping[str, Any], run: RunDirectory) -> str:
     lines += [
         f"model: {run.final_model}",
         f"statistics: {run.statistics}",
-        f"tensorboard --logdir={run.tensorboard.parent}",
+        f"uv run tensorboard --logdir={run.tensorboard.parent}",
     ]
     return "\n".join(lines)
 

@@ -3,7 +3,7 @@
     uv run test_tensorboard_integration.py            prints what it checked; exit code 1 on a failure
     uv run pytest test_tensorboard_integration.py     the same checks as tests
 
-By itself it leaves its events for `tensorboard --logdir=test_tensorboard_logs`.
+By itself it leaves its events for `uv run tensorboard --logdir=test_tensorboard_logs`.
 """
 
 import json
@@ -296,7 +296,7 @@ def main() -> int:
             attempt(check, run, server)
     console.print(table)
     console.print(f"{len(RUN_CHECKS) + len(SERVER_CHECKS) - failed} ok, {failed} failed")
-    console.print(f"look at it: tensorboard --logdir={LOG_DIR}")
+    console.print(f"look at it: uv run tensorboard --logdir={LOG_DIR}")
     return 1 if failed else 0
 
 

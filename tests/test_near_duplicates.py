@@ -135,6 +135,12 @@ def test_split_of_few_samples_holds_out_at_least_one(seed):
     assert len(held_out) >= 1 and len(train) >= 7
 
 
+def test_split_of_few_samples_keeps_most_for_training():
+    """Hashes alone would hold out up to 4 of these 10."""
+    sizes = [len(split_held_out(_samples(_texts(10, seed=s)), 0.1)[1]) for s in range(60)]
+    assert min(sizes) == 1 and max(sizes) == 2
+
+
 def test_split_never_holds_out_a_dominating_cluster():
     body = _texts(1, seed=8)[0] * 3
     samples = _samples([f"{body}{i}" for i in range(20)] + _texts(10, seed=9))

@@ -281,7 +281,9 @@ def write_ledger(path: Path) -> None:
     collect = program.DirectTrainer.advance
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    if path.stat().st_size and not path.read_bytes().endswith(b"\n"):  # a killed process's last line
+    if path.stat().st_size and not path.read_bytes().endswith(
+        b"\n"
+    ):  # a killed process's last line
         os.write(handle, b"\n")
     seen: dict[str, object] = {}
 
