@@ -105,10 +105,7 @@ def _grid(x_range: tuple, y_range: tuple, place, x_name: str) -> str:
         parts.append(
             f'<text x="{across}" y="{HEIGHT - 8}" text-anchor="middle">{_number(x)}</text>'
         )
-    parts.append(
-        f'<text x="{right}" y="{bottom - 4}" text-anchor="end" opacity=".6">'
-        f"{html.escape(x_name)}</text>"
-    )
+    parts.append(f'<text x="2" y="{HEIGHT - 8}" opacity=".6">{html.escape(x_name)}</text>')
     return "".join(parts)
 
 
