@@ -153,10 +153,15 @@ class TokenizedSamples(Sequence):
         Samples that were left out have none.
         """
         wanted = np.asarray(sample_indices, dtype=np.int64)
+        blocks = (wanted[i : i + 65_536] for i in range(0, len(wanted), 65_536))
+        found = [np.zeros(0, dtype=np.int64), *map(self._documents_of_block, blocks)]
+        return np.concatenate(found)
+
+    def _documents_of_block(self, wanted: np.ndarray) -> np.ndarray:
         first = np.searchsorted(self.sample_index, wanted, side="left")
         counts = np.searchsorted(self.sample_index, wanted, side="right") - first
         ends = np.cumsum(counts)
-        within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts, counts)
+        within = np.arange(ends[-1]) - np.repeat(ends - counts, counts)
         return np.repeat(first, counts) + within
 
     def select(self, documents: Sequence[int]) -> "TokenizedSamples":

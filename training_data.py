@@ -186,15 +186,16 @@ def _groups(
     names = [*categories(), NO_CATEGORY]
     has_tokens = np.zeros(len(samples), dtype=bool)
     has_tokens[tokens.sample_index] = True
-    table = np.zeros((len(samples), 3), dtype=np.int32)
+    columns = [np.zeros(len(samples), dtype=kind) for kind in (np.uint8, np.int32, np.uint8)]
     for i, sample in enumerate(samples):
         if has_tokens[i]:
-            table[i] = _labels(sample, index_of, names)
-    labels = table[tokens.sample_index]
+            for column, label in zip(columns, _labels(sample, index_of, names), strict=True):
+                column[i] = label
+    difficulties, source_numbers, category_numbers = (c[tokens.sample_index] for c in columns)
     return {
-        "By_Difficulty_": (DIFFICULTIES, labels[:, 0]),
-        "By_Source/": (sources, labels[:, 1]),
-        "By_Category/": (names, labels[:, 2]),
+        "By_Difficulty_": (DIFFICULTIES, difficulties),
+        "By_Source/": (sources, source_numbers),
+        "By_Category/": (names, category_numbers),
     }
 
 
