@@ -10,12 +10,15 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
+
 import direct_finetuning_with_existing_modules as program
 import tb_logger
 
 from . import hook
 from .rig import (
     NUM_STEPS,
+    Reference,
     Rig,
     announced_is_kept,
     fork,
@@ -194,10 +197,29 @@ def disk_error(
         problems.append("fsync failed and the checkpoint counts as saved")
     problems += announced_is_kept(output) if (output / "checkpoints").is_dir() else []
     again = rig.run(output, limit=120) if outcome.code else outcome
-    problems += nothing_lost(output, rig.reference, again)
+    faults = nothing_lost(output, rig.reference, again)
+    if (
+        contains == "tensorboard_logs" and count == hook.FOREVER
+    ):  # such a disk never holds the curves
+        faults = [fault for fault in faults if not fault.startswith("curve ")]
+        faults += _curves_in_metrics_file(output, rig.reference)
+        faults += [] if "cannot write the log" in outcome.output else ["nobody was told"]
+    problems += faults
     fired = hook.fired(log)
     shutil.rmtree(output.parent, ignore_errors=True)
     return fired, problems
+
+
+def _curves_in_metrics_file(output: Path, reference: Reference) -> list[str]:
+    """metrics.jsonl has every point that TensorBoard could not be given."""
+    (path,) = (output / "training_logs").glob("*/metrics.jsonl")
+    records = tb_logger.read_metrics(path)
+    found = {
+        tag: {r["step"]: np.float32(r["metrics"][tag]) for r in records if tag in r["metrics"]}
+        for tag in reference.curves
+    }
+    wrong = [tag for tag, curve in reference.curves.items() if found[tag] != curve]
+    return [f"metrics.jsonl differs in {', '.join(wrong)}"] if wrong else []
 
 
 def file_limit(rig: Rig) -> Trial:
