@@ -14,8 +14,9 @@ import dataset_report
 @pytest.fixture
 def old_list(monkeypatch):
     """matplotlib's list of fonts as it was before any Chinese font was installed."""
-    names = dataset_report._CJK_FONTS
-    fonts = [font for font in font_manager.fontManager.ttflist if font.name not in names]
+    every = font_manager.fontManager.ttflist
+    chinese = {font.fname for font in every if font.name in dataset_report._CJK_FONTS}
+    fonts = [font for font in every if font.fname not in chinese]  # all faces of a file go
     monkeypatch.setattr(font_manager.fontManager, "ttflist", fonts)
     dataset_report.cjk_font.cache_clear()
     yield
