@@ -51,7 +51,9 @@ def write_report(options: argparse.Namespace, tallies: list) -> None:
     chosen += [f"--{k} {v}" for k in ("only", "counts") if (v := getattr(options, k))]
     peer = json.loads(Path(options.peer).read_text()) if options.peer else {}
     rows = {row.id: row for row in all_rows()}
-    text = report.markdown([rows[t.row] for t in tallies], tallies, " ".join(chosen), peer)
+    text = report.markdown(
+        [rows[t.row] for t in tallies], tallies, " ".join(chosen), peer, len(options.merge)
+    )
     Path(options.report).write_text(text, encoding="utf-8")
 
 

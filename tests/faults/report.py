@@ -47,16 +47,18 @@ def markdown(
     tallies: Sequence[Tally],
     command: str,
     peer: Mapping[str, Mapping[str, int]],
+    parts: int = 1,
 ) -> str:
-    """docs/reliability.md. command: options of the run. peer: what benchmarks/faults_hf_trainer.py found,
-    by names that begin with the row's.
+    """docs/reliability.md. command: options of the run, done in so many parts. peer: what
+    benchmarks/faults_hf_trainer.py found, by names that begin with the row's.
     """
+    in_parts = f" in {parts} parts of some rows each," if parts > 1 else ""
     sums = totals(tallies)
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     head = f"""\
 # Reliability: what was broken on purpose, and what it cost
 
-{time.strftime("%Y-%m-%d")}, `uv run python -m tests.faults {command}`, Python
+{time.strftime("%Y-%m-%d")}, `uv run python -m tests.faults {command}`,{in_parts} Python
 {platform.python_version()}, {versions}, {platform.system()} without a GPU.
 
 **{sums["tried"]} trials: {sums["survived"]} survived, {sums["lost"]} lost, {sums["void"]} void.**
