@@ -83,7 +83,7 @@ trials must fail, else the row proves nothing.
 
 def _peer_cell(row: Row, peer: Mapping[str, Mapping[str, int]]) -> str:
     found = next((f for name, f in peer.items() if name.startswith(row.id)), None)
-    return f"{found['survived']} of {found['tried']}" if found else ""
+    return f"{found.get('survived', 0)} of {found['tried']}" if found else ""
 
 
 def _peer_section(peer: Mapping[str, Mapping[str, int]]) -> str:
