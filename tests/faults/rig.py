@@ -471,7 +471,8 @@ def announced(output: Path) -> list[Path]:
     """Checkpoints that the run's log says are saved, in order."""
     lines = []
     for log in sorted((output / "training_logs").glob("*/training.log")):
-        lines += log.read_text(encoding="utf-8", errors="replace").splitlines()
+        text = log.read_text(encoding="utf-8", errors="replace")
+        lines += text[: text.rfind("\n") + 1].splitlines()  # a torn line announces nothing
     return [Path(line.partition(" saved ")[2]) for line in lines if " saved " in line]
 
 
