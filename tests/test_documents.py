@@ -277,7 +277,9 @@ class Runner:
     def python(self, arguments: list[str]) -> None:
         """A program of ours, in this process."""
         if arguments[0] == "-m":
-            return self.knows(f"{arguments[1].replace('.', '/')}/__main__.py", arguments[2:])
+            module = arguments[1].replace(".", "/")
+            package = (ROOT / module).is_dir()
+            return self.knows(f"{module}/__main__.py" if package else f"{module}.py", arguments[2:])
         if arguments[0].startswith(SLOW):
             return self.knows(arguments[0], arguments[1:])
         if arguments[0] == "docs/screenshots.py":
