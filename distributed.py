@@ -151,7 +151,9 @@ def parallelize(
     """
     if mode == "fsdp":
         return _shard(module, dist, dtype)
-    return Replica(module) if _in_group() else module
+    # A process that trains alone, though it belongs to a group, needs nobody.
+    alone = not _in_group() or dist.world_size < torch_distributed.get_world_size()
+    return module if alone else Replica(module)
 
 
 def _in_group() -> bool:
