@@ -249,7 +249,9 @@ class DirectTrainer:
         config, dist = self.config, self.dist
         self.parallel = "ddp" if config.parallel == "auto" else config.parallel
         self.forecast = self.forecast_for(self.parallel)
-        chooses = config.parallel == "auto" and dist.world_size > 1
+        chooses = (
+            config.parallel == "auto" and config.quantization == "none" and dist.world_size > 1
+        )
         if chooses and any(dist.any(not config.lora_r, not self.forecast.fits)):
             self.parallel, self.forecast = "fsdp", self.forecast_for("fsdp")
         (self.checkpointing,) = dist.any(self.forecast.checkpointing)  # all ranks alike
@@ -388,7 +390,7 @@ class DirectTrainer:
         """
         tokens, state = self.data.train.tokens, self.state
         while True:
-            sums, full = [], ""
+            full, stuck = "", False
             try:
                 sums = forward_backward(
                     self.parallel_model,
@@ -403,8 +405,8 @@ class DirectTrainer:
                 if not is_out_of_memory(error):
                     raise
                 full = str(error).partition("\n")[0] or "out of memory"
-            pieces = micro_batch_pieces(planned, tokens.lengths, state.micro_batch_splits)
-            stuck = bool(full) and all(len(documents) == 1 for documents, _ in pieces)
+                pieces = micro_batch_pieces(planned, tokens.lengths, state.micro_batch_splits)
+                stuck = all(len(documents) == 1 for documents, _ in pieces)
             if full and self.parallel == "fsdp":
                 raise self.out_of_memory(full)
             with self.clock.phase("forward_backward"):
@@ -416,7 +418,7 @@ class DirectTrainer:
                     return sums
             if stuck:
                 raise self.out_of_memory(full or "on another rank")
-            del sums
+            sums = []  # what this rank holds of the step is made anew
             self.make_room()
 
     def out_of_memory(self, reason: str) -> RunStopped:
@@ -435,13 +437,17 @@ class DirectTrainer:
         self.parallel_model = distributed.parallelize(self.packed, "ddp", self.dist)
         if self.dist.device.type == "cuda":
             torch.cuda.empty_cache()
-        if self.batch_shape:  # smaller parts have other shapes than the compiled one
-            self.batch_shape = {}
-            torch.compiler.set_stance("force_eager")
+        self.fit_shapes()
         self.terminal.warn(
             f"step {state.step + 1}: out of memory; micro-batches are now done in "
             f"{2**state.micro_batch_splits} parts, the global batch and the loss stay the same"
         )
+
+    def fit_shapes(self) -> None:
+        """Divided micro-batches have other shapes than the compiled one, each its own: no compilation."""
+        if self.batch_shape and self.state.micro_batch_splits:
+            self.batch_shape = {}
+            torch.compiler.set_stance("force_eager")
 
     def advance(self, step: int, planned: PlannedStep) -> None:
         """Count the step. Only numbers that the host knows."""
@@ -542,6 +548,8 @@ class DirectTrainer:
             **self.hardware(),
             **(gpu_memory(self.dist.device) if self.dist.device.type == "cuda" else {}),
         }
+        if state.micro_batch_splits:  # else it is what step 0 says
+            metrics["Config/Batch_Size"] = self.config.batch_size / 2**state.micro_batch_splits
         metrics |= self.clock.read(metrics) | self.straggler()
         metrics |= self.record.overhead_percent(time.monotonic() - self.started)
         state.interval, state.grad_norm_max = self.ledger.zeros().tolist(), 0.0
@@ -701,6 +709,7 @@ class DirectTrainer:
         if rng:  # a rank that did not exist then starts from the seed
             restore_rng(rng, self.dist.device)
         self.state = TrainState(**checkpoint.state["train_state"])
+        self.fit_shapes()
         self.saved_step = self.state.step
 
     def roll_back(self) -> None:

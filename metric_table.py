@@ -229,7 +229,7 @@ Alerts/Overfitting | 0 or 1 | always | alerts
 Alerts/Slow_Rank | 0 or 1 | always | alerts
     One rank holds up all others.
 Config/Batch_Size | | always | trainer
-    Rows in a micro-batch.
+    Rows in a micro-batch; logged anew where out of memory has divided it (below 1: parts of a row).
 Config/Sequence_Length | tokens | always | trainer
     Longest sequence.
 Config/Gradient_Accumulation_Steps | | always | trainer

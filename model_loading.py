@@ -408,7 +408,8 @@ def load_model(
             "lora_r 0 (full fine-tuning) goes with neither quantization nor init_adapter"
         )
     dtype = weight_dtype(device, precision)
-    if sharded and quantization == "none":
+    if sharded:
+        assert quantization == "none", "4-bit weights can't be sharded"
         device, dtype = torch.device("cpu"), saved_dtype(folder)
     model = _load_base(resolved, folder, device, dtype, quantization)
     _check_vocabulary(model, tokenizer, folder)

@@ -403,7 +403,10 @@ class RunForecast:
     def fits(self) -> bool:
         """Whether the estimate stays within the free memory; true where there is no estimate."""
         estimate = self.estimates[self.checkpointing]
-        return estimate is None or estimate.total <= USABLE * self.free
+        return estimate is None or self._within_free(estimate)
+
+    def _within_free(self, estimate: MemoryEstimate) -> bool:
+        return estimate.total <= USABLE * self.free
 
     def rows(self) -> Rows:
         """Everything, as names and texts."""
@@ -469,7 +472,7 @@ class RunForecast:
         return f"{rows} (a whole epoch)" if rows >= self.num_rows else str(rows)
 
     def _against_free(self, estimate: MemoryEstimate) -> str:
-        fits = "" if estimate.total <= USABLE * self.free else ": does not fit"
+        fits = "" if self._within_free(estimate) else ": does not fit"
         free = size_text(self.free)
         return f"{size_text(estimate.total)} of {free} free on {self.device} (an estimate){fits}"
 

@@ -223,6 +223,10 @@ class DirectTrainingConfig:
                 "empty, or one number of 0 or more for each data_path",
             ),
             (
+                self.quantization == "4bit" and self.parallel == "fsdp",
+                "quantization 4bit can't be sharded: leave parallel at auto, or set it to ddp",
+            ),
+            (
                 self.quantization == "4bit" and not self.lora_r,
                 "quantization 4bit needs adapters: set lora_r above 0",
             ),

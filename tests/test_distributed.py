@@ -198,6 +198,8 @@ def test_out_of_memory_on_one_rank_divides_on_all(command, one_rank, tmp_path, w
     assert done.returncode == 0, done.stderr[-3000:]
     assert "injected: no memory" in done.stdout and "2 ranks, ddp" in done.stdout
     assert done.stderr.count("in 2 parts") == 1, done.stderr
+    whole, *divided = curve(out, "Config/Batch_Size")
+    assert divided == [whole / 2] * 7, "from step 2 on"
     np.testing.assert_allclose(curve(out), curve(one_rank), rtol=1e-6)
     np.testing.assert_allclose(
         curve(out, "Training/Gradient_Norm"), curve(one_rank, "Training/Gradient_Norm"), rtol=1e-5

@@ -6,6 +6,7 @@ uv run pytest tests/test_run.py
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -41,6 +42,19 @@ def run(tiny_model: Path, tiny_data: Path, cache_dir: Path) -> Run:
         return main([*FAST, *inputs, *places, *more])
 
     return run
+
+
+def interrupt_after_updates(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real SIGTERM to this process after some optimizer steps."""
+    calls, original = [], optimization.update_weights
+
+    def update(*args, **kwargs):
+        original(*args, **kwargs)
+        calls.append(1)
+        if len(calls) == count:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("direct_finetuning_with_existing_modules.update_weights", update)
 
 
 def logs_of(output_dir: Path) -> Path:
@@ -145,17 +159,7 @@ def test_the_learning_rate_starts_above_zero_and_ends_low(finished: Path):
 
 
 def test_stopped_and_resumed_equals_uninterrupted(tmp_path, finished, run, monkeypatch):
-    original, calls = optimization.update_weights, []
-
-    def interrupted_update(*args, **kwargs):
-        original(*args, **kwargs)
-        calls.append(1)
-        if len(calls) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(
-        "direct_finetuning_with_existing_modules.update_weights", interrupted_update
-    )
+    interrupt_after_updates(3, monkeypatch)
     handler = signal.getsignal(signal.SIGTERM)
     same = ["--num-probes", "1", "--probe-max-new-tokens", "8"]
     assert run(tmp_path, *same) == 0
@@ -205,11 +209,20 @@ def test_out_of_memory_halves_the_micro_batches_and_keeps_the_loss(
         return original(hidden, *args, **kwargs)
 
     monkeypatch.setattr(packed_model, "packed_loss", small_memory)
-    assert run(tmp_path) == 0
-    assert "micro-batches are now done in 2 parts" in capfd.readouterr().err
+    with monkeypatch.context() as interrupted:
+        interrupt_after_updates(4, interrupted)
+        assert run(tmp_path) == 0
+    said = capfd.readouterr().err
+    assert "step 1: out of memory; micro-batches are now done in 2 parts" in said
+    parts = int(re.findall(r"now done in (\d+) parts", said)[-1])
+    assert run(tmp_path, "--resume", "latest") == 0
+    assert "out of memory" not in capfd.readouterr().err, "the division was forgotten"
     losses, reference = losses_of(tmp_path / "out"), losses_of(finished)
     assert losses.keys() == reference.keys()
     assert all(losses[s] == pytest.approx(reference[s], rel=1e-5) for s in losses)
+    (run_dir,) = (tmp_path / "out" / "tensorboard_logs").iterdir()
+    rows = read_run(run_dir)["Config/Batch_Size"]
+    assert rows == [(0, 1.0), *((step, 1 / parts) for step in losses)]
 
 
 # -----------------------------------------------------------------------------

@@ -99,6 +99,11 @@ def test_every_translation_names_a_setting_of_ours():
     assert not taken & fields, "a name of ours must mean ours"
 
 
+def test_4bit_weights_are_not_sharded():
+    with pytest.raises(UserError, match="can't be sharded"):
+        DirectTrainingConfig(quantization="4bit", parallel="fsdp")
+
+
 def test_all_faults_of_values_are_reported_at_once():
     with pytest.raises(UserError) as caught:
         DirectTrainingConfig(
