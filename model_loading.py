@@ -565,6 +565,7 @@ def _short(error: Exception) -> str:
 
 def _with_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
     """Fresh adapters: B zero, A drawn on the CPU from `seed`; fp32 whatever the base is."""
+    model.name_or_path = config.base_model_name_or_path  # peft writes this name, not the config's
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:

@@ -283,6 +283,9 @@ def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--full", action="store_true")
+    parser.add_argument(
+        "--only", nargs="+", choices=[name[:3] for name in FAULTS], help="these rows"
+    )
     options = parser.parse_args()
     if "FAULTS_WORK" not in os.environ:
         hook.restart(["-m", "benchmarks.faults_hf_trainer", *sys.argv[1:]])
@@ -297,6 +300,8 @@ def main() -> None:
         peer = Peer(Rig(work / "rig"))
         print("| fault | tried | survived | refused | lost | void |\n|---|---|---|---|---|---|")
         for name, (trial, few, many) in FAULTS.items():
+            if name[:3] not in (options.only or [name[:3]]):
+                continue
             found = trial(peer, many if options.full else few)
             results[name] = {"tried": sum(found.values()), **found}
             numbers = [found[k] for k in ("survived", "refused", "lost", "void")]

@@ -2,6 +2,7 @@
 
     uv run python benchmarks/injected_faults.py            table; last line JSON
     uv run python benchmarks/injected_faults.py --write    also docs/monitoring.md
+    uv run python benchmarks/injected_faults.py --only healthy
 
 Every run is the real trainer on a tiny model, a process of its own: one healthy, one whose learning rate
 is multiplied by 300 at step 150, one whose data reader sleeps, one that keeps 4 MB a step.
@@ -138,6 +139,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--write", action="store_true", help="write docs/monitoring.md")
+    parser.add_argument(
+        "--only", nargs="+", choices=FAULTS, default=list(FAULTS), help="these runs"
+    )
     options = parser.parse_args()
     from tiny_model import make_tiny_data, make_tiny_model
 
@@ -148,7 +152,7 @@ def main() -> None:
             "data": str(make_tiny_data(folder / "data.jsonl", 200)),
             "cache": str(folder / "cache"),
         }
-        rows = [row(f, wanted, run(f, inputs, folder)) for f, wanted in FAULTS.items()]
+        rows = [row(f, FAULTS[f], run(f, inputs, folder)) for f in options.only]
     for r in rows:
         print(
             f"{r['fault']}: {', '.join(r['spoke']) or 'silent'}; found {r['found']}; false {r['false']}"

@@ -1,6 +1,7 @@
 """What logging costs and survives: torch's SummaryWriter, tensorboardX, TensorBoard's EventFileWriter, ours.
 
     python benchmarks/logger_cost.py            # about 6 minutes; --quick: about 1.5
+    python benchmarks/logger_cost.py --quick --tables scalars histogram
 
 Four tables from one run, the writers interleaved, medians with their range:
   1. 60 scalars a step: microseconds a step in the caller, CPU, bytes
@@ -514,6 +515,57 @@ def table_of_faults(timeout: float) -> dict[str, bool]:
     return unharmed
 
 
+# -----------------------------------------------------------------------------
+# The figures of each table
+
+
+def scalar_figures(quick: bool) -> dict[str, float]:
+    """Unpaced, and with 20 ms between the steps, as the caller of a real run meets them."""
+    fast = table_of_scalars(500 if quick else 2000, 3 if quick else 7, 0.0)
+    paced = table_of_scalars(50 if quick else 200, 2 if quick else 5, 0.02)
+    return {
+        "caller_speedup_vs_torch": fast["torch"]["caller"] / fast["ours"]["caller"],
+        "caller_us_per_step": fast["ours"]["caller"],
+        "caller_us_per_step_paced": paced["ours"]["caller"],
+        "caller_speedup_vs_torch_paced": paced["torch"]["caller"] / paced["ours"]["caller"],
+        "cpu_us_per_step": fast["ours"]["cpu"],
+        "bytes_saved_percent": 100 * (1 - fast["ours"]["bytes"] / fast["torch"]["bytes"]),
+    }
+
+
+def histogram_figures(quick: bool) -> dict[str, float]:
+    """Milliseconds in the caller."""
+    found = table_of_histograms(3 if quick else 9)
+    return {
+        "histogram_10m_caller_ms": found["ours"],
+        "histogram_counts_caller_ms": found["counts"],
+    }
+
+
+def loop_figures(quick: bool) -> dict[str, object]:
+    """What logging adds to a training loop, in percent."""
+    found = table_of_loop(12 if quick else 60, ("ours", "torch"))
+    return {
+        "loop_overhead_percent": found["ours"]["caller"],
+        "loop_overhead_paired_wall_percent": found["ours"]["wall"],
+        "loop_overhead_paired_cpu_percent": found["ours"]["cpu"],
+        "loop_overhead_torch_percent": found["torch"]["caller"],
+    }
+
+
+def fault_figures(quick: bool) -> dict[str, bool]:
+    """Whether training went on and no point was lost in silence."""
+    return {"faults_unharmed": table_of_faults(12.0 if quick else 20.0)["ours"]}
+
+
+TABLES = {
+    "scalars": scalar_figures,
+    "histogram": histogram_figures,
+    "loop": loop_figures,
+    "faults": fault_figures,
+}
+
+
 def rounded(value):
     """Numbers of the last line, to three digits after the point."""
     if isinstance(value, tuple):
@@ -524,6 +576,7 @@ def rounded(value):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer steps and repeats")
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
     parser.add_argument("--trial", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.trial:
@@ -532,26 +585,9 @@ def main() -> None:
 
     torch.set_num_threads(1)
     print(f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}")
-    fast = table_of_scalars(500 if args.quick else 2000, 3 if args.quick else 7, 0.0)
-    paced = table_of_scalars(50 if args.quick else 200, 2 if args.quick else 5, 0.02)
-    histograms = table_of_histograms(3 if args.quick else 9)
-    loop = table_of_loop(12 if args.quick else 60, ("ours", "torch"))
-    unharmed = table_of_faults(12.0 if args.quick else 20.0)
-    figures = {
-        "caller_speedup_vs_torch": fast["torch"]["caller"] / fast["ours"]["caller"],
-        "caller_us_per_step": fast["ours"]["caller"],
-        "caller_us_per_step_paced": paced["ours"]["caller"],
-        "caller_speedup_vs_torch_paced": paced["torch"]["caller"] / paced["ours"]["caller"],
-        "cpu_us_per_step": fast["ours"]["cpu"],
-        "bytes_saved_percent": 100 * (1 - fast["ours"]["bytes"] / fast["torch"]["bytes"]),
-        "histogram_10m_caller_ms": histograms["ours"],
-        "histogram_counts_caller_ms": histograms["counts"],
-        "loop_overhead_percent": loop["ours"]["caller"],
-        "loop_overhead_paired_wall_percent": loop["ours"]["wall"],
-        "loop_overhead_paired_cpu_percent": loop["ours"]["cpu"],
-        "loop_overhead_torch_percent": loop["torch"]["caller"],
-        "faults_unharmed": unharmed["ours"],
-    }
+    figures: dict[str, object] = {}
+    for name in args.tables:
+        figures |= TABLES[name](args.quick)
     print(json.dumps({key: rounded(value) for key, value in figures.items()}))
     return None
 

@@ -2,6 +2,7 @@
 
     uv run python benchmarks/memory_estimate.py            # about 3 minutes on one CPU core
     uv run python benchmarks/memory_estimate.py --device cuda
+    python benchmarks/memory_estimate.py --case '{"hidden": 64, "layers": 2, "vocab": 512, "tokens": 512}'
 
 A case writes a Qwen3 with random weights, loads it as a run does, and makes three updates on one packed
 row. Measured is what the process takes beyond what it held before the model: resident memory, sampled
@@ -128,7 +129,7 @@ def documents(case: Case, length: int = 256) -> Documents:
     segments = np.full(length, Segment.THINKING, dtype=np.uint8)
     segments[: length // 4], segments[-1] = Segment.PROMPT, Segment.END
     return Documents(
-        TokenizedSample(rng.integers(0, 1000, length, dtype=np.int32), segments, i)
+        TokenizedSample(rng.integers(0, min(1000, case.vocab), length, dtype=np.int32), segments, i)
         for i in range(case.tokens // length)
     )
 
@@ -217,17 +218,18 @@ def in_process(case: Case, device: str) -> dict[str, float]:
 
 
 def main() -> None:
-    """All cases of a device, or the one that a parent process asks for."""
+    """All cases of a device, or one."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--case")
-    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--case", type=json.loads, help="one case of your own, as JSON")
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # to measure in this process
     arguments = parser.parse_args()
-    if arguments.case:
-        case = Case(**json.loads(arguments.case))
-        print(json.dumps(measure(case, arguments.folder, torch.device(arguments.device))))
-        return
     cases = CUDA_CASES if arguments.device == "cuda" else CPU_CASES
+    if arguments.case:
+        cases = (Case(**arguments.case),)
+    if arguments.folder:
+        print(json.dumps(measure(cases[0], arguments.folder, torch.device(arguments.device))))
+        return
     print(
         f"{'case':45} {'estimated':>10} {'measured':>10} {'error':>7} {'s an update':>12} {'measured':>9}"
     )

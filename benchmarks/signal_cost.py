@@ -36,6 +36,7 @@ import segment_loss
 from direct_finetuning_with_existing_modules import DirectTrainer, due
 from evaluation import held_out_sums
 from optimization import clip_gradients, forward_backward, set_learning_rate, update_weights
+from tb_logger import NullLogger
 from throughput import StepClock
 from training_config import DirectTrainingConfig
 
@@ -74,6 +75,7 @@ def prepare(folder: str) -> DirectTrainer:
     """A trainer with model and data, at its first step, that writes no run."""
     trainer = DirectTrainer(DirectTrainingConfig(output_dir=folder, device="cpu"), quiet=True)
     trainer.prepare()
+    trainer.make_forecast()
     trainer.build_model()
     trainer.state.interval = trainer.state.epoch = trainer.ledger.zeros().tolist()
     return trainer
@@ -135,7 +137,7 @@ def apart(trainer: DirectTrainer) -> dict[str, float]:
         "held_out_losses": timed(
             lambda: held_out_sums(trainer.parallel_model, held_out, plan, trainer.dist)
         )[0],
-        "probes": timed(lambda: trainer.probe(0))[0],
+        "probes": timed(lambda: trainer.evaluator._answers(0, NullLogger()))[0],
         "adapter_health": timed(health.scalars)[0],
         "weight_histograms": timed(health.weight_histograms)[0],
     }

@@ -28,7 +28,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -369,8 +369,9 @@ def print_table(records: dict[str, list[Record]]) -> dict[str, float]:
     return cpu
 
 
-def machine() -> dict:
-    names = ("torch", "transformers", "peft", "trl", "accelerate")
+def machine(sides: Iterable[str]) -> dict:
+    names = ["torch", "transformers", "peft", "accelerate"]
+    names += ["trl"] * any(side.startswith("TRL") for side in sides)
     return {
         "versions": {name: importlib.metadata.version(name) for name in names},
         "python": platform.python_version(),
@@ -398,7 +399,11 @@ def main() -> None:
     cpu = print_table(records)
     differences = {w: largest_difference(records, w) for w in ("losses", "grad_norms")}
     print(f"largest difference between step losses: {differences['losses']:.1e}")
-    result = {"losses_equal": differences["losses"] < 1e-4, "cpu_ms_per_step": cpu, **machine()}
+    result = {
+        "losses_equal": differences["losses"] < 1e-4,
+        "cpu_ms_per_step": cpu,
+        **machine(sides),
+    }
     result["tokens_per_step"] = sum(len(d.ids) for d in documents) / arguments.steps
     if not arguments.ablation:
         result["speedup_vs_hf_trainer"] = cpu["HF Trainer"] / cpu["ours"]

@@ -1,17 +1,61 @@
-"""What people bring along: adapters of other tools, other names for settings, full fine-tuning, 4 bits.
+"""What people bring along: hub names, adapters of other tools, other names for settings, full
+fine-tuning, 4 bits.
 
 uv run pytest tests/test_compatibility.py
 """
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import fake_hub
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from test_run import run, strict_json  # noqa: F401  `run` is a fixture
+from test_run import SCRIPT, interrupt_after_updates, run, strict_json  # noqa: F401  `run` is a fixture
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+# -----------------------------------------------------------------------------
+# Names on a hub
+
+HUB_NAME, TOKEN = "somebody/Tiny-Thinking", "hf_" + 20 * "k"
+
+
+def test_a_hub_name_is_downloaded_from_the_endpoint(
+    tmp_path: Path, tiny_model: Path, tiny_data: Path, cache_dir: Path
+):
+    """With the token of its owner; afterwards without a network. The adapter names what all can find."""
+    options = {
+        "--model-name": HUB_NAME,
+        "--data-path": str(tiny_data),
+        "--output-dir": str(tmp_path / "out"),
+        "--cache-dir": str(cache_dir),
+        "--max-steps": "1",
+        "--max-seq-length": "768",
+        "--num-probes": "0",
+    }
+    words = [word for pair in options.items() for word in pair]
+
+    def start(*more: str, **environment: str) -> subprocess.CompletedProcess:
+        env = os.environ | {"HF_HOME": str(tmp_path / "home"), **environment}
+        command = [sys.executable, str(SCRIPT), *words, *more]
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+
+    with fake_hub.serve(HUB_NAME, tiny_model, TOKEN) as endpoint:
+        stranger = start("--plan", HF_ENDPOINT=endpoint, HF_TOKEN="hf_wrong")
+        owner = start(HF_ENDPOINT=endpoint, HF_TOKEN=TOKEN)
+    assert stranger.returncode == 2 and "answers 401" in stranger.stderr, stranger.stderr
+    assert owner.returncode == 0, owner.stderr[-2000:]
+    assert TOKEN not in owner.stdout + owner.stderr
+    assert "renamed" not in owner.stderr, "peft has put the cache's folder into the adapter"
+    adapter = strict_json(tmp_path / "out" / "final_model" / "adapter_config.json")
+    assert adapter["base_model_name_or_path"] == HUB_NAME
+    again = start("--plan", HF_HUB_OFFLINE="1")
+    assert again.returncode == 0 and HUB_NAME in again.stdout, again.stderr[-2000:]
+
 
 # -----------------------------------------------------------------------------
 # Full fine-tuning
@@ -46,20 +90,7 @@ def test_full_fine_tuning_leaves_a_model(full: Path, tiny_model: Path):
 
 
 def test_full_fine_tuning_goes_on_where_it_was(full: Path, tmp_path, run, monkeypatch):  # noqa: F811
-    import os
-    import signal
-
-    import optimization
-
-    original, calls = optimization.update_weights, []
-
-    def interrupted(*args, **kwargs):
-        original(*args, **kwargs)
-        calls.append(1)
-        if len(calls) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr("direct_finetuning_with_existing_modules.update_weights", interrupted)
+    interrupt_after_updates(3, monkeypatch)
     same = ["--lora-r", "0", "--learning-rate", "1e-3"]
     assert run(tmp_path, *same) == 0
     monkeypatch.undo()
