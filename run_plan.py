@@ -32,7 +32,7 @@ GPU_SHARES = (0.25, 0.5)  # of a GPU's peak that training reaches; not measured 
 HOST_LAYERS = 3  # layers' activations that glibc's malloc holds in gaps no tensor fits into
 HOST_LIBRARIES = 40 * 2**20  # bytes that libraries take with their first products
 STEP_SECONDS, EVALUATION_SECONDS = 0.03, 0.3  # of one, beside its arithmetic
-HOST_SHARES = (0.4, 0.9)  # of the rate of large matrix products; small models use two threads badly
+HOST_SHARES = (0.4, 1.0)  # of the rate of large matrix products; small models use two threads badly
 Rows = list[tuple[str, str]]
 
 # -----------------------------------------------------------------------------
@@ -169,21 +169,22 @@ class Placement:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on one device at the peak of a step."""
+    """Bytes on one device at the peak of a step, which is in the loss or in the backward pass after it."""
 
     weights: float
+    gathered: float  # from other ranks, for a while
     adapter: float
     gradients: float
     optimizer: float
-    activations: float
-    logits: float
-    workspace: float
+    activations: float  # kept for the backward pass
+    logits: float  # in the loss
+    workspace: float  # in the backward pass
     allocator: float
 
     @property
     def total(self) -> float:
-        """All of it."""
-        return sum(vars(self).values())
+        """All of it, but of logits and workspace the larger one."""
+        return sum(vars(self).values()) - min(self.logits, self.workspace)
 
 
 def estimate_memory(
@@ -192,9 +193,10 @@ def estimate_memory(
     """Peak of a step with `tokens` in a micro-batch; None for an unknown architecture.
 
     Adapters are fp32: 4 bytes each for weight and gradient, 8 for AdamW's moments. At lora_r 0 weights,
-    gradients and moments are of the weights' type. Activations: `activation_bytes` per token and layer;
-    with checkpointing only each layer's input, and all of one layer while it is recomputed. A GPU's
-    allocator has its share of the memory left free (`USABLE`); a host's malloc is part of the estimate.
+    gradients and moments are of the weights' type. Shards gather what is outside the layers, and two
+    layers. Activations: `activation_bytes` per token and layer; with checkpointing only each layer's
+    input, and all of one layer while it is recomputed. A GPU's allocator has its share of the memory left
+    free (`USABLE`); a host's malloc is part of the estimate.
     """
     dims, size = shape.dims, placement.dtype_bytes
     if dims is None:
@@ -203,15 +205,18 @@ def estimate_memory(
     adapters = shape.trainable if shape.lora else 0
     trained = FP32 if shape.lora else size
     layer, on_host = activation_bytes(dims, placement), placement.device_type == "cpu"
-    kept = dims.layers * dims.hidden * size + layer if checkpointing else dims.layers * layer
+    kept = dims.layers * (dims.hidden * size if checkpointing else layer)
+    outside = shape.parameters - shape.linear_parameters
+    in_flight = size * (outside + 2 * shape.linear_parameters / dims.layers)
     return MemoryEstimate(
         weights=(packed * BITS_4 + (shape.parameters - packed) * size) / placement.shards,
+        gathered=in_flight if placement.shards > 1 else 0,
         adapter=adapters * FP32 / placement.shards,
         gradients=shape.trainable * trained / placement.shards,
         optimizer=2 * shape.trainable * trained / placement.shards,
         activations=tokens * kept,
         logits=_logits_bytes(shape, placement, tokens),
-        workspace=_workspace_bytes(shape, placement, tokens),
+        workspace=_workspace_bytes(shape, placement, tokens) + checkpointing * tokens * layer,
         allocator=tokens * HOST_LAYERS * layer + HOST_LIBRARIES if on_host else 0,
     )
 
@@ -223,9 +228,9 @@ def activation_bytes(dims: ModelDims, placement: Placement) -> int:
     residuals and the queries and keys before their norms in fp32, 4(2H + Q + K); two norm outputs,
     queries, keys, values, attention output and four widths of the MLP, b(2H + 2Q + 2K + 4I). The CPU's
     attention gives its output document by document, so that it is copied once more, Q. Compiled: norms
-    and the product of the MLP are recomputed, b(2H + 3Q + 3K + 2I). Adapters that are not fused keep a
-    copy of each layer's input in fp32, 4(5H + Q + I), unless the base is fp32. Qwen3-4B in bf16: 146,
-    78 and 104 KiB.
+    and the product of the MLP are recomputed, b(2H + 3Q + 3K + 2I). Adapters that are not fused keep, unless
+    the base is fp32, a copy of each linear layer's input in fp32, 4(5H + Q + I), and eager ones not the
+    input itself, b(2H + I). Qwen3-4B in bf16: 146 and 78 KiB, and 75 more where adapters are not fused.
     """
     hidden, mlp = dims.hidden, dims.intermediate
     queries, keys = dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim
@@ -238,16 +243,16 @@ def activation_bytes(dims: ModelDims, placement: Placement) -> int:
         kept += size * (2 * hidden + attention + 4 * mlp)
     if not placement.fused_lora and size < FP32:
         kept += FP32 * (5 * hidden + queries + mlp)
+        kept -= 0 if placement.compiled else size * (2 * hidden + mlp)
     return kept
 
 
 def _logits_bytes(shape: ModelShape, placement: Placement, tokens: int) -> int:
-    """A chunk of fp32 logits, of probabilities and of their gradient; the head's gradient if trained."""
+    """A chunk of logits and one of probabilities, both fp32; the head's gradient if it is trained."""
     vocab = shape.dims.vocab
     rows = min(rows_per_chunk(vocab, placement.device_type), tokens)
-    copies = 2 * FP32 + (placement.dtype_bytes if placement.dtype_bytes < FP32 else 0)
     head = 0 if shape.lora else vocab * shape.dims.hidden * FP32
-    return rows * vocab * copies + head
+    return rows * vocab * 2 * FP32 + head
 
 
 def _workspace_bytes(shape: ModelShape, placement: Placement, tokens: int) -> int:
@@ -290,21 +295,18 @@ def largest_batch(
 # Time
 
 
-def operations(
-    shape: ModelShape, plan: StepPlan, lengths: Sequence[int], num_targets: int
-) -> float | None:
-    """Floating-point operations of all steps of a plan whose epoch has these documents."""
-    if shape.dims is None:
-        return None
-    epoch = training_flops(shape.dims, lengths, num_targets, lora_weights=shape.lora_weights)
-    return epoch * plan.num_steps / plan.steps_per_epoch
+def step_flops(
+    shape: ModelShape, lengths: Sequence[int], num_targets: int, *, checkpointing: bool
+) -> float:
+    """Arithmetic of training on these documents once; checkpointing goes through the layers again."""
+    training = training_flops(shape.dims, lengths, num_targets, lora_weights=shape.lora_weights)
+    return training + checkpointing * forward_flops(shape, lengths, 0)
 
 
-def recompute_factor(lora: bool, checkpointing: bool) -> float:
-    """Arithmetic with checkpointing over that without: one more forward pass, 2 of 4 or of 6."""
-    if not checkpointing:
-        return 1.0
-    return 6 / 4 if lora else 8 / 6
+def forward_flops(shape: ModelShape, lengths: Sequence[int], num_targets: int) -> float:
+    """Arithmetic of a forward pass over these documents: 2 of the 4 or 6 of a training step."""
+    training = training_flops(shape.dims, lengths, num_targets, lora_weights=shape.lora_weights)
+    return training / (2 if shape.lora else 3)
 
 
 @dataclass(frozen=True)
@@ -433,7 +435,7 @@ class RunForecast:
         chosen = "on" if self.checkpointing else "off"
         batches = self.largest_batches
         return [
-            ("memory: weights", size_text(plain.weights)),
+            ("memory: weights", size_text(plain.weights + plain.gathered)),
             ("memory: adapter", size_text(plain.adapter)),
             ("memory: gradients", size_text(plain.gradients)),
             ("memory: optimizer", size_text(plain.optimizer)),
@@ -442,8 +444,13 @@ class RunForecast:
                 f"{size_text(plain.activations)}; {size_text(checkpointed.activations)} with "
                 "gradient checkpointing",
             ),
-            ("memory: logits", f"{size_text(plain.logits)}, a chunk at a time"),
-            ("memory: working space", size_text(plain.workspace + plain.allocator)),
+            ("memory: loss", f"{size_text(plain.logits)}, logits of a chunk"),
+            (
+                "memory: or backward pass",
+                f"{size_text(plain.workspace)}; {size_text(checkpointed.workspace)} with gradient "
+                "checkpointing",
+            ),
+            *([("memory: allocator", size_text(plain.allocator))] if plain.allocator else []),
             ("memory without checkpointing", self._against_free(plain)),
             ("memory with checkpointing", self._against_free(checkpointed)),
             ("gradient checkpointing", chosen),
@@ -522,11 +529,11 @@ def forecast(
     )
     evaluations = number_of_evaluations(plan.num_steps, eval_steps, len(eval_lengths))
     seconds, speed = None, None
-    work = operations(shape, plan, lengths, num_targets)
-    if work is not None:
+    if shape.dims is not None:
         speed = device_speed(device, shape.dims, dtype)
-        work *= recompute_factor(shape.lora, checkpointing)
-        work += evaluations * eval_flops(shape, eval_lengths, eval_targets)
+        epoch = step_flops(shape, lengths, num_targets, checkpointing=checkpointing)
+        work = epoch * plan.num_steps / plan.steps_per_epoch
+        work += evaluations * forward_flops(shape, eval_lengths, eval_targets)
         work /= plan.world_size
         fixed = plan.num_steps * STEP_SECONDS + evaluations * EVALUATION_SECONDS
         seconds = (fixed + work / speed.highest, fixed + work / speed.lowest)
@@ -557,12 +564,6 @@ def forecast(
         disk_needed=disk_bytes(shape, placement.dtype_bytes, kept),
         disk_free=disk_free(output_dir),
     )
-
-
-def eval_flops(shape: ModelShape, lengths: Sequence[int], num_targets: int) -> float:
-    """A forward pass over held-out documents of these lengths: 2 of the 4 or 6 of a training step."""
-    training = training_flops(shape.dims, lengths, num_targets, lora_weights=shape.lora_weights)
-    return training / (2 if shape.lora else 3)
 
 
 def number_of_evaluations(num_steps: int, eval_steps: int, held_out: int) -> int:

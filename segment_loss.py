@@ -98,10 +98,8 @@ class _HeadLoss(torch.autograd.Function):
             for start in range(0, len(labels), size):
                 part = slice(start, start + size)
                 rows = hidden.index_select(0, positions[part]).to(weight.dtype)
-                logits = _logits(rows, weight)
-                error = _softmax_error(
-                    logits, labels[part], close_id, nll[part], correct[part], close[part], buffer
-                )
+                outputs = nll[part], correct[part], close[part], buffer
+                error = _softmax_error(_logits(rows, weight), labels[part], close_id, *outputs)
                 if not (needs_hidden or needs_weight):
                     continue
                 error = error.to(weight.dtype)
@@ -111,6 +109,7 @@ class _HeadLoss(torch.autograd.Function):
                     grad_hidden.index_copy_(0, positions[part], gradient)
                 if needs_weight:
                     grad_weight.add_(torch.mm(error.t(), rows), alpha=factor)
+                del error  # before the next chunk has its logits
         ctx.save_for_backward(
             grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
         )

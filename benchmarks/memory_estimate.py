@@ -2,17 +2,20 @@
 
     uv run python benchmarks/memory_estimate.py            # about 3 minutes on one CPU core
     uv run python benchmarks/memory_estimate.py --device cuda
+    uv run python benchmarks/memory_estimate.py --device traced    # Qwen3-4B on a GPU, without one
     python benchmarks/memory_estimate.py --case '{"hidden": 64, "layers": 2, "vocab": 512, "tokens": 512}'
 
 A case writes a Qwen3 with random weights, loads it as a run does, and makes three updates on one packed
 row. Measured is what the process takes beyond what it held before the model: resident memory, sampled
 every millisecond; on CUDA the allocator's own peak. Then five more updates give the time of one: on a
-host processor time over threads, which other work on the machine hardly changes. The last line is JSON.
+host processor time over threads, which other work on the machine hardly changes. Traced: the tensors of a
+step that computes shapes only, as a GPU would hold them (`tests/traced_step.py`). The last line is JSON.
 """
 
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import memory_settings  # noqa: F401, I001  before torch
 
@@ -38,7 +41,7 @@ from fast_lora import enable_fast_lora
 from optimization import build_optimizer, clip_gradients, update_weights
 from packed_model import PackedLossModel
 from packing import build_batch
-from throughput import training_flops
+from traced_step import peak_of_a_step
 
 MIB = 2**20
 
@@ -55,11 +58,13 @@ class Case:
     precision: str = "fp32"
     checkpointing: bool = False
     compiled: bool = False
+    fused_lora: bool = True  # traced cases only
 
     @property
     def name(self) -> str:
         kind = f"r{self.lora_r}" if self.lora_r else "full"
         ways = "".join([", ckpt" * self.checkpointing, ", compiled" * self.compiled])
+        ways += "" if self.fused_lora else ", peft's LoRA"
         return f"H{self.hidden} L{self.layers} V{self.vocab} T{self.tokens} {kind} {self.precision}{ways}"
 
 
@@ -78,11 +83,33 @@ CUDA_CASES = tuple(
 )
 
 
+TRACED_CASES = (
+    *(
+        Case(2560, 36, 151936, tokens, precision="bf16", checkpointing=ckpt)
+        for tokens in (2048, 8192, 16384)
+        for ckpt in (True, False)
+    ),
+    Case(2560, 36, 151936, 8192, precision="bf16", fused_lora=False),
+    Case(2560, 36, 151936, 8192, precision="bf16", checkpointing=True, lora_r=0),
+)
+CASES = {"cpu": CPU_CASES, "cuda": CUDA_CASES, "traced": TRACED_CASES}
+
+
 def write_model(case: Case, folder: Path) -> None:
-    """A Qwen3 of the case's shape; heads of 64, grouped by four; the published ones for 2560."""
+    """A Qwen3 of the case's shape, with random weights."""
     tokenizer = train_tokenizer(["分组密码SM4的分组长度和密钥长度都是128比特，共32轮。"] * 4)
+    config = config_of(
+        case, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    dtype = model_loading.weight_dtype(torch.device("cpu"), case.precision)
+    Qwen3ForCausalLM(config).to(dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def config_of(case: Case, **more: int) -> Qwen3Config:
+    """Heads of 64, grouped by four; the published ones for 2560."""
     published = case.hidden == 2560
-    config = Qwen3Config(
+    return Qwen3Config(
         vocab_size=case.vocab,
         hidden_size=case.hidden,
         intermediate_size=9728 if published else 3 * case.hidden,
@@ -91,12 +118,8 @@ def write_model(case: Case, folder: Path) -> None:
         num_key_value_heads=8 if published else max(1, case.hidden // 256),
         head_dim=128 if published else 64,
         tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **more,
     )
-    dtype = model_loading.weight_dtype(torch.device("cpu"), case.precision)
-    Qwen3ForCausalLM(config).to(dtype).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 class Peak(threading.Thread):
@@ -166,13 +189,33 @@ def measure(case: Case, folder: Path, device: torch.device) -> dict[str, float]:
     }
 
 
+def traced(case: Case) -> dict[str, float]:
+    """Estimated bytes of one case, and those of the tensors of a step on a GPU."""
+    with tempfile.TemporaryDirectory() as folder:
+        config_of(case).save_pretrained(folder)
+        shape = run_plan.model_shape(
+            Path(folder), lora_r=case.lora_r, target_modules=model_loading.PROJECTIONS
+        )
+    placement = run_plan.Placement("cuda", 2, fused_lora=case.fused_lora)
+    estimate = run_plan.estimate_memory(
+        shape, placement, case.tokens, checkpointing=case.checkpointing
+    )
+    peak = peak_of_a_step(
+        config_of(case),
+        case.tokens,
+        lora_r=case.lora_r,
+        recompute=case.checkpointing,
+        fused_lora=case.fused_lora,
+    )
+    return {"estimated": estimate.total, "measured": peak, "parts": vars(estimate)}
+
+
 def operations(case: Case, shape: run_plan.ModelShape) -> float:
     """Floating-point operations of an update, recomputation included."""
     samples = documents(case)
     targets = sum(int((s.segments != Segment.PROMPT).sum()) for s in samples)
     lengths = [len(s.ids) for s in samples]
-    work = training_flops(shape.dims, lengths, targets, lora_weights=shape.lora_weights)
-    return work * run_plan.recompute_factor(shape.lora, case.checkpointing)
+    return run_plan.step_flops(shape, lengths, targets, checkpointing=case.checkpointing)
 
 
 def build(case: Case, folder: Path, device: torch.device) -> Callable[[], None]:
@@ -220,13 +263,12 @@ def in_process(case: Case, device: str) -> dict[str, float]:
 def main() -> None:
     """All cases of a device, or one."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    usual = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=CASES, default=usual)
     parser.add_argument("--case", type=json.loads, help="one case of your own, as JSON")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # to measure in this process
     arguments = parser.parse_args()
-    cases = CUDA_CASES if arguments.device == "cuda" else CPU_CASES
-    if arguments.case:
-        cases = (Case(**arguments.case),)
+    cases = (Case(**arguments.case),) if arguments.case else CASES[arguments.device]
     if arguments.folder:
         print(json.dumps(measure(cases[0], arguments.folder, torch.device(arguments.device))))
         return
@@ -235,13 +277,19 @@ def main() -> None:
     )
     results = {}
     for case in cases:
-        result = in_process(case, arguments.device)
+        result = (
+            traced(case) if arguments.device == "traced" else in_process(case, arguments.device)
+        )
         error = result["estimated"] / result["measured"] - 1
         results[case.name] = result | {"error": error}
         sizes = (f"{result[name] / MIB:.0f} MiB" for name in ("estimated", "measured"))
-        times = "{:.2f}-{:.2f}".format(*result["seconds_estimated"])
-        line = "{:45} {:>10} {:>10} {:>+7.1%} {:>12} {:>9.2f}"
-        print(line.format(case.name, *sizes, error, times, result["seconds"]), flush=True)
+        times = ""
+        if "seconds" in result:
+            times = "{:>5.2f}-{:.2f} {:>9.2f}".format(
+                *result["seconds_estimated"], result["seconds"]
+            )
+        line = "{:45} {:>10} {:>10} {:>+7.1%} {:>22}"
+        print(line.format(case.name, *sizes, error, times), flush=True)
     print(json.dumps({"device": arguments.device, "cases": results}))
 
 

@@ -110,7 +110,7 @@ def test_what_cannot_be_counted_is_one_clear_error(tiny_model: Path, tmp_path: P
     [
         (CUDA, 146),
         (Placement("cuda", 2, compiled=True), 78),
-        (Placement("cuda", 2, fused_lora=False), 146 + 104),
+        (Placement("cuda", 2, fused_lora=False), 146 + 104 - 29),
     ],
 )
 def test_activations_of_a_token_and_layer(qwen3_4b, placement, kib):
@@ -157,10 +157,13 @@ def test_memory_follows_the_settings(qwen3_4b):
     assert 45 * GIB < total(CUDA) < 55 * GIB
     assert total(CUDA, checkpointing=True) < 14 * GIB
     assert total(Placement("cuda", 2, quantized=True)) < total(CUDA) - 4 * GIB
-    assert total(Placement("cuda", 2, shards=4)) < total(CUDA) - 5 * GIB
+    assert total(Placement("cuda", 2, shards=4)) < total(CUDA) - 4 * GIB
     assert total(CUDA, tokens=4096) < total(CUDA, tokens=8192)
     estimate = estimate_memory(qwen3_4b, CUDA, 8192, checkpointing=False)
-    assert estimate.total == sum(vars(estimate).values())
+    smaller = min(estimate.logits, estimate.workspace)  # they are not there at the same time
+    assert estimate.total == sum(vars(estimate).values()) - smaller
+    sharded = estimate_memory(qwen3_4b, Placement("cuda", 2, shards=8), 8192, checkpointing=False)
+    assert 0.9 * GIB < sharded.gathered < 1.2 * GIB, "embedding and two layers"
     assert estimate.optimizer == 2 * estimate.adapter == 2 * 4 * qwen3_4b.trainable
 
 
