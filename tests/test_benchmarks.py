@@ -27,11 +27,6 @@ SHORT = [
     ("logger_cost --quick --tables histogram", '"histogram_10m_caller_ms"'),
     ("memory --axes length --lengths 256", '"mib_by_length"'),
     (f"memory_estimate --device cpu --case {CASE.replace(' ', '')}", '"seconds_estimated"'),
-    (
-        "memory_estimate --device traced --case "
-        '{"hidden":2560,"layers":2,"vocab":512,"tokens":512,"precision":"bf16"}',
-        '"device": "traced"',
-    ),
     ("scaling --pairs 2", '"losses_equal": true'),
     ("scaling --table", "| 235B | 1,024 |"),
     ("signal_cost --pairs 2", '"signals_overhead_percent"'),
