@@ -4,6 +4,7 @@ Nothing of ours stands between the script and PyTorch's engine: torchrun sets th
 file reads it once.
 """
 
+import inspect
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -117,6 +118,13 @@ def leave() -> None:
 # Wrapping
 
 
+_DDP = inspect.signature(torch.nn.parallel.DistributedDataParallel).parameters
+# Buffers hold no state of the training; torch 2.14 has a new name for not sending them at every step.
+_CONSTANT_BUFFERS = {
+    "forward_sync_buffers" if "forward_sync_buffers" in _DDP else "broadcast_buffers": False
+}
+
+
 class Replica(torch.nn.parallel.DistributedDataParallel):
     """DDP whose gradients are summed over ranks when told to, not in the backward pass.
 
@@ -126,7 +134,7 @@ class Replica(torch.nn.parallel.DistributedDataParallel):
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
-        super().__init__(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+        super().__init__(module, gradient_as_bucket_view=True, **_CONSTANT_BUFFERS)
         self.buckets: list[torch.Tensor] = []  # flat gradients of this rank, (n,) each
         self.register_comm_hook(self.buckets, _hold_back)
 

@@ -197,6 +197,7 @@ def test_out_of_memory_on_one_rank_divides_on_all(command, one_rank, tmp_path, w
     done = train([str(wrapper), *command[1:]], out, 2, 2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "injected: no memory" in done.stdout and "2 ranks, ddp" in done.stdout
+    assert "deprecated" not in done.stderr, done.stderr[-3000:]
     assert done.stderr.count("in 2 parts") == 1, done.stderr
     whole, *divided = curve(out, "Config/Batch_Size")
     assert divided == [whole / 2] * 7, "from step 2 on"

@@ -55,7 +55,7 @@ def test_the_forward_pass_on_a_gpu_asks_for_no_value():
 
     def asking(*args: object, **kwargs: object) -> tuple:
         loss, sums = packed_loss(*args, **kwargs)
-        return loss * float(loss), sums
+        return loss * loss.item(), sums
 
     with (
         mock.patch.object(packed_model, "packed_loss", asking),
