@@ -287,6 +287,7 @@ def main() -> None:
         "--only", nargs="+", choices=[name[:3] for name in FAULTS], help="these rows"
     )
     options = parser.parse_args()
+    chosen = [name for name in FAULTS if not options.only or name[:3] in options.only]
     if "FAULTS_WORK" not in os.environ:
         hook.restart(["-m", "benchmarks.faults_hf_trainer", *sys.argv[1:]])
     work = Path(os.environ["FAULTS_WORK"])
@@ -299,9 +300,8 @@ def main() -> None:
 
         peer = Peer(Rig(work / "rig"))
         print("| fault | tried | survived | refused | lost | void |\n|---|---|---|---|---|---|")
-        for name, (trial, few, many) in FAULTS.items():
-            if name[:3] not in (options.only or [name[:3]]):
-                continue
+        for name in chosen:
+            trial, few, many = FAULTS[name]
             found = trial(peer, many if options.full else few)
             results[name] = {"tried": sum(found.values()), **found}
             numbers = [found[k] for k in ("survived", "refused", "lost", "void")]

@@ -138,11 +138,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--write", action="store_true", help="write docs/monitoring.md")
+    parser.add_argument(
+        "--write",
+        type=Path,
+        nargs="?",
+        const=PAGE,
+        help="a file; docs/monitoring.md if none is said",
+    )
     parser.add_argument(
         "--only", nargs="+", choices=FAULTS, default=list(FAULTS), help="these runs"
     )
     options = parser.parse_args()
+    if options.write == PAGE and options.only != list(FAULTS):
+        parser.error(f"{PAGE.name} shows all runs: give --write another file, or leave --only out")
     from tiny_model import make_tiny_data, make_tiny_model
 
     with tempfile.TemporaryDirectory() as name:
@@ -158,7 +166,7 @@ def main() -> None:
             f"{r['fault']}: {', '.join(r['spoke']) or 'silent'}; found {r['found']}; false {r['false']}"
         )
     if options.write:
-        PAGE.write_text(page(rows), encoding="utf-8")
+        options.write.write_text(page(rows), encoding="utf-8")
     print(json.dumps({r["fault"]: {"found": r["found"], "false": r["false"]} for r in rows}))
 
 

@@ -35,13 +35,13 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import model_loading
 import run_plan
-from chat_tokens import Segment, TokenizedSample
+from chat_tokens import Segment
 from embedded_model import train_tokenizer
 from fast_lora import enable_fast_lora
 from optimization import build_optimizer, clip_gradients, update_weights
 from packed_model import PackedLossModel
 from packing import build_batch
-from traced_step import peak_of_a_step
+from traced_step import documents_of, peak_of_a_step
 
 MIB = 2**20
 
@@ -58,7 +58,7 @@ class Case:
     precision: str = "fp32"
     checkpointing: bool = False
     compiled: bool = False
-    fused_lora: bool = True  # traced cases only
+    fused_lora: bool = True
 
     @property
     def name(self) -> str:
@@ -142,28 +142,15 @@ class Peak(threading.Thread):
         return self.value
 
 
-class Documents(list):
-    """Tokenized samples as `build_batch` takes them."""
-
-
-def documents(case: Case, length: int = 256) -> Documents:
-    """Random documents of one length, a quarter of each prompt, that fill the row."""
-    rng = np.random.default_rng(0)
-    segments = np.full(length, Segment.THINKING, dtype=np.uint8)
-    segments[: length // 4], segments[-1] = Segment.PROMPT, Segment.END
-    return Documents(
-        TokenizedSample(rng.integers(0, min(1000, case.vocab), length, dtype=np.int32), segments, i)
-        for i in range(case.tokens // length)
-    )
-
-
 def measure(case: Case, folder: Path, device: torch.device) -> dict[str, float]:
     """Estimated and measured bytes of one case."""
     shape = run_plan.model_shape(
         folder, lora_r=case.lora_r, target_modules=model_loading.PROJECTIONS
     )
     dtype = model_loading.weight_dtype(device, case.precision)
-    placement = run_plan.Placement(device.type, dtype.itemsize, compiled=case.compiled)
+    placement = run_plan.Placement(
+        device.type, dtype.itemsize, compiled=case.compiled, fused_lora=case.fused_lora
+    )
     estimate = run_plan.estimate_memory(
         shape, placement, case.tokens, checkpointing=case.checkpointing
     )
@@ -191,6 +178,7 @@ def measure(case: Case, folder: Path, device: torch.device) -> dict[str, float]:
 
 def traced(case: Case) -> dict[str, float]:
     """Estimated bytes of one case, and those of the tensors of a step on a GPU."""
+    assert case.precision == "bf16" and not case.compiled, "what is traced is eager and in bf16"
     with tempfile.TemporaryDirectory() as folder:
         config_of(case).save_pretrained(folder)
         shape = run_plan.model_shape(
@@ -212,7 +200,7 @@ def traced(case: Case) -> dict[str, float]:
 
 def operations(case: Case, shape: run_plan.ModelShape) -> float:
     """Floating-point operations of an update, recomputation included."""
-    samples = documents(case)
+    samples = documents_of(case.tokens, vocab=case.vocab)
     targets = sum(int((s.segments != Segment.PROMPT).sum()) for s in samples)
     lengths = [len(s.ids) for s in samples]
     return run_plan.step_flops(shape, lengths, targets, checkpointing=case.checkpointing)
@@ -230,7 +218,8 @@ def build(case: Case, folder: Path, device: torch.device) -> Callable[[], None]:
         lora_r=case.lora_r,
         gradient_checkpointing=case.checkpointing,
     )
-    enable_fast_lora(model)
+    if case.fused_lora:
+        enable_fast_lora(model)
     packed = PackedLossModel(model, tokenizer.convert_tokens_to_ids("</think>")).train()
     if case.compiled:
         packed.compile_layers()
@@ -238,7 +227,7 @@ def build(case: Case, folder: Path, device: torch.device) -> Callable[[], None]:
     optimizer = build_optimizer(
         parameters, learning_rate=1e-4, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.0
     )
-    samples = documents(case)
+    samples = documents_of(case.tokens, vocab=case.vocab)
     batch = build_batch(samples, range(len(samples))).to(device)
 
     def update() -> None:

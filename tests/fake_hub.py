@@ -63,14 +63,7 @@ class _Hub(BaseHTTPRequestHandler):
         self._answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
     def _answer(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
-        first, whole = 0, len(content)
-        wanted = self.headers.get("Range")  # a download that goes on
-        if status == 200 and wanted:
-            first = int(wanted.removeprefix("bytes=").partition("-")[0])
-            status, content = 206, content[first:]
         self.send_response(status)
-        if status == 206:
-            self.send_header("Content-Range", f"bytes {first}-{whole - 1}/{whole}")
         for key, value in (headers or {}).items():
             self.send_header(key, value)
         self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')

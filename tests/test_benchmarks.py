@@ -21,13 +21,17 @@ CASE = json.dumps({"hidden": 64, "layers": 2, "vocab": 512, "tokens": 512})
 SHORT = [
     ("comparison_sources --only flipped-bit", "0 do not hold"),
     ("faults_hf_trainer --only F16", '"F16 a gradient is NaN"'),
-    ("forecast_quality CURVES", "Cost:"),
+    ("forecast_quality FOLDER", "Cost:"),
     ("hardware_monitor", "read() while NVML hangs"),
-    ("injected_faults --only healthy", '{"healthy": {"found": true, "false": []}}'),
+    (
+        "injected_faults --only healthy --write FOLDER/page.md",
+        '{"healthy": {"found": true, "false": []}}',
+    ),
     ("logger_cost --quick --tables histogram", '"histogram_10m_caller_ms"'),
     ("memory --axes length --lengths 256", '"mib_by_length"'),
     (f"memory_estimate --device cpu --case {CASE.replace(' ', '')}", '"seconds_estimated"'),
     ("scaling --pairs 2", '"losses_equal": true'),
+    ("scaling --check", '"cases"'),
     ("scaling --table", "| 235B | 1,024 |"),
     ("signal_cost --pairs 2", '"signals_overhead_percent"'),
     ("startup --repeats 1", '"seconds"'),
@@ -39,18 +43,16 @@ NEEDS = {"train_cpu": "trl", "logger_cost": "tensorboardX"}  # of the group `ben
 
 
 @pytest.fixture
-def curves(tmp_path: Path) -> Path:
-    """A recorded loss curve."""
-    folder = tmp_path / "curves"
-    folder.mkdir()
+def folder(tmp_path: Path) -> Path:
+    """With a recorded loss curve."""
     rows = [f"{step},{1 + 2 / (1 + step / 20):.6f},0.0001" for step in range(1, 201)]
-    (folder / "01.csv").write_text("\n".join(["step,loss,learning_rate", *rows]))
-    return folder
+    (tmp_path / "01.csv").write_text("\n".join(["step,loss,learning_rate", *rows]))
+    return tmp_path
 
 
 @pytest.mark.parametrize(("words", "last"), SHORT, ids=[words for words, _ in SHORT])
-def test_a_benchmark_runs_to_its_end(words: str, last: str, tmp_path: Path, curves: Path):
-    name, *arguments = words.replace("CURVES", str(curves)).split()
+def test_a_benchmark_runs_to_its_end(words: str, last: str, folder: Path):
+    name, *arguments = words.replace("FOLDER", str(folder)).split()
     if name in NEEDS and importlib.util.find_spec(NEEDS[name]) is None:
         pytest.skip(f"{NEEDS[name]} is not installed: uv run --group bench pytest")
     if name == "faults_hf_trainer" and os.name == "nt":

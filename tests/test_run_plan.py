@@ -4,13 +4,13 @@ uv run pytest tests/test_run_plan.py
 """
 
 import dataclasses
-import json
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import traced_step
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
@@ -31,19 +31,7 @@ SPEED = run_plan.Speed(1e12, 2e12, "as the test says")
 def qwen3_4b(tmp_path_factory) -> run_plan.ModelShape:
     """The published shape of Qwen3-4B; there are no weights."""
     folder = tmp_path_factory.mktemp("qwen3-4b")
-    config = {
-        "model_type": "qwen3",
-        "architectures": ["Qwen3ForCausalLM"],
-        "hidden_size": 2560,
-        "intermediate_size": 9728,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 151936,
-        "tie_word_embeddings": True,
-    }
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    traced_step.qwen3_4b().save_pretrained(folder)
     return model_shape(folder, lora_r=16, target_modules=PROJECTIONS)
 
 

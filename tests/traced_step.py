@@ -102,12 +102,20 @@ def without_data(model: torch.nn.Module, device: str) -> None:
                 tensors[name] = made[id(old)]
 
 
-def packed_row(tokens: int, length: int = 512) -> PackedBatch:
-    """Documents of one length, a quarter of each prompt."""
+def documents_of(tokens: int, *, vocab: int = 1000, length: int = 256) -> list[TokenizedSample]:
+    """Random documents of one length, a quarter of each prompt, that fill a row."""
+    rng = np.random.default_rng(0)
     segments = np.full(length, Segment.THINKING, dtype=np.uint8)
     segments[: length // 4], segments[-1] = Segment.PROMPT, Segment.END
-    ids = np.arange(length, dtype=np.int32)
-    documents = [TokenizedSample(ids, segments, i) for i in range(tokens // length)]
+    return [
+        TokenizedSample(rng.integers(0, min(1000, vocab), length, dtype=np.int32), segments, i)
+        for i in range(tokens // length)
+    ]
+
+
+def packed_row(tokens: int) -> PackedBatch:
+    """Such documents in one batch."""
+    documents = documents_of(tokens)
     return build_batch(documents, range(len(documents)))
 
 
