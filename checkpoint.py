@@ -2,7 +2,7 @@
 
     checkpoints/checkpoint-50/
         adapter_model.safetensors, adapter_config.json   loadable by PEFT as they are
-        optimizer.safetensors, rng.safetensors
+        optimizer.safetensors, rng.safetensors           what is large goes on in optimizer.2.safetensors
         state.json                                       strict JSON: step, counters, monitors
         manifest.json                                    written last: SHA-256 of every file
 
@@ -15,16 +15,17 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
+from safetensors.torch import load_file
 from safetensors.torch import save as save_safetensors
 
+from distributed import full_tensor, placed_like
 from errors import UserError
 from safe_text import clean_line, json_text
 
@@ -32,23 +33,31 @@ FORMAT = "qwen3-thinking-finetuning checkpoint 1"
 MANIFEST = "manifest.json"
 STATE = "state.json"
 STAGING_PREFIX = ".staging-"
+FILE_BYTES = 4 * 2**30  # of tensors in one file: saving holds twice that, and not the whole state
 
 Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint: its files are read, their digests were right."""
+    """A verified checkpoint: the digests of its files were right.
+
+    The tensors are mapped from the files: a process reads what it uses, and all of a machine share it.
+    """
 
     path: Path
     step: int
     run: str
-    tensors: dict[str, Tensors]  # by file name without ending
+    tensors: dict[str, Tensors]  # by file name without number and ending
     state: dict[str, Any]
 
 
 class DamagedCheckpoint(Exception):
     """The directory is not what its manifest says; the message names the file and the difference."""
+
+
+class NonFiniteTensor(Exception):
+    """A NaN or an infinity in what is to be saved, which would be worth nothing; the message says where."""
 
 
 # -----------------------------------------------------------------------------
@@ -67,23 +76,74 @@ def save_checkpoint(
     """Write `checkpoint-<step>` below `directory` and return its path once it is durable.
 
     Args:
-        tensors: file name without ending -> named tensors, each its own safetensors file.
+        tensors: file name without ending -> named tensors, each its own safetensors file, or several
+            where it is large. Shards are gathered one by one: the other ranks call `give_shards`.
         documents: file name -> JSON content of further files (the adapter's configuration).
         state: the JSON state of the run.
 
-    Raises OSError (disk full, quota, I/O) with nothing published and the staging removed.
+    Raises OSError (disk full, quota, I/O) or NonFiniteTensor with nothing published and the staging
+    removed.
     """
+    whole = _gathered(tensors)
+    try:
+        return _publish(directory, step, run, whole, documents, state)
+    finally:
+        for _ in whole:  # after an error the other ranks still wait for the rest
+            pass
+
+
+def give_shards(tensors: Mapping[str, Tensors]) -> None:
+    """The part in `save_checkpoint` of a rank that does not write."""
+    for _ in _gathered(tensors):
+        pass
+
+
+def _gathered(tensors: Mapping[str, Tensors]) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """(file, name, tensor) of every tensor, whole; in the same order on all ranks."""
+    for file, content in tensors.items():
+        for name, tensor in content.items():
+            yield file, name, full_tensor(tensor.detach())
+
+
+def _files(
+    whole: Iterable[tuple[str, str, torch.Tensor]],
+) -> Iterator[tuple[str, Tensors]]:
+    """Name and content of every file, on the host; a file is full at `FILE_BYTES`."""
+    content: Tensors = {}
+    file, size, number = "", 0, 1
+    for stem, name, tensor in whole:
+        if content and (stem != file or size + tensor.nbytes > FILE_BYTES):
+            yield _file_name(file, number), content
+            content, size, number = {}, 0, number + 1 if stem == file else 1
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise NonFiniteTensor(f"{stem}: {name}")
+        file, size = stem, size + tensor.nbytes
+        content[name] = tensor.cpu().contiguous()
+    if content:
+        yield _file_name(file, number), content
+
+
+def _file_name(stem: str, number: int) -> str:
+    return f"{stem}.safetensors" if number == 1 else f"{stem}.{number}.safetensors"
+
+
+def _publish(
+    directory: Path,
+    step: int,
+    run: str,
+    whole: Iterable[tuple[str, str, torch.Tensor]],
+    documents: Mapping[str, Mapping[str, Any]],
+    state: Mapping[str, Any],
+) -> Path:
+    """Stage every file, then rename the directory."""
     directory.mkdir(parents=True, exist_ok=True)
     staging = directory / f"{STAGING_PREFIX}{step}-{os.getpid()}"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     try:
         digests = {}
-        for name, content in tensors.items():
-            contiguous = {k: v.detach().cpu().contiguous() for k, v in content.items()}
-            digests[f"{name}.safetensors"] = _write(
-                staging / f"{name}.safetensors", save_safetensors(contiguous)
-            )
+        for name, content in _files(whole):
+            digests[name] = _write(staging / name, save_safetensors(content))
         for name, content in {**documents, STATE: state}.items():
             digests[name] = _write(staging / name, _json_bytes(content))
         manifest = {
@@ -102,16 +162,6 @@ def save_checkpoint(
         shutil.rmtree(staging, ignore_errors=True)
         raise
     return target
-
-
-def nonfinite_tensors(tensors: Mapping[str, Tensors]) -> list[str]:
-    """`file: name` of every tensor with a NaN or an infinity; such a checkpoint is worth nothing."""
-    return [
-        f"{file}: {name}"
-        for file, content in tensors.items()
-        for name, tensor in content.items()
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all()
-    ]
 
 
 def prune_checkpoints(
@@ -181,23 +231,22 @@ def _free_name(directory: Path, step: int) -> Path:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint whole, verifying every file against the manifest.
+    """Verify every file of a checkpoint against the manifest and map its tensors.
 
     Raises DamagedCheckpoint for anything missing, extra in name, short, altered, or of another format.
     """
     manifest = _read_manifest(path)
-    contents = {}
     for name, entry in manifest["files"].items():
         if not isinstance(name, str) or Path(name).name != name:
             raise DamagedCheckpoint(f"{path / MANIFEST}: a file name leads out of the checkpoint")
-        contents[name] = _read_verified(path / name, entry)
+        _verify(path / name, entry)
+    tensors: dict[str, Tensors] = {}
     try:
-        state = json.loads(contents.pop(STATE))
-        tensors = {
-            name.removesuffix(".safetensors"): load_safetensors(data)
-            for name, data in contents.items()
-            if name.endswith(".safetensors")
-        }
+        state = json.loads((path / STATE).read_bytes())
+        for name in manifest["files"]:
+            if name.endswith(".safetensors"):
+                content = load_file(path / name)
+                tensors.setdefault(name.partition(".")[0], {}).update(content)
     except (
         ValueError,
         RecursionError,
@@ -289,15 +338,15 @@ def _sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {**content, "sha256": hashlib.sha256(_json_bytes(content)).hexdigest()}
 
 
-def _read_verified(file: Path, entry: Any) -> bytes:
+def _verify(file: Path, entry: Any) -> None:
     if file.is_symlink() or not file.is_file():
         raise DamagedCheckpoint(f"{file}: missing or not a plain file")
     if not isinstance(entry, dict) or file.stat().st_size != entry.get("bytes"):
         raise DamagedCheckpoint(f"{file}: its size is not the manifest's")
-    data = file.read_bytes()
-    if hashlib.sha256(data).hexdigest() != entry.get("sha256"):
+    with open(file, "rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if digest != entry.get("sha256"):
         raise DamagedCheckpoint(f"{file}: its SHA-256 is not the manifest's")
-    return data
 
 
 def _put_aside(path: Path) -> Path:
@@ -316,9 +365,9 @@ def _put_aside(path: Path) -> Path:
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, names: Mapping[torch.Tensor, str]
 ) -> Tensors:
-    """AdamW's moments and step counts, keyed `<parameter name>::<field>`, sharded ones gathered."""
+    """AdamW's moments and step counts as they lie, keyed `<parameter name>::<field>`."""
     return {
-        f"{names[parameter]}::{field}": full_tensor(value)
+        f"{names[parameter]}::{field}": value
         for parameter, fields in optimizer.state.items()
         for field, value in fields.items()
         if isinstance(value, torch.Tensor)
@@ -338,23 +387,10 @@ def restore_optimizer(
         parameter = parameters[name]
         if value.dim() and value.shape != parameter.shape:
             raise UserError(f"--resume: optimizer state of {name} has another shape than the model")
-        optimizer.state[parameter][field] = _like(parameter, value)
-
-
-def _like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """`value` on the parameter's device, sharded as the parameter is."""
-    if value.dim() and hasattr(parameter, "device_mesh"):
-        from torch.distributed.tensor import distribute_tensor
-
-        return distribute_tensor(
-            value.to(parameter.device), parameter.device_mesh, parameter.placements
+        whole = value.dim() == 0  # the step count
+        optimizer.state[parameter][field] = (
+            value.to(parameter.device, copy=True) if whole else placed_like(value, parameter)
         )
-    return value.to(parameter.device)
-
-
-def full_tensor(value: torch.Tensor) -> torch.Tensor:
-    """A sharded tensor gathered from all ranks (a collective), any other as it is."""
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def rng_tensors(device: torch.device) -> Tensors:

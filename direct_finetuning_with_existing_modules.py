@@ -37,6 +37,7 @@ import os
 import signal
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -50,9 +51,10 @@ import run_summary
 from chat_tokens import mask_audit
 from checkpoint import (
     Checkpoint,
+    NonFiniteTensor,
     checkpoint_at,
+    give_shards,
     newest_checkpoint,
-    nonfinite_tensors,
     optimizer_tensors,
     prune_checkpoints,
     remove_leftovers,
@@ -247,12 +249,17 @@ class DirectTrainer:
     def make_forecast(self) -> run_plan.RunForecast:
         """Memory, time and disk that the planned steps will take; decides `parallel` and recomputation."""
         config, dist = self.config, self.dist
-        self.parallel = "ddp" if config.parallel == "auto" else config.parallel
+        self.parallel = distributed.parallel_mode(
+            config.parallel,
+            trains_all=not config.lora_r,
+            dtype=self.dtype,
+            world_size=dist.world_size,
+        )
         self.forecast = self.forecast_for(self.parallel)
-        chooses = (
+        may_shard = (
             config.parallel == "auto" and config.quantization == "none" and dist.world_size > 1
         )
-        if chooses and any(dist.any(not config.lora_r, not self.forecast.fits)):
+        if may_shard and self.parallel == "ddp" and any(dist.any(not self.forecast.fits)):
             self.parallel, self.forecast = "fsdp", self.forecast_for("fsdp")
         (self.checkpointing,) = dist.any(self.forecast.checkpointing)  # all ranks alike
         return self.forecast
@@ -300,7 +307,7 @@ class DirectTrainer:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the base's weights and of the arithmetic."""
+        """Type of frozen weights and of the arithmetic."""
         return model_loading.weight_dtype(self.dist.device, self.config.precision)
 
     @property
@@ -434,7 +441,7 @@ class DirectTrainer:
         state.micro_batch_splits += 1
         self.optimizer.zero_grad(set_to_none=True)
         # A backward pass that broke off leaves a replica unusable.
-        self.parallel_model = distributed.parallelize(self.packed, "ddp", self.dist)
+        self.parallel_model = distributed.parallelize(self.packed, "ddp", self.dist, self.dtype)
         if self.dist.device.type == "cuda":
             torch.cuda.empty_cache()
         self.fit_shapes()
@@ -635,6 +642,7 @@ class DirectTrainer:
         if self.saved_step == step:
             return
         self.gather_hardest()
+        distributed.reshard(self.parallel_model)
         with self.clock.phase("saving"), self.terminal.working("saving"):
             rng = {  # collectives: all ranks take part
                 f"rank{rank}.{device}": tensor
@@ -649,7 +657,8 @@ class DirectTrainer:
             self.count_seconds()
             self.state.convergence = self.convergence.state_dict()
             self.state.alerts = self.record.alerts.state_dict()
-            fault = self.dist.broadcast(self.dist.is_main and self.write_checkpoint(step, tensors))
+            write = partial(self.write_checkpoint, step) if self.dist.is_main else give_shards
+            fault = self.dist.broadcast(write(tensors))
         if fault:
             raise RunStopped(
                 f"no checkpoint of step {step}: {fault}. The one before it is intact: go on with "
@@ -660,9 +669,6 @@ class DirectTrainer:
     def write_checkpoint(self, step: int, tensors: dict[str, dict[str, torch.Tensor]]) -> str:
         """Write, say so, prune. Returns what went wrong, or nothing."""
         directory, best = self.run.checkpoints, self.state.best_step
-        bad = nonfinite_tensors(tensors)
-        if bad:
-            return f"{bad[0]} is not finite; lower --learning-rate"
         self.tensorboard_writer.flush(durable=True)
         try:
             path = save_checkpoint(
@@ -677,6 +683,8 @@ class DirectTrainer:
                     "config": redact_values(self.settings),
                 },
             )
+        except NonFiniteTensor as error:
+            return f"{error} is not finite; lower --learning-rate"
         except OSError as error:
             return f"{directory} can't be written ({error.strerror or error}); free some space"
         self.terminal.say(f"saved {path}")
@@ -691,14 +699,16 @@ class DirectTrainer:
 
     def save_model(self, directory: Path) -> None:
         """The adapter with its tokenizer, whole or not at all."""
+        distributed.reshard(self.parallel_model)
         with self.terminal.working(f"saving {directory.name}"):
-            state = model_loading.adapter_state(self.model)
-            if self.dist.is_main:
-                model_loading.save_adapter(self.model, self.tokenizer, state, directory)
+            model_loading.save_adapter(
+                self.model, self.tokenizer, directory, dtype=self.dtype, writes=self.dist.is_main
+            )
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Weights, optimizer, random state and counters as they were at the checkpoint."""
         run_summary.check_identity(checkpoint.state["identity"], self.identity, checkpoint.path)
+        distributed.reshard(self.parallel_model)
         model_loading.load_adapter_state(self.model, checkpoint.tensors["adapter_model"])
         parameters = {name: parameter for parameter, name in self.names.items()}
         restore_optimizer(self.optimizer, parameters, checkpoint.tensors["optimizer"])
@@ -881,11 +891,6 @@ class DirectTrainer:
         """What was resolved, on the terminal."""
         if self.resolved.embedded:
             self.terminal.say(model_loading.banner(self.resolved), style="bold yellow")
-        if not self.config.lora_r and self.dtype == torch.bfloat16:
-            self.terminal.warn(
-                "full fine-tuning in bf16: an update below 1/256 of its weight is lost in rounding; "
-                "--precision fp32 keeps it and takes twice the memory"
-            )
         data, plan, dist = self.data, self.plan, self.dist
         counts = model_loading.parameter_counts(self.model)
         ranks = f", {dist.world_size} ranks, {self.parallel}" if dist.world_size > 1 else ""

@@ -12,9 +12,11 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as torch_distributed
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from errors import UserError
+
+_BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}  # of a group, by its model's device
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def init_distributed(device: str = "auto", timeout_seconds: float = 600.0) -> Di
             torch.cuda.set_device(torch_device)
         timeout = timedelta(seconds=timeout_seconds)
         torch_distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if torch_device.type == "cuda" else "gloo",
+            _BACKENDS.get(torch_device.type, "gloo"),
             store=_fresh_store(timeout),
             rank=rank,
             world_size=world_size,
@@ -149,13 +151,31 @@ def _hold_back(
     return done
 
 
+def parallel_mode(wanted: str, *, trains_all: bool, dtype: torch.dtype, world_size: int) -> str:
+    """ "ddp" or "fsdp" for what `--parallel` says, as long as memory decides nothing.
+
+    `auto` shards where all weights are trained: on several ranks, and in bf16 also on one, as FSDP2 is
+    what keeps fp32 weights and computes with bf16 copies of them. Raises UserError.
+    """
+    mixed = trains_all and dtype == torch.bfloat16
+    if mixed and wanted == "ddp":
+        raise UserError(
+            "--parallel ddp trains all weights (--lora-r 0) in fp32 only: use --parallel auto, or "
+            "--precision fp32"
+        )
+    if wanted != "auto":
+        return wanted
+    return "fsdp" if mixed or (trains_all and world_size > 1) else "ddp"
+
+
 def parallelize(
-    module: torch.nn.Module, mode: str, dist: Distributed, dtype: torch.dtype | None = None
+    module: torch.nn.Module, mode: str, dist: Distributed, dtype: torch.dtype
 ) -> torch.nn.Module:
     """The module as all ranks train it: itself (no group), a replica, or FSDP2 shards of itself.
 
     mode: "ddp" or "fsdp", which makes every decoder layer a unit of its own.
-    dtype: under fsdp, the type that the base's weights get; adapters keep theirs.
+    dtype: under fsdp, the type of frozen weights and of the arithmetic. What is trained is held in fp32:
+    adapters, which cast themselves, or all weights, which FSDP2 casts as it gathers them.
     """
     if mode == "fsdp":
         return _shard(module, dist, dtype)
@@ -168,27 +188,53 @@ def _in_group() -> bool:
     return torch_distributed.is_available() and torch_distributed.is_initialized()
 
 
-def _shard(
-    module: torch.nn.Module, dist: Distributed, dtype: torch.dtype | None
-) -> torch.nn.Module:
+def _shard(module: torch.nn.Module, dist: Distributed, dtype: torch.dtype) -> torch.nn.Module:
     """Unit by unit, so that no rank ever holds more than its shards and one whole unit."""
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    if not _in_group():
+    if dist.device.type not in _BACKENDS:
         raise UserError(
-            "--parallel fsdp needs torchrun: start the script with torchrun, also for 1 rank"
+            f"FSDP2 does not run on {dist.device.type}; use --parallel ddp, and with --lora-r 0 also "
+            "--precision fp32"
         )
+    if not _in_group():  # a process without torchrun is a group of its own
+        store = torch_distributed.HashStore()
+        backend = _BACKENDS[dist.device.type]
+        torch_distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     mesh = torch_distributed.init_device_mesh(dist.device.type, (dist.world_size,))
-    has_adapters = any(not p.requires_grad for p in module.parameters())
+    casts = {}
+    if all(p.requires_grad for p in module.parameters()):
+        casts["mp_policy"] = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for unit in (*decoder_layers(module), module):
         for parameter in unit.parameters():
-            is_base = parameter.is_floating_point() and not (
-                has_adapters and parameter.requires_grad
-            )
-            if dtype and is_base and not isinstance(parameter, DTensor):
-                parameter.data = parameter.data.to(dtype)
-        fully_shard(unit, mesh=mesh)
+            held = torch.float32 if parameter.requires_grad else dtype
+            if parameter.is_floating_point() and not isinstance(parameter, DTensor):
+                parameter.data = parameter.data.to(held)
+        fully_shard(unit, mesh=mesh, **casts)
     return module
+
+
+def reshard(module: torch.nn.Module) -> None:
+    """Let go of what the last forward pass gathered: its parameters are the rank's fp32 shards again.
+
+    Before parameters are read or written; FSDP2 leaves those outside the layers gathered.
+    """
+    if hasattr(module, "reshard"):
+        module.reshard()
+
+
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor gathered from all ranks, which call together; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def placed_like(tensor: torch.Tensor, example: torch.Tensor) -> torch.Tensor:
+    """A copy of a whole tensor that lies as the example does: on its device, this rank's part of it."""
+    copy = tensor.to(example.device, copy=True)
+    if not isinstance(example, DTensor):
+        return copy
+    # Every rank has the whole tensor, so nobody has to send it.
+    return distribute_tensor(copy, example.device_mesh, example.placements, src_data_rank=None)
 
 
 def decoder_layers(module: torch.nn.Module) -> list[torch.nn.Module]:
@@ -198,12 +244,11 @@ def decoder_layers(module: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def sync_gradients(module: torch.nn.Module, *, is_last: bool) -> AbstractContextManager:
-    """Within it, gradients are only accumulated; the last micro-batch's are ready for all ranks."""
-    if isinstance(module, Replica):
-        return nullcontext() if is_last else module.no_sync()
-    if hasattr(module, "set_requires_gradient_sync"):
-        module.set_requires_gradient_sync(is_last)
-    return nullcontext()
+    """Within it, a replica's gradients are only accumulated; the last micro-batch's are ready for all ranks.
+
+    Shards add up theirs after every micro-batch: else each rank would hold those of the whole model.
+    """
+    return module.no_sync() if isinstance(module, Replica) and not is_last else nullcontext()
 
 
 def average_gradients(module: torch.nn.Module) -> None:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from distributed import full_tensor
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -126,7 +128,7 @@ class LoraHealth:
         have = [m for m in self.modules if m.a.grad is not None and m.b.grad is not None]
         if not have:
             return {}
-        gradients = [_whole(p.grad) for module in have for p in (module.a, module.b)]
+        gradients = [full_tensor(p.grad) for module in have for p in (module.a, module.b)]
         norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
         norms = torch.stack([norm.to(norms[0].device) for norm in norms]).cpu().double().numpy()
         squares = np.square(norms).reshape(-1, 2).sum(1)
@@ -203,7 +205,9 @@ class LoraHealth:
 
     def _stacked(self, members: Sequence[int], which: str) -> torch.Tensor:
         """Double precision: the Gram matrix squares the condition number."""
-        matrices = torch.stack([_whole(getattr(self.modules[i], which).detach()) for i in members])
+        matrices = torch.stack(
+            [full_tensor(getattr(self.modules[i], which).detach()) for i in members]
+        )
         if matrices.device.type == "mps":
             matrices = matrices.cpu()
         return matrices.double()
@@ -298,7 +302,7 @@ def _weight_norm(weight: torch.Tensor) -> torch.Tensor:
     if not weight.is_floating_point():
         return torch.tensor(torch.nan, device=weight.device)
     # By rows first: on a CPU one fp32 norm of 25M weights is off by 1e-3.
-    rows = torch.linalg.vector_norm(_whole(weight), dim=-1, dtype=torch.float32)
+    rows = torch.linalg.vector_norm(full_tensor(weight), dim=-1, dtype=torch.float32)
     return torch.linalg.vector_norm(rows)
 
 
@@ -335,7 +339,7 @@ def _blocks(parameters: Sequence[torch.Tensor]):
     """Flat fp32 runs of the parameters, joined until they are large."""
     block: list[torch.Tensor] = []
     for parameter in parameters:
-        flat = _whole(parameter.detach()).float().flatten()
+        flat = full_tensor(parameter.detach()).float().flatten()
         if block and (
             flat.device != block[0].device
             or sum(map(len, block)) + len(flat) > MAX_HISTOGRAM_ELEMENTS
@@ -355,8 +359,3 @@ def _merged(parts: Sequence[Histogram]) -> Histogram:
         sum=sum(part.sum for part in parts),
         sum_squares=sum(part.sum_squares for part in parts),
     )
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The full values of a tensor that FSDP may have sharded; then all ranks call together."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -31,10 +31,10 @@ from peft import (
 )
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import embedded_model
+from distributed import full_tensor, placed_like
 from errors import UserError
 from safe_text import clean_line, redact, write_json
 
@@ -683,19 +683,7 @@ def _adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def adapter_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Trainable tensors by name, detached, whole: peft's names, or parameter names at lora_r 0.
-
-    Not copied, except that parts held by several ranks are gathered, so call it on all of them.
-    """
-    return {name: _whole(tensor) for name, tensor in _trainable_state(model).items()}
-
-
-def load_adapter_state(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors of `adapter_state` back. UserError when a name or shape differs."""
-    _load_exactly(model, tensors, "checkpoint")
-
-
-def _trainable_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Trainable tensors by name, detached, as they lie: peft's names, or parameter names at lora_r 0."""
     if isinstance(model, PeftModel):
         state = get_peft_model_state_dict(model, save_embedding_layers=False)
     else:
@@ -703,12 +691,13 @@ def _trainable_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.detach() for name, tensor in state.items()}
 
 
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def load_adapter_state(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write whole tensors under the names of `adapter_state` back. UserError when a name or shape differs."""
+    _load_exactly(model, tensors, "checkpoint")
 
 
 def _load_exactly(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], source: str) -> None:
-    live = _trainable_state(model)
+    live = adapter_state(model)
     missing, extra = sorted(live.keys() - tensors.keys()), sorted(tensors.keys() - live.keys())
     shapes = sorted(n for n in live.keys() & tensors.keys() if live[n].shape != tensors[n].shape)
     faults = [
@@ -723,12 +712,7 @@ def _load_exactly(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], s
     if faults:
         raise UserError(f"{source} does not fit this model: tensors {'; '.join(faults)}")
     for name, tensor in live.items():
-        value = tensors[name]
-        if isinstance(tensor, DTensor):
-            value = distribute_tensor(
-                value.to(tensor.device), tensor.device_mesh, tensor.placements
-            )
-        tensor.copy_(value)
+        tensor.copy_(placed_like(tensors[name], tensor))
 
 
 def adapter_documents(model: torch.nn.Module) -> dict[str, dict[str, Any]]:
@@ -754,15 +738,27 @@ def _plain(value: Any) -> Any:
 def save_adapter(
     model: torch.nn.Module,
     tokenizer: transformers.PreTrainedTokenizerBase,
-    state: Mapping[str, torch.Tensor],
     directory: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    writes: bool = True,
 ) -> None:
     """Write what `PeftModel.from_pretrained` loads, and the tokenizer; the whole model at lora_r 0.
 
     The folder appears whole (a staging folder is renamed) and replaces an earlier one. The adapter's
     configuration names its base: a hub name as it is, else the absolute path of the folder.
+
+    dtype: of a whole model's weights in the file; that of the arithmetic, so that the file is the model
+        that was measured. writes: false on all ranks but one, which gathers what the others hold parts of.
     """
-    _save_folder(directory, tokenizer, lambda path: _write_model_files(model, state, path))
+    state = {}
+    for name, tensor in adapter_state(model).items():
+        whole = full_tensor(tensor)
+        if writes:
+            state[name] = whole.to("cpu", tensor.dtype if isinstance(model, PeftModel) else dtype)
+        del whole  # no more than one at a time
+    if writes:
+        _save_folder(directory, tokenizer, lambda path: _write_model_files(model, state, path))
 
 
 def export_merged(
@@ -795,9 +791,11 @@ def saved_dtype(folder: Path) -> torch.dtype:
 def _write_model_files(
     model: torch.nn.Module, state: Mapping[str, torch.Tensor], directory: Path
 ) -> None:
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    state = {name: tensor.contiguous() for name, tensor in state.items()}
     if not isinstance(model, PeftModel):
         model.save_pretrained(directory, state_dict=state)
+        model.config.dtype = next(iter(state.values())).dtype  # not that of the weights in training
+        model.config.save_pretrained(directory)
         return
     save_file(state, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     for name, content in adapter_documents(model).items():

@@ -12,7 +12,6 @@ import torch
 
 import distributed
 from chat_tokens import TokenizedSamples
-from checkpoint import full_tensor
 from packing import PlannedStep, build_batch, split_micro_batch
 from segment_loss import LossSums
 from throughput import StepClock
@@ -137,7 +136,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 def clip_gradients(parameters: Sequence[torch.Tensor], max_norm: float) -> torch.Tensor:
     """L2 norm of all gradients before clipping to `max_norm` (0: no clipping), fp32 scalar."""
-    return full_tensor(torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf))
+    return distributed.full_tensor(torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf))
 
 
 def update_weights(

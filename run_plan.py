@@ -160,7 +160,7 @@ class Placement:
     """How the model lies on the device."""
 
     device_type: str
-    dtype_bytes: int  # of frozen weights and activations
+    dtype_bytes: int  # of frozen weights, gathered ones and activations
     quantized: bool = False
     compiled: bool = False
     fused_lora: bool = True  # adapters with one autograd node each
@@ -192,28 +192,32 @@ def estimate_memory(
 ) -> MemoryEstimate | None:
     """Peak of a step with `tokens` in a micro-batch; None for an unknown architecture.
 
-    Adapters are fp32: 4 bytes each for weight and gradient, 8 for AdamW's moments. At lora_r 0 weights,
-    gradients and moments are of the weights' type. Shards gather what is outside the layers, and two
-    layers. Activations: `activation_bytes` per token and layer; with checkpointing only each layer's
-    input, and all of one layer while it is recomputed. A GPU's allocator has its share of the memory left
-    free (`USABLE`); a host's malloc is part of the estimate.
+    What is trained is fp32, adapters or at lora_r 0 all weights: 4 bytes each for weight and gradient, 8
+    for AdamW's moments. Shards, and all weights trained in bf16 on one device too, gather what is outside
+    the layers, and two layers; if they are trained, with their gradients. Activations: `activation_bytes`
+    per token and layer; with checkpointing only each layer's input, and all of one layer while it is
+    recomputed. A GPU's allocator has its share of the memory left free (`USABLE`); a host's malloc is part
+    of the estimate.
     """
     dims, size = shape.dims, placement.dtype_bytes
     if dims is None:
         return None
     packed = shape.linear_parameters if placement.quantized else 0
     adapters = shape.trainable if shape.lora else 0
-    trained = FP32 if shape.lora else size
+    held = size if shape.lora else FP32
+    mixed = held > size
     layer, on_host = activation_bytes(dims, placement), placement.device_type == "cpu"
     kept = dims.layers * (dims.hidden * size if checkpointing else layer)
     outside = shape.parameters - shape.linear_parameters
-    in_flight = size * (outside + 2 * shape.linear_parameters / dims.layers)
+    in_flight = (size if shape.lora else 2 * size) * (
+        outside + 2 * shape.linear_parameters / dims.layers
+    )
     return MemoryEstimate(
-        weights=(packed * BITS_4 + (shape.parameters - packed) * size) / placement.shards,
-        gathered=in_flight if placement.shards > 1 else 0,
+        weights=(packed * BITS_4 + (shape.parameters - packed) * held) / placement.shards,
+        gathered=in_flight if placement.shards > 1 or mixed else 0,
         adapter=adapters * FP32 / placement.shards,
-        gradients=shape.trainable * trained / placement.shards,
-        optimizer=2 * shape.trainable * trained / placement.shards,
+        gradients=shape.trainable * FP32 / placement.shards,
+        optimizer=2 * shape.trainable * FP32 / placement.shards,
         activations=tokens * kept,
         logits=_logits_bytes(shape, placement, tokens),
         workspace=_workspace_bytes(shape, placement, tokens) + checkpointing * tokens * layer,
@@ -363,9 +367,8 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
 
 def disk_bytes(shape: ModelShape, dtype_bytes: int, checkpoints: int) -> int:
     """So many checkpoints with weights and moments, one in the making, final and best model."""
-    trained = FP32 if shape.lora else dtype_bytes
-    weights = shape.trainable * trained
-    return (checkpoints + 1) * 3 * weights + 3 * weights
+    model = shape.trainable * (FP32 if shape.lora else dtype_bytes)
+    return (checkpoints + 1) * 3 * shape.trainable * FP32 + 3 * model
 
 
 def disk_free(directory: Path) -> int:

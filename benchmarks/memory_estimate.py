@@ -33,6 +33,7 @@ import psutil
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+import distributed
 import model_loading
 import run_plan
 from chat_tokens import Segment
@@ -73,6 +74,7 @@ CPU_CASES = (
     Case(512, 8, 16000, 2048),
     Case(512, 8, 16000, 2048, checkpointing=True),
     Case(512, 8, 16000, 2048, lora_r=0),
+    Case(512, 8, 16000, 2048, lora_r=0, precision="bf16"),
     Case(512, 8, 16000, 2048, precision="bf16"),
     Case(1024, 8, 32000, 1024),
     Case(1024, 8, 32000, 1024, checkpointing=True),
@@ -90,7 +92,6 @@ TRACED_CASES = (
         for ckpt in (True, False)
     ),
     Case(2560, 36, 151936, 8192, precision="bf16", fused_lora=False),
-    Case(2560, 36, 151936, 8192, precision="bf16", checkpointing=True, lora_r=0),
 )
 CASES = {"cpu": CPU_CASES, "cuda": CUDA_CASES, "traced": TRACED_CASES}
 
@@ -217,12 +218,17 @@ def build(case: Case, folder: Path, device: torch.device) -> Callable[[], None]:
         precision=case.precision,
         lora_r=case.lora_r,
         gradient_checkpointing=case.checkpointing,
+        sharded=not case.lora_r and case.precision == "bf16",
     )
     if case.fused_lora:
         enable_fast_lora(model)
-    packed = PackedLossModel(model, tokenizer.convert_tokens_to_ids("</think>")).train()
+    packed = PackedLossModel(model, tokenizer.convert_tokens_to_ids("</think>"))
     if case.compiled:
         packed.compile_layers()
+    dtype = model_loading.weight_dtype(device, case.precision)
+    mode = distributed.parallel_mode("auto", trains_all=not case.lora_r, dtype=dtype, world_size=1)
+    dist = distributed.Distributed(0, 1, 0, device)
+    packed = distributed.parallelize(packed, mode, dist, dtype).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = build_optimizer(
         parameters, learning_rate=1e-4, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.0

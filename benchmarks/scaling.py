@@ -75,6 +75,11 @@ def fsdp_gathered(layers: float, root: float, micro_batches: int) -> float:
     return micro_batches * (2 * layers + root)
 
 
+def fsdp_reduced(trained: float, micro_batches: int) -> float:
+    """A step under FSDP2: fp32 gradients after every micro-batch, so that none are held whole."""
+    return 4 * trained * micro_batches
+
+
 def checkpoint_size(adapters: int) -> int:
     """Weights and both moments in fp32."""
     return 12 * adapters
@@ -132,14 +137,24 @@ class Side:
     """Model, optimizer and plan of one way to train; the same weights on every side."""
 
     def __init__(
-        self, folder: Path, dist: Distributed, mode: str = "ddp", *, accumulation: int = 1, **load
+        self,
+        folder: Path,
+        dist: Distributed,
+        mode: str = "ddp",
+        *,
+        accumulation: int = 1,
+        precision: str = "fp32",
     ) -> None:
         self.dist, self.documents = dist, make_documents()
         resolved = model_loading.resolve_model(str(folder), dist.device)
         tokenizer = model_loading.load_tokenizer(resolved)
-        self.base = model_loading.load_model(resolved, tokenizer, device=dist.device, **load)
+        self.base = model_loading.load_model(
+            resolved, tokenizer, device=dist.device, precision=precision
+        )
         enable_fast_lora(self.base)
-        self.model = distributed.parallelize(PackedLossModel(self.base, -1), mode, dist).train()
+        dtype = model_loading.weight_dtype(dist.device, precision)
+        packed = PackedLossModel(self.base, -1)
+        self.model = distributed.parallelize(packed, mode, dist, dtype).train()
         self.names = {p: n for n, p in self.base.named_parameters() if p.requires_grad}
         self.parameters = list(self.names)
         self.optimizer = build_optimizer(
@@ -320,11 +335,12 @@ def traffic(side: Side, name: str, mode: str, full: int) -> list[Case]:
         layers = sum(p.nbytes for p in distributed.decoder_layers(side.model)[0].parameters())
         layers *= LAYERS
         gathered = fsdp_gathered(layers, full - layers, micro_batches=2)
+        reduced = fsdp_reduced(adapters, micro_batches=2)
         cases = [
             Case(f"{name}: all-gather of a step", gathered, sizes["allgather_base"]),
-            Case(f"{name}: reduce-scatter", 4 * adapters, sizes["reduce_scatter_base"]),
+            Case(f"{name}: reduce-scatter", reduced, sizes["reduce_scatter_base"]),
         ]
-        wire = WORLD * ring_all_gather(gathered + 4 * adapters, WORLD)
+        wire = WORLD * ring_all_gather(gathered + reduced, WORLD)
     if alone_on_wire():
         cases.append(Case(f"{name}: on the wire, all ranks", wire, sent))
     return cases
@@ -343,10 +359,14 @@ def saved(side: Side) -> Case:
         "rng": checkpoint.rng_tensors(side.dist.device),
     }
     with tempfile.TemporaryDirectory() as folder:
-        path = checkpoint.save_checkpoint(
-            Path(folder), 1, run="check", tensors=tensors, documents={}, state={}
-        )
-        size = sum(file.stat().st_size for file in path.iterdir())
+        size = 0
+        if side.dist.is_main:
+            path = checkpoint.save_checkpoint(
+                Path(folder), 1, run="check", tensors=tensors, documents={}, state={}
+            )
+            size = sum(file.stat().st_size for file in path.iterdir())
+        else:
+            checkpoint.give_shards(tensors)
     return Case("checkpoint on disk", checkpoint_size(side.num_trained), size)
 
 
@@ -461,7 +481,7 @@ def world_row(name: str, world: int) -> str:
     layer = layers / MODELS[name].layers
     sharded = state_bytes(name, world) + (root + 2 * layer if world > 1 else 0)
     ddp = ring_all_reduce(ddp_reduced(adapters), world)
-    fsdp = ring_all_gather(fsdp_gathered(layers, root, 1) + 4 * adapters, world)
+    fsdp = ring_all_gather(fsdp_gathered(layers, root, 1) + fsdp_reduced(adapters, 1), world)
     return (
         f"| {name} | {world:,} | {state_bytes(name, 1) / GIB:.1f} | {sharded / GIB:.1f} | "
         f"{ddp / 1e6:,.0f} MB | {fsdp / 1e9:,.1f} GB |"

@@ -18,7 +18,6 @@ from ask import Ask, Reply, generate, main
 from chat_format import chat_format
 from errors import UserError
 from model_loading import (
-    adapter_state,
     load_for_inference,
     load_model,
     load_tokenizer,
@@ -41,7 +40,7 @@ def adapter(tmp_path_factory, tiny_model: Path) -> Path:
         if "lora_B" in name:
             parameter.data = 0.5 * torch.randn(parameter.shape, generator=generator)
     folder = tmp_path_factory.mktemp("trained") / "final_model"
-    save_adapter(model, tokenizer, adapter_state(model), folder)
+    save_adapter(model, tokenizer, folder)
     return folder
 
 

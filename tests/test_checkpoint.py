@@ -14,6 +14,7 @@ import torch
 import checkpoint
 from checkpoint import (
     DamagedCheckpoint,
+    NonFiniteTensor,
     checkpoint_at,
     load_checkpoint,
     newest_checkpoint,
@@ -85,11 +86,61 @@ def test_no_flipped_bit_of_the_manifest_passes(tmp_path: Path):
             load_checkpoint(file.parent)
 
 
-def test_numbers_that_are_not_finite_are_named():
-    good, bad = torch.ones(3), torch.tensor([1.0, float("inf")])
-    tensors = {"adapter_model": {"a": good, "b": bad}, "rng": {"c": torch.arange(3)}}
-    assert checkpoint.nonfinite_tensors(tensors) == ["adapter_model: b"]
-    assert checkpoint.nonfinite_tensors({"optimizer": {"a": good}}) == []
+def test_numbers_that_are_not_finite_are_named_and_not_saved(tmp_path: Path):
+    save(tmp_path, 5)
+    with pytest.raises(NonFiniteTensor, match="adapter_model: a"):
+        save(tmp_path, 6, value=float("inf"))
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-5"]
+
+
+def test_a_large_state_is_written_file_by_file(tmp_path: Path, monkeypatch):
+    """No file holds more than its share, but a tensor is never cut."""
+    monkeypatch.setattr(checkpoint, "FILE_BYTES", 100)
+    tensors = {
+        "adapter_model": {f"w{i}": torch.full((10,), float(i)) for i in range(5)},
+        "optimizer": {"large": torch.ones(50), "step": torch.tensor(3.0)},
+    }
+    path = save_checkpoint(tmp_path, 1, run="r", tensors=tensors, documents={}, state={})
+    assert sorted(p.name for p in path.glob("*.safetensors")) == [
+        "adapter_model.2.safetensors",
+        "adapter_model.3.safetensors",
+        "adapter_model.safetensors",
+        "optimizer.2.safetensors",
+        "optimizer.safetensors",
+    ]
+    found = load_checkpoint(path).tensors
+    assert found.keys() == tensors.keys()
+    for file, content in tensors.items():
+        assert found[file].keys() == content.keys()
+        assert all(torch.equal(found[file][name], tensor) for name, tensor in content.items())
+
+
+def test_after_an_error_the_other_ranks_are_not_left_waiting(tmp_path: Path, monkeypatch):
+    """Gathering goes on to the end, whatever happens to the files."""
+    gathered = []
+    monkeypatch.setattr(checkpoint, "full_tensor", lambda t: gathered.append(1) or t)
+    monkeypatch.setattr(checkpoint, "FILE_BYTES", 1)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_write", full)
+    with pytest.raises(OSError, match="No space"):
+        save(tmp_path, 1)
+    assert len(gathered) == 2 and not list(tmp_path.iterdir())
+
+
+def test_what_was_loaded_outlives_its_files(tmp_path: Path):
+    """The optimizer gets copies: a checkpoint is mapped, and pruned while the run goes on."""
+    weight = torch.nn.Parameter(torch.ones(4))
+    tensors = {"optimizer": {"w::exp_avg": torch.full((4,), 2.0), "w::step": torch.tensor(3.0)}}
+    path = save_checkpoint(tmp_path, 1, run="r", tensors=tensors, documents={}, state={})
+    optimizer = torch.optim.AdamW([weight])
+    restore_optimizer(optimizer, {"w": weight}, load_checkpoint(path).tensors["optimizer"])
+    file = path / "optimizer.safetensors"
+    with open(file, "r+b") as stream:
+        stream.write(bytes(file.stat().st_size))
+    assert optimizer.state[weight]["exp_avg"].tolist() == [2.0] * 4
 
 
 def test_a_damaged_newest_is_put_aside_and_the_one_before_is_used(tmp_path: Path):

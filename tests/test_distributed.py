@@ -14,9 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from distributed import parallel_mode
 from embedded_model import train_tokenizer
+from errors import UserError
 from tb_logger import read_metrics
 
 SCRIPT = Path(__file__).parents[1] / "direct_finetuning_with_existing_modules.py"
@@ -219,7 +222,7 @@ def test_out_of_memory_without_a_way_out_ends_all_ranks(command, tmp_path):
     assert json.loads((logs / "status.json").read_text())["status"] == "stopped"
 
 
-def test_auto_shards_what_does_not_fit_and_full_fine_tuning(command, tmp_path):
+def test_auto_shards_what_does_not_fit(command, tmp_path):
     wrapper = tmp_path / "wrapper.py"
     wrapper.write_text(
         f"import sys\nsys.path.insert(0, {str(SCRIPT.parent)!r})\n"
@@ -228,13 +231,54 @@ def test_auto_shards_what_does_not_fit_and_full_fine_tuning(command, tmp_path):
         "run_plan.free_memory = lambda device: 2**20\n"
         "sys.exit(program.main())\n"
     )
-    for name, line in {
-        "full": [*command, "--lora-r", "0"],
-        "crowded": [str(wrapper), *command[1:]],
-    }.items():
-        done = train([*line, "--max-steps", "1", "--eval-steps", "0"], tmp_path / name, 2, 1)
+    few = ["--max-steps", "1", "--eval-steps", "0"]
+    done = train([str(wrapper), *command[1:], *few], tmp_path / "out", 2, 1)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 ranks, fsdp" in done.stdout, done.stdout
+
+
+def test_all_weights_trained_in_bf16_are_kept_in_fp32(command, tmp_path):
+    """On one process without torchrun and on two ranks; whole in a checkpoint, and in bf16 in the model."""
+    bf16, exact = ["--lora-r", "0", "--precision", "bf16"], ["--lora-r", "0"]
+    for name, ranks, options in (("exact", 0, exact), ("one", 0, bf16), ("two", 2, bf16)):
+        done = train(command, tmp_path / name, ranks, 4 // max(ranks, 1), *options)
         assert done.returncode == 0, done.stderr[-3000:]
-        assert "2 ranks, fsdp" in done.stdout, done.stdout
+    assert "2 ranks, fsdp" in done.stdout
+    for name in ("one", "two"):
+        # Weights that lived in bf16 were 6e-4 away after the same steps: small updates were rounded off.
+        np.testing.assert_allclose(curve(tmp_path / name), curve(tmp_path / "exact"), rtol=5e-5)
+        held = load_file(tmp_path / name / "checkpoints/checkpoint-8/adapter_model.safetensors")
+        final = load_file(tmp_path / name / "final_model/model.safetensors")
+        assert {t.dtype for t in held.values()} == {torch.float32}
+        assert all(torch.equal(final[n], t.bfloat16()) for n, t in held.items())
+        config = json.loads((tmp_path / name / "final_model/config.json").read_text())
+        assert config["dtype"] == "bfloat16"
+    whole = curve(tmp_path / "two")
+    checkpoint = tmp_path / "two" / "checkpoints" / "checkpoint-6"
+    done = train(command, tmp_path / "two", 2, 2, *bf16, "--resume", str(checkpoint))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert curve(tmp_path / "two").tolist() == whole.tolist()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "trains_all", "dtype", "ranks", "mode"),
+    [
+        ("auto", False, torch.bfloat16, 8, "ddp"),
+        ("auto", True, torch.bfloat16, 1, "fsdp"),
+        ("auto", True, torch.float32, 1, "ddp"),
+        ("auto", True, torch.float32, 2, "fsdp"),
+        ("ddp", True, torch.float32, 2, "ddp"),
+        ("fsdp", False, torch.bfloat16, 1, "fsdp"),
+    ],
+)
+def test_what_is_sharded_before_memory_decides(wanted, trains_all, dtype, ranks, mode):
+    found = parallel_mode(wanted, trains_all=trains_all, dtype=dtype, world_size=ranks)
+    assert found == mode
+
+
+def test_replicas_of_weights_trained_in_bf16_are_refused():
+    with pytest.raises(UserError, match="--precision fp32"):
+        parallel_mode("ddp", trains_all=True, dtype=torch.bfloat16, world_size=1)
 
 
 SLOW_RANK = """

@@ -467,7 +467,7 @@ def trained(tiny, tmp_path_factory):
     model, tokenizer = load(tiny, lora_r=4)
     disturb(model)
     folder = tmp_path_factory.mktemp("run") / "final_model"
-    model_loading.save_adapter(model, tokenizer, model_loading.adapter_state(model), folder)
+    model_loading.save_adapter(model, tokenizer, folder)
     return folder, logits(model)
 
 
@@ -486,8 +486,7 @@ def test_saving_again_replaces_and_leaves_nothing_behind(tiny, tmp_path):
     for _ in range(2):
         (tmp_path / "final_model").mkdir(exist_ok=True)
         (tmp_path / "final_model" / "old.txt").write_text("old")
-        state = model_loading.adapter_state(model)
-        model_loading.save_adapter(model, tokenizer, state, tmp_path / "final_model")
+        model_loading.save_adapter(model, tokenizer, tmp_path / "final_model")
     assert [p.name for p in tmp_path.iterdir()] == ["final_model"]
     assert not (tmp_path / "final_model" / "old.txt").exists()
 
@@ -496,8 +495,7 @@ def test_full_fine_tuning_saves_a_whole_model(tiny, tmp_path):
     model, tokenizer = load(tiny, lora_r=0)
     with torch.no_grad():
         model.model.norm.weight.mul_(1.5)
-    state = model_loading.adapter_state(model)
-    model_loading.save_adapter(model, tokenizer, state, tmp_path / "out")
+    model_loading.save_adapter(model, tokenizer, tmp_path / "out")
     again, _ = load(tmp_path / "out", lora_r=0)
     assert torch.equal(logits(again), logits(model))
 
@@ -599,8 +597,7 @@ def test_the_embedded_model_takes_the_same_path(monkeypatch, tmp_path):
     resolved = resolve_model("embedded", "cpu")
     tokenizer = load_tokenizer(resolved, lambda: TEXTS, tmp_path / "cache")
     model = load_model(resolved, tokenizer, device="cpu")
-    state = model_loading.adapter_state(model)
-    model_loading.save_adapter(model, tokenizer, state, tmp_path / "final_model")
+    model_loading.save_adapter(model, tokenizer, tmp_path / "final_model")
     named = model_loading.adapter_documents(model)["adapter_config.json"]["base_model_name_or_path"]
     again = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(named), tmp_path / "final_model"

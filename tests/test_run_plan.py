@@ -105,6 +105,20 @@ def test_activations_of_a_token_and_layer(qwen3_4b, placement, kib):
     assert activation_bytes(qwen3_4b.dims, placement) / KIB == kib
 
 
+def test_all_weights_trained_in_bf16_take_16_bytes_each_and_copies_of_what_is_used(qwen3_4b):
+    """fp32 weights, gradients and moments, shared by the ranks; bf16 copies of parts, on every rank."""
+    full = dataclasses.replace(qwen3_4b, lora=False, trainable=qwen3_4b.parameters)
+    parts = [
+        estimate_memory(full, Placement("cuda", 2, shards=n), 8192, checkpointing=True)
+        for n in (1, 8)
+    ]
+    state = [p.weights + p.gradients + p.optimizer for p in parts]
+    assert state == [16 * full.parameters, 2 * full.parameters]
+    assert parts[0].gathered == parts[1].gathered > 0
+    exact = estimate_memory(full, Placement("cuda", 4), 8192, checkpointing=True)
+    assert exact.weights == parts[0].weights and exact.gathered == 0
+
+
 def test_the_activations_are_what_autograd_keeps(tiny_model: Path, tiny_data: Path, tmp_path: Path):
     """Counted tensor by tensor in a real forward pass on the CPU."""
     from fast_lora import enable_fast_lora
