@@ -100,7 +100,9 @@ def _fresh_store(timeout: timedelta) -> torch_distributed.Store:
 
 
 def pick_device(device: str, local_rank: int = 0) -> torch.device:
-    """`auto`: CUDA, else Apple's MPS, else CPU; any other name is taken as torch names it."""
+    """`auto`: CUDA, else Apple's MPS, else CPU; `cuda`: this rank's GPU; others as torch names them."""
+    if device == "cuda":
+        return torch.device("cuda", local_rank)
     if device != "auto":
         return torch.device(device)
     if torch.cuda.is_available():
@@ -198,6 +200,8 @@ def _shard(module: torch.nn.Module, dist: Distributed, dtype: torch.dtype) -> to
             "--precision fp32"
         )
     if not _in_group():  # a process without torchrun is a group of its own
+        if dist.device.type == "cuda":
+            torch.cuda.set_device(dist.device)
         store = torch_distributed.HashStore()
         backend = _BACKENDS[dist.device.type]
         torch_distributed.init_process_group(backend, store=store, rank=0, world_size=1)

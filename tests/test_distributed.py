@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from distributed import parallel_mode
+from distributed import parallel_mode, pick_device
 from embedded_model import train_tokenizer
 from errors import UserError
 from tb_logger import read_metrics
@@ -274,6 +274,12 @@ def test_all_weights_trained_in_bf16_are_kept_in_fp32(command, tmp_path):
 def test_what_is_sharded_before_memory_decides(wanted, trains_all, dtype, ranks, mode):
     found = parallel_mode(wanted, trains_all=trains_all, dtype=dtype, world_size=ranks)
     assert found == mode
+
+
+def test_every_rank_has_a_gpu_of_its_own():
+    """A device without a number would be refused by `torch.cuda.set_device`, or be the first for all."""
+    assert pick_device("cuda", 3) == torch.device("cuda", 3)
+    assert pick_device("cuda:1", 0) == torch.device("cuda", 1)
 
 
 def test_replicas_of_weights_trained_in_bf16_are_refused():
