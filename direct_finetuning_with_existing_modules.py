@@ -139,7 +139,8 @@ class DirectTrainer:
         self.state = TrainState()
         self.clock = StepClock()
         self.pending: list[StepResult] = []
-        self.stop_signal = ""  # set by a signal, read at step boundaries
+        self.stop_signal = ""  # set by a signal, told to all ranks once a step
+        self.interrupted = False  # a rank has told so
         self.former_handlers: dict[int, object] = {}
         self.outcome = ""  # why the loop ends: completed, preempted, stopped, nonfinite
         self.rollback_from = 0  # non-finite step to go back from
@@ -349,8 +350,7 @@ class DirectTrainer:
                 last or due(step, config.logging_steps),
                 last or due(step, config.save_steps),
             )
-            (interrupted,) = self.dist.any(bool(self.stop_signal))
-            if logs or evaluates or saves or epoch_ends or interrupted or self.reads_are_free:
+            if logs or evaluates or saves or epoch_ends or self.interrupted or self.reads_are_free:
                 self.collect()  # the only place that waits for the device
             if self.rollback_from:
                 self.roll_back()
@@ -366,7 +366,7 @@ class DirectTrainer:
                 metrics |= self.epoch_metrics(step)
             if metrics:
                 saves |= "save" in self.log(step, metrics)
-            if interrupted and not self.outcome:
+            if self.interrupted and not self.outcome:
                 self.outcome = "preempted"
             if (saves or self.outcome) and self.outcome != "nonfinite":
                 self.save(step)  # a step that failed is to be done again, not to be resumed behind
@@ -419,7 +419,10 @@ class DirectTrainer:
             with self.clock.phase("forward_backward"):
                 if self.dist.world_size > 1 and self.parallel == "ddp":
                     self.clock.gradients_are_ready()
-                again, stuck = self.dist.any(bool(full), stuck)
+                # One message for all that ranks must agree on: a step waits for no other one.
+                again, stuck, self.interrupted = self.dist.any(
+                    bool(full), stuck, bool(self.stop_signal)
+                )
                 if not again:
                     distributed.average_gradients(self.parallel_model)
                     return sums

@@ -6,6 +6,8 @@ uv run pytest tests/test_checkpoint.py
 import json
 import random
 import shutil
+import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from checkpoint import (
     DamagedCheckpoint,
     NonFiniteTensor,
     checkpoint_at,
+    give_shards,
     load_checkpoint,
     newest_checkpoint,
     optimizer_tensors,
@@ -113,6 +116,28 @@ def test_a_large_state_is_written_file_by_file(tmp_path: Path, monkeypatch):
     for file, content in tensors.items():
         assert found[file].keys() == content.keys()
         assert all(torch.equal(found[file][name], tensor) for name, tensor in content.items())
+
+
+def test_no_rank_ever_holds_the_whole_state(tmp_path: Path, monkeypatch):
+    """Gathered tensors that are alive together: one where nothing is written, two files where it is."""
+    alive, peaks = set(), []
+
+    def gather(tensor: torch.Tensor) -> torch.Tensor:
+        whole = tensor.clone()
+        alive.add(id(whole))
+        weakref.finalize(whole, alive.discard, id(whole))
+        peaks[-1] = max(peaks[-1], len(alive))
+        return whole
+
+    monkeypatch.setattr(checkpoint, "full_tensor", gather)
+    monkeypatch.setattr(checkpoint, "FILE_BYTES", 4 * 40)  # four tensors
+    tensors = {"optimizer": {f"w{i}": torch.full((10,), float(i)) for i in range(40)}}
+    write = partial(save_checkpoint, tmp_path, 1, run="r", documents={}, state={})
+    for take_part in (give_shards, lambda t: write(tensors=t)):
+        peaks.append(0)
+        take_part(tensors)
+        assert not alive
+    assert peaks[0] <= 2 and peaks[1] <= 2 * 4 + 1
 
 
 def test_after_an_error_the_other_ranks_are_not_left_waiting(tmp_path: Path, monkeypatch):

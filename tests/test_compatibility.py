@@ -15,7 +15,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from test_run import SCRIPT, interrupt_after_updates, run, strict_json  # noqa: F401  `run` is a fixture
+from test_run import SCRIPT, interrupt_in_step, run, strict_json  # noqa: F401  `run` is a fixture
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 # -----------------------------------------------------------------------------
@@ -90,7 +90,7 @@ def test_full_fine_tuning_leaves_a_model(full: Path, tiny_model: Path):
 
 
 def test_full_fine_tuning_goes_on_where_it_was(full: Path, tmp_path, run, monkeypatch):  # noqa: F811
-    interrupt_after_updates(3, monkeypatch)
+    interrupt_in_step(3, monkeypatch)
     same = ["--lora-r", "0", "--learning-rate", "1e-3"]
     assert run(tmp_path, *same) == 0
     monkeypatch.undo()

@@ -6,6 +6,7 @@ uv run pytest tests/test_cuda.py
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_distributed import OPTIONS, SCRIPT, curve, train
 from test_packed_model import CLOSE, lora_model, make_documents
 
@@ -223,17 +224,34 @@ def test_fp32_trains_without_the_kernel():
     assert losses[0] == pytest.approx(losses[1], rel=0.01)
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    ("mode", "more"),
+    [("ddp", ()), ("fsdp", ()), ("fsdp", ("--lora-r", "0"))],
+    ids=["ddp", "fsdp", "all weights"],
+)
 def test_one_rank_in_a_group_gives_the_losses_of_a_plain_run(
-    tiny_model, tiny_data, cache_dir, tmp_path, mode
+    tiny_model, tiny_data, cache_dir, tmp_path, mode, more
 ):
     options = [option if option != "cpu" else "cuda" for option in OPTIONS]
     inputs = ["--model-name", str(tiny_model), "--data-path", str(tiny_data)]
-    command = [str(SCRIPT), *options, *inputs, "--cache-dir", str(cache_dir)]
-    for ranks, name, more in ((0, "plain", ()), (1, mode, ("--parallel", mode))):
-        done = train(command, tmp_path / name, ranks, 4, *more)
+    command = [str(SCRIPT), *options, *inputs, "--cache-dir", str(cache_dir), *more]
+    for ranks, name, parallel in ((0, "plain", "auto"), (1, mode, mode)):
+        done = train(command, tmp_path / name, ranks, 4, "--parallel", parallel)
         assert done.returncode == 0, done.stderr[-3000:]
     np.testing.assert_allclose(curve(tmp_path / mode), curve(tmp_path / "plain"), rtol=5e-3)
+
+
+def test_all_weights_trained_in_bf16_learn_as_in_fp32(tiny_model, tiny_data, cache_dir, tmp_path):
+    """The losses are near those of fp32, and what a checkpoint holds is fp32."""
+    inputs = ["--model-name", str(tiny_model), "--data-path", str(tiny_data)]
+    options = [option if option != "cpu" else "cuda" for option in OPTIONS]
+    command = [str(SCRIPT), *options, *inputs, "--cache-dir", str(cache_dir), "--lora-r", "0"]
+    for precision in ("bf16", "fp32"):
+        done = train(command, tmp_path / precision, 0, 4, "--precision", precision)
+        assert done.returncode == 0, done.stderr[-3000:]
+    np.testing.assert_allclose(curve(tmp_path / "bf16"), curve(tmp_path / "fp32"), rtol=5e-3)
+    state = load_file(tmp_path / "bf16/checkpoints/checkpoint-8/adapter_model.safetensors")
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
 
 
 def test_recomputation_lowers_the_peak():

@@ -44,17 +44,18 @@ def run(tiny_model: Path, tiny_data: Path, cache_dir: Path) -> Run:
     return run
 
 
-def interrupt_after_updates(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A real SIGTERM to this process after some optimizer steps."""
-    calls, original = [], optimization.update_weights
+def interrupt_in_step(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real SIGTERM to this process when the step of that number has its gradients."""
+    calls, original = [], optimization.forward_backward
 
-    def update(*args, **kwargs):
-        original(*args, **kwargs)
+    def gradients(*args, **kwargs):
+        sums = original(*args, **kwargs)
         calls.append(1)
         if len(calls) == count:
             os.kill(os.getpid(), signal.SIGTERM)
+        return sums
 
-    monkeypatch.setattr("direct_finetuning_with_existing_modules.update_weights", update)
+    monkeypatch.setattr("direct_finetuning_with_existing_modules.forward_backward", gradients)
 
 
 def logs_of(output_dir: Path) -> Path:
@@ -159,7 +160,7 @@ def test_the_learning_rate_starts_above_zero_and_ends_low(finished: Path):
 
 
 def test_stopped_and_resumed_equals_uninterrupted(tmp_path, finished, run, monkeypatch):
-    interrupt_after_updates(3, monkeypatch)
+    interrupt_in_step(3, monkeypatch)
     handler = signal.getsignal(signal.SIGTERM)
     same = ["--num-probes", "1", "--probe-max-new-tokens", "8"]
     assert run(tmp_path, *same) == 0
@@ -210,7 +211,7 @@ def test_out_of_memory_halves_the_micro_batches_and_keeps_the_loss(
 
     monkeypatch.setattr(packed_model, "packed_loss", small_memory)
     with monkeypatch.context() as interrupted:
-        interrupt_after_updates(4, interrupted)
+        interrupt_in_step(4, interrupted)
         assert run(tmp_path) == 0
     said = capfd.readouterr().err
     assert "step 1: out of memory; micro-batches are now done in 2 parts" in said
