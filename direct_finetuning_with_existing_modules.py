@@ -75,13 +75,14 @@ from optimization import (
     build_optimizer,
     clip_gradients,
     forward_backward,
+    is_compiler_error,
     is_out_of_memory,
     learning_rate_at,
     micro_batch_pieces,
     set_learning_rate,
     update_weights,
 )
-from packed_model import PackedLossModel
+from packed_model import PackedLossModel, compiler_is_there
 from packing import PlannedStep, StepPlan
 from report import write_report
 from run_directory import (
@@ -94,7 +95,7 @@ from run_directory import (
 )
 from run_record import RunRecord
 from safe_text import redact_values, write_json
-from system_monitor import gpu_memory
+from system_monitor import gpu_memory, gpu_uuid
 from tb_logger import NullLogger, TensorBoardLogger
 from throughput import (
     CudaTimeline,
@@ -107,9 +108,12 @@ from throughput import (
 )
 from train_state import TrainState
 from training_data import TrainingData, prepare_data, split_samples
-from visible_gpus import visible_gpu_uuids
 
 memory_settings.imports_are_done()
+
+MIN_CONSTANT_EFFICIENCY = (
+    0.6  # tokens that are no padding, of what compiled layers would go through
+)
 
 
 class DirectTrainer:
@@ -182,11 +186,7 @@ class DirectTrainer:
         """Read, split and tokenize the data and plan every step; no weights are loaded."""
         config = self.config
         workers = config.workers or os.cpu_count() or 1
-        self.resolved = model_loading.resolve_model(
-            config.model_name or None,
-            self.dist.device,
-            trust_remote_code=self.trust_remote_code,
-        )
+        self.resolved = self.find_model()
         with self.terminal.working("reading the data") as progress:
             split = split_samples(
                 config.data_path,
@@ -218,6 +218,18 @@ class DirectTrainer:
             )
         self.plan_steps()
         return self.data
+
+    def find_model(self) -> model_loading.ResolvedModel:
+        """The same model on all ranks: the embedded one for all, if one GPU has no room for the default."""
+        resolved = model_loading.resolve_model(
+            self.config.model_name or None,
+            self.dist.device,
+            precision=self.config.precision,
+            trust_remote_code=self.trust_remote_code,
+        )
+        reasons = self.dist.gather(resolved.reason if resolved.embedded else "")
+        reason = next(filter(None, reasons), "")
+        return model_loading.embedded_because(reason) if reason else resolved
 
     def plan_steps(self) -> None:
         """Pack the documents and fix what every step of every rank will do."""
@@ -313,15 +325,19 @@ class DirectTrainer:
 
     @property
     def compiles(self) -> bool:
-        """Whether the decoder layers are compiled."""
-        device = self.dist.device.type
+        """Whether the decoder layers are compiled: auto does where that can be done and is worth it."""
+        config, device = self.config, self.dist.device.type
         possible = device == "cuda" and self.dtype == torch.bfloat16
-        if self.config.compile == "on" and not possible:
+        if config.compile == "on" and not possible:
             raise UserError(
                 f"compile on needs CUDA and bf16: on {device} in {str(self.dtype).removeprefix('torch.')} "
                 "every batch would be compiled anew; leave it at auto"
             )
-        return self.config.compile != "off" and possible
+        if config.compile != "auto":
+            return config.compile == "on"
+        # Padding to one shape costs arithmetic; DoRA's layers can't be traced.
+        worth_it = self.plan.constant_efficiency >= MIN_CONSTANT_EFFICIENCY and not config.use_dora
+        return possible and worth_it and compiler_is_there()
 
     def loop(self) -> None:
         """Step n is the n-th optimizer update; a resumed run starts at a later n."""
@@ -391,13 +407,13 @@ class DirectTrainer:
     def forward_backward(self, planned: PlannedStep) -> MicroBatchSums:
         """The step's gradients, the mean over all ranks.
 
-        Out of memory on one rank: all halve their micro-batches and begin the step again; the global
-        batch, and so the loss, stays the same. Shards can't agree in the middle of a step: there the
-        run ends, to be resumed with smaller micro-batches.
+        Out of memory, or layers that can't be compiled, on one rank: all do with less, and begin the step
+        again; the global batch, and so the loss, stays the same. Shards can't agree in the middle of a
+        step: there the run ends, to be resumed with other settings.
         """
         tokens, state = self.data.train.tokens, self.state
         while True:
-            full, stuck = "", False
+            full, broken, stuck = "", "", False
             try:
                 sums = forward_backward(
                     self.parallel_model,
@@ -409,53 +425,81 @@ class DirectTrainer:
                     batch_shape=self.batch_shape,
                 )
             except RuntimeError as error:
-                if not is_out_of_memory(error):
+                reason = str(error).strip().partition("\n")[0] or type(error).__name__
+                if is_out_of_memory(error):
+                    pieces = micro_batch_pieces(planned, tokens.lengths, state.micro_batch_splits)
+                    smallest = all(len(documents) == 1 for documents, _ in pieces)
+                    full, stuck = reason, smallest and not self.may_recompute
+                elif is_compiler_error(error):
+                    broken, stuck = reason, self.config.compile == "on"
+                else:
                     raise
-                full = str(error).partition("\n")[0] or "out of memory"
-                pieces = micro_batch_pieces(planned, tokens.lengths, state.micro_batch_splits)
-                stuck = all(len(documents) == 1 for documents, _ in pieces)
-            if full and self.parallel == "fsdp":
-                raise self.out_of_memory(full)
+            if self.parallel == "fsdp" and (full or broken):
+                raise self.no_way_on(full, broken)
             with self.clock.phase("forward_backward"):
                 if self.dist.world_size > 1 and self.parallel == "ddp":
                     self.clock.gradients_are_ready()
                 # One message for all that ranks must agree on: a step waits for no other one.
-                again, stuck, self.interrupted = self.dist.any(
-                    bool(full), stuck, bool(self.stop_signal)
+                too_large, uncompiled, stuck, self.interrupted = self.dist.any(
+                    bool(full), bool(broken), stuck, bool(self.stop_signal)
                 )
-                if not again:
+                if not (too_large or uncompiled):
                     distributed.average_gradients(self.parallel_model)
                     return sums
             if stuck:
-                raise self.out_of_memory(full or "on another rank")
+                raise self.no_way_on(full, broken)
             sums = []  # what this rank holds of the step is made anew
-            self.make_room()
+            if too_large:
+                self.make_room()
+            else:
+                self.stop_compiling()
+                self.terminal.warn(f"layers can't be compiled, training goes on without: {broken}")
+            self.optimizer.zero_grad(set_to_none=True)
+            # A backward pass that broke off leaves a replica unusable.
+            self.parallel_model = distributed.parallelize(self.packed, "ddp", self.dist, self.dtype)
+            if self.dist.device.type == "cuda":
+                torch.cuda.empty_cache()
 
-    def out_of_memory(self, reason: str) -> RunStopped:
-        """What ends a run whose micro-batches can't become smaller."""
+    def no_way_on(self, full: str, broken: str) -> RunStopped:
+        """What ends a run that can't do with less, with this rank's reason if it has one."""
+        if broken:
+            return RunStopped(f"the layers can't be compiled: {broken}. Use --compile off")
         return RunStopped(
-            f"step {self.state.step + 1}: out of memory ({reason}). Lower --batch-size or "
-            "--max-seq-length, or use --gradient-checkpointing on, and go on with --resume latest"
+            f"step {self.state.step + 1}: out of memory ({full or 'on another rank'}). Lower --batch-size "
+            "or --max-seq-length, or use --gradient-checkpointing on, and go on with --resume latest"
         )
+
+    @property
+    def may_recompute(self) -> bool:
+        """Whether activations can still be given up for lack of memory."""
+        return not self.checkpointing and self.config.gradient_checkpointing == "auto"
 
     def make_room(self) -> None:
-        """Smaller micro-batches from here on, on all ranks."""
+        """From here on, on all ranks: activations are made again in the backward pass; then smaller parts."""
         state = self.state
-        state.micro_batch_splits += 1
-        self.optimizer.zero_grad(set_to_none=True)
-        # A backward pass that broke off leaves a replica unusable.
-        self.parallel_model = distributed.parallelize(self.packed, "ddp", self.dist, self.dtype)
-        if self.dist.device.type == "cuda":
-            torch.cuda.empty_cache()
-        self.fit_shapes()
+        if self.may_recompute:
+            state.recomputes = True
+            measure = "activations are now made again in the backward pass (gradient checkpointing)"
+        else:
+            state.micro_batch_splits += 1
+            measure = f"micro-batches are now done in {2**state.micro_batch_splits} parts"
+            measure += ", without compilation" if self.batch_shape else ""
+        self.do_with_less()
         self.terminal.warn(
-            f"step {state.step + 1}: out of memory; micro-batches are now done in "
-            f"{2**state.micro_batch_splits} parts, the global batch and the loss stay the same"
+            f"step {state.step + 1}: out of memory; {measure}, the global batch and the loss stay the same"
         )
 
-    def fit_shapes(self) -> None:
-        """Divided micro-batches have other shapes than the compiled one, each its own: no compilation."""
-        if self.batch_shape and self.state.micro_batch_splits:
+    def do_with_less(self) -> None:
+        """What the state says that lack of memory has taught, now or before a resume."""
+        if self.state.recomputes and self.may_recompute:
+            model_loading.recompute_activations(self.model)
+            self.checkpointing = True
+        if self.state.micro_batch_splits:  # their shapes are not the compiled one, each is its own
+            self.stop_compiling()
+
+    def stop_compiling(self) -> None:
+        """The layers run as they are written from here on."""
+        if self.batch_shape:
             self.batch_shape = {}
             torch.compiler.set_stance("force_eager")
 
@@ -722,7 +766,7 @@ class DirectTrainer:
         if rng:  # a rank that did not exist then starts from the seed
             restore_rng(rng, self.dist.device)
         self.state = TrainState(**checkpoint.state["train_state"])
-        self.fit_shapes()
+        self.do_with_less()
         self.saved_step = self.state.step
 
     def roll_back(self) -> None:
@@ -774,6 +818,7 @@ class DirectTrainer:
         self.packed = PackedLossModel(self.model, self.data.train.tokens.close_id)
         self.batch_shape = {}
         if self.compiles:
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(config.cache_path / "compiled"))
             self.packed.compile_layers()
             self.batch_shape = self.plan.constant_shape
         self.parallel_model = distributed.parallelize(
@@ -827,14 +872,14 @@ class DirectTrainer:
         self.terminal.open_log(self.run.logs / "training.log")
         self.start_convergence()
         on_cuda = dist.device.type == "cuda"
-        gpus = visible_gpu_uuids() if on_cuda and dist.local_rank == 0 else ()
+        gpus = dist.gather_on_node(gpu_uuid(dist.device)) if on_cuda else ()
         self.record = RunRecord(
             self.run,
             is_main=dist.is_main,
             samples_hardware=dist.local_rank == 0,
             resume_step=self.state.step if checkpoint else None,
             gpu_uuids=gpus,
-            first_gpu_index=sum(dist.gather(len(gpus or ()))[: dist.rank]),
+            first_gpu_index=dist.rank,  # one a rank
             alert_state=self.state.alerts,
             alert_actions=config.alert_actions,
             warn=self.terminal.warn,
@@ -912,6 +957,7 @@ class DirectTrainer:
                 ("steps", f"{plan.num_steps} ({plan.steps_per_epoch} per epoch)"),
                 ("packing", f"{plan.num_rows} rows, {plan.efficiency:.1%} full"),
                 ("gradient checkpointing", "on" if self.checkpointing else "off"),
+                ("compiled layers", "on" if self.batch_shape else "off"),
                 *self.forecast.short_rows(),
                 ("run", self.run.logs),
             ],

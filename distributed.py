@@ -53,6 +53,14 @@ class Distributed:
         torch_distributed.all_gather_object(values, value)
         return values
 
+    def gather_on_node(self, value: object) -> tuple:
+        """One picklable value of every rank of this node, in rank order, on every rank."""
+        everyone = self.gather((self.local_rank, value))
+        first = self.rank - self.local_rank
+        size = next((i for i, (r, _) in enumerate(everyone[first + 1 :]) if r == 0), None)
+        last = None if size is None else first + 1 + size
+        return tuple(value for _, value in everyone[first:last])
+
     def broadcast(self, value: object) -> object:
         """Rank 0's value on every rank."""
         if self.world_size == 1:
@@ -73,9 +81,11 @@ def init_distributed(device: str = "auto", timeout_seconds: float = 600.0) -> Di
     rank = int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     torch_device = pick_device(device, local_rank)
+    if (
+        torch_device.type == "cuda"
+    ):  # streams, events and questions without a device are about this one
+        torch.cuda.set_device(torch_device)
     if world_size > 1 or torch_distributed.is_torchelastic_launched():
-        if torch_device.type == "cuda":
-            torch.cuda.set_device(torch_device)
         timeout = timedelta(seconds=timeout_seconds)
         torch_distributed.init_process_group(
             _BACKENDS.get(torch_device.type, "gloo"),
@@ -200,8 +210,6 @@ def _shard(module: torch.nn.Module, dist: Distributed, dtype: torch.dtype) -> to
             "--precision fp32"
         )
     if not _in_group():  # a process without torchrun is a group of its own
-        if dist.device.type == "cuda":
-            torch.cuda.set_device(dist.device)
         store = torch_distributed.HashStore()
         backend = _BACKENDS[dist.device.type]
         torch_distributed.init_process_group(backend, store=store, rank=0, world_size=1)

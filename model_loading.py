@@ -43,9 +43,8 @@ warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning) 
 
 DEFAULT_MODEL = "Qwen/Qwen3-4B-Thinking-2507"
 EMBEDDED = "embedded"
-DEFAULT_MODEL_GIB = (
-    12.0  # free GPU memory: 7.5 of bf16 weights, 0.5 of adapter, the rest for a short row
-)
+# Free GPU memory: 7.5 of bf16 weights or 15 of fp32 ones, 0.5 of adapter, the rest for a short row.
+DEFAULT_MODEL_GIB = {torch.bfloat16: 12.0, torch.float32: 20.0}
 HUB_TIMEOUT = 5.0  # seconds for "is the hub there?"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ADAPTER_CONFIG = "adapter_config.json"
@@ -82,24 +81,29 @@ def resolve_model(
     model_name: str | None,
     device: str | torch.device,
     *,
+    precision: str = "auto",
     trust_remote_code: bool = False,
-    min_free_gib: float = DEFAULT_MODEL_GIB,
 ) -> ResolvedModel:
     """Find the model without loading it. `embedded` as the name asks for the embedded one.
 
     Raises UserError for a name that can't be had, saying where it was looked for.
     """
     if model_name == EMBEDDED:
-        return ResolvedModel(EMBEDDED, None, True, "it was asked for by name")
+        return embedded_because("it was asked for by name")
     if model_name:
         return _named_model(model_name, trust_remote_code)
-    obstacle = _no_room(torch.device(device), min_free_gib)
+    obstacle = _no_room(torch.device(device), precision)
     if obstacle:
-        return ResolvedModel(EMBEDDED, None, True, obstacle)
+        return embedded_because(obstacle)
     try:
         return _named_model(DEFAULT_MODEL, trust_remote_code)
     except UserError as error:
-        return ResolvedModel(EMBEDDED, None, True, f"{DEFAULT_MODEL} is not at hand: {error}")
+        return embedded_because(f"{DEFAULT_MODEL} is not at hand: {error}")
+
+
+def embedded_because(reason: str) -> ResolvedModel:
+    """The embedded model, which is never a choice without a reason."""
+    return ResolvedModel(EMBEDDED, None, True, reason)
 
 
 def banner(resolved: ResolvedModel) -> str:
@@ -109,15 +113,16 @@ def banner(resolved: ResolvedModel) -> str:
     return f"{resolved.name}: {resolved.reason}"
 
 
-def _no_room(device: torch.device, min_free_gib: float) -> str | None:
+def _no_room(device: torch.device, precision: str) -> str | None:
     """Why the default model can't run on the device, or None."""
     if device.type != "cuda":
         return f"there is no CUDA GPU for {DEFAULT_MODEL} (device {device.type})"
-    free = torch.cuda.mem_get_info(device)[0] / 2**30
-    if free < min_free_gib:
+    dtype = weight_dtype(device, precision)
+    free, needed = torch.cuda.mem_get_info(device)[0] / 2**30, DEFAULT_MODEL_GIB[dtype]
+    if free < needed:
         return (
-            f"the GPU has {free:.1f} GiB free, {DEFAULT_MODEL} needs about {min_free_gib:g} "
-            "(with --model-name and --quantization 4bit, less)"
+            f"the GPU has {free:.1f} GiB free, {DEFAULT_MODEL} needs about {needed:g} in "
+            f"{str(dtype).removeprefix('torch.')} (with --model-name and --quantization 4bit, less)"
         )
     return None
 
@@ -414,7 +419,7 @@ def load_model(
     model = _load_base(resolved, folder, device, dtype, quantization)
     _check_vocabulary(model, tokenizer, folder)
     if gradient_checkpointing:
-        _recompute_activations(model)
+        recompute_activations(model)
     if lora_r == 0:
         return model.requires_grad_(True)
     base_name = resolved.name if _hub_spelling(resolved) else str(folder)
@@ -436,8 +441,12 @@ def load_model(
     return _with_adapters(model, config, seed)
 
 
-def _recompute_activations(model: PreTrainedModel) -> None:
-    """Gradient checkpointing, under the name that this version of transformers has for it."""
+def recompute_activations(model: torch.nn.Module) -> None:
+    """Gradient checkpointing from the next forward pass on; the model may have adapters.
+
+    Under the name that this version of transformers has for it.
+    """
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
     new = "activation_checkpointing_enable"
     getattr(model, new if hasattr(model, new) else "gradient_checkpointing_enable")(
         {"use_reentrant": False}
@@ -445,8 +454,13 @@ def _recompute_activations(model: PreTrainedModel) -> None:
 
 
 def weight_dtype(device: torch.device, precision: str) -> torch.dtype:
-    """Type of the base's weights: "auto" is bf16 on a CUDA GPU that has it, else fp32."""
-    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    """Type of the base's weights: "auto" is bf16 on a CUDA GPU that has it, else fp32. Raises UserError."""
+    on_gpu = device.type == "cuda"
+    fast = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    if precision == "bf16" and on_gpu and not fast:
+        raise UserError(
+            f"precision bf16: {torch.cuda.get_device_name(device)} has no bf16; use --precision auto"
+        )
     return (
         torch.bfloat16 if precision == "bf16" or (precision == "auto" and fast) else torch.float32
     )

@@ -79,8 +79,14 @@ def micro_batch_pieces(
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """CUDA's own exception, or the CPU allocator's message."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    """torch's own exception, or what the allocators of the host, of cuBLAS and of the driver say."""
+    said = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in said)
+
+
+def is_compiler_error(error: RuntimeError) -> bool:
+    """What torch.compile raises for code that it can't trace, and for a compiler that is not there."""
+    return isinstance(error, torch._dynamo.exc.TorchDynamoException)
 
 
 # -----------------------------------------------------------------------------

@@ -4,16 +4,27 @@ The decoder is called instead of the model with its head, and the head meets the
 the full logits never exist. Being one module with one forward, it is what DDP and FSDP2 wrap.
 """
 
+import os
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
+import torch._dynamo
+import torch._functorch.config
 
 import varlen_attention
 from distributed import decoder_layers
 from errors import UserError
 from packing import PackedBatch
 from segment_loss import LossSums, packed_loss
+
+
+def compiler_is_there() -> bool:
+    """Whether torch.compile can make kernels for this GPU: Triton, and the C compiler that it calls."""
+    from torch.utils._triton import has_triton
+
+    return has_triton() and any(map(shutil.which, (os.environ.get("CC", "gcc"), "gcc", "clang")))
 
 
 class PackedLossModel(torch.nn.Module):
@@ -52,6 +63,12 @@ class PackedLossModel(torch.nn.Module):
         Meant for CUDA: elsewhere the lengths of the documents are constants of the graph, and every
         batch would need another one.
         """
+        # DDP would have each layer cut at its first megabyte of gradients, to send them meanwhile; ours
+        # are sent after the backward pass.
+        torch._dynamo.config.optimize_ddp = False
+        # Outputs of norms and the MLP's product are inputs of a matrix product in the backward pass too, and
+        # are made again for it all the same: 78 KiB a token and layer at 4B instead of 107.
+        torch._functorch.config.ban_recompute_materialized_backward = False
         for layer in decoder_layers(self.model):
             layer.compile(backend=backend, fullgraph=True, dynamic=False)
         self._compiled = True

@@ -582,8 +582,8 @@ def size_text(number: float) -> str:
 
 
 def _row_tokens(plan: StepPlan, placement: Placement, lengths: Sequence[int]) -> int:
-    """Tokens of the longest row: its capacity where rows are padded or hold several documents."""
+    """Tokens of the longest row: of the constant shape, or its capacity if it holds several documents."""
     if placement.compiled:
-        return plan.row_tokens
+        return math.ceil(plan.constant_tokens / plan.rows_per_micro_batch)
     packed = plan.num_rows < len(lengths)
     return min(plan.row_tokens, plan.num_tokens) if packed else int(max(lengths))

@@ -23,9 +23,6 @@ from pathlib import Path
 import psutil
 
 from gpu_gauges import gpu_samples
-from visible_gpus import visible_gpu_uuids
-
-__all__ = ["SystemMonitor", "gpu_memory", "pressure_level", "visible_gpu_uuids"]
 
 MB, GB = 2**20, 2**30
 _log = logging.getLogger(__name__)
@@ -39,7 +36,7 @@ class SystemMonitor:
     """Samples this node's hardware in the background; `read()` returns in microseconds, always.
 
     `gpu_uuids`: this run's devices on this node, in the order of their global numbers, which start
-    at `first_gpu_index` (see `visible_gpu_uuids`). Empty: NVML is left alone. None:
+    at `first_gpu_index` (see `gpu_uuid`). Empty: NVML is left alone. None:
     whatever CUDA_VISIBLE_DEVICES leaves visible. `disk_path`: any path on the disk to watch.
     `warn` is called from `read()` and `stop()`, once per cause, on the caller's thread.
     """
@@ -108,6 +105,13 @@ class SystemMonitor:
 def pressure_level(percent: float) -> int:
     """0 low (< 60% of the device memory in use), 1 moderate (< 80), 2 high (< 90), 3 critical."""
     return sum(percent >= threshold for threshold in (60, 80, 90))
+
+
+def gpu_uuid(device: object = None) -> str:
+    """UUID of a CUDA device (torch's current one by default), without NVML's "GPU-"/"MIG-" prefix."""
+    import torch
+
+    return str(torch.cuda.get_device_properties(device).uuid)
 
 
 def gpu_memory(device: object = None) -> Values:

@@ -32,6 +32,7 @@ class TrainState:
     skipped_steps: list[int] = field(
         default_factory=list
     )  # their update is left out after a rollback
+    recomputes: bool = False  # out-of-memory has turned gradient checkpointing on
     micro_batch_splits: int = 0  # how often out-of-memory has halved the micro-batches
     convergence: dict = field(default_factory=dict)
     alerts: dict = field(default_factory=dict)

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 
+from errors import UserError
+
 IMPLEMENTATION = "packed_documents"
 _VARLEN_PARAMETERS = frozenset(inspect.signature(varlen_attn).parameters)
 
@@ -92,12 +94,20 @@ def packed_attention(
     packed_bounds: torch.Tensor | None = None,
     packed_max_length: int | None = None,
     packed_lengths: tuple[int, ...] | None = None,
+    s_aux: torch.Tensor | None = None,
+    softcap: float | None = None,
     **_,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: query (1, Hq, T, d), key and value (1, Hkv, T, d).
 
-    Returns (1, T, Hq, d) and no attention weights.
+    Returns (1, T, Hq, d) and no attention weights. Raises UserError for attention that is more than a
+    softmax of the products: sinks (gpt-oss), capped products (Gemma 2).
     """
+    if s_aux is not None or softcap is not None:
+        raise UserError(
+            "the model's attention has sinks or a soft cap, which packed attention does not know; "
+            "use another model"
+        )
     if packed_bounds is None and packed_lengths is None:
         raise RuntimeError(
             "packed attention was called without document boundaries: pass attention_kwargs(...),"
@@ -115,6 +125,8 @@ def packed_attention(
 
 def _per_document(query, key, value, lengths, scaling, sliding_window) -> torch.Tensor:
     """One causal SDPA per document; a window adds a mask for documents longer than it."""
+    if query.is_cuda:  # what is left to fp32 there takes equal heads, else all products are kept
+        key, value = _repeat_heads(query, key, value)
     outputs = []
     parts = (states.split(lengths, dim=2) for states in (query, key, value))
     for q, k, v in zip(*parts, strict=True):
@@ -153,9 +165,14 @@ def _varlen_kernel(q, k, v, bounds, max_length: int, scaling, left_window: int) 
         if "enable_gqa" in _VARLEN_PARAMETERS:
             options["enable_gqa"] = True
         else:
-            repeats = q.shape[1] // k.shape[1]
-            k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+            k, v = _repeat_heads(q, k, v)
     return varlen_attn(q, k, v, bounds, bounds, max_length, max_length, **options)
+
+
+def _repeat_heads(query, key, value) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values with a head for each of the queries'; heads are dimension 1."""
+    repeats = query.shape[1] // key.shape[1]
+    return key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
 
 
 def _pretrained(model: torch.nn.Module) -> PreTrainedModel:

@@ -21,19 +21,6 @@ class PhysicalGpu:
     mig: tuple[str, ...] = ()
 
 
-def visible_gpu_uuids() -> tuple[str, ...] | None:
-    """UUIDs of the devices torch sees, in torch's order, without NVML's "GPU-"/"MIG-" prefix.
-
-    None where torch has no CUDA: whoever asks then goes by the mask (`resolve_devices`).
-    """
-    import torch
-
-    if torch.version.cuda is None or not torch.cuda.is_available():
-        return None
-    devices = range(torch.cuda.device_count())
-    return tuple(str(torch.cuda.get_device_properties(i).uuid) for i in devices)
-
-
 def resolve_devices(
     mask: str | None, device_order: str | None, gpus: Sequence[PhysicalGpu]
 ) -> tuple[str, ...] | None:

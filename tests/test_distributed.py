@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from distributed import parallel_mode, pick_device
+from distributed import Distributed, parallel_mode, pick_device
 from embedded_model import train_tokenizer
 from errors import UserError
 from tb_logger import read_metrics
@@ -192,18 +192,19 @@ sys.exit(program.main())
 """
 
 
-@pytest.mark.parametrize("where", ["forward", "backward"])
-def test_out_of_memory_on_one_rank_divides_on_all(command, one_rank, tmp_path, where):
+@pytest.mark.parametrize(("where", "recompute"), [("forward", "auto"), ("backward", "off")])
+def test_out_of_memory_on_one_rank_is_met_on_all(command, one_rank, tmp_path, where, recompute):
     """Also where the other rank is through with its part already."""
     wrapper, out = tmp_path / "wrapper.py", tmp_path / "out"
     wrapper.write_text(SHORT_OF_MEMORY.format(root=str(SCRIPT.parent), where=where))
-    done = train([str(wrapper), *command[1:]], out, 2, 2)
+    done = train([str(wrapper), *command[1:]], out, 2, 2, "--gradient-checkpointing", recompute)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "injected: no memory" in done.stdout and "2 ranks, ddp" in done.stdout
     assert "deprecated" not in done.stderr, done.stderr[-3000:]
-    assert done.stderr.count("in 2 parts") == 1, done.stderr
+    measure = "in 2 parts" if recompute == "off" else "activations are now made again"
+    assert done.stderr.count("out of memory") == done.stderr.count(measure) == 1, done.stderr
     whole, *divided = curve(out, "Config/Batch_Size")
-    assert divided == [whole / 2] * 7, "from step 2 on"
+    assert divided == ([whole / 2] * 7 if recompute == "off" else []), "from step 2 on"
     np.testing.assert_allclose(curve(out), curve(one_rank), rtol=1e-6)
     np.testing.assert_allclose(
         curve(out, "Training/Gradient_Norm"), curve(one_rank, "Training/Gradient_Norm"), rtol=1e-5
@@ -280,6 +281,19 @@ def test_every_rank_has_a_gpu_of_its_own():
     """A device without a number would be refused by `torch.cuda.set_device`, or be the first for all."""
     assert pick_device("cuda", 3) == torch.device("cuda", 3)
     assert pick_device("cuda:1", 0) == torch.device("cuda", 1)
+
+
+def test_a_node_is_the_ranks_up_to_the_next_first_one(monkeypatch):
+    """Three nodes of different sizes; every rank finds those beside it."""
+    places = [(0, 0), (1, 1), (2, 0), (3, 0), (4, 1), (5, 2)]
+    everyone = [(local, f"gpu-{rank}") for rank, local in places]
+    monkeypatch.setattr(Distributed, "gather", lambda self, value: everyone)
+    found = [
+        Distributed(rank, 6, local, torch.device("cpu")).gather_on_node(f"gpu-{rank}")
+        for rank, local in places
+    ]
+    first, last = ("gpu-0", "gpu-1"), ("gpu-3", "gpu-4", "gpu-5")
+    assert found == [first, first, ("gpu-2",), last, last, last]
 
 
 def test_replicas_of_weights_trained_in_bf16_are_refused():

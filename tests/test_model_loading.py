@@ -94,14 +94,23 @@ def test_on_a_gpu_the_default_is_the_real_model_when_it_fits_and_is_at_hand(
     monkeypatch, nowhere, tiny
 ):
     free = 40
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * 2**30, 80 * 2**30))
     absent = resolve_model(None, "cuda")
     assert absent.embedded and "not at hand" in absent.reason and "HF_HUB_OFFLINE" in absent.reason
     shutil.copytree(tiny, nowhere / "ms" / "models" / model_loading.DEFAULT_MODEL)
     assert resolve_model(None, "cuda").name == model_loading.DEFAULT_MODEL
-    free = 3
+    free = 14.6  # a T4: enough for bf16, which it does not have
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     small = resolve_model(None, "cuda")
-    assert small.embedded and "3.0 GiB free" in small.reason
+    assert small.embedded and "14.6 GiB free" in small.reason and "float32" in small.reason
+    with pytest.raises(UserError, match="Tesla T4 has no bf16"):
+        resolve_model(None, "cuda", precision="bf16")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    assert not resolve_model(None, "cuda").embedded
+    free = 3
+    assert "3.0 GiB free" in resolve_model(None, "cuda").reason
 
 
 def test_a_folder(tiny):

@@ -9,7 +9,13 @@ import math
 import pytest
 import torch
 
-from optimization import clip_gradients, is_out_of_memory, learning_rate_at, update_weights
+from optimization import (
+    clip_gradients,
+    is_compiler_error,
+    is_out_of_memory,
+    learning_rate_at,
+    update_weights,
+)
 
 COSINE = {"peak": 1.0, "schedule": "cosine", "warmup_ratio": 0.1, "min_ratio": 0.0}
 
@@ -77,4 +83,21 @@ def test_out_of_memory_is_told_from_other_errors():
     assert is_out_of_memory(
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
     )
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"))
+    assert is_out_of_memory(RuntimeError("CUDA error: out of memory"))
     assert not is_out_of_memory(RuntimeError("size mismatch"))
+
+
+def test_what_the_compiler_raises_is_told_from_other_errors():
+    def broken(graph, inputs):
+        raise ValueError("no C compiler")
+
+    torch._dynamo.reset()
+    for function in (
+        torch.compile(lambda x: x + 1, backend=broken),
+        torch.compile(lambda x: print(x) or x, backend="eager", fullgraph=True),
+    ):
+        with pytest.raises(RuntimeError) as caught:
+            function(torch.ones(2))
+        assert is_compiler_error(caught.value) and not is_out_of_memory(caught.value)
+    assert not is_compiler_error(RuntimeError("size mismatch"))

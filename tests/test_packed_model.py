@@ -3,18 +3,24 @@
 uv run pytest tests/test_packed_model.py
 """
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from peft import LoraConfig, get_peft_model
-from test_varlen_attention import use_bounds, varlen_2_12
+from test_varlen_attention import reference_kernel, use_bounds, varlen_2_12
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from chat_tokens import Segment, TokenizedSample
+from distributed import Replica
 from errors import UserError
 from fast_lora import enable_fast_lora
 from packed_model import PackedLossModel
 from packing import StepPlan, build_batch
+from run_plan import Placement, activation_bytes
+from throughput import dims_from_config
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 VOCAB, CLOSE = 97, 5
@@ -168,6 +174,75 @@ def test_compiled_layers_are_one_graph_for_all_batches(monkeypatch, recompute: b
     assert len(graphs) == 1
     for name, gradient in gradients(eager).items():
         torch.testing.assert_close(gradients(model)[name], gradient, atol=1e-5, rtol=1e-3)
+
+
+def saved_by_compiled_layers(monkeypatch, model: torch.nn.Module, wrap=lambda m: m):
+    """(bytes kept for the backward pass a token, number of graphs), divided as inductor does."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._inductor.decomposition import select_decomp_table
+
+    def any_kernel(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
+        return reference_kernel(q, k, v, cu_q, scale)
+
+    graphs = []
+
+    def inductors_division(graph, inputs):
+        graphs.append(graph)
+        return aot_autograd(
+            fw_compiler=lambda module, _: make_boxed_func(module.forward),
+            decompositions=select_decomp_table(),
+            partition_fn=partial(min_cut_rematerialization_partition, compiler="inductor"),
+        )(graph, inputs)
+
+    torch._dynamo.reset()
+    use_bounds(monkeypatch, any_kernel)
+    enable_fast_lora(model)
+    packed = PackedLossModel(model, CLOSE).train()
+    packed.compile_layers(backend=inductors_division)
+    wrapped = wrap(packed)
+    batch = build_batch(DOCUMENTS, range(4), pad_to=128, pad_documents=5, max_length=128)
+    wrapped(batch, 10)[0].backward()  # compiles
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights and 128 in tensor.shape:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = packed.hidden_states(batch)
+    assert hidden.requires_grad
+    return sum(kept.values()) / 128, len(graphs)
+
+
+def test_compiled_layers_keep_what_the_plan_says(monkeypatch):
+    """Norms and the MLP's product are made again in the backward pass: inductor's own division keeps them."""
+    shape = {"hidden_size": 80, "intermediate_size": 304, "head_dim": 16}
+    models = [lora_model(dtype=torch.bfloat16, num_hidden_layers=n, **shape) for n in (2, 3)]
+    (two, _), (three, graphs) = [saved_by_compiled_layers(monkeypatch, m) for m in models]
+    dims = dims_from_config(models[0].config)
+    assert graphs == 1
+    adapters, norms = (
+        7 * 4 * 2,
+        (2 + 4 + 2) * 4,
+    )  # x A^T, and a number a row: too little for the plan
+    planned = activation_bytes(dims, Placement("cuda", 2, compiled=True))
+    assert three - two == planned + adapters + norms
+
+
+def test_a_replica_does_not_cut_the_compiled_layers(monkeypatch):
+    """DDP's first bucket is a megabyte; at 4B a layer's adapters have more, and would be two graphs."""
+    monkeypatch.setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 4000)
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        _, graphs = saved_by_compiled_layers(monkeypatch, lora_model(), Replica)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert graphs == 1
 
 
 def test_logits_that_are_no_plain_product_are_refused():

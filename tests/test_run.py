@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import optimization
 from checkpoint import load_checkpoint
-from direct_finetuning_with_existing_modules import main
+from direct_finetuning_with_existing_modules import DirectTrainer, main
 from tb_logger import find_metric, read_metrics, read_run, read_texts
 
 SCRIPT = Path(__file__).parents[1] / "direct_finetuning_with_existing_modules.py"
@@ -197,9 +197,10 @@ def test_resume_with_other_settings_is_refused(tmp_path, run, capfd):
     assert "lora_r is 4, the checkpoint has 16" in capfd.readouterr().err
 
 
-def test_out_of_memory_halves_the_micro_batches_and_keeps_the_loss(
+def test_out_of_memory_recomputes_then_halves_the_micro_batches_and_keeps_the_loss(
     tmp_path, finished, run, monkeypatch, capfd
 ):
+    import model_loading
     import packed_model
 
     original = packed_model.packed_loss
@@ -214,16 +215,55 @@ def test_out_of_memory_halves_the_micro_batches_and_keeps_the_loss(
         interrupt_in_step(4, interrupted)
         assert run(tmp_path) == 0
     said = capfd.readouterr().err
-    assert "step 1: out of memory; micro-batches are now done in 2 parts" in said
+    assert said.index("step 1: out of memory; activations are now made again") < said.index(
+        "step 1: out of memory; micro-batches are now done in 2 parts"
+    )
     parts = int(re.findall(r"now done in (\d+) parts", said)[-1])
+    recomputing, original_recompute = [], model_loading.recompute_activations
+    monkeypatch.setattr(
+        model_loading,
+        "recompute_activations",
+        lambda model: recomputing.append(1) or original_recompute(model),
+    )
     assert run(tmp_path, "--resume", "latest") == 0
     assert "out of memory" not in capfd.readouterr().err, "the division was forgotten"
+    assert recomputing == [1], "the recomputation was forgotten"
     losses, reference = losses_of(tmp_path / "out"), losses_of(finished)
     assert losses.keys() == reference.keys()
     assert all(losses[s] == pytest.approx(reference[s], rel=1e-5) for s in losses)
     (run_dir,) = (tmp_path / "out" / "tensorboard_logs").iterdir()
     rows = read_run(run_dir)["Config/Batch_Size"]
     assert rows == [(0, 1.0), *((step, 1 / parts) for step in losses)]
+
+
+@pytest.mark.parametrize("wish", ["auto", "on"])
+def test_layers_that_cannot_be_compiled_run_as_they_are(
+    tmp_path, finished, run, monkeypatch, capfd, wish
+):
+    """What only a GPU compiles, with a compiler that fails; asked for by name, that ends the run."""
+    import packed_model
+
+    def broken(graph, inputs):
+        raise ValueError("no C compiler")
+
+    compile_layers = packed_model.PackedLossModel.compile_layers
+    monkeypatch.setattr(DirectTrainer, "compiles", True)
+    monkeypatch.setattr(
+        packed_model.PackedLossModel, "compile_layers", lambda self: compile_layers(self, broken)
+    )
+    torch._dynamo.reset()
+    try:
+        code = run(tmp_path, "--compile", wish)
+    finally:
+        torch.compiler.set_stance("default")
+    said = capfd.readouterr().err
+    if wish == "on":
+        assert code == 3 and "can't be compiled" in said and "Use --compile off" in said
+        return
+    assert code == 0 and said.count("can't be compiled, training goes on without") == 1
+    losses, reference = losses_of(tmp_path / "out"), losses_of(finished)
+    assert losses.keys() == reference.keys()
+    assert all(losses[s] == pytest.approx(reference[s], rel=1e-5) for s in losses)
 
 
 # -----------------------------------------------------------------------------

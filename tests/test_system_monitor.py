@@ -16,8 +16,8 @@ import pytest
 
 import system_monitor
 from gpu_gauges import TRANSIENT_ERRORS_ALLOWED, gpu_samples
-from system_monitor import SystemMonitor, gpu_memory, pressure_level
-from visible_gpus import PhysicalGpu, physical_gpus, resolve_devices, visible_gpu_uuids
+from system_monitor import SystemMonitor, gpu_memory, gpu_uuid, pressure_level
+from visible_gpus import PhysicalGpu, physical_gpus, resolve_devices
 
 GPU0, GPU1 = (f"GPU-{n:08x}-0000-0000-0000-000000000000" for n in (1, 2))
 MIG00, MIG01 = (f"MIG-00000001-{n:04x}-0000-0000-000000000000" for n in (1, 2))
@@ -573,7 +573,6 @@ def test_device_memory_is_absent_without_cuda_and_true_with_it():
 
     if not torch.cuda.is_available():
         assert gpu_memory() == {}
-        assert visible_gpu_uuids() is None
         return
     block = torch.empty(2**26, dtype=torch.uint8, device="cuda")
     memory = gpu_memory()
@@ -591,7 +590,7 @@ def test_the_real_gpu(monitor):
 
     if not torch.cuda.is_available():
         pytest.skip("no CUDA GPU here; the fake driver stands in for it above")
-    running, _ = monitor(visible_gpu_uuids())
+    running, _ = monitor((gpu_uuid(),))
     values = read_until(running, lambda v: "GPU_0/Temperature_C" in v and "GPU_0/Power_W" in v)
     assert 0 < values["GPU_0/Temperature_C"] < 120
     assert 0 <= values["GPU_0/Memory_Usage_Percent"] <= 100
