@@ -115,9 +115,9 @@ class DirectTrainingConfig:
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
     """Under torchrun: replicas (ddp) or sharded weights (fsdp); auto: ddp for adapters where it fits."""
     gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
-    """Recompute activations instead of keeping them; auto: by the memory estimate."""
+    """Recompute activations instead of keeping them; auto: by the estimate, or once memory runs out."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile per layer, which needs CUDA and bf16; auto: there."""
+    """torch.compile per layer, which needs CUDA and bf16; auto: there, unless it pads much."""
     distributed_timeout: float = 600.0
     """Seconds after which a silent rank ends the group."""
 

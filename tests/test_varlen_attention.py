@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import varlen_attention
+from errors import UserError
 
 LENGTHS = (7, 31, 12, 20)
 
@@ -292,6 +293,14 @@ def test_every_signature_of_the_kernel(monkeypatch, kernel):
     torch.testing.assert_close(losses, expected)
     for name, gradient in gradients(model, losses).items():
         torch.testing.assert_close(gradient, expected_gradients[name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("more", [{"s_aux": torch.zeros(4)}, {"softcap": 50.0}])
+def test_attention_that_is_more_than_a_softmax_is_refused(more):
+    """The sinks of gpt-oss would else be left out in silence."""
+    states = [torch.randn(1, 4, 8, 16) for _ in range(3)]
+    with pytest.raises(UserError, match="use another model"):
+        varlen_attention.packed_attention(None, *states, None, packed_lengths=(8,), **more)
 
 
 def test_the_installed_kernel_has_a_signature_that_we_know():
