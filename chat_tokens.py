@@ -40,7 +40,7 @@ from chat_format import (
 from errors import UserError
 from safe_text import clean, clean_line, fenced, write_json
 from sample_forms import strings_of
-from samples import Sample, SampleSet, give_back_pages, in_order, written_folder
+from samples import Sample, SampleSet, give_back_pages, in_order, one_writer, written_folder
 
 _FORMAT = 2  # of cached tables; raise it when their meaning changes
 _CHUNK = 500  # samples encoded together: more only costs memory
@@ -502,8 +502,10 @@ def tokenize_samples(
         key = _cache_key(samples, fingerprint, tokenizer, options)
         folder = Path(cache_dir) / "tokens" / key
         if _loaded(folder) is None:
-            _write(folder, _parts(samples, tokenizer, form, options, workers, progress))
-        elif progress:
+            with one_writer(folder):
+                if _loaded(folder) is None:  # nobody was faster
+                    _write(folder, _parts(samples, tokenizer, form, options, workers, progress))
+        if progress:
             progress(len(samples), len(samples))
         arrays, ledger = _loaded(folder) or _unreadable(folder)
     lengths = arrays.pop("lengths")

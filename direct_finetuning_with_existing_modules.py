@@ -92,6 +92,7 @@ from run_directory import (
     known_run,
     lock_output,
     new_run,
+    shared_run,
 )
 from run_record import RunRecord
 from safe_text import redact_values, write_json
@@ -184,9 +185,20 @@ class DirectTrainer:
 
     def prepare(self) -> TrainingData:
         """Read, split and tokenize the data and plan every step; no weights are loaded."""
+        self.resolved = self.find_model()
+        with self.dist.patience("data"):
+            self.prepare_data()
+        self.plan_steps()
+        self.identity = run_summary.identity(
+            self.settings, self.resolved.name, self.data, self.plan
+        )
+        run_summary.check_ranks(self.dist.gather(self.identity))
+        return self.data
+
+    def prepare_data(self) -> None:
+        """Samples and tokens, from the files or the cache."""
         config = self.config
         workers = config.workers or os.cpu_count() or 1
-        self.resolved = self.find_model()
         with self.terminal.working("reading the data") as progress:
             split = split_samples(
                 config.data_path,
@@ -216,8 +228,6 @@ class DirectTrainer:
                 cache_dir=config.cache_path,
                 progress=progress,
             )
-        self.plan_steps()
-        return self.data
 
     def find_model(self) -> model_loading.ResolvedModel:
         """The same model on all ranks: the embedded one for all, if one GPU has no room for the default."""
@@ -381,7 +391,7 @@ class DirectTrainer:
             if epoch_ends:
                 metrics |= self.epoch_metrics(step)
             if metrics:
-                saves |= "save" in self.log(step, metrics)
+                saves |= self.log(step, metrics)
             if self.interrupted and not self.outcome:
                 self.outcome = "preempted"
             if (saves or self.outcome) and self.outcome != "nonfinite":
@@ -494,6 +504,8 @@ class DirectTrainer:
         if self.state.recomputes and self.may_recompute:
             model_loading.recompute_activations(self.model)
             self.checkpointing = True
+        if self.parallel == "fsdp":  # parts are not of equal number on all ranks, gathering must be
+            self.state.micro_batch_splits = 0
         if self.state.micro_batch_splits:  # their shapes are not the compiled one, each is its own
             self.stop_compiling()
 
@@ -666,13 +678,15 @@ class DirectTrainer:
         state.hardest = []
         return metrics
 
-    def log(self, step: int, metrics: dict[str, float]) -> set[str]:
-        """One step's numbers to TensorBoard, metrics.jsonl and the alerts; what the alerts ask for."""
+    def log(self, step: int, metrics: dict[str, float]) -> bool:
+        """A step to TensorBoard, metrics.jsonl and the alerts; true if these ask for a checkpoint."""
         with self.clock.phase("logging"):
             wishes = self.record.log(step, metrics)
-        if "stop" in wishes:
+        # Some of what alerts look at is a rank's own, and all must do the same.
+        save, stop = self.dist.any("save" in wishes, "stop" in wishes)
+        if stop:
             self.outcome = "stopped"
-        return wishes
+        return save
 
     def count_seconds(self) -> None:
         """Bring the state's wall times up to now."""
@@ -855,9 +869,6 @@ class DirectTrainer:
         config, dist = self.config, self.dist
         output_dir = Path(config.output_dir)
         self.state.interval = self.state.epoch = self.ledger.zeros().tolist()
-        self.identity = run_summary.identity(
-            self.settings, self.resolved.name, self.data, self.plan
-        )
         self.catch_signals()
         checkpoint = self.find_checkpoint()
         if checkpoint:
@@ -868,7 +879,8 @@ class DirectTrainer:
         name = dist.broadcast(
             checkpoint.run if checkpoint else dist.is_main and new_run(output_dir).name
         )
-        self.run: RunDirectory = known_run(output_dir, name)
+        self.run: RunDirectory = (known_run if dist.is_main else shared_run)(output_dir, name)
+        dist.note("run", name)
         self.terminal.open_log(self.run.logs / "training.log")
         self.start_convergence()
         on_cuda = dist.device.type == "cuda"
@@ -894,8 +906,10 @@ class DirectTrainer:
         if dist.is_main:
             self.write_configuration()
         self.record.status("running", step=self.state.step)
-        if not checkpoint and dist.is_main:
-            self.describe_data()
+        if not checkpoint:
+            with dist.patience("statistics"):
+                if dist.is_main:
+                    self.describe_data()
 
     def find_checkpoint(self) -> Checkpoint | None:
         """The checkpoint that `resume` asks for; the same on all ranks."""
@@ -903,10 +917,12 @@ class DirectTrainer:
         path = None
         if self.dist.is_main:
             remove_leftovers(directory)
-            if self.resume in ("latest", "auto"):
-                newest = newest_checkpoint(directory, warn=self.terminal.warn)
+            # A group that torchrun has restarted goes on with its run, whatever --resume says.
+            run = self.dist.noted("run") or None
+            if run or self.resume in ("latest", "auto"):
+                newest = newest_checkpoint(directory, warn=self.terminal.warn, run=run)
                 path = newest.path if newest else None
-            elif self.resume:
+            if path is None and self.resume not in ("", "latest", "auto"):
                 path = Path(self.resume)
         path = self.dist.broadcast(path)
         if path is None and self.resume == "latest":

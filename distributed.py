@@ -6,7 +6,11 @@ file reads it once.
 
 import inspect
 import os
-from contextlib import AbstractContextManager, nullcontext
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -17,6 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from errors import UserError
 
 _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}  # of a group, by its model's device
+_POLL_SECONDS = 0.2  # between two questions to the store
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,9 @@ class Distributed:
     world_size: int
     local_rank: int
     device: torch.device
+    timeout_seconds: float = 600.0
+    group_store: torch_distributed.Store | None = None  # this group's
+    job_store: torch_distributed.Store | None = None  # of all groups that torchrun's restarts make
 
     @property
     def is_main(self) -> bool:
@@ -74,6 +82,59 @@ class Distributed:
         if self.world_size > 1:
             torch_distributed.barrier()
 
+    def note(self, key: str, value: str) -> None:
+        """Rank 0 leaves a word for the groups that torchrun may start after this one."""
+        if self.is_main and self.job_store is not None:
+            self.job_store.set(f"note/{key}", value)
+
+    def noted(self, key: str) -> str:
+        """What rank 0 of this or an earlier group has noted; nothing if it has not."""
+        known = self.job_store is not None and self.job_store.check([f"note/{key}"])
+        return self.job_store.get(f"note/{key}").decode() if known else ""
+
+    @contextmanager
+    def patience(self, what: str) -> Iterator[None]:
+        """Work that may take some ranks hours: whoever is through waits for the others while they live.
+
+        The timeout of collectives would end the wait for a rank that is merely slow. Here only silence
+        does: each rank gives a sign of life every few seconds, and listens to the one after it.
+        `what` names the work, once a run. Raises RuntimeError if that rank is silent for the timeout.
+        """
+        if self.world_size == 1:
+            yield
+            return
+        sign, through = f"sign/{self.rank}", threading.Event()
+        beat = min(5.0, self.timeout_seconds / 4)
+
+        def give_signs() -> None:
+            while not through.wait(beat):
+                self.group_store.add(sign, 1)
+
+        signs = threading.Thread(target=give_signs, daemon=True)
+        signs.start()
+        try:
+            yield
+            self._wait_for_all(f"through/{what}")
+        finally:
+            through.set()
+            signs.join()
+
+    def _wait_for_all(self, counter: str) -> None:
+        """Until every rank is here, or the next one gives no sign any more."""
+        store, neighbour = self.group_store, (self.rank + 1) % self.world_size
+        arrived = store.add(counter, 1)
+        last, since = 0, time.monotonic()
+        while arrived < self.world_size:
+            time.sleep(_POLL_SECONDS)
+            arrived, sign = store.add(counter, 0), store.add(f"sign/{neighbour}", 0)
+            now = time.monotonic()
+            if sign != last:
+                last, since = sign, now
+            elif now - since > self.timeout_seconds:
+                raise RuntimeError(
+                    f"rank {neighbour} gave no sign of life for {self.timeout_seconds:g} s"
+                )
+
 
 def init_distributed(device: str = "auto", timeout_seconds: float = 600.0) -> Distributed:
     """Join torchrun's group if there is one. A rank that stays silent ends the group after the timeout."""
@@ -85,28 +146,60 @@ def init_distributed(device: str = "auto", timeout_seconds: float = 600.0) -> Di
         torch_device.type == "cuda"
     ):  # streams, events and questions without a device are about this one
         torch.cuda.set_device(torch_device)
+    job_store = group_store = None
     if world_size > 1 or torch_distributed.is_torchelastic_launched():
         timeout = timedelta(seconds=timeout_seconds)
+        job_store = _job_store(timeout)
+        group_store = _newest_group(job_store, rank, world_size, timeout_seconds)
         torch_distributed.init_process_group(
             _BACKENDS.get(torch_device.type, "gloo"),
-            store=_fresh_store(timeout),
+            store=group_store,
             rank=rank,
             world_size=world_size,
             timeout=timeout,
         )
-    return Distributed(rank, world_size, local_rank, torch_device)
+    return Distributed(
+        rank, world_size, local_rank, torch_device, timeout_seconds, group_store, job_store
+    )
 
 
-def _fresh_store(timeout: timedelta) -> torch_distributed.Store:
-    """torchrun's key-value store, under a prefix of this attempt's own.
+def _job_store(timeout: timedelta) -> torch_distributed.Store:
+    """torchrun's key-value store, without the prefix that some versions of torch put before each attempt."""
+    store, _, _ = next(iter(torch_distributed.rendezvous("env://", timeout=timeout)))
+    while isinstance(store, torch_distributed.PrefixStore):
+        store = store.underlying_store
+    return torch_distributed.PrefixStore("qwen3-thinking-finetuning", store)
+
+
+def _newest_group(
+    store: torch_distributed.Store, rank: int, world_size: int, timeout_seconds: float
+) -> torch_distributed.Store:
+    """The part of the job's store that belongs to the ranks that start now.
 
     A restarted group gets the store of the group before it, with the addresses of ranks that are gone
-    (pytorch#135712): without the prefix it connects to those.
+    (pytorch#135712). Neither may it go by torchrun's restart count, which every node counts for itself:
+    the node whose rank died counts, the others do not. So rank 0 opens a new group, every other rank
+    enters its name, made up now, into the newest group that it finds, and goes in when rank 0 has read
+    that name: in an older group nobody does. Raises RuntimeError when somebody is missing at the timeout.
     """
-    store, _, _ = next(iter(torch_distributed.rendezvous("env://", timeout=timeout)))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    group = os.environ.get("GROUP_WORLD_SIZE", "1")
-    return torch_distributed.PrefixStore(f"attempt-{attempt}-of-{group}-nodes", store)
+    deadline = time.monotonic() + timeout_seconds
+    name = uuid.uuid4().hex
+    if rank == 0:
+        group = store.add("groups", 1)
+        others = [f"group-{group}/{other}" for other in range(1, world_size)]
+        if others:
+            store.wait(others, timedelta(seconds=timeout_seconds))
+        names = b",".join(store.get(other) for other in others)
+        store.set(f"group-{group}/names", names.decode())
+        return torch_distributed.PrefixStore(f"group-{group}", store)
+    while time.monotonic() < deadline:
+        group = store.add("groups", 0)
+        store.set(f"group-{group}/{rank}", name)
+        names = f"group-{group}/names"
+        if store.check([names]) and name in store.get(names).decode():
+            return torch_distributed.PrefixStore(f"group-{group}", store)
+        time.sleep(_POLL_SECONDS)
+    raise RuntimeError(f"rank 0 did not begin a group within {timeout_seconds:g} s")
 
 
 def pick_device(device: str, local_rank: int = 0) -> torch.device:

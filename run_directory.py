@@ -7,6 +7,7 @@
 
 import os
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -166,6 +167,25 @@ def known_run(output_dir: Path, name: str) -> RunDirectory:
     run = RunDirectory(output_dir, name)
     run.tensorboard.mkdir(parents=True, exist_ok=True)
     run.logs.mkdir(parents=True, exist_ok=True)
+    return run
+
+
+def shared_run(output_dir: Path, name: str, patience: float = 60.0) -> RunDirectory:
+    """The run's directory as another process has made it; it may take a network file system a while.
+
+    Raises UserError where it does not appear within `patience` seconds.
+    """
+    run = RunDirectory(output_dir, name)
+    deadline = time.monotonic() + patience
+    while not run.logs.is_dir():
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"output_dir {output_dir.absolute()} on {socket.gethostname()}: not the one that rank 0 "
+                "writes to; several nodes need a file system that they share, for checkpoints above all"
+            )
+        time.sleep(0.2)
+        if run.logs.parent.is_dir():
+            os.listdir(run.logs.parent)  # makes NFS look again
     return run
 
 

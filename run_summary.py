@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -50,6 +50,18 @@ def check_identity(found: Mapping[str, Any], wanted: Mapping[str, Any], path: ob
             f"--resume {path}: {'; '.join(differences)}. Use the settings and data of the run that "
             "wrote it, or start a fresh run without --resume"
         )
+
+
+def check_ranks(identities: Sequence[Mapping[str, Any]]) -> None:
+    """Raise UserError naming what is not the same on all ranks: they would train on different samples."""
+    first = identities[0]
+    for rank, other in enumerate(identities):
+        names = [name for name in first if other[name] != first[name]]
+        if names:
+            raise UserError(
+                f"rank {rank} differs from rank 0 in {', '.join(names)}: give all nodes the same data, "
+                "model and settings"
+            )
 
 
 # -----------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 
 from errors import UserError
 from safe_text import clean_line, write_json
@@ -226,7 +227,9 @@ def _read_large(
     folder = root / "samples" / hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
     found = _load(folder)
     if found is None:
-        _write_parts(chunks, columns, folder, workers, meter)
+        with one_writer(folder):
+            if _load(folder) is None:  # nobody was faster
+                _write_parts(chunks, columns, folder, workers, meter)
         found = _load(folder)
         assert found is not None, f"{folder} was just written"
     meter.add(total - meter.done)
@@ -279,6 +282,21 @@ def _write_parts(
             meter.add((chunk.stop or os.path.getsize(chunk.file.path)) - chunk.start)
         index["fingerprint"] = fingerprint.hexdigest()
         write_json(building / "index.json", index)
+
+
+@contextlib.contextmanager
+def one_writer(folder: Path) -> Iterator[None]:
+    """One process at a time prepares a folder of the cache; the others wait, and then find it there."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{folder}.lock")
+        lock.acquire()
+    except OSError as error:
+        raise UserError(f"can't write the cache {folder}: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager

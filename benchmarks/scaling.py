@@ -18,6 +18,7 @@ import memory_settings  # noqa: F401, I001  before torch
 
 import argparse
 import json
+import math
 import os
 import platform
 import shutil
@@ -26,13 +27,15 @@ import subprocess
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import psutil
 import torch
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import checkpoint
 import distributed
@@ -43,11 +46,12 @@ from embedded_model import train_tokenizer
 from fast_lora import enable_fast_lora
 from optimization import build_optimizer, clip_gradients, forward_backward, update_weights
 from packed_model import PackedLossModel
-from packing import StepPlan
+from packing import StepPlan, build_batch
 from run_plan import Placement, activation_bytes
 from throughput import ModelDims, StepClock, lora_parameters
 
 HIDDEN, LAYERS, VOCAB, ROW = 256, 4, 2048, 1024
+EXPERTS_SMALL = 8
 WORLD, STEPS, WARM_UP = 2, 2, 1  # steps in one half of a pair; pairs that are not counted
 GIB = 2**30
 
@@ -70,14 +74,39 @@ def ddp_reduced(adapters: int) -> int:
     return 4 * adapters
 
 
+def shard_size(shape: Sequence[int], world: int) -> int:
+    """Elements of one rank's shard under FSDP2: it cuts the rows, and all shards are as long as the first."""
+    return math.ceil(shape[0] / world) * math.prod(shape[1:])
+
+
+def padded_size(shape: Sequence[int], world: int) -> int:
+    """Elements of all ranks' shards, which is what is gathered and reduced: 16 rows on 64 ranks are 64."""
+    return world * shard_size(shape, world)
+
+
 def fsdp_gathered(layers: float, root: float, micro_batches: int) -> float:
-    """A step under FSDP2: layers for forward and again for backward, embedding and norm once."""
+    """A step under FSDP2: layers for forward and again for backward, embedding and norm once.
+
+    layers, root: bytes with their padding.
+    """
     return micro_batches * (2 * layers + root)
 
 
 def fsdp_reduced(trained: float, micro_batches: int) -> float:
-    """A step under FSDP2: fp32 gradients after every micro-batch, so that none are held whole."""
+    """A step under FSDP2: fp32 gradients after every micro-batch, so that none are held whole.
+
+    trained: weights with their padding.
+    """
     return 4 * trained * micro_batches
+
+
+def hiding_tokens(sent: float, weights: float, passes: int) -> float:
+    """Tokens from which the arithmetic takes as long as sending, times F / B.
+
+    weights: that a token meets, each with 2 operations in every pass: one forward or backward, one more
+    where it is recomputed first.
+    """
+    return sent / (2 * weights * passes)
 
 
 def checkpoint_size(adapters: int) -> int:
@@ -113,24 +142,48 @@ def make_documents(count: int = 120) -> Documents:
     return made
 
 
-def write_model(folder: Path) -> None:
-    """A Qwen3 with random weights."""
+def write_model(folder: Path, experts: bool = False) -> None:
+    """A Qwen3 with random weights; with experts, a mixture."""
     tokenizer = train_tokenizer(["分组密码SM4的分组长度和密钥长度都是128比特，共32轮。"] * 4)
-    config = Qwen3Config(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        intermediate_size=3 * HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=1,
-        head_dim=64,
-        tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    sizes = {
+        "vocab_size": VOCAB,
+        "hidden_size": HIDDEN,
+        "intermediate_size": 3 * HIDDEN,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     torch.manual_seed(0)
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    if experts:
+        mixture = {
+            "num_experts": EXPERTS_SMALL,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": HIDDEN,
+        }
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **mixture))
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**sizes))
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def load_small(
+    folder: Path, dist: Distributed, mode: str, precision: str, **options: object
+) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """The model with its adapters, and as all ranks train it."""
+    resolved = model_loading.resolve_model(str(folder), dist.device)
+    tokenizer = model_loading.load_tokenizer(resolved)
+    base = model_loading.load_model(
+        resolved, tokenizer, device=dist.device, precision=precision, **options
+    )
+    enable_fast_lora(base)
+    dtype = model_loading.weight_dtype(dist.device, precision)
+    packed = PackedLossModel(base, -1)
+    return base, distributed.parallelize(packed, mode, dist, dtype).train()
 
 
 class Side:
@@ -146,15 +199,7 @@ class Side:
         precision: str = "fp32",
     ) -> None:
         self.dist, self.documents = dist, make_documents()
-        resolved = model_loading.resolve_model(str(folder), dist.device)
-        tokenizer = model_loading.load_tokenizer(resolved)
-        self.base = model_loading.load_model(
-            resolved, tokenizer, device=dist.device, precision=precision
-        )
-        enable_fast_lora(self.base)
-        dtype = model_loading.weight_dtype(dist.device, precision)
-        packed = PackedLossModel(self.base, -1)
-        self.model = distributed.parallelize(packed, mode, dist, dtype).train()
+        self.base, self.model = load_small(folder, dist, mode, precision)
         self.names = {p: n for n, p in self.base.named_parameters() if p.requires_grad}
         self.parameters = list(self.names)
         self.optimizer = build_optimizer(
@@ -306,19 +351,40 @@ def check(folder: Path, dist: Distributed) -> list[Case]:
     cases = []
     for mode, precision in (("ddp", "fp32"), ("fsdp", "fp32"), ("fsdp", "bf16")):
         side = Side(folder, dist, mode, accumulation=2, precision=precision)
-        full = sum(p.nbytes for p in side.base.parameters())  # of all shards
         if mode == "fsdp":
-            local = sum(p.to_local().nbytes for p in side.base.parameters())
-            cases.append(Case(f"fsdp {precision}: weights on a rank", full / WORLD, local))
+            cases.append(weights_on_a_rank(side.base, f"fsdp {precision}", WORLD))
         side.update()  # DDP settles its buckets, AdamW makes its moments
-        cases += traffic(side, f"{mode} {precision}", mode, full)
+        cases += traffic(side, f"{mode} {precision}", mode)
     cases.append(saved(side))
     return cases
 
 
-def traffic(side: Side, name: str, mode: str, full: int) -> list[Case]:
+def weights_on_a_rank(model: torch.nn.Module, name: str, world: int) -> Case:
+    """What this rank holds of a sharded model, padding included."""
+    formula = padded_bytes(model.parameters(), world) / world
+    held = sum(p.to_local().untyped_storage().nbytes() for p in model.parameters())
+    return Case(f"{name}: weights on a rank", formula, held)
+
+
+def padded_bytes(parameters: Iterable[torch.nn.Parameter], world: int) -> int:
+    """Of all ranks' shards."""
+    return sum(p.element_size() * padded_size(p.shape, world) for p in parameters)
+
+
+def gathered_and_reduced(
+    model: torch.nn.Module, world: int, micro_batches: int
+) -> tuple[float, float]:
+    """What the formulas say that a step of a sharded model gathers and reduces."""
+    everything = padded_bytes(model.parameters(), world)
+    layers = sum(padded_bytes(n.parameters(), world) for n in distributed.decoder_layers(model))
+    trained = sum(padded_size(p.shape, world) for p in model.parameters() if p.requires_grad)
+    gathered = fsdp_gathered(layers, everything - layers, micro_batches)
+    return gathered, fsdp_reduced(trained, micro_batches)
+
+
+def traffic(side: Side, name: str, mode: str) -> list[Case]:
     """Sizes of a step's collectives, and bytes on the wire where nobody else is on it."""
-    adapters, dist = side.num_trained, side.dist
+    dist = side.dist
     dist.barrier()
     before = loopback_sent() if alone_on_wire() else 0
     dist.barrier()
@@ -328,14 +394,11 @@ def traffic(side: Side, name: str, mode: str, full: int) -> list[Case]:
     sent = loopback_sent() - before
     sizes = counted.sizes
     if mode == "ddp":
-        reduced = ddp_reduced(adapters)
+        reduced = ddp_reduced(side.num_trained)
         cases = [Case(f"{name}: all-reduce of a step", reduced, sizes["allreduce"])]
         wire = WORLD * ring_all_reduce(reduced, WORLD)
     else:
-        layers = sum(p.nbytes for p in distributed.decoder_layers(side.model)[0].parameters())
-        layers *= LAYERS
-        gathered = fsdp_gathered(layers, full - layers, micro_batches=2)
-        reduced = fsdp_reduced(adapters, micro_batches=2)
+        gathered, reduced = gathered_and_reduced(side.model, WORLD, micro_batches=2)
         cases = [
             Case(f"{name}: all-gather of a step", gathered, sizes["allgather_base"]),
             Case(f"{name}: reduce-scatter", reduced, sizes["reduce_scatter_base"]),
@@ -344,6 +407,45 @@ def traffic(side: Side, name: str, mode: str, full: int) -> list[Case]:
     if alone_on_wire():
         cases.append(Case(f"{name}: on the wire, all ranks", wire, sent))
     return cases
+
+
+def check_many(folder: Path) -> list[Case]:
+    """Sizes given to the collectives of 64 and 1,024 ranks by the last of them; nothing is sent.
+
+    torch's fake group takes every collective and does nothing: no other rank is there, and the values
+    of the gathered weights are arbitrary.
+    """
+    cases = []
+    with tempfile.TemporaryDirectory() as mixture:
+        write_model(Path(mixture), experts=True)
+        for world, path, name, options in (
+            (64, folder, "", {}),
+            (64, folder, ", recomputed", {"gradient_checkpointing": True}),
+            (64, Path(mixture), ", experts", {"target_modules": ATTENTION}),
+            (1024, folder, "", {}),
+        ):
+            group = {"store": FakeStore(), "rank": world - 1, "world_size": world}
+            torch.distributed.init_process_group("fake", **group)
+            dist = Distributed(world - 1, world, 0, torch.device("cpu"))
+            cases += sharded_micro_batch(path, dist, f"{world:,} ranks{name}", options)
+            torch.distributed.destroy_process_group()
+    return cases
+
+
+def sharded_micro_batch(
+    folder: Path, dist: Distributed, name: str, options: dict[str, object]
+) -> list[Case]:
+    """Of bf16 weights with fp32 adapters."""
+    base, model = load_small(folder, dist, "fsdp", "bf16", **options)
+    held = weights_on_a_rank(base, name, dist.world_size)
+    gathered, reduced = gathered_and_reduced(model, dist.world_size, micro_batches=1)
+    with CollectiveBytes() as counted:
+        model(build_batch(make_documents(1), [0]), 100)[0].backward()
+    return [
+        held,
+        Case(f"{name}: all-gather", gathered, counted.sizes["allgather_base"]),
+        Case(f"{name}: reduce-scatter", reduced, counted.sizes["reduce_scatter_base"]),
+    ]
 
 
 def alone_on_wire() -> bool:
@@ -393,13 +495,12 @@ def plan_costs(count: int) -> dict[str, float]:
     }
 
 
-def report_check(cases: list[Case]) -> dict:
+def report_check(cases: list[Case], plans: list[dict[str, float]]) -> dict:
     """The table of formulas, then the plan's costs."""
-    print(f"{'case':36} {'formula':>12} {'measured':>12} {'off by':>8}")
+    print(f"{'case':40} {'formula':>12} {'measured':>12} {'off by':>8}")
     for case in cases:
         off = case.measured / case.formula - 1
-        print(f"{case.name:36} {case.formula:12,.0f} {case.measured:12,.0f} {off:+8.2%}")
-    plans = [plan_costs(count) for count in (10_000, 100_000, 1_000_000)]
+        print(f"{case.name:40} {case.formula:12,.0f} {case.measured:12,.0f} {off:+8.2%}")
     for plan in plans:
         print(
             f"plan of {plan['documents']:>9,} documents: {plan['seconds']:.2f} s CPU, "
@@ -438,25 +539,69 @@ def table() -> None:
             f"{16 * adapters_of(name) / GIB:.2f} GiB | {kept} | {row} | "
             f"{checkpoint_size(adapters_of(name)) / 1e6:,.0f} MB |"
         )
-    print("\n| model | GPUs | DDP: GiB a GPU | FSDP2: GiB a GPU | DDP sends | FSDP2 sends |")
-    print("|---|---|---|---|---|---|")
+    print(
+        "\n| model | GPUs | DDP: GiB a GPU | FSDP2: GiB a GPU | DDP sends | FSDP2 sends | unpadded | "
+        "hides from: forward | backward (recomputed) |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
     for name in MODELS:
         for world in (1, 8, 64, 1024):
             print(world_row(name, world))
 
 
+def layer_shapes(name: str) -> list[tuple[int, ...]]:
+    """Of the base weights of one layer as torch holds them, rows first; norms are left out."""
+    dims = MODELS[name]
+    maps = {n: (rows, columns) for n, (columns, rows) in dims.linear_shapes().items()}
+    if name not in EXPERTS:
+        return list(maps.values())
+    experts, _ = EXPERTS[name]
+    fused = [
+        (experts, 2 * dims.intermediate, dims.hidden),  # gate and up in one
+        (experts, dims.hidden, dims.intermediate),
+        (experts, dims.hidden),  # the router
+    ]
+    return [maps[n] for n in ATTENTION] + fused
+
+
+def adapter_shapes(name: str) -> list[tuple[int, int]]:
+    """Of A and B in one layer: rank 16 on all linear maps; on attention only where experts are."""
+    maps = MODELS[name].linear_shapes()
+    targets = ATTENTION if name in EXPERTS else maps
+    return [s for n in targets for s in ((RANK, maps[n][0]), (maps[n][1], RANK))]
+
+
+def root_shapes(name: str) -> list[tuple[int, int]]:
+    """Of the embedding, and of the head if it is not the same."""
+    dims = MODELS[name]
+    return [(dims.vocab, dims.hidden)] * (1 if name in TIED else 2)
+
+
+def padded_sum(shapes: Iterable[Sequence[int]], world: int) -> int:
+    """Elements of all ranks' shards of these; without padding for one rank."""
+    return sum(padded_size(shape, world) for shape in shapes)
+
+
 def parameters(name: str) -> int:
-    """Weights of the base, norms of the layers left out."""
-    dims, (experts, _) = MODELS[name], EXPERTS.get(name, (1, 1))
-    embedding = dims.vocab * dims.hidden * (1 if name in TIED else 2)
-    mlp = dims.layers * 3 * dims.hidden * dims.intermediate
-    return dims.linear_parameters() + (experts - 1) * mlp + embedding
+    """Weights of the base, norms left out."""
+    layers = MODELS[name].layers * padded_sum(layer_shapes(name), 1)
+    return layers + padded_sum(root_shapes(name), 1)
 
 
 def adapters_of(name: str) -> int:
     """Of rank 16 on all linear maps; on attention only where experts are."""
     targets = ATTENTION if name in EXPERTS else "all-linear"
     return lora_parameters(MODELS[name], RANK, targets)
+
+
+def active_in_layer(name: str) -> int:
+    """Weights of one layer that a token meets."""
+    dims, shapes = MODELS[name], layer_shapes(name)
+    every = padded_sum(shapes, 1)
+    if name not in EXPERTS:
+        return every
+    experts, chosen = EXPERTS[name]
+    return every - (experts - chosen) * 3 * dims.hidden * dims.intermediate
 
 
 def activations(name: str, checkpointing: bool) -> float:
@@ -468,24 +613,64 @@ def activations(name: str, checkpointing: bool) -> float:
     return dims.layers * dims.hidden * 2 + layer
 
 
-def state_bytes(name: str, shards: int) -> float:
-    """Weights in bf16; adapters, their gradients and both moments in fp32."""
-    return (2 * parameters(name) + 16 * adapters_of(name)) / shards
+def state_bytes(name: str, world: int) -> float:
+    """Of one shard. Weights in bf16; adapters, their gradients and both moments in fp32."""
+    base, adapters = (padded_sum(f(name), world) for f in (layer_shapes, adapter_shapes))
+    layers = MODELS[name].layers * (2 * base + 16 * adapters)
+    return (layers + 2 * padded_sum(root_shapes(name), world)) / world
+
+
+def layer_and_root(name: str, world: int) -> tuple[int, int, int]:
+    """Bytes of a gathered layer and of the gathered root, and trained weights of a layer."""
+    adapters = padded_sum(adapter_shapes(name), world)
+    layer = 2 * padded_sum(layer_shapes(name), world) + 4 * adapters
+    return layer, 2 * padded_sum(root_shapes(name), world), adapters
+
+
+def sharded_bytes(name: str, world: int) -> float:
+    """On each GPU, without activations: its shard, the root and two layers in flight."""
+    layer, root, _ = layer_and_root(name, world)
+    return state_bytes(name, world) + root + 2 * layer
+
+
+def sharded_sends(name: str, world: int, padded_for: int) -> float:
+    """By each GPU in a step of one micro-batch; shards padded for so many ranks, 1: not."""
+    layers = MODELS[name].layers
+    layer, root, adapters = layer_and_root(name, padded_for)
+    gathered = fsdp_gathered(layers * layer, root, 1)
+    return ring_all_gather(gathered + fsdp_reduced(layers * adapters, 1), world)
+
+
+def layer_hides_from(name: str, world: int) -> tuple[float, float, float]:
+    """`hiding_tokens` of a layer's forward, of its backward, and of that with recomputation."""
+    layer, _, adapters = layer_and_root(name, world)
+    forward = ring_all_gather(layer, world)
+    backward = forward + ring_all_gather(fsdp_reduced(adapters, 1), world)
+    active = active_in_layer(name)
+    return (
+        hiding_tokens(forward, active, 1),
+        hiding_tokens(backward, active, 1),
+        hiding_tokens(backward, active, 2),
+    )
 
 
 def world_row(name: str, world: int) -> str:
-    """Memory without activations, and bytes that each GPU sends in a step of one micro-batch."""
-    adapters, weights = adapters_of(name), 2 * parameters(name)
-    root = 2 * MODELS[name].vocab * MODELS[name].hidden * (1 if name in TIED else 2)
-    layers = weights - root + 4 * adapters
-    layer = layers / MODELS[name].layers
-    sharded = state_bytes(name, world) + (root + 2 * layer if world > 1 else 0)
-    ddp = ring_all_reduce(ddp_reduced(adapters), world)
-    fsdp = ring_all_gather(fsdp_gathered(layers, root, 1) + fsdp_reduced(adapters, 1), world)
-    return (
-        f"| {name} | {world:,} | {state_bytes(name, 1) / GIB:.1f} | {sharded / GIB:.1f} | "
-        f"{ddp / 1e6:,.0f} MB | {fsdp / 1e9:,.1f} GB |"
-    )
+    """Memory without activations, bytes that each GPU sends in a step of one micro-batch, and from how
+    many tokens that hides, in F / B."""
+    ddp = ring_all_reduce(ddp_reduced(adapters_of(name)), world)
+    row = [name, f"{world:,}", f"{state_bytes(name, 1) / GIB:.1f}"]
+    if world == 1:
+        return "| " + " | ".join([*row, "–", "0 MB", *"––––"]) + " |"
+    forward, backward, recomputed = layer_hides_from(name, world)
+    row += [
+        f"{sharded_bytes(name, world) / GIB:.1f}",
+        f"{ddp / 1e6:,.0f} MB",
+        f"{sharded_sends(name, world, world) / 1e9:,.1f} GB",
+        f"{sharded_sends(name, world, 1) / 1e9:,.1f} GB",
+        f"{forward:.2f}",
+        f"{backward:.2f} ({recomputed:.2f})",
+    ]
+    return "| " + " | ".join(row) + " |"
 
 
 # -----------------------------------------------------------------------------
@@ -537,7 +722,11 @@ def main() -> int:
         found = weak_scaling(arguments.folder, dist, arguments.pairs)
     distributed.leave()
     if dist.is_main:
-        result = report_check(found) if arguments.check else report_scaling(found)
+        if arguments.check:
+            plans = [plan_costs(count) for count in (10_000, 100_000, 1_000_000)]
+            result = report_check(found + check_many(arguments.folder), plans)
+        else:
+            result = report_scaling(found)
         machine = {
             "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, 1 thread a rank",
             "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,

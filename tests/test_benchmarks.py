@@ -1,8 +1,9 @@
 """Every benchmark runs: the shortest form of each, to the end, with its last line read.
 
-    uv run --group bench pytest tests/test_benchmarks.py
+    uv run --group bench pytest tests/test_benchmarks.py -m "long or not long"
 
-The numbers don't matter here; that a benchmark still fits the program does.
+The numbers don't matter here; that a benchmark still fits the program does. Those that take about a
+minute or more are marked `long`, and not among what every change runs.
 """
 
 import importlib.util
@@ -39,6 +40,10 @@ SHORT = [
     ("train_cpu --steps 8 --repeats 1", '"losses_equal": true'),
     ("train_gpu --sides ours --steps 3", '"faults": []'),
 ]
+LONG = {  # programs
+    *("faults_hf_trainer", "injected_faults", "memory", "memory_estimate"),
+    *("signal_cost", "startup", "train_gpu"),
+}
 NEEDS = {"train_cpu": "trl", "logger_cost": "tensorboardX"}  # of the group `bench`
 
 
@@ -50,7 +55,13 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize(("words", "last"), SHORT, ids=[words for words, _ in SHORT])
+def case(words: str, last: str) -> object:
+    """The parameters of one form, marked if it takes long."""
+    is_long = words.split()[0] in LONG or words == "scaling --check"
+    return pytest.param(words, last, id=words, marks=[pytest.mark.long] if is_long else [])
+
+
+@pytest.mark.parametrize(("words", "last"), [case(*form) for form in SHORT])
 def test_a_benchmark_runs_to_its_end(words: str, last: str, folder: Path):
     name, *arguments = words.replace("FOLDER", str(folder)).split()
     if name in NEEDS and importlib.util.find_spec(NEEDS[name]) is None:

@@ -3,6 +3,8 @@
 import json
 import random
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -529,3 +531,21 @@ def test_documents_of_a_mapped_table_do_not_stay_in_memory(tmp_path, qwen3):
     assert seen >= len(tokens.ids)
     assert size > 2**22
     assert resident_file_bytes() - before < size / 4
+
+
+def test_ranks_that_start_together_tokenize_once(tmp_path, monkeypatch):
+    """Each would else do it all, and take away the folder that a faster one is reading."""
+    written, write = [], chat_tokens._write
+    monkeypatch.setattr(
+        chat_tokens, "_write", lambda *a: written.append(1) or time.sleep(0.3) or write(*a)
+    )
+    tokenizer = small_tokenizer(PLAIN_TEMPLATE)
+    some = [Sample(f"问题 {i}", "", "答案") for i in range(40)]
+    with ThreadPoolExecutor(8) as ranks:
+        jobs = [
+            ranks.submit(tokenize_samples, some, tokenizer, 256, workers=1, cache_dir=tmp_path)
+            for _ in range(8)
+        ]
+        tables = [job.result(60) for job in jobs]
+    assert written == [1]
+    assert all(np.array_equal(t.ids, tables[0].ids) for t in tables)

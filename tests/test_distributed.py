@@ -6,10 +6,13 @@ uv run pytest tests/test_distributed.py
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,9 +20,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from distributed import Distributed, parallel_mode, pick_device
+from direct_finetuning_with_existing_modules import DirectTrainer, DirectTrainingConfig
+from distributed import Distributed, _newest_group, parallel_mode, pick_device
 from embedded_model import train_tokenizer
 from errors import UserError
+from run_summary import check_ranks
 from tb_logger import read_metrics
 
 SCRIPT = Path(__file__).parents[1] / "direct_finetuning_with_existing_modules.py"
@@ -95,27 +100,39 @@ def test_two_ranks_resume_on_one_and_on_two(command, one_rank, tmp_path):
 
 
 def test_a_killed_rank_is_restarted_and_nothing_is_lost(command, one_rank, tmp_path):
+    """Two nodes: only the one whose rank dies counts a restart. Without --resume, and still one run."""
     out = tmp_path / "out"
-    launcher = [*TORCHRUN, "--nproc-per-node", "2", "--max-restarts", "2"]
-    batch = ["--gradient-accumulation-steps", "2", "--output-dir", str(out), "--resume", "auto"]
-    group = subprocess.Popen(
-        [*launcher, *command, *batch],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    nodes = ["--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "2"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free.getsockname()[1]}"]
+    batch = ["--gradient-accumulation-steps", "2", "--output-dir", str(out)]
+    agents = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", *nodes, *place),
+                *("--rdzv-conf", f"is_host={int(node == 0)}", "--local-addr", "127.0.0.1"),
+                *(*command, *batch, "--distributed-timeout", "60"),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        for node in (0, 1)
+    ]
     try:
-        victim = _rank_process(group.pid, rank=1, until=lambda: (out / "checkpoints").exists())
+        below = [agent.pid for agent in agents]  # rank 0 belongs to either
+        victim = _rank_process(below, rank=0, until=lambda: (out / "checkpoints").exists())
         os.kill(victim, signal.SIGKILL)
-        said, _ = group.communicate(timeout=240)
+        said = [agent.communicate(timeout=240)[0] for agent in agents]
     finally:
-        if group.poll() is None:
-            os.killpg(group.pid, signal.SIGKILL)
-    assert group.returncode == 0, said[-3000:]
+        for agent in agents:
+            if agent.poll() is None:
+                os.killpg(agent.pid, signal.SIGKILL)
+    assert [agent.returncode for agent in agents] == [0, 0], said[0][-3000:] + said[1][-3000:]
     (logs,) = (out / "training_logs").iterdir()
-    status = json.loads((logs / "status.json").read_text())
-    assert status["status"] == "completed"
+    assert json.loads((logs / "status.json").read_text())["status"] == "completed"
     assert curve(out, "Monitoring/Resume_Count")[-1] == 1, (
         "the kill came too late: nothing was resumed"
     )
@@ -283,6 +300,94 @@ def test_every_rank_has_a_gpu_of_its_own():
     assert pick_device("cuda:1", 0) == torch.device("cuda", 1)
 
 
+def two_ranks(store, timeout: float) -> list[Distributed]:
+    cpu = torch.device("cpu")
+    return [Distributed(rank, 2, rank, cpu, timeout, store, store) for rank in (0, 1)]
+
+
+def test_a_slow_rank_is_waited_for_and_a_silent_one_is_not():
+    """Far beyond the timeout of a collective, as long as it lives."""
+    first, second = two_ranks(torch.distributed.HashStore(), timeout=0.4)
+    order = []
+
+    def work(dist: Distributed, seconds: float) -> None:
+        with dist.patience("data"):
+            time.sleep(seconds)
+            order.append(dist.rank)
+        order.append("together")
+
+    ranks = [threading.Thread(target=work, args=a) for a in ((first, 0.0), (second, 2.0))]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(20)
+    assert order == [0, 1, "together", "together"]
+    begin = time.monotonic()
+    silence = pytest.raises(RuntimeError, match="rank 1 gave no sign of life")
+    with silence, first.patience("statistics"):
+        pass
+    assert time.monotonic() - begin < 10
+
+
+def test_a_rank_that_starts_before_rank_0_does_not_join_the_group_that_is_gone():
+    store, found = torch.distributed.HashStore(), {}
+
+    def join(name: str, rank: int) -> None:
+        group = _newest_group(store, rank, 2, 20.0)
+        group.set(f"from-{rank}", name)
+        found[name] = group.get(f"from-{1 - rank}").decode()
+
+    for attempt, late in (("first", 1), ("second", 0), ("third", 0)):
+        ranks = [
+            threading.Thread(target=join, args=(f"{attempt}-{r}", r)) for r in (1 - late, late)
+        ]
+        ranks[0].start()
+        time.sleep(0.7)  # long enough to enter the newest group there is
+        ranks[1].start()
+        for rank in ranks:
+            rank.join(20)
+        assert found[f"{attempt}-0"] == f"{attempt}-1" and found[f"{attempt}-1"] == f"{attempt}-0"
+
+
+def test_what_rank_0_has_noted_is_known_to_the_next_group():
+    first, second = two_ranks(torch.distributed.HashStore(), timeout=1.0)
+    assert first.noted("run") == ""
+    second.note("run", "of rank 1")
+    assert first.noted("run") == ""
+    first.note("run", "of rank 0")
+    assert first.noted("run") == second.noted("run") == "of rank 0"
+    alone = Distributed(0, 1, 0, torch.device("cpu"))
+    alone.note("run", "x")
+    assert alone.noted("run") == ""
+
+
+def test_ranks_with_other_data_are_refused():
+    same = {"data": "a", "steps": 3}
+    check_ranks([same, dict(same)])
+    with pytest.raises(UserError, match="rank 2 differs from rank 0 in data, steps"):
+        check_ranks([same, same, {"data": "b", "steps": 4}])
+
+
+@pytest.mark.parametrize("wish", ["save", "stop"])
+def test_what_an_alert_of_one_rank_asks_for_is_done_by_all(wish, monkeypatch):
+    """Memory and waiting times are a rank's own."""
+    trainer = DirectTrainer(DirectTrainingConfig(device="cpu"), quiet=True)
+    trainer.record = SimpleNamespace(log=lambda step, metrics: set())
+    monkeypatch.setattr(
+        Distributed, "any", lambda self, save, stop: [wish == "save", wish == "stop"]
+    )
+    assert trainer.log(1, {}) == (wish == "save")
+    assert trainer.outcome == ("stopped" if wish == "stop" else "")
+
+
+def test_shards_take_no_divided_micro_batches():
+    """A checkpoint of replicas may ask for them; ranks would gather weights unequally often."""
+    trainer = DirectTrainer(DirectTrainingConfig(device="cpu"), quiet=True)
+    trainer.state.micro_batch_splits, trainer.parallel, trainer.batch_shape = 2, "fsdp", {}
+    trainer.do_with_less()
+    assert trainer.state.micro_batch_splits == 0
+
+
 def test_a_node_is_the_ranks_up_to_the_next_first_one(monkeypatch):
     """Three nodes of different sizes; every rank finds those beside it."""
     places = [(0, 0), (1, 1), (2, 0), (3, 0), (4, 1), (5, 2)]
@@ -336,14 +441,14 @@ def test_one_rank_has_no_straggler(one_rank):
     assert len(curve(one_rank, "Throughput/Straggler_Percent")) == 0
 
 
-def _rank_process(launcher: int, rank: int, until) -> int:
-    """Process id of a rank below torchrun, once `until()` is true."""
+def _rank_process(launchers: list[int], rank: int, until) -> int:
+    """Process id of a rank below torchrun's agents, once `until()` is true."""
     import psutil
 
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline:
         if until():
-            for child in psutil.Process(launcher).children(recursive=True):
+            for child in [c for p in launchers for c in psutil.Process(p).children(recursive=True)]:
                 if child.is_running() and child.environ().get("RANK") == str(rank):
                     return child.pid
         time.sleep(0.05)

@@ -24,6 +24,7 @@ from run_directory import (
     known_run,
     lock_output,
     new_run,
+    shared_run,
 )
 
 ROOT = Path(run_directory.__file__).parent
@@ -224,3 +225,12 @@ def test_a_disk_that_fails_stops_the_run_with_its_reason(tmp_path: Path):
         (tmp_path / "gone" / "x").write_text("")
     with pytest.raises(ValueError), disk_faults_stop_the_run(tmp_path):
         raise ValueError("another fault is not the disk's")
+
+
+def test_a_node_without_the_common_file_system_is_refused(tmp_path):
+    run = new_run(tmp_path / "rank-0")
+    assert shared_run(tmp_path / "rank-0", run.name) == run
+    (tmp_path / "rank-1").mkdir()
+    with pytest.raises(UserError, match="not the one that rank 0 writes to"):
+        shared_run(tmp_path / "rank-1", run.name, patience=0.3)
+    assert not list((tmp_path / "rank-1").iterdir())
