@@ -123,7 +123,8 @@ def test_a_killed_rank_is_restarted_and_nothing_is_lost(command, one_rank, tmp_p
     ]
     try:
         below = [agent.pid for agent in agents]  # rank 0 belongs to either
-        victim = _rank_process(below, rank=0, until=lambda: (out / "checkpoints").exists())
+        saved = (out / "checkpoints" / "checkpoint-3").exists
+        victim = _rank_process(below, rank=0, until=saved)
         os.kill(victim, signal.SIGKILL)
         said = [agent.communicate(timeout=240)[0] for agent in agents]
     finally:
