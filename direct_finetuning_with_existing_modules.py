@@ -345,9 +345,11 @@ class DirectTrainer:
             )
         if config.compile != "auto":
             return config.compile == "on"
-        # Padding to one shape costs arithmetic; DoRA's layers can't be traced.
-        worth_it = self.plan.constant_efficiency >= MIN_CONSTANT_EFFICIENCY and not config.use_dora
-        return possible and worth_it and compiler_is_there()
+        if (
+            not possible or config.use_dora or not compiler_is_there()
+        ):  # DoRA's layers can't be traced
+            return False
+        return self.plan.constant_efficiency >= MIN_CONSTANT_EFFICIENCY  # padding costs arithmetic
 
     def loop(self) -> None:
         """Step n is the n-th optimizer update; a resumed run starts at a later n."""

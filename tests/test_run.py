@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import optimization
 from checkpoint import load_checkpoint
 from direct_finetuning_with_existing_modules import DirectTrainer, main
+from distributed import Distributed
 from tb_logger import find_metric, read_metrics, read_run, read_texts
 
 SCRIPT = Path(__file__).parents[1] / "direct_finetuning_with_existing_modules.py"
@@ -264,6 +266,30 @@ def test_layers_that_cannot_be_compiled_run_as_they_are(
     losses, reference = losses_of(tmp_path / "out"), losses_of(finished)
     assert losses.keys() == reference.keys()
     assert all(losses[s] == pytest.approx(reference[s], rel=1e-5) for s in losses)
+
+
+@pytest.mark.parametrize(
+    ("settings", "efficiency", "compiler", "compiles"),
+    [
+        ({}, 0.97, True, True),
+        ({}, 0.3, True, False),  # short documents without packing
+        ({}, 0.97, False, False),  # no Triton, or no C compiler
+        ({"use_dora": True}, 0.97, True, False),
+        ({"compile": "on", "use_dora": True}, 0.3, False, True),
+        ({"compile": "off"}, 0.97, True, False),
+    ],
+)
+def test_layers_are_compiled_where_it_can_be_done_and_is_worth_it(
+    monkeypatch, settings, efficiency, compiler, compiles
+):
+    import direct_finetuning_with_existing_modules as program
+
+    monkeypatch.setattr(program, "compiler_is_there", lambda: compiler)
+    monkeypatch.setattr(DirectTrainer, "dtype", torch.bfloat16)
+    trainer = DirectTrainer(program.DirectTrainingConfig(device="cpu", **settings), quiet=True)
+    trainer.dist = Distributed(0, 1, 0, torch.device("cuda"))
+    trainer.plan = SimpleNamespace(constant_efficiency=efficiency)
+    assert trainer.compiles == compiles
 
 
 # -----------------------------------------------------------------------------
