@@ -465,7 +465,8 @@ class DirectTrainer:
                 self.make_room()
             else:
                 self.stop_compiling()
-                self.terminal.warn(f"layers can't be compiled, training goes on without: {broken}")
+                reason = broken or "on another rank"
+                self.terminal.warn(f"layers can't be compiled, training goes on without: {reason}")
             self.optimizer.zero_grad(set_to_none=True)
             # A backward pass that broke off leaves a replica unusable.
             self.parallel_model = distributed.parallelize(self.packed, "ddp", self.dist, self.dtype)
