@@ -40,7 +40,7 @@ from chat_format import (
 from errors import UserError
 from safe_text import clean, clean_line, fenced, write_json
 from sample_forms import strings_of
-from samples import Sample, SampleSet, give_back_pages, in_order, one_writer, written_folder
+from samples import Sample, SampleSet, cached_folder, give_back_pages, in_order
 
 _FORMAT = 2  # of cached tables; raise it when their meaning changes
 _CHUNK = 500  # samples encoded together: more only costs memory
@@ -501,13 +501,13 @@ def tokenize_samples(
     else:
         key = _cache_key(samples, fingerprint, tokenizer, options)
         folder = Path(cache_dir) / "tokens" / key
-        if _loaded(folder) is None:
-            with one_writer(folder):
-                if _loaded(folder) is None:  # nobody was faster
-                    _write(folder, _parts(samples, tokenizer, form, options, workers, progress))
+
+        def write(building: Path) -> None:
+            _write(building, _parts(samples, tokenizer, form, options, workers, progress))
+
+        arrays, ledger = cached_folder(folder, _loaded, write) or _unreadable(folder)
         if progress:
             progress(len(samples), len(samples))
-        arrays, ledger = _loaded(folder) or _unreadable(folder)
     lengths = arrays.pop("lengths")
     offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
     np.cumsum(lengths, out=offsets[1:])
@@ -628,16 +628,15 @@ def _cache_key(
 def _write(folder: Path, parts: Iterator) -> None:
     """Append all parts to raw files, then give them the .npy form; memory holds one part at a time,
     and none of the files is mapped, as what is looked at would count as this process's memory."""
-    with written_folder(folder) as building:
-        ledgers = []
-        for arrays, ledger in parts:
-            ledgers.append(ledger)
-            for name in _DTYPES:
-                with open(building / f"{name}.raw", "ab") as file:
-                    arrays[name].tofile(file)
-        for name, dtype in _DTYPES.items():
-            _as_npy(building, name, dtype)
-        write_json(building / "ledger.json", asdict(_merged(ledgers)))
+    ledgers = []
+    for arrays, ledger in parts:
+        ledgers.append(ledger)
+        for name in _DTYPES:
+            with open(folder / f"{name}.raw", "ab") as file:
+                arrays[name].tofile(file)
+    for name, dtype in _DTYPES.items():
+        _as_npy(folder, name, dtype)
+    write_json(folder / "ledger.json", asdict(_merged(ledgers)))
 
 
 def _as_npy(folder: Path, name: str, dtype: type) -> None:

@@ -112,9 +112,7 @@ from training_data import TrainingData, prepare_data, split_samples
 
 memory_settings.imports_are_done()
 
-MIN_CONSTANT_EFFICIENCY = (
-    0.6  # tokens that are no padding, of what compiled layers would go through
-)
+MIN_CONSTANT_EFFICIENCY = 0.6  # of what compiled layers would go through, what is no padding
 
 
 class DirectTrainer:
@@ -345,9 +343,8 @@ class DirectTrainer:
             )
         if config.compile != "auto":
             return config.compile == "on"
-        if (
-            not possible or config.use_dora or not compiler_is_there()
-        ):  # DoRA's layers can't be traced
+        # DoRA's layers can't be traced.
+        if not possible or config.use_dora or not compiler_is_there():
             return False
         return self.plan.constant_efficiency >= MIN_CONSTANT_EFFICIENCY  # padding costs arithmetic
 
@@ -882,7 +879,9 @@ class DirectTrainer:
         name = dist.broadcast(
             checkpoint.run if checkpoint else dist.is_main and new_run(output_dir).name
         )
-        self.run: RunDirectory = (known_run if dist.is_main else shared_run)(output_dir, name)
+        self.run: RunDirectory = (
+            known_run(output_dir, name) if dist.is_main else shared_run(output_dir, name)
+        )
         dist.note("run", name)
         self.terminal.open_log(self.run.logs / "training.log")
         self.start_convergence()

@@ -63,11 +63,8 @@ class Distributed:
 
     def gather_on_node(self, value: object) -> tuple:
         """One picklable value of every rank of this node, in rank order, on every rank."""
-        everyone = self.gather((self.local_rank, value))
-        first = self.rank - self.local_rank
-        size = next((i for i, (r, _) in enumerate(everyone[first + 1 :]) if r == 0), None)
-        last = None if size is None else first + 1 + size
-        return tuple(value for _, value in everyone[first:last])
+        node = self.rank - self.local_rank  # the number of its first rank
+        return tuple(v for other, v in self.gather((node, value)) if other == node)
 
     def broadcast(self, value: object) -> object:
         """Rank 0's value on every rank."""
@@ -142,9 +139,7 @@ def init_distributed(device: str = "auto", timeout_seconds: float = 600.0) -> Di
     rank = int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     torch_device = pick_device(device, local_rank)
-    if (
-        torch_device.type == "cuda"
-    ):  # streams, events and questions without a device are about this one
+    if torch_device.type == "cuda":  # what is asked without a device is about this one
         torch.cuda.set_device(torch_device)
     job_store = group_store = None
     if world_size > 1 or torch_distributed.is_torchelastic_launched():

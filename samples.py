@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from filelock import FileLock
@@ -53,6 +54,8 @@ __all__ = [
     "ArrowSamples", "BrokenSample", "Remark", "Sample", "SampleSet", "read_samples",
     "split_thinking", "weighted_indices",
 ]  # fmt: skip
+
+T = TypeVar("T")
 
 LARGE_DATA = 4 * 2**20
 """Bytes of input from which on samples live in Arrow files and are read in parallel."""
@@ -225,13 +228,10 @@ def _read_large(
     key = json.dumps([_FORMAT, hashes, columns], sort_keys=True, ensure_ascii=True)
     root = Path(cache_dir) if cache_dir else temporary_folder()
     folder = root / "samples" / hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
-    found = _load(folder)
-    if found is None:
-        with one_writer(folder):
-            if _load(folder) is None:  # nobody was faster
-                _write_parts(chunks, columns, folder, workers, meter)
-        found = _load(folder)
-        assert found is not None, f"{folder} was just written"
+    found = cached_folder(
+        folder, _load, lambda building: _write_parts(chunks, columns, building, workers, meter)
+    )
+    assert found is not None, f"{folder} was just written"
     meter.add(total - meter.done)
     return found
 
@@ -256,75 +256,66 @@ def temporary_folder() -> Path:
 def _write_parts(
     chunks: list[Chunk],
     columns: dict[str, str] | None,
-    folder: Path,
+    building: Path,
     workers: int,
     meter: _Meter,
 ) -> None:
-    """One Arrow file per chunk, then the index; the folder appears under its name when complete."""
-    with written_folder(folder) as building:
-        jobs = [(chunk, columns, str(building / _part(i))) for i, chunk in enumerate(chunks)]
-        if workers > 1 and len(jobs) > 1:
-            written = in_order(_write_part, jobs, workers)
-        else:
-            written = (_write_part(*job) for job in jobs)
-        index = {
-            "parts": len(chunks),
-            "samples_per_file": dict.fromkeys((chunk.file.source for chunk in chunks), 0),
-            "broken": [],
-            "remarks": [],
-        }
-        fingerprint = hashlib.blake2b(digest_size=16)
-        for chunk, (ids, broken, remarks) in zip(chunks, written, strict=True):
-            fingerprint.update(ids)
-            index["samples_per_file"][chunk.file.source] += len(ids) // 8
-            index["broken"] += broken
-            index["remarks"] += remarks
-            meter.add((chunk.stop or os.path.getsize(chunk.file.path)) - chunk.start)
-        index["fingerprint"] = fingerprint.hexdigest()
-        write_json(building / "index.json", index)
+    """One Arrow file per chunk, then the index."""
+    jobs = [(chunk, columns, str(building / _part(i))) for i, chunk in enumerate(chunks)]
+    if workers > 1 and len(jobs) > 1:
+        written = in_order(_write_part, jobs, workers)
+    else:
+        written = (_write_part(*job) for job in jobs)
+    index = {
+        "parts": len(chunks),
+        "samples_per_file": dict.fromkeys((chunk.file.source for chunk in chunks), 0),
+        "broken": [],
+        "remarks": [],
+    }
+    fingerprint = hashlib.blake2b(digest_size=16)
+    for chunk, (ids, broken, remarks) in zip(chunks, written, strict=True):
+        fingerprint.update(ids)
+        index["samples_per_file"][chunk.file.source] += len(ids) // 8
+        index["broken"] += broken
+        index["remarks"] += remarks
+        meter.add((chunk.stop or os.path.getsize(chunk.file.path)) - chunk.start)
+    index["fingerprint"] = fingerprint.hexdigest()
+    write_json(building / "index.json", index)
 
 
-@contextlib.contextmanager
-def one_writer(folder: Path) -> Iterator[None]:
-    """One process at a time prepares a folder of the cache; the others wait, and then find it there."""
+def cached_folder(
+    folder: Path, load: Callable[[Path], T | None], write: Callable[[Path], None]
+) -> T | None:
+    """What `load` finds in a folder of the cache, which `write` fills if it finds nothing.
+
+    One process at a time writes; others that want the same wait, and find it there. The folder appears
+    under its name when all is written, or never. None if `load` finds nothing even then. Raises UserError
+    if the cache can't be written.
+    """
+    found = load(folder)
+    if found is not None:
+        return found
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(f"{folder}.lock")
-        lock.acquire()
+        with FileLock(f"{folder}.lock"):
+            found = load(folder)
+            if found is None:
+                _write_whole(folder, write)
+                found = load(folder)
     except OSError as error:
         raise UserError(f"can't write the cache {folder}: {error.strerror or error}") from error
+    return found
+
+
+def _write_whole(folder: Path, write: Callable[[Path], None]) -> None:
+    building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
     try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextlib.contextmanager
-def written_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into that appears under its name when all is written, or never."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
-        try:
-            yield building
-            shutil.rmtree(folder, ignore_errors=True)  # a damaged one
-            if not _renamed(building, folder):
-                shutil.rmtree(building)  # a process beside this one was faster, with the same
-        except BaseException:
-            shutil.rmtree(building, ignore_errors=True)
-            raise
-    except OSError as error:
-        raise UserError(f"can't write the cache {folder}: {error.strerror or error}") from error
-
-
-def _renamed(building: Path, folder: Path) -> bool:
-    try:
+        write(building)
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
         os.replace(building, folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
-        return False
-    return True
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
 
 
 def in_order(

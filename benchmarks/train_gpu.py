@@ -6,11 +6,11 @@
 
 Random weights in bf16, LoRA r = 16 on all linear layers with fp32 masters, random documents whose
 first quarter is the prompt, AdamW, clipping at 1. Rows of 8,192 tokens, or 4,096 on a GPU below
-100 GiB, one per update: what peers can hold that pad (about 1.6 times the tokens, 146 KiB a token and
-layer); ours alone takes `--row-tokens 16384` on 80 GiB. Every step is a real one: plan, batch,
-forward, backward, clip, update. Each side runs in a process of its own, so peaks and out-of-memory
-errors are its own; `--repeats` lets the sides take turns. Without CUDA a small model runs end to end
-in fp32, which tests this script and measures nothing.
+100 GiB, one per update: what, by the estimate, sides can hold that pad (about 1.6 times the tokens,
+146 KiB a token and layer); ours alone should fit 80 GiB with `--row-tokens 16384`. Every step is a
+real one: plan, batch, forward, backward, clip, update. Each side runs in a process of its own, so
+peaks and out-of-memory errors are its own; `--repeats` lets the sides take turns. Without CUDA a
+small model runs end to end in fp32, which tests this script and measures nothing.
 
 tokens/s counts real tokens (no padding) after the warm-up. MFU is model FLOPs (`training_flops`: no
 recomputation, causal attention, head on labelled rows) per second over the rate of plain matrix

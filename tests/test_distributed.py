@@ -389,17 +389,32 @@ def test_shards_take_no_divided_micro_batches():
     assert trainer.state.micro_batch_splits == 0
 
 
-def test_a_node_is_the_ranks_up_to_the_next_first_one(monkeypatch):
+def test_a_node_is_the_ranks_with_one_first_rank(monkeypatch):
     """Three nodes of different sizes; every rank finds those beside it."""
-    places = [(0, 0), (1, 1), (2, 0), (3, 0), (4, 1), (5, 2)]
-    everyone = [(local, f"gpu-{rank}") for rank, local in places]
-    monkeypatch.setattr(Distributed, "gather", lambda self, value: everyone)
-    found = [
-        Distributed(rank, 6, local, torch.device("cpu")).gather_on_node(f"gpu-{rank}")
-        for rank, local in places
+    ranks = [
+        Distributed(r, 6, local, torch.device("cpu")) for r, local in enumerate((0, 1, 0, 0, 1, 2))
     ]
+    everyone = []
+    monkeypatch.setattr(
+        Distributed, "gather", lambda self, value: everyone.append(value) or everyone
+    )
+    for rank in ranks:
+        rank.gather_on_node(f"gpu-{rank.rank}")
+    monkeypatch.setattr(Distributed, "gather", lambda self, value: everyone)
+    found = [rank.gather_on_node("not used: what was gathered is told above") for rank in ranks]
     first, last = ("gpu-0", "gpu-1"), ("gpu-3", "gpu-4", "gpu-5")
     assert found == [first, first, ("gpu-2",), last, last, last]
+
+
+@pytest.mark.parametrize("elsewhere", ["", "the GPU has 3.0 GiB free"])
+def test_all_ranks_take_the_embedded_model_if_one_must(elsewhere, tiny_model, monkeypatch):
+    trainer = DirectTrainer(
+        DirectTrainingConfig(device="cpu", model_name=str(tiny_model)), quiet=True
+    )
+    monkeypatch.setattr(Distributed, "gather", lambda self, reason: [reason, elsewhere])
+    found = trainer.find_model()
+    assert found.embedded == bool(elsewhere)
+    assert found.reason == (elsewhere or "local folder")
 
 
 def test_replicas_of_weights_trained_in_bf16_are_refused():

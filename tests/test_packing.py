@@ -180,6 +180,15 @@ def test_the_constant_shape_is_no_larger_than_the_fullest_rows(longest, rows, pa
             assert batch.cu_seqlens.shape == (plan.constant_shape["pad_documents"] + 1,)
 
 
+def test_tokens_of_very_many_rows_are_counted_part_by_part():
+    lengths = random_lengths(150_000)  # more than two parts of 2^16 rows
+    plan = make_plan(lengths, packing=False)
+    assert (plan._rows.tokens(lengths) == lengths).all()
+    packed = make_plan(lengths)
+    expected = [lengths[packed._rows[r]].sum() for r in range(packed.num_rows)]
+    assert (packed._rows.tokens(lengths) == expected).all()
+
+
 def test_halves_keep_the_order_and_all_documents():
     lengths = np.array([100, 10, 10, 10, 70])
     first, second = split_micro_batch((0, 1, 2, 3, 4), lengths)

@@ -78,7 +78,7 @@ def bf16_model(config: PretrainedConfig, *, lora_r: int, recompute: bool) -> tor
     with torch.device("meta"):
         model = Qwen3ForCausalLM(config).to(torch.bfloat16)
         if recompute:
-            model_loading._recompute_activations(model)
+            model_loading.recompute_activations(model)
         if not lora_r:
             return model
         adapters = LoraConfig(
