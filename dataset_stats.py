@@ -23,11 +23,9 @@ import dataset_report
 from command_line import exit_code
 from errors import UserError
 from near_duplicates import (
-    Texts,
+    SampleClusters,
     jaccard,
-    near_duplicate_clusters,
     pair_text,
-    question_text,
     smallest_of_equal,
 )
 from safe_text import atomic_write_text, clean_line, strict
@@ -338,8 +336,10 @@ def compute_statistics(
     max_seq_length: int | None = None,
     workers: int = 1,
     broken: Sequence[BrokenSample] = (),
+    clusters: SampleClusters | None = None,
 ) -> DatasetStatistics:
     """Statistics of all `samples`; those with an index in `held_out` are checked for leaks.
+    `clusters` are theirs, where they have been looked for already.
 
     With `tokens`, lengths in tokens are exact, otherwise they are estimated and kept out of
     `scalars`. The result does not depend on the order of the samples or on `workers`.
@@ -350,7 +350,7 @@ def compute_statistics(
     facts = Facts()
     for part in observed(samples, workers):
         facts.merge(part)
-    duplicates = _find_duplicates(samples, facts, held_out)
+    duplicates = _find_duplicates(samples, facts, held_out, clusters or SampleClusters(samples))
     facts.question_keys = facts.answer_keys = []  # the statistics live as long as a run
     return DatasetStatistics(
         facts=facts,
@@ -397,18 +397,20 @@ def _tally_of(values: np.ndarray) -> Tally:
 
 
 def _find_duplicates(
-    samples: Sequence[Sample], facts: Facts, held_out: Sequence[int] | np.ndarray | None
+    samples: Sequence[Sample],
+    facts: Facts,
+    held_out: Sequence[int] | np.ndarray | None,
+    clusters: SampleClusters,
 ) -> Duplicates:
     questions, pairs = np.concatenate(facts.question_keys), np.concatenate(facts.answer_keys)
     pairs *= np.uint64(0x9E3779B97F4A7C15)
     pairs ^= questions
     groups = smallest_of_equal(pairs)
-    clusters = near_duplicate_clusters(Texts(samples, pair_text))
-    distinct, near_groups = _count(groups), _count(clusters)
+    distinct, near_groups = _count(groups), _count(clusters.pairs)
     conflicts = _conflicting(questions, groups)
     findings = {
         "exact_duplicates": _repeats(samples, groups, "same question and answer as"),
-        "near_duplicates": _near_repeats(samples, clusters, groups),
+        "near_duplicates": _near_repeats(samples, clusters.pairs, groups),
         "conflicting_answers": _conflict_findings(samples, conflicts),
     }
     leaks = None
@@ -492,18 +494,17 @@ def _conflict_findings(samples: Sequence[Sample], conflicts: list[np.ndarray]) -
 
 
 def _leaks(
-    samples: Sequence[Sample], pair_clusters: np.ndarray, held_out: np.ndarray
+    samples: Sequence[Sample], clusters: SampleClusters, held_out: np.ndarray
 ) -> tuple[int, list[Finding]]:
     """Held-out samples whose question, or question with answer, (nearly) stands in training."""
     is_train = np.ones(len(samples), bool)
     is_train[held_out] = False
     train, held_out = np.flatnonzero(is_train), np.flatnonzero(~is_train)
-    question_clusters = near_duplicate_clusters(Texts(samples, question_text))
     leaking: dict[int, int] = {}  # held-out index: a training index
-    for clusters in (question_clusters, pair_clusters):
+    for labels in (clusters.questions, clusters.pairs):
         first = np.full(len(samples), len(samples))  # training sample of each cluster
-        np.minimum.at(first, clusters[train], train)
-        partners = first[clusters[held_out]]
+        np.minimum.at(first, labels[train], train)
+        partners = first[labels[held_out]]
         for index, partner in zip(held_out.tolist(), partners.tolist(), strict=True):
             if partner < len(samples):
                 leaking.setdefault(index, partner)
@@ -580,8 +581,7 @@ class _Both(Sequence):
 def find_leaks(first: Sequence[Sample], second: Sequence[Sample]) -> tuple[int, list[Finding]]:
     """How many samples of `second` (nearly) repeat one of `first`, and which, the first `LISTED`."""
     both = _Both(first, second)
-    clusters = near_duplicate_clusters(Texts(both, pair_text))
-    return _leaks(both, clusters, np.arange(len(first), len(both)))
+    return _leaks(both, SampleClusters(both), np.arange(len(first), len(both)))
 
 
 def main(

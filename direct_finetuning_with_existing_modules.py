@@ -312,6 +312,7 @@ class DirectTrainer:
             shape,
             placement,
             device=dist.device,
+            free=run_plan.free_memory(dist.device, dist.local_world_size),
             dtype=dtype,
             plan=plan,
             lengths=train.tokens.lengths[plan.documents],

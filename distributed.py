@@ -33,6 +33,7 @@ class Distributed:
     local_rank: int
     device: torch.device
     timeout_seconds: float = 600.0
+    local_world_size: int = 1  # ranks on this node
     group_store: torch_distributed.Store | None = None  # this group's
     job_store: torch_distributed.Store | None = None  # of all groups that torchrun's restarts make
 
@@ -138,6 +139,7 @@ def init_distributed(device: str = "auto", timeout_seconds: float = 600.0) -> Di
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch_device = pick_device(device, local_rank)
     if torch_device.type == "cuda":  # what is asked without a device is about this one
         torch.cuda.set_device(torch_device)
@@ -154,7 +156,14 @@ def init_distributed(device: str = "auto", timeout_seconds: float = 600.0) -> Di
             timeout=timeout,
         )
     return Distributed(
-        rank, world_size, local_rank, torch_device, timeout_seconds, group_store, job_store
+        rank,
+        world_size,
+        local_rank,
+        torch_device,
+        timeout_seconds=timeout_seconds,
+        local_world_size=local_world_size,
+        group_store=group_store,
+        job_store=job_store,
     )
 
 

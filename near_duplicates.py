@@ -11,13 +11,15 @@ import itertools
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
 from character_grams import gram_hashes, normalized
 from errors import UserError
-from samples import Sample
+from samples import Sample, cached_folder
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 SHINGLE = 5  # characters
 EXACT_LIMIT = 10_000  # distinct texts up to which every pair above the threshold is found
+_FORMAT = 1  # of cached labels; raise it when what is near changes
+_LABELS = "labels.npy"
 _NUM_PERM = 125  # MinHash values per text
 _WINDOW = 8  # neighbours compared within a bucket of equal MinHash bands
 _CHUNK = 500  # texts whose shingles are in memory together
@@ -99,6 +103,52 @@ def near_duplicate_clusters(
     else:
         labels = _join_minhash(texts, first, keys[first], threshold)
     return first[smallest_of_equal(labels)][np.searchsorted(first, same)]
+
+
+class SampleClusters:
+    """Which samples say nearly the same: labels (n,) as of `near_duplicate_clusters`, each search made
+    when it is first asked for, and kept in the cache of data that has one."""
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        fingerprint: str | None = None,
+        cache_dir: Path | None = None,
+    ) -> None:
+        self._samples = samples
+        self._folder = None
+        if fingerprint and cache_dir:
+            self._folder = Path(cache_dir) / "near_duplicates" / f"{fingerprint}-{_FORMAT}"
+
+    @cached_property
+    def questions(self) -> np.ndarray:
+        """Of near-equal questions."""
+        return self._labels("questions", question_text)
+
+    @cached_property
+    def pairs(self) -> np.ndarray:
+        """Of near-equal questions with answers."""
+        return self._labels("pairs", pair_text)
+
+    def _labels(self, name: str, text: Callable[[Sample], str]) -> np.ndarray:
+        texts = Texts(self._samples, text)
+        if self._folder is None:
+            return near_duplicate_clusters(texts)
+
+        def write(building: Path) -> None:
+            np.save(building / _LABELS, near_duplicate_clusters(texts))
+
+        labels = cached_folder(self._folder / name, _load_labels, write)
+        assert labels is not None, f"{self._folder / name} was just written"
+        return labels
+
+
+def _load_labels(folder: Path) -> np.ndarray | None:
+    """Mapped, so that the processes of a machine share it; None where it is not there or damaged."""
+    try:
+        return np.load(folder / _LABELS, mmap_mode="r")
+    except (OSError, ValueError):
+        return None
 
 
 def _is_first(same: np.ndarray) -> np.ndarray:
@@ -351,7 +401,9 @@ def _joined(labels: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarr
     return renamed[labels]
 
 
-def split_held_out(samples: Sequence[Sample], fraction: float) -> tuple[np.ndarray, np.ndarray]:
+def split_held_out(
+    samples: Sequence[Sample], fraction: float, clusters: SampleClusters | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """(train, held-out) indices, both int64 and ascending, such that no near duplicate crosses.
 
     A cluster (near-equal questions, or near-equal question and answer) is held out when the hash of
@@ -365,8 +417,9 @@ def split_held_out(samples: Sequence[Sample], fraction: float) -> tuple[np.ndarr
     everything = np.arange(len(samples), dtype=np.int64)
     if fraction == 0 or len(samples) == 0:
         return everything, everything[:0]
-    clusters = _split_clusters(samples)
-    _, compact, sizes = np.unique(clusters, return_inverse=True, return_counts=True)
+    clusters = clusters or SampleClusters(samples)
+    joined = _joined(clusters.questions, np.arange(len(samples)), clusters.pairs)
+    _, compact, sizes = np.unique(joined, return_inverse=True, return_counts=True)
     position = _cluster_positions(samples, compact, len(sizes))
     eligible = sizes <= max(fraction, 0.25) * len(samples)
     held_out = eligible & (position < fraction)
@@ -376,13 +429,6 @@ def split_held_out(samples: Sequence[Sample], fraction: float) -> tuple[np.ndarr
     if not held_out.any() and len(samples) >= 10:
         held_out[_fallback_cluster(position, sizes, eligible)] = True
     return everything[~held_out[compact]], everything[held_out[compact]]
-
-
-def _split_clusters(samples: Sequence[Sample]) -> np.ndarray:
-    """Label per sample: joined when the questions or the question-answer pairs are near."""
-    by_question = near_duplicate_clusters(Texts(samples, question_text))
-    by_pair = near_duplicate_clusters(Texts(samples, pair_text))
-    return _joined(by_question, np.arange(len(samples)), by_pair)
 
 
 def _cluster_positions(samples: Sequence[Sample], compact: np.ndarray, count: int) -> np.ndarray:

@@ -266,11 +266,12 @@ def _workspace_bytes(shape: ModelShape, placement: Placement, tokens: int) -> in
     return tokens * size * (3 * dims.intermediate + 4 * dims.hidden) + casts
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that this process can still take: of the GPU, else of the host and its container."""
+def free_memory(device: torch.device, ranks: int = 1) -> int:
+    """Bytes that this process can still take: of its GPU, else of the host and its container, which it
+    shares with the other `ranks` there."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return min([psutil.virtual_memory().available, *_container_room()])
+    return min([psutil.virtual_memory().available, *_container_room()]) // ranks
 
 
 def _container_room() -> list[int]:
@@ -492,6 +493,7 @@ def forecast(
     placement: Placement,
     *,
     device: torch.device,
+    free: int,
     dtype: torch.dtype,
     plan: StepPlan,
     lengths: Sequence[int],
@@ -508,11 +510,10 @@ def forecast(
     """Everything about a run that is planned but not begun.
 
     lengths: (m,) tokens of the planned documents, one entry for each time in an epoch. num_targets:
-    their supervised tokens. gradient_checkpointing: on, off, or auto, which turns it on where the
-    estimate without it does not fit into the free memory. Raises no error for what does not fit.
+    their supervised tokens. free: bytes of memory. gradient_checkpointing: on, off, or auto, which
+    turns it on where the estimate without it does not fit. Raises no error for what does not fit.
     """
     row = _row_tokens(plan, placement, lengths)
-    free = free_memory(device)
 
     def total(rows: int, checkpointing: bool) -> float:
         return estimate_memory(shape, placement, rows * row, checkpointing=checkpointing).total

@@ -146,7 +146,7 @@ class DirectTrainingConfig:
     workers: int = 0
     """Processes that read and tokenize large data; 0: one per core."""
     cache_dir: str = ""
-    """Tokenized data and the embedded model; empty: ~/.cache/qwen3_thinking_finetuning."""
+    """Data as read and tokenized, and the embedded model; empty: ~/.cache/qwen3_thinking_finetuning."""
 
     def __post_init__(self) -> None:
         faults = [text for bad, text in self._faults() if bad]

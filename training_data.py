@@ -12,7 +12,7 @@ from chat_tokens import TokenizedSamples, tokenize_samples
 from crypto_terms import categories, find_terms, load_terms
 from dataset_stats import DatasetStatistics, compute_statistics
 from errors import UserError
-from near_duplicates import split_held_out
+from near_duplicates import SampleClusters, split_held_out
 from safe_text import atomic_write_text, clean_line, strict, write_json
 from sample_facts import difficulty
 from samples import BrokenSample, Sample, SampleSet, read_samples, weighted_indices
@@ -29,6 +29,7 @@ class Split:
     train: np.ndarray  # (n,) indices; a weighted source may appear several times
     held_out: np.ndarray  # (m,) indices, empty when the held-out data are files of their own
     eval_read: SampleSet | None  # held-out files of the user's
+    clusters: SampleClusters  # of all samples: for the split, and for the statistics after it
 
     def training_texts(self, at_most: int = 20_000) -> list[str]:
         """Plain text of the distinct training samples, of many evenly spaced ones, for the
@@ -83,6 +84,7 @@ class TrainingData:
             max_seq_length=self.max_seq_length,
             workers=self.workers,
             broken=read.broken,
+            clusters=self.split.clusters,
         )
 
     def write_reports(self, logs: Path) -> None:
@@ -115,17 +117,18 @@ def split_samples(
     read = read_samples(data_path, **options)
     check_broken(read, max_broken_fraction)
     eval_read = read_samples(eval_path, **options) if eval_path else None
+    clusters = SampleClusters(read.samples, read.fingerprint, cache_dir)
     everything = np.arange(len(read.samples))
     if eval_read is not None or not eval_fraction:
         train, held_out = everything, everything[:0]
     else:
-        train, held_out = split_held_out(read.samples, eval_fraction)
+        train, held_out = split_held_out(read.samples, eval_fraction, clusters)
     if data_weights:
         weights = dict(zip(data_path, data_weights, strict=True))
         train = weighted_indices(read.samples, train, weights, seed)
     if not len(train):
         raise UserError(f"data_path {', '.join(data_path)}: no sample is left for training")
-    return Split(read, train, held_out, eval_read)
+    return Split(read, train, held_out, eval_read, clusters)
 
 
 def check_broken(read: SampleSet, max_fraction: float) -> None:

@@ -369,7 +369,8 @@ def test_search_for_duplicates_takes_few_bytes_a_sample(monkeypatch):
     facts = Facts(question_keys=[keys], answer_keys=[keys.copy()])
     tracemalloc.start()
     try:
-        found = dataset_stats._find_duplicates(made, facts, range(0, count, 10))
+        clusters = near_duplicates.SampleClusters(made)
+        found = dataset_stats._find_duplicates(made, facts, range(0, count, 10), clusters)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

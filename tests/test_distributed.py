@@ -247,7 +247,7 @@ def test_auto_shards_what_does_not_fit(command, tmp_path):
         f"import sys\nsys.path.insert(0, {str(SCRIPT.parent)!r})\n"
         "import direct_finetuning_with_existing_modules as program\n"
         "import run_plan\n"
-        "run_plan.free_memory = lambda device: 2**20\n"
+        "run_plan.free_memory = lambda *_: 2**20\n"
         "sys.exit(program.main())\n"
     )
     few = ["--max-steps", "1", "--eval-steps", "0"]
@@ -303,7 +303,7 @@ def test_every_rank_has_a_gpu_of_its_own():
 
 def two_ranks(store, timeout: float) -> list[Distributed]:
     cpu = torch.device("cpu")
-    return [Distributed(rank, 2, rank, cpu, timeout, store, store) for rank in (0, 1)]
+    return [Distributed(rank, 2, rank, cpu, timeout, 2, store, store) for rank in (0, 1)]
 
 
 def test_a_slow_rank_is_waited_for_and_a_silent_one_is_not():

@@ -179,6 +179,9 @@ def test_the_largest_batch_fits_and_one_more_does_not():
 def test_a_container_leaves_less_than_the_host(monkeypatch):
     monkeypatch.setattr(run_plan, "_container_room", lambda: [12345])
     assert run_plan.free_memory(torch.device("cpu")) == 12345
+    assert run_plan.free_memory(torch.device("cpu"), ranks=3) == 4115, (
+        "the ranks of a host share it"
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -190,6 +193,7 @@ def forecast(shape, tmp_path: Path, **changes) -> run_plan.RunForecast:
     plan = StepPlan(lengths, lengths // 2, row_tokens=2048, num_epochs=2)
     options = {
         "device": torch.device("cpu"),
+        "free": 8 * GIB,
         "dtype": torch.float32,
         "plan": plan,
         "lengths": lengths,
@@ -217,12 +221,10 @@ def test_checkpointing_is_turned_on_where_memory_is_short(qwen3_4b, tmp_path, mo
         (9.0 * needed[False].total, "on", True),
     ]
     for free, setting, expected in cases:
-        monkeypatch.setattr(run_plan, "free_memory", lambda device, free=free: int(free))
-        result = forecast(qwen3_4b, tmp_path, gradient_checkpointing=setting)
+        result = forecast(qwen3_4b, tmp_path, free=int(free), gradient_checkpointing=setting)
         assert result.checkpointing is expected, (free, setting)
         assert result.largest_batches[True] >= result.largest_batches[False]
-    monkeypatch.setattr(run_plan, "free_memory", lambda device: GIB)
-    texts = dict(forecast(qwen3_4b, tmp_path).rows())
+    texts = dict(forecast(qwen3_4b, tmp_path, free=GIB).rows())
     assert "does not fit" in texts["memory with checkpointing"]
     assert texts["largest batch_size that fits"].startswith("none")
 

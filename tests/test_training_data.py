@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from qwen3_tokenizer import qwen3_tokenizer
 
+import near_duplicates
 import samples
 from sample_facts import difficulty
 from training_data import TrainingData, prepare_data, split_samples
@@ -62,3 +63,29 @@ def test_the_demonstration_model_learns_from_a_bounded_number_of_texts(tmp_path)
     assert len(texts) == 30
     some = split.training_texts(at_most=7)
     assert some == [texts[i] for i in np.linspace(0, 29, 7).astype(int)]
+
+
+def test_near_duplicates_are_looked_for_once(tmp_path, monkeypatch, qwen3):
+    """For the split and the statistics together, and not again in another process with the cache."""
+    searches, search = [], near_duplicates.near_duplicate_clusters
+
+    def counted(texts):
+        searches.append(len(texts))
+        return search(texts)
+
+    monkeypatch.setattr(near_duplicates, "near_duplicate_clusters", counted)
+    path, cache = write(tmp_path / "a.jsonl", 30, "SM4"), tmp_path / "cache"
+
+    def outcome() -> tuple[list[int], dict]:
+        split = split_samples([path], eval_fraction=0.2, cache_dir=cache)
+        data = prepare_data(split, qwen3, 120, workers=1, cache_dir=cache)
+        return split.held_out.tolist(), data.statistics.to_json()
+
+    first = outcome()
+    assert searches == [30, 30], "questions, and questions with answers"
+    assert outcome() == first and searches == [30, 30]
+    (labels,) = cache.glob("near_duplicates/*/pairs/labels.npy")
+    labels.write_bytes(labels.read_bytes()[:-10])
+    assert outcome() == first and searches == [30, 30, 30], "what is damaged is made anew"
+    write(tmp_path / "a.jsonl", 31, "SM4")
+    assert outcome() != first and searches[3:] == [31, 31]
