@@ -33,6 +33,7 @@ _LABELS = "labels.npy"
 _NUM_PERM = 125  # MinHash values per text
 _WINDOW = 8  # neighbours compared within a bucket of equal MinHash bands
 _CHUNK = 500  # texts whose shingles are in memory together
+_SHORT = 256  # shingles of a text up to which they wait in a file
 _HASH_SEED = np.uint64(0x9E3779B97F4A7C15)
 _HASH_STEP = np.uint64(0xD6E8FEB86659FD93)
 
@@ -249,14 +250,15 @@ def _join_minhash(
     """Component label per chosen text: pairs with one equal MinHash band, verified exactly.
 
     Within a bucket a text meets its next `_WINDOW` neighbours only; larger buckets are joined
-    through chains. The MinHash values wait in a temporary file; of the bands one at a time, 4 bytes
-    per text, is in memory.
+    through chains. MinHash values and the shingles of short texts wait in temporary files; of the bands
+    one at a time, 4 bytes per text, is in memory.
     """
     labels = np.arange(len(chosen), dtype=np.int32)
     by_key = np.argsort(keys).astype(np.int32)  # so that the order of the texts changes nothing
-    sets, rows = _SetsOf(texts, chosen), _rows_per_band(threshold)
-    with tempfile.TemporaryFile() as stored:
-        spans = _store_signatures(stored, _chosen(texts, chosen), len(chosen), rows)
+    rows = _rows_per_band(threshold)
+    with tempfile.TemporaryFile() as stored, tempfile.TemporaryFile() as short:
+        sets = _SetsOf(texts, chosen, short)
+        spans = _store_signatures(stored, sets, _chosen(texts, chosen), len(chosen), rows)
         for number in range(_NUM_PERM // rows):
             band = _band(stored, spans, number, rows)
             order = by_key[np.argsort(band[by_key], kind="stable")]
@@ -280,12 +282,16 @@ def _rows_per_band(threshold: float) -> int:
 Spans = list[tuple[int, int]]  # texts from, to: what was stored together
 
 
-def _store_signatures(stored: BinaryIO, texts: Iterator[str], count: int, rows: int) -> Spans:
+def _store_signatures(
+    stored: BinaryIO, sets: "_SetsOf", texts: Iterator[str], count: int, rows: int
+) -> Spans:
     """For each span of texts: (bands, n) uint32 hashes, then (n, values) uint8, the low bytes of
     all MinHash values."""
     spans = [(i, min(i + _CHUNK, count)) for i in range(0, count, _CHUNK)]
     for start, stop in spans:
-        values = _minhash([shingles(text) for text in itertools.islice(texts, stop - start)])
+        made = [shingles(text) for text in itertools.islice(texts, stop - start)]
+        sets.keep_short(start, made)
+        values = _minhash(made)
         stored.write(_band_hashes(values, rows).tobytes())
         stored.write(values.astype(np.uint8).tobytes())
     return spans
@@ -350,13 +356,29 @@ def _likely_pairs(
 
 
 class _SetsOf:
-    """The shingles of chosen texts, made when they are asked for."""
+    """Sorted sets of shingles of the chosen texts: [i] is one, (k,) uint64.
 
-    def __init__(self, texts: Sequence[str], chosen: np.ndarray) -> None:
-        self._texts, self._chosen = texts, chosen
+    Short texts, as questions are, are compared dozens of times: theirs wait in a file. Others are made
+    anew: they would take gigabytes, and few are alike enough to be compared.
+    """
+
+    def __init__(self, texts: Sequence[str], chosen: np.ndarray, file: BinaryIO) -> None:
+        self._texts, self._chosen, self._file = texts, chosen, file
+        self._sizes = np.zeros(len(chosen), np.uint16)  # 0: not in the file
+        self._starts = np.zeros(len(chosen), np.int64)
+
+    def keep_short(self, first: int, sets: list[np.ndarray]) -> None:
+        """Store those of the texts from `first` on that are short."""
+        for i, made in enumerate(sets, first):
+            if len(made) <= _SHORT:
+                self._sizes[i], self._starts[i] = len(made), self._file.tell()
+                self._file.write(made.tobytes())
 
     def __getitem__(self, i: int) -> np.ndarray:
-        return shingles(self._texts[int(self._chosen[i])])
+        if not self._sizes[i]:
+            return shingles(self._texts[int(self._chosen[i])])
+        self._file.seek(int(self._starts[i]))
+        return np.frombuffer(self._file.read(8 * int(self._sizes[i])), np.uint64)
 
 
 def _joined_if_near(
@@ -371,13 +393,24 @@ def _joined_if_near(
     left, right = left[apart], right[apart]
     for start in range(0, len(left), _CHUNK):
         a, b = left[start : start + _CHUNK], right[start : start + _CHUNK]
-        read = {i: sets[i] for i in np.union1d(a, b).tolist()}
-        pairs = list(zip(a.tolist(), b.tolist(), strict=True))
-        common = np.array([len(np.intersect1d(read[i], read[j], True)) for i, j in pairs])
-        sizes = np.array([(len(read[i]), len(read[j])) for i, j in pairs])
-        near = _is_near(common, sizes[:, 0], sizes[:, 1], threshold)
+        used, place = np.unique(np.concatenate([a, b]), return_inverse=True)
+        first, second = place[: len(a)], place[len(a) :]
+        matrix = _set_matrix([sets[i] for i in used.tolist()])
+        common = matrix[first].multiply(matrix[second]).sum(axis=1)
+        sizes = np.diff(matrix.indptr)
+        near = _is_near(common, sizes[first], sizes[second], threshold)
         labels = _joined(labels, a[near], b[near])
     return labels
+
+
+def _set_matrix(sets: list[np.ndarray]) -> "csr_array":
+    """Sets x elements, 0/1."""
+    from scipy.sparse import csr_array
+
+    starts = np.cumsum([0, *map(len, sets)])
+    elements, columns = np.unique(np.concatenate(sets), return_inverse=True)
+    shape = (len(sets), len(elements))
+    return csr_array((np.ones(len(columns), np.int32), columns, starts), shape)
 
 
 def _is_near(common, first_size, second_size, threshold: float):

@@ -181,3 +181,26 @@ def test_gram_hashes_are_equal_where_the_grams_are(width):
 )
 def test_normalized(text, expected):
     assert normalized(text) == expected
+
+
+def test_short_texts_are_cut_into_shingles_once(monkeypatch):
+    """Questions of one pattern meet in many bands; cut anew each time they took five times as long."""
+    made, cut = [], near_duplicates.shingles
+
+    def counted(text):
+        made.append(text)
+        return cut(text)
+
+    texts = [
+        f"请说明密码应用方案第{i * 7919}号系统在第{i % 7}层面的密评要求与高风险判定"
+        for i in range(300)
+    ]
+    expected = near_duplicate_clusters(texts)
+    monkeypatch.setattr(near_duplicates, "shingles", counted)
+    near_duplicate_clusters(texts, exact_limit=0)
+    assert len(made) == 300
+    monkeypatch.setattr(near_duplicates, "_SHORT", 10)
+    made.clear()
+    labels = near_duplicate_clusters(texts, exact_limit=0)
+    assert len(made) > 300, "longer ones are made anew"
+    np.testing.assert_array_equal(labels, expected)
