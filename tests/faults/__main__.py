@@ -114,10 +114,14 @@ def chosen_rows(options: argparse.Namespace) -> list:
     """(row, count) in the order of the scorecard."""
     rows = all_rows()
     only = set(filter(None, options.only.split(",")))
-    counts = dict(item.split("=") for item in filter(None, options.counts.split(",")))
+    counts = dict(item.partition("=")[::2] for item in filter(None, options.counts.split(",")))
     unknown = (only | set(counts)) - {row.id for row in rows}
     if unknown:
         raise SystemExit(f"no such row: {', '.join(sorted(unknown))}")
+    if not all(map(str.isdigit, counts.values())):
+        raise SystemExit(
+            f"--counts {options.counts}: give a number to each row, e.g. F01=20,F10=50"
+        )
     found = []
     for row in sorted(rows, key=lambda row: row.id):
         if (only and row.id not in only) or (options.quick and not only and not row.in_quick):
