@@ -108,7 +108,7 @@ from throughput import (
     training_flops,
 )
 from train_state import TrainState
-from training_data import TrainingData, prepare_data, split_samples
+from training_data import TrainingData, prepare_data, read_data, split_samples
 
 memory_settings.imports_are_done()
 
@@ -198,17 +198,23 @@ class DirectTrainer:
         config = self.config
         workers = config.workers or os.cpu_count() or 1
         with self.terminal.working("reading the data") as progress:
-            split = split_samples(
+            read, eval_read = read_data(
                 config.data_path,
-                data_weights=config.data_weights,
-                columns=config.columns,
+                columns=config.columns or None,
                 eval_path=config.eval_path,
-                eval_fraction=config.eval_fraction,
                 max_broken_fraction=config.max_broken_fraction,
-                seed=config.seed,
                 cache_dir=config.cache_path,
                 workers=workers,
                 progress=progress,
+            )
+        with self.terminal.working("looking for near duplicates"):
+            split = split_samples(
+                read,
+                eval_read,
+                eval_fraction=config.eval_fraction,
+                weights=dict(zip(config.data_path, config.data_weights, strict=False)),
+                seed=config.seed,
+                cache_dir=config.cache_path,
             )
         with self.terminal.working("getting the tokenizer"):
             self.tokenizer = model_loading.load_tokenizer(
@@ -910,7 +916,7 @@ class DirectTrainer:
             self.write_configuration()
         self.record.status("running", step=self.state.step)
         if not checkpoint:
-            with dist.patience("statistics"):
+            with dist.patience("statistics"), self.terminal.working("describing the data"):
                 if dist.is_main:
                     self.describe_data()
 

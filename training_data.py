@@ -1,7 +1,7 @@
 """Raw files to everything the loop and the reports need of the data: samples, split, tokens, groups."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -94,40 +94,42 @@ class TrainingData:
         write_json(logs / "truncation.json", asdict(self.train.tokens.ledger))
 
 
-def split_samples(
+def read_data(
     data_path: Sequence[str],
     *,
-    data_weights: Sequence[float] = (),
-    columns: Mapping[str, str] | None = None,
     eval_path: Sequence[str] = (),
-    eval_fraction: float = 0.1,
     max_broken_fraction: float = 0.1,
-    seed: int = 0,
-    cache_dir: Path | None = None,
-    workers: int = 1,
-    progress: Callable[[int, int], None] | None = None,
-) -> Split:
-    """Read the files and split off the held-out share. Raises UserError where too much is broken."""
-    options = {
-        "columns": dict(columns or {}) or None,
-        "cache_dir": cache_dir,
-        "workers": workers,
-        "progress": progress,
-    }
+    **options: object,
+) -> tuple[SampleSet, SampleSet | None]:
+    """All samples, and those of held-out files of the user's. `options` are those of `read_samples`.
+    Raises UserError where too much is broken."""
     read = read_samples(data_path, **options)
     check_broken(read, max_broken_fraction)
-    eval_read = read_samples(eval_path, **options) if eval_path else None
+    return read, read_samples(eval_path, **options) if eval_path else None
+
+
+def split_samples(
+    read: SampleSet,
+    eval_read: SampleSet | None = None,
+    *,
+    eval_fraction: float = 0.1,
+    weights: dict[str, float] | None = None,
+    seed: int = 0,
+    cache_dir: Path | None = None,
+) -> Split:
+    """Split off the held-out share where there are no held-out files; the rest is repeated or thinned
+    out by the weight of its source. Raises UserError where nothing is left for training."""
     clusters = SampleClusters(read.samples, read.fingerprint, cache_dir)
-    everything = np.arange(len(read.samples))
-    if eval_read is not None or not eval_fraction:
-        train, held_out = everything, everything[:0]
-    else:
+    train = np.arange(len(read.samples))
+    held_out = train[:0]
+    if eval_read is None and eval_fraction:
         train, held_out = split_held_out(read.samples, eval_fraction, clusters)
-    if data_weights:
-        weights = dict(zip(data_path, data_weights, strict=True))
-        train = weighted_indices(read.samples, train, weights, seed)
     if not len(train):
-        raise UserError(f"data_path {', '.join(data_path)}: no sample is left for training")
+        raise UserError(
+            f"data: all of {len(read.samples)} samples are held out; lower --eval-fraction or add others"
+        )
+    if weights:
+        train = weighted_indices(read.samples, train, weights, seed)
     return Split(read, train, held_out, eval_read, clusters)
 
 

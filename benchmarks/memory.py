@@ -149,10 +149,11 @@ def many_samples(count: int, folder: str) -> None:
     from transformers import AutoTokenizer
 
     from packing import StepPlan
-    from training_data import prepare_data, split_samples
+    from training_data import prepare_data, read_data, split_samples
 
     cache = Path(folder) / "cache"
-    split = split_samples([f"{folder}/samples-{count}.jsonl"], cache_dir=cache, workers=1)
+    read, _ = read_data([f"{folder}/samples-{count}.jsonl"], cache_dir=cache)
+    split = split_samples(read, cache_dir=cache)
     tokenizer = AutoTokenizer.from_pretrained(f"{folder}/model")
     data = prepare_data(split, tokenizer, 512, workers=1, cache_dir=cache)
     tokens = data.train.tokens

@@ -125,11 +125,11 @@ def test_the_activations_are_what_autograd_keeps(tiny_model: Path, tiny_data: Pa
     from model_loading import load_model, load_tokenizer, resolve_model
     from packed_model import PackedLossModel
     from packing import build_batch
-    from training_data import prepare_data, split_samples
+    from training_data import prepare_data, read_data, split_samples
 
     resolved = resolve_model(str(tiny_model), "cpu")
     tokenizer = load_tokenizer(resolved)
-    split = split_samples([str(tiny_data)], cache_dir=tmp_path)
+    split = split_samples(*read_data([str(tiny_data)]))
     data = prepare_data(split, tokenizer, 768, workers=1, cache_dir=tmp_path)
     model = load_model(resolved, tokenizer, device="cpu", lora_r=4)
     enable_fast_lora(model)

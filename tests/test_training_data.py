@@ -12,8 +12,9 @@ from qwen3_tokenizer import qwen3_tokenizer
 
 import near_duplicates
 import samples
+from errors import UserError
 from sample_facts import difficulty
-from training_data import TrainingData, prepare_data, split_samples
+from training_data import TrainingData, prepare_data, read_data, split_samples
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,8 @@ def write(path: Path, count: int, word: str) -> str:
 def test_groups_tell_what_each_document_is(tmp_path, monkeypatch, qwen3, large_data):
     monkeypatch.setattr(samples, "LARGE_DATA", large_data)
     paths = [write(tmp_path / "a.jsonl", 30, "SM4"), write(tmp_path / "b.jsonl", 20, "数字证书")]
-    split = split_samples(paths, eval_fraction=0.2, cache_dir=tmp_path / "cache")
+    read, _ = read_data(paths, cache_dir=tmp_path / "cache")
+    split = split_samples(read, eval_fraction=0.2)
     data = prepare_data(split, qwen3, 120, workers=1, cache_dir=tmp_path / "cache")
     assert isinstance(data, TrainingData)
     tokens = data.train.tokens
@@ -58,7 +60,8 @@ def test_groups_tell_what_each_document_is(tmp_path, monkeypatch, qwen3, large_d
 
 
 def test_the_demonstration_model_learns_from_a_bounded_number_of_texts(tmp_path):
-    split = split_samples([write(tmp_path / "a.jsonl", 30, "SM4")], eval_fraction=0)
+    read, _ = read_data([write(tmp_path / "a.jsonl", 30, "SM4")])
+    split = split_samples(read, eval_fraction=0)
     texts = split.training_texts()
     assert len(texts) == 30
     some = split.training_texts(at_most=7)
@@ -77,7 +80,8 @@ def test_near_duplicates_are_looked_for_once(tmp_path, monkeypatch, qwen3):
     path, cache = write(tmp_path / "a.jsonl", 30, "SM4"), tmp_path / "cache"
 
     def outcome() -> tuple[list[int], dict]:
-        split = split_samples([path], eval_fraction=0.2, cache_dir=cache)
+        read, _ = read_data([path], cache_dir=cache)
+        split = split_samples(read, eval_fraction=0.2, cache_dir=cache)
         data = prepare_data(split, qwen3, 120, workers=1, cache_dir=cache)
         return split.held_out.tolist(), data.statistics.to_json()
 
@@ -89,3 +93,9 @@ def test_near_duplicates_are_looked_for_once(tmp_path, monkeypatch, qwen3):
     assert outcome() == first and searches == [30, 30, 30], "what is damaged is made anew"
     write(tmp_path / "a.jsonl", 31, "SM4")
     assert outcome() != first and searches[3:] == [31, 31]
+
+
+def test_data_that_are_all_held_out_are_refused(tmp_path):
+    read, _ = read_data([write(tmp_path / "a.jsonl", 5, "SM4")])
+    with pytest.raises(UserError, match="all of 5 samples are held out; lower --eval-fraction"):
+        split_samples(read, eval_fraction=0.9999)
