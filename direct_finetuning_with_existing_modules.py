@@ -212,6 +212,7 @@ class DirectTrainer:
                 read,
                 eval_read,
                 eval_fraction=config.eval_fraction,
+                max_eval_samples=config.max_eval_samples,
                 weights=dict(zip(config.data_path, config.data_weights, strict=False)),
                 seed=config.seed,
                 cache_dir=config.cache_path,

@@ -435,7 +435,11 @@ def _joined(labels: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarr
 
 
 def split_held_out(
-    samples: Sequence[Sample], fraction: float, clusters: SampleClusters | None = None
+    samples: Sequence[Sample],
+    fraction: float,
+    clusters: SampleClusters | None = None,
+    *,
+    at_most: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(train, held-out) indices, both int64 and ascending, such that no near duplicate crosses.
 
@@ -443,7 +447,8 @@ def split_held_out(
     its smallest sample id falls below `fraction`; so the choice depends on content only and stays
     when unrelated samples come or go. A cluster larger than a quarter of the data (or than
     `fraction`) always trains. Of few samples chance may take many: the highest hashes above one and
-    a half times the fraction train as well. With 10 samples or more, at least one is held out.
+    a half times the fraction train as well, as do those beyond `at_most` samples (0: no limit). With 10
+    samples or more, at least one is held out.
     """
     if not 0 <= fraction < 1:
         raise UserError(f"held-out fraction is {fraction}; give a number from 0 to below 1")
@@ -458,7 +463,8 @@ def split_held_out(
     held_out = eligible & (position < fraction)
     by_position = np.argsort(position, kind="stable")
     taken = np.cumsum(np.where(held_out, sizes, 0)[by_position])
-    held_out[by_position[taken > math.ceil(1.5 * fraction * len(samples))]] = False
+    limit = math.ceil(1.5 * fraction * len(samples))
+    held_out[by_position[taken > min(limit, at_most or limit)]] = False
     if not held_out.any() and len(samples) >= 10:
         held_out[_fallback_cluster(position, sizes, eligible)] = True
     return everything[~held_out[compact]], everything[held_out[compact]]

@@ -62,6 +62,8 @@ class DirectTrainingConfig:
     """Held-out data of your own; empty: a share of data_path is split off."""
     eval_fraction: float = 0.1
     """Share of the samples that is held out, by a hash of each sample; 0: none."""
+    max_eval_samples: int = 1000
+    """Samples that eval_fraction holds out at most, as each evaluation reads them all; 0: no limit."""
     max_seq_length: int = 2048
     """Longest sample, and capacity of a packed row, in tokens."""
     over_length: Literal["drop", "truncate_thinking", "error"] = "drop"
@@ -179,6 +181,7 @@ class DirectTrainingConfig:
                 "max_grad_norm",
                 "save_steps",
                 "eval_steps",
+                "max_eval_samples",
                 "num_probes",
                 "probe_max_new_tokens",
                 "early_stopping_patience",

@@ -113,6 +113,7 @@ def split_samples(
     eval_read: SampleSet | None = None,
     *,
     eval_fraction: float = 0.1,
+    max_eval_samples: int = 0,
     weights: dict[str, float] | None = None,
     seed: int = 0,
     cache_dir: Path | None = None,
@@ -123,7 +124,9 @@ def split_samples(
     train = np.arange(len(read.samples))
     held_out = train[:0]
     if eval_read is None and eval_fraction:
-        train, held_out = split_held_out(read.samples, eval_fraction, clusters)
+        train, held_out = split_held_out(
+            read.samples, eval_fraction, clusters, at_most=max_eval_samples
+        )
     if not len(train):
         raise UserError(
             f"data: all of {len(read.samples)} samples are held out; lower --eval-fraction or add others"

@@ -204,3 +204,12 @@ def test_short_texts_are_cut_into_shingles_once(monkeypatch):
     labels = near_duplicate_clusters(texts, exact_limit=0)
     assert len(made) > 300, "longer ones are made anew"
     np.testing.assert_array_equal(labels, expected)
+
+
+def test_of_many_samples_no_more_are_held_out_than_asked():
+    """Those with the lowest hashes, so that a smaller limit takes some of the larger one's."""
+    samples = _samples(_texts(400, seed=11))
+    everything = set(split_held_out(samples, 0.2)[1].tolist())
+    some = {n: set(split_held_out(samples, 0.2, at_most=n)[1].tolist()) for n in (1, 10, 40, 9999)}
+    assert some[1] < some[10] < some[40] < everything == some[9999]
+    assert [len(some[n]) for n in (1, 10, 40)] == [1, 10, 40]
