@@ -67,6 +67,7 @@ from convergence import ConvergenceMonitor
 from data_check import data_faults, is_good, summary
 from evaluation import Evaluator
 from fast_lora import enable_fast_lora
+from generation_probes import choose_probes, token_budget
 from hardest_samples import LEVEL_DECAY, hardest, hardest_text, loss_rows
 from loss_ledger import LossLedger
 from optimization import (
@@ -247,7 +248,7 @@ class DirectTrainer:
         return model_loading.embedded_because(reason) if reason else resolved
 
     def plan_steps(self) -> None:
-        """Pack the documents and fix what every step of every rank will do."""
+        """Pack the documents and fix what every step of every rank will do, and when to evaluate."""
         config, train, held_out = self.config, self.data.train, self.data.held_out
         common = {
             "row_tokens": config.max_seq_length,
@@ -271,6 +272,19 @@ class DirectTrainer:
             tokens = held_out.tokens
             self.eval_plan = StepPlan(
                 tokens.lengths, tokens.num_targets, held_out.documents, **common
+            )
+        self.probes = choose_probes(held_out, self.tokenizer, config.num_probes)
+        self.answer_tokens = token_budget(
+            self.probes, config.probe_max_new_tokens, self.dist.device
+        )
+        self.eval_steps = config.eval_steps
+        if self.eval_steps == "auto":
+            self.eval_steps = run_plan.steps_between_evaluations(
+                self.plan,
+                self.eval_plan.num_tokens if self.eval_plan else 0,
+                self.answer_tokens,
+                device_type=self.dist.device.type,
+                lora=bool(config.lora_r),
             )
         self.ledger = LossLedger(self.data.train.groups)
 
@@ -327,7 +341,8 @@ class DirectTrainer:
             eval_lengths=held_out.tokens.lengths[held_out.documents],
             eval_targets=int(held_out.tokens.num_targets[held_out.documents].sum()),
             batch_size=config.batch_size,
-            eval_steps=config.eval_steps,
+            eval_steps=self.eval_steps,
+            answer_tokens=self.answer_tokens,
             gradient_checkpointing=config.gradient_checkpointing,
             save_steps=config.save_steps,
             save_total_limit=config.save_total_limit,
@@ -369,7 +384,7 @@ class DirectTrainer:
             planned = plan[step]
             sums = self.forward_backward(planned)
             last = step == plan.num_steps
-            evaluates = last or due(step, config.eval_steps)
+            evaluates = last or due(step, self.eval_steps)
             if evaluates:
                 self.evaluator.note_gradients()
             with self.clock.phase("optimizer"):
@@ -862,8 +877,8 @@ class DirectTrainer:
             self.data.held_out,
             self.eval_plan,
             dist,
-            num_probes=config.num_probes,
-            max_new_tokens=config.probe_max_new_tokens,
+            probes=self.probes,
+            max_new_tokens=self.answer_tokens,
             histograms=config.log_weight_histograms,
         )
         self.dims = dims_from_config(self.model.config)
@@ -999,6 +1014,7 @@ class DirectTrainer:
             self.settings,
             {"name": self.resolved.name, "trainable": trainable, "total": total},
             self.plan,
+            self.eval_steps,
         )
         write_json(self.run.logs / "configuration.json", record)
 

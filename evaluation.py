@@ -3,7 +3,7 @@
 Nothing here touches the training state: modes are restored and no random number is drawn.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 from chat_tokens import TokenizedSamples
 from distributed import Distributed
-from generation_probes import choose_probes, complete, probe_metrics, samples_text, token_budget
+from generation_probes import Probe, complete, probe_metrics, samples_text
 from hardest_samples import hardest, hardest_text, loss_rows
 from lora_health import LoraHealth
 from loss_ledger import LossLedger
@@ -29,8 +29,8 @@ class Evaluator:
     Args:
         packed: the model, whole or sharded; its `generate` answers the questions.
         plan: one epoch over `part`; None without held-out data, then only adapters are measured.
-        num_probes: questions answered each time.
-        max_new_tokens: longest answer; 0: by the references (see `token_budget`).
+        probes: questions answered each time.
+        max_new_tokens: longest answer.
         histograms: also write the distributions of the trainable weights.
     """
 
@@ -42,17 +42,14 @@ class Evaluator:
         plan: StepPlan | None,
         dist: Distributed,
         *,
-        num_probes: int,
+        probes: Sequence[Probe],
         max_new_tokens: int,
         histograms: bool,
     ) -> None:
         self._packed, self._tokenizer = packed, tokenizer
         self._part, self._plan, self._dist = part, plan, dist
         self._ledger = LossLedger(part.groups)
-        self._probes = choose_probes(part, tokenizer, num_probes)
-        self._budget = (
-            token_budget(self._probes, max_new_tokens, dist.device) if self._probes else 0
-        )
+        self._probes, self._max_new_tokens = probes, max_new_tokens
         self._histograms = histograms
         self.health = LoraHealth(packed.model)
         self._gradient_norms: dict[str, float] = {}
@@ -90,7 +87,7 @@ class Evaluator:
             self._packed,
             self._tokenizer,
             [probe.prompt for probe in self._probes],
-            max_new_tokens=self._budget,
+            max_new_tokens=self._max_new_tokens,
             end_id=self._part.tokens.end_id,
             close_id=self._part.tokens.close_id,
             device=self._dist.device,

@@ -79,13 +79,13 @@ def _probe(part: DataPart, tokenizer: object, document: int) -> Probe:
 
 
 def token_budget(probes: Sequence[Probe], wanted: int, device: torch.device) -> int:
-    """Tokens a completion may take: `wanted`, or, if that is 0, what the device can afford.
+    """Tokens a completion may take: `wanted`, or, if that is 0, what the device can afford; 0 without probes.
 
     An accelerator gets a quarter more than the longest reference, so that a good completion ends; a
     CPU gets `CPU_BUDGET`.
     """
     if wanted or not probes:
-        return wanted
+        return wanted * bool(probes)
     enough = max(probe.reference_tokens for probe in probes) * 5 // 4
     return min(enough, CPU_BUDGET) if device.type == "cpu" else enough
 

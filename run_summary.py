@@ -178,7 +178,7 @@ def training_statistics(
 
 
 def configuration(
-    settings: Mapping[str, Any], model: Mapping[str, Any], plan: StepPlan
+    settings: Mapping[str, Any], model: Mapping[str, Any], plan: StepPlan, eval_steps: int
 ) -> dict[str, Any]:
     """The content of configuration.json; secrets redacted."""
     return {
@@ -186,6 +186,7 @@ def configuration(
         "model": dict(model),
         "steps": plan.num_steps,
         "steps_per_epoch": plan.steps_per_epoch,
+        "eval_steps": eval_steps,
         "versions": versions(),
     }
 

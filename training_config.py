@@ -6,7 +6,8 @@ import sys
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import tyro
 
@@ -130,9 +131,9 @@ class DirectTrainingConfig:
     """Optimizer steps between logged points."""
     save_steps: int = 50
     """Steps between checkpoints; 0: only at the end."""
-    eval_steps: int = 40
-    """Steps between held-out evaluations; they also run before the first step and at the end. 0: only
-    these two."""
+    eval_steps: int | Literal["auto"] = "auto"
+    """Steps between held-out evaluations; they also run before the first step and at the end. auto: 40,
+    or more where evaluations would add over a fifth to the training. 0: only these two."""
     save_total_limit: int = 3
     """Checkpoints of this run that are kept; the newest and the best always are."""
     log_weight_histograms: bool = False
@@ -180,7 +181,6 @@ class DirectTrainingConfig:
                 "weight_decay",
                 "max_grad_norm",
                 "save_steps",
-                "eval_steps",
                 "max_eval_samples",
                 "num_probes",
                 "probe_max_new_tokens",
@@ -207,6 +207,12 @@ class DirectTrainingConfig:
         return [
             *faults,
             unless(self.max_seq_length >= 16, "max_seq_length", "at least 16"),
+            unless(
+                self.eval_steps == "auto"
+                or (isinstance(self.eval_steps, int) and self.eval_steps >= 0),
+                "eval_steps",
+                "auto, or 0 or more",
+            ),
             unless(_finite(self.lora_alpha) and self.lora_alpha > 0, "lora_alpha", "above 0"),
             unless(bool(self.target_modules) or not self.lora_r, "target_modules", "not empty"),
             unless(bool(self.data_path), "data_path", "not empty"),
@@ -314,6 +320,7 @@ def _converted(field_: dataclasses.Field, value: Any, faults: list[str]) -> Any:
     default = (
         field_.default if field_.default is not dataclasses.MISSING else field_.default_factory()  # type: ignore[misc]
     )
+    choices, types = _allowed(field_)
     if isinstance(default, tuple):
         items = value if isinstance(value, list) else [value]
         wanted = float if field_.name == "data_weights" else str
@@ -324,20 +331,20 @@ def _converted(field_: dataclasses.Field, value: Any, faults: list[str]) -> Any:
             return value
     elif isinstance(default, float) and isinstance(value, int):
         return float(value)
-    elif isinstance(value, type(default)) and value in _choices(field_, value):
+    elif value in choices or type(value) in types:
         return value
-    choices = _choices(field_, None)
-    wanted = " or ".join(map(repr, choices)) if choices != (None,) else type(default).__name__
+    wanted = " or ".join([*map(repr, choices), *(kind.__name__ for kind in types)])
     faults.append(f"{field_.name} is {value!r}, must be {wanted}")
     return value
 
 
-def _choices(field_: dataclasses.Field, otherwise: Any) -> tuple:
-    return getattr(field_.type, "__args__", (otherwise,)) if _is_literal(field_) else (otherwise,)
-
-
-def _is_literal(field_: dataclasses.Field) -> bool:
-    return getattr(field_.type, "__origin__", None) is Literal
+def _allowed(field_: dataclasses.Field) -> tuple[list[str], list[type]]:
+    """Values that a field names itself, and types of which any value will do."""
+    of_several = get_origin(field_.type) in (Union, UnionType)
+    kinds = get_args(field_.type) if of_several else (field_.type,)
+    literals = [kind for kind in kinds if get_origin(kind) is Literal]
+    types = [get_origin(kind) or kind for kind in kinds if kind not in literals]
+    return [choice for kind in literals for choice in get_args(kind)], types
 
 
 def _closest(key: str, names: list[str]) -> str:

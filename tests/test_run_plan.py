@@ -4,6 +4,8 @@ uv run pytest tests/test_run_plan.py
 """
 
 import dataclasses
+import math
+import re
 import time
 from pathlib import Path
 
@@ -19,7 +21,14 @@ import run_plan
 from direct_finetuning_with_existing_modules import main
 from errors import UserError
 from packing import StepPlan
-from run_plan import Placement, activation_bytes, estimate_memory, largest_batch, model_shape
+from run_plan import (
+    Placement,
+    activation_bytes,
+    estimate_memory,
+    largest_batch,
+    model_shape,
+    steps_between_evaluations,
+)
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 GIB, KIB = 2**30, 2**10
@@ -202,6 +211,7 @@ def forecast(shape, tmp_path: Path, **changes) -> run_plan.RunForecast:
         "eval_targets": 1000,
         "batch_size": 1,
         "eval_steps": 5,
+        "answer_tokens": 0,
         "gradient_checkpointing": "auto",
         "save_steps": 7,
         "save_total_limit": 2,
@@ -235,7 +245,11 @@ def test_counts_of_a_plan(qwen3_4b, tmp_path, monkeypatch):
     texts = dict(result.rows())
     assert texts["steps"] == "20 (10 an epoch)" and texts["epochs"] == "2"
     assert texts["checkpoints"].startswith("3,")  # steps 7, 14 and 20
-    assert texts["evaluations"] == "5"  # before the first step, at 5, 10, 15 and 20
+    assert texts["evaluations"] == "5, every 5 steps"  # before the first step, at 5, 10, 15 and 20
+    texts = dict(forecast(qwen3_4b, tmp_path, eval_steps=0).rows())
+    assert texts["evaluations"] == "2, first and last"
+    texts = dict(forecast(qwen3_4b, tmp_path, eval_lengths=[], eval_targets=0).rows())
+    assert texts["evaluations"].startswith("none")
     assert "an estimate" in texts["training and evaluation"]
     weights = 4 * qwen3_4b.trainable
     assert result.disk_needed == 4 * 3 * weights + 3 * weights
@@ -248,6 +262,70 @@ def test_more_arithmetic_takes_more_time(qwen3_4b, tmp_path, monkeypatch):
     for way in (once, again):
         assert way[1] == pytest.approx(2 * way[0], rel=0.01)  # at half the speed
     assert 1.3 * once[1] < again[1] < 1.5 * once[1]
+
+
+def test_answers_take_time(qwen3_4b, tmp_path, monkeypatch):
+    """Each token of them as long as 20 of training, on every rank."""
+    monkeypatch.setattr(run_plan, "device_speed", lambda *_: SPEED)
+    silent, few, many = (
+        forecast(qwen3_4b, tmp_path, answer_tokens=tokens).seconds[1] for tokens in (0, 100, 200)
+    )
+    assert many - few == pytest.approx(few - silent)
+    trained = 2 * 40 * 500  # tokens in two epochs
+    without = forecast(qwen3_4b, tmp_path, eval_lengths=[], eval_targets=0).seconds[1]
+    assert few - silent == pytest.approx(without * 5 * 100 * 20 / trained, rel=0.05)
+
+
+def steps_between(samples: int, held_out: int, answer_tokens: int = 0, **changes) -> tuple:
+    """(steps between evaluations, all steps, what these evaluations add to the training)"""
+    lengths = np.full(samples, 500)
+    plan = StepPlan(lengths, lengths // 2, row_tokens=2048, num_epochs=3)
+    options = {"device_type": "cpu", "lora": True} | changes
+    steps = steps_between_evaluations(plan, 500 * held_out, answer_tokens, **options)
+    cost = 500 * held_out / (2 if options["lora"] else 3)
+    cost += answer_tokens * (20 if options["device_type"] == "cpu" else 500)
+    return steps, plan.num_steps, plan.num_steps / steps * cost / (3 * 500 * samples)
+
+
+def test_evaluations_add_a_fifth_to_the_training():
+    for samples, held_out, answer_tokens, changes in (
+        (20_000, 2_000, 0, {}),
+        (20_000, 1_000, 2_000, {"device_type": "cuda"}),
+        (20_000, 2_000, 0, {"lora": False}),
+        (3_000, 150, 256, {}),
+    ):
+        steps, num_steps, share = steps_between(samples, held_out, answer_tokens, **changes)
+        assert 40 < steps < num_steps / 4
+        assert share == pytest.approx(0.2, rel=0.02), (samples, held_out, changes)
+
+
+def test_evaluations_are_neither_too_few_nor_too_many():
+    steps, num_steps, share = steps_between(20_000, 100_000)
+    assert steps == math.ceil(num_steps / 4) and share > 1, (
+        "four, though they cost more than training"
+    )
+    steps, num_steps, share = steps_between(1_000_000, 1_000)
+    assert steps == math.ceil(num_steps / 50) and share < 0.2
+    assert steps_between(100, 10)[0] == 40 > steps_between(100, 10)[1] / 4, (
+        "never closer than 40 steps"
+    )
+    steps, num_steps, _ = steps_between(20_000, 0)
+    assert steps == math.ceil(num_steps / 50), "nothing held out: only the adapters are looked at"
+
+
+def test_every_rank_writes_all_answers():
+    lengths = np.full(20_000, 500)
+    one, two = (
+        steps_between_evaluations(
+            StepPlan(lengths, lengths, row_tokens=2048, accumulation=2 // ranks, world_size=ranks),
+            0,
+            100,
+            device_type="cuda",
+            lora=True,
+        )
+        for ranks in (1, 2)
+    )
+    assert two == pytest.approx(2 * one, abs=1)
 
 
 def test_an_unknown_architecture_has_a_plan_without_memory(tmp_path):
@@ -281,8 +359,11 @@ def test_plan_says_it_all_and_writes_nothing(tmp_path, tiny_model, tiny_data, ca
     out = tmp_path / "out"
     inputs = ["--model-name", str(tiny_model), "--data-path", str(tiny_data)]
     places = ["--output-dir", str(out), "--cache-dir", str(cache_dir)]
-    assert main(["--plan", *inputs, *places, "--max-seq-length", "768", "--quiet"]) == 0
+    length = ["--max-seq-length", "768", "--max-steps", "4000"]
+    assert main(["--plan", *inputs, *places, *length, "--quiet"]) == 0
     said = capfd.readouterr().out
+    every = re.search(r"evaluations\s+\d+, every (\d+) steps", said)
+    assert 80 <= int(every[1]) <= 1000, "from four to fifty evaluations"
     for part in ("samples", "checkpoints", "memory: weights", "largest batch_size", "disk"):
         assert part in said, part
     assert not out.exists()

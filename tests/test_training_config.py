@@ -59,6 +59,8 @@ def test_names_of_neighbours_are_understood(tmp_path: Path):
         ("load_in_4bit = true", {"quantization": "4bit"}),
         ('optim = "adamw_torch"\nreport_to = ["tensorboard"]\nseed = 3', {"seed": 3}),
         ("use_cpu = true", {"device": "cpu"}),
+        ("eval_steps = 25", {"eval_steps": 25}),
+        ('eval_steps = "auto"', {"eval_steps": "auto"}),
     ],
 )
 def test_settings_of_training_arguments_that_mean_the_same(tmp_path: Path, text, expected):
@@ -76,6 +78,8 @@ def test_settings_of_training_arguments_that_mean_the_same(tmp_path: Path, text,
         ('lr_scheduler_type = "polynomial"', "'constant_with_warmup'"),
         ('optim = "adafactor"', "adamw_torch"),
         ('report_to = "wandb"', "tensorboard"),
+        ("eval_steps = 0.1", "'auto' or int"),
+        ("eval_steps = -1", "auto, or 0 or more"),
         ('save_strategy = "epoch"', "'steps'"),
         ('resume_from_checkpoint = "x"', "--resume"),
         ("trust_remote_code = true", "--trust-remote-code"),
