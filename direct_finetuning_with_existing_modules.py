@@ -114,6 +114,7 @@ from training_data import TrainingData, prepare_data, read_data, split_samples
 memory_settings.imports_are_done()
 
 MIN_CONSTANT_EFFICIENCY = 0.6  # of what compiled layers would go through, what is no padding
+SAVING_SHARE = 0.05  # of the training time, which automatic checkpoints may take
 
 
 class DirectTrainer:
@@ -149,6 +150,10 @@ class DirectTrainer:
         self.outcome = ""  # why the loop ends: completed, preempted, stopped, nonfinite
         self.rollback_from = 0  # non-finite step to go back from
         self.saved_step = -1
+        self.saved_at, self.saving_seconds = (
+            time.monotonic(),
+            0.0,
+        )  # end and length of the last save
 
     @property
     def tensorboard_writer(self) -> TensorBoardLogger | NullLogger:
@@ -394,10 +399,8 @@ class DirectTrainer:
             self.advance(step, planned)
 
             epoch_ends = last or step % plan.steps_per_epoch == 0
-            logs, saves = (
-                last or due(step, config.logging_steps),
-                last or due(step, config.save_steps),
-            )
+            logs = last or due(step, config.logging_steps)
+            saves = last or self.save_is_due(step)
             if logs or evaluates or saves or epoch_ends or self.interrupted or self.reads_are_free:
                 self.collect()  # the only place that waits for the device
             if self.rollback_from:
@@ -721,10 +724,23 @@ class DirectTrainer:
     # -------------------------------------------------------------------------
     # Saving and going back
 
+    def save_is_due(self, step: int) -> bool:
+        """Whether a checkpoint belongs here. Left to us, not before training took 20 times as long as the
+        last one did; rank 0, which writes it, decides for all."""
+        if self.config.save_steps != "auto":
+            return due(step, self.config.save_steps)
+        if not due(step, run_plan.MIN_SAVE_STEPS):
+            return False
+        trained = time.monotonic() - self.saved_at
+        return any(
+            self.dist.any(self.dist.is_main and trained >= self.saving_seconds / SAVING_SHARE)
+        )
+
     def save(self, step: int) -> None:
         """A checkpoint of this step; the points up to it are on the disk before it is."""
         if self.saved_step == step:
             return
+        start = time.monotonic()
         self.gather_hardest()
         distributed.reshard(self.parallel_model)
         with self.clock.phase("saving"), self.terminal.working("saving"):
@@ -748,7 +764,8 @@ class DirectTrainer:
                 f"no checkpoint of step {step}: {fault}. The one before it is intact: go on with "
                 "--resume latest"
             )
-        self.saved_step = step
+        self.saved_step, self.saved_at = step, time.monotonic()
+        self.saving_seconds = self.saved_at - start
 
     def write_checkpoint(self, step: int, tensors: dict[str, dict[str, torch.Tensor]]) -> str:
         """Write, say so, prune. Returns what went wrong, or nothing."""

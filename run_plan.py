@@ -35,7 +35,7 @@ STEP_SECONDS, EVALUATION_SECONDS = 0.03, 0.3  # of one, beside its arithmetic
 HOST_SHARES = (0.4, 1.0)  # of the rate of large matrix products; small models use two threads badly
 EVALUATION_SHARE = 0.2  # what evaluations may add to the training
 EVALUATIONS = (4, 50)  # of a run, the fewest and the most
-MIN_EVAL_STEPS = 40  # between two of them
+MIN_EVAL_STEPS, MIN_SAVE_STEPS = 40, 50  # between two evaluations, and two checkpoints
 # Tokens of training in the time in which all probes' answers grow by one. A CPU was measured, 22; 500 is
 # arithmetic: 25 ms for the kernels of 36 layers, while Qwen3-4B trains 20,000 tokens a second.
 CPU_ANSWER_COST, GPU_ANSWER_COST = 20, 500
@@ -510,7 +510,7 @@ def forecast(
     eval_steps: int,
     answer_tokens: int,
     gradient_checkpointing: str,
-    save_steps: int,
+    save_steps: int | str,
     save_total_limit: int,
     output_dir: Path,
 ) -> RunForecast:
@@ -518,7 +518,8 @@ def forecast(
 
     lengths: (m,) tokens of the planned documents, one entry for each time in an epoch. num_targets:
     their supervised tokens. free: bytes of memory. gradient_checkpointing: on, off, or auto, which
-    turns it on where the estimate without it does not fit. Raises no error for what does not fit.
+    turns it on where the estimate without it does not fit. save_steps: auto, or steps. Raises no error
+    for what does not fit.
     """
     row = _row_tokens(plan, placement, lengths)
 
@@ -550,7 +551,8 @@ def forecast(
         work /= plan.world_size
         fixed = plan.num_steps * STEP_SECONDS + evaluations * EVALUATION_SECONDS
         seconds = (fixed + work / speed.highest, fixed + work / speed.lowest)
-    checkpoints = number_of_checkpoints(plan.num_steps, save_steps)
+    automatic = save_steps == "auto"
+    checkpoints = number_of_checkpoints(plan.num_steps, MIN_SAVE_STEPS if automatic else save_steps)
     kept = min(checkpoints, save_total_limit + 1)  # the best one may be kept beside them
     return RunForecast(
         work=[
@@ -562,7 +564,10 @@ def forecast(
                 "rows",
                 f"{plan.num_rows:,} of {plan.row_tokens:,} tokens, {plan.efficiency:.1%} full",
             ),
-            ("checkpoints", f"{checkpoints:,}, of which at most {kept:,} are kept"),
+            (
+                "checkpoints",
+                f"{'up to ' * automatic}{checkpoints:,}; at most {kept:,} are kept",
+            ),
             ("evaluations", _evaluations_text(evaluations, eval_steps)),
         ],
         shape=shape,

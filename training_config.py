@@ -129,8 +129,9 @@ class DirectTrainingConfig:
     """Everything is written below this directory."""
     logging_steps: int = 5
     """Optimizer steps between logged points."""
-    save_steps: int = 50
-    """Steps between checkpoints; 0: only at the end."""
+    save_steps: int | Literal["auto"] = "auto"
+    """Steps between checkpoints. auto: 50, or more where saving would take over a twentieth of the time.
+    0: only at the end."""
     eval_steps: int | Literal["auto"] = "auto"
     """Steps between held-out evaluations; they also run before the first step and at the end. auto: 40,
     or more where evaluations would add over a fifth to the training. 0: only these two."""
@@ -180,7 +181,6 @@ class DirectTrainingConfig:
                 "max_steps",
                 "weight_decay",
                 "max_grad_norm",
-                "save_steps",
                 "max_eval_samples",
                 "num_probes",
                 "probe_max_new_tokens",
@@ -204,15 +204,17 @@ class DirectTrainingConfig:
             unless(0 <= getattr(self, name) <= 1, name, "between 0 and 1")
             for name in ("max_broken_fraction", "min_lr_ratio")
         ]
+        faults += [
+            unless(
+                steps == "auto" or (isinstance(steps, int) and steps >= 0),
+                name,
+                "auto, or 0 or more",
+            )
+            for name, steps in (("save_steps", self.save_steps), ("eval_steps", self.eval_steps))
+        ]
         return [
             *faults,
             unless(self.max_seq_length >= 16, "max_seq_length", "at least 16"),
-            unless(
-                self.eval_steps == "auto"
-                or (isinstance(self.eval_steps, int) and self.eval_steps >= 0),
-                "eval_steps",
-                "auto, or 0 or more",
-            ),
             unless(_finite(self.lora_alpha) and self.lora_alpha > 0, "lora_alpha", "above 0"),
             unless(bool(self.target_modules) or not self.lora_r, "target_modules", "not empty"),
             unless(bool(self.data_path), "data_path", "not empty"),

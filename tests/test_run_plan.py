@@ -244,8 +244,10 @@ def test_counts_of_a_plan(qwen3_4b, tmp_path, monkeypatch):
     result = forecast(qwen3_4b, tmp_path)
     texts = dict(result.rows())
     assert texts["steps"] == "20 (10 an epoch)" and texts["epochs"] == "2"
-    assert texts["checkpoints"].startswith("3,")  # steps 7, 14 and 20
+    assert texts["checkpoints"].startswith("3;")  # steps 7, 14 and 20
     assert texts["evaluations"] == "5, every 5 steps"  # before the first step, at 5, 10, 15 and 20
+    texts = dict(forecast(qwen3_4b, tmp_path, save_steps="auto").rows())
+    assert texts["checkpoints"].startswith("up to 1;")
     texts = dict(forecast(qwen3_4b, tmp_path, eval_steps=0).rows())
     assert texts["evaluations"] == "2, first and last"
     texts = dict(forecast(qwen3_4b, tmp_path, eval_lengths=[], eval_targets=0).rows())

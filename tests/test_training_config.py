@@ -59,7 +59,7 @@ def test_names_of_neighbours_are_understood(tmp_path: Path):
         ("load_in_4bit = true", {"quantization": "4bit"}),
         ('optim = "adamw_torch"\nreport_to = ["tensorboard"]\nseed = 3', {"seed": 3}),
         ("use_cpu = true", {"device": "cpu"}),
-        ("eval_steps = 25", {"eval_steps": 25}),
+        ("eval_steps = 25\nsave_steps = 500", {"eval_steps": 25, "save_steps": 500}),
         ('eval_steps = "auto"', {"eval_steps": "auto"}),
     ],
 )
