@@ -29,13 +29,22 @@ from near_duplicates import (
     smallest_of_equal,
 )
 from safe_text import atomic_write_text, clean_line, strict
-from sample_facts import LISTED, Facts, Finding, Tally, difficulty, observe_span
+from sample_facts import (
+    LISTED,
+    Facts,
+    Finding,
+    Tally,
+    difficulty,
+    load_facts,
+    observe_span,
+    save_facts,
+)
 from samples import (
-    ArrowSamples,
     BrokenSample,
     Sample,
     SampleSet,
-    in_order,
+    cached_folder,
+    map_spans,
     read_samples,
     temporary_folder,
 )
@@ -52,7 +61,6 @@ QUALITY_BOUNDARIES = (0.5, 0.75, 0.9)  # level 1 is below the first, level 4 fro
 MANY_TERMS = 10  # Crypto_Terms_10 counts samples with ten different terms or more
 TOLERATED = 0.001  # share of samples that the advised sequence length may exceed
 _NO_LIMIT = 2**31 - 1  # tokens of a sample
-_CHUNK = 500  # samples that one worker observes at a time
 _POOL_FROM = 2_000  # samples from which on worker processes pay for their start
 _FORECAST_SAMPLES = 50_000  # lengths that the packing forecast looks at
 _SHOWN_VALUES = 100_000  # values of one histogram
@@ -337,9 +345,11 @@ def compute_statistics(
     workers: int = 1,
     broken: Sequence[BrokenSample] = (),
     clusters: SampleClusters | None = None,
+    facts_folder: Path | None = None,
 ) -> DatasetStatistics:
     """Statistics of all `samples`; those with an index in `held_out` are checked for leaks.
-    `clusters` are theirs, where they have been looked for already.
+    `clusters` are theirs, where they have been looked for already. `facts_folder` is where in the cache
+    the facts of these samples are, or are to be kept.
 
     With `tokens`, lengths in tokens are exact, otherwise they are estimated and kept out of
     `scalars`. The result does not depend on the order of the samples or on `workers`.
@@ -347,9 +357,7 @@ def compute_statistics(
     """
     if len(samples) == 0:
         raise UserError("no sample to describe; check the paths and the list of broken records")
-    facts = Facts()
-    for part in observed(samples, workers):
-        facts.merge(part)
+    facts = kept_facts(samples, workers, facts_folder)
     duplicates = _find_duplicates(samples, facts, held_out, clusters or SampleClusters(samples))
     facts.question_keys = facts.answer_keys = []  # the statistics live as long as a run
     return DatasetStatistics(
@@ -362,14 +370,24 @@ def compute_statistics(
 
 
 def observed(samples: Sequence[Sample], workers: int) -> Iterator[Facts]:
-    """Facts of consecutive chunks, in order."""
-    spans = [(start, start + _CHUNK) for start in range(0, len(samples), _CHUNK)]
-    if workers > 1 and len(samples) >= _POOL_FROM:
-        lazy = isinstance(samples, ArrowSamples)  # each process reads its own share of the files
-        jobs = ((samples, *s) if lazy else (samples[slice(*s)], 0, _CHUNK) for s in spans)
-        yield from in_order(observe_span, jobs, workers)
-    else:
-        yield from (observe_span(samples, *span) for span in spans)
+    """Facts of consecutive spans, in order."""
+    return map_spans(observe_span, samples, workers, pool_from=_POOL_FROM)
+
+
+def kept_facts(samples: Sequence[Sample], workers: int, folder: Path | None) -> Facts:
+    """The facts of all samples: from a folder of the cache, where they are put if they are not there."""
+
+    def made() -> Facts:
+        facts = Facts()
+        for part in observed(samples, workers):
+            facts.merge(part)
+        return facts
+
+    if folder is None:
+        return made()
+    facts = cached_folder(folder, load_facts, lambda building: save_facts(made(), building))
+    assert facts is not None, f"{folder} was just written"
+    return facts
 
 
 def _estimated_lengths(facts: Facts) -> TokenLengths:

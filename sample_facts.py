@@ -5,10 +5,15 @@ and not on how many samples; only two 8-byte keys per sample stay, to find dupli
 integers, so the order of samples and the number of workers change nothing.
 """
 
+import hashlib
+import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 
@@ -16,7 +21,7 @@ import crypto_terms
 import text_quality
 from character_grams import gram_hashes, normalized
 from near_duplicates import question_text, text_key
-from safe_text import clean_line
+from safe_text import clean_line, write_json
 from samples import Sample
 
 LISTED = 200  # findings of one kind and worst samples that are kept by name
@@ -25,6 +30,7 @@ _GRAM = 8
 _TEMPLATE_TOKENS = 11  # <|im_start|>, roles, newlines, <think> and their ends, of a single turn
 # Tokens of the Qwen3 vocabulary per character of each kind (mean error below 6% of a text).
 _TOKENS_PER = {"hanzi": 0.547, "letter": 0.465, "digit": 1.397, "other": 0.708}
+_COUNTERS = ("counts", "per_file", "difficulty", "terms", "occurrences")
 _RESOLUTION = {"quality": 1e-4, "complexity": 1e-4, "ratio": 1e-2}
 
 
@@ -145,7 +151,7 @@ class Facts:
 
     def merge(self, other: "Facts") -> None:
         """Add the facts of the samples that follow."""
-        for name in ("counts", "per_file", "difficulty", "terms", "occurrences"):
+        for name in _COUNTERS:
             getattr(self, name).update(getattr(other, name))
         for name, tally in other.tallies.items():
             if name not in self.tallies:
@@ -295,3 +301,53 @@ def copied_share(answer: str, thinking: str) -> float | None:
     grams = set(gram_hashes(answer, _GRAM).tolist())
     there = set(gram_hashes(normalized(thinking), _GRAM).tolist())
     return len(grams & there) / len(grams)
+
+
+# -----------------------------------------------------------------------------
+# Kept in the cache
+
+
+def save_facts(facts: Facts, folder: Path) -> None:
+    """facts.json and keys.npy; the order of what was counted is not kept."""
+    record = {name: sorted(getattr(facts, name).items()) for name in _COUNTERS}
+    record["tallies"] = {
+        name: [tally.resolution, sorted(tally.counts.items())]
+        for name, tally in facts.tallies.items()
+    }
+    record["findings"] = {kind: list(map(astuple, found)) for kind, found in facts.findings.items()}
+    record["worst"] = list(map(astuple, facts.worst))
+    write_json(folder / "facts.json", record)
+    keys = [np.concatenate(facts.question_keys), np.concatenate(facts.answer_keys)]
+    np.save(folder / "keys.npy", np.stack(keys))
+
+
+def load_facts(folder: Path) -> Facts | None:
+    """What `save_facts` wrote; None where it is not there or damaged."""
+    try:
+        record = json.loads((folder / "facts.json").read_bytes())
+        questions, answers = np.load(folder / "keys.npy")
+    except (OSError, ValueError):
+        return None
+    facts = Facts(question_keys=[questions], answer_keys=[answers])
+    for name in _COUNTERS:
+        getattr(facts, name).update(dict(record[name]))
+    for name, (resolution, counts) in record["tallies"].items():
+        facts.tallies[name] = Tally(resolution)
+        facts.tallies[name].counts.update(dict(counts))
+    for kind, found in record["findings"].items():
+        facts.findings[kind] = [Finding(*finding) for finding in found]
+    facts.worst = [WorstSample(*sample) for sample in record["worst"]]
+    return facts
+
+
+@cache
+def code_version(*more: str) -> str:
+    """16 hexadecimal digits over the code, the lists and the dictionary by which samples are judged, and
+    over `more` files: what other code has kept is not what this one would find."""
+    modules = ("sample_facts", "text_quality", "crypto_terms", "character_grams", "near_duplicates")
+    files = [Path(__file__).with_name(f"{name}.py") for name in modules]
+    files += sorted(crypto_terms.TERMS_FOLDER.glob("*.tsv"))
+    digest = hashlib.blake2b(version("rjieba").encode(), digest_size=8)
+    for file in (*files, *map(Path, more)):
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()

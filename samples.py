@@ -61,6 +61,7 @@ LARGE_DATA = 4 * 2**20
 """Bytes of input from which on samples live in Arrow files and are read in parallel."""
 _BATCH_CHARACTERS = 32 * 2**20  # beyond which a batch is written with fewer rows
 _ROWS = 1000  # per record batch: the unit that is decoded when samples are read in order
+SPAN = 500  # samples that a worker looks at before it hands in what it found
 _LOOKS = 100  # samples taken one by one until the pages that they lie on are given back
 _FORMAT = 1  # of the cached files; raise it when readers or columns change
 
@@ -79,6 +80,9 @@ class SampleSet:
     """32 hexadecimal digits over the contents in their order."""
     remarks: tuple[Remark, ...] = ()
     """Oddities of samples that were read: a glued heading, a missing answer marker."""
+    key: str = ""
+    """32 hexadecimal digits over contents, names and columns of the files: what is kept of these samples
+    is kept under it. Empty for small data, of which nothing is."""
 
 
 def read_samples(
@@ -318,6 +322,20 @@ def _write_whole(folder: Path, write: Callable[[Path], None]) -> None:
         raise
 
 
+def map_spans(
+    function: Callable, samples: Sequence[Sample], workers: int, *, pool_from: int
+) -> Iterator:
+    """function(samples, start, stop) of consecutive spans, in order; from `pool_from` samples on by
+    worker processes."""
+    spans = [(start, start + SPAN) for start in range(0, len(samples), SPAN)]
+    if workers > 1 and len(samples) >= pool_from:
+        lazy = isinstance(samples, ArrowSamples)  # each process reads its own share of the files
+        jobs = ((samples, *s) if lazy else (samples[slice(*s)], 0, SPAN) for s in spans)
+        yield from in_order(function, jobs, workers)
+    else:
+        yield from (function(samples, *span) for span in spans)
+
+
 def in_order(
     function: Callable,
     jobs: Iterable[tuple],
@@ -397,6 +415,7 @@ def _load(folder: Path) -> SampleSet | None:
         index["samples_per_file"],
         index["fingerprint"],
         tuple(Remark(**item) for item in index["remarks"]),
+        folder.name,
     )
 
 
@@ -542,7 +561,7 @@ def weighted_indices(
     for a weight that is negative or not finite, a key that fits nothing, and nothing left.
     """
     indices = np.asarray(indices, dtype=np.int64)
-    names, codes = _source_codes(samples)
+    names, codes = source_numbers(samples)
     codes = codes[indices]
     by_source = {names[code]: code for code in np.unique(codes).tolist()}
     chosen = _weight_of_sources(list(by_source), weights)
@@ -561,7 +580,7 @@ def weighted_indices(
     return np.repeat(indices, counts)
 
 
-def _source_codes(samples: Sequence[Sample]) -> tuple[list[str], np.ndarray]:
+def source_numbers(samples: Sequence[Sample]) -> tuple[list[str], np.ndarray]:
     """All sources in the order of their first samples, and the number (n,) of each sample's."""
     numbers: dict[str, int] = {}
     lazy = isinstance(samples, ArrowSamples)

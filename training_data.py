@@ -1,7 +1,7 @@
 """Raw files to everything the loop and the reports need of the data: samples, split, tokens, groups."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,16 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from chat_tokens import TokenizedSamples, tokenize_samples
-from crypto_terms import categories, find_terms, load_terms
 from dataset_stats import DatasetStatistics, compute_statistics
 from errors import UserError
+from loss_groups import Groups, loss_groups
 from near_duplicates import SampleClusters, split_held_out
 from safe_text import atomic_write_text, clean_line, strict, write_json
-from sample_facts import difficulty
+from sample_facts import code_version
 from samples import BrokenSample, Sample, SampleSet, read_samples, weighted_indices
-
-DIFFICULTIES = ("1", "2", "3", "4")
-NO_CATEGORY = "none"
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ class DataPart:
     samples: Sequence[Sample]
     tokens: TokenizedSamples
     documents: np.ndarray  # (m,) rows of `tokens`; a weighted source may appear several times
-    groups: Mapping[str, tuple[Sequence[str], np.ndarray]]  # labels of all rows of `tokens`
+    groups: Groups  # labels of all rows of `tokens`
 
     def __len__(self) -> int:
         return len(self.documents)
@@ -72,11 +69,14 @@ class TrainingData:
     held_out: DataPart
     max_seq_length: int
     workers: int
+    cache_dir: Path | None = None
 
     @cached_property
     def statistics(self) -> DatasetStatistics:
         """Statistics of everything that was read; computed when first asked for."""
-        read = self.split.read
+        read, folder = self.split.read, None
+        if self.cache_dir and read.key:
+            folder = Path(self.cache_dir) / "sample_facts" / f"{read.key}-{code_version()}"
         return compute_statistics(
             read.samples,
             held_out=self.split.held_out,
@@ -85,6 +85,7 @@ class TrainingData:
             workers=self.workers,
             broken=read.broken,
             clusters=self.split.clusters,
+            facts_folder=folder,
         )
 
     def write_reports(self, logs: Path) -> None:
@@ -150,28 +151,34 @@ def check_broken(read: SampleSet, max_fraction: float) -> None:
 
 
 def prepare_data(
-    split: Split, tokenizer: object, max_seq_length: int, *, workers: int, **options: object
+    split: Split,
+    tokenizer: object,
+    max_seq_length: int,
+    *,
+    workers: int,
+    cache_dir: Path | None = None,
+    **options: object,
 ) -> TrainingData:
-    """Tokenize both parts. `options` are those of `tokenize_samples`."""
-    options = {"workers": workers, **options}
+    """Tokenize both parts and label their groups. `options` are those of `tokenize_samples`."""
+    common = {"workers": workers, "cache_dir": cache_dir}
     sources = sorted({*split.read.samples_per_file, *_eval_sources(split)})
-    tokens = tokenize_samples(split.read, tokenizer, max_seq_length, **options)
-    groups = _groups(split.read.samples, tokens, sources)
+    tokens = tokenize_samples(split.read, tokenizer, max_seq_length, **common, **options)
+    groups = loss_groups(split.read, tokens.sample_index, sources, **common)
     train = DataPart(split.read.samples, tokens, tokens.documents_of(split.train), groups)
     if split.eval_read is None:
         documents = tokens.documents_of(split.held_out)
         held_out = DataPart(split.read.samples, tokens, documents, groups)
     else:
         samples = split.eval_read.samples
-        tokens = tokenize_samples(split.eval_read, tokenizer, max_seq_length, **options)
-        groups = _groups(samples, tokens, sources)
+        tokens = tokenize_samples(split.eval_read, tokenizer, max_seq_length, **common, **options)
+        groups = loss_groups(split.eval_read, tokens.sample_index, sources, **common)
         held_out = DataPart(samples, tokens, np.arange(len(tokens)), groups)
     if not len(train):
         raise UserError(
             f"data: none of {len(split.train)} samples fits in max_seq_length {max_seq_length} tokens; "
             "raise --max-seq-length or use --over-length truncate_thinking"
         )
-    return TrainingData(split, train, held_out, max_seq_length, workers)
+    return TrainingData(split, train, held_out, max_seq_length, workers, cache_dir)
 
 
 def write_broken(path: Path, broken: Sequence[BrokenSample]) -> None:
@@ -184,39 +191,3 @@ def write_broken(path: Path, broken: Sequence[BrokenSample]) -> None:
 
 def _eval_sources(split: Split) -> Sequence[str]:
     return list(split.eval_read.samples_per_file) if split.eval_read is not None else []
-
-
-def _groups(
-    samples: Sequence[Sample], tokens: TokenizedSamples, sources: Sequence[str]
-) -> dict[str, tuple[Sequence[str], np.ndarray]]:
-    """Labels by difficulty, source and term category; a document is in one group of each."""
-    index_of = {source: i for i, source in enumerate(sources)}
-    names = [*categories(), NO_CATEGORY]
-    has_tokens = np.zeros(len(samples), dtype=bool)
-    has_tokens[tokens.sample_index] = True
-    columns = [np.zeros(len(samples), dtype=kind) for kind in (np.uint8, np.int32, np.uint8)]
-    for i, sample in enumerate(samples):
-        if has_tokens[i]:
-            for column, label in zip(columns, _labels(sample, index_of, names), strict=True):
-                column[i] = label
-    difficulties, source_numbers, category_numbers = (c[tokens.sample_index] for c in columns)
-    return {
-        "By_Difficulty_": (DIFFICULTIES, difficulties),
-        "By_Source/": (sources, source_numbers),
-        "By_Category/": (names, category_numbers),
-    }
-
-
-def _labels(
-    sample: Sample, index_of: Mapping[str, int], names: Sequence[str]
-) -> tuple[int, int, int]:
-    """Difficulty 0..3, source, and the category of most of the sample's terms."""
-    return difficulty(sample) - 1, index_of[sample.source], names.index(_category(sample))
-
-
-def _category(sample: Sample) -> str:
-    terms, counts = load_terms(), {}
-    for name, count in find_terms(f"{sample.question}\n{sample.answer}").items():
-        category = terms[name].category
-        counts[category] = counts.get(category, 0) + count
-    return max(counts, key=lambda c: (counts[c], c), default=NO_CATEGORY)

@@ -287,18 +287,58 @@ def _check_forms(real_samples: list[Sample], tmp_path: Path) -> None:
         assert len(from_json["findings"][kind]) == len(found)
 
 
+def test_kept_facts_give_the_same_statistics(tmp_path, monkeypatch):
+    wrong = _sample(90, answer="ZUC算法由GM/T 0002-2012规定，它是一种序列密码。", line=77)
+    data = [*SAMPLES, SAMPLES[3], wrong]
+    folder = tmp_path / "facts"
+    first = compute_statistics(data, held_out=range(5), facts_folder=folder).to_json()
+    assert first == compute_statistics(data, held_out=range(5)).to_json()
+    observed = []
+    observe = dataset_stats.observe_span
+    monkeypatch.setattr(
+        dataset_stats, "observe_span", lambda *span: observed.append(span) or observe(*span)
+    )
+    kept = compute_statistics(data, held_out=range(5), facts_folder=folder)
+    assert kept.to_json() == first and not observed
+    fresh = compute_statistics(data, held_out=range(5))
+    for tag, values in fresh.histograms().items():
+        np.testing.assert_array_equal(kept.histograms()[tag], values)
+    assert observed, "not even looked at, or the test above proves nothing"
+    for name in ("facts.json", "keys.npy"):
+        observed.clear()
+        (folder / name).write_bytes((folder / name).read_bytes()[:-9])
+        again = compute_statistics(data, held_out=range(5), facts_folder=folder)
+        assert again.to_json() == first and observed, f"damaged: {name}"
+
+
+def test_facts_are_kept_under_the_code_and_the_lists_that_made_them(tmp_path, monkeypatch):
+    sample_facts.code_version.cache_clear()
+    before = sample_facts.code_version()
+    assert sample_facts.code_version(__file__) != before
+    for file in sample_facts.crypto_terms.TERMS_FOLDER.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    monkeypatch.setattr(sample_facts.crypto_terms, "TERMS_FOLDER", tmp_path)
+    sample_facts.code_version.cache_clear()
+    assert sample_facts.code_version() == before
+    with open(tmp_path / "crypto_terms.tsv", "a", encoding="utf-8") as file:
+        file.write("新术语\t算法\t1\t\n")
+    sample_facts.code_version.cache_clear()
+    assert sample_facts.code_version() != before
+    sample_facts.code_version.cache_clear()
+
+
 def test_order_and_chunks_change_nothing(monkeypatch):
     twice = SAMPLES + [_sample(i, line=500 + i) for i in range(10)]
     expected = compute_statistics(twice, held_out=range(5)).to_json()
     order = np.random.default_rng(0).permutation(len(twice))
-    monkeypatch.setattr(dataset_stats, "_CHUNK", 7)
+    monkeypatch.setattr(samples, "SPAN", 7)
     held_out = np.flatnonzero(order < 5)
     again = compute_statistics([twice[i] for i in order], held_out=held_out).to_json()
     assert again == expected
 
 
 def test_workers_change_nothing(monkeypatch):
-    monkeypatch.setattr(dataset_stats, "_CHUNK", 20)
+    monkeypatch.setattr(samples, "SPAN", 20)
     monkeypatch.setattr(dataset_stats, "_POOL_FROM", 1)
     expected = compute_statistics(SAMPLES).to_json()
     assert compute_statistics(SAMPLES, workers=2).to_json() == expected
@@ -353,7 +393,7 @@ def test_samples_in_files_and_workers_give_the_same(tmp_path, monkeypatch):
     expected = compute_statistics(read_samples([path]).samples).to_json()
     monkeypatch.setattr(samples, "LARGE_DATA", 1)
     monkeypatch.setattr(samples, "_ROWS", 7)
-    monkeypatch.setattr(dataset_stats, "_CHUNK", 20)
+    monkeypatch.setattr(samples, "SPAN", 20)
     monkeypatch.setattr(dataset_stats, "_POOL_FROM", 1)
     stored = read_samples([path]).samples
     assert isinstance(stored, samples.ArrowSamples)

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from qwen3_tokenizer import qwen3_tokenizer
 
+import dataset_stats
+import loss_groups
 import near_duplicates
 import samples
 from errors import UserError
@@ -57,6 +59,51 @@ def test_groups_tell_what_each_document_is(tmp_path, monkeypatch, qwen3, large_d
     assert len({categories[i] for i in labels}) > 1
     assert not set(data.train.documents) & set(data.held_out.documents)
     assert len(data.train) + len(data.held_out) == 40
+
+
+def test_facts_and_groups_of_large_data_are_made_once(tmp_path, monkeypatch, qwen3):
+    monkeypatch.setattr(samples, "LARGE_DATA", 1)
+    looked_at = []
+    for module, name in ((dataset_stats, "observe_span"), (loss_groups, "label_span")):
+        look = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *span, n=name, f=look: looked_at.append(n) or f(*span)
+        )
+    path, cache = write(tmp_path / "a.jsonl", 30, "SM4"), tmp_path / "cache"
+
+    def outcome(workers: int = 1) -> tuple[dict, dict]:
+        read, _ = read_data([path], cache_dir=cache)
+        data = prepare_data(split_samples(read), qwen3, 120, workers=workers, cache_dir=cache)
+        groups = {stem: labels.tolist() for stem, (_, labels) in data.train.groups.items()}
+        return data.statistics.to_json(), groups
+
+    first = outcome()
+    assert sorted(looked_at) == ["label_span", "observe_span"]
+    assert outcome() == first and len(looked_at) == 2
+    (labels,) = cache.glob("loss_groups/*/labels.npy")
+    labels.write_bytes(labels.read_bytes()[:-9])
+    assert outcome() == first and looked_at[2:] == ["label_span"], "what is damaged is made anew"
+
+    rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    harder = [row | {"difficulty": 4} for row in rows]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in harder)
+    Path(path).write_text(text, encoding="utf-8")
+    statistics, groups = outcome()
+    assert set(groups["By_Difficulty_"]) == {3}, "the same texts, and so the same fingerprint"
+    assert statistics["difficulty_4_count"] == 30 and sorted(looked_at[3:]) == sorted(looked_at[:2])
+
+
+def test_worker_processes_label_the_same(tmp_path, monkeypatch, qwen3):
+    for name, value in (("LARGE_DATA", 1), ("SPAN", 7), ("_ROWS", 5)):
+        monkeypatch.setattr(samples, name, value)
+    read, _ = read_data([write(tmp_path / "a.jsonl", 30, "SM4")])
+    sources, every = list(read.samples_per_file), np.arange(30)
+    alone = loss_groups.loss_groups(read, every, sources)
+    monkeypatch.setattr(loss_groups, "_POOL_FROM", 1)
+    together = loss_groups.loss_groups(read, every, sources, workers=2)
+    for stem, (names, labels) in alone.items():
+        assert together[stem][0] == names
+        np.testing.assert_array_equal(together[stem][1], labels)
 
 
 def test_the_demonstration_model_learns_from_a_bounded_number_of_texts(tmp_path):
