@@ -39,6 +39,7 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,10 +56,8 @@ from checkpoint import (
     checkpoint_at,
     give_shards,
     newest_checkpoint,
-    optimizer_tensors,
     prune_checkpoints,
     remove_leftovers,
-    restore_optimizer,
     restore_rng,
     rng_tensors,
     save_checkpoint,
@@ -66,24 +65,12 @@ from checkpoint import (
 from convergence import ConvergenceMonitor
 from data_check import data_faults, is_good, summary
 from evaluation import Evaluator
-from fast_lora import enable_fast_lora
 from generation_probes import choose_probes, token_budget
 from hardest_samples import LEVEL_DECAY, hardest, hardest_text, loss_rows
 from loss_ledger import LossLedger
-from optimization import (
-    MicroBatchSums,
-    StepResult,
-    build_optimizer,
-    clip_gradients,
-    forward_backward,
-    is_compiler_error,
-    is_out_of_memory,
-    learning_rate_at,
-    micro_batch_pieces,
-    set_learning_rate,
-    update_weights,
-)
-from packed_model import PackedLossModel, compiler_is_there
+from model_in_training import ModelInTraining
+from optimization import StepResult, learning_rate_at
+from packed_model import compiler_is_there
 from packing import PlannedStep, StepPlan
 from report import write_report
 from run_directory import (
@@ -103,10 +90,8 @@ from throughput import (
     CudaTimeline,
     HostTimeline,
     StepClock,
-    dims_from_config,
     peak_flops,
     straggler,
-    training_flops,
 )
 from train_state import TrainState
 from training_data import TrainingData, prepare_data, read_data, split_samples
@@ -150,10 +135,8 @@ class DirectTrainer:
         self.outcome = ""  # why the loop ends: completed, preempted, stopped, nonfinite
         self.rollback_from = 0  # non-finite step to go back from
         self.saved_step = -1
-        self.saved_at, self.saving_seconds = (
-            time.monotonic(),
-            0.0,
-        )  # end and length of the last save
+        self.saved_at = time.monotonic()  # the end of the last save, and how long it took
+        self.saving_seconds = 0.0
 
     @property
     def tensorboard_writer(self) -> TensorBoardLogger | NullLogger:
@@ -379,22 +362,26 @@ class DirectTrainer:
     def loop(self) -> None:
         """Step n is the n-th optimizer update; a resumed run starts at a later n."""
         config, plan, state = self.config, self.plan, self.state
+        tokens = self.data.train.tokens
         self.terminal.start_progress(plan.num_steps, state.step, plan.steps_per_epoch)
         if state.step == 0 and self.saved_step < 0:
             self.log(0, self.evaluate(0))
         while self.state.step < plan.num_steps and not self.outcome:
             state, step = self.state, self.state.step + 1
-            learning_rate = self.learning_rate(step)
-            set_learning_rate(self.optimizer, learning_rate)
-            planned = plan[step]
-            sums = self.forward_backward(planned)
+            planned, learning_rate = plan[step], self.learning_rate(step)
+            sums, self.interrupted = self.model.forward_backward(
+                planned, tokens, self.clock, state, lambda: bool(self.stop_signal)
+            )
             last = step == plan.num_steps
             evaluates = last or due(step, self.eval_steps)
             if evaluates:
                 self.evaluator.note_gradients()
             with self.clock.phase("optimizer"):
-                grad_norm = clip_gradients(self.parameters, config.max_grad_norm)
-                update_weights(self.optimizer, grad_norm, skip=step in state.skipped_steps)
+                grad_norm = self.model.update(
+                    learning_rate,
+                    max_grad_norm=config.max_grad_norm,
+                    skip=step in state.skipped_steps,
+                )
             self.pending.append(StepResult(step, learning_rate, planned, sums, grad_norm))
             self.advance(step, planned)
 
@@ -439,125 +426,18 @@ class DirectTrainer:
             min_ratio=config.min_lr_ratio,
         )
 
-    def forward_backward(self, planned: PlannedStep) -> MicroBatchSums:
-        """The step's gradients, the mean over all ranks.
-
-        Out of memory, or layers that can't be compiled, on one rank: all do with less, and begin the step
-        again; the global batch, and so the loss, stays the same. Shards can't agree in the middle of a
-        step: there the run ends, to be resumed with other settings.
-        """
-        tokens, state = self.data.train.tokens, self.state
-        while True:
-            full, broken, stuck = "", "", False
-            try:
-                sums = forward_backward(
-                    self.parallel_model,
-                    planned,
-                    tokens,
-                    self.dist,
-                    self.clock,
-                    splits=state.micro_batch_splits,
-                    batch_shape=self.batch_shape,
-                )
-            except RuntimeError as error:
-                reason = str(error).strip().partition("\n")[0] or type(error).__name__
-                if is_out_of_memory(error):
-                    pieces = micro_batch_pieces(planned, tokens.lengths, state.micro_batch_splits)
-                    smallest = all(len(documents) == 1 for documents, _ in pieces)
-                    full, stuck = reason, smallest and not self.may_recompute
-                elif is_compiler_error(error):
-                    broken, stuck = reason, self.config.compile == "on"
-                else:
-                    raise
-            if self.parallel == "fsdp" and (full or broken):
-                raise self.no_way_on(full, broken)
-            with self.clock.phase("forward_backward"):
-                if self.dist.world_size > 1 and self.parallel == "ddp":
-                    self.clock.gradients_are_ready()
-                # One message for all that ranks must agree on: a step waits for no other one.
-                too_large, uncompiled, stuck, self.interrupted = self.dist.any(
-                    bool(full), bool(broken), stuck, bool(self.stop_signal)
-                )
-                if not (too_large or uncompiled):
-                    distributed.average_gradients(self.parallel_model)
-                    return sums
-            if stuck:
-                raise self.no_way_on(full, broken)
-            sums = []  # what this rank holds of the step is made anew
-            if too_large:
-                self.make_room()
-            else:
-                self.stop_compiling()
-                reason = broken or "on another rank"
-                self.terminal.warn(f"layers can't be compiled, training goes on without: {reason}")
-            self.optimizer.zero_grad(set_to_none=True)
-            # A backward pass that broke off leaves a replica unusable.
-            self.parallel_model = distributed.parallelize(self.packed, "ddp", self.dist, self.dtype)
-            if self.dist.device.type == "cuda":
-                torch.cuda.empty_cache()
-
-    def no_way_on(self, full: str, broken: str) -> RunStopped:
-        """What ends a run that can't do with less, with this rank's reason if it has one."""
-        if broken:
-            return RunStopped(f"the layers can't be compiled: {broken}. Use --compile off")
-        return RunStopped(
-            f"step {self.state.step + 1}: out of memory ({full or 'on another rank'}). Lower --batch-size "
-            "or --max-seq-length, or use --gradient-checkpointing on, and go on with --resume latest"
-        )
-
-    @property
-    def may_recompute(self) -> bool:
-        """Whether activations can still be given up for lack of memory."""
-        return not self.checkpointing and self.config.gradient_checkpointing == "auto"
-
-    def make_room(self) -> None:
-        """From here on, on all ranks: activations are made again in the backward pass; then smaller parts."""
-        state = self.state
-        if self.may_recompute:
-            state.recomputes = True
-            measure = "activations are now made again in the backward pass (gradient checkpointing)"
-        else:
-            state.micro_batch_splits += 1
-            measure = f"micro-batches are now done in {2**state.micro_batch_splits} parts"
-            measure += ", without compilation" if self.batch_shape else ""
-        self.do_with_less()
-        self.terminal.warn(
-            f"step {state.step + 1}: out of memory; {measure}, the global batch and the loss stay the same"
-        )
-
-    def do_with_less(self) -> None:
-        """What the state says that lack of memory has taught, now or before a resume."""
-        if self.state.recomputes and self.may_recompute:
-            model_loading.recompute_activations(self.model)
-            self.checkpointing = True
-        if self.parallel == "fsdp":  # parts are not of equal number on all ranks, gathering must be
-            self.state.micro_batch_splits = 0
-        if self.state.micro_batch_splits:  # their shapes are not the compiled one, each is its own
-            self.stop_compiling()
-
-    def stop_compiling(self) -> None:
-        """The layers run as they are written from here on."""
-        if self.batch_shape:
-            self.batch_shape = {}
-            torch.compiler.set_stance("force_eager")
-
     def advance(self, step: int, planned: PlannedStep) -> None:
         """Count the step. Only numbers that the host knows."""
         state = self.state
         state.step = step
         state.tokens_seen += planned.num_tokens
         state.samples_seen += planned.num_samples
-        flops = 0
-        if self.dims is not None:
-            lengths = self.data.train.tokens.lengths[list(planned.documents)]
-            flops = training_flops(
-                self.dims, lengths, planned.num_targets, lora_weights=self.lora_weights
-            )
+        lengths = self.data.train.tokens.lengths[list(planned.documents)]
         self.clock.count(
             tokens=planned.num_tokens,
             supervised=planned.num_targets,
             samples=planned.num_samples,
-            flops=flops,
+            flops=self.model.flops(lengths, planned.num_targets),
         )
 
     def collect(self) -> None:
@@ -731,10 +611,8 @@ class DirectTrainer:
             return due(step, self.config.save_steps)
         if not due(step, run_plan.MIN_SAVE_STEPS):
             return False
-        trained = time.monotonic() - self.saved_at
-        return any(
-            self.dist.any(self.dist.is_main and trained >= self.saving_seconds / SAVING_SHARE)
-        )
+        long_enough = time.monotonic() - self.saved_at >= self.saving_seconds / SAVING_SHARE
+        return any(self.dist.any(self.dist.is_main and long_enough))
 
     def save(self, step: int) -> None:
         """A checkpoint of this step; the points up to it are on the disk before it is."""
@@ -742,18 +620,13 @@ class DirectTrainer:
             return
         start = time.monotonic()
         self.gather_hardest()
-        distributed.reshard(self.parallel_model)
         with self.clock.phase("saving"), self.terminal.working("saving"):
             rng = {  # collectives: all ranks take part
                 f"rank{rank}.{device}": tensor
                 for rank, states in enumerate(self.dist.gather(rng_tensors(self.dist.device)))
                 for device, tensor in states.items()
             }
-            tensors = {
-                "adapter_model": model_loading.adapter_state(self.model),
-                "optimizer": optimizer_tensors(self.optimizer, self.names),
-                "rng": rng,
-            }
+            tensors = {**self.model.tensors(), "rng": rng}
             self.count_seconds()
             self.state.convergence = self.convergence.state_dict()
             self.state.alerts = self.record.alerts.state_dict()
@@ -777,7 +650,7 @@ class DirectTrainer:
                 step,
                 run=self.run.name,
                 tensors=tensors,
-                documents=model_loading.adapter_documents(self.model),
+                documents=self.model.documents(),
                 state={
                     "train_state": run_summary.settings_of(self.state),
                     "identity": self.identity,
@@ -800,27 +673,20 @@ class DirectTrainer:
 
     def save_model(self, directory: Path) -> None:
         """The adapter with its tokenizer, whole or not at all."""
-        distributed.reshard(self.parallel_model)
         with self.terminal.working(f"saving {directory.name}"):
-            model_loading.save_adapter(
-                self.model, self.tokenizer, directory, dtype=self.dtype, writes=self.dist.is_main
-            )
+            self.model.save(directory, self.tokenizer)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Weights, optimizer, random state and counters as they were at the checkpoint."""
         run_summary.check_identity(checkpoint.state["identity"], self.identity, checkpoint.path)
-        distributed.reshard(self.parallel_model)
-        model_loading.load_adapter_state(self.model, checkpoint.tensors["adapter_model"])
-        parameters = {name: parameter for parameter, name in self.names.items()}
-        restore_optimizer(self.optimizer, parameters, checkpoint.tensors["optimizer"])
+        self.state = TrainState(**checkpoint.state["train_state"])
+        self.model.restore(checkpoint.tensors, self.state)
         prefix = f"rank{self.dist.rank}."
         rng = {
             k.removeprefix(prefix): v for k, v in checkpoint.tensors["rng"].items() if prefix in k
         }
         if rng:  # a rank that did not exist then starts from the seed
             restore_rng(rng, self.dist.device)
-        self.state = TrainState(**checkpoint.state["train_state"])
-        self.do_with_less()
         self.saved_step = self.state.step
 
     def roll_back(self) -> None:
@@ -850,7 +716,7 @@ class DirectTrainer:
         """Weights, adapters, fast kernels, the wrapper of several ranks, optimizer."""
         config, dist = self.config, self.dist
         with self.terminal.working("loading the model"):
-            self.model = model_loading.load_model(
+            model = model_loading.load_model(
                 self.resolved,
                 self.tokenizer,
                 device=dist.device,
@@ -868,28 +734,26 @@ class DirectTrainer:
                 seed=config.seed,
                 sharded=self.parallel == "fsdp",
             )
-        enable_fast_lora(self.model)
-        self.packed = PackedLossModel(self.model, self.data.train.tokens.close_id)
-        self.batch_shape = {}
         if self.compiles:
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(config.cache_path / "compiled"))
-            self.packed.compile_layers()
-            self.batch_shape = self.plan.constant_shape
-        self.parallel_model = distributed.parallelize(
-            self.packed, self.parallel, dist, self.dtype
-        ).train()
-        named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-        self.names = {parameter: name for name, parameter in named}
-        self.parameters = [parameter for _, parameter in named]
-        self.optimizer = build_optimizer(
-            self.parameters,
+        self.model = ModelInTraining(
+            model,
+            self.data.train.tokens.close_id,
+            dist,
+            parallel=self.parallel,
+            dtype=self.dtype,
+            batch_shape=self.plan.constant_shape if self.compiles else {},
+            must_compile=config.compile == "on",
+            recomputes=self.checkpointing,
+            may_recompute=config.gradient_checkpointing == "auto" and not self.checkpointing,
             learning_rate=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
             epsilon=config.adam_epsilon,
             weight_decay=config.weight_decay,
+            warn=self.terminal.warn,
         )
         self.evaluator = Evaluator(
-            self.packed,
+            self.model.packed,
             self.tokenizer,
             self.data.held_out,
             self.eval_plan,
@@ -898,8 +762,6 @@ class DirectTrainer:
             max_new_tokens=self.answer_tokens,
             histograms=config.log_weight_histograms,
         )
-        self.dims = dims_from_config(self.model.config)
-        self.lora_weights = sum(p.numel() for p in self.parameters) if config.lora_r else None
         # Nothing waits for the CPU's own results, so there every step is looked at.
         self.reads_are_free = dist.device.type == "cpu"
         torch.manual_seed(config.seed + dist.rank)  # dropout, if any, differs between ranks
@@ -915,7 +777,7 @@ class DirectTrainer:
             self.restore(checkpoint)
             self.state.resume_count += 1
         if dist.is_main:  # weights and both moments, one more while the old one is still there
-            check_writable(output_dir, 6 * sum(p.numel() * 4 for p in self.parameters))
+            check_writable(output_dir, 6 * 4 * self.model.num_trainable)
         name = dist.broadcast(
             checkpoint.run if checkpoint else dist.is_main and new_run(output_dir).name
         )
@@ -998,14 +860,14 @@ class DirectTrainer:
         if self.resolved.embedded:
             self.terminal.say(model_loading.banner(self.resolved), style="bold yellow")
         data, plan, dist = self.data, self.plan, self.dist
-        counts = model_loading.parameter_counts(self.model)
+        model = self.model
         ranks = f", {dist.world_size} ranks, {self.parallel}" if dist.world_size > 1 else ""
         self.terminal.table(
             "Run",
             [
                 ("device", f"{dist.device}{ranks}"),
                 ("model", self.resolved.name),
-                ("parameters", f"{counts[0]:,} trainable of {counts[1]:,}"),
+                ("parameters", f"{model.num_trainable:,} trainable of {model.num_parameters:,}"),
                 (
                     "samples",
                     f"{len(data.train)} train, {len(data.held_out)} held out",
@@ -1014,8 +876,8 @@ class DirectTrainer:
                 ("tokens per epoch", f"{plan.num_tokens:,}"),
                 ("steps", f"{plan.num_steps} ({plan.steps_per_epoch} per epoch)"),
                 ("packing", f"{plan.num_rows} rows, {plan.efficiency:.1%} full"),
-                ("gradient checkpointing", "on" if self.checkpointing else "off"),
-                ("compiled layers", "on" if self.batch_shape else "off"),
+                ("gradient checkpointing", "on" if model.recomputes else "off"),
+                ("compiled layers", "on" if model.batch_shape else "off"),
                 *self.forecast.short_rows(),
                 ("run", self.run.logs),
             ],
@@ -1026,14 +888,22 @@ class DirectTrainer:
 
     def write_configuration(self) -> None:
         """configuration.json among the run's logs: settings, model, steps and versions."""
-        trainable, total = model_loading.parameter_counts(self.model)
         record = run_summary.configuration(
             self.settings,
-            {"name": self.resolved.name, "trainable": trainable, "total": total},
+            self.model_record(),
             self.plan,
             self.eval_steps,
         )
         write_json(self.run.logs / "configuration.json", record)
+
+    def model_record(self) -> dict[str, Any]:
+        """The model's name and size, for the run's files."""
+        model = self.model
+        return {
+            "name": self.resolved.name,
+            "trainable": model.num_trainable,
+            "total": model.num_parameters,
+        }
 
     def describe_data(self) -> None:
         """Before step 1: settings, dataset and mask audit, to TensorBoard and as files."""
@@ -1086,12 +956,14 @@ class DirectTrainer:
     def write_summary(self, hardware: dict[str, float]) -> None:
         """Final_* tags, Training/Final_Summary and training_statistics.json."""
         state, run = self.state, self.run
-        trainable, total = model_loading.parameter_counts(self.model)
-        model = {"name": self.resolved.name, "trainable": trainable, "total": total}
+        model = self.model_record()
         final = run_summary.final_metrics(
             self.settings,
             self.data,
-            {"Trainable_Parameters": trainable, "Total_Parameters": total},
+            {
+                "Trainable_Parameters": self.model.num_trainable,
+                "Total_Parameters": self.model.num_parameters,
+            },
             state,
             self.convergence.scalars(),
             hardware,

@@ -35,7 +35,7 @@ import packed_model
 import segment_loss
 from direct_finetuning_with_existing_modules import DirectTrainer, due
 from evaluation import held_out_sums
-from optimization import clip_gradients, forward_backward, set_learning_rate, update_weights
+from optimization import forward_backward
 from tb_logger import NullLogger
 from throughput import StepClock
 from training_config import DirectTrainingConfig
@@ -86,13 +86,11 @@ def step_of(trainer: DirectTrainer, step: int, signals: bool) -> float:
     from optimization import StepResult
 
     planned = trainer.plan[step]
-    set_learning_rate(trainer.optimizer, 0.0)  # so that both sides meet the same weights
     tokens = trainer.data.train.tokens
-    sums = forward_backward(trainer.parallel_model, planned, tokens, trainer.dist, StepClock())
+    sums = forward_backward(trainer.model.wrapped, planned, tokens, trainer.dist, StepClock())
     if signals and due(step, EVAL_STEPS):
         trainer.evaluator.note_gradients()
-    norm = clip_gradients(trainer.parameters, 1.0)
-    update_weights(trainer.optimizer, norm)
+    norm = trainer.model.update(0.0, max_grad_norm=1.0)  # both sides meet the same weights
     if not signals:
         return float(norm)
     trainer.pending.append(StepResult(step, 0.0, planned, sums, norm))
@@ -135,7 +133,7 @@ def apart(trainer: DirectTrainer) -> dict[str, float]:
     health.scalars()  # the norms of the frozen weights, once per run
     return {
         "held_out_losses": timed(
-            lambda: held_out_sums(trainer.parallel_model, held_out, plan, trainer.dist)
+            lambda: held_out_sums(trainer.model.wrapped, held_out, plan, trainer.dist)
         )[0],
         "probes": timed(lambda: trainer.evaluator._answers(0, NullLogger()))[0],
         "adapter_health": timed(health.scalars)[0],

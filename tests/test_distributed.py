@@ -24,8 +24,10 @@ from direct_finetuning_with_existing_modules import DirectTrainer, DirectTrainin
 from distributed import Distributed, _newest_group, parallel_mode, pick_device
 from embedded_model import train_tokenizer
 from errors import UserError
+from model_in_training import ModelInTraining
 from run_summary import check_ranks
 from tb_logger import read_metrics
+from train_state import TrainState
 
 SCRIPT = Path(__file__).parents[1] / "direct_finetuning_with_existing_modules.py"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -383,10 +385,10 @@ def test_what_an_alert_of_one_rank_asks_for_is_done_by_all(wish, monkeypatch):
 
 def test_shards_take_no_divided_micro_batches():
     """A checkpoint of replicas may ask for them; ranks would gather weights unequally often."""
-    trainer = DirectTrainer(DirectTrainingConfig(device="cpu"), quiet=True)
-    trainer.state.micro_batch_splits, trainer.parallel, trainer.batch_shape = 2, "fsdp", {}
-    trainer.do_with_less()
-    assert trainer.state.micro_batch_splits == 0
+    model, state = object.__new__(ModelInTraining), TrainState(micro_batch_splits=2)
+    model._parallel = "fsdp"
+    model.do_with_less(state)
+    assert state.micro_batch_splits == 0
 
 
 def test_a_node_is_the_ranks_with_one_first_rank(monkeypatch):

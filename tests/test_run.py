@@ -58,7 +58,7 @@ def interrupt_in_step(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return sums
 
-    monkeypatch.setattr("direct_finetuning_with_existing_modules.forward_backward", gradients)
+    monkeypatch.setattr("model_in_training.forward_backward", gradients)
 
 
 def logs_of(output_dir: Path) -> Path:

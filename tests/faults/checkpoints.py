@@ -12,6 +12,7 @@ import torch
 
 import checkpoint
 import direct_finetuning_with_existing_modules as program
+import model_in_training
 
 from . import hook
 from .rig import Rig, announced_is_kept, fork, leftovers, nothing_lost, replaced
@@ -294,14 +295,14 @@ def two_checkpoints(rig: Rig) -> Path:
 
 def stop_at(step: int, number: int = signal.SIGTERM) -> None:
     """In a child: a real signal to itself in `step`, which is the last one then."""
-    gradients = program.DirectTrainer.forward_backward
+    gradients = model_in_training.ModelInTraining.forward_backward
 
-    def with_signal(self, planned):
-        if self.state.step + 1 == step:
+    def with_signal(self, planned, tokens, clock, state, wants_stop):
+        if state.step + 1 == step:
             os.kill(os.getpid(), number)
-        return gradients(self, planned)
+        return gradients(self, planned, tokens, clock, state, wants_stop)
 
-    program.DirectTrainer.forward_backward = with_signal
+    model_in_training.ModelInTraining.forward_backward = with_signal
 
 
 def damaged(rig: Rig, damage: Callable[[Path], bool], resume: bool) -> tuple[bool, list[str]]:

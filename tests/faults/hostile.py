@@ -16,6 +16,7 @@ from pathlib import Path
 
 import checkpoint
 import direct_finetuning_with_existing_modules as program
+import model_in_training
 import safe_text
 import samples
 from chat_tokens import tokenize_samples
@@ -778,7 +779,7 @@ def secrets(rig: Rig, ending: str) -> Trial:
             raise RuntimeError(text)
 
         if ending == "crash":
-            replaced(program.DirectTrainer, "forward_backward", crash)
+            replaced(model_in_training.ModelInTraining, "forward_backward", crash)
         if ending == "disk":
 
             def full(*_: object, **__: object) -> None:

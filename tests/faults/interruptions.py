@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import direct_finetuning_with_existing_modules as program
+import model_in_training
 import run_directory
 
 from .checkpoints import stop_at
@@ -90,7 +91,7 @@ def no_random_state() -> None:
 
 def no_optimizer_state() -> None:
     """Mutant: the moments start from nothing."""
-    replaced(program, "restore_optimizer", lambda optimizer, parameters, tensors: None)
+    replaced(model_in_training, "restore_optimizer", lambda optimizer, parameters, tensors: None)
 
 
 # -----------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 
 import checkpoint
 import direct_finetuning_with_existing_modules as program
+import model_in_training
 import optimization
 import packed_model
 
@@ -58,21 +59,16 @@ def poison_gradient(value: float, everything: bool = False) -> Callable:
     """One number of one gradient, or all of all; before clipping."""
 
     def patch(step: int, marker: Path) -> None:
-        real = program.clip_gradients
-
-        def clip(parameters, max_norm):
-            return real(parameters, max_norm)
-
         def change(result, arguments):
-            trainer = arguments[0]
-            for parameter in trainer.parameters if everything else trainer.parameters[:1]:
+            model = arguments[0]
+            for parameter in model.parameters if everything else model.parameters[:1]:
                 if everything:
                     parameter.grad.fill_(value)
                 else:
                     parameter.grad.view(-1)[0] = value
             return result
 
-        at_step(step, marker, change, program.DirectTrainer, "forward_backward")
+        at_step(step, marker, change, model_in_training.ModelInTraining, "forward_backward")
 
     return patch
 
@@ -81,12 +77,12 @@ def poison_moments(step: int, marker: Path) -> None:
     """The optimizer's own state: the gradient is fine, the update is not."""
 
     def change(result, arguments):
-        trainer = arguments[0]
-        for state in trainer.optimizer.state.values():
+        model = arguments[0]
+        for state in model.optimizer.state.values():
             state["exp_avg"].view(-1)[0] = math.nan
         return result
 
-    at_step(step, marker, change, program.DirectTrainer, "forward_backward")
+    at_step(step, marker, change, model_in_training.ModelInTraining, "forward_backward")
 
 
 def finite_checkpoints(output: Path) -> list[str]:
@@ -218,7 +214,7 @@ def updates_anyway() -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    replaced(program, "update_weights", update)
+    replaced(model_in_training, "update_weights", update)
 
 
 # -----------------------------------------------------------------------------
@@ -309,7 +305,7 @@ def f17(rig: Rig, tally: Tally, count: int) -> None:
 
 def memory_errors_are_fatal() -> None:
     """Mutant: an error of the allocator is like any other."""
-    replaced(program, "is_out_of_memory", lambda error: False)
+    replaced(model_in_training, "is_out_of_memory", lambda error: False)
 
 
 def half_is_lost() -> None:

@@ -22,6 +22,7 @@ import torch
 
 import direct_finetuning_with_existing_modules as program
 import embedded_model
+import model_in_training
 
 NUM_RECORDS, NUM_STEPS, SAVE_STEPS = 64, 24, 5
 LEDGER = "ledger.jsonl"
@@ -277,7 +278,7 @@ class Rig:
 
 def write_ledger(path: Path) -> None:
     """In a child: note every update's documents, losses, rate, gradient and random state, as hex."""
-    update = program.update_weights
+    update = model_in_training.update_weights
     collect = program.DirectTrainer.advance
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -296,7 +297,7 @@ def write_ledger(path: Path) -> None:
         sums = torch.stack([s.per_document.double().sum() for _, s in self.pending[-1].sums]).sum()
         random_state = hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest()[:16]
         weights = hashlib.sha256()
-        for parameter in self.parameters:
+        for parameter in self.model.parameters:
             weights.update(parameter.detach().contiguous().numpy().tobytes())
         record = {
             "step": step,
@@ -310,7 +311,7 @@ def write_ledger(path: Path) -> None:
         os.write(handle, (json.dumps(record) + "\n").encode())
         return collect(self, step, planned)
 
-    program.update_weights = update_weights
+    model_in_training.update_weights = update_weights
     program.DirectTrainer.advance = advance
 
 
