@@ -778,8 +778,9 @@ class DirectTrainer:
             self.state.resume_count += 1
         if dist.is_main:  # weights and both moments, one more while the old one is still there
             check_writable(output_dir, 6 * 4 * self.model.num_trainable)
+        begun = dist.noted("run")  # by a group that died, maybe before its first checkpoint
         name = dist.broadcast(
-            checkpoint.run if checkpoint else dist.is_main and new_run(output_dir).name
+            checkpoint.run if checkpoint else dist.is_main and (begun or new_run(output_dir).name)
         )
         self.run: RunDirectory = (
             known_run(output_dir, name) if dist.is_main else shared_run(output_dir, name)
@@ -793,7 +794,7 @@ class DirectTrainer:
             self.run,
             is_main=dist.is_main,
             samples_hardware=dist.local_rank == 0,
-            resume_step=self.state.step if checkpoint else None,
+            resume_step=self.state.step if checkpoint else -1 if begun else None,
             gpu_uuids=gpus,
             first_gpu_index=dist.rank,  # one a rank
             alert_state=self.state.alerts,

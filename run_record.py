@@ -21,7 +21,8 @@ class RunRecord:
         run: where it is written.
         is_main: this rank writes.
         samples_hardware: this rank reads its node's gauges.
-        resume_step: step of the checkpoint that the session starts from; None for a fresh run.
+        resume_step: step of the checkpoint that the session starts from; -1: a run that begins again;
+            None: a fresh one.
         gpu_uuids: this node's devices, numbered from `first_gpu_index`; empty: none are read.
         alert_actions: alert name -> log, save, stop, or a command to run.
         warn: told of everything a person should look at.

@@ -95,7 +95,7 @@ class TensorBoardLogger:
         self._warn, self._told = warn, set()
         self._lock = threading.RLock()  # a signal handler may log, too
         self._pid, self._closed, self._refused, self._weight = os.getpid(), False, 0, 0
-        self._step = resume_step or 0
+        self._step = max(0, resume_step or 0)
         last_steps = self._rewind(metrics_path, resume_step)
         self._writer = StepWriter(self.run_dir, metrics_path, resume_step, last_steps, self._tell)
         self._queue: deque[Item | Request] = deque()
@@ -110,7 +110,7 @@ class TensorBoardLogger:
             if event_files(self.run_dir):
                 raise UserError(
                     f"{self.run_dir} already holds a run: resume it (resume_step=the step of its "
-                    "checkpoint, 0 to start it again) or choose another directory"
+                    "checkpoint, -1 to start it again) or choose another directory"
                 )
             return {}
         try:

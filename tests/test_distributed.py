@@ -26,7 +26,7 @@ from embedded_model import train_tokenizer
 from errors import UserError
 from model_in_training import ModelInTraining
 from run_summary import check_ranks
-from tb_logger import read_metrics
+from tb_logger import read_metrics, read_run
 from train_state import TrainState
 
 SCRIPT = Path(__file__).parents[1] / "direct_finetuning_with_existing_modules.py"
@@ -181,6 +181,41 @@ def test_a_fault_on_one_rank_ends_all_in_time(command, tmp_path, fault):
     assert ("injected fault on rank 1" if fault == "exception" else "imed out") in said, said[
         -3000:
     ]
+
+
+DIES_EARLY = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import direct_finetuning_with_existing_modules as program
+
+advance = program.DirectTrainer.advance
+
+def die(self, step, planned):
+    advance(self, step, planned)
+    if step == 2 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        self.tensorboard_writer.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+program.DirectTrainer.advance = die
+sys.exit(program.main())
+"""
+
+
+def test_a_run_that_died_before_its_first_checkpoint_begins_again(command, tmp_path):
+    """Not as a second run beside the first."""
+    wrapper, out = tmp_path / "wrapper.py", tmp_path / "out"
+    wrapper.write_text(DIES_EARLY.format(root=str(SCRIPT.parent)))
+    short = ["--max-steps", "4", "--save-steps", "0", "--eval-steps", "0"]
+    launch = ("--max-restarts", "1")
+    done = train([str(wrapper), *command[1:], *short], out, 1, 1, launch=launch)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "exitcode: -9" in done.stderr, "nobody died"
+    (run,) = (out / "tensorboard_logs").iterdir()
+    scalars = read_run(run)
+    assert [step for step, _ in scalars["Training/Loss"]] == [1, 2, 3, 4]
+    assert [step for step, _ in scalars["Eval/Loss"]] == [0, 4]
+    assert [step for step, _ in scalars["Dataset/Total_Samples"]] == [0]
+    assert len(curve(out)) == 4 and len(curve(out, "Eval/Loss")) == 2
 
 
 SHORT_OF_MEMORY = """
