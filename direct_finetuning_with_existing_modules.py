@@ -99,7 +99,8 @@ from training_data import TrainingData, prepare_data, read_data, split_samples
 memory_settings.imports_are_done()
 
 MIN_CONSTANT_EFFICIENCY = 0.6  # of what compiled layers would go through, what is no padding
-SAVING_SHARE = 0.05  # of the training time, which automatic checkpoints may take
+SAVING_SHARE = 0.05  # of the time between two automatic checkpoints, which the second may take
+MOST_UNSAVED_SECONDS = 900  # of work, however long a checkpoint takes
 
 
 class DirectTrainer:
@@ -274,6 +275,7 @@ class DirectTrainer:
                 device_type=self.dist.device.type,
                 lora=bool(config.lora_r),
             )
+        self.settings["eval_steps"] = self.eval_steps
         self.ledger = LossLedger(self.data.train.groups)
 
     def make_forecast(self) -> run_plan.RunForecast:
@@ -605,14 +607,14 @@ class DirectTrainer:
     # Saving and going back
 
     def save_is_due(self, step: int) -> bool:
-        """Whether a checkpoint belongs here. Left to us, not before training took 20 times as long as the
-        last one did; rank 0, which writes it, decides for all."""
+        """Whether a checkpoint belongs here. Left to us, only when 20 times as long has passed as the last
+        one took, or a quarter of an hour; rank 0, which writes it, decides for all."""
         if self.config.save_steps != "auto":
             return due(step, self.config.save_steps)
         if not due(step, run_plan.MIN_SAVE_STEPS):
             return False
-        long_enough = time.monotonic() - self.saved_at >= self.saving_seconds / SAVING_SHARE
-        return any(self.dist.any(self.dist.is_main and long_enough))
+        wait = min(self.saving_seconds / SAVING_SHARE, MOST_UNSAVED_SECONDS)
+        return any(self.dist.any(self.dist.is_main and time.monotonic() - self.saved_at >= wait))
 
     def save(self, step: int) -> None:
         """A checkpoint of this step; the points up to it are on the disk before it is."""
@@ -639,6 +641,7 @@ class DirectTrainer:
             )
         self.saved_step, self.saved_at = step, time.monotonic()
         self.saving_seconds = self.saved_at - start
+        self.dist.note("saved", str(step))
 
     def write_checkpoint(self, step: int, tensors: dict[str, dict[str, torch.Tensor]]) -> str:
         """Write, say so, prune. Returns what went wrong, or nothing."""
@@ -776,9 +779,11 @@ class DirectTrainer:
         if checkpoint:
             self.restore(checkpoint)
             self.state.resume_count += 1
+            dist.note("saved", str(self.state.step))
         if dist.is_main:  # weights and both moments, one more while the old one is still there
             check_writable(output_dir, 6 * 4 * self.model.num_trainable)
-        begun = dist.noted("run")  # by a group that died, maybe before its first checkpoint
+        # By a group that died before its first checkpoint: nobody's work is in what it has shown.
+        begun = "" if checkpoint or dist.noted("saved") else dist.noted("run")
         name = dist.broadcast(
             checkpoint.run if checkpoint else dist.is_main and (begun or new_run(output_dir).name)
         )
@@ -786,6 +791,8 @@ class DirectTrainer:
             known_run(output_dir, name) if dist.is_main else shared_run(output_dir, name)
         )
         dist.note("run", name)
+        if begun:
+            self.terminal.say(f"{name} begins again: it had no checkpoint yet")
         self.terminal.open_log(self.run.logs / "training.log")
         self.start_convergence()
         on_cuda = dist.device.type == "cuda"
@@ -893,7 +900,6 @@ class DirectTrainer:
             self.settings,
             self.model_record(),
             self.plan,
-            self.eval_steps,
         )
         write_json(self.run.logs / "configuration.json", record)
 

@@ -355,7 +355,7 @@ def _up_to(line: bytes, last_step: float) -> bool:
 
 
 def rewind_lines(path: Path, last_step: int) -> None:
-    """Remove the lines of metrics.jsonl with step > `last_step`, and broken ones; atomic rewrite."""
+    """Remove the lines of a JSONL file with step > `last_step`, and broken ones; atomic rewrite."""
     if not path.exists():
         return
     temporary = path.with_name(f".{path.name}.tmp")

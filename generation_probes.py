@@ -58,10 +58,15 @@ def choose_probes(part: DataPart, tokenizer: object, count: int) -> list[Probe]:
 
     So the choice does not depend on the order of the files and does not change between runs.
     """
-    by_id = {part.sample(d).id: int(d) for d in part.documents}
-    documents = [by_id[i] for i in sorted(by_id)]
-    numbers = [d for d in documents if final_answer(part.sample(d).answer) is not None]
-    others = [d for d in documents if d not in set(numbers)]
+    if not count:
+        return []
+    computed: dict[str, tuple[int, bool]] = {}
+    for document in part.documents:
+        sample = part.sample(document)
+        computed[sample.id] = int(document), final_answer(sample.answer) is not None
+    in_order = [computed[i] for i in sorted(computed)]
+    numbers = [document for document, has_number in in_order if has_number]
+    others = [document for document, has_number in in_order if not has_number]
     half = numbers[: count // 2]
     chosen = [*half, *others[: count - len(half)], *numbers[len(half) :]][:count]
     return [_probe(part, tokenizer, document) for document in chosen]

@@ -7,7 +7,7 @@ import numpy as np
 
 from crypto_terms import categories, find_terms, load_terms
 from sample_facts import code_version, difficulty
-from samples import Sample, SampleSet, cached_folder, map_spans, source_numbers
+from samples import Sample, SampleSet, cached_folder, kept_array, map_spans, source_numbers
 
 DIFFICULTIES = ("1", "2", "3", "4")
 NO_CATEGORY = "none"
@@ -51,17 +51,13 @@ def _kept_labels(read: SampleSet, workers: int, cache_dir: Path | None) -> np.nd
     if not (cache_dir and read.key):
         return made()
     folder = Path(cache_dir) / "loss_groups" / f"{read.key}-{code_version(__file__)}"
-    labels = cached_folder(folder, _load, lambda building: np.save(building / _LABELS, made()))
+    labels = cached_folder(
+        folder,
+        lambda folder: kept_array(folder / _LABELS),
+        lambda building: np.save(building / _LABELS, made()),
+    )
     assert labels is not None, f"{folder} was just written"
     return labels
-
-
-def _load(folder: Path) -> np.ndarray | None:
-    """None where it is not there or damaged."""
-    try:
-        return np.load(folder / _LABELS)
-    except (OSError, ValueError):
-        return None
 
 
 def label_span(samples: Sequence[Sample], start: int, stop: int) -> np.ndarray:

@@ -19,7 +19,7 @@ import numpy as np
 
 from character_grams import gram_hashes, normalized
 from errors import UserError
-from samples import Sample, cached_folder
+from samples import Sample, cached_folder, kept_array
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
@@ -139,17 +139,12 @@ class SampleClusters:
         def write(building: Path) -> None:
             np.save(building / _LABELS, near_duplicate_clusters(texts))
 
-        labels = cached_folder(self._folder / name, _load_labels, write)
+        def load(folder: Path) -> np.ndarray | None:
+            return kept_array(folder / _LABELS, mapped=True)
+
+        labels = cached_folder(self._folder / name, load, write)
         assert labels is not None, f"{self._folder / name} was just written"
         return labels
-
-
-def _load_labels(folder: Path) -> np.ndarray | None:
-    """Mapped, so that the processes of a machine share it; None where it is not there or damaged."""
-    try:
-        return np.load(folder / _LABELS, mmap_mode="r")
-    except (OSError, ValueError):
-        return None
 
 
 def _is_first(same: np.ndarray) -> np.ndarray:

@@ -34,7 +34,7 @@ HOST_LIBRARIES = 40 * 2**20  # bytes that libraries take with their first produc
 STEP_SECONDS, EVALUATION_SECONDS = 0.03, 0.3  # of one, beside its arithmetic
 HOST_SHARES = (0.4, 1.0)  # of the rate of large matrix products; small models use two threads badly
 EVALUATION_SHARE = 0.2  # what evaluations may add to the training
-EVALUATIONS = (4, 50)  # of a run, the fewest and the most
+EVALUATIONS = (4, 50)  # after the one before the first step: the fewest and the most
 MIN_EVAL_STEPS, MIN_SAVE_STEPS = 40, 50  # between two evaluations, and two checkpoints
 # Tokens of training in the time in which all probes' answers grow by one. A CPU was measured, 22; 500 is
 # arithmetic: 25 ms for the kernels of 36 layers, while Qwen3-4B trains 20,000 tokens a second.
@@ -594,18 +594,18 @@ def number_of_evaluations(num_steps: int, eval_steps: int, held_out: int) -> int
 def steps_between_evaluations(
     plan: StepPlan, eval_tokens: int, answer_tokens: int, *, device_type: str, lora: bool
 ) -> int:
-    """How far apart evaluations are, so that they add at most a fifth to the training.
+    """How far apart evaluations are, so that all of them add a fifth to the training at most.
 
     An evaluation costs as much as training on `eval_tokens` x 1/2 (a forward pass; 1/3 where all weights
-    are trained), and `answer_cost`. At least 40 steps lie between two, and where a run has room for that
-    it has 4 to 50 of them, whatever they cost. The same for every world size with the same
-    global batch, up to the answers, which every rank writes.
+    are trained), and `answer_cost`. Besides the one before the first step there are at most 50, at least
+    40 steps apart, and, whatever they cost, 4 in a run of 160 steps or more.
     """
     trained = plan.num_tokens * plan.num_steps / plan.steps_per_epoch
     cost = eval_tokens / (2 if lora else 3)
     cost += answer_cost(answer_tokens, device_type, plan.world_size)
     fewest, most = EVALUATIONS
-    number = most if not cost else min(max(EVALUATION_SHARE * trained / cost, fewest), most)
+    affordable = int(EVALUATION_SHARE * trained / cost) - 1 if cost else most  # one comes first
+    number = min(max(affordable, fewest), most)
     return max(MIN_EVAL_STEPS, math.ceil(plan.num_steps / number))
 
 
@@ -618,7 +618,7 @@ def answer_cost(tokens: int, device_type: str, world_size: int) -> int:
 def _evaluations_text(number: int, eval_steps: int) -> str:
     if not number:
         return "none: nothing is held out"
-    return f"{number:,}, " + (f"every {eval_steps:,} steps" if eval_steps else "first and last")
+    return f"{number:,}, " + (f"every {eval_steps:,} steps" if number > 2 else "first and last")
 
 
 def size_text(number: float) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from alerts import Alert, AlertMonitor, run_command
+from event_file import rewind_lines
 from run_directory import RunDirectory
 from safe_text import json_text, redact_values
 from system_monitor import SystemMonitor
@@ -45,6 +46,8 @@ class RunRecord:
         self._actions = alert_actions
         self.evidence: dict[str, object] = {}  # what the alerts of the next logged step may cite
         self.alerts = AlertMonitor(alert_state or None)
+        if is_main and resume_step is not None:
+            self._forget_alerts(resume_step)
         self.writer = self._open_writer(resume_step)
         self.system = SystemMonitor(gpu_uuids, run.output_dir, 1.0, first_gpu_index, warn=warn)
         if samples_hardware:
@@ -94,6 +97,14 @@ class RunRecord:
             resume_step=resume_step,
             warn=self._warn,
         )
+
+    def _forget_alerts(self, step: int) -> None:
+        """Those of steps that will be done again, and would be told again."""
+        path = self.run.logs / "alerts.jsonl"
+        try:
+            rewind_lines(path, step)
+        except OSError as error:
+            self._warn(f"alerts after step {step} stay in {path.name}: {error.strerror or error}")
 
     def _act(self, alert: Alert) -> str:
         self._warn(f"{alert.name} at step {alert.step}: {alert.advice}")

@@ -178,7 +178,7 @@ def training_statistics(
 
 
 def configuration(
-    settings: Mapping[str, Any], model: Mapping[str, Any], plan: StepPlan, eval_steps: int
+    settings: Mapping[str, Any], model: Mapping[str, Any], plan: StepPlan
 ) -> dict[str, Any]:
     """The content of configuration.json; secrets redacted."""
     return {
@@ -186,7 +186,6 @@ def configuration(
         "model": dict(model),
         "steps": plan.num_steps,
         "steps_per_epoch": plan.steps_per_epoch,
-        "eval_steps": eval_steps,
         "versions": versions(),
     }
 

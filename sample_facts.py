@@ -8,6 +8,7 @@ integers, so the order of samples and the number of workers change nothing.
 import hashlib
 import json
 import math
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, field
@@ -22,7 +23,7 @@ import text_quality
 from character_grams import gram_hashes, normalized
 from near_duplicates import question_text, text_key
 from safe_text import clean_line, write_json
-from samples import Sample
+from samples import Sample, kept_array
 
 LISTED = 200  # findings of one kind and worst samples that are kept by name
 COPIED = 0.6  # share of the answer's 8-grams within the thinking from which it counts as copied
@@ -323,12 +324,14 @@ def save_facts(facts: Facts, folder: Path) -> None:
 
 def load_facts(folder: Path) -> Facts | None:
     """What `save_facts` wrote; None where it is not there or damaged."""
+    keys = kept_array(folder / "keys.npy")
     try:
         record = json.loads((folder / "facts.json").read_bytes())
-        questions, answers = np.load(folder / "keys.npy")
     except (OSError, ValueError):
         return None
-    facts = Facts(question_keys=[questions], answer_keys=[answers])
+    if keys is None:
+        return None
+    facts = Facts(question_keys=[keys[0]], answer_keys=[keys[1]])
     for name in _COUNTERS:
         getattr(facts, name).update(dict(record[name]))
     for name, (resolution, counts) in record["tallies"].items():
@@ -342,12 +345,13 @@ def load_facts(folder: Path) -> Facts | None:
 
 @cache
 def code_version(*more: str) -> str:
-    """16 hexadecimal digits over the code, the lists and the dictionary by which samples are judged, and
-    over `more` files: what other code has kept is not what this one would find."""
+    """16 hexadecimal digits over the code, lists and libraries by which samples are judged, and over
+    `more` files: what other code has kept is not what this one would find."""
     modules = ("sample_facts", "text_quality", "crypto_terms", "character_grams", "near_duplicates")
     files = [Path(__file__).with_name(f"{name}.py") for name in modules]
     files += sorted(crypto_terms.TERMS_FOLDER.glob("*.tsv"))
-    digest = hashlib.blake2b(version("rjieba").encode(), digest_size=8)
+    others = [version("rjieba"), version("ahocorasick_rs"), unicodedata.unidata_version]
+    digest = hashlib.blake2b(" ".join(others).encode(), digest_size=8)
     for file in (*files, *map(Path, more)):
         digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()

@@ -311,6 +311,15 @@ def cached_folder(
     return found
 
 
+def kept_array(path: Path, *, mapped: bool = False) -> np.ndarray | None:
+    """An array in a folder of the cache, None where it is not there or damaged; mapped, it is shared by
+    the processes of a machine."""
+    try:
+        return np.load(path, mmap_mode="r" if mapped else None)
+    except (OSError, ValueError, EOFError):
+        return None
+
+
 def _write_whole(folder: Path, write: Callable[[Path], None]) -> None:
     building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
     try:

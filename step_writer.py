@@ -219,9 +219,10 @@ class StepWriter:
         return event
 
     def _open_event_file(self) -> AppendFile:
-        if event_files(self._run_dir):
+        if self._highest_step >= 0 and event_files(self._run_dir):
             return create_event_file(self._run_dir, self._highest_step + 1)
-        self._described.clear()  # a new run, or one whose directory was deleted
+        # A new run, one that begins again, or one whose directory was deleted.
+        self._described.clear()
         first = Event(wall_time=time.time(), step=0)
         first.summary.value.extend([self._layout, *self._preamble.values()])
         return create_event_file(self._run_dir, 0, frame(first.SerializeToString()))

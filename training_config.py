@@ -130,11 +130,11 @@ class DirectTrainingConfig:
     logging_steps: int = 5
     """Optimizer steps between logged points."""
     save_steps: int | Literal["auto"] = "auto"
-    """Steps between checkpoints. auto: 50, or more where saving would take over a twentieth of the time.
-    0: only at the end."""
+    """Steps between checkpoints. auto: 50, or more where saving would take over a twentieth of the time,
+    but every quarter of an hour. 0: only at the end."""
     eval_steps: int | Literal["auto"] = "auto"
-    """Steps between held-out evaluations; they also run before the first step and at the end. auto: 40,
-    or more where evaluations would add over a fifth to the training. 0: only these two."""
+    """Steps between held-out evaluations; they also run before the first step and at the end. auto: at
+    least 40, so that they are 50 at most and, down to 4, add a fifth to the training. 0: only these two."""
     save_total_limit: int = 3
     """Checkpoints of this run that are kept; the newest and the best always are."""
     log_weight_histograms: bool = False
@@ -150,7 +150,8 @@ class DirectTrainingConfig:
     workers: int = 0
     """Processes that read and tokenize large data; 0: one per core."""
     cache_dir: str = ""
-    """Data as read and tokenized, and the embedded model; empty: ~/.cache/qwen3_thinking_finetuning."""
+    """Data as read, tokenized and described, and the embedded model; empty:
+    ~/.cache/qwen3_thinking_finetuning."""
 
     def __post_init__(self) -> None:
         faults = [text for bad, text in self._faults() if bad]

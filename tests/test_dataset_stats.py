@@ -304,27 +304,31 @@ def test_kept_facts_give_the_same_statistics(tmp_path, monkeypatch):
     for tag, values in fresh.histograms().items():
         np.testing.assert_array_equal(kept.histograms()[tag], values)
     assert observed, "not even looked at, or the test above proves nothing"
-    for name in ("facts.json", "keys.npy"):
+    for name, kept in (("facts.json", -9), ("keys.npy", -9), ("facts.json", 0), ("keys.npy", 0)):
         observed.clear()
-        (folder / name).write_bytes((folder / name).read_bytes()[:-9])
+        (folder / name).write_bytes((folder / name).read_bytes()[:kept])
         again = compute_statistics(data, held_out=range(5), facts_folder=folder)
         assert again.to_json() == first and observed, f"damaged: {name}"
 
 
-def test_facts_are_kept_under_the_code_and_the_lists_that_made_them(tmp_path, monkeypatch):
-    sample_facts.code_version.cache_clear()
-    before = sample_facts.code_version()
-    assert sample_facts.code_version(__file__) != before
-    for file in sample_facts.crypto_terms.TERMS_FOLDER.iterdir():
+@pytest.mark.parametrize(
+    "changed",
+    ["sample_facts.py", "text_quality.py", "crypto_terms.py", "near_duplicates.py", "more.py"],
+)
+def test_facts_are_kept_under_the_code_and_the_lists_that_made_them(tmp_path, monkeypatch, changed):
+    version, folder = sample_facts.code_version.__wrapped__, ROOT
+    for file in [*folder.glob("*.py"), *sample_facts.crypto_terms.TERMS_FOLDER.iterdir()]:
         (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "more.py").write_text("", encoding="utf-8")
+    before = version(tmp_path / "more.py")
+    monkeypatch.setattr(sample_facts, "__file__", str(tmp_path / "sample_facts.py"))
     monkeypatch.setattr(sample_facts.crypto_terms, "TERMS_FOLDER", tmp_path)
-    sample_facts.code_version.cache_clear()
-    assert sample_facts.code_version() == before
-    with open(tmp_path / "crypto_terms.tsv", "a", encoding="utf-8") as file:
-        file.write("新术语\t算法\t1\t\n")
-    sample_facts.code_version.cache_clear()
-    assert sample_facts.code_version() != before
-    sample_facts.code_version.cache_clear()
+    assert version(tmp_path / "more.py") == before != version()
+    for name in (changed, "crypto_terms.tsv"):
+        with open(tmp_path / name, "a", encoding="utf-8") as file:
+            file.write("\n")
+        assert version(tmp_path / "more.py") != before, name
+        before = version(tmp_path / "more.py")
 
 
 def test_order_and_chunks_change_nothing(monkeypatch):

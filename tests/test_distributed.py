@@ -215,6 +215,7 @@ def test_a_run_that_died_before_its_first_checkpoint_begins_again(command, tmp_p
     assert [step for step, _ in scalars["Training/Loss"]] == [1, 2, 3, 4]
     assert [step for step, _ in scalars["Eval/Loss"]] == [0, 4]
     assert [step for step, _ in scalars["Dataset/Total_Samples"]] == [0]
+    assert "begins again: it had no checkpoint yet" in done.stdout
     assert len(curve(out)) == 4 and len(curve(out, "Eval/Loss")) == 2
 
 

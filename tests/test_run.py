@@ -199,7 +199,7 @@ def test_automatic_checkpoints_are_rare_where_saving_is_slow(tmp_path, run, monk
 
 @pytest.mark.parametrize(
     ("trained", "rank_0_says", "rank", "due"),
-    [(101.0, None, 0, True), (99.0, None, 0, False), (0.0, True, 1, True), (1e9, False, 1, False)],
+    [(101, None, 0, True), (99, None, 0, False), (0, True, 1, True), (1e9, False, 1, False)],
 )
 def test_rank_0_decides_when_a_checkpoint_is_due(trained, rank_0_says, rank, due):
     trainer = DirectTrainer(DirectTrainingConfig(device="cpu"))
@@ -208,6 +208,14 @@ def test_rank_0_decides_when_a_checkpoint_is_due(trained, rank_0_says, rank, due
     trainer.saved_at = time.monotonic() - trained
     assert trainer.save_is_due(50) is trainer.save_is_due(100) is due
     assert not trainer.save_is_due(49), "not even asked, so that ranks agree on when to ask"
+
+
+def test_a_disk_that_stalled_once_does_not_put_off_checkpoints_for_hours():
+    trainer = DirectTrainer(DirectTrainingConfig(device="cpu"))
+    trainer.saving_seconds = 600.0
+    for minutes, due in ((14, False), (16, True)):
+        trainer.saved_at = time.monotonic() - 60 * minutes
+        assert trainer.save_is_due(50) is due
 
 
 def test_a_finished_run_started_again_does_nothing(tmp_path, run):

@@ -645,6 +645,21 @@ def test_limit_on_file_size(tmp_path):
     assert "cannot write" in told[0] and len(told) <= 2
 
 
+def test_a_run_that_begins_again_is_as_a_new_one(tmp_path):
+    run, lines = tmp_path / "run", tmp_path / "metrics.jsonl"
+    for resume_step in (None, -1):
+        with TensorBoardLogger(run, metrics_path=lines, resume_step=resume_step) as logger:
+            logger.add_hparams({"lr": 1.0})
+            for step in (0, 1):
+                logger.log(step, {"Training/Loss": 2.0 - step})
+    assert read_run(run) == {"Training/Loss": [(0, 2.0), (1, 1.0)]}
+    assert [line["step"] for line in read_metrics(lines)] == [0, 1]
+    in_order = [value for event in records(run) for value in event.summary.value]
+    values = {value.tag: value for value in reversed(in_order)}  # the first of each tag
+    assert "custom_scalars__config__" in values and "_hparams_/experiment" in values
+    assert "cross-entropy" in values["Training/Loss"].metadata.summary_description
+
+
 def test_deleted_directory_is_made_again(tmp_path):
     told, run = [], tmp_path / "run"
     logger = TensorBoardLogger(run, metrics_path=tmp_path / "run" / "m.jsonl", warn=told.append)

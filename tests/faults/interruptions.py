@@ -213,11 +213,11 @@ def f06(rig: Rig, tally: Tally, count: int) -> None:
     term = signal.SIGTERM
     trainer = program.DirectTrainer
     places = [
-        ("during the first step", trainer, "forward_backward", 1),
+        ("during the first step", model_in_training, "forward_backward", 1),
         ("during evaluation", trainer, "evaluate", 2),
         ("during save", program, "save_checkpoint", 2),
         ("during pruning", program, "prune_checkpoints", 3),
-        ("between loss and update", program, "clip_gradients", 7),
+        ("between loss and update", model_in_training, "clip_gradients", 7),
     ]
     for name, owner, function, when in places if count > 4 else places[:3]:
         tally.attempt(
