@@ -208,18 +208,19 @@ def random_signal(rig: Rig, at: float, number: int, twice: bool) -> tuple[bool, 
     return fired, problems, seconds
 
 
+SIGNAL_PLACES = [  # what is called then, and the how manieth time
+    ("during the first step", model_in_training, "forward_backward", 1),
+    ("during evaluation", program.DirectTrainer, "evaluate", 2),
+    ("during save", program, "save_checkpoint", 2),
+    ("during pruning", program, "prune_checkpoints", 3),
+    ("between loss and update", model_in_training, "clip_gradients", 7),
+]
+
+
 def f06(rig: Rig, tally: Tally, count: int) -> None:
     """SIGTERM, SIGINT, SIGHUP at chosen places, and `count` times at random."""
     term = signal.SIGTERM
-    trainer = program.DirectTrainer
-    places = [
-        ("during the first step", model_in_training, "forward_backward", 1),
-        ("during evaluation", trainer, "evaluate", 2),
-        ("during save", program, "save_checkpoint", 2),
-        ("during pruning", program, "prune_checkpoints", 3),
-        ("between loss and update", model_in_training, "clip_gradients", 7),
-    ]
-    for name, owner, function, when in places if count > 4 else places[:3]:
+    for name, owner, function, when in SIGNAL_PLACES if count > 4 else SIGNAL_PLACES[:3]:
         tally.attempt(
             name,
             lambda o=owner, f=function, w=when: signalled_place(

@@ -52,6 +52,15 @@ def test_nothing_is_lost(tallies: dict[str, dict], row: str):
     assert (tally["lost"], tally["void"]) == (0, 0), "\n".join(tally["faults"])
 
 
+def test_signals_come_at_places_that_exist():
+    """The row takes minutes and is run by hand; a function that moved would make it void."""
+    from tests.faults.interruptions import SIGNAL_PLACES
+
+    assert [
+        name for name, owner, function, _ in SIGNAL_PLACES if not hasattr(owner, function)
+    ] == []
+
+
 def test_the_suite_notices_a_program_without_its_protection(tmp_path: Path):
     """Two mutants end to end: without digests, without seal, damage is loaded and the row says so."""
     rows, _ = run_suite(tmp_path / "tallies.json", "--only", "F10", "--counts", "F10=1")
