@@ -68,7 +68,7 @@ class Evaluator:
         metrics = {}
         if self._plan is not None:
             metrics = self._held_out(step, writer, progress)
-            metrics |= self._answers(step, writer)
+            metrics |= self._answers(step, writer, progress)
         return metrics | self._adapters(step, writer)
 
     def _held_out(self, step: int, writer: Any, progress: Callable) -> dict[str, float]:
@@ -80,7 +80,7 @@ class Evaluator:
             writer.add_text("Eval/Hardest_Samples", hardest_text(self._part, rows), step)
         return self._ledger.eval_metrics(self._ledger.vector(self._plan.documents, sums))
 
-    def _answers(self, step: int, writer: Any) -> dict[str, float]:
+    def _answers(self, step: int, writer: Any, progress: Callable) -> dict[str, float]:
         if not self._probes:
             return {}
         completions = complete(  # on all ranks alike: sharded weights need all of them
@@ -91,6 +91,7 @@ class Evaluator:
             end_id=self._part.tokens.end_id,
             close_id=self._part.tokens.close_id,
             device=self._dist.device,
+            progress=progress,
         )
         writer.add_text("Eval/Samples", samples_text(self._probes, completions), step)
         return probe_metrics(self._probes, completions)

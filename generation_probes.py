@@ -7,7 +7,7 @@ loop; does it name the terms of the reference, and the number where the referenc
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -105,10 +105,12 @@ def complete(
     end_id: int,
     close_id: int,
     device: torch.device,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Completion]:
     """Greedy completions of all prompts in one batch, padded on the left.
 
-    `model` has `generate`. Training mode and random state are as before afterwards.
+    `model` has `generate`. Training mode and random state are as before afterwards. `progress` is called
+    with (tokens written, tokens at most).
     """
     width = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), width), end_id, dtype=torch.long)
@@ -116,6 +118,11 @@ def complete(
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
+
+    def written(so_far: torch.Tensor, _scores: object, **_: object) -> torch.Tensor:
+        progress(so_far.shape[1] - width, max_new_tokens)
+        return torch.zeros(len(so_far), dtype=torch.bool, device=so_far.device)  # none stops for it
+
     was_training = model.training
     model.eval()
     devices = [device] if device.type == "cuda" else []
@@ -130,6 +137,7 @@ def complete(
             top_k=None,
             eos_token_id=end_id,
             pad_token_id=end_id,
+            stopping_criteria=[written],
         )
     model.train(was_training)
     return [

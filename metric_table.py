@@ -170,6 +170,10 @@ Throughput/Step_Seconds_Optimizer | s | always | throughput
     Part of the step: clipping and update.
 Throughput/Step_Seconds_Logging | s | always | throughput
     Part of the step: logging.
+Throughput/Evaluation_Percent | % | always | throughput
+    Share of the session's time so far that evaluations took.
+Throughput/Saving_Percent | % | always | throughput
+    Share of the session's time so far that checkpoints took.
 Throughput/Straggler_Percent | % | several ranks | trainer
     Slowest rank's own time (data, forward, backward, no waiting) above the median of all ranks.
 Throughput/MFU_Percent | % | known GPU | throughput

@@ -114,6 +114,7 @@ class StepClock:
         self._marks: deque[tuple[object, str | None, dict[str, float]]] = deque()
         self._last_stamp: object = None
         self._interval = _Interval()
+        self._session: dict[str | None, float] = {}  # seconds per phase in all intervals read
         self._energy: dict[str, float] | None = None
         self._tokens_since_energy = 0.0
 
@@ -160,7 +161,7 @@ class StepClock:
         if self._interval.counts:  # else no step has ended yet: its time waits for it
             interval, self._interval = self._interval, _Interval()
             self.own_seconds = interval.own_seconds()
-            rates = self._rates(interval) | self._step_parts(interval)
+            rates = self._rates(interval) | self._step_parts(interval) | self._shares(interval)
             self._tokens_since_energy += interval.counts["tokens"]
         return rates | self._energy_per_1k_tokens(metrics or {})
 
@@ -206,6 +207,17 @@ class StepClock:
             for phase in PHASES
         }
         return {"Throughput/Step_Seconds": interval.training_seconds() / steps, **parts}
+
+    def _shares(self, interval: _Interval) -> dict[str, float]:
+        """Of all time since the first phase, up to now."""
+        for phase, seconds in interval.seconds.items():
+            self._session[phase] = self._session.get(phase, 0.0) + seconds
+        everything = sum(self._session.values())
+        return {
+            f"Throughput/{phase.title()}_Percent": 100 * self._session.get(phase, 0.0) / everything
+            for phase in EXCLUDED
+            if everything > 0
+        }
 
     def _energy_per_1k_tokens(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Needs the same GPUs in two readings; a counter that fell has restarted."""

@@ -135,7 +135,7 @@ def apart(trainer: DirectTrainer) -> dict[str, float]:
         "held_out_losses": timed(
             lambda: held_out_sums(trainer.model.wrapped, held_out, plan, trainer.dist)
         )[0],
-        "probes": timed(lambda: trainer.evaluator._answers(0, NullLogger()))[0],
+        "probes": timed(lambda: trainer.evaluator._answers(0, NullLogger(), lambda *_: None))[0],
         "adapter_health": timed(health.scalars)[0],
         "weight_histograms": timed(health.weight_histograms)[0],
     }

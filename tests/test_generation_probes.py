@@ -222,7 +222,12 @@ def test_a_batch_is_answered_like_each_question_alone_and_nothing_is_left_behind
     torch.manual_seed(3)
     state = torch.get_rng_state()
     options = {"max_new_tokens": 12, "device": CPU, **ids}
-    together = complete(model, tokenizer, prompts, **options)
+    told: list[tuple[int, int]] = []
+    together = complete(
+        model, tokenizer, prompts, progress=lambda *where: told.append(where), **options
+    )
+    longest = max(len(completion.tokens) + completion.ended for completion in together)
+    assert told == [(count, 12) for count in range(1, longest + 1)]
     alone = [complete(model, tokenizer, [prompt], **options)[0] for prompt in prompts]
     assert together == alone
     assert model.training and all(module.training for module in model.modules())

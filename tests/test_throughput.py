@@ -89,6 +89,8 @@ def test_rates_and_parts(clock, hand):
             "Throughput/Step_Seconds_Forward_Backward": 0.7,
             "Throughput/Step_Seconds_Optimizer": 0.2,
             "Throughput/Step_Seconds_Logging": 0.0,
+            "Throughput/Evaluation_Percent": 0.0,
+            "Throughput/Saving_Percent": 0.0,
         }
     )
 
@@ -100,7 +102,10 @@ def test_evaluation_and_saving_leave_the_rates_unchanged(clock, hand, phase):
     train_step(clock, hand)
     with clock.phase(phase):
         hand.now += 60
-    assert clock.read() == pytest.approx(plain)
+    rates, share = clock.read(), f"Throughput/{phase.title()}_Percent"
+    assert rates == pytest.approx(plain | {share: 100 * 60 / 62})
+    train_step(clock, hand)
+    assert clock.read()[share] == pytest.approx(100 * 60 / 63), "of the whole session"
 
 
 def test_time_before_the_first_phase_does_not_count_nor_does_an_earlier_run(clock, hand):
