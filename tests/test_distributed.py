@@ -427,6 +427,37 @@ def test_shards_take_no_divided_micro_batches():
     assert state.micro_batch_splits == 0
 
 
+ENDS_WITH_THREADS = """
+import atexit, sys, threading
+sys.path.insert(0, {root!r})
+import distributed, torch
+
+def work():
+    a = torch.randn(100)
+    while True:
+        a + a
+
+for _ in range(4):
+    threading.Thread(target=work, daemon=True).start()
+atexit.register(print, "cleaned up")
+print("done", end=" ")
+distributed.exit_process(3)
+"""
+
+
+def test_a_rank_that_is_done_ends_though_threads_still_hold_tensors():
+    """The interpreter's own end aborts such a process (pytorch#38228): -6 instead of its exit code."""
+    script = ENDS_WITH_THREADS.format(root=str(SCRIPT.parent))
+    for rank in range(3):
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"RANK": str(rank)},
+        )
+        assert (done.returncode, done.stdout) == (3, "done cleaned up\n"), done.stderr
+
+
 def test_a_node_is_the_ranks_with_one_first_rank(monkeypatch):
     """Three nodes of different sizes; every rank finds those beside it."""
     ranks = [
