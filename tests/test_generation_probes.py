@@ -223,9 +223,13 @@ def test_a_batch_is_answered_like_each_question_alone_and_nothing_is_left_behind
     state = torch.get_rng_state()
     options = {"max_new_tokens": 12, "device": CPU, **ids}
     told: list[tuple[int, int]] = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
     together = complete(
         model, tokenizer, prompts, progress=lambda *where: told.append(where), **options
     )
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(threads)
     longest = max(len(completion.tokens) + completion.ended for completion in together)
     assert told == [(count, 12) for count in range(1, longest + 1)]
     alone = [complete(model, tokenizer, [prompt], **options)[0] for prompt in prompts]
