@@ -505,7 +505,7 @@ def tokenize_samples(
         def write(building: Path) -> None:
             _write(building, _parts(samples, tokenizer, form, options, workers, progress))
 
-        arrays, ledger = cached_folder(folder, _loaded, write) or _unreadable(folder)
+        arrays, ledger = cached_folder(folder, _loaded, write)
         if progress:
             progress(len(samples), len(samples))
     lengths = arrays.pop("lengths")
@@ -666,12 +666,6 @@ def _loaded(folder: Path) -> tuple[dict[str, np.ndarray], TruncationLedger] | No
     whole = len(arrays["ids"]) == len(arrays["segments"]) == total
     whole = whole and len(arrays["sample_index"]) == len(arrays["segment_counts"]) == n
     return (arrays, ledger) if whole else None
-
-
-def _unreadable(folder: Path) -> tuple:
-    raise UserError(
-        f"the cache {folder} can't be read back; remove it, or choose another cache_dir"
-    )
 
 
 # ---- mask audit -------------------------------------------------------------------------------

@@ -385,9 +385,7 @@ def kept_facts(samples: Sequence[Sample], workers: int, folder: Path | None) -> 
 
     if folder is None:
         return made()
-    facts = cached_folder(folder, load_facts, lambda building: save_facts(made(), building))
-    assert facts is not None, f"{folder} was just written"
-    return facts
+    return cached_folder(folder, load_facts, lambda building: save_facts(made(), building))
 
 
 def _estimated_lengths(facts: Facts) -> TokenLengths:

@@ -51,13 +51,11 @@ def _kept_labels(read: SampleSet, workers: int, cache_dir: Path | None) -> np.nd
     if not (cache_dir and read.key):
         return made()
     folder = Path(cache_dir) / "loss_groups" / f"{read.key}-{code_version(__file__)}"
-    labels = cached_folder(
+    return cached_folder(
         folder,
         lambda folder: kept_array(folder / _LABELS),
         lambda building: np.save(building / _LABELS, made()),
     )
-    assert labels is not None, f"{folder} was just written"
-    return labels
 
 
 def label_span(samples: Sequence[Sample], start: int, stop: int) -> np.ndarray:

@@ -142,9 +142,7 @@ class SampleClusters:
         def load(folder: Path) -> np.ndarray | None:
             return kept_array(folder / _LABELS, mapped=True)
 
-        labels = cached_folder(self._folder / name, load, write)
-        assert labels is not None, f"{self._folder / name} was just written"
-        return labels
+        return cached_folder(self._folder / name, load, write)
 
 
 def _is_first(same: np.ndarray) -> np.ndarray:

@@ -235,7 +235,6 @@ def _read_large(
     found = cached_folder(
         folder, _load, lambda building: _write_parts(chunks, columns, building, workers, meter)
     )
-    assert found is not None, f"{folder} was just written"
     meter.add(total - meter.done)
     return found
 
@@ -289,12 +288,12 @@ def _write_parts(
 
 def cached_folder(
     folder: Path, load: Callable[[Path], T | None], write: Callable[[Path], None]
-) -> T | None:
+) -> T:
     """What `load` finds in a folder of the cache, which `write` fills if it finds nothing.
 
     One process at a time writes; others that want the same wait, and find it there. The folder appears
-    under its name when all is written, or never. None if `load` finds nothing even then. Raises UserError
-    if the cache can't be written.
+    under its name when all is written, or never. Raises UserError if the cache can't be written, or not
+    be read back.
     """
     found = load(folder)
     if found is not None:
@@ -308,6 +307,10 @@ def cached_folder(
                 found = load(folder)
     except OSError as error:
         raise UserError(f"can't write the cache {folder}: {error.strerror or error}") from error
+    if found is None:
+        raise UserError(
+            f"the cache {folder} can't be read back; remove it, or choose another cache_dir"
+        )
     return found
 
 
