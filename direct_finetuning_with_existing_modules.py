@@ -37,7 +37,6 @@ import os
 import signal
 import threading
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,18 +49,7 @@ import model_loading
 import run_plan
 import run_summary
 from chat_tokens import mask_audit
-from checkpoint import (
-    Checkpoint,
-    NonFiniteTensor,
-    checkpoint_at,
-    give_shards,
-    newest_checkpoint,
-    prune_checkpoints,
-    remove_leftovers,
-    restore_rng,
-    rng_tensors,
-    save_checkpoint,
-)
+from checkpoint import Checkpoint
 from convergence import ConvergenceMonitor
 from data_check import data_faults, is_good, summary
 from evaluation import Evaluator
@@ -73,6 +61,7 @@ from optimization import StepResult, learning_rate_at
 from packed_model import compiler_is_there
 from packing import PlannedStep, StepPlan
 from report import write_report
+from run_checkpoints import RunCheckpoints
 from run_directory import (
     RunDirectory,
     check_writable,
@@ -99,8 +88,6 @@ from training_data import TrainingData, prepare_data, read_data, split_samples
 memory_settings.imports_are_done()
 
 MIN_CONSTANT_EFFICIENCY = 0.6  # of what compiled layers would go through, what is no padding
-SAVING_SHARE = 0.05  # of the time between two automatic checkpoints, which the second may take
-MOST_UNSAVED_SECONDS = 900  # of work, however long a checkpoint takes
 
 
 class DirectTrainer:
@@ -135,9 +122,14 @@ class DirectTrainer:
         self.former_handlers: dict[int, object] = {}
         self.outcome = ""  # why the loop ends: completed, preempted, stopped, nonfinite
         self.rollback_from = 0  # non-finite step to go back from
-        self.saved_step = -1
-        self.saved_at = time.monotonic()  # the end of the last save, and how long it took
-        self.saving_seconds = 0.0
+        self.checkpoints = RunCheckpoints(
+            Path(config.output_dir) / "checkpoints",
+            self.dist,
+            save_steps=config.save_steps,
+            keep=config.save_total_limit,
+            say=self.terminal.say,
+            warn=self.terminal.warn,
+        )
 
     @property
     def tensorboard_writer(self) -> TensorBoardLogger | NullLogger:
@@ -366,7 +358,7 @@ class DirectTrainer:
         config, plan, state = self.config, self.plan, self.state
         tokens = self.data.train.tokens
         self.terminal.start_progress(plan.num_steps, state.step, plan.steps_per_epoch)
-        if state.step == 0 and self.saved_step < 0:
+        if state.step == 0 and self.checkpoints.step < 0:
             self.log(0, self.evaluate(0))
         while self.state.step < plan.num_steps and not self.outcome:
             state, step = self.state, self.state.step + 1
@@ -389,7 +381,7 @@ class DirectTrainer:
 
             epoch_ends = last or step % plan.steps_per_epoch == 0
             logs = last or due(step, config.logging_steps)
-            saves = last or self.save_is_due(step)
+            saves = last or self.checkpoints.is_due(step)
             if logs or evaluates or saves or epoch_ends or self.interrupted or self.reads_are_free:
                 self.collect()  # the only place that waits for the device
             if self.rollback_from:
@@ -606,73 +598,29 @@ class DirectTrainer:
     # -------------------------------------------------------------------------
     # Saving and going back
 
-    def save_is_due(self, step: int) -> bool:
-        """Whether a checkpoint belongs here. Left to us, only when 20 times as long has passed as the last
-        one took, or a quarter of an hour; rank 0, which writes it, decides for all."""
-        if self.config.save_steps != "auto":
-            return due(step, self.config.save_steps)
-        if not due(step, run_plan.MIN_SAVE_STEPS):
-            return False
-        wait = min(self.saving_seconds / SAVING_SHARE, MOST_UNSAVED_SECONDS)
-        return any(self.dist.any(self.dist.is_main and time.monotonic() - self.saved_at >= wait))
-
     def save(self, step: int) -> None:
         """A checkpoint of this step; the points up to it are on the disk before it is."""
-        if self.saved_step == step:
+        if self.checkpoints.step == step:
             return
-        start = time.monotonic()
+        state = self.state
         self.gather_hardest()
         with self.clock.phase("saving"), self.terminal.working("saving"):
-            rng = {  # collectives: all ranks take part
-                f"rank{rank}.{device}": tensor
-                for rank, states in enumerate(self.dist.gather(rng_tensors(self.dist.device)))
-                for device, tensor in states.items()
-            }
-            tensors = {**self.model.tensors(), "rng": rng}
             self.count_seconds()
-            self.state.convergence = self.convergence.state_dict()
-            self.state.alerts = self.record.alerts.state_dict()
-            write = partial(self.write_checkpoint, step) if self.dist.is_main else give_shards
-            fault = self.dist.broadcast(write(tensors))
-        if fault:
-            raise RunStopped(
-                f"no checkpoint of step {step}: {fault}. The one before it is intact: go on with "
-                "--resume latest"
-            )
-        self.saved_step, self.saved_at = step, time.monotonic()
-        self.saving_seconds = self.saved_at - start
-        self.dist.note("saved", str(step))
-
-    def write_checkpoint(self, step: int, tensors: dict[str, dict[str, torch.Tensor]]) -> str:
-        """Write, say so, prune. Returns what went wrong, or nothing."""
-        directory, best = self.run.checkpoints, self.state.best_step
-        self.tensorboard_writer.flush(durable=True)
-        try:
-            path = save_checkpoint(
-                directory,
+            state.convergence = self.convergence.state_dict()
+            state.alerts = self.record.alerts.state_dict()
+            self.tensorboard_writer.flush(durable=True)
+            self.checkpoints.save(
+                self.run.name,
                 step,
-                run=self.run.name,
-                tensors=tensors,
+                self.model.tensors(),
                 documents=self.model.documents(),
                 state={
-                    "train_state": run_summary.settings_of(self.state),
+                    "train_state": run_summary.settings_of(state),
                     "identity": self.identity,
                     "config": redact_values(self.settings),
                 },
+                protect=state.best_step,
             )
-        except NonFiniteTensor as error:
-            return f"{error} is not finite; lower --learning-rate"
-        except OSError as error:
-            return f"{directory} can't be written ({error.strerror or error}); free some space"
-        self.terminal.say(f"saved {path}")
-        prune_checkpoints(
-            directory,
-            run=self.run.name,
-            keep=self.config.save_total_limit,
-            protect=directory / f"checkpoint-{best}" if best else None,
-            warn=self.terminal.warn,
-        )
-        return ""
 
     def save_model(self, directory: Path) -> None:
         """The adapter with its tokenizer, whole or not at all."""
@@ -684,33 +632,23 @@ class DirectTrainer:
         run_summary.check_identity(checkpoint.state["identity"], self.identity, checkpoint.path)
         self.state = TrainState(**checkpoint.state["train_state"])
         self.model.restore(checkpoint.tensors, self.state)
-        prefix = f"rank{self.dist.rank}."
-        rng = {
-            k.removeprefix(prefix): v for k, v in checkpoint.tensors["rng"].items() if prefix in k
-        }
-        if rng:  # a rank that did not exist then starts from the seed
-            restore_rng(rng, self.dist.device)
-        self.saved_step = self.state.step
+        self.checkpoints.go_on_from(checkpoint)
 
     def roll_back(self) -> None:
         """Policy `rollback`: the newest checkpoint again, and no update at the step that failed."""
         failed, self.rollback_from = self.rollback_from, 0
         nonfinite, skipped = self.state.nonfinite_steps, self.state.skipped_steps
-        path = None
-        if self.dist.is_main:
-            found = newest_checkpoint(
-                self.run.checkpoints, warn=self.terminal.warn, run=self.run.name
-            )
-            path = found.path if found else None
-        path = self.dist.broadcast(path)
-        if path is None or failed in skipped:
+        checkpoint = None if failed in skipped else self.checkpoints.newest(self.run.name)
+        if checkpoint is None:
             self.outcome = "nonfinite"
             return
-        self.restore(checkpoint_at(path))
+        self.restore(checkpoint)
         self.state.nonfinite_steps, self.state.skipped_steps = nonfinite, [*skipped, failed]
         self.start_convergence()
         self.record.rewind(self.state.step, self.state.alerts)
-        self.terminal.say(f"went back to {path}; the update of step {failed} will be left out")
+        self.terminal.say(
+            f"went back to {checkpoint.path}; the update of step {failed} will be left out"
+        )
 
     # -------------------------------------------------------------------------
     # Beginning
@@ -775,15 +713,14 @@ class DirectTrainer:
         output_dir = Path(config.output_dir)
         self.state.interval = self.state.epoch = self.ledger.zeros().tolist()
         self.catch_signals()
-        checkpoint = self.find_checkpoint()
+        checkpoint = self.checkpoints.find(self.resume)
         if checkpoint:
             self.restore(checkpoint)
             self.state.resume_count += 1
-            dist.note("saved", str(self.state.step))
         if dist.is_main:  # weights and both moments, one more while the old one is still there
             check_writable(output_dir, 6 * 4 * self.model.num_trainable)
         # By a group that died before its first checkpoint: nobody's work is in what it has shown.
-        begun = "" if checkpoint or dist.noted("saved") else dist.noted("run")
+        begun = "" if checkpoint else self.checkpoints.begun()
         name = dist.broadcast(
             checkpoint.run if checkpoint else dist.is_main and (begun or new_run(output_dir).name)
         )
@@ -822,27 +759,6 @@ class DirectTrainer:
             with dist.patience("statistics"), self.terminal.working("describing the data"):
                 if dist.is_main:
                     self.describe_data()
-
-    def find_checkpoint(self) -> Checkpoint | None:
-        """The checkpoint that `resume` asks for; the same on all ranks."""
-        directory = Path(self.config.output_dir) / "checkpoints"
-        path = None
-        if self.dist.is_main:
-            remove_leftovers(directory)
-            # A group that torchrun has restarted goes on with its run, whatever --resume says.
-            run = self.dist.noted("run") or None
-            if run or self.resume in ("latest", "auto"):
-                newest = newest_checkpoint(directory, warn=self.terminal.warn, run=run)
-                path = newest.path if newest else None
-            if path is None and self.resume not in ("", "latest", "auto"):
-                path = Path(self.resume)
-        path = self.dist.broadcast(path)
-        if path is None and self.resume == "latest":
-            raise UserError(
-                f"--resume latest: no usable checkpoint in {directory}; --resume auto starts fresh "
-                "where there is none"
-            )
-        return checkpoint_at(path) if path else None
 
     def start_convergence(self) -> None:
         """The convergence monitor as it stood at the state's step."""

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from errors import UserError
 from packing import StepPlan
+from run_checkpoints import MIN_SAVE_STEPS
 from safe_text import clean_line
 from segment_loss import rows_per_chunk
 from terminal import duration
@@ -35,7 +36,7 @@ STEP_SECONDS, EVALUATION_SECONDS = 0.03, 0.3  # of one, beside its arithmetic
 HOST_SHARES = (0.4, 1.0)  # of the rate of large matrix products; small models use two threads badly
 EVALUATION_SHARE = 0.2  # what evaluations may add to the training
 EVALUATIONS = (4, 50)  # after the one before the first step: the fewest and the most
-MIN_EVAL_STEPS, MIN_SAVE_STEPS = 40, 50  # between two evaluations, and two checkpoints
+MIN_EVAL_STEPS = 40  # between two evaluations
 # Tokens of training in the time in which all probes' answers grow by one. On a CPU 32 to 55 were measured;
 # 500 is arithmetic: 25 ms for the kernels of 36 layers, while Qwen3-4B trains 20,000 tokens a second.
 CPU_ANSWER_COST, GPU_ANSWER_COST = 40, 500

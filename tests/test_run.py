@@ -25,7 +25,6 @@ from checkpoint import load_checkpoint, save_checkpoint
 from direct_finetuning_with_existing_modules import DirectTrainer, main
 from distributed import Distributed
 from tb_logger import find_metric, read_metrics, read_run, read_texts
-from training_config import DirectTrainingConfig
 
 SCRIPT = Path(__file__).parents[1] / "direct_finetuning_with_existing_modules.py"
 FAST = [
@@ -190,32 +189,11 @@ def test_automatic_checkpoints_are_rare_where_saving_is_slow(tmp_path, run, monk
         time.sleep(2)  # a twentieth of 40 s, in which a tiny model does far more than 100 steps
         return save_checkpoint(*args, **kwargs)
 
-    monkeypatch.setattr("direct_finetuning_with_existing_modules.save_checkpoint", slowly)
+    monkeypatch.setattr("run_checkpoints.save_checkpoint", slowly)
     steps = ["--max-steps", "102", "--save-steps", "auto", "--eval-steps", "0", "--batch-size", "4"]
     assert run(tmp_path, *steps, "--logging-steps", "50") == 0
     saved = {path.name for path in (tmp_path / "out" / "checkpoints").iterdir()}
     assert saved == {"checkpoint-50", "checkpoint-102"}, "the first in time, and the end"
-
-
-@pytest.mark.parametrize(
-    ("trained", "rank_0_says", "rank", "due"),
-    [(101, None, 0, True), (99, None, 0, False), (0, True, 1, True), (1e9, False, 1, False)],
-)
-def test_rank_0_decides_when_a_checkpoint_is_due(trained, rank_0_says, rank, due):
-    trainer = DirectTrainer(DirectTrainingConfig(device="cpu"))
-    own = SimpleNamespace(is_main=rank == 0, any=lambda mine: [rank_0_says or mine])
-    trainer.dist, trainer.saving_seconds = own, 5.0
-    trainer.saved_at = time.monotonic() - trained
-    assert trainer.save_is_due(50) is trainer.save_is_due(100) is due
-    assert not trainer.save_is_due(49), "not even asked, so that ranks agree on when to ask"
-
-
-def test_a_disk_that_stalled_once_does_not_put_off_checkpoints_for_hours():
-    trainer = DirectTrainer(DirectTrainingConfig(device="cpu"))
-    trainer.saving_seconds = 600.0
-    for minutes, due in ((14, False), (16, True)):
-        trainer.saved_at = time.monotonic() - 60 * minutes
-        assert trainer.save_is_due(50) is due
 
 
 def test_a_finished_run_started_again_does_nothing(tmp_path, run):

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 import checkpoint
-import direct_finetuning_with_existing_modules as program
 import model_in_training
+import run_checkpoints
 
 from . import hook
 from .rig import Rig, announced_is_kept, fork, leftovers, nothing_lost, replaced
@@ -177,7 +177,7 @@ def no_staging() -> None:
         return target
 
     replaced(checkpoint, "save_checkpoint", write_in_place)
-    replaced(program, "save_checkpoint", write_in_place)
+    replaced(run_checkpoints, "save_checkpoint", write_in_place)
 
 
 def delete_before_saving() -> None:

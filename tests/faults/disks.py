@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 import direct_finetuning_with_existing_modules as program
+import run_checkpoints
 import tb_logger
 
 from . import hook
@@ -120,7 +121,7 @@ def f07(rig: Rig, tally: Tally, count: int) -> None:
         tally.skip("needs the right to mount a small tmpfs")
         return
     trainer = program.DirectTrainer
-    update, save = (trainer, "advance"), (program, "save_checkpoint")
+    update, save = (trainer, "advance"), (run_checkpoints, "save_checkpoint")
     cases: list[tuple[str, dict]] = [
         ("third save", {"full": (*save, 3), "code": 3}),
         (
@@ -154,14 +155,14 @@ def f07(rig: Rig, tally: Tally, count: int) -> None:
 
 def save_in_place() -> None:
     """Mutant: the newest checkpoint is overwritten where it lies."""
-    real = program.save_checkpoint
+    real = run_checkpoints.save_checkpoint
 
     def overwrite(directory, step, **content):
         for path in directory.glob("checkpoint-*"):
             shutil.rmtree(path)
         return real(directory, step, **content)
 
-    replaced(program, "save_checkpoint", overwrite)
+    replaced(run_checkpoints, "save_checkpoint", overwrite)
 
 
 # -----------------------------------------------------------------------------
@@ -233,7 +234,7 @@ def file_limit(rig: Rig) -> Trial:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
-        before_call(program, "save_checkpoint", 2, limit)
+        before_call(run_checkpoints, "save_checkpoint", 2, limit)
 
     outcome = rig.run(output, patch=patch, limit=90)
     problems = [] if outcome.code == 3 else [f"exit {outcome.code}: {outcome.output[-400:]}"]
@@ -322,7 +323,7 @@ def turns_read_only(rig: Rig) -> Trial:
                 raise OSError(errno.EROFS, "Read-only file system")
 
             fired.touch()
-            replaced(program, "save_checkpoint", error)
+            replaced(run_checkpoints, "save_checkpoint", error)
             remount("ro")
 
         patch = lambda: before_call(program.DirectTrainer, "advance", 12, broken)  # noqa: E731

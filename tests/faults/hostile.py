@@ -17,6 +17,7 @@ from pathlib import Path
 import checkpoint
 import direct_finetuning_with_existing_modules as program
 import model_in_training
+import run_checkpoints
 import safe_text
 import samples
 from chat_tokens import tokenize_samples
@@ -785,7 +786,7 @@ def secrets(rig: Rig, ending: str) -> Trial:
             def full(*_: object, **__: object) -> None:
                 raise OSError(28, f"No space left at {url} {SECRETS['OPENAI_API_KEY']}")
 
-            replaced(program, "save_checkpoint", full)
+            replaced(run_checkpoints, "save_checkpoint", full)
         return program.main(arguments)
 
     outcome = fork(place / "console.txt", action).wait(60)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import direct_finetuning_with_existing_modules as program
 import model_in_training
+import run_checkpoints
 import run_directory
 
 from .checkpoints import stop_at
@@ -86,7 +87,7 @@ def _ledger(output: Path) -> Path:
 
 def no_random_state() -> None:
     """Mutant: the random state is not restored."""
-    replaced(program, "restore_rng", lambda tensors, device: None)
+    replaced(run_checkpoints, "restore_rng", lambda tensors, device: None)
 
 
 def no_optimizer_state() -> None:
@@ -211,8 +212,8 @@ def random_signal(rig: Rig, at: float, number: int, twice: bool) -> tuple[bool, 
 SIGNAL_PLACES = [  # what is called then, and the how manieth time
     ("during the first step", model_in_training, "forward_backward", 1),
     ("during evaluation", program.DirectTrainer, "evaluate", 2),
-    ("during save", program, "save_checkpoint", 2),
-    ("during pruning", program, "prune_checkpoints", 3),
+    ("during save", run_checkpoints, "save_checkpoint", 2),
+    ("during pruning", run_checkpoints, "prune_checkpoints", 3),
     ("between loss and update", model_in_training, "clip_gradients", 7),
 ]
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 import direct_finetuning_with_existing_modules as program
+import run_checkpoints
 
 from .checkpoints import stop_at
 from .interruptions import no_random_state, wait_until
@@ -227,7 +228,7 @@ def disturbed(rig: Rig, tally: Tally, kind: str, rank: int) -> tuple[bool, list[
         def full(*_: object, **__: object) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        replaced(program, "save_checkpoint", full)
+        replaced(run_checkpoints, "save_checkpoint", full)
 
     action = {
         "hangs": lambda: os.kill(os.getpid(), signal.SIGSTOP),
