@@ -37,12 +37,12 @@ from chat_format import (
     turn_with,
     unused_mark,
 )
+from data_cache import cached_folder, code_version
 from errors import UserError
 from safe_text import clean, clean_line, fenced, write_json
 from sample_forms import strings_of
-from samples import Sample, SampleSet, cached_folder, give_back_pages, in_order
+from samples import Sample, SampleSet, give_back_pages, in_order
 
-_FORMAT = 2  # of cached tables; raise it when their meaning changes
 _CHUNK = 500  # samples encoded together: more only costs memory
 _POOL_FROM = 2_000  # samples from which on worker processes pay for their start
 
@@ -619,7 +619,9 @@ def _cache_key(
             digest.update(sample.id.encode())
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    facts = [_FORMAT, fingerprint, asdict(options), tokenizer.chat_template, tokenizer.eos_token]
+    libraries = ("transformers", "tokenizers", "jinja2")
+    version = code_version("chat_tokens", "chat_format", libraries=libraries)
+    facts = [version, fingerprint, asdict(options), tokenizer.chat_template, tokenizer.eos_token]
     digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
     digest.update(vocabulary.encode("utf-8", "surrogatepass"))
     return digest.hexdigest()

@@ -21,6 +21,7 @@ import tyro
 import crypto_terms
 import dataset_report
 from command_line import exit_code
+from data_cache import cached_folder, temporary_folder
 from errors import UserError
 from near_duplicates import (
     SampleClusters,
@@ -43,10 +44,8 @@ from samples import (
     BrokenSample,
     Sample,
     SampleSet,
-    cached_folder,
     map_spans,
     read_samples,
-    temporary_folder,
 )
 
 if TYPE_CHECKING:

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from crypto_terms import categories, find_terms, load_terms
-from sample_facts import code_version, difficulty
-from samples import Sample, SampleSet, cached_folder, kept_array, map_spans, source_numbers
+from data_cache import cached_folder, kept_array
+from sample_facts import difficulty, facts_version
+from samples import Sample, SampleSet, map_spans, source_numbers
 
 DIFFICULTIES = ("1", "2", "3", "4")
 NO_CATEGORY = "none"
@@ -50,7 +51,7 @@ def _kept_labels(read: SampleSet, workers: int, cache_dir: Path | None) -> np.nd
 
     if not (cache_dir and read.key):
         return made()
-    folder = Path(cache_dir) / "loss_groups" / f"{read.key}-{code_version(__file__)}"
+    folder = Path(cache_dir) / "loss_groups" / f"{read.key}-{facts_version('loss_groups')}"
     return cached_folder(
         folder,
         lambda folder: kept_array(folder / _LABELS),

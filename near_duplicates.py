@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 
 from character_grams import gram_hashes, normalized
+from data_cache import cached_folder, code_version, kept_array
 from errors import UserError
-from samples import Sample, cached_folder, kept_array
+from samples import Sample
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 SHINGLE = 5  # characters
 EXACT_LIMIT = 10_000  # distinct texts up to which every pair above the threshold is found
-_FORMAT = 1  # of cached labels; raise it when what is near changes
 _LABELS = "labels.npy"
 _NUM_PERM = 125  # MinHash values per text
 _WINDOW = 8  # neighbours compared within a bucket of equal MinHash bands
@@ -119,7 +119,8 @@ class SampleClusters:
         self._samples = samples
         self._folder = None
         if fingerprint and cache_dir:
-            self._folder = Path(cache_dir) / "near_duplicates" / f"{fingerprint}-{_FORMAT}"
+            made_by = code_version("near_duplicates", "character_grams", libraries=("rensa",))
+            self._folder = Path(cache_dir) / "near_duplicates" / f"{fingerprint}-{made_by}"
 
     @cached_property
     def questions(self) -> np.ndarray:

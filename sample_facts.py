@@ -5,15 +5,11 @@ and not on how many samples; only two 8-byte keys per sample stay, to find dupli
 integers, so the order of samples and the number of workers change nothing.
 """
 
-import hashlib
 import json
 import math
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, field
-from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +17,10 @@ import numpy as np
 import crypto_terms
 import text_quality
 from character_grams import gram_hashes, normalized
+from data_cache import code_version, kept_array
 from near_duplicates import question_text, text_key
 from safe_text import clean_line, write_json
-from samples import Sample, kept_array
+from samples import Sample
 
 LISTED = 200  # findings of one kind and worst samples that are kept by name
 COPIED = 0.6  # share of the answer's 8-grams within the thinking from which it counts as copied
@@ -343,15 +340,8 @@ def load_facts(folder: Path) -> Facts | None:
     return facts
 
 
-@cache
-def code_version(*more: str) -> str:
-    """16 hexadecimal digits over the code, lists and libraries by which samples are judged, and over
-    `more` files: what other code has kept is not what this one would find."""
-    modules = ("sample_facts", "text_quality", "crypto_terms", "character_grams", "near_duplicates")
-    files = [Path(__file__).with_name(f"{name}.py") for name in modules]
-    files += sorted(crypto_terms.TERMS_FOLDER.glob("*.tsv"))
-    others = [version("rjieba"), version("ahocorasick_rs"), unicodedata.unidata_version]
-    digest = hashlib.blake2b(" ".join(others).encode(), digest_size=8)
-    for file in (*files, *map(Path, more)):
-        digest.update(hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()
+def facts_version(*more: str) -> str:
+    """`code_version` of all by which samples are judged, and of `more` modules."""
+    judges = ("sample_facts", "text_quality", "crypto_terms", "character_grams", "near_duplicates")
+    lists = sorted(crypto_terms.TERMS_FOLDER.glob("*.tsv"))
+    return code_version(*judges, *more, files=lists, libraries=("rjieba", "ahocorasick_rs"))

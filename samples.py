@@ -5,7 +5,6 @@ so that a million samples take the memory of a few thousand; order and content d
 the number of workers, and the files are kept under `cache_dir` by the hash of what was read.
 """
 
-import atexit
 import bisect
 import contextlib
 import fnmatch
@@ -15,19 +14,16 @@ import math
 import mmap
 import multiprocessing
 import os
-import shutil
 import sys
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
-from filelock import FileLock
 
+from data_cache import cached_folder, code_version, temporary_folder
 from errors import UserError
 from safe_text import clean_line, write_json
 from sample_files import (
@@ -55,15 +51,12 @@ __all__ = [
     "split_thinking", "weighted_indices",
 ]  # fmt: skip
 
-T = TypeVar("T")
-
 LARGE_DATA = 4 * 2**20
 """Bytes of input from which on samples live in Arrow files and are read in parallel."""
 _BATCH_CHARACTERS = 32 * 2**20  # beyond which a batch is written with fewer rows
 _ROWS = 1000  # per record batch: the unit that is decoded when samples are read in order
 SPAN = 500  # samples that a worker looks at before it hands in what it found
 _LOOKS = 100  # samples taken one by one until the pages that they lie on are given back
-_FORMAT = 1  # of the cached files; raise it when readers or columns change
 
 Progress = Callable[[int, int], None]
 Read = Sample | BrokenSample | Remark
@@ -229,7 +222,8 @@ def _read_large(
         parts, digest = split_file(file, meter.add)
         chunks += parts
         hashes.append((file.source, file.kind, digest))
-    key = json.dumps([_FORMAT, hashes, columns], sort_keys=True, ensure_ascii=True)
+    version = code_version("samples", "sample_files", "sample_forms", libraries=("pyarrow",))
+    key = json.dumps([version, hashes, columns], sort_keys=True, ensure_ascii=True)
     root = Path(cache_dir) if cache_dir else temporary_folder()
     folder = root / "samples" / hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
     found = cached_folder(
@@ -247,13 +241,6 @@ class _Meter:
         self.done += count
         if self._progress:
             self._progress(self.done, self._total)
-
-
-def temporary_folder() -> Path:
-    """A new folder that is gone when the program ends."""
-    folder = tempfile.mkdtemp(prefix="samples-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder)
 
 
 def _write_parts(
@@ -284,54 +271,6 @@ def _write_parts(
         meter.add((chunk.stop or os.path.getsize(chunk.file.path)) - chunk.start)
     index["fingerprint"] = fingerprint.hexdigest()
     write_json(building / "index.json", index)
-
-
-def cached_folder(
-    folder: Path, load: Callable[[Path], T | None], write: Callable[[Path], None]
-) -> T:
-    """What `load` finds in a folder of the cache, which `write` fills if it finds nothing.
-
-    One process at a time writes; others that want the same wait, and find it there. The folder appears
-    under its name when all is written, or never. Raises UserError if the cache can't be written, or not
-    be read back.
-    """
-    found = load(folder)
-    if found is not None:
-        return found
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            found = load(folder)
-            if found is None:
-                _write_whole(folder, write)
-                found = load(folder)
-    except OSError as error:
-        raise UserError(f"can't write the cache {folder}: {error.strerror or error}") from error
-    if found is None:
-        raise UserError(
-            f"the cache {folder} can't be read back; remove it, or choose another cache_dir"
-        )
-    return found
-
-
-def kept_array(path: Path, *, mapped: bool = False) -> np.ndarray | None:
-    """An array in a folder of the cache, None where it is not there or damaged; mapped, it is shared by
-    the processes of a machine."""
-    try:
-        return np.load(path, mmap_mode="r" if mapped else None)
-    except (OSError, ValueError, EOFError):
-        return None
-
-
-def _write_whole(folder: Path, write: Callable[[Path], None]) -> None:
-    building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
-    try:
-        write(building)
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
-        os.replace(building, folder)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
 
 
 def map_spans(

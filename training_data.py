@@ -14,7 +14,7 @@ from errors import UserError
 from loss_groups import Groups, loss_groups
 from near_duplicates import SampleClusters, split_held_out
 from safe_text import atomic_write_text, clean_line, strict, write_json
-from sample_facts import code_version
+from sample_facts import facts_version
 from samples import BrokenSample, Sample, SampleSet, read_samples, weighted_indices
 
 
@@ -76,7 +76,7 @@ class TrainingData:
         """Statistics of everything that was read; computed when first asked for."""
         read, folder = self.split.read, None
         if self.cache_dir and read.key:
-            folder = Path(self.cache_dir) / "sample_facts" / f"{read.key}-{code_version()}"
+            folder = Path(self.cache_dir) / "sample_facts" / f"{read.key}-{facts_version()}"
         return compute_statistics(
             read.samples,
             held_out=self.split.held_out,

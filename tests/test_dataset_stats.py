@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+import data_cache
 import dataset_report
 import dataset_stats
 import near_duplicates
@@ -313,22 +314,21 @@ def test_kept_facts_give_the_same_statistics(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "changed",
-    ["sample_facts.py", "text_quality.py", "crypto_terms.py", "near_duplicates.py", "more.py"],
+    ["sample_facts.py", "text_quality.py", "near_duplicates.py", "loss_groups.py", "x.tsv"],
 )
 def test_facts_are_kept_under_the_code_and_the_lists_that_made_them(tmp_path, monkeypatch, changed):
-    version, folder = sample_facts.code_version.__wrapped__, ROOT
-    for file in [*folder.glob("*.py"), *sample_facts.crypto_terms.TERMS_FOLDER.iterdir()]:
+    for file in ROOT.glob("*.py"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    (tmp_path / "more.py").write_text("", encoding="utf-8")
-    before = version(tmp_path / "more.py")
-    monkeypatch.setattr(sample_facts, "__file__", str(tmp_path / "sample_facts.py"))
+    (tmp_path / "x.tsv").write_text("", encoding="utf-8")
+    monkeypatch.setattr(data_cache, "__file__", str(tmp_path / "data_cache.py"))
     monkeypatch.setattr(sample_facts.crypto_terms, "TERMS_FOLDER", tmp_path)
-    assert version(tmp_path / "more.py") == before != version()
-    for name in (changed, "crypto_terms.tsv"):
-        with open(tmp_path / name, "a", encoding="utf-8") as file:
-            file.write("\n")
-        assert version(tmp_path / "more.py") != before, name
-        before = version(tmp_path / "more.py")
+    before = sample_facts.facts_version(), sample_facts.facts_version("loss_groups")
+    assert before[0] != before[1]
+    with open(tmp_path / changed, "a", encoding="utf-8") as file:
+        file.write("\n")
+    after = sample_facts.facts_version(), sample_facts.facts_version("loss_groups")
+    assert after[1] != before[1]
+    assert (after[0] == before[0]) is (changed == "loss_groups.py")
 
 
 def test_order_and_chunks_change_nothing(monkeypatch):

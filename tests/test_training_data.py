@@ -148,13 +148,6 @@ def test_near_duplicates_are_looked_for_once(tmp_path, monkeypatch, qwen3):
     assert outcome() != first and searches[3:] == [31, 31]
 
 
-def test_a_cache_that_cannot_be_read_back_is_said(tmp_path):
-    with pytest.raises(
-        UserError, match=r"can't be read back; remove it, or choose another cache_dir"
-    ):
-        samples.cached_folder(tmp_path / "x", lambda folder: None, lambda building: None)
-
-
 def test_data_that_are_all_held_out_are_refused(tmp_path):
     read, _ = read_data([write(tmp_path / "a.jsonl", 5, "SM4")])
     with pytest.raises(UserError, match="all of 5 samples are held out; lower --eval-fraction"):
