@@ -238,6 +238,7 @@ sys.exit(screenshots.main(sys.argv[3:]))
 """
 
 
+@pytest.mark.long
 def test_the_script_takes_every_picture(finished_logs: Path, tmp_path: Path):
     """`uv run python docs/screenshots.py LOGDIR`, into another folder than the documents'."""
     where = [str(ROOT / "docs"), str(tmp_path / "images"), str(finished_logs)]
