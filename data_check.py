@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from chat_tokens import TruncationLedger
-from dataset_stats import find_leaks
 from safe_text import clean_line
 from samples import BrokenSample, Sample
 from training_data import TrainingData
@@ -89,7 +88,3 @@ def _repetitions(data: TrainingData) -> Iterator[Fault]:
     for name, kind in kinds.items():
         for found in findings.get(name, ()):
             yield Fault(found["source"], found["line"], kind, found["note"])
-    if data.split.eval_read is not None:
-        _, leaks = find_leaks(data.split.read.samples, data.split.eval_read.samples)
-        for found in leaks:
-            yield Fault(found.source, found.line, "leak", found.note)

@@ -65,6 +65,10 @@ _FORECAST_SAMPLES = 50_000  # lengths that the packing forecast looks at
 _SHOWN_VALUES = 100_000  # values of one histogram
 _SEGMENTS = {0: "prompt", 1: "thinking", 3: "answer"}  # of chat_tokens.Segment
 
+Leaks = tuple[
+    int, list[Finding]
+]  # how many held-out samples repeat training samples, and some of them
+
 
 @dataclass(frozen=True)
 class Duplicates:
@@ -339,6 +343,7 @@ def compute_statistics(
     samples: Sequence[Sample],
     *,
     held_out: Sequence[int] | np.ndarray | None = None,
+    leaks: Leaks | None = None,
     tokens: "TokenizedSamples | None" = None,
     max_seq_length: int | None = None,
     workers: int = 1,
@@ -346,7 +351,8 @@ def compute_statistics(
     clusters: SampleClusters | None = None,
     facts_folder: Path | None = None,
 ) -> DatasetStatistics:
-    """Statistics of all `samples`; those with an index in `held_out` are checked for leaks.
+    """Statistics of all `samples`; those with an index in `held_out` are checked for leaks, or `leaks` says
+    what `find_leaks` has found in held-out files of their own.
     `clusters` are theirs, where they have been looked for already. `facts_folder` is where in the cache
     the facts of these samples are, or are to be kept.
 
@@ -357,7 +363,10 @@ def compute_statistics(
     if len(samples) == 0:
         raise UserError("no sample to describe; check the paths and the list of broken records")
     facts = kept_facts(samples, workers, facts_folder)
-    duplicates = _find_duplicates(samples, facts, held_out, clusters or SampleClusters(samples))
+    clusters = clusters or SampleClusters(samples)
+    if held_out is not None:
+        leaks = _leaks(samples, clusters, np.asarray(held_out))
+    duplicates = _find_duplicates(samples, facts, leaks, clusters)
     facts.question_keys = facts.answer_keys = []  # the statistics live as long as a run
     return DatasetStatistics(
         facts=facts,
@@ -414,7 +423,7 @@ def _tally_of(values: np.ndarray) -> Tally:
 def _find_duplicates(
     samples: Sequence[Sample],
     facts: Facts,
-    held_out: Sequence[int] | np.ndarray | None,
+    leaks: Leaks | None,
     clusters: SampleClusters,
 ) -> Duplicates:
     questions, pairs = np.concatenate(facts.question_keys), np.concatenate(facts.answer_keys)
@@ -428,11 +437,11 @@ def _find_duplicates(
         "near_duplicates": _near_repeats(samples, clusters.pairs, groups),
         "conflicting_answers": _conflict_findings(samples, conflicts),
     }
-    leaks = None
-    if held_out is not None:
-        leaks, findings["train_eval_leaks"] = _leaks(samples, clusters, np.asarray(held_out))
+    number = None
+    if leaks is not None:
+        number, findings["train_eval_leaks"] = leaks
     exact = len(samples) - distinct
-    return Duplicates(exact, distinct - near_groups, len(conflicts), leaks, findings)
+    return Duplicates(exact, distinct - near_groups, len(conflicts), number, findings)
 
 
 def _count(labels: np.ndarray) -> int:
@@ -508,9 +517,7 @@ def _conflict_findings(samples: Sequence[Sample], conflicts: list[np.ndarray]) -
     return sorted(found)
 
 
-def _leaks(
-    samples: Sequence[Sample], clusters: SampleClusters, held_out: np.ndarray
-) -> tuple[int, list[Finding]]:
+def _leaks(samples: Sequence[Sample], clusters: SampleClusters, held_out: np.ndarray) -> Leaks:
     """Held-out samples whose question, or question with answer, (nearly) stands in training."""
     is_train = np.ones(len(samples), bool)
     is_train[held_out] = False
@@ -593,10 +600,18 @@ class _Both(Sequence):
         yield from self._second
 
 
-def find_leaks(first: Sequence[Sample], second: Sequence[Sample]) -> tuple[int, list[Finding]]:
-    """How many samples of `second` (nearly) repeat one of `first`, and which, the first `LISTED`."""
+def find_leaks(
+    first: Sequence[Sample],
+    second: Sequence[Sample],
+    *,
+    fingerprint: str | None = None,
+    cache_dir: Path | None = None,
+) -> Leaks:
+    """How many samples of `second` (nearly) repeat one of `first`, and which, the first `LISTED`.
+    The search is kept in the cache under the fingerprint of both, where there are these two."""
     both = _Both(first, second)
-    return _leaks(both, SampleClusters(both), np.arange(len(first), len(both)))
+    clusters = SampleClusters(both, fingerprint, cache_dir)
+    return _leaks(both, clusters, np.arange(len(first), len(both)))
 
 
 def main(

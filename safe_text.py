@@ -29,9 +29,12 @@ _SECRET_SHAPE = re.compile(
     r"|xox[abpr]-[A-Za-z0-9-]{10,}|eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,})"
 )
 _URL_USERINFO = re.compile(r"(?<=://)[^/\s@]+(?=@)")
-_KEY_VALUE = re.compile(
-    r"(?i)([\w-]*(?:token|secret|passw(?:or)?d|api[_-]?key|credential|access[_-]?key)\s*[=:]\s*)"
-    r"([^\s,;&\"']{6,})"
+_KEY_VALUE = (
+    re.compile(  # begins where a word does, else a long word would be tried from each letter
+        r"(?i)(?<![\w-])"
+        r"([\w-]*(?:token|secret|passw(?:or)?d|api[_-]?key|credential|access[_-]?key)\s*[=:]\s*)"
+        r"([^\s,;&\"']{6,})"
+    )
 )
 REDACTED = "[redacted]"
 

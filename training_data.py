@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from chat_tokens import TokenizedSamples, tokenize_samples
-from dataset_stats import DatasetStatistics, compute_statistics
+from dataset_stats import DatasetStatistics, Leaks, compute_statistics, find_leaks
 from errors import UserError
 from loss_groups import Groups, loss_groups
 from near_duplicates import SampleClusters, split_held_out
@@ -74,19 +74,28 @@ class TrainingData:
     @cached_property
     def statistics(self) -> DatasetStatistics:
         """Statistics of everything that was read; computed when first asked for."""
-        read, folder = self.split.read, None
+        split, read, folder = self.split, self.split.read, None
         if self.cache_dir and read.key:
             folder = Path(self.cache_dir) / "sample_facts" / f"{read.key}-{facts_version()}"
         return compute_statistics(
             read.samples,
-            held_out=self.split.held_out,
+            held_out=split.held_out if split.eval_read is None else None,
+            leaks=self._leaks_into_held_out_files(),
             tokens=self.train.tokens,
             max_seq_length=self.max_seq_length,
             workers=self.workers,
             broken=read.broken,
-            clusters=self.split.clusters,
+            clusters=split.clusters,
             facts_folder=folder,
         )
+
+    def _leaks_into_held_out_files(self) -> Leaks | None:
+        read, eval_read = self.split.read, self.split.eval_read
+        if eval_read is None:
+            return None
+        fingerprint = f"{read.fingerprint}-{eval_read.fingerprint}"
+        options = {"fingerprint": fingerprint, "cache_dir": self.cache_dir}
+        return find_leaks(read.samples, eval_read.samples, **options)
 
     def write_reports(self, logs: Path) -> None:
         """dataset_statistics.json, broken_samples.jsonl and truncation.json in the run's log directory."""

@@ -414,7 +414,8 @@ def test_search_for_duplicates_takes_few_bytes_a_sample(monkeypatch):
     tracemalloc.start()
     try:
         clusters = near_duplicates.SampleClusters(made)
-        found = dataset_stats._find_duplicates(made, facts, range(0, count, 10), clusters)
+        leaks = dataset_stats._leaks(made, clusters, np.arange(0, count, 10))
+        found = dataset_stats._find_duplicates(made, facts, leaks, clusters)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

@@ -148,6 +148,24 @@ def test_near_duplicates_are_looked_for_once(tmp_path, monkeypatch, qwen3):
     assert outcome() != first and searches[3:] == [31, 31]
 
 
+def test_leaks_into_held_out_files_are_counted(tmp_path, qwen3):
+    train, fresh = (
+        write(tmp_path / "a.jsonl", 20, "SM4"),
+        write(tmp_path / "b.jsonl", 4, "随机数检测"),
+    )
+    lines = [Path(p).read_text(encoding="utf-8").splitlines(keepends=True) for p in (train, fresh)]
+    (tmp_path / "c.jsonl").write_text("".join(lines[0][:3] + lines[1]), encoding="utf-8")
+    for name, leaks in (("a.jsonl", 20), ("b.jsonl", 0), ("c.jsonl", 3)):
+        read, eval_read = read_data([train], eval_path=[str(tmp_path / name)])
+        data = prepare_data(split_samples(read, eval_read), qwen3, 512, workers=1)
+        assert data.statistics.scalars()["Dataset/Train_Eval_Leaks"] == leaks, name
+        findings = data.statistics.to_json()["findings"]["train_eval_leaks"]
+        assert [f["line"] for f in findings] == list(range(1, leaks + 1))
+        assert bool(leaks) == (
+            "(nearly) repeat training samples" in data.statistics.summary_markdown()
+        )
+
+
 def test_data_that_are_all_held_out_are_refused(tmp_path):
     read, _ = read_data([write(tmp_path / "a.jsonl", 5, "SM4")])
     with pytest.raises(UserError, match="all of 5 samples are held out; lower --eval-fraction"):
