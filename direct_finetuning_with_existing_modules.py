@@ -69,6 +69,7 @@ from run_directory import (
     known_run,
     lock_output,
     new_run,
+    own_models,
     shared_run,
 )
 from run_record import RunRecord
@@ -455,7 +456,7 @@ class DirectTrainer:
             state.interval = (np.asarray(state.interval) + vector).tolist()
             state.grad_norm = float(result.grad_norm)
             if math.isfinite(state.grad_norm):
-                state.grad_norm_max = max(state.grad_norm_max, state.grad_norm)
+                state.grad_norm_max = max(state.grad_norm_max or 0.0, state.grad_norm)
                 state.epoch = (np.asarray(state.epoch) + vector).tolist()
                 self.rank_hardest(result.step, vector, losses)
             else:
@@ -476,7 +477,8 @@ class DirectTrainer:
     def note_nonfinite(self, result: StepResult) -> None:
         """A NaN or infinite gradient: its update did not happen; name the samples, follow the policy."""
         state, config = self.state, self.config
-        state.nonfinite_steps.append(result.step)
+        if result.step not in state.nonfinite_steps:  # after a rollback it comes a second time
+            state.nonfinite_steps.append(result.step)
         own = [d for documents, sums in result.sums for d in _nonfinite(documents, sums)]
         own = own or [d for documents, _ in result.sums for d in documents]
         places = [
@@ -504,21 +506,22 @@ class DirectTrainer:
         metrics |= {
             "Training/Learning_Rate": learning_rate,
             "Training/Gradient_Norm": state.grad_norm,
-            "Training/Gradient_Norm_Max": state.grad_norm_max,
             "Training/Epoch": self.plan.fractional_epoch(step),
             "Throughput/Packing_Efficiency_Percent": 100 * self.plan.efficiency,
             "Throughput/Tokens_Seen": float(state.tokens_seen),
-            "Monitoring/NonFinite_Steps": float(len(state.nonfinite_steps)),
+            "Monitoring/NonFinite_Steps": float(sum(s <= step for s in state.nonfinite_steps)),
             "Monitoring/Resume_Count": float(state.resume_count),
             **self.convergence.scalars(),
             **self.hardware(),
             **(gpu_memory(self.dist.device) if self.dist.device.type == "cuda" else {}),
         }
+        if state.grad_norm_max is not None:  # a step with a finite one
+            metrics["Training/Gradient_Norm_Max"] = state.grad_norm_max
         if state.micro_batch_splits:  # else it is what step 0 says
             metrics["Config/Batch_Size"] = self.config.batch_size / 2**state.micro_batch_splits
         metrics |= self.clock.read(metrics) | self.straggler()
         metrics |= self.record.overhead_percent(time.monotonic() - self.started)
-        state.interval, state.grad_norm_max = self.ledger.zeros().tolist(), 0.0
+        state.interval, state.grad_norm_max = self.ledger.zeros().tolist(), None
         return metrics
 
     def straggler(self) -> dict[str, float]:
@@ -624,8 +627,8 @@ class DirectTrainer:
 
     def save_model(self, directory: Path) -> None:
         """The adapter with its tokenizer, whole or not at all."""
-        with self.terminal.working(f"saving {directory.name}"):
-            self.model.save(directory, self.tokenizer)
+        with self.clock.phase("saving"), self.terminal.working(f"saving {directory.name}"):
+            self.model.save(directory, self.tokenizer, self.run.name)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Weights, optimizer, random state and counters as they were at the checkpoint."""
@@ -642,7 +645,8 @@ class DirectTrainer:
         if checkpoint is None:
             self.outcome = "nonfinite"
             return
-        self.restore(checkpoint)
+        with self.clock.phase("saving"):  # no training time
+            self.restore(checkpoint)
         self.state.nonfinite_steps, self.state.skipped_steps = nonfinite, [*skipped, failed]
         self.start_convergence()
         self.record.rewind(self.state.step, self.state.alerts)
@@ -730,6 +734,8 @@ class DirectTrainer:
         dist.note("run", name)
         if begun:
             self.terminal.say(f"{name} begins again: it had no checkpoint yet")
+        for model in own_models(self.run) if dist.is_main else ():
+            self.terminal.say(f"the model of an earlier run is now {model}")
         self.terminal.open_log(self.run.logs / "training.log")
         self.start_convergence()
         on_cuda = dist.device.type == "cuda"
@@ -755,7 +761,9 @@ class DirectTrainer:
         if dist.is_main:
             self.write_configuration()
         self.record.status("running", step=self.state.step)
-        if not checkpoint:
+        if checkpoint:
+            self.tell_changes(checkpoint)
+        else:
             with dist.patience("statistics"), self.terminal.working("describing the data"):
                 if dist.is_main:
                     self.describe_data()
@@ -828,13 +836,25 @@ class DirectTrainer:
             "total": model.num_parameters,
         }
 
+    def tell_changes(self, checkpoint: Checkpoint) -> None:
+        """Settings that are others than those of the checkpoint, on the terminal and in TEXT."""
+        settings = redact_values(self.settings)
+        changed = run_summary.changed_settings(checkpoint.state["config"], settings)
+        if changed:
+            self.terminal.say(f"changed since step {self.state.step}: {', '.join(changed)}")
+            self.write_settings(self.state.step)
+
+    def write_settings(self, step: int) -> None:
+        """TEXT: all settings as they are from this step on."""
+        table = run_summary.markdown_table(run_summary.hparams(self.settings))
+        self.tensorboard_writer.add_text("Config/Training_Settings", table, step)
+
     def describe_data(self) -> None:
         """Before step 1: settings, dataset and mask audit, to TensorBoard and as files."""
         writer, statistics = self.tensorboard_writer, self.data.statistics
         self.data.write_reports(self.run.logs)
         writer.add_hparams(run_summary.hparams(self.settings))
-        settings = run_summary.markdown_table(run_summary.hparams(self.settings))
-        writer.add_text("Config/Training_Settings", settings, 0)
+        self.write_settings(0)
         writer.add_text("Dataset/Summary", statistics.summary_markdown(), 0)
         audit = mask_audit(self.data.train.tokens, self.tokenizer)
         writer.add_text("Dataset/Mask_Audit", audit, 0)

@@ -94,7 +94,7 @@ class Evaluator:
             progress=progress,
         )
         writer.add_text("Eval/Samples", samples_text(self._probes, completions), step)
-        return probe_metrics(self._probes, completions)
+        return probe_metrics(self._probes, completions, self._max_new_tokens)
 
     def _adapters(self, step: int, writer: Any) -> dict[str, float]:
         health = self.health

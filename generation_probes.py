@@ -7,6 +7,7 @@ loop; does it name the terms of the reference, and the number where the referenc
 
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -185,18 +186,27 @@ def read_completion(
 # Judgement
 
 
-def probe_metrics(probes: Sequence[Probe], completions: Sequence[Completion]) -> dict[str, float]:
-    """Eval/ tags, means over the probes for which they are defined; absent where for none."""
+def probe_metrics(
+    probes: Sequence[Probe], completions: Sequence[Completion], max_new_tokens: int
+) -> dict[str, float]:
+    """Eval/ tags, means over the probes for which they are defined; absent where for none.
+
+    Of a completion that was cut where even the reference would have been, nobody knows what it would
+    have become: only its repetition and the cut itself count.
+    """
     pairs = list(zip(probes, completions, strict=True))
+    whole = [(p, c) for p, c in pairs if c.ended or p.reference_tokens <= max_new_tokens]
     values = {
-        "Eval/Format_Valid_Rate": [float(c.valid) for c in completions],
+        "Eval/Format_Valid_Rate": [float(c.valid) for _, c in whole],
         "Eval/Think_Length_Ratio": [
-            c.thinking_tokens / p.thinking_tokens for p, c in pairs if p.thinking_tokens
+            c.thinking_tokens / p.thinking_tokens
+            for p, c in pairs
+            if p.thinking_tokens and c.closed
         ],
         "Eval/Repetition_Rate": [repetition_rate(c.tokens) for c in completions],
         "Eval/Budget_Hit_Rate": [float(not c.ended) for c in completions],
-        "Eval/Term_Recall": _known(term_recall(p.sample.answer, c.answer) for p, c in pairs),
-        "Eval/Exact_Answer": _known(exact_answer(p.sample.answer, c.answer) for p, c in pairs),
+        "Eval/Term_Recall": _known(term_recall(p.sample.answer, c.answer) for p, c in whole),
+        "Eval/Exact_Answer": _known(exact_answer(p.sample.answer, c.answer) for p, c in whole),
     }
     return {tag: sum(v) / len(v) for tag, v in values.items() if v}
 
@@ -215,14 +225,27 @@ def term_recall(reference: str, answer: str) -> float | None:
 
 def exact_answer(reference: str, answer: str) -> float | None:
     """1 if the answer gives the reference's final number, 0 if not; None if the reference has none."""
-    wanted = final_answer(reference)
-    return None if wanted is None else float(final_answer(answer) == wanted)
+    wanted, given = final_answer(reference), final_answer(answer)
+    if wanted is None or given is None:
+        return None if wanted is None else 0.0
+    return float(wanted == given or _number(wanted) == _number(given) is not None)
 
 
 def final_answer(text: str) -> str | None:
-    """What stands behind the last `最终答案：`, without spaces, for comparison."""
+    """What stands behind the last `最终答案：`, for comparison: without spaces, emphasis and the commas of
+    thousands, in half-width lower case."""
     found = _FINAL_ANSWER.findall(text)
-    return re.sub(r"[\s。]+", "", found[-1]).replace("，", ",").rstrip(".") if found else None
+    if not found:
+        return None
+    answer = unicodedata.normalize("NFKC", re.sub(r"[\s。*`]+", "", found[-1])).lower()
+    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", answer).rstrip(".")
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _known(values: Iterable[float | None]) -> list[float]:

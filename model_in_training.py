@@ -228,12 +228,11 @@ class ModelInTraining:
         restore_optimizer(self.optimizer, self._named, tensors["optimizer"])
         self.do_with_less(state)
 
-    def save(self, directory: Path, tokenizer: Any) -> None:
-        """The adapter with its tokenizer, whole or not at all."""
+    def save(self, directory: Path, tokenizer: Any, run: str) -> None:
+        """The adapter of `run` with its tokenizer, whole or not at all."""
         distributed.reshard(self.wrapped)
-        model_loading.save_adapter(
-            self._model, tokenizer, directory, dtype=self._dtype, writes=self._dist.is_main
-        )
+        options = {"run": run, "dtype": self._dtype, "writes": self._dist.is_main}
+        model_loading.save_adapter(self._model, tokenizer, directory, **options)
 
 
 def _no_way_on(step: int, full: str, broken: str) -> RunStopped:

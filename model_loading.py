@@ -36,7 +36,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import embedded_model
 from distributed import full_tensor, placed_like
 from errors import UserError
-from safe_text import clean_line, redact, write_json
+from run_directory import RUN_NAME
+from safe_text import clean_line, redact, usual_mode, write_json
 
 transformers.utils.logging.disable_progress_bar()  # the run has its own
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft asks for it
@@ -754,6 +755,7 @@ def save_adapter(
     tokenizer: transformers.PreTrainedTokenizerBase,
     directory: Path,
     *,
+    run: str = "",
     dtype: torch.dtype = torch.float32,
     writes: bool = True,
 ) -> None:
@@ -762,6 +764,7 @@ def save_adapter(
     The folder appears whole (a staging folder is renamed) and replaces an earlier one. The adapter's
     configuration names its base: a hub name as it is, else the absolute path of the folder.
 
+    run: name of the run that trained it, for `run_directory.own_models`.
     dtype: of a whole model's weights in the file; that of the arithmetic, so that the file is the model
         that was measured. writes: false on all ranks but one, which gathers what the others hold parts of.
     """
@@ -772,7 +775,7 @@ def save_adapter(
             state[name] = whole.to("cpu", tensor.dtype if isinstance(model, PeftModel) else dtype)
         del whole  # no more than one at a time
     if writes:
-        _save_folder(directory, tokenizer, lambda path: _write_model_files(model, state, path))
+        _save_folder(directory, tokenizer, lambda path: _write_model_files(model, state, path), run)
 
 
 def export_merged(
@@ -816,7 +819,9 @@ def _write_model_files(
         write_json(directory / name, content)
 
 
-def _save_folder(directory: Path, tokenizer: Any, write: Callable[[Path], None]) -> None:
+def _save_folder(
+    directory: Path, tokenizer: Any, write: Callable[[Path], None], run: str = ""
+) -> None:
     """Fill a staging folder, make it durable, and put it in the place of `directory`."""
     staging = directory.with_name(f".{directory.name}-{os.getpid()}")
     shutil.rmtree(staging, ignore_errors=True)
@@ -824,7 +829,10 @@ def _save_folder(directory: Path, tokenizer: Any, write: Callable[[Path], None])
     try:
         write(staging)
         tokenizer.save_pretrained(staging)
+        if run:
+            (staging / RUN_NAME).write_text(f"{run}\n", encoding="utf-8")
         for path in staging.iterdir():
+            path.chmod(usual_mode())  # safetensors' is 0600
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
         _replace(staging, directory)

@@ -25,7 +25,8 @@ from checkpoint import (
 from distributed import Distributed
 from errors import RunStopped, UserError
 
-MIN_SAVE_STEPS = 50  # between two automatic checkpoints
+MIN_SAVE_STEPS = 50  # between two automatic checkpoints that cost little
+LATE_SAVE_STEPS = 10  # between two looks whether work has waited too long for one
 SAVING_SHARE = 0.05  # of the time between two automatic checkpoints, which the second may take
 MOST_UNSAVED_SECONDS = 900  # of work, however long a checkpoint takes
 
@@ -60,13 +61,16 @@ class RunCheckpoints:
     # Saving
 
     def is_due(self, step: int) -> bool:
-        """Whether a checkpoint belongs here. Left to us, only when 20 times as long has passed as the last
-        one took, or a quarter of an hour; rank 0, which writes it, decides for all."""
+        """Whether a checkpoint belongs here. Left to us: every 50 steps when 20 times as long has passed as
+        the last one took, and every 10 when a quarter of an hour has; rank 0, which writes it, decides
+        for all."""
         if self._save_steps != "auto":
             return self._save_steps > 0 and step % self._save_steps == 0
-        if step % MIN_SAVE_STEPS:
+        if step % LATE_SAVE_STEPS:
             return False
-        wait = min(self._saving_seconds / SAVING_SHARE, MOST_UNSAVED_SECONDS)
+        wait = MOST_UNSAVED_SECONDS
+        if step % MIN_SAVE_STEPS == 0:
+            wait = min(self._saving_seconds / SAVING_SHARE, wait)
         waited = time.monotonic() - self._saved_at
         return any(self._dist.any(self._dist.is_main and waited >= wait))
 

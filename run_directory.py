@@ -3,6 +3,7 @@
 <output_dir>/tensorboard_logs/<run>/    one live event file
 <output_dir>/training_logs/<run>/       metrics.jsonl, training.log, status.json, …
 <output_dir>/checkpoints/, final_model/, best_model/, training_statistics.json
+<output_dir>/earlier_models/<run>/      final_model/ and best_model/ of the runs before
 """
 
 import os
@@ -23,6 +24,8 @@ from safe_text import write_json
 
 RUN_PREFIX = "qwen3_4b_thinking_"
 LOCK_NAME = ".run.lock"
+MODELS = ("final_model", "best_model")
+RUN_NAME = "run.txt"  # in the folder of a model: the run that trained it
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ def _remove_leftovers(output_dir: Path) -> None:
     for pattern in (".probe-*", ".training_statistics.json.*.tmp", "training_logs/*/.*.tmp"):
         for path in output_dir.glob(pattern):
             path.unlink(missing_ok=True)
-    for name in ("final_model", "best_model"):
+    for name in MODELS:
         for path in sorted(output_dir.glob(f".{name}-old-*")):
             if not (output_dir / name).exists():
                 path.rename(output_dir / name)
@@ -168,6 +171,34 @@ def known_run(output_dir: Path, name: str) -> RunDirectory:
     run.tensorboard.mkdir(parents=True, exist_ok=True)
     run.logs.mkdir(parents=True, exist_ok=True)
     return run
+
+
+def own_models(run: RunDirectory) -> list[Path]:
+    """Make final_model/ and best_model/ this run's: another run's are put aside, its own come back.
+
+    Returns where others' are now. A folder that no run of ours has left is not touched.
+    """
+    aside, moved = run.output_dir / "earlier_models", []
+    for name in MODELS:
+        place = run.output_dir / name
+        owner = _owner(place)
+        if owner and owner != run.name:
+            target = aside / owner / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(target, ignore_errors=True)
+            place.rename(target)
+            moved.append(target)
+        own = aside / run.name / name
+        if own.is_dir() and not place.exists():
+            own.rename(place)
+    return moved
+
+
+def _owner(model: Path) -> str:
+    """Name of the run that trained a saved model; empty where it does not say."""
+    note = model / RUN_NAME
+    name = note.read_text(encoding="utf-8", errors="replace").strip() if note.is_file() else ""
+    return name if name.startswith(RUN_PREFIX) and Path(name).name == name else ""
 
 
 def shared_run(output_dir: Path, name: str, patience: float = 60.0) -> RunDirectory:

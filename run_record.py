@@ -44,6 +44,7 @@ class RunRecord:
     ) -> None:
         self.run, self._is_main, self._warn = run, is_main, warn
         self._actions = alert_actions
+        self._overhead_seconds = 0.0  # of writers before this one
         self.evidence: dict[str, object] = {}  # what the alerts of the next logged step may cite
         self.alerts = AlertMonitor(alert_state or None)
         if is_main and resume_step is not None:
@@ -65,8 +66,11 @@ class RunRecord:
     def rewind(self, step: int, alert_state: Mapping) -> None:
         """Take back everything after `step`: the run goes on from there."""
         self.writer.close()
+        self._overhead_seconds += self.writer.overhead_seconds
         self.writer = self._open_writer(step)
-        self.alerts = AlertMonitor(alert_state or None)
+        self.alerts, self.evidence = AlertMonitor(alert_state or None), {}
+        if self._is_main:
+            self._forget_alerts(step)
 
     def status(self, status: str, **details: object) -> None:
         """How the run stands, for schedulers and people."""
@@ -81,7 +85,8 @@ class RunRecord:
         """Share of `seconds` of training that calls of the writer took."""
         if seconds <= 0 or not self.writer:
             return {}
-        return {"Monitoring/Logging_Overhead_Percent": 100 * self.writer.overhead_seconds / seconds}
+        spent = self._overhead_seconds + self.writer.overhead_seconds
+        return {"Monitoring/Logging_Overhead_Percent": 100 * spent / seconds}
 
     def close(self, status: str | None) -> None:
         """End writing; `status` "success" or "failure" only when the run will not be resumed."""

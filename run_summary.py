@@ -11,7 +11,7 @@ from typing import Any
 from errors import UserError
 from packing import StepPlan
 from run_directory import RunDirectory
-from safe_text import redact_values, table_cell
+from safe_text import redact_values, strict, table_cell
 from train_state import TrainState
 from training_data import TrainingData
 
@@ -50,6 +50,16 @@ def check_identity(found: Mapping[str, Any], wanted: Mapping[str, Any], path: ob
             f"--resume {path}: {'; '.join(differences)}. Use the settings and data of the run that "
             "wrote it, or start a fresh run without --resume"
         )
+
+
+def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """`name before -> now` of every setting that a resumed run has otherwise than its checkpoint."""
+    before, now = strict(before), strict(now)
+    return [
+        f"{name} {before[name]} -> {now[name]}"
+        for name in now
+        if name in before and before[name] != now[name]
+    ]
 
 
 def check_ranks(identities: Sequence[Mapping[str, Any]]) -> None:

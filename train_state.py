@@ -19,7 +19,7 @@ class TrainState:
     )  # loss sums since the epoch began, finite steps
     epoch_seconds: float = 0.0
     grad_norm: float = 0.0  # of the newest step, before clipping
-    grad_norm_max: float = 0.0  # since the last logged step
+    grad_norm_max: float | None = None  # of the finite ones since the last logged step
     last_loss: float | None = None  # the newest Training/Loss
     first_eval_loss: float | None = None
     last_eval_loss: float | None = None

@@ -282,7 +282,7 @@ def test_losses_are_bit_equal_with_and_without_evaluation_probes_and_health(
     ]
     assert len(losses[0]) == 5 and losses[0] == losses[1]
     emitted = read_run(probed.run.tensorboard)
-    assert [step for step, _ in emitted["Eval/Format_Valid_Rate"]] == [0, 1, 2, 3, 4, 5]
+    assert [step for step, _ in emitted["Eval/Budget_Hit_Rate"]] == [0, 1, 2, 3, 4, 5]
     assert [step for step, _ in tables_of(probed)["Eval/Samples"]] == [0, 1, 2, 3, 4, 5]
 
 

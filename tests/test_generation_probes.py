@@ -109,23 +109,38 @@ def test_metrics_of_the_scripted_model(completions, tokenizer):
     names = ["closed", "unclosed", "empty", "looping"]
     probe = probe_of(REFERENCE, tokenizer)
     chosen = [completions[name] for name in names]
-    metrics = probe_metrics([probe] * 4, chosen)
+    assert probe.reference_tokens <= 64
+    metrics = probe_metrics([probe] * 4, chosen, 64)
     assert metrics["Eval/Format_Valid_Rate"] == 0.25
     assert metrics["Eval/Budget_Hit_Rate"] == 0.25
     assert metrics["Eval/Term_Recall"] == 0.25  # both terms in one answer, none in the others
     assert metrics["Eval/Exact_Answer"] == 0.25
     looped = repetition_rate(completions["looping"].tokens)
     assert looped > 0.5 and metrics["Eval/Repetition_Rate"] == pytest.approx(looped / 4)
-    expected = [len(tokenizer.encode(SCRIPT[n].partition("</think>")[0])) for n in names]
-    expected[1] -= 1  # the end token of the unclosed one
-    expected[3] = 64  # the budget
-    ratio = np.mean([n / probe.thinking_tokens for n in expected])
-    assert metrics["Eval/Think_Length_Ratio"] == pytest.approx(ratio)
+    closed = [len(tokenizer.encode(SCRIPT[n].partition("</think>")[0])) for n in names[::2]]
+    ratio = np.mean([n / probe.thinking_tokens for n in closed])
+    assert metrics["Eval/Think_Length_Ratio"] == pytest.approx(ratio), "others have no known length"
+
+
+def test_what_a_cut_hides_is_absent_and_not_zero(completions, tokenizer):
+    """A budget that even the reference does not fit in says nothing about a completion that was cut."""
+    probe, judged = probe_of(REFERENCE, tokenizer), ("Eval/Format_Valid_Rate", "Eval/Exact_Answer")
+    small = probe.reference_tokens - 1
+    cut = probe_metrics([probe] * 2, [completions["looping"]] * 2, small)
+    assert cut.keys() == {"Eval/Repetition_Rate", "Eval/Budget_Hit_Rate"}
+    assert cut["Eval/Budget_Hit_Rate"] == 1.0
+    one_ended = [completions["looping"], completions["closed"]]
+    metrics = probe_metrics([probe] * 2, one_ended, small)
+    assert [metrics[tag] for tag in judged] == [1.0, 1.0]
+    metrics = probe_metrics([probe] * 2, one_ended, probe.reference_tokens)
+    assert [metrics[tag] for tag in judged] == [0.5, 0.5], (
+        "it had the room that the reference takes"
+    )
 
 
 def test_what_is_not_defined_is_absent(tokenizer, completions):
     plain = Sample("问", "", "没有术语也没有数")
-    metrics = probe_metrics([probe_of(plain, tokenizer)], [completions["closed"]])
+    metrics = probe_metrics([probe_of(plain, tokenizer)], [completions["closed"]], 64)
     assert not {"Eval/Think_Length_Ratio", "Eval/Term_Recall", "Eval/Exact_Answer"} & set(metrics)
     assert metrics["Eval/Format_Valid_Rate"] == 1.0
 
@@ -143,6 +158,24 @@ def test_what_is_not_defined_is_absent(tokenizer, completions):
 )
 def test_exact_answer(answer, expected):
     assert exact_answer("步骤。\n最终答案：(471, 3)", answer) == expected
+
+
+@pytest.mark.parametrize(
+    ("reference", "answer", "expected"),
+    [
+        ("16字节", "**最终答案：** 16字节", 1.0),
+        ("1024", "最终答案：1,024", 1.0),
+        ("1,024,000", "最终答案：`1024000`", 1.0),
+        ("3.50", "最终答案：3.5", 1.0),
+        ("0x1f", "最终答案：0x1F", 1.0),
+        ("5", "最终答案：５", 1.0),
+        ("(1,234)", "最终答案：(1,235)", 0.0),
+        ("3.5", "最终答案：3.51", 0.0),
+        ("nan", "最终答案：inf", 0.0),
+    ],
+)
+def test_one_number_in_two_forms_is_the_same(reference, answer, expected):
+    assert exact_answer(f"最终答案：{reference}", answer) == expected
 
 
 def test_repetition_and_terms():

@@ -20,6 +20,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import model_in_training
 import optimization
 from checkpoint import load_checkpoint, save_checkpoint
 from direct_finetuning_with_existing_modules import DirectTrainer, main
@@ -38,10 +39,10 @@ Run = Callable[..., int]
 def run(tiny_model: Path, tiny_data: Path, cache_dir: Path) -> Run:
     """`main()` in this process with a tiny model, tiny data and few steps; later arguments win."""
 
-    def run(tmp_path: Path, *more: str) -> int:
+    def run(tmp_path: Path, *more: str, first: list[str] = FAST) -> int:
         inputs = ["--model-name", str(tiny_model), "--data-path", str(tiny_data)]
         places = ["--output-dir", str(tmp_path / "out"), "--cache-dir", str(cache_dir)]
-        return main([*FAST, *inputs, *places, *more])
+        return main([*first, *inputs, *places, *more])
 
     return run
 
@@ -194,6 +195,65 @@ def test_automatic_checkpoints_are_rare_where_saving_is_slow(tmp_path, run, monk
     assert run(tmp_path, *steps, "--logging-steps", "50") == 0
     saved = {path.name for path in (tmp_path / "out" / "checkpoints").iterdir()}
     assert saved == {"checkpoint-50", "checkpoint-102"}, "the first in time, and the end"
+
+
+def test_a_bad_step_that_is_done_again_is_told_once(tmp_path, run, monkeypatch):
+    """NaN in step 5, back to checkpoint 3, and step 5 again without its update."""
+    clip, calls = model_in_training.clip_gradients, []
+
+    def spoilt(parameters, max_norm):
+        calls.append(1)
+        if len(calls) in (5, 7):
+            parameters[0].grad.view(-1)[0] = float("nan")
+        return clip(parameters, max_norm)
+
+    monkeypatch.setattr(model_in_training, "clip_gradients", spoilt)
+    options = ["--logging-steps", "1", "--save-steps", "3", "--eval-steps", "0"]
+    assert run(tmp_path, "--nonfinite", "rollback", *options) == 0
+    logs = logs_of(tmp_path / "out")
+    curves = {}
+    for record in read_metrics(logs / "metrics.jsonl"):
+        for tag, value in record["metrics"].items():
+            curves.setdefault(tag, {})[record["step"]] = value
+    assert curves["Monitoring/NonFinite_Steps"] == {1: 0, 2: 0, 3: 0, 4: 0, 5: 1, 6: 1}
+    assert curves["Training/Gradient_Norm"][5] is None, "NaN, as strict JSON has it"
+    assert sorted(curves["Training/Gradient_Norm_Max"]) == [1, 2, 3, 4, 6], "not known is not 0"
+    alerts = [json.loads(line) for line in (logs / "alerts.jsonl").read_text().splitlines()]
+    assert [(a["name"], a["step"]) for a in alerts if a["name"] == "NonFinite"] == [
+        ("NonFinite", 5)
+    ]
+    assert strict_json(logs / "status.json")["status"] == "completed"
+
+
+def test_saving_the_best_model_is_no_training_time(tmp_path, run, monkeypatch):
+    save = model_in_training.ModelInTraining.save
+
+    def slowly(*arguments):
+        time.sleep(3)
+        save(*arguments)
+
+    monkeypatch.setattr(model_in_training.ModelInTraining, "save", slowly)
+    options = ["--logging-steps", "1", "--save-steps", "0", "--eval-steps", "2"]
+    assert run(tmp_path, *options, "--learning-rate", "1e-2") == 0
+    assert (tmp_path / "out" / "best_model").is_dir()
+    records = read_metrics(logs_of(tmp_path / "out") / "metrics.jsonl")
+    steps = [r["metrics"] for r in records if "Throughput/Step_Seconds" in r["metrics"]]
+    assert len(steps) == 6 and max(m["Throughput/Step_Seconds"] for m in steps) < 3
+    assert max(m["Throughput/Saving_Percent"] for m in steps) > 30
+
+
+def test_changed_settings_of_a_resumed_run_are_said(tmp_path, run, capsys):
+    loud = [option for option in FAST if option != "--quiet"]
+    assert run(tmp_path, "--max-steps", "6", "--save-steps", "4") == 0
+    checkpoint = str(tmp_path / "out" / "checkpoints" / "checkpoint-4")
+    capsys.readouterr()
+    command = ["--resume", checkpoint, "--learning-rate", "1e-4", "--save-steps", "4"]
+    assert run(tmp_path, *command, first=loud) == 0
+    assert "changed since step 4: learning_rate 0.0003 -> 0.0001" in capsys.readouterr().out
+    (run_dir,) = (tmp_path / "out" / "tensorboard_logs").iterdir()
+    tables = read_texts(run_dir)["Config/Training_Settings"]
+    assert [step for step, _ in tables] == [0, 4]
+    assert "| 0.0003 |" in tables[0][1] and "| 0.0001 |" in tables[1][1]
 
 
 def test_a_finished_run_started_again_does_nothing(tmp_path, run):

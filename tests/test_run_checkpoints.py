@@ -74,6 +74,14 @@ def test_automatic_checkpoints_take_a_twentieth_of_the_time(
     assert not checkpoints.is_due(99)
 
 
+@pytest.mark.parametrize(("waited", "due"), [(14 * 60, False), (16 * 60, True)])
+def test_slow_steps_do_not_wait_for_fifty_of_them(make, monkeypatch, waited, due):
+    checkpoints = make()
+    now = took(checkpoints, 1.0, monkeypatch)
+    clock(monkeypatch, *3 * [now + waited])
+    assert [checkpoints.is_due(step) for step in (60, 110, 65)] == [due, due, False]
+
+
 @pytest.mark.parametrize("rank_0_says", [True, False])
 def test_rank_0_decides_when_a_checkpoint_is_due(make, rank_0_says):
     asked = []
@@ -83,9 +91,9 @@ def test_rank_0_decides_when_a_checkpoint_is_due(make, rank_0_says):
         return [rank_0_says]
 
     checkpoints = make(SimpleNamespace(is_main=False, any=any_of))
-    assert checkpoints.is_due(50) is rank_0_says
-    assert asked == [False], "another rank's clock counts for nothing"
-    assert not checkpoints.is_due(49) and len(asked) == 1, "ranks agree on when to ask"
+    assert checkpoints.is_due(50) is checkpoints.is_due(60) is rank_0_says
+    assert asked == [False, False], "another rank's clock counts for nothing"
+    assert not checkpoints.is_due(49) and len(asked) == 2, "ranks agree on when to ask"
 
 
 def test_a_fixed_distance_is_kept(make):

@@ -24,6 +24,7 @@ from run_directory import (
     known_run,
     lock_output,
     new_run,
+    own_models,
     shared_run,
 )
 
@@ -215,6 +216,48 @@ def test_everything_lies_below_the_output_directory(tmp_path: Path):
         run.statistics,
     )
     assert all(path.is_relative_to(tmp_path) for path in paths) and len(set(paths)) == 6
+
+
+def models(output_dir: Path) -> dict[str, str]:
+    """Where saved models lie, and what is in them."""
+    paths = sorted(output_dir.glob("**/weights"))
+    return {str(p.parent.relative_to(output_dir)): p.read_text() for p in paths}
+
+
+def save_model(run: RunDirectory, place: Path, weights: str) -> None:
+    place.mkdir(parents=True)
+    (place / "weights").write_text(weights)
+    (place / run_directory.RUN_NAME).write_text(f"{run.name}\n")
+
+
+def test_models_of_an_earlier_run_are_put_aside_and_come_back_with_it(tmp_path: Path):
+    one, two = (RunDirectory(tmp_path, f"qwen3_4b_thinking_{n}") for n in "12")
+    assert own_models(one) == []
+    save_model(one, one.final_model, "1 final")
+    save_model(one, one.best_model, "1 best")
+    assert own_models(one) == [], "resumed"
+    aside = tmp_path / "earlier_models" / one.name
+    assert own_models(two) == [aside / "final_model", aside / "best_model"]
+    save_model(two, two.final_model, "2 final")  # and none that was better than before it
+    assert models(tmp_path) == {
+        f"earlier_models/{one.name}/best_model": "1 best",
+        f"earlier_models/{one.name}/final_model": "1 final",
+        "final_model": "2 final",
+    }
+    own_models(one)
+    assert models(tmp_path) == {
+        "best_model": "1 best",
+        "final_model": "1 final",
+        f"earlier_models/{two.name}/final_model": "2 final",
+    }
+
+
+@pytest.mark.parametrize("note", ["", "../../elsewhere", "qwen3_4b_thinking_/x", "my own"])
+def test_a_model_that_no_run_has_left_stays(tmp_path: Path, note: str):
+    mine = tmp_path / "best_model"
+    mine.mkdir()
+    (mine / run_directory.RUN_NAME).write_text(note)
+    assert own_models(RunDirectory(tmp_path, "qwen3_4b_thinking_1")) == [] and mine.is_dir()
 
 
 def test_a_disk_that_fails_stops_the_run_with_its_reason(tmp_path: Path):
