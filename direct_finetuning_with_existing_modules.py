@@ -18,6 +18,7 @@ This file is the story of a run; every other file is a module it uses.
 
 import memory_settings  # first: it tunes malloc before torch allocates
 
+import signal
 import sys
 
 from errors import RunStopped, UserError
@@ -30,11 +31,11 @@ if __name__ == "__main__":  # help and wrong settings are answered before the im
     except UserError as error:
         Terminal().error(str(error))
         sys.exit(2)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C needs no traceback through these
 
 import dataclasses
 import math
 import os
-import signal
 import threading
 import time
 from pathlib import Path
@@ -87,6 +88,8 @@ from train_state import TrainState
 from training_data import TrainingData, prepare_data, read_data, split_samples
 
 memory_settings.imports_are_done()
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MIN_CONSTANT_EFFICIENCY = 0.6  # of what compiled layers would go through, what is no padding
 
@@ -360,7 +363,9 @@ class DirectTrainer:
         tokens = self.data.train.tokens
         self.terminal.start_progress(plan.num_steps, state.step, plan.steps_per_epoch)
         if state.step == 0 and self.checkpoints.step < 0:
-            self.log(0, self.evaluate(0))
+            metrics = self.evaluate(0)
+            self.log(0, metrics)
+            self.terminal.advance(0, metrics)
         while self.state.step < plan.num_steps and not self.outcome:
             state, step = self.state, self.state.step + 1
             planned, learning_rate = plan[step], self.learning_rate(step)
@@ -805,6 +810,7 @@ class DirectTrainer:
                     f"{len(data.train)} train, {len(data.held_out)} held out",
                 ),
                 ("broken, left out", len(data.split.read.broken)),
+                ("too long, left out", len(data.train.tokens.ledger.dropped)),
                 ("tokens per epoch", f"{plan.num_tokens:,}"),
                 ("steps", f"{plan.num_steps} ({plan.steps_per_epoch} per epoch)"),
                 ("packing", f"{plan.num_rows} rows, {plan.efficiency:.1%} full"),
@@ -816,7 +822,7 @@ class DirectTrainer:
         )
         if checkpoint:
             self.terminal.say(f"resumed from {checkpoint.path}, step {self.state.step}")
-        self.terminal.say(f"uv run tensorboard --logdir={self.run.tensorboard.parent}")
+        self.terminal.say(f"watch it: uv run tensorboard --logdir={self.run.tensorboard.parent}")
 
     def write_configuration(self) -> None:
         """configuration.json among the run's logs: settings, model, steps and versions."""
@@ -991,13 +997,16 @@ def check_data(trainer: DirectTrainer) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0 done or interrupted with a checkpoint, 1 --check-data found something, 2 bad input,
-    3 the run could not go on."""
+    3 the run could not go on, 130 interrupted before there was anything to save."""
     try:
         sys.excepthook = show_crash
         code = run(parse_command_line(sys.argv[1:] if arguments is None else arguments))
     except (UserError, RunStopped) as error:
         Terminal().error(str(error))
         return 2 if isinstance(error, UserError) else 3
+    except KeyboardInterrupt:
+        Terminal().error("interrupted before the first step")
+        return 130
     distributed.leave()
     return code
 

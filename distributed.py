@@ -22,6 +22,7 @@ import torch.distributed as torch_distributed
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from errors import UserError
+from safe_text import clean_line
 
 _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}  # of a group, by its model's device
 _POLL_SECONDS = 0.2  # between two questions to the store
@@ -210,16 +211,34 @@ def _newest_group(
 
 
 def pick_device(device: str, local_rank: int = 0) -> torch.device:
-    """`auto`: CUDA, else Apple's MPS, else CPU; `cuda`: this rank's GPU; others as torch names them."""
-    if device == "cuda":
-        return torch.device("cuda", local_rank)
-    if device != "auto":
-        return torch.device(device)
-    if torch.cuda.is_available():
-        return torch.device("cuda", local_rank)
-    if torch.backends.mps.is_available():
-        return torch.device("mps")
-    return torch.device("cpu")
+    """`auto`: CUDA, else Apple's MPS, else CPU; `cuda`: this rank's GPU; `cuda:1`, `mps`, `cpu`. Raises
+    UserError for what is not here."""
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if device == "auto":
+        device = next(name for name, usable in there.items() if usable)
+    name, _, number = device.partition(":")
+    if name not in there or (number and not (name == "cuda" and number.isdecimal())):
+        raise UserError(
+            f"device is {clean_line(device, 60)!r}, must be auto, cuda, cuda:1, mps or cpu"
+        )
+    if not there[name]:
+        raise UserError(
+            f"device {device}: this machine has none that works here (driver, CUDA_VISIBLE_DEVICES, a "
+            "torch without it?); leave --device at auto"
+        )
+    if name != "cuda":
+        return torch.device(name)
+    index = int(number or local_rank)
+    if index >= torch.cuda.device_count():
+        raise UserError(
+            f"device cuda:{index}: {torch.cuda.device_count()} GPUs are visible; start fewer ranks, or give "
+            "another --device"
+        )
+    return torch.device(name, index)
 
 
 def leave() -> None:

@@ -29,16 +29,16 @@ Training/Learning_Rate | | always | trainer
 Training/Gradient_Norm | | always | trainer
     L2 norm of all trainable gradients before clipping.
 Training/Gradient_Norm_Max | | always | trainer
-    Highest gradient norm before clipping since the last logged step.
+    Highest finite gradient norm before clipping since the last logged step; absent without one.
 Training/Epoch | epochs | always | packing
     Passes over the training data so far, with fraction.
 Training/Token_Accuracy | fraction | always | loss_ledger
     Supervised tokens for which the most probable prediction was right.
 Training/Perplexity | | always | loss_ledger
     exp(Training/Loss).
-Training/By_Difficulty_<k> | nats/token | samples with a difficulty | loss_ledger
+Training/By_Difficulty_<k> | nats/token | always | loss_ledger
     Training loss on samples of difficulty k.
-Training/By_Source/<name> | nats/token | several sources | loss_ledger
+Training/By_Source/<name> | nats/token | always | loss_ledger
     Training loss on samples of one source file.
 Training/By_Category/<name> | nats/token | always | loss_ledger
     Training loss on samples by the category of most of their terms; none: without a term.
@@ -79,20 +79,20 @@ Eval/Close_Loss | nats/token | evaluation | evaluation
 Eval/EOS_Loss | nats/token | evaluation | evaluation
     Held-out loss on the <|im_end|> token.
 Eval/Format_Valid_Rate | fraction | generation probes | generation_probes
-    Generated completions with one closed chain of thought, an answer, and an end.
+    Generated completions, of those not cut too early to tell, with one closed thinking, answer and end.
 Eval/Think_Length_Ratio | | generation probes | generation_probes
-    Length of the generated chain of thought over the length of the reference.
+    Length of the generated chain of thought, where it was closed, over that of the reference.
 Eval/Repetition_Rate | fraction | generation probes | generation_probes
     Share of the 10-grams of tokens in a generated completion that occurred in it before.
 Eval/Term_Recall | fraction | generation probes | generation_probes
-    Cryptographic terms of the reference answer that the generated answer has.
+    Cryptographic terms of the reference answer that the generated answer, not cut too early, has.
 Eval/Budget_Hit_Rate | fraction | generation probes | generation_probes
     Generated completions that ended only because the token budget did.
 Eval/Exact_Answer | fraction | generation probes | generation_probes
-    Generated answers that end in the reference's number, where the reference has one.
-Eval/By_Difficulty_<k> | nats/token | samples with a difficulty | evaluation
+    Generated answers, not cut too early, with the reference's number, where it has one.
+Eval/By_Difficulty_<k> | nats/token | evaluation | evaluation
     Held-out loss on samples of difficulty k.
-Eval/By_Source/<name> | nats/token | several sources | evaluation
+Eval/By_Source/<name> | nats/token | evaluation | evaluation
     Held-out loss on samples of one source file.
 Eval/By_Category/<name> | nats/token | evaluation | evaluation
     Held-out loss on samples by the category of most of their terms; none: without a term.
@@ -109,7 +109,7 @@ Memory/GPU_Utilization_Percent | % | GPU | trainer
 Memory/Pressure_Level | level | GPU | trainer
     0 low (under 60% of device memory), 1 moderate (under 80%), 2 high (under 90%), 3 critical.
 Memory/Host_RSS_MB | MB | always | system_monitor
-    Resident memory of this process.
+    Resident memory of this process and of those it has started.
 Memory/Host_Percent | % | always | system_monitor
     Host memory in use by all processes.
 GPU_<i>/Utilization_Percent | % | GPU | system_monitor
@@ -171,9 +171,9 @@ Throughput/Step_Seconds_Optimizer | s | always | throughput
 Throughput/Step_Seconds_Logging | s | always | throughput
     Part of the step: logging.
 Throughput/Evaluation_Percent | % | always | throughput
-    Share of the session's time so far that evaluations took.
+    Share of the session's time so far that evaluations took; without the one that follows.
 Throughput/Saving_Percent | % | always | throughput
-    Share of the session's time so far that checkpoints took.
+    Share of the session's time so far that saving took; without the one that follows.
 Throughput/Straggler_Percent | % | several ranks | trainer
     Slowest rank's own time (data, forward, backward, no waiting) above the median of all ranks.
 Throughput/MFU_Percent | % | known GPU | throughput
@@ -221,7 +221,7 @@ Alerts/GPU_Overheat | 0 or 1 | always | alerts
 Alerts/Low_GPU_Utilization | 0 or 1 | always | alerts
     A device is busy for less than 80% of the time.
 Alerts/OOM_Risk | 0 or 1 | always | alerts
-    Device memory is nearly full.
+    Memory of a device or of the host is nearly full.
 Alerts/Divergence | 0 or 1 | always | alerts
     The smoothed loss has risen clearly above its best.
 Alerts/Data_Starvation | 0 or 1 | always | alerts
@@ -247,11 +247,11 @@ Epoch/Steps_Per_Second | steps/s | always | trainer
 Final_Config/<name> | | at the end | trainer
     Configuration, once more as numbers.
 Final_Dataset/<name> | | at the end | trainer
-    Dataset statistics, once more.
+    Numbers of samples: trained on, held out, broken.
 Final_Model/<name> | | at the end | trainer
-    Size of the model and of its trainable part.
+    Size of the model and of its trainable part; first, last and best held-out loss.
 Final_Monitoring/<name> | | at the end | trainer
-    Convergence and throughput at the end.
+    Convergence at the end.
 Final_GPU_<i>/<name> | | GPU, at the end | trainer
     State of a device at the end.
 Dataset/Total_Samples | samples | always | dataset_stats
@@ -285,7 +285,7 @@ Dataset/Quality_Level_<k>_Count | samples | always | dataset_stats
 Dataset/Quality_Level_<k>_Percent | % | always | dataset_stats
     Share of samples of quality level k.
 Dataset/Crypto_Terms_<k>_Count | samples | always | dataset_stats
-    Samples with k different cryptographic terms.
+    Samples with k different cryptographic terms; the last k: so many or more.
 Dataset/Quality_<name> | 0 to 1 | always | dataset_stats
     Mean of one part of the quality score.
 Dataset/Answer_Copied_Into_Thinking | samples | always | dataset_stats
@@ -298,7 +298,7 @@ Dataset/Near_Duplicates | samples | always | dataset_stats
     Samples that are nearly the same as another one.
 Dataset/Conflicting_Answers | questions | always | dataset_stats
     Questions that come with different answers.
-Dataset/Train_Eval_Leaks | samples | evaluation | dataset_stats
+Dataset/Train_Eval_Leaks | samples | always | dataset_stats
     Held-out samples that are nearly the same as a training sample.
 Dataset/<name>_Tokens_<name> | tokens | always | dataset_stats
     Token lengths of prompt, thinking, answer and total: mean, p50, p90, p99, max.
@@ -309,13 +309,13 @@ Dataset/Advised_Max_Seq_Length | tokens | always | dataset_stats
 Dataset/Packing_Efficiency_Percent | % | always | dataset_stats
     Forecast of real tokens over token places when samples are packed.
 Dataset/Truncated_Percent | % | always | dataset_stats
-    Samples that were cut to the longest sequence.
+    Samples longer than the longest sequence; what became of them: Dropped.
 Dataset/Lost_Think_Close | samples | always | dataset_stats
-    Samples that lost </think> by the cut.
+    Samples that would lose </think> by a plain cut, which nothing here does.
 Dataset/Lost_Answer | samples | always | dataset_stats
-    Samples that lost the answer by the cut.
+    Samples that would lose answer, or a part of it, by a plain cut.
 Dataset/Lost_EOS | samples | always | dataset_stats
-    Samples that lost the end of the answer by the cut.
+    Samples that would lose their end by a plain cut.
 Dataset/Dropped | samples | always | dataset_stats
     Samples left out because they are too long.
 Dataset/Control_Tokens | samples | always | dataset_stats
@@ -411,6 +411,12 @@ LAYOUT = {
     },
     "Alerts": {"Alerts (1 = raised)": [r"^Alerts/.*"]},
 }
+
+ALERTS = tuple(
+    m.tag.removeprefix("Alerts/")
+    for m in METRICS
+    if m.tag.startswith("Alerts/") and m.kind == "scalar"
+)
 
 # Columns of the HPARAMS tab. One run's list counts for the table of all runs, so it is the same in each.
 HPARAM_METRICS = (

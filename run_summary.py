@@ -230,7 +230,7 @@ def closing_lines(statistics: Mapping[str, Any], run: RunDirectory) -> str:
     lines += [
         f"model: {run.final_model}",
         f"statistics: {run.statistics}",
-        f"uv run tensorboard --logdir={run.tensorboard.parent}",
+        f"curves: uv run tensorboard --logdir={run.tensorboard.parent}",
     ]
     return "\n".join(lines)
 

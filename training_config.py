@@ -13,6 +13,7 @@ import tyro
 
 from errors import UserError
 from foreign_names import known_names, translated
+from metric_table import ALERTS
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,11 @@ class DirectTrainingConfig:
             return not good, f"{name} is {getattr(self, name)!r}, must be {wanted}"
 
         faults = [
-            unless(_finite(getattr(self, name)) and getattr(self, name) > 0, name, "above 0")
+            unless(
+                _finite(getattr(self, name)) and getattr(self, name) > 0,
+                name,
+                "finite and above 0",
+            )
             for name in ("learning_rate", "num_epochs", "adam_epsilon", "distributed_timeout")
         ]
         faults += [
@@ -176,7 +181,11 @@ class DirectTrainingConfig:
             )
         ]
         faults += [
-            unless(_finite(getattr(self, name)) and getattr(self, name) >= 0, name, "0 or more")
+            unless(
+                _finite(getattr(self, name)) and getattr(self, name) >= 0,
+                name,
+                "finite, 0 or more",
+            )
             for name in (
                 "lora_r",
                 "max_steps",
@@ -219,6 +228,7 @@ class DirectTrainingConfig:
             unless(_finite(self.lora_alpha) and self.lora_alpha > 0, "lora_alpha", "above 0"),
             unless(bool(self.target_modules) or not self.lora_r, "target_modules", "not empty"),
             unless(bool(self.data_path), "data_path", "not empty"),
+            *((True, _unknown_alert(name)) for name in self.alert_actions if name not in ALERTS),
             unless(
                 bool(self.output_dir.strip()) and "\0" not in self.output_dir,
                 "output_dir",
@@ -251,6 +261,12 @@ class DirectTrainingConfig:
         return Path(self.cache_dir).expanduser() if self.cache_dir else default
 
 
+def _unknown_alert(name: str) -> str:
+    return (
+        f"alert_actions: no alert {name!r}{_closest(name, ALERTS)}; there are {', '.join(ALERTS)}"
+    )
+
+
 def _finite(value: float) -> bool:
     try:
         return math.isfinite(value)
@@ -279,7 +295,7 @@ class CommandLine:
     trust_remote_code: bool = False
     """Let the model folder run its own code. There is no such key in a configuration file."""
     config: str = ""
-    """TOML file with any of the settings above; the command line wins."""
+    """TOML file with any of the other settings; the command line wins."""
 
 
 def parse_command_line(arguments: list[str]) -> CommandLine:
@@ -294,10 +310,14 @@ def parse_command_line(arguments: list[str]) -> CommandLine:
 def read_config_file(path: Path) -> DirectTrainingConfig:
     """A configuration from TOML, `key = value` lines; all faults in one UserError."""
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # Notepad writes a mark
     except OSError as error:
         raise UserError(f"--config {path}: can't be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:  # syntax, encoding, endless digits, depth
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"--config {path}: not UTF-8; save it so (iconv -f GB18030 -t UTF-8)"
+        ) from error
+    except (ValueError, RecursionError) as error:  # syntax, endless digits, depth
         raise UserError(f"--config {path}: not valid TOML ({error})") from error
     fields = {f.name: f for f in dataclasses.fields(DirectTrainingConfig)}
     settings, faults = {}, []
@@ -324,11 +344,13 @@ def _converted(field_: dataclasses.Field, value: Any, faults: list[str]) -> Any:
         field_.default if field_.default is not dataclasses.MISSING else field_.default_factory()  # type: ignore[misc]
     )
     choices, types = _allowed(field_)
+    wanted = " or ".join([*map(repr, choices), *(kind.__name__ for kind in types)])
     if isinstance(default, tuple):
         items = value if isinstance(value, list) else [value]
-        wanted = float if field_.name == "data_weights" else str
-        if all(isinstance(item, (wanted, int) if wanted is float else wanted) for item in items):
-            return tuple(wanted(item) for item in items)
+        kind = float if field_.name == "data_weights" else str
+        if all(isinstance(item, (kind, int) if kind is float else kind) for item in items):
+            return tuple(kind(item) for item in items)
+        wanted = "a list of numbers" if kind is float else "a text, or a list of texts"
     elif isinstance(default, bool) or isinstance(value, bool):
         if isinstance(default, bool) and isinstance(value, bool):
             return value
@@ -336,7 +358,6 @@ def _converted(field_: dataclasses.Field, value: Any, faults: list[str]) -> Any:
         return float(value)
     elif value in choices or type(value) in types:
         return value
-    wanted = " or ".join([*map(repr, choices), *(kind.__name__ for kind in types)])
     faults.append(f"{field_.name} is {value!r}, must be {wanted}")
     return value
 

@@ -32,8 +32,6 @@ CONDITIONS = {
     "evaluation, end of an epoch": "评估与 epoch 结束",
     "generation probes": "有生成探针时",
     "logged weights": "`--log-weight-histograms`",
-    "samples with a difficulty": "样本有难度时",
-    "several sources": "多个来源文件时",
     "several ranks": "多个 rank 时",
     "alerts": "有报警时",
     "GPU": "有 GPU 时",

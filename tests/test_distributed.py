@@ -344,10 +344,34 @@ def test_what_is_sharded_before_memory_decides(wanted, trains_all, dtype, ranks,
     assert found == mode
 
 
-def test_every_rank_has_a_gpu_of_its_own():
+def test_every_rank_has_a_gpu_of_its_own(monkeypatch):
     """A device without a number would be refused by `torch.cuda.set_device`, or be the first for all."""
-    assert pick_device("cuda", 3) == torch.device("cuda", 3)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert pick_device("cuda", 3) == pick_device("auto", 3) == torch.device("cuda", 3)
     assert pick_device("cuda:1", 0) == torch.device("cuda", 1)
+    with pytest.raises(UserError, match=r"cuda:4: 4 GPUs are visible; start fewer ranks"):
+        pick_device("cuda", 4)
+
+
+@pytest.mark.parametrize(
+    ("device", "said"),
+    [
+        ("cuda", "none that works here"),
+        ("cuda:1", "none that works here"),
+        ("mps", "none that works here"),
+        ("gpu", "must be auto, cuda"),
+        ("cuda:x", "must be auto, cuda"),
+        ("cpu:1", "must be auto, cuda"),
+        ("", "must be auto, cuda"),
+    ],
+)
+def test_a_device_that_is_not_here_is_one_clear_line(device, said, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert pick_device("auto") == pick_device("cpu") == torch.device("cpu")
+    with pytest.raises(UserError, match=said):
+        pick_device(device)
 
 
 def two_ranks(store, timeout: float) -> list[Distributed]:
