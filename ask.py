@@ -206,9 +206,9 @@ def compare(model: torch.nn.Module, tokenizer: Any, ask: Ask, console: Console) 
 
     def picture() -> Table:
         table = Table(expand=True, show_lines=True)
-        table.add_column("")
-        for name in texts:
-            table.add_column(name, ratio=1)
+        table.add_column("", no_wrap=True)
+        for name in texts:  # Chinese text is one word to rich
+            table.add_column(name, ratio=1, overflow="fold")
         for part, style in STYLES.items():
             table.add_row(part, *(Text(text[part], style=style) for text in texts.values()))
         table.add_row("", *remarks.values())

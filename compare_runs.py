@@ -45,11 +45,24 @@ METRICS: dict[str, Callable[[RecordedRun], float | None]] = {
     "last held-out answer loss": lambda run: run.last("Eval/Answer_Loss"),
     "held-out token accuracy": lambda run: run.last("Eval/Token_Accuracy"),
     "convergence score": lambda run: run.last("Monitoring/Convergence_Score"),
-    "tokens per second": lambda run: run.last("Throughput/Tokens_Per_Second"),
-    "MFU, %": lambda run: run.last("Throughput/MFU_Percent"),
+    "tokens per second, median": lambda run: run.median("Throughput/Tokens_Per_Second"),
+    "MFU, %, median": lambda run: run.median("Throughput/MFU_Percent"),
     "peak GPU memory, MB": lambda run: run.last("Memory/GPU_Peak_MB"),
     "non-finite steps": lambda run: run.last("Monitoring/NonFinite_Steps"),
 }
+# Rows of which one run is the best, where all were measured on the same tokens.
+BEST = {
+    "last held-out loss": min,
+    "lowest held-out loss": min,
+    "last held-out thinking loss": min,
+    "last held-out answer loss": min,
+    "held-out token accuracy": max,
+}
+# Settings by which the held-out tokens are what they are.
+HELD_OUT_BY = {
+    "model", "model_name", "data_path", "columns", "eval_path", "eval_fraction", "max_eval_samples",
+    "max_seq_length", "over_length", "loss_on", "control_tokens", "seed",
+}  # fmt: skip
 CHARTS = {
     "Training loss": "Training/Loss",
     "Held-out loss": "Eval/Loss",
@@ -85,13 +98,28 @@ def metrics(runs: Sequence[RecordedRun]) -> dict[str, list[float | None]]:
 
 
 def outcomes(runs: Sequence[RecordedRun]) -> Rows:
-    """How each run stands: status, steps, time, alerts."""
+    """How each run stands: status, steps, time spent training, alerts."""
     return [
         ("status", [clean_line(str(run.status.get("status", "unknown"))) for run in runs]),
         ("steps", [_steps(run) for run in runs]),
-        ("time", [duration(run.seconds) for run in runs]),
+        ("training time", [duration(run.seconds) for run in runs]),
         ("alerts", [str(len(run.alerts)) for run in runs]),
     ]
+
+
+def unlike(runs: Sequence[RecordedRun]) -> list[str]:
+    """Settings that differ and with them the held-out tokens, so that no run is the best."""
+    return [name for name in differences(runs) if name.partition(".")[0] in HELD_OUT_BY]
+
+
+def results_title(runs: Sequence[RecordedRun]) -> str:
+    """What the stars mean, or why there are none."""
+    reasons = ", ".join(unlike(runs))
+    return (
+        f"Results (no best: held out is not the same, by {reasons})"
+        if reasons
+        else "Results (* the best)"
+    )
 
 
 def labels(runs: Sequence[RecordedRun]) -> list[str]:
@@ -147,7 +175,7 @@ def print_comparison(runs: Sequence[RecordedRun]) -> None:
     names = labels(runs)
     console.print(_rich_table("Settings that differ", names, _setting_rows(runs)))
     results = [*outcomes(runs), *_metric_rows(runs), ("training loss", sparks)]
-    console.print(_rich_table("Results (* the best)", names, results))
+    console.print(_rich_table(results_title(runs), names, results))
 
 
 def _setting_rows(runs: Sequence[RecordedRun]) -> Rows:
@@ -159,15 +187,14 @@ def _setting_rows(runs: Sequence[RecordedRun]) -> Rows:
 
 
 def _metric_rows(runs: Sequence[RecordedRun]) -> Rows:
-    return [(name, _with_best(name, values)) for name, values in metrics(runs).items()]
+    judges = {} if unlike(runs) else BEST
+    return [(name, _texts(values, judges.get(name))) for name, values in metrics(runs).items()]
 
 
-def _with_best(name: str, values: Sequence[float | None]) -> list[str]:
-    """Texts of a row; the best of several is marked."""
+def _texts(values: Sequence[float | None], better: Callable | None) -> list[str]:
+    """Texts of a row; the best of several is marked where `better`, min or max, picks it."""
     known = [v for v in values if v is not None and math.isfinite(v)]
-    better = max if name in ("tokens per second", "MFU, %", "held-out token accuracy") else min
-    judged = "loss" in name or better is max
-    best = better(known) if judged and len(set(known)) > 1 and "first" not in name else None
+    best = better(known) if better and len(set(known)) > 1 else None
     return [_number(v) + (" *" if best is not None and v == best else "") for v in values]
 
 
@@ -204,6 +231,7 @@ def sparkline(values: Sequence[float], width: int = SPARK_WIDTH) -> str:
 def html_page(runs: Sequence[RecordedRun]) -> str:
     """Tables and curves of all runs in one page, offline and without scripts."""
     names = labels(runs)
+    results = _html_table(names, [*outcomes(runs), *_metric_rows(runs)])
     charts = "".join(
         line_chart(
             title,
@@ -217,7 +245,7 @@ def html_page(runs: Sequence[RecordedRun]) -> str:
         '<meta name="viewport" content="width=device-width"><title>Runs</title>'
         f"<style>{PAGE_STYLE}{CHART_STYLE}</style></head><body><h1>{len(runs)} runs</h1>"
         f"<h2>Settings that differ</h2>{_html_table(names, _setting_rows(runs))}"
-        f"<h2>Results</h2>{_html_table(names, [*outcomes(runs), *_metric_rows(runs)])}"
+        f"<h2>{html.escape(results_title(runs))}</h2>{results}"
         f'<h2>Curves</h2><div class="charts">{charts}</div></body></html>\n'
     )
 

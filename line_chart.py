@@ -9,16 +9,16 @@ Points = Sequence[tuple[float, float]]  # (x, y), x rises; a y that is not finit
 WIDTH, HEIGHT = 560, 240
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 10, 24  # around the plot
 COLUMNS = 500  # beyond so many points a line is drawn by the lowest and highest of each column
-COLORS = (
-    "#2a7fb8", "#d9622b", "#3a9a54", "#a05ab4", "#c9a21a", "#4ab3b3", "#c2497a", "#7a7a7a",
+COLORS = (  # each stands out from white and from black
+    "#2a7fb8", "#d9622b", "#3a9a54", "#a05ab4", "#b08a10", "#2a9a9a", "#c2497a", "#7a7a7a",
 )  # fmt: skip
 STYLE = """
 .chart{max-width:100%;height:auto;font:11px system-ui,sans-serif}
 .chart text{fill:currentColor}.chart .grid{stroke:currentColor;opacity:.15}
 .chart path{fill:none;stroke-width:1.6;stroke-linejoin:round}
-.legend span{margin-right:1rem;white-space:nowrap;font-size:.85rem}
-.legend i{display:inline-block;width:.9rem;height:.25rem;margin-right:.3rem;vertical-align:middle}
-figure{margin:0}figcaption{font-weight:600;margin:.2rem 0}
+.legend span{display:inline-block;margin-right:1rem;font-size:.85rem;overflow-wrap:anywhere}
+.legend svg{width:1.8rem;height:.3rem;margin-right:.3rem;vertical-align:middle}
+figure{margin:0;min-width:0}figcaption{font-weight:600;margin:.2rem 0}
 """
 
 
@@ -40,12 +40,12 @@ def line_chart(title: str, lines: Mapping[str, Points], *, x_name: str = "step")
 
     parts = [_grid(x_range, y_range, place, x_name)]
     for number, (name, points) in enumerate(lines.items()):
-        color, drawn = COLORS[number % len(COLORS)], thinned(points)
+        drawn = thinned(points)
         parts.append(
-            f'<path stroke="{color}" d="{_path(drawn, place)}"><title>{html.escape(name)}</title></path>'
+            f'<path {_stroke(number)} d="{_path(drawn, place)}"><title>{html.escape(name)}</title></path>'
         )
         parts += [
-            f'<circle cx="{p[0]}" cy="{p[1]}" r="2.2" fill="{color}"/>'
+            f'<circle cx="{p[0]}" cy="{p[1]}" r="2.2" fill="{_color(number)}"/>'
             for p in (place(*point).split(",") for point in _lonely(drawn))
         ]
     label = html.escape(title, quote=True)
@@ -80,6 +80,17 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
     return [i * step for i in range(first, last + 1)]
+
+
+def _color(number: int) -> str:
+    return COLORS[number % len(COLORS)]
+
+
+def _stroke(number: int) -> str:
+    """How a curve is drawn, no two alike: solid in each color, then dashes, with one more dot a round."""
+    rounds = number // len(COLORS)
+    dashes = " ".join(["6 3"] + ["2 3"] * (rounds - 1)) if rounds else "none"
+    return f'stroke="{_color(number)}" stroke-dasharray="{dashes}"'
 
 
 def _padded(low: float, high: float, share: float) -> tuple[float, float]:
@@ -131,7 +142,8 @@ def _legend(lines: Mapping[str, Points]) -> str:
     if len(lines) < 2:
         return ""
     items = (
-        f'<span><i style="background:{COLORS[i % len(COLORS)]}"></i>{html.escape(name)}</span>'
+        f'<span><svg viewBox="0 0 24 4"><line x2="24" y1="2" y2="2" stroke-width="4" {_stroke(i)}/>'
+        f"</svg>{html.escape(name)}</span>"
         for i, name in enumerate(lines)
     )
     return f'<div class="legend">{"".join(items)}</div>'

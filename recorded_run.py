@@ -5,8 +5,10 @@ Finished, running and broken-off runs alike; what a run has not written is empty
 
 import json
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ class RecordedRun:
 
     directory: RunDirectory
     series: dict[str, Points]  # by tag; a value that was not finite is NaN
-    seconds: float  # from the first record to the last, pauses included
+    seconds: float  # of training in all its sessions, without the pauses between them
     alerts: list[dict[str, Any]]
     configuration: dict[str, Any]  # settings, model, versions
     status: dict[str, Any]
@@ -42,6 +44,11 @@ class RecordedRun:
     def lowest(self, tag: str) -> float | None:
         """The smallest finite value of a tag."""
         return min((v for _, v in self.series.get(tag, ()) if math.isfinite(v)), default=None)
+
+    def median(self, tag: str) -> float | None:
+        """The median of a tag's finite values: what one odd interval does not move."""
+        finite = [v for _, v in self.series.get(tag, ()) if math.isfinite(v)]
+        return statistics.median(finite) if finite else None
 
     def texts(self) -> dict[str, list[tuple[int, str]]]:
         """The texts of its event files by tag: (step, Markdown)."""
@@ -79,11 +86,11 @@ def _runs_at(place: Path) -> list[RunDirectory]:
 
 def read_recorded(run: RunDirectory) -> RecordedRun:
     """Read a run's files. Raises UserError for one that is broken, naming it."""
-    series, times = _series(run.logs / "metrics.jsonl")
+    series, seconds = _curves(run.logs / "metrics.jsonl")
     return RecordedRun(
         directory=run,
         series=series,
-        seconds=times[-1] - times[0] if times else 0.0,
+        seconds=seconds,
         alerts=_json_lines(run.logs / "alerts.jsonl"),
         configuration=_json(run.logs / "configuration.json"),
         status=_json(run.logs / "status.json"),
@@ -91,19 +98,36 @@ def read_recorded(run: RunDirectory) -> RecordedRun:
     )
 
 
-def _series(path: Path) -> tuple[dict[str, Points], list[float]]:
-    """Points by tag and the times of the records; a later record of a step replaces its values."""
+def _curves(path: Path) -> tuple[dict[str, Points], float]:
+    """Points by tag, and the seconds of training; a later record of a step replaces its values."""
     by_tag: dict[str, dict[int, float]] = {}
-    times = []
     try:
-        for record in read_metrics(path):
-            times.append(float(record["time"]))
+        records = read_metrics(path)
+        for record in records:
             for tag, value in record["metrics"].items():
                 number = math.nan if value is None else float(value)
                 by_tag.setdefault(tag, {})[int(record["step"])] = number
+        seconds = _training_seconds(records)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise UserError(f"{path}: not a metrics file of this program ({error!r:.120})") from error
-    return {tag: sorted(points.items()) for tag, points in by_tag.items()}, times
+    return {tag: sorted(points.items()) for tag, points in by_tag.items()}, seconds
+
+
+def _training_seconds(records: Sequence[Mapping[str, Any]]) -> float:
+    """Whole epochs as the run itself has measured them; after them from record to record, without the
+    longest gap where the count of resumes rises."""
+    gaps = [float(after["time"]) - float(before["time"]) for before, after in pairwise(records)]
+    resumes = [(0, 0.0), *_places(records, "Monitoring/Resume_Count")]
+    for (start, before), (end, after) in pairwise(resumes):
+        if before != after and start < end:
+            gaps[max(range(start, end), key=gaps.__getitem__)] = 0.0
+    epochs = [(0, 0.0), *_places(records, "Epoch/Duration_Seconds")]
+    return sum(seconds for _, seconds in epochs) + sum(gaps[epochs[-1][0] :])
+
+
+def _places(records: Sequence[Mapping[str, Any]], tag: str) -> list[tuple[int, float]]:
+    """Which records have the tag, and its value there."""
+    return [(i, r["metrics"][tag]) for i, r in enumerate(records) if tag in r["metrics"]]
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -11,11 +11,13 @@ import io
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import tyro
 from markdown_it import MarkdownIt
+from markdown_it.rules_inline import StateInline
 
 import dataset_report
 from command_line import exit_code
@@ -39,7 +41,7 @@ CHARTS = {
     "Held-out loss by source": (r"Eval/By_Source/.+",),
     "Answers of the probes": (
         r"Eval/(Format_Valid|Repetition|Budget_Hit)_Rate",
-        r"Eval/Term_Recall",
+        r"Eval/(Term_Recall|Exact_Answer)",
     ),
     "Learning rate": (r"Training/Learning_Rate",),
     "Gradient norm": (r"Training/Gradient_Norm(_Max)?",),
@@ -65,11 +67,13 @@ TEXTS = (
 )
 STYLE = """
 :root{color-scheme:light dark}
-body{font:15px/1.5 system-ui,"Noto Sans CJK SC",sans-serif;max-width:76rem;margin:2rem auto;padding:0 1rem}
+body{font:15px/1.5 system-ui,"Noto Sans CJK SC",sans-serif;max-width:76rem;margin:2rem auto;padding:0 1rem;
+overflow-wrap:anywhere}
 h1{margin-bottom:.2rem}h2{margin-top:2.5rem;border-bottom:1px solid #8886}
-table{border-collapse:collapse;margin:.5rem 0 1rem;font-size:.93em}
-td,th{padding:.2rem .7rem;border-bottom:1px solid #8884;text-align:left;vertical-align:top}
-td{overflow-wrap:anywhere}
+table{display:block;overflow-x:auto;border-collapse:collapse;margin:.5rem 0 1rem;font-size:.93em}
+td,th{padding:.2rem .7rem;border-bottom:1px solid #8884;text-align:left;vertical-align:top;
+overflow-wrap:break-word;max-width:min(34rem,60vw)}
+td:has(br){min-width:min(15rem,55vw)}td:first-child{white-space:nowrap;max-width:none}
 .cards{display:flex;flex-wrap:wrap;gap:.8rem;margin:1rem 0}
 .card{border:1px solid #8886;border-radius:.5rem;padding:.5rem 1rem}
 .card b{display:block;font-size:1.25rem}.card span{opacity:.7;font-size:.85rem}
@@ -144,7 +148,7 @@ def headline(run: RecordedRun) -> dict[str, str]:
     steps = max((points[-1][0] for points in run.series.values()), default=0)
     planned = run.configuration.get("steps")
     held_out = run.series.get("Eval/Loss", ())
-    speed = run.last("Throughput/Tokens_Per_Second")
+    speed = run.median("Throughput/Tokens_Per_Second")
     numbers = {
         "model": clean_line(str(run.configuration.get("model", {}).get("name", "")), 60),
         "steps": f"{steps} of {planned}" if planned else str(steps),
@@ -153,8 +157,8 @@ def headline(run: RecordedRun) -> dict[str, str]:
         if held_out
         else "",
         "lowest held-out loss": _shown(run.lowest("Eval/Loss")),
-        "tokens per second": "" if speed is None else f"{speed:,.0f}",
-        "time": duration(run.seconds),
+        "tokens per second, median": "" if speed is None else f"{speed:,.0f}",
+        "training time": duration(run.seconds),
         "alerts": str(len(run.alerts)),
     }
     return {name: value for name, value in numbers.items() if value}
@@ -177,15 +181,22 @@ def _alerts(alerts: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _charts(series: Mapping[str, Points]) -> str:
-    charts = [line_chart(title, curves_of(series, patterns)) for title, patterns in CHARTS.items()]
+    charts = [_chart(title, curves_of(series, patterns)) for title, patterns in CHARTS.items()]
     charts = [chart for chart in charts if chart]
     return f'<div class="charts">{"".join(charts)}</div>' if charts else "<p>No point yet.</p>"
 
 
+def _chart(title: str, curves: Mapping[str, Points]) -> str:
+    """The first `MOST_CURVES`, and how many there are where some are left out."""
+    if len(curves) > MOST_CURVES:
+        title += f" (the first {MOST_CURVES} of {len(curves)})"
+    return line_chart(title, dict(islice(curves.items(), MOST_CURVES)))
+
+
 def curves_of(series: Mapping[str, Points], patterns: Sequence[str]) -> dict[str, Points]:
-    """Curves of a chart, the first `MOST_CURVES`, by the part of the tag in which they differ."""
+    """Curves of a chart by the part of the tag in which they differ."""
     whole = re.compile("|".join(patterns))
-    tags = sorted(tag for tag in series if whole.fullmatch(tag))[:MOST_CURVES]
+    tags = sorted(tag for tag in series if whole.fullmatch(tag))
     alike = len({tag.partition("/")[0] for tag in tags}) == 1 < len(tags)
     names = [tag.partition("/")[2] if alike else tag for tag in tags]
     return {clean_line(name, 60): series[tag] for name, tag in zip(names, tags, strict=True)}
@@ -205,10 +216,21 @@ def _texts(texts: Mapping[str, Sequence[tuple[int, str]]]) -> str:
 
 
 def markdown(text: str) -> str:
-    """Markdown as HTML: tables and fences, no HTML of its own, nothing that loads or leads anywhere."""
+    """Markdown as HTML: tables and fences, nothing that loads or leads anywhere; of HTML only <br>."""
     parser = MarkdownIt("js-default", {"html": False, "linkify": False})
     parser.disable(["image", "link", "autolink", "reference"])
+    parser.inline.ruler.before("html_inline", "line_break", _line_break)
     return parser.render(clean(redact(text)))
+
+
+def _line_break(state: StateInline, silent: bool) -> bool:
+    """A rule of the parser: <br>, by which the cells of a table have lines."""
+    if not state.src.startswith("<br>", state.pos):
+        return False
+    if not silent:
+        state.push("hardbreak", "br", 0)
+    state.pos += len("<br>")
+    return True
 
 
 def _dataset(report: Mapping[str, Any]) -> str:

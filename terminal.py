@@ -7,6 +7,7 @@ Everything passes `clean` and `redact`, so neither control characters of the dat
 import math
 import re
 import sys
+import textwrap
 import time
 import traceback
 from collections import deque
@@ -16,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, Group
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -30,6 +31,8 @@ PLAIN_LINE_SECONDS = 5.0  # between progress lines where there is no terminal
 REFRESHES_PER_SECOND = 2
 FLAT_TREND = 0.005  # of the loss, per 100 steps: a smaller change is no trend
 SHOWN_GPUS = 4
+PACE_STEPS = 64  # by which the time left is told
+ROOM_FOR_KEYS = 8  # columns right of the panel, where a terminal shows Ctrl-C as ^C
 
 Report = Callable[[int, int], None]  # (done, total)
 
@@ -62,27 +65,27 @@ class Terminal:
         """One line, or several."""
         self._write_log(text)
         if self._shows:
-            self._console.print(Text(clean(redact(text)), style=style))
+            _print(self._console, text, style)
 
     def conclude(self, text: str) -> None:
         """A closing line; shown even when quiet."""
         self._write_log(text)
         if self._is_main:
-            self._console.print(Text(clean(redact(text))))
+            _print(self._console, text)
 
     def warn(self, text: str) -> None:
         """Something that a person should look at; training goes on."""
         self._write_log(f"warning: {text}")
         if self._is_main:
             console = self._console if self._live else self._errors
-            console.print(Text(f"warning: {clean(redact(text))}", style="yellow"))
+            _print(console, f"warning: {text}", "yellow")
         if self._panel is not None:
             self._panel.warning = clean_line(redact(text))
 
     def error(self, text: str) -> None:
         """Why the program ends, on standard error."""
         self._write_log(f"error: {text}")
-        self._errors.print(Text(f"error: {clean(redact(text))}", style="bold red"))
+        _print(self._errors, f"error: {text}", "bold red")
 
     def table(
         self, title: str, rows: Iterable[tuple[str, object]], *, always: bool = False
@@ -92,12 +95,11 @@ class Terminal:
         for name, value in rows:
             self._write_log(f"{name}: {value}")
         if self._is_main and (always or not self._quiet):
-            table = Table(title=title, show_header=False, title_justify="left", box=None)
-            table.add_column(no_wrap=True)
-            table.add_column(overflow="fold")  # a path must be whole
+            width = max(len(name) for name, _ in rows) + 2
+            self._console.print(Text(title, style="italic"))
             for name, value in rows:
-                table.add_row(Text(name, style="bold"), Text(value))
-            self._console.print(table)
+                value = _wrapped(self._console, value, indent=width)
+                self._console.print(Text.assemble((name.ljust(width), "bold"), value))
 
     # -- work that takes a while --------------------------------------------
 
@@ -150,7 +152,7 @@ class Terminal:
         if self._panel is not None:
             self._panel.advance(step, metrics or {})
         elif line:
-            self._plain_line(step, line)
+            self._plain_line(step, line, always=step == self._total or "Eval/Loss" in metrics)
         if line:
             self._write_log(f"step {step}/{self._total}  {line}")
 
@@ -160,10 +162,9 @@ class Terminal:
             self._live.stop()
             self._panel = self._live = None
 
-    def _plain_line(self, step: int, line: str) -> None:
+    def _plain_line(self, step: int, line: str, always: bool) -> None:
         now = time.monotonic()
-        due = now - self._last_line >= PLAIN_LINE_SECONDS or step == self._total
-        if self._shows and due:
+        if self._shows and (always or now - self._last_line >= PLAIN_LINE_SECONDS):
             self._last_line = now
             self._console.print(Text(f"step {step}/{self._total}  {line}"))
             sys.stdout.flush()
@@ -187,15 +188,17 @@ class RunPanel:
         self.metrics: dict[str, float] = {}  # newest value of each tag
         self.warning = ""
         self._work: tuple[str, int, int] | None = None  # what is done beside training: done, total
-        self._pace = deque([(time.monotonic(), done)], maxlen=64)
+        self._pace: deque[tuple[float, int]] = deque(maxlen=PACE_STEPS)  # when which step was over
 
     def advance(self, step: int, metrics: Mapping[str, float]) -> None:
         """The run has come to `step`; `metrics` may be empty."""
+        now = (time.monotonic(), step)
         if step < self.step:  # gone back to a checkpoint
-            self._pace.clear()
+            self._pace = deque([now], maxlen=PACE_STEPS)
+        else:
+            self._pace.append(now)
         self.step = step
         self.metrics.update(metrics)
-        self._pace.append((time.monotonic(), step))
 
     @contextmanager
     def working(self, what: str) -> Iterator[Report]:
@@ -212,13 +215,15 @@ class RunPanel:
             self._work = before
 
     def seconds_left(self) -> float | None:
-        """At the pace of the last steps; None before there is one."""
-        (then, first), (now, last) = self._pace[0], self._pace[-1]
-        if last <= first:
+        """At the pace of the last steps; None before there is one. What came before the first step,
+        an evaluation for example, is no part of it."""
+        pace = self._pace
+        if len(pace) < 2:
             return None
+        (then, first), (now, last) = pace[0], pace[-1]
         return (now - then) / (last - first) * (self.total - self.step)
 
-    def __rich__(self) -> Panel:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Panel]:
         texts = [
             ("", _metric_line(self.metrics, with_trend=True)),
             *(("cyan", line) for line in gpu_lines(self.metrics)),
@@ -227,7 +232,8 @@ class RunPanel:
         lines = [
             Text(line, style, no_wrap=True, overflow="ellipsis") for style, line in texts if line
         ]
-        return Panel(Group(self._bars(), *lines), title="training", title_align="left")
+        width = max(options.max_width - ROOM_FOR_KEYS, 20)
+        yield Panel(Group(self._bars(), *lines), title="training", title_align="left", width=width)
 
     def _bars(self) -> Table:
         epochs = math.ceil(self.total / self.steps_per_epoch)
@@ -248,6 +254,22 @@ class RunPanel:
             bar = ProgressBar(total or None, done, pulse=not total)
             table.add_row(name, bar, f"{done}/{total}" if total else "", note)
         return table
+
+
+def _print(console: Console, text: str, style: str = "") -> None:
+    console.print(Text(_wrapped(console, clean(redact(text))), style=style))
+
+
+def _wrapped(console: Console, text: str, indent: int = 0) -> str:
+    """Broken between words on a terminal, further lines indented; a path, which is one word, is whole."""
+    if not console.is_terminal:
+        return text
+    width = max(console.width - indent, 20)
+    lines = [
+        textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
+        for line in text.split("\n")
+    ]
+    return "\n".join(lines).replace("\n", "\n" + " " * indent)
 
 
 def duration(seconds: float) -> str:

@@ -181,6 +181,21 @@ def test_compare_shows_both_side_by_side(adapter):
     assert shown.count("8 tokens, cut at") == 2
 
 
+def test_compare_shows_the_whole_of_chinese_text(adapter, monkeypatch):
+    model, tokenizer = load_for_inference(adapter, device="cpu")
+    text = "分组密码把明文分成等长的块逐块加密" * 20
+
+    def say(_model, _tokenizer, _ask, show) -> Reply:
+        show("thinking", text)
+        return Reply(tokenizer, chat_format(tokenizer), show)
+
+    monkeypatch.setattr(ask, "generate", say)
+    out = console()
+    ask.compare(model, tokenizer, Ask(QUESTION), out)
+    shown = out.file.getvalue()
+    assert "…" not in shown and sum(shown.count(c) for c in set(text)) == 2 * len(text)
+
+
 # -----------------------------------------------------------------------------
 # The command
 

@@ -65,8 +65,30 @@ def test_metrics(output):
 def test_the_tables_mark_the_best(output, capfd):
     compare_runs.main((str(output),))
     said = capfd.readouterr().out
-    assert "learning_rate" in said and "1 *" in said and "2 *" not in said
+    assert "learning_rate" in said and "1.1 *" in said and "2.1 *" not in said
     assert "3/3" in said and "0:20" in said and "█" in said
+    assert " 1 *" not in said, "the last training loss is of one interval, over other samples"
+
+
+def test_no_run_is_the_best_where_the_held_out_samples_differ(output, capfd):
+    make_run(output, "20250103_000000", [3.0, 2.0, 0.5], learning_rate=1e-4, seed=2)
+    compare_runs.main((str(output),))
+    said = capfd.readouterr().out
+    assert "*" not in said and "no best: held out is not the same, by seed" in said
+    assert "*" not in html_page(recorded(output)).partition("</style>")[2]
+
+
+def test_the_speed_is_the_median(output):
+    for logs, speeds in zip(
+        sorted(output.glob("training_logs/*")), ([9.0, 5.0, 1.0], [4.0] * 3), strict=True
+    ):
+        lines = [
+            {"step": i, "time": 1.0, "metrics": {"Throughput/Tokens_Per_Second": speed}}
+            for i, speed in enumerate(speeds)
+        ]
+        text = "".join(json.dumps(record) + "\n" for record in lines)
+        (logs / "metrics.jsonl").write_text(text, encoding="utf-8")
+    assert metrics(recorded(output)) == {"tokens per second, median": [5.0, 4.0]}
 
 
 def test_json_is_strict_and_alone(output, tmp_path, capfd):

@@ -8,6 +8,7 @@ import json
 import math
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,18 @@ import tyro
 
 import report
 from command_line import exit_code
+from compare_runs import html_page
 from direct_finetuning_with_existing_modules import main
 from errors import UserError
-from line_chart import COLUMNS, line_chart, thinned, ticks
+from generation_probes import Completion, Probe, samples_text
+from line_chart import COLORS, COLUMNS, line_chart, thinned, ticks
 from recorded_run import find_runs, read_recorded
 from report import markdown, page, write_report
 from run_directory import RUN_PREFIX, RunDirectory
+from samples import Sample
 from tb_logger import TensorBoardLogger
+
+sys.path.append(str(Path(__file__).parents[1] / "docs"))  # screenshots
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 VOID = {"meta", "br", "hr", "img", "circle", "line", "path", "use", "rect"}
@@ -107,6 +113,14 @@ def test_every_pattern_of_the_charts_fits_a_known_tag():
             assert any(re.fullmatch(pattern, tag) for tag in tags), (title, pattern)
 
 
+def test_every_rate_of_the_probes_is_in_their_chart():
+    from metric_table import METRICS
+
+    rates = [m.tag for m in METRICS if m.source == "generation_probes" and m.unit == "fraction"]
+    patterns = "|".join(report.CHARTS["Answers of the probes"])
+    assert len(rates) >= 5 and all(re.fullmatch(patterns, tag) for tag in rates)
+
+
 def test_a_run_that_was_broken_off_has_a_page(run: RunDirectory):
     lines = [
         {"step": 1, "time": 10.0, "metrics": {"Training/Loss": 2.0}},
@@ -150,6 +164,55 @@ def test_markdown_has_tables_and_fences_but_no_html():
     assert "<td>1</td>" in text and "<b>" not in text and "<i>" not in text and "\x1b" not in text
 
 
+def test_of_html_only_line_breaks_pass():
+    text = markdown(
+        "| a |\n| --- |\n| 1<br>2 `<br>` \\<br\\> <br onclick=x> <BR/> |\n\n```\n<br>\n```"
+    )
+    assert text.count("<br") == 1 and re.search(r"1<br ?/?>\s*2", text)
+    assert text.count("&lt;br") == 4
+
+
+def test_the_answers_of_the_model_have_lines():
+    sample = Sample("问", "想一\n想二", "答一\n\n答二", source="a.md", line=3)
+    text = "先\n后 <br> <b>"
+    completion = Completion((1,), True, text, "一\n二", True, 1)
+    shown = markdown(samples_text([Probe(sample, (1,), 2, 4)], [completion]))
+    assert re.search(r"想一<br ?/?>\s*想二", shown) and re.search(
+        r"先<br ?/?>\s*后 &lt;br&gt; &lt;b&gt;", shown
+    )
+    assert shown.count("<br") == 5 and shown.count("&lt;br") == 1, "that of the model is text"
+
+
+def test_time_is_that_of_training(run: RunDirectory):
+    """300 s of a whole epoch, though a night lay in it, and 10 + 5 + 10 s of the next one."""
+    epoch, resumes = "Epoch/Duration_Seconds", "Monitoring/Resume_Count"
+    records = [
+        (0.0, {"Training/Loss": 3.0, resumes: 0.0}),
+        (50_000.0, {epoch: 300.0, resumes: 1.0}),
+        (50_010.0, {resumes: 1.0}),
+        (50_015.0, {"Eval/Loss": 2.0}),
+        (90_000.0, {"Eval/Loss": 1.9}),
+        (90_010.0, {resumes: 2.0}),
+    ]
+    lines = [{"step": i, "time": time, "metrics": m} for i, (time, m) in enumerate(records)]
+    metrics = run.logs / "metrics.jsonl"
+    metrics.write_text("".join(json.dumps(record) + "\n" for record in lines), encoding="utf-8")
+    assert read_recorded(run).seconds == 325.0
+    metrics.write_text(json.dumps(lines[-1]) + "\n", encoding="utf-8")
+    assert read_recorded(run).seconds == 0.0, "all before the checkpoint was taken back"
+
+
+def test_the_speed_is_that_of_most_steps(run: RunDirectory):
+    speeds = [100.0, 102.0, 7.0, None, 101.0, 900.0]
+    lines = [
+        {"step": i, "time": 1.0 * i, "metrics": {"Throughput/Tokens_Per_Second": speed}}
+        for i, speed in enumerate(speeds)
+    ]
+    text = "".join(json.dumps(record) + "\n" for record in lines)
+    (run.logs / "metrics.jsonl").write_text(text, encoding="utf-8")
+    assert report.headline(read_recorded(run))["tokens per second, median"] == "101"
+
+
 def test_a_later_record_of_a_step_wins(run: RunDirectory):
     lines = [{"step": 1, "time": 1.0, "metrics": {"a": v}} for v in (1.0, 2.0)]
     text = "".join(json.dumps(record) + "\n" for record in lines)
@@ -182,6 +245,49 @@ def test_bad_places_and_files_are_clear_errors(
 
 
 # -----------------------------------------------------------------------------
+# In a browser
+
+
+LAYOUT = """() => {
+  document.querySelectorAll("details").forEach(one => one.open = true);
+  const lines = cell => { const r = document.createRange(); r.selectNodeContents(cell);
+    return new Set([...r.getClientRects()].map(box => box.top)).size; };
+  return {
+    overflow: document.documentElement.scrollWidth - innerWidth,
+    broken: [...document.querySelectorAll("td:first-child")].filter(c => lines(c) > 1).length,
+    rows: document.querySelectorAll("td:first-child").length,
+  };
+}"""
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    from screenshots import browser_path
+
+    if browser_path() is None:
+        pytest.skip("no Chromium on the PATH (apt-get install chromium)")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=browser_path(), args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.mark.parametrize("width", [390, 1400])
+def test_nothing_lies_beside_the_page_and_names_are_whole(finished: Path, chromium, width: int):
+    runs = [read_recorded(run) for run in find_runs([finished])]
+    (recorded,) = runs
+    recorded.series["Eval/By_Source/" + "a-long-file-name" * 3] = [(0, 1.0)]
+    recorded.configuration["config"]["data_path"] = ["/somewhere/far" * 12]
+    view = chromium.new_page(viewport={"width": width, "height": 800})
+    for content in (page(recorded), html_page(runs * 3)):
+        view.set_content(content)
+        found = view.evaluate(LAYOUT)
+        assert found["overflow"] <= 0 and found["broken"] == 0 and found["rows"] > 8, found
+    view.close()
+
+
+# -----------------------------------------------------------------------------
 # Charts
 
 
@@ -202,6 +308,36 @@ def test_a_chart_of_odd_curves():
     assert chart.count("<circle") == 2, "points alone are dots"
     assert line_chart("none", {"a": [(0, math.inf)]}) == ""
     assert line_chart("one point", {"a": [(5, 5.0)]})
+
+
+def test_no_two_curves_of_a_chart_look_alike():
+    chart = line_chart("many", {f"<{i}>": [(0, 1.0), (1, i)] for i in range(30)})
+    look = r'stroke="(#\w+)" stroke-dasharray="([\w ]+)"'
+    curves = re.findall(f"<path {look}", chart)
+    legend = re.findall(f"<line x2[^>]* {look}", chart)
+    assert len(set(curves)) == len(curves) == 30 and legend == curves
+    assert len(set(re.findall(look, line_chart("few", {"a": [(0, 1)], "b": [(0, 1)]})))) == 2
+
+
+@pytest.mark.parametrize("ground", [1.0, 0.006], ids=["white", "#121212"])
+def test_curves_stand_out_from_light_and_dark_pages(ground):
+    for color in COLORS:
+        parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        light = sum(w * part for w, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+        low, high = sorted((light, ground))
+        assert (high + 0.05) / (low + 0.05) >= 3, color  # WCAG 2, 1.4.11
+
+
+def test_a_chart_says_what_it_leaves_out():
+    series = {
+        f"Eval/By_Source/{i:02d}": [(0, 1.0), (1, 2.0)] for i in range(report.MOST_CURVES + 3)
+    }
+    charts = report._charts(series)
+    assert charts.count("<path") == report.MOST_CURVES
+    assert "Held-out loss by source (the first 12 of 15)" in charts
+    del series["Eval/By_Source/00"], series["Eval/By_Source/01"], series["Eval/By_Source/02"]
+    assert "the first" not in report._charts(series)
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (1e-5, 3e-4), (-3, 7), (0, 123456)])

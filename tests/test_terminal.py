@@ -3,12 +3,15 @@
 uv run pytest tests/test_terminal.py
 """
 
+import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 import terminal
 from terminal import RunPanel, Terminal, duration, gpu_lines, trend_arrow
@@ -37,7 +40,7 @@ t.conclude("the end")
 """
 
 
-def on_a_pty(*arguments: str) -> str:
+def on_a_pty(*arguments: str, scene: str = SCENE) -> str:
     """What the scene writes when its output is a terminal of 100 columns."""
     pty = pytest.importorskip("pty", reason="pseudo-terminals are a POSIX thing")
     import fcntl
@@ -56,7 +59,7 @@ def on_a_pty(*arguments: str) -> str:
         "LINES",
     ):
         environment.pop(name, None)
-    command = [sys.executable, "-c", SCENE, *arguments]
+    command = [sys.executable, "-c", scene, *arguments]
     process = subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment)
     os.close(theirs)
     output = b""
@@ -84,6 +87,36 @@ def test_quiet_on_a_terminal():
     screen = on_a_pty("quiet")
     assert "epoch" not in screen and "a line" not in screen and "reading" not in screen
     assert "Loss_Spike" in screen and "the end" in screen
+
+
+def test_text_is_broken_between_words_and_a_path_is_whole():
+    words, path = "vector embeddings of a token " * 12, "/a-very-long/folder" * 9
+    scene = f"""
+from terminal import Terminal
+t = Terminal()
+t.say({words!r})
+t.table("Run", [("estimate", {words!r}), ("run", {path!r})])
+"""
+    shown = re.sub(r"\x1b\[[\d;]*m", "", on_a_pty(scene=scene))
+    lines = shown.splitlines()
+    assert {word for line in lines for word in line.split()} == {
+        *words.split(),
+        "Run",
+        "estimate",
+        "run",
+        path,
+    }
+    assert all(len(line) <= 100 for line in lines if path not in line)
+    assert sum(line.startswith(" " * 10) for line in lines) >= 3, "below the value, not the name"
+    done = subprocess.run([sys.executable, "-c", scene], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines() == [words, "Run", f"estimate  {words}", f"run       {path}"]
+
+
+def test_ctrl_c_leaves_the_panel_in_its_lines():
+    """A terminal writes ^C behind the panel; in the last column that would be one more line."""
+    console = Console(width=80, file=io.StringIO(), force_terminal=True, color_system=None)
+    lines = console.render_lines(RunPanel(100, 0, 10), pad=False)
+    assert all(sum(part.cell_length for part in line) <= 80 - len("^C") for line in lines)
 
 
 def test_without_a_terminal_there_are_few_plain_lines():
@@ -114,6 +147,18 @@ def test_other_ranks_are_silent(capfd):
     assert captured.out == captured.err == ""
 
 
+def test_a_held_out_loss_is_always_a_plain_line(capfd):
+    term = Terminal()
+    term.start_progress(20, 0, 10)
+    for step in range(3):
+        term.advance(step, LOGGED | ({} if step else {"Eval/Loss": 7.3}))
+    term.advance(3, {"Eval/Loss": 6.1})
+    lines = capfd.readouterr().out.splitlines()
+    assert (
+        len(lines) == 2 and "held-out 7.3" in lines[0] and lines[1] == "step 3/20  held-out 6.1000"
+    )
+
+
 def test_long_work_leaves_a_line(capfd, monkeypatch):
     monkeypatch.setattr(terminal, "PLAIN_LINE_SECONDS", 0.0)
     with Terminal().working("loading the model"):
@@ -134,8 +179,9 @@ def test_time_left_goes_by_the_last_steps(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
     panel = RunPanel(100, 40, 10)
-    assert panel.seconds_left() is None
+    now[0] += 60.0  # an evaluation before the first step is no part of the pace
     for step in (41, 42, 43, 44):
+        assert panel.seconds_left() is None or step > 42
         now[0] += 2.0
         panel.advance(step, {})
     assert panel.seconds_left() == pytest.approx(2.0 * 56)
