@@ -91,6 +91,9 @@ def histogram_value(
     return Summary.Value(tag=tag, histo=histogram)
 
 
+_NARROW = 1e-3  # half the width of equal values, relative: a wider one would stretch the chart
+
+
 def tensor_counts(values: Any, bins: int) -> tuple[list[float], np.ndarray, float, float]:
     """Counts, edges, sum and sum of squares of a torch tensor, computed on its device.
 
@@ -105,7 +108,7 @@ def tensor_counts(values: Any, bins: int) -> tuple[list[float], np.ndarray, floa
     if not (math.isfinite(low) and math.isfinite(high)):
         return tensor_counts(values[torch.isfinite(values)], bins)
     if low == high:
-        low, high = low - 0.5, high + 0.5
+        low, high = low - _NARROW * max(1e-3, abs(low)), high + _NARROW * max(1e-3, abs(low))
     counts = torch.histc(values, bins, low, high)
     total = values.sum(dtype=torch.float64)
     squares = torch.linalg.vector_norm(values, dtype=torch.float64) ** 2

@@ -400,7 +400,8 @@ LAYOUT = {
     "Optimizer": {
         "Learning rate": [r"^Training/Learning_Rate$"],
         "Gradient norm": [r"^Training/Gradient_Norm$"],
-        "Convergence": [r"^Monitoring/Convergence_Score", r"^Monitoring/Loss_Trend$"],
+        "Convergence": [r"^Monitoring/Convergence_Score"],
+        "Trend of the loss": [r"^Monitoring/Loss_Trend$"],
     },
     "Hardware": {
         "Utilisation of all GPUs (%)": [r"^GPU_\d+/Utilization_Percent$"],

@@ -122,7 +122,7 @@ def learning_rate_at(
     min_ratio: float,
 ) -> float:
     """Linear warmup to the peak, then `cosine`, `linear` or `constant`; step 1 is above zero."""
-    warmup = math.ceil(warmup_ratio * num_steps)
+    warmup = math.ceil(warmup_ratio * num_steps - 1e-6)
     if step <= warmup:
         return peak * step / warmup
     progress = (step - 1 - warmup) / max(1, num_steps - warmup)

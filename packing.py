@@ -85,7 +85,7 @@ class StepPlan:
             self._rows = Rows(order, np.arange(len(order) + 1, dtype=_index_type(len(order))))
         self.rows_per_step = rows_per_micro_batch * accumulation * world_size
         self.steps_per_epoch = math.ceil(len(self._rows) / self.rows_per_step)
-        self.num_steps = max_steps or math.ceil(num_epochs * self.steps_per_epoch)
+        self.num_steps = max_steps or math.ceil(num_epochs * self.steps_per_epoch - 1e-6)
         self._epoch_order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int32))
 
     def __len__(self) -> int:

@@ -57,6 +57,11 @@ class ModelShape:
     lora: bool
 
     @property
+    def total(self) -> int:
+        """With the adapters."""
+        return self.parameters + (self.trainable if self.lora else 0)
+
+    @property
     def lora_weights(self) -> int | None:
         """As `training_flops` takes it."""
         return self.trainable if self.lora else None
@@ -427,7 +432,7 @@ class RunForecast:
         kind = "adapters" if shape.lora else "full fine-tuning"
         return [
             *self.work,
-            ("parameters", f"{shape.trainable:,} trainable ({kind}) of {shape.parameters:,}"),
+            ("parameters", f"{shape.trainable:,} trainable ({kind}) of {shape.total:,}"),
             *self.memory_rows(),
             *self.closing_rows(),
         ]

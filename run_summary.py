@@ -95,11 +95,11 @@ def flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mapping to one level, names joined by dots; lists become text."""
     rows: dict[str, Any] = {}
     for key, value in record.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             rows |= flat(value, f"{prefix}{key}.")
         else:
             rows[f"{prefix}{key}"] = (
-                ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+                ", ".join(map(str, value)) if isinstance(value, (list, tuple, Mapping)) else value
             )
     return rows
 

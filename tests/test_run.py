@@ -256,6 +256,39 @@ def test_changed_settings_of_a_resumed_run_are_said(tmp_path, run, capsys):
     assert "| 0.0003 |" in tables[0][1] and "| 0.0001 |" in tables[1][1]
 
 
+@pytest.mark.parametrize("while_it", ["imports", "reads"])
+def test_ctrl_c_before_the_run_is_one_line(tmp_path, tiny_data, cache_dir, while_it):
+    """The first seconds are imports; then data are read. There is nothing to save yet."""
+    reads = "prepare_data" if while_it == "reads" else ""
+    script = tmp_path / "script.py"
+    # What happens at some moment in the real program: the signal comes within an import, or within a call.
+    interrupt = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
+    source = SCRIPT.read_text(encoding="utf-8")
+    if reads:
+        place = '        """Samples and tokens, from the files or the cache."""\n'
+        source = source.replace(place, f"{place}        {interrupt}\n")
+    else:
+        source = source.replace("import dataclasses\n", f"import dataclasses\n{interrupt}\n", 1)
+    assert interrupt in source
+    script.write_text(f"import sys\nsys.path.insert(0, {str(SCRIPT.parent)!r})\n{source}")
+    options = [
+        "--data-path",
+        str(tiny_data),
+        "--output-dir",
+        str(tmp_path / "out"),
+        "--device",
+        "cpu",
+    ]
+    done = subprocess.run(
+        [sys.executable, str(script), *options, "--cache-dir", str(cache_dir)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode in (130, -signal.SIGINT)
+    assert "Traceback" not in done.stderr and done.stderr.count("\n") <= 1, done.stderr
+    assert ("interrupted before the first step" in done.stderr) == bool(reads)
+
+
 def test_a_finished_run_started_again_does_nothing(tmp_path, run):
     assert run(tmp_path, "--resume", "auto") == 0
     final = tmp_path / "out" / "final_model" / "adapter_model.safetensors"

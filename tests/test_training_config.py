@@ -135,6 +135,33 @@ def test_a_broken_file_is_one_clear_error(tmp_path: Path, text: str):
         read_config_file(toml(tmp_path, text))
 
 
+def test_a_mark_at_the_beginning_is_no_fault(tmp_path: Path):
+    path = toml(tmp_path, "")
+    path.write_text("seed = 7", encoding="utf-8-sig")  # Notepad's UTF-8
+    assert read_config_file(path).seed == 7
+    path.write_bytes("output_dir = '密评'".encode("gb18030"))
+    with pytest.raises(UserError, match=r"run.toml: not UTF-8; save it so"):
+        read_config_file(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("data_path = [1]", "data_path is [1], must be a text, or a list of texts"),
+        ('data_weights = ["x"]', "data_weights is ['x'], must be a list of numbers"),
+        (
+            'alert_actions = {Loss_Spik = "stop"}',
+            "no alert 'Loss_Spik' (did you mean 'Loss_Spike'?)",
+        ),
+        ("learning_rate = inf", "learning_rate is inf, must be finite and above 0"),
+    ],
+)
+def test_a_fault_says_what_would_be_right(tmp_path: Path, text, said):
+    with pytest.raises(UserError) as caught:
+        read_config_file(toml(tmp_path, text))
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_a_missing_file_is_a_clear_error(tmp_path: Path):
     with pytest.raises(UserError, match="can't be read"):
         read_config_file(tmp_path / "absent.toml")
