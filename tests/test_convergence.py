@@ -110,6 +110,16 @@ def test_what_is_not_known_yet_is_absent():
     assert score <= enough.keys() and enough["Monitoring/Convergence_Score"] > 0
 
 
+@pytest.mark.parametrize("rates", [None, 1e-4 * (1 + np.cos(np.pi * STEPS / 600)) / 2])
+def test_at_the_last_step_the_forecast_is_the_known_level(rates):
+    plateau_then_drop = 1 + 2 / (1 + np.exp((STEPS - 360) / 36))
+    for curve in (plateau_then_drop, 3 - STEPS / 300, 1 + 2 * np.exp(-STEPS / 180)):
+        fit = watch(noisy(curve), rates=rates).fit()
+        known = np.median(noisy(curve)[-50:])
+        assert abs(fit.forecast - known) < 0.05
+        assert fit.forecast_low <= known <= fit.forecast_high
+
+
 def test_negative_losses_have_a_trend_but_no_score_and_no_forecast():
     assert watch(-5 + np.exp(-STEPS / 50)).scalars().keys() == {"Monitoring/Loss_Trend"}
 
