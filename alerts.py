@@ -24,6 +24,7 @@ from errors import UserError
 WINDOW = 64  # logged values that the short memories keep
 QUIET = 10  # logged steps that a trouble must be away before it is news again
 LEAK_BINS = 64  # a memory series is squeezed into 32 to 64 bins, however long the run
+PROBES = 4  # answers an evaluation's format rate is taken to be the mean of
 SHOWN_STEPS = 400  # steps the table names for one kind of alert
 
 
@@ -103,7 +104,7 @@ class AlertMonitor:
     patience: logged losses without progress that are a stagnation; leak_share: growth that counts
     as a leak, as a share of the level, and at least leak_mb; overheat_c/cooled_c: °C where the
     alarm begins/ends; low_utilization: % GPU; starvation: data's share of the step; oom: % of a
-    memory in use; collapse: share of the first thinking length, format_drop: fall of the format
+    memory in use; collapse: share of the thinking length, format_drop: fall of the format
     rate; overfit: rise of the held-out loss above its best, as a share; straggler: %.
     """
 
@@ -153,7 +154,9 @@ class AlertMonitor:
         for name, detector in DETECTORS.items():
             finding = detector(self, metrics)
             if finding is KEEP:
-                continue
+                if self.active.get(name):
+                    continue
+                finding = None  # it was quiet, and nothing says otherwise
             if finding and self.quiet.get(name, QUIET) >= QUIET and not self.active.get(name):
                 raised.append(self._alert(name, step, finding, evidence or {}))
             self.active[name] = finding is not None
@@ -262,7 +265,7 @@ def _gradient_explosion(monitor: AlertMonitor, metrics: Mapping):
 
 def _loss_spike(monitor: AlertMonitor, metrics: Mapping):
     """One loss far above the losses just before it (see `is_spike`)."""
-    loss = _finite(metrics, "Training/Loss")
+    loss = _loss(metrics, "Training/Loss")
     if loss is None:
         return KEEP
     before = monitor.series.get("loss", [])[-31:]
@@ -305,6 +308,12 @@ def _finite(metrics: Mapping, name: str) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
+def _loss(metrics: Mapping, name: str) -> float | None:
+    """A loss to compare with others by ratio; a negative one, of another objective, is none."""
+    value = _finite(metrics, name)
+    return value if value is not None and value >= 0 else None
+
+
 def _non_finite(monitor: AlertMonitor, metrics: Mapping):
     """A loss or gradient norm that is no number, or a suppressed update since the last log."""
     for name in ("Training/Loss", "Training/Gradient_Norm"):
@@ -325,7 +334,7 @@ def _follow_loss(monitor: AlertMonitor, metrics: Mapping) -> bool:
     Smoothed: the median of the last 15 logged losses. It runs first among the detectors of the
     loss, `_loss_spike` excepted, which needs the losses before this one.
     """
-    loss = _finite(metrics, "Training/Loss")
+    loss = _loss(metrics, "Training/Loss")
     if loss is None:
         return False
     marks = monitor.marks
@@ -370,11 +379,11 @@ def _stagnation(monitor: AlertMonitor, metrics: Mapping):
     convergence, and a flat loss at the end of the schedule is the end: neither is reported.
     """
     marks = monitor.marks
-    if _finite(metrics, "Training/Loss") is None or "level" not in marks:
+    if _loss(metrics, "Training/Loss") is None or "level" not in marks:
         return KEEP
     count, rate = marks["count"], marks.get("rate", 1.0)
     spent = 1 - rate / (marks.get("peak_rate") or 1.0)
-    fall = 1 - marks["best"] / marks["start"]
+    fall = 1 - marks["best"] / marks["start"] if marks["start"] else 0.0
     patience = monitor.limit["patience"]
     old_enough = count >= patience or (count >= 40 and spent >= 0.25)
     warm = rate >= marks.get("peak_rate", 0.0) or spent >= 0.02
@@ -535,43 +544,64 @@ def _oom_risk(monitor: AlertMonitor, metrics: Mapping):
 
 
 def _thinking_collapse(monitor: AlertMonitor, metrics: Mapping):
-    """Generated thinking gets short, or its form breaks, against the first three probes."""
+    """Generated thinking gets short, or its form breaks, against the first three evaluations."""
     length = _finite(metrics, "Eval/Think_Length_Ratio")
     form = _finite(metrics, "Eval/Format_Valid_Rate")
     if length is None and form is None:
         return KEEP
-    checks = (
-        ("Eval/Think_Length_Ratio", length, lambda first: monitor.limit["collapse"] * first),
-        ("Eval/Format_Valid_Rate", form, lambda first: first - monitor.limit["format_drop"]),
-    )
-    found = None
-    for name, value, limit_of in checks:
-        if value is None:
-            continue
-        first = monitor.series.get(f"first {name}", [])
-        if len(first) < 3:
-            monitor.remember(f"first {name}", value)
-        limit = limit_of(median(first)) if first else -math.inf
-        if value < limit:
-            found = found or _Finding(value, limit, {"metric": name, "at first": median(first)})
-    return found
+    short = None if length is None else _short_thinking(monitor, length)
+    broken = None if form is None else _broken_form(monitor, form)
+    return short or broken
+
+
+def _short_thinking(monitor: AlertMonitor, ratio: float) -> _Finding | None:
+    """Too small a share of the length at first, but of the reference's, a ratio of 1, at most.
+
+    So a model that rambled at first may learn to be as brief as its reference.
+    """
+    name = "Eval/Think_Length_Ratio"
+    first = monitor.series.get(f"first {name}", [])
+    if len(first) < 3:
+        first = monitor.remember(f"first {name}", ratio)
+    limit = monitor.limit["collapse"] * min(1.0, median(first))
+    if ratio >= limit:
+        return None
+    return _Finding(ratio, limit, {"metric": name, "at first": median(first)})
+
+
+def _broken_form(monitor: AlertMonitor, rate: float) -> _Finding | None:
+    """The last three evaluations have a lower rate than the first three, beyond what chance does.
+
+    Chance: three sigma of the difference of two binomial shares, `PROBES` answers to an evaluation.
+    """
+    name = "Eval/Format_Valid_Rate"
+    first = monitor.series.get(f"first {name}", [])
+    if len(first) < 3:
+        monitor.remember(f"first {name}", rate)
+        return None
+    last = monitor.remember(f"last {name}", rate, keep=3)
+    usual, now = fmean(first), fmean(last)
+    share = fmean([*first, *last])
+    sigma = math.sqrt(share * (1 - share) / PROBES * (1 / len(first) + 1 / len(last)))
+    limit = usual - max(monitor.limit["format_drop"], 3 * sigma)
+    return _Finding(now, limit, {"metric": name, "at first": usual}) if now < limit else None
 
 
 def _overfitting(monitor: AlertMonitor, metrics: Mapping):
     """Two held-out losses in a row above the best one, while the training loss fell since then."""
-    held_out = _finite(metrics, "Eval/Loss")
+    marks = monitor.marks
+    level = marks.get("level", _loss(metrics, "Training/Loss"))
+    if marks.get("eval_best_train") is None:  # no training loss is known at step 0 yet
+        marks["eval_best_train"] = level
+    held_out = _loss(metrics, "Eval/Loss")
     if held_out is None:
         return KEEP
-    marks = monitor.marks
-    level = marks.get("level", _finite(metrics, "Training/Loss"))
     if held_out <= marks.get("eval_best", math.inf):
-        marks |= {"eval_best": held_out, "eval_worse": 0}
-        if level is not None:
-            marks["eval_best_train"] = level
+        marks |= {"eval_best": held_out, "eval_worse": 0, "eval_best_train": level}
         return None
     limit = marks["eval_best"] * (1 + monitor.limit["overfit"])
     marks["eval_worse"] = marks["eval_worse"] + 1 if held_out > limit else 0
-    fell = level is not None and level < marks.get("eval_best_train", -math.inf)
+    fell = level is not None and level < marks["eval_best_train"]
     if marks["eval_worse"] < 2 or not fell:
         return None
     return _Finding(held_out, limit, {"best held-out loss": marks["eval_best"]})

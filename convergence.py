@@ -102,7 +102,7 @@ class ConvergenceMonitor:
 
     def fit(self) -> Fit | None:
         """The fit of the moment, None until there is enough evidence. Few milliseconds; cached."""
-        if self._fit is None and self.count >= MIN_POINTS:
+        if self._fit is None and self.count >= MIN_POINTS and self._is_loss():
             self._fit = fit_curve(
                 self.bins,
                 start_loss=median(self.first),
@@ -112,6 +112,10 @@ class ConvergenceMonitor:
                 calm=self.calm() * self.evidence(),
             )
         return self._fit
+
+    def _is_loss(self) -> bool:
+        """No negative values, as a cross-entropy has none: the family's floor is at zero or above."""
+        return min(b[2] for b in self.bins) >= 0
 
     def calm(self) -> float:
         """1 for a curve without sudden rises, 1/2 when three of them are fresh.
@@ -123,21 +127,24 @@ class ConvergenceMonitor:
         return 1 / (1 + (rises / 3) ** 2)
 
     def evidence(self) -> float:
-        """0 up to ten logged losses, 1 from twenty."""
+        """0 up to ten logged losses, where the score is not known yet; 1 from twenty."""
         return min(1.0, max(0.0, (self.count - 10) / (FULL_EVIDENCE - 10)))
 
     def scalars(self) -> dict[str, float]:
-        """Monitoring/... values; a value that cannot be known yet is absent (the score is 0)."""
-        values = {"Monitoring/Convergence_Score": 0.0}
+        """Monitoring/... values; a value that cannot be known yet is absent."""
+        values = {}
         if len(self.bins) >= 5:
             values["Monitoring/Loss_Trend"] = loss_trend(self.bins)
         fit = self.fit()
         if fit is None:
             return values
+        if self.evidence() > 0:
+            values |= {
+                "Monitoring/Convergence_Score": fit.score,
+                "Monitoring/Convergence_Score_Low": fit.score_low,
+                "Monitoring/Convergence_Score_High": fit.score_high,
+            }
         values |= {
-            "Monitoring/Convergence_Score": fit.score,
-            "Monitoring/Convergence_Score_Low": fit.score_low,
-            "Monitoring/Convergence_Score_High": fit.score_high,
             "Monitoring/Forecast_Final_Loss": fit.forecast,
             "Monitoring/Forecast_Final_Loss_Low": fit.forecast_low,
             "Monitoring/Forecast_Final_Loss_High": fit.forecast_high,
@@ -190,7 +197,7 @@ def describe(curve: Curve, upto: float = 1.0) -> dict:
         raise UserError(f"--upto {upto:g} leaves no logged loss; raise it")
     values = monitor.scalars()
     result = {
-        "score": values["Monitoring/Convergence_Score"],
+        "score": values.get("Monitoring/Convergence_Score"),
         "score_low": values.get("Monitoring/Convergence_Score_Low"),
         "score_high": values.get("Monitoring/Convergence_Score_High"),
         "trend": values.get("Monitoring/Loss_Trend"),
@@ -211,12 +218,15 @@ def _print_description(result: dict) -> None:
     def shown(value) -> str:
         return "not known yet" if value is None else f"{value:.4g}"
 
+    def with_interval(name: str) -> str:
+        low, high = result[f"{name}_low"], result[f"{name}_high"]
+        interval = "" if low is None else f"  (80%: {shown(low)} to {shown(high)})"
+        return shown(result[name]) + interval
+
     print(f"step                {shown(result['step'])} of {result['total_steps']}")
-    print(f"convergence score   {shown(result['score'])}", end="")
-    print(f"  ({shown(result['score_low'])} to {shown(result['score_high'])})")
+    print(f"convergence score   {with_interval('score')}")
     print(f"loss trend          {shown(result['trend'])} per 100 steps")
-    print(f"forecast final loss {shown(result['forecast'])}", end="")
-    print(f"  (80%: {shown(result['forecast_low'])} to {shown(result['forecast_high'])})")
+    print(f"forecast final loss {with_interval('forecast')}")
     print(f"steps to 99% gain   {shown(result['steps_to_99_percent'])}")
     print(f"alerts              {', '.join(result['alerts']) or 'none'}")
 
@@ -228,7 +238,7 @@ class Options:
     run: tyro.conf.Positional[str]
     """Run directory of ours, metrics.jsonl, csv (columns step, loss, ...) or trainer_state.json."""
     upto: float = 1.0
-    """Use only this first share of the run; the forecast stays one for its last step."""
+    """Use only this first share of the planned steps; the forecast stays one for the last of them."""
     json: bool = False
     """Print one JSON object."""
 

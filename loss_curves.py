@@ -14,7 +14,10 @@ from errors import UserError
 
 @dataclass(frozen=True)
 class Curve:
-    """A recorded run: one dict per logged step with "step", "Training/Loss" and what else it has."""
+    """A recorded run: one dict per logged step with "step", "Training/Loss" and what else it has.
+
+    total_steps: those planned, where the run says so; else its last step.
+    """
 
     points: tuple[dict[str, float], ...]
     total_steps: int
@@ -24,7 +27,7 @@ class Curve:
 def read_curve(path: str | Path) -> Curve:
     """Read a run directory of ours, a metrics.jsonl, a csv or an HF trainer_state.json.
 
-    Raises UserError where there is no such file, no loss in it, or a broken line.
+    Raises UserError where there is no such file, no loss in it, a negative one, or a broken line.
     """
     path = _curve_file(Path(path))
     readers = {".csv": _read_csv, ".json": _read_trainer_state, ".jsonl": _read_metrics}
@@ -32,12 +35,18 @@ def read_curve(path: str | Path) -> Curve:
         raise UserError(f"{path}: give a run directory, a .csv, .jsonl or trainer_state.json")
     try:
         rows = list(readers[path.suffix](path))
-    except (json.JSONDecodeError, UnicodeDecodeError, csv.Error) as error:
+    except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: not readable as {path.suffix[1:]} ({error})") from error
     points = tuple(sorted(_latest(rows).values(), key=lambda row: row["step"]))
     if not any("Training/Loss" in row for row in points):
         raise UserError(f"{path}: holds no loss; a step and a loss per row are needed")
-    total = max(row.pop("total_steps", 0) or row["step"] for row in points)
+    below = next((row for row in points if row.get("Training/Loss", 0) < 0), None)
+    if below:
+        raise UserError(
+            f"{path}: the loss at step {below['step']:g} is negative; score and forecast are for "
+            "losses that end at zero or above, as a cross-entropy does"
+        )
+    total = max(max(row["step"], row.pop("total_steps", 0)) for row in points)
     return Curve(points, int(total), _steps_per_epoch(points))
 
 
@@ -107,7 +116,22 @@ def _read_csv(path: Path):
                 yield row
 
 
+def _json(path: Path) -> object:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as json ({error})") from error
+
+
+def _planned_steps(record: object, name: str) -> dict[str, float]:
+    """As a column of the curve: what `record` has under `name`."""
+    steps = record.get(name) if isinstance(record, dict) else None
+    return {"total_steps": float(steps)} if isinstance(steps, int) else {}
+
+
 def _read_metrics(path: Path):
+    configuration = path.with_name("configuration.json")
+    planned = _planned_steps(_json(configuration), "steps") if configuration.is_file() else {}
     lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -125,18 +149,19 @@ def _read_metrics(path: Path):
             # JSON has no NaN: a null loss is a loss that was not finite
             if "Training/Loss" in record and record["Training/Loss"] is None:
                 row["Training/Loss"] = math.nan
-            yield row
+            yield planned | row
 
 
 def _read_trainer_state(path: Path):
-    state = json.loads(path.read_text(encoding="utf-8"))
+    state = _json(path)
     history = state.get("log_history") if isinstance(state, dict) else None
     if not isinstance(history, list):
         raise UserError(f"{path}: no log_history; is it the trainer_state.json of a Trainer run?")
+    planned = _planned_steps(state, "max_steps")
     for number, record in enumerate(history):
         row = _numbers(record, f"{path}: log_history[{number}]")
-        if row:
-            yield row
+        if row and "train_runtime" not in row:  # the end's, with the mean loss of the whole run
+            yield planned | row
 
 
 def _steps_per_epoch(points) -> float | None:

@@ -17,6 +17,7 @@ FLOOR_HORIZON = 10.0  # a power law never ends: at a constant rate its floor is 
 ANNEALING_GAIN = 0.06  # share of the fall that a full decay of the learning rate still gives
 MODEL_ERROR = 0.03  # 1 sigma that no fit knows of, as a share of the fall, per doubling of the run
 UNSEEN_EPOCH = 0.04  # 1 sigma, as a share of the loss, for each kind of epoch not yet seen
+NEAR = 0.02  # share of the learning so far, ahead, over which a forecast leaves the recent level
 Z80 = 1.2816  # an 80% interval of the normal distribution is mean +- 1.2816 sigma
 
 
@@ -254,7 +255,11 @@ def _family(x, ends):
 
 
 def _posterior(x, y, weight, ends) -> _Posterior:
-    """Weighted least squares of every member, with BIC weights (see `fit_curve`)."""
+    """Weighted least squares of every member, with BIC weights (see `fit_curve`).
+
+    Of what the recent losses differ from a member, half stays for good, and all of it where the
+    end is now: a loss that is known need not be forecast.
+    """
     g, at, inverse = _family(x, ends)
     n, base = len(x), weight * np.maximum(x, 0.02)
     w = base / base.mean()
@@ -279,6 +284,7 @@ def _posterior(x, y, weight, ends) -> _Posterior:
     recent = max(3, n // 12)
     shift = 0.5 * (w[-recent:] * residual[:, -recent:]).sum(1) / w[-recent:].sum()
     values = np.vstack([c[:, None] + a[:, None] * at, np.full((1, 3), constant)]) + shift[:, None]
+    values[:, 1] += shift * math.exp((1 - ends[1]) / NEAR)
     error = np.sqrt(rss / n / independent)
 
     def reached(target):

@@ -117,8 +117,9 @@ def gpu_uuid(device: object = None) -> str:
 def gpu_memory(device: object = None) -> Values:
     """`Memory/GPU_*` of one CUDA device (torch's current one by default); empty without CUDA.
 
-    Allocated, Reserved and Peak (highest allocated since the start) are torch's own counters, in MB;
-    utilisation is the device's memory in use by anybody. Reads counters only, no stream is waited for.
+    Allocated, Reserved and Peak (highest allocated since the last reading) are torch's own counters, in
+    MB; utilisation is the device's memory in use by anybody. Touches counters only, no stream is waited
+    for.
     """
     import torch
 
@@ -126,10 +127,12 @@ def gpu_memory(device: object = None) -> Values:
         return {}
     free, total = torch.cuda.mem_get_info(device)
     percent = 100 * (total - free) / total
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
     return {
         "Memory/GPU_Allocated_MB": torch.cuda.memory_allocated(device) / MB,
         "Memory/GPU_Reserved_MB": torch.cuda.memory_reserved(device) / MB,
-        "Memory/GPU_Peak_MB": torch.cuda.max_memory_allocated(device) / MB,
+        "Memory/GPU_Peak_MB": peak / MB,
         "Memory/GPU_Total_MB": total / MB,
         "Memory/GPU_Utilization_Percent": percent,
         "Memory/Pressure_Level": float(pressure_level(percent)),

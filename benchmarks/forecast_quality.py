@@ -120,13 +120,18 @@ def summary(rows: list[dict]) -> str:
 
 def score_table(curves: dict[str, Curve]) -> None:
     print("\n## Score along the run, and the alerts\n")
-    print("The old score, in brackets, is not bounded and does not rise.\n")
+    print(
+        "–: up to ten losses, not known yet. The old score, in brackets, is not bounded and ",
+        end="",
+    )
+    print("does not rise.\n")
     print("| curve | 25% | 50% | 75% | 100% | alerts |")
     print("|---|---|---|---|---|---|")
     for name, curve in curves.items():
         results = [describe(curve, upto) for upto in (0.25, 0.5, 0.75, 1.0)]
         old = [old_score(losses_of(curve, upto)[1]) for upto in (0.25, 0.5, 0.75, 1.0)]
-        cells = [f"{r['score']:.2f} ({o:.2f})" for r, o in zip(results, old, strict=True)]
+        ours = ["–" if r["score"] is None else f"{r['score']:.2f}" for r in results]
+        cells = [f"{score} ({o:.2f})" for score, o in zip(ours, old, strict=True)]
         alerts = ", ".join(results[-1]["alerts"]) or "none"
         print(f"| {name} | {' | '.join(cells)} | {alerts} |")
 

@@ -179,16 +179,61 @@ def test_phase_shares_read_the_step_parts(form):
     assert phase_shares(parts) == {"data": 0.25, "forward_backward": 0.75}
 
 
+def probed(rates):
+    """The monitor after evaluations with these format rates, and what it raised."""
+    return play([(i, {"Eval/Format_Valid_Rate": rate}) for i, rate in enumerate(rates)])
+
+
 def test_broken_format_is_thinking_collapse():
-    monitor = AlertMonitor()
-    rates = [0.9, 0.95, 0.9, 0.85, 0.5]
-    raised = [
-        a for i, r in enumerate(rates) for a in monitor.observe(i, {"Eval/Format_Valid_Rate": r})
-    ]
+    monitor, raised = probed([1.0, 0.75, 1.0, 0.25, 0.0])
     assert [(a.name, a.step) for a in raised] == [("Thinking_Collapse", 4)]
-    assert monitor.scalars()["Alerts/Thinking_Collapse"] == 1.0
+    assert raised[0].value < raised[0].threshold < 0.75
     monitor.observe(5, {"Training/Loss": 1.0})  # no probe at this step: still so
     assert monitor.scalars()["Alerts/Thinking_Collapse"] == 1.0
+    assert [a.step for a in probed([1.0, 1.0, 1.0, 0.0])[1]] == [3]
+
+
+def test_the_chance_of_four_probes_is_no_thinking_collapse():
+    rng = np.random.default_rng(0)
+    rates = [rng.binomial(4, 0.75, 20) / 4 for _ in range(200)]
+    assert sum(bool(probed(run)[1]) for run in rates) <= 4
+
+
+def test_learning_the_right_length_is_no_thinking_collapse():
+    lengths = [2.2, 1.02, 0.98, 1.0, 0.5]  # it rambles untrained; the reference's length is 1
+    trace = [(40 * i, {"Eval/Think_Length_Ratio": x}) for i, x in enumerate(lengths)]
+    _, (alert,) = play(trace)
+    assert alert.step == 160 and alert.threshold == pytest.approx(0.6)
+
+
+def test_overfitting_is_found_where_the_untrained_model_was_best():
+    trace = [(0, {"Eval/Loss": 2.0})]  # as the loop logs it: no training loss at step 0
+    for step in range(1, 121):
+        row = {"Training/Loss": 2 * 0.995**step}
+        trace.append((step, row | ({"Eval/Loss": 2 + step / 200} if step % 40 == 0 else {})))
+    assert [(a.name, a.step) for a in play(trace)[1]] == [("Overfitting", 80)]
+
+
+def test_an_episode_after_a_long_quiet_is_news_though_evaluations_are_rare():
+    held_out = {40: 1.0, 80: 1.2, 120: 1.2, 160: 0.9, 240: 1.2, 280: 1.2}
+    trace = [
+        (s, {"Training/Loss": 3 * 0.99**s} | ({"Eval/Loss": held_out[s]} if s in held_out else {}))
+        for s in range(1, 300)
+    ]
+    assert [a.step for a in play(trace)[1]] == [120, 280]
+
+
+def test_a_loss_of_zero_from_the_start_has_learned_nothing():
+    trace = [(s, {"Training/Loss": 0.0, "Training/Learning_Rate": 1e-4}) for s in range(1, 250)]
+    assert [(a.name, a.step) for a in play(trace)[1]] == [("Stagnation", 200)]
+
+
+def test_a_negative_loss_raises_nothing():
+    trace = [
+        (s, {"Training/Loss": x, "Eval/Loss": x, "Training/Learning_Rate": 1e-4})
+        for s, x in enumerate(-5 + np.exp(-np.arange(1, 400) / 50))
+    ]
+    assert play(trace)[1] == []
 
 
 def test_suppressed_updates_between_logged_steps_are_non_finite():

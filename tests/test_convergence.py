@@ -101,9 +101,27 @@ def test_forecasts_are_never_negative(curve):
         assert 0 <= fit.forecast_low <= fit.forecast <= fit.forecast_high
 
 
-def test_no_evidence_gives_score_zero_and_no_forecast():
-    values = watch([2.0, 1.9, 1.8]).scalars()
-    assert values == {"Monitoring/Convergence_Score": 0.0}
+def test_what_is_not_known_yet_is_absent():
+    assert watch([2.0, 1.9, 1.8]).scalars() == {}
+    falling = 1 + 2 * np.exp(-np.arange(12) / 3)
+    few, enough = (watch(falling[:n], total=40).scalars() for n in (10, 11))
+    score = {f"Monitoring/Convergence_Score{end}" for end in ("", "_Low", "_High")}
+    assert "Monitoring/Forecast_Final_Loss" in few and not score & few.keys()
+    assert score <= enough.keys() and enough["Monitoring/Convergence_Score"] > 0
+
+
+@pytest.mark.parametrize("rates", [None, 1e-4 * (1 + np.cos(np.pi * STEPS / 600)) / 2])
+def test_at_the_last_step_the_forecast_is_the_known_level(rates):
+    plateau_then_drop = 1 + 2 / (1 + np.exp((STEPS - 360) / 36))
+    for curve in (plateau_then_drop, 3 - STEPS / 300, 1 + 2 * np.exp(-STEPS / 180)):
+        fit = watch(noisy(curve), rates=rates).fit()
+        known = np.median(noisy(curve)[-50:])
+        assert abs(fit.forecast - known) < 0.05
+        assert fit.forecast_low <= known <= fit.forecast_high
+
+
+def test_negative_losses_have_a_trend_but_no_score_and_no_forecast():
+    assert watch(-5 + np.exp(-STEPS / 50)).scalars().keys() == {"Monitoring/Loss_Trend"}
 
 
 def test_non_finite_losses_are_counted_and_not_fitted():
@@ -188,7 +206,38 @@ def test_csv_trainer_state_and_our_run_give_the_same(tmp_path, capsys):
 
 def test_text_output_names_what_is_not_known(tmp_path, capsys):
     code, printed = run_tool(capsys, write_csv(tmp_path / "a.csv", [2.0, 1.9, 1.8]))
-    assert code == 0 and "not known yet" in printed.out
+    assert code == 0 and "not known yet\n" in printed.out and "(" not in printed.out
+
+
+def test_an_unfinished_run_is_forecast_for_the_steps_it_planned(tmp_path, capsys):
+    curve = 1 + 2 * np.exp(-STEPS / 200)
+    losses = noisy(curve)[:200]
+    foreign = tmp_path / "trainer_state.json"
+    history = [{"step": i, "loss": x} for i, x in enumerate(losses, 1)]
+    foreign.write_text(json.dumps({"max_steps": 600, "global_step": 200, "log_history": history}))
+    ours = tmp_path / "out" / "training_logs" / "run" / "metrics.jsonl"
+    ours.parent.mkdir(parents=True)
+    rows = [{"step": i, "metrics": {"Training/Loss": x}} for i, x in enumerate(losses, 1)]
+    ours.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ours.with_name("configuration.json").write_text(json.dumps({"steps": 600}))
+    logged = watch(losses, total=600).scalars()
+    for path in (foreign, ours, ours.parent):
+        code, printed = run_tool(capsys, path, "--json")
+        result = json.loads(printed.out)
+        assert code == 0 and (result["step"], result["total_steps"]) == (200, 600)
+        assert result["forecast"] == pytest.approx(logged["Monitoring/Forecast_Final_Loss"])
+        assert result["score"] == pytest.approx(logged["Monitoring/Convergence_Score"])
+    ours.with_name("configuration.json").write_text("{")
+    code, printed = run_tool(capsys, ours)
+    assert code == 2 and "configuration.json: not readable" in printed.err
+
+
+def test_the_mean_loss_at_the_end_of_a_trainer_run_is_no_logged_loss(tmp_path):
+    path = tmp_path / "trainer_state.json"
+    history = [{"step": i, "loss": 3.0 * 0.9**i} for i in range(1, 30)]
+    end = {"step": 29, "train_loss": 1.0, "train_runtime": 60.0}
+    path.write_text(json.dumps({"log_history": [*history, end]}))
+    assert loss_curves.read_curve(path).points[-1]["Training/Loss"] == history[-1]["loss"]
 
 
 @pytest.mark.parametrize(
@@ -197,6 +246,7 @@ def test_text_output_names_what_is_not_known(tmp_path, capsys):
         ("a.csv", "x,y\n1,2\n", "columns step and loss"),
         ("a.csv", "step,loss\n1,2\n2,many\n", ":3:"),
         ("a.csv", "step,loss\n", "no loss"),
+        ("a.csv", "step,loss\n1,0.5\n2,-0.5\n", "step 2 is negative"),
         ("a.json", "{}", "log_history"),
         ("a.json", "{", "not readable"),
         ("a.jsonl", '{"step": 1}\n{broken\n{"step": 2}\n', ":2:"),

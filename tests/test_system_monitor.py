@@ -15,8 +15,9 @@ import pynvml
 import pytest
 
 import system_monitor
+from alerts import AlertMonitor
 from gpu_gauges import TRANSIENT_ERRORS_ALLOWED, gpu_samples
-from system_monitor import SystemMonitor, gpu_memory, gpu_uuid, pressure_level
+from system_monitor import MB, SystemMonitor, gpu_memory, gpu_uuid, pressure_level
 from visible_gpus import PhysicalGpu, physical_gpus, resolve_devices
 
 GPU0, GPU1 = (f"GPU-{n:08x}-0000-0000-0000-000000000000" for n in (1, 2))
@@ -578,11 +579,37 @@ def test_device_memory_is_absent_without_cuda_and_true_with_it():
     memory = gpu_memory()
     assert memory["Memory/GPU_Allocated_MB"] >= 64
     assert memory["Memory/GPU_Peak_MB"] >= memory["Memory/GPU_Allocated_MB"]
+    torch.empty(2**28, dtype=torch.uint8, device="cuda")  # a peak, over when it is read
+    peaks = [gpu_memory()["Memory/GPU_Peak_MB"] for _ in range(2)]
+    assert peaks[0] >= 256 + 64 and peaks[1] < peaks[0] - 200
     assert 0 < memory["Memory/GPU_Utilization_Percent"] <= 100
     assert memory["Memory/Pressure_Level"] == pressure_level(
         memory["Memory/GPU_Utilization_Percent"]
     )
     del block
+
+
+def test_the_peak_of_device_memory_is_that_since_the_last_reading(monkeypatch):
+    """On any machine: torch.cuda with counters of ours, and what the alert makes of them."""
+    import torch
+
+    counters = {"now": 40, "peak": 79}
+    fake = {
+        "is_available": lambda: True,
+        "mem_get_info": lambda device: (32 * MB, 80 * MB),
+        "memory_allocated": lambda device: counters["now"] * MB,
+        "memory_reserved": lambda device: 48 * MB,
+        "max_memory_allocated": lambda device: counters["peak"] * MB,
+        "reset_peak_memory_stats": lambda device: counters.update(peak=counters["now"]),
+    }
+    for name, function in fake.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    alerts, seen = AlertMonitor(), []
+    for step in range(3):
+        memory = gpu_memory()
+        alerts.observe(step, memory)
+        seen.append((memory["Memory/GPU_Peak_MB"], alerts.scalars()["Alerts/OOM_Risk"]))
+    assert seen == [(79, 1), (40, 0), (40, 0)]
 
 
 def test_the_real_gpu(monitor):
