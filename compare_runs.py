@@ -47,7 +47,7 @@ METRICS: dict[str, Callable[[RecordedRun], float | None]] = {
     "convergence score": lambda run: run.last("Monitoring/Convergence_Score"),
     "tokens per second, median": lambda run: run.median("Throughput/Tokens_Per_Second"),
     "MFU, %, median": lambda run: run.median("Throughput/MFU_Percent"),
-    "peak GPU memory, MB": lambda run: run.last("Memory/GPU_Peak_MB"),
+    "peak GPU memory, MB": lambda run: run.highest("Memory/GPU_Peak_MB"),
     "non-finite steps": lambda run: run.last("Monitoring/NonFinite_Steps"),
 }
 # Rows of which one run is the best, where all were measured on the same tokens.

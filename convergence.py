@@ -127,18 +127,19 @@ class ConvergenceMonitor:
         return 1 / (1 + (rises / 3) ** 2)
 
     def evidence(self) -> float:
-        """0 up to ten logged losses, where the score is not known yet; 1 from twenty."""
+        """0 up to ten logged losses, 1 from twenty."""
         return min(1.0, max(0.0, (self.count - 10) / (FULL_EVIDENCE - 10)))
 
     def scalars(self) -> dict[str, float]:
-        """Monitoring/... values; a value that cannot be known yet is absent."""
-        values = {}
+        """Monitoring/... values; a value that cannot be known yet is absent. Without evidence the score
+        is 0 by its formula, and has no interval."""
+        values = {} if self.evidence() else {"Monitoring/Convergence_Score": 0.0}
         if len(self.bins) >= 5:
             values["Monitoring/Loss_Trend"] = loss_trend(self.bins)
         fit = self.fit()
         if fit is None:
             return values
-        if self.evidence() > 0:
+        if self.evidence():
             values |= {
                 "Monitoring/Convergence_Score": fit.score,
                 "Monitoring/Convergence_Score_Low": fit.score_low,
@@ -197,7 +198,7 @@ def describe(curve: Curve, upto: float = 1.0) -> dict:
         raise UserError(f"--upto {upto:g} leaves no logged loss; raise it")
     values = monitor.scalars()
     result = {
-        "score": values.get("Monitoring/Convergence_Score"),
+        "score": values.get("Monitoring/Convergence_Score") if monitor.evidence() else None,
         "score_low": values.get("Monitoring/Convergence_Score_Low"),
         "score_high": values.get("Monitoring/Convergence_Score_High"),
         "trend": values.get("Monitoring/Loss_Trend"),

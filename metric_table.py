@@ -78,17 +78,17 @@ Eval/Close_Loss | nats/token | evaluation | evaluation
     Held-out loss on the </think> token.
 Eval/EOS_Loss | nats/token | evaluation | evaluation
     Held-out loss on the <|im_end|> token.
-Eval/Format_Valid_Rate | fraction | generation probes | generation_probes
+Eval/Format_Valid_Rate | fraction | judged probes | generation_probes
     Generated completions, of those not cut too early to tell, with one closed thinking, answer and end.
-Eval/Think_Length_Ratio | | generation probes | generation_probes
+Eval/Think_Length_Ratio | | judged probes | generation_probes
     Length of the generated chain of thought, where it was closed, over that of the reference.
 Eval/Repetition_Rate | fraction | generation probes | generation_probes
     Share of the 10-grams of tokens in a generated completion that occurred in it before.
-Eval/Term_Recall | fraction | generation probes | generation_probes
+Eval/Term_Recall | fraction | judged probes | generation_probes
     Cryptographic terms of the reference answer that the generated answer, not cut too early, has.
 Eval/Budget_Hit_Rate | fraction | generation probes | generation_probes
     Generated completions that ended only because the token budget did.
-Eval/Exact_Answer | fraction | generation probes | generation_probes
+Eval/Exact_Answer | fraction | judged probes | generation_probes
     Generated answers, not cut too early, with the reference's number, where it has one.
 Eval/By_Difficulty_<k> | nats/token | evaluation | evaluation
     Held-out loss on samples of difficulty k.
@@ -101,7 +101,7 @@ Memory/GPU_Allocated_MB | MB | GPU | trainer
 Memory/GPU_Reserved_MB | MB | GPU | trainer
     Device memory reserved by the caching allocator.
 Memory/GPU_Peak_MB | MB | GPU | trainer
-    Highest allocated memory since the start.
+    Highest allocated memory since the last logged step.
 Memory/GPU_Total_MB | MB | GPU | trainer
     Memory of the device.
 Memory/GPU_Utilization_Percent | % | GPU | trainer
@@ -185,7 +185,7 @@ Throughput/Tokens_Seen | tokens | always | packing
 Throughput/Energy_J_Per_1K_Tokens | J/1000 tokens | GPU | throughput
     Energy of all devices for 1000 tokens.
 Monitoring/Convergence_Score | 0 to 1 | always | convergence
-    Rises as the loss settles.
+    Rises as the loss settles; 0 up to ten logged losses, for want of evidence.
 Monitoring/Convergence_Score_Low | 0 to 1 | always | convergence
     Lower end of the score's interval.
 Monitoring/Convergence_Score_High | 0 to 1 | always | convergence
@@ -199,7 +199,7 @@ Monitoring/Forecast_Final_Loss_Low | nats/token | always | convergence
 Monitoring/Forecast_Final_Loss_High | nats/token | always | convergence
     Upper end of the forecast's interval.
 Monitoring/Steps_To_99_Percent | steps | always | convergence
-    Steps left until 99% of the forecast fall of the loss is reached.
+    Steps until 99% of the forecast fall of the loss, at the mean learning rate so far; may exceed those left.
 Monitoring/NonFinite_Steps | steps | always | trainer
     Updates left out so far because loss or gradient was NaN or infinite.
 Monitoring/Resume_Count | | always | trainer
@@ -227,7 +227,7 @@ Alerts/Divergence | 0 or 1 | always | alerts
 Alerts/Data_Starvation | 0 or 1 | always | alerts
     Waiting for data takes a large part of the step.
 Alerts/Thinking_Collapse | 0 or 1 | always | alerts
-    The generated chains of thought are much shorter than at first, or are not closed.
+    The generated chains of thought are much shorter than at first and than the reference's, or not closed.
 Alerts/Overfitting | 0 or 1 | always | alerts
     The held-out loss has risen above its best.
 Alerts/Slow_Rank | 0 or 1 | always | alerts

@@ -41,6 +41,10 @@ class RecordedRun:
         points = self.series.get(tag)
         return points[-1][1] if points else None
 
+    def highest(self, tag: str) -> float | None:
+        """The largest finite value of a tag."""
+        return max((v for _, v in self.series.get(tag, ()) if math.isfinite(v)), default=None)
+
     def lowest(self, tag: str) -> float | None:
         """The smallest finite value of a tag."""
         return min((v for _, v in self.series.get(tag, ()) if math.isfinite(v)), default=None)

@@ -31,6 +31,7 @@ CONDITIONS = {
     "evaluation after step 0": "第 0 步之后的评估",
     "evaluation, end of an epoch": "评估与 epoch 结束",
     "generation probes": "有生成探针时",
+    "judged probes": "有可评判的探针时",
     "logged weights": "`--log-weight-histograms`",
     "several ranks": "多个 rank 时",
     "alerts": "有报警时",

@@ -102,12 +102,13 @@ def test_forecasts_are_never_negative(curve):
 
 
 def test_what_is_not_known_yet_is_absent():
-    assert watch([2.0, 1.9, 1.8]).scalars() == {}
+    assert watch([2.0, 1.9, 1.8]).scalars() == {"Monitoring/Convergence_Score": 0.0}
     falling = 1 + 2 * np.exp(-np.arange(12) / 3)
     few, enough = (watch(falling[:n], total=40).scalars() for n in (10, 11))
-    score = {f"Monitoring/Convergence_Score{end}" for end in ("", "_Low", "_High")}
-    assert "Monitoring/Forecast_Final_Loss" in few and not score & few.keys()
-    assert score <= enough.keys() and enough["Monitoring/Convergence_Score"] > 0
+    interval = {f"Monitoring/Convergence_Score{end}" for end in ("_Low", "_High")}
+    assert "Monitoring/Forecast_Final_Loss" in few and not interval & few.keys()
+    assert few["Monitoring/Convergence_Score"] == 0, "no evidence, by the formula"
+    assert interval <= enough.keys() and enough["Monitoring/Convergence_Score"] > 0
 
 
 @pytest.mark.parametrize("rates", [None, 1e-4 * (1 + np.cos(np.pi * STEPS / 600)) / 2])
