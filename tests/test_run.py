@@ -249,7 +249,8 @@ def test_changed_settings_of_a_resumed_run_are_said(tmp_path, run, capsys):
     capsys.readouterr()
     command = ["--resume", checkpoint, "--learning-rate", "1e-4", "--save-steps", "4"]
     assert run(tmp_path, *command, first=loud) == 0
-    assert "changed since step 4: learning_rate 0.0003 -> 0.0001" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "changed since step 4: learning_rate 0.0003 -> 0.0001" in said
     (run_dir,) = (tmp_path / "out" / "tensorboard_logs").iterdir()
     tables = read_texts(run_dir)["Config/Training_Settings"]
     assert [step for step, _ in tables] == [0, 4]
@@ -287,6 +288,17 @@ def test_ctrl_c_before_the_run_is_one_line(tmp_path, tiny_data, cache_dir, while
     assert done.returncode in (130, -signal.SIGINT)
     assert "Traceback" not in done.stderr and done.stderr.count("\n") <= 1, done.stderr
     assert ("interrupted before the first step" in done.stderr) == bool(reads)
+
+
+def test_what_is_too_long_is_counted_at_the_start(tmp_path, tiny_data, run, capsys):
+    rows = [json.loads(line) for line in tiny_data.read_text(encoding="utf-8").splitlines()]
+    for row in rows[:7]:
+        row["answer"] *= 200
+    data = tmp_path / "long.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    loud = [option for option in FAST if option != "--quiet"]
+    assert run(tmp_path, "--data-path", str(data), "--max-steps", "1", first=loud) == 0
+    assert re.search(r"too long, left out +7\b", capsys.readouterr().out)
 
 
 def test_a_finished_run_started_again_does_nothing(tmp_path, run):
