@@ -18,7 +18,7 @@ White space around a question, a reasoning or an answer is not content and is dr
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -111,6 +111,7 @@ class BrokenRecordError(ValueError):
 # ---- reasoning inside a text ------------------------------------------------------------------
 
 _TAG = re.compile(r"<(/?)(think(?:ing)?)\s*>", re.IGNORECASE)
+_WIDE_TAG = re.compile(r"＜[/／]?(?:think|THINK|Think)")
 
 
 def split_thinking(text: str) -> tuple[str, str]:
@@ -282,7 +283,12 @@ def _has_body(section: str) -> bool:
 QUESTION_KEYS = ("question", "instruction", "prompt", "query", "problem", "input")
 ANSWER_KEYS = ("answer", "output", "response", "completion", "solution")
 THINKING_KEYS = ("thinking", "reasoning", "reasoning_content", "think", "cot", "complex_cot")
+# Beside a conversation, `reasoning` and `think` are as often a switch ("on") as a text.
+_THINKING_BESIDE_TURNS = ("thinking", "reasoning_content", "cot", "complex_cot")
 CONVERSATION_KEYS = ("messages", "conversations", "conversation")
+_USED_KEYS = (
+    *QUESTION_KEYS, *ANSWER_KEYS, *THINKING_KEYS, *CONVERSATION_KEYS, "system", "history",
+)  # fmt: skip
 SAMPLE_KEYS = (
     "question", "thinking", "answer", "system", "history", "tools", "difficulty", "messages",
 )  # fmt: skip
@@ -298,20 +304,55 @@ _ROLES = {
 }  # fmt: skip
 
 
-def record_sample(record: Any, columns: dict[str, str] | None = None) -> Sample:
-    """A record of any known form as a sample; `columns` names the record's column for a field.
+def record_sample(record: Any, columns: dict[str, str] | None = None) -> tuple[Sample, list[str]]:
+    """A record of any known form as a sample, and what is odd about it; `columns` names the record's
+    column for a field.
 
     Raises BrokenRecordError with the reason where that can't be done.
     """
     if not isinstance(record, dict):
         raise BrokenRecordError(f"a record must be an object, not {_kind(record)}")
-    if columns:
-        record = _mapped(record, columns)
-    else:
-        record = {str(key).strip().lower(): value for key, value in record.items()}
-    key = _first(record, CONVERSATION_KEYS)
-    sample = _conversation(_parsed(record[key], key), record) if key else _pair(record)
-    return checked(replace(sample, tools=_tools(record), difficulty=_difficulty(record)))
+    fields = _fields(record, columns or {})  # what is used is taken out, what is left is told
+    key = _first(fields, CONVERSATION_KEYS)
+    sample = _conversation(_parsed(fields.pop(key), key), fields) if key else _pair(fields)
+    sample = checked(replace(sample, tools=_tools(fields), difficulty=_difficulty(fields)))
+    return sample, [*_left_unused(fields, sample), *_oddities(sample)]
+
+
+def _fields(record: dict, columns: dict[str, str]) -> dict:
+    """The record's values by field where `columns` names one, the others by their names."""
+    missing = [column for column in columns.values() if column not in record]
+    if missing:
+        names = clean_line(", ".join(map(str, record)), 200)
+        raise BrokenRecordError(f"no column {clean_line(missing[0], 60)!r}; there is: {names}")
+    taken = {*columns.values()}
+    fields = {str(key).strip().lower(): v for key, v in record.items() if key not in taken}
+    if "messages" not in columns and ("question" in columns or "answer" in columns):
+        fields = {key: v for key, v in fields.items() if key not in CONVERSATION_KEYS}
+    return {**fields, **{field: record[column] for field, column in columns.items()}}
+
+
+def _left_unused(fields: dict, sample: Sample) -> Iterator[str]:
+    """Names one would expect to be used, unless the sample holds their text all the same."""
+    left = {key: fields[key] for key in _USED_KEYS if key in fields}
+    left = {key: v.strip() if isinstance(v, str) else v for key, v in left.items()}
+    held = {text.strip() for text in strings_of(sample.content)} if any(left.values()) else ()
+    names = [key for key, v in left.items() if v and not (isinstance(v, str) and v in held)]
+    if names:
+        yield f"not used: {', '.join(names)}; --columns says which columns are meant"
+
+
+def _oddities(sample: Sample) -> Iterator[str]:
+    """What was read as it stands, though it may not have been meant so."""
+    if any(_WIDE_TAG.search(t) for t in (sample.question, sample.thinking, sample.answer)):
+        yield "＜think＞ with full-width brackets is read as text; write <think>"
+    earlier = [message for message in sample.history if message["role"] != "system"]
+    if any(message["role"] == "system" for message in (*sample.history, *sample.tool_turns)):
+        yield "a system message among the turns is read as one of them"
+    if earlier and earlier[0]["role"] == "assistant":
+        yield "the conversation begins with a turn of the assistant"
+    if any(message["role"] == "user" and not message["content"] for message in earlier):
+        yield "a turn of the user in the history is empty"
 
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -375,14 +416,6 @@ def _parsed(value: Any, name: str) -> Any:
         raise BrokenRecordError(f"{name} is text that is not JSON") from None
 
 
-def _mapped(record: dict, columns: dict[str, str]) -> dict:
-    missing = [column for column in columns.values() if column not in record]
-    if missing:
-        names = clean_line(", ".join(map(str, record)), 200)
-        raise BrokenRecordError(f"no column {clean_line(missing[0], 60)!r}; there is: {names}")
-    return {field: record[column] for field, column in columns.items()}
-
-
 def _pair(record: dict) -> Sample:
     """A question and an answer in columns of their own, a list of messages in either included."""
     question_key, answer_key = _first(record, QUESTION_KEYS), _first(record, ANSWER_KEYS)
@@ -390,22 +423,22 @@ def _pair(record: dict) -> Sample:
         missing = "question" if question_key is None else "answer"
         names = clean_line(", ".join(record), 200)
         raise BrokenRecordError(f"no column for the {missing}; there is: {names}")
-    question, answer = record[question_key], record[answer_key]
+    question, answer = record.pop(question_key), record.pop(answer_key)
     if isinstance(question, list) or isinstance(answer, list):
         question = question if isinstance(question, list) else [_message("user", question)]
         answer = answer if isinstance(answer, list) else [_message("assistant", answer)]
         return _conversation([*question, *answer], record)
     question = _text(question, question_key).strip()
-    if question_key == "instruction":
-        extra = _text(record.get("input"), "input").strip()
+    if question_key in ("instruction", "prompt"):
+        extra = _text(record.pop("input", None), "input").strip()
         question = f"{question}\n{extra}".strip()
     thinking, answer = _reasoned(_text(answer, answer_key), record)
     return Sample(
         question=question,
         thinking=thinking,
         answer=answer,
-        system=_text(record.get("system"), "system").strip(),
-        history=_alpaca_history(record.get("history")),
+        system=_text(record.pop("system", None), "system").strip(),
+        history=_alpaca_history(record.pop("history", None)),
     )
 
 
@@ -417,16 +450,22 @@ def _reasoned(text: str, fields: dict) -> tuple[str, str]:
     """(thinking, answer) with the reasoning inline or in a field beside the text, not in both."""
     inline, answer = split_thinking(text)
     key = _first(fields, THINKING_KEYS)
-    beside = _text(fields[key], key).strip() if key else ""
-    if not beside:
-        return inline, answer
-    if inline:
+    beside = _beside(fields)
+    if inline and beside:
         raise BrokenRecordError(f"reasoning is given twice: inline and as {key}")
-    if _TAG.search(beside):  # some sets keep the tags in the field
-        beside, rest = split_thinking(beside)
-        if rest:
-            raise BrokenRecordError(f"text after the reasoning in {key}")
-    return beside, answer
+    return inline or beside, answer
+
+
+def _beside(fields: dict, keys: Sequence[str] = THINKING_KEYS) -> str:
+    """Take the reasoning that has a field of its own; some sets keep the tags in it."""
+    key = _first(fields, keys)
+    text = _text(fields.pop(key), key).strip() if key else ""
+    if not _TAG.search(text):
+        return text
+    thinking, rest = split_thinking(text)
+    if rest:
+        raise BrokenRecordError(f"text after the reasoning in {key}")
+    return thinking
 
 
 def _alpaca_history(history: Any) -> tuple[dict, ...]:
@@ -460,11 +499,12 @@ def _difficulty(record: dict) -> int | None:
 
 
 def _conversation(turns: Any, record: dict) -> Sample:
-    """Messages or ShareGPT turns as a sample of their last assistant turn."""
+    """Messages or ShareGPT turns as a sample of their last assistant turn, to which the record's
+    reasoning belongs where no turn has its own."""
     if not isinstance(turns, list) or not turns:
         raise BrokenRecordError("a conversation must be a list of turns")
     messages = [_turn(turn) for turn in turns]
-    system = _text(record.get("system"), "system").strip()
+    system = _text(record.pop("system", None), "system").strip()
     if messages[0]["role"] == "system":
         if system:
             raise BrokenRecordError("system prompt given twice: as a column and as a message")
@@ -475,9 +515,11 @@ def _conversation(turns: Any, record: dict) -> Sample:
     if not asked:
         raise BrokenRecordError("the conversation has no turn of the user")
     final = messages[-1]
+    reasoned = any("reasoning_content" in message for message in messages)
+    beside = [key for key in _THINKING_BESIDE_TURNS if isinstance(record.get(key), str)]
     return Sample(
         question=messages[asked[-1]]["content"].strip(),
-        thinking=final.get("reasoning_content", ""),
+        thinking=final.get("reasoning_content", "") if reasoned else _beside(record, beside),
         answer=final["content"],
         system=system,
         history=tuple(messages[: asked[-1]]),
@@ -500,7 +542,7 @@ def _turn(turn: Any) -> dict:
         calls = _tool_calls(_parsed(turn.get("value", turn.get("content")), "function_call"))
         return {"role": "assistant", "content": "", "tool_calls": calls}
     if role == "assistant":
-        return _assistant(turn)
+        return _assistant({**turn})
     message = _message(role, _parts(turn)[0])
     if isinstance(turn.get("name"), str):
         message["name"] = turn["name"]

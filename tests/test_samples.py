@@ -232,6 +232,10 @@ def test_empty_thinking_and_wrong_number_are_remarked(tmp_path):
     ]
 
 
+def remarks(found: SampleSet) -> list[tuple[int, str]]:
+    return [(remark.line, remark.text) for remark in found.remarks]
+
+
 # ---- records ----------------------------------------------------------------------------------
 
 TOOL_CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
@@ -365,6 +369,90 @@ def test_columns(tmp_path):
         read(tmp_path, "a.jsonl", record, columns={"question": "nope", "answer": "a"})
     with pytest.raises(UserError, match="unknown field 'quest'"):
         read(tmp_path, "a.jsonl", record, columns={"quest": "q"})
+
+
+def test_columns_overlay_what_is_found_without(tmp_path):
+    record = {"问题": "问", "thinking": "想", "answer": "答", "input": "多"}
+    found = read(tmp_path, "a.jsonl", json.dumps(record), columns={"question": "问题"})
+    assert [texts(sample) for sample in found.samples] == [("问", "想", "答")]
+    assert remarks(found) == [
+        (1, "not used: input; --columns says which columns are meant (first here)")
+    ]
+    # The named column is none under its own name, and goes before what else there is.
+    record = {"instruction": "问", "input": "想", "output": "答", "messages": []}
+    columns = {"question": "instruction", "thinking": "input"}
+    assert texts(only(tmp_path, "a.jsonl", json.dumps(record), columns=columns)) == (
+        "问",
+        "想",
+        "答",
+    )
+
+
+TURNS = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]
+
+
+@pytest.mark.parametrize(
+    ("record", "expected", "unused"),
+    [
+        ({"prompt": "译", "input": "问", "response": "答"}, ("译\n问", "", "答"), ""),
+        ({"messages": TURNS, "thinking": "<think>想</think>"}, ("问", "想", "答"), ""),
+        ({"prompt": TURNS[:1], "completion": "答", "cot": "想"}, ("问", "想", "答"), ""),
+        ({"messages": TURNS, "reasoning": "on"}, ("问", "", "答"), "reasoning"),
+        ({"messages": TURNS, "thinking": True}, ("问", "", "答"), "thinking"),
+        ({"conversations": TURNS, "history": [["一", "二"]]}, ("问", "", "答"), "history"),
+        ({"instruction": "扮", "question": "问", "output": "答"}, ("问", "", "答"), "instruction"),
+        ({"question": "问", "input": "多", "cot": "", "answer": "答"}, ("问", "", "答"), "input"),
+        (
+            {"problem": "问", "solution": "解", "answer": "答", "thinking": "想", "cot": "思"},
+            ("问", "想", "答"),
+            "solution, cot",
+        ),
+        ({"prompt": "问", "answer": " 答", "messages": TURNS, "system": ""}, ("问", "", "答"), ""),
+    ],
+)
+def test_columns_are_used_or_told(tmp_path, record, expected, unused):
+    line = json.dumps(record) + "\n"
+    found = read(tmp_path, "a.jsonl", f"{GOOD}\n{line}{line}")
+    assert [texts(sample) for sample in found.samples[1:]] == [expected] * 2
+    told = [(2, f"not used: {unused}; --columns says which columns are meant (first here)")]
+    assert remarks(found) == (told if unused else [])
+
+
+def test_reasoning_beside_a_conversation_that_has_its_own(tmp_path):
+    earlier = [TURNS[0], {"role": "assistant", "content": "<think>早</think>答"}]
+    record = {"messages": [*earlier, *TURNS], "thinking": "想"}
+    found = read(tmp_path, "a.jsonl", json.dumps(record))
+    assert found.samples[0].thinking == ""
+    assert "not used: thinking" in found.remarks[0].text
+
+
+@pytest.mark.parametrize(
+    ("record", "told"),
+    [
+        (
+            {"messages": [{"role": "system", "content": c} for c in "一二"] + TURNS},
+            "a system message among the turns",
+        ),
+        ({"messages": [TURNS[1], *TURNS]}, "begins with a turn of the assistant"),
+        (
+            {"question": "问", "answer": "答", "history": [[None, "一"]]},
+            "user in the history is empty",
+        ),
+        (
+            {"question": "问", "answer": "＜think＞想＜/think＞答"},
+            "＜think＞ with full-width brackets",
+        ),
+        (
+            {"question": "问", "thinking": "＜/thinking＞", "answer": "答"},
+            "＜think＞ with full-width",
+        ),
+    ],
+)
+def test_what_is_read_as_it_stands_is_told(tmp_path, record, told):
+    found = read(tmp_path, "a.jsonl", f"{GOOD}\n{json.dumps(record)}\n{json.dumps(record)}\n")
+    assert len(found.samples) == 3
+    ((line, text),) = remarks(found)
+    assert line == 2 and told in text
 
 
 GOOD = '{"question": "问", "answer": "答"}'
@@ -804,6 +892,18 @@ def test_workers_change_nothing(large, tmp_path):
     parts = [sorted(p.name for p in (tmp_path / n / "samples").glob("*/*")) for n in ("one", "two")]
     assert parts[0] == parts[1]
     assert len(parts[0]) > 5
+
+
+def test_remarks_of_records_are_told_once_a_file(large, tmp_path, monkeypatch):
+    line = json.dumps({"prompt": "问", "query": "多", "answer": "长" * 50})
+    for name in ("c.jsonl", "d.jsonl"):
+        (large / name).write_text(f"{GOOD}\n" + f"{line}\n" * 500, encoding="utf-8")
+    found = read_samples([str(large)], cache_dir=tmp_path / "cache", workers=2)
+    assert len(list((tmp_path / "cache").glob("samples/*/*.arrow"))) > 10
+    told = [r for r in found.remarks if r.text.startswith("not used: query")]
+    assert [(Path(r.source).name, r.line) for r in told] == [("c.jsonl", 2), ("d.jsonl", 2)]
+    monkeypatch.setattr(samples, "LARGE_DATA", 2**30)
+    assert read_samples([str(large)]).remarks == found.remarks
 
 
 def test_cache(large, tmp_path, monkeypatch):
