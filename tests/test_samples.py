@@ -599,6 +599,18 @@ def test_wrong_encoding_is_refused_with_its_place(tmp_path, name):
     assert f"{name}:{line}: byte 0xc3 at offset {len(good)} is not UTF-8" in str(error.value)
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("name", ["a.md", "a.jsonl", "a.json", "a.csv"])
+def test_utf16_without_a_mark_is_named(tmp_path, name, encoding):
+    text = {"a.md": PLAIN, "a.csv": "问题,回答\n" + "什么是分组密码,一类密码\n" * 20}.get(
+        name, GOOD
+    )
+    with pytest.raises(UserError) as error:
+        read(tmp_path, name, text.encode(encoding))
+    assert f"{name} begins with NUL bytes, as UTF-16 without" in str(error.value)
+    assert "GB18030" not in str(error.value)
+
+
 def test_wrong_encoding_far_into_a_file(tmp_path):
     good = "### Q1: 问\nA1: 答\n" * 100_000
     with pytest.raises(UserError, match=f"at offset {len(good.encode())} is not UTF-8"):
@@ -687,6 +699,32 @@ def test_csv_faults(tmp_path):
         read(tmp_path, "b.csv", "question,answer,answer\n问,答,错\n")
 
 
+@pytest.mark.parametrize("mark", [",", "\t", ";"])
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+def test_csv_by_the_separator_of_its_header(tmp_path, name, mark):
+    text = "question,thinking,answer\n问,想,答\n".replace(",", mark)
+    assert texts(only(tmp_path, name, text)) == ("问", "想", "答")
+
+
+def test_csv_with_a_comma_in_its_header_is_separated_by_commas(tmp_path):
+    text = "question,answer;\tnote,answer\n问;\t一,多,答\n"
+    assert texts(only(tmp_path, "a.csv", text)) == ("问;\t一", "", "答")
+
+
+def test_csv_as_excel_leaves_it(tmp_path):
+    text = "question,answer,,\n问,答,,\n,,,\n\n ,,,\n问,答,,多\n问,答,,又\n问,答,,,\n问,答,,,余\n"
+    found = read(tmp_path, "a.csv", text)
+    assert [sample.line for sample in found.samples] == [2, 6, 7, 8]
+    assert [(b.line, b.reason) for b in found.broken] == [(9, "more fields than the header has")]
+    told = "not used: column 4, which has no name in the header (first here)"
+    assert remarks(found) == [(6, told)]
+
+
+def test_row_numbers_of_pandas_are_not_remarked(tmp_path):
+    found = read(tmp_path, "a.csv", ",question,answer\n0,问,答\n1,问,答\n")
+    assert len(found.samples) == 2 and not found.remarks
+
+
 # ---- paths ------------------------------------------------------------------------------------
 
 
@@ -700,6 +738,13 @@ def test_folder_glob_and_repetition(tmp_path):
     found = read_samples([str(tmp_path), str(tmp_path / "*.md"), str(tmp_path / "b.md")])
     folder = tmp_path.as_posix()
     assert found.samples_per_file == {f"{folder}/b.md": 1, f"{folder}/sub/a.jsonl": 7}
+
+
+def test_lock_files_of_office_are_no_data(tmp_path):
+    (tmp_path / "a.md").write_text(PLAIN, encoding="utf-8")
+    (tmp_path / "~$a.md").write_bytes(b"\x00\x01lock")
+    for path in (tmp_path, tmp_path / "*.md"):
+        assert [*read_samples([str(path)]).samples_per_file] == [f"{tmp_path.as_posix()}/a.md"]
 
 
 def test_paths_that_give_nothing(tmp_path, monkeypatch):
