@@ -236,6 +236,100 @@ def remarks(found: SampleSet) -> list[tuple[int, str]]:
     return [(remark.line, remark.text) for remark in found.remarks]
 
 
+@pytest.mark.parametrize(
+    ("heading", "marker"),
+    [
+        ("### q2: ", "a2: "),
+        ("### 问题2: ", "答案2: "),
+        ("### 问题2：", "答2："),
+        ("### 问2 ", "**答案2：**"),
+        ("### **问题 2：** ", "答："),
+        ("## 问题2: ", "<thinking>\n想\n</thinking>\n答: "),
+        ("# 第二章\n\n### 问题1: ", "答："),
+    ],
+)
+def test_markdown_questions_of_other_names(tmp_path, heading, marker):
+    text = f"### Q1: 甲\nA1: 答甲\n\n{heading}乙\n{marker}答乙\n\n### Q3: 丙\nA3: 答丙\n"
+    found = read(tmp_path, "a.md", text)
+    thinking = "想" if "想" in marker else ""
+    pairs = [("甲", "", "答甲"), ("乙", thinking, "答乙"), ("丙", "", "答丙")]
+    assert [texts(sample) for sample in found.samples] == pairs
+    assert [sample.line for sample in found.samples[:2]] == [1, 6 if "章" in heading else 4]
+    assert not found.broken and not found.remarks
+
+
+def test_markdown_of_other_names_alone(tmp_path):
+    text = (
+        "# 一\n### 问题1：甲\n答案1：答甲\n### 问题2：乙\n答：答乙\n# 二\n### 问题1：丙\n答：答丙\n"
+    )
+    found = read(tmp_path, "a.md", text)
+    assert [texts(s)[::2] for s in found.samples] == [
+        ("甲", "答甲"),
+        ("乙", "答乙"),
+        ("丙", "答丙"),
+    ]
+    assert not found.remarks
+
+
+@pytest.mark.parametrize(
+    ("part", "line", "shown"),
+    [
+        ("### 问题1：现状\n密钥硬编码", 4, "### 问题1：现状"),  # no reply follows
+        ("```\n### 问题8：现状\n答：甲\n```\nA8: 乙", 8, "A8: 乙"),
+        ("### 问题1：现状\n答：密钥硬编码", 4, "### 问题1：现状 答：密钥硬编码"),  # counted anew
+        ("### 8. 丙\n回答：答丙", 4, "### 8. 丙 回答：答丙"),
+        ("乙\n\n### 3 \n丙", 6, "### 3"),
+        ("**Q8: 丙？**\n丙", 4, "**Q8: 丙？**"),
+        ("A8: 答丙", 4, "A8: 答丙"),
+        ("### 1. 丙\n答：答丙", 4, "### 1. 丙 答：答丙"),
+    ],
+)
+def test_what_an_answer_swallows_is_told(tmp_path, part, line, shown):
+    found = read(tmp_path, "a.md", f"### Q7: 甲\nA7: 答甲\n\n{part}\n\n### Q9: 丁\nA9: 答丁\n")
+    assert [sample.question for sample in found.samples] == ["甲", "丁"]
+    assert found.samples[0].answer.endswith(part)
+    assert remarks(found) == [(line, f"“{shown}” is read as part of the answer to Q7")]
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "### 1. 背景\n甲\n### 2. 做法\n乙\n### 8. 结语",
+        "### 问题描述\n甲\n### 第一步\n乙",
+        "```\n### 8. 注释\nA8: 注释\n```",
+        "因此\n答案: B\na8: 首项\n### 选项\nA: RSA",
+    ],
+)
+def test_parts_of_an_answer_are_its_own(tmp_path, part):
+    found = read(tmp_path, "a.md", f"### Q7: 甲\nA7: 答甲\n\n{part}\n")
+    assert found.samples[0].answer == f"答甲\n\n{part}"
+    assert not found.remarks
+
+
+def test_questions_of_other_names_inside_the_reasoning_or_before_the_first(tmp_path):
+    thinking = "## 分析\n### 问题8：一\n答：甲\n### 问题9：二\n答：乙"
+    text = f"# 题\n### 3. 丢\n答：失\n\n### Q7: 问\n<think>\n{thinking}\n</think>\nA7: 答\n"
+    found = read(tmp_path, "a.md", text)
+    assert [texts(sample) for sample in found.samples] == [("问", thinking, "答")]
+    assert remarks(found) == [(2, "“### 3. 丢 答：失” is not read as a question")]
+
+
+def test_lower_case_and_bare_markers_cut_no_question(tmp_path):
+    text = "### Q7: 数列\na1: 2\na2: 3\nA: 选项\n答：和为5\n\nA9: 别的\n"
+    sample = read(tmp_path, "a.md", text).samples[0]
+    assert texts(sample)[::2] == ("数列\na1: 2\na2: 3\nA: 选项", "和为5\n\nA9: 别的")
+
+
+@pytest.mark.parametrize("answer", ["A1: 答甲", "答甲"])
+def test_tags_in_the_next_section_are_not_the_answers(tmp_path, answer):
+    for section in ("说明<think>标签", "<think>\n想\n</think>\n答: 乙", "</thinking>"):
+        text = f"### Q1: 甲\n{answer}\n\n# 第二章\n{section}\n\n### Q2: 乙\nA2: 答乙\n"
+        found = read(tmp_path, "a.md", text)
+        assert [texts(s) for s in found.samples] == [("甲", "", "答甲"), ("乙", "", "答乙")]
+        assert not any("empty thinking" in text for _, text in remarks(found))
+        assert remarks(found)[-1] == (1, "text under “# 第二章” belongs to no question")
+
+
 # ---- records ----------------------------------------------------------------------------------
 
 TOOL_CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
@@ -453,6 +547,11 @@ def test_what_is_read_as_it_stands_is_told(tmp_path, record, told):
     assert len(found.samples) == 3
     ((line, text),) = remarks(found)
     assert line == 2 and told in text
+
+
+def test_full_width_tags_in_markdown_are_told(tmp_path):
+    found = read(tmp_path, "a.md", PLAIN.replace("<", "＜").replace(">", "＞"))
+    assert "Q1: ＜think＞ with full-width brackets" in found.remarks[0].text
 
 
 GOOD = '{"question": "问", "answer": "答"}'
@@ -1049,6 +1148,7 @@ SEEDS = {
 SPLICES = [
     b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"\\ud800", b"\\u0000", b"NaN", b"1e999",
     b"<think>", b"</think>", b"<thinking>", b"</thinking>", b"### Q1:", b"A1:", b"## ", b"```",
+    "### 问题2: ".encode(), "答1：".encode(), b"### 3.", b'"input":', b'"history":', b"\t", b";",
     b"\r", b"\xe2\x80\xa8", b"{", b"}", b"[", b"]", b'"', b",", b"null", b"9" * 5000, b"[" * 3000,
     b'{"role":', b'"from"', b'"content":', b'"value":', b"\n", b"true", b"\\", b"-",
 ]  # fmt: skip
