@@ -1,8 +1,8 @@
 """Files and folders → records, in bounded memory and without trusting them.
 
-A record is a Python value with the line where it begins, or a `BrokenSample`. What can be blamed on one
-record is; what leaves the rest of a file in doubt (wrong encoding, broken JSON array, damaged
-archive) is a UserError.
+A record is a Python value with the line where it begins, or a `BrokenSample`; a `Remark` may precede
+it. What can be blamed on one record is; what leaves the rest of a file in doubt (wrong encoding, broken
+JSON array, damaged archive) is a UserError.
 """
 
 import codecs
@@ -11,6 +11,7 @@ import glob
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -25,7 +26,7 @@ from typing import Any, BinaryIO
 
 from errors import UserError
 from safe_text import clean_line
-from sample_forms import BrokenSample
+from sample_forms import BrokenSample, Remark
 
 KINDS = {
     ".md": "markdown", ".markdown": "markdown", ".json": "json", ".jsonl": "jsonl",
@@ -41,6 +42,7 @@ MAX_RECORD = 16 * 2**20
 CHUNK = 16 * 2**20
 """Bytes of a JSONL file that one worker reads at a time."""
 _BLOCK = 2**20
+_HEAD = 1000  # bytes that tell the encoding
 
 Record = tuple[int, Any]
 
@@ -133,12 +135,14 @@ def _kind_of(path: str) -> str | None:
 def _matched(name: str) -> list[DataFile]:
     """What a glob found; like a folder's, files that are no data are passed over."""
     mode = _mode(name, clean_line(name, 200))
-    passed = mode is None or _kind_of(name) is None or _describes(name)
+    passed = mode is None or _kind_of(name) is None or _is_no_data(name)
     return [] if passed and not os.path.isdir(name) else _existing(name, name, mode)
 
 
-def _describes(name: str) -> bool:
-    return os.path.basename(name).lower() in _NOT_DATA
+def _is_no_data(name: str) -> bool:
+    """Files that describe a folder, and those by which Office locks an open one (`~$name`)."""
+    base = os.path.basename(name).lower()
+    return base in _NOT_DATA or base.startswith("~$")
 
 
 def _folder_files(path: str, source: str) -> list[DataFile]:
@@ -152,7 +156,7 @@ def _folder_files(path: str, source: str) -> list[DataFile]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             full = os.path.join(folder, name)
-            if name.startswith(".") or _describes(name) or _kind_of(name) is None:
+            if name.startswith(".") or _is_no_data(name) or _kind_of(name) is None:
                 continue
             mode = _mode(full, full)
             if mode is None or not stat.S_ISREG(mode):
@@ -299,11 +303,22 @@ def _stream(file: DataFile) -> io.BufferedReader:
     return raw
 
 
+def _encoding(stream: io.BufferedReader, file: DataFile) -> str:
+    """What the file's first bytes say; UserError for the NUL bytes of UTF-16 without its mark."""
+    head = stream.peek(_HEAD)[:_HEAD]
+    if _utf_bom(head) is None and head.count(0) > max(1, len(head) // 100):
+        stream.close()
+        raise UserError(
+            f"{clean_line(file.source, 200)} begins with NUL bytes, as UTF-16 without a byte order mark "
+            "does; convert it, for example with: iconv -f UTF-16LE -t UTF-8 (or UTF-16BE)"
+        )
+    return _BOMS.get(_utf_bom(head), "utf-8")
+
+
 def _text_stream(file: DataFile) -> io.TextIOWrapper:
     """The file's text: UTF-8, or what its byte order mark says; line ends as they are."""
     stream = _stream(file)
-    encoding = _BOMS.get(_utf_bom(stream.peek(4)[:4]), "utf-8")
-    return io.TextIOWrapper(stream, encoding=encoding, newline="")
+    return io.TextIOWrapper(stream, encoding=_encoding(stream, file), newline="")
 
 
 def _archive_errors() -> tuple[type[Exception], ...]:
@@ -351,7 +366,7 @@ def read_text(file: DataFile) -> str:
 # ---- records ----------------------------------------------------------------------------------
 
 
-def read_records(chunk: Chunk) -> Iterator[Record | BrokenSample]:
+def read_records(chunk: Chunk) -> Iterator[Record | BrokenSample | Remark]:
     """(line, value) of every record in a chunk of a JSON, JSONL, CSV, Parquet or Arrow file."""
     readers = {"json": _json, "jsonl": _jsonl, "csv": _csv, "parquet": _parquet, "arrow": _arrow}
     try:
@@ -470,7 +485,7 @@ def _raw_lines(chunk: Chunk) -> Iterator[tuple[int, bytes | None, int]]:
 def _utf8_stream(file: DataFile) -> BinaryIO:
     """The file's bytes as UTF-8: a file with a UTF-16 or UTF-32 mark is converted in memory."""
     stream = _stream(file)
-    if _utf_bom(stream.peek(4)[:4]) in (None, codecs.BOM_UTF8):
+    if _encoding(stream, file) in ("utf-8", "utf-8-sig"):
         return stream
     stream.close()
     return io.BytesIO(read_text(file).encode("utf-8", "surrogatepass"))
@@ -581,31 +596,54 @@ def _broken_json(
     )
 
 
-def _csv(chunk: Chunk) -> Iterator[Record | BrokenSample]:
+def _csv(chunk: Chunk) -> Iterator[Record | BrokenSample | Remark]:
+    """Rows by the names of the header; empty ones, as Excel leaves them, are no records."""
     file, line = chunk.file, 1
-    delimiter = "\t" if ".tsv" in file.path.lower()[-8:] else ","
     csv.field_size_limit(MAX_RECORD)
     with _text_stream(file) as text:
-        reader = csv.DictReader(text, delimiter=delimiter, restval=None, strict=True)
+        header = text.readline()
+        lines = itertools.chain([header], text)
+        reader = csv.reader(lines, delimiter=_separator(file, header), strict=True)
         try:
-            _check_header(reader.fieldnames or [], file)
+            names = next(reader, [])
+            _check_header(names, file)
             line = reader.line_num + 1
-            for row in reader:
-                if None in row:
-                    yield BrokenSample(file.source, line, "more fields than the header has")
-                else:
-                    yield line, row
+            for cells in reader:
+                if any(map(str.strip, cells)):
+                    yield from _csv_row(names, cells, file.source, line)
                 line = reader.line_num + 1
         except csv.Error as error:
             place = f"{clean_line(file.source, 200)}:{line}"
             raise UserError(f"{place}: broken CSV: {clean_line(str(error), 100)}") from error
 
 
+def _separator(file: DataFile, header: str) -> str:
+    """A comma, or a tab in a .tsv; where the header has none, what it has: Excel writes others too."""
+    usual = "\t" if ".tsv" in file.path.lower()[-8:] else ","
+    return next((mark for mark in (usual, *"\t;,") if mark in header), usual)
+
+
 def _check_header(names: list[str], file: DataFile) -> None:
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = sorted({name for name in names if name.strip() and names.count(name) > 1})
     if twice:
         shown = clean_line(twice[0], 40)
         raise UserError(f"{clean_line(file.source, 200)}:1: two columns are called {shown!r}")
+
+
+def _csv_row(
+    names: list[str], cells: list[str], source: str, line: int
+) -> Iterator[Record | BrokenSample | Remark]:
+    """A row that holds something. What has no name in the header is told, save the first column:
+    pandas writes its row numbers there."""
+    filled = [i for i, cell in enumerate(cells) if cell.strip()]
+    if filled[-1] >= len(names):
+        yield BrokenSample(source, line, "more fields than the header has")
+        return
+    for i in filled:
+        if i and not names[i].strip():
+            yield Remark(source, line, f"not used: column {i + 1}, which has no name in the header")
+    pairs = itertools.zip_longest(names, cells[: len(names)])
+    yield line, {name: cell for name, cell in pairs if name.strip()}
 
 
 def _parquet(chunk: Chunk) -> Iterator[Record | BrokenSample]:

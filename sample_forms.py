@@ -11,14 +11,18 @@ Forms of records: Alpaca, ShareGPT, messages, prompt/completion, question/reason
 
     A1: …                         the marker may be missing after the thinking
 
+`### q1`, `### 问题1` and `### 问1` are questions too where a reply follows, `a1`, `答案1` and `答1` markers.
+
 White space around a question, a reasoning or an answer is not content and is dropped, as is a rule
 (`---`) that closes an answer; nothing else is.
 """
 
+import bisect
 import hashlib
+import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -111,6 +115,7 @@ class BrokenRecordError(ValueError):
 # ---- reasoning inside a text ------------------------------------------------------------------
 
 _TAG = re.compile(r"<(/?)(think(?:ing)?)\s*>", re.IGNORECASE)
+_WIDE_TAG = re.compile(r"＜[/／]?(?:think|THINK|Think)")
 
 
 def split_thinking(text: str) -> tuple[str, str]:
@@ -142,7 +147,8 @@ def split_thinking(text: str) -> tuple[str, str]:
 # Found anywhere, since real files glue a heading to the end of the answer before it.
 _QUESTION = re.compile(
     r"#{3,6}\s*(?:\*\*)?Q[ \t]*(\d+)(?:\*\*)?[ \t]*[:：.、]?(?:\*\*)?"
-    r"|^#{1,2}[ \t]*(?:\*\*)?Q[ \t]*(\d+)(?:\*\*)?[ \t]*[:：](?:\*\*)?",
+    r"|^#{1,2}[ \t]*(?:\*\*)?Q[ \t]*(\d+)(?:\*\*)?[ \t]*[:：](?:\*\*)?"
+    r"|^#{1,6}[ \t]*(?:\*\*)?(?:q|问题?)[ \t]*(\d+)(?:\*\*)?(?:[ \t]*[:：.、](?:\*\*)?|\s|\Z)",
     re.MULTILINE,
 )
 _HEADING = re.compile(r"^#{1,2}(?:[ \t\u3000]+\S|[\u4e00-\u9fff]).*$", re.MULTILINE)
@@ -151,17 +157,34 @@ _DIFFICULTY_LINE = re.compile(
     r"^[ \t]*[*_]*(?:难度|difficulty)[ \t]*[:：][ \t]*([1-4])[*_]*[ \t]*$", re.MULTILINE | re.I
 )
 _DIFFICULTY_HEADING = re.compile(r"难度[ \t]*[:：]?[ \t]*([1-4])(?!\d)")
-# A bare `A:` may be an option of a multiple-choice question, so a numbered marker goes first.
-_NUMBERED_ANSWER = re.compile(r"^[ \t]*\**A[ \t]*(\d+)\**[ \t]*[:：]\**", re.MULTILINE)
-_BARE_ANSWER = re.compile(r"^[ \t]*\**(?:A|答|答案)\**[ \t]*[:：]\**", re.MULTILINE)
+_ANSWER = re.compile(r"^[ \t]*\**([Aa]|答案?)[ \t]*(\d*)\**[ \t]*[:：]\**", re.MULTILINE)
+# What in an answer looks like another question or answer.
+_STRANGER = re.compile(
+    r"^(?:#{3,6}.*\n\s*\**(?:答案?|回答)\**[ \t]*[:：]"
+    r"|#{3,6}[ \t]*(?:\*\*)?(?:[Qq]|问题?)[ \t]*[\d一二三四五六七八九十]"
+    r"|#{3,6}[ \t]*(?:\*\*)?(?P<number>\d+)[ \t]*(?:[.、．:：)）]|$)"
+    r"|\*\*[Qq][ \t]*\d|[ \t]*\**(?:A|答案?|回答)[ \t]*\d+\**[ \t]*[:：]).*$",
+    re.MULTILINE,
+)
 _RULE = re.compile(r"\n[ \t]*(?:-{3,}|\*{3,}|_{3,})[ \t]*\Z")
 _RESIDUE = re.compile(r"[\u4e00-\u9fff]{1,11}类")
 
 
+def _same(number: str, other: str) -> bool:
+    return bool(number) and number.lstrip("0") == other.lstrip("0")
+
+
+def _rank(marker: re.Match, number: str) -> int:
+    """0 for the question's own marker, 1 for another's or 答, 2 for a bare `A`, which may be an option
+    of a multiple-choice question, 3 for an `a`, which marks nothing."""
+    if _same(marker[2], number):
+        return 0
+    return {"a": 3, "A": 1 if marker[2] else 2}.get(marker[1], 1)
+
+
 def _answer_marker(text: str, number: str) -> re.Match | None:
-    markers = list(_NUMBERED_ANSWER.finditer(text))
-    own = [marker for marker in markers if marker[1].lstrip("0") == number.lstrip("0")]
-    return next(iter(own or markers), None) or _BARE_ANSWER.search(text)
+    markers = [marker for marker in _ANSWER.finditer(text) if _rank(marker, number) < 3]
+    return min(markers, key=lambda marker: _rank(marker, number), default=None)
 
 
 def _code_spans(text: str) -> list[tuple[int, int]]:
@@ -176,20 +199,39 @@ def _code_spans(text: str) -> list[tuple[int, int]]:
     return spans
 
 
+def _within(place: int, spans: list[tuple[int, int]]) -> bool:
+    i = bisect.bisect(spans, place, key=lambda span: span[0])
+    return i > 0 and place < spans[i - 1][1]
+
+
 def _cut_at_heading(text: str) -> tuple[str, str]:
     """(answer, following section): a heading line ends an answer, save in a code fence."""
     spans = _code_spans(text)
     for heading in _HEADING.finditer(text):
-        if not any(start <= heading.start() < stop for start, stop in spans):
+        if not _within(heading.start(), spans):
             return text[: heading.start()], text[heading.start() :]
     return text, ""
+
+
+def _cut_at_section(reply: str) -> tuple[str, str]:
+    """(reply, following section): a heading inside the reasoning ends nothing, and tags behind the
+    heading that ends the answer are not the answer's."""
+    answer, section = _cut_at_heading(reply)
+    if not _TAG.search(answer):
+        return answer, section
+    closing = next((tag for tag in _TAG.finditer(reply) if tag[1]), None)
+    cut = closing.end() if closing else 0
+    answer, section = _cut_at_heading(reply[cut:])
+    return reply[:cut] + answer, section
 
 
 def _question_and_reply(body: str, number: str) -> tuple[str, str]:
     """Cut after the question: at the thinking, at the answer marker, or else after the first line."""
     tag, marker = _TAG.search(body), _answer_marker(body, number)
     cuts = [match.start() for match in (tag, marker) if match]
-    if cuts:
+    own = _cut_at_heading(body)[0]
+    unmarked = "\n" in own.strip() and not (marker and _same(marker[2], number))
+    if cuts and (min(cuts) < len(own) or not unmarked):
         return body[: min(cuts)], body[min(cuts) :]
     lead = len(body) - len(body.lstrip())
     end = body.find("\n", lead)
@@ -199,11 +241,10 @@ def _question_and_reply(body: str, number: str) -> tuple[str, str]:
 def _strip_marker(text: str, number: str) -> tuple[str, str | None]:
     """Take an answer marker off the start; also its number, '' where bare, None where missing."""
     text = text.strip()
-    numbered, bare = _NUMBERED_ANSWER.match(text), _BARE_ANSWER.match(text)
-    marker = numbered or bare
-    if not marker:
+    marker = _ANSWER.match(text)
+    if not marker or _rank(marker, number) > 2:
         return text, None
-    return text[marker.end() :].strip(), numbered[1] if numbered else ""
+    return text[marker.end() :].strip(), marker[2]
 
 
 def _section_difficulty(text: str) -> int | None:
@@ -218,35 +259,82 @@ def _markdown_block(body: str, number: str) -> tuple[Sample, str, list[str]]:
     stated = _DIFFICULTY_LINE.search(question)
     question = _DIFFICULTY_LINE.sub("", question).strip()
     reply, marker = _strip_marker(reply, number)
-    closings = [tag for tag in _TAG.finditer(reply) if tag[1]]
-    cut = closings[-1].end() if closings else 0  # a heading inside the reasoning ends nothing
-    answer, section = _cut_at_heading(reply[cut:])
+    reply, section = _cut_at_section(reply)
     has_tags = _TAG.search(reply) is not None
-    thinking, answer = split_thinking(reply[:cut] + _RULE.sub("", answer.rstrip()))
+    thinking, answer = split_thinking(_RULE.sub("", reply.rstrip()))
     if marker is None:
         answer, marker = _strip_marker(answer, number)
     remarks = []
     if marker is None:
         remarks.append(f"Q{number} has no answer marker A{number}:")
-    elif marker and marker.lstrip("0") != number.lstrip("0"):
+    elif marker and not _same(marker, number):
         remarks.append(f"Q{number} is answered by A{marker}")
     if has_tags and not thinking:
         remarks.append(f"Q{number} has an empty thinking block")
     if _RESIDUE.fullmatch(answer.rpartition("\n")[2].strip()):
         remarks.append(f"the answer to Q{number} ends with what looks like a section heading")
     difficulty = int(stated[1]) if stated else None
-    return checked(Sample(question, thinking, answer, difficulty=difficulty)), section, remarks
+    sample = checked(Sample(question, thinking, answer, difficulty=difficulty))
+    return sample, section, [*remarks, *(f"Q{number}: {text}" for text in _oddities(sample))]
+
+
+def _number(heading: re.Match) -> str:
+    return heading[1] or heading[2] or heading[3]
+
+
+def _questions(text: str) -> list[re.Match]:
+    """The headings of questions: every `Q`. One like `问题2` asks where a reply follows, unless it stands
+    in a reasoning, in a code fence, or in the answer to a `Q` as a part that is counted anew."""
+    tags = itertools.pairwise(_TAG.finditer(text))
+    thoughts = [(tag.start(), end.end()) for tag, end in tags if not tag[1] and end[1]]
+    hiding = (thoughts, _code_spans(text))
+    sections = [m.start() for m in _HEADING.finditer(text) if not _hidden(m, hiding)]
+    found: list[re.Match] = []
+    for heading, following in itertools.pairwise([*_QUESTION.finditer(text), None]):
+        if heading[3]:
+            body = text[heading.end() : following.start() if following else len(text)]
+            replied = _TAG.search(body) or _answer_marker(body, heading[3])
+            part = bool(found) and _is_part(heading, found[-1], sections)
+            if part or not replied or _hidden(heading, hiding):
+                continue
+        found.append(heading)
+    return found
+
+
+def _hidden(heading: re.Match, hiding: tuple[list[tuple[int, int]], ...]) -> bool:
+    return any(_within(heading.start(), spans) for spans in hiding)
+
+
+def _is_part(heading: re.Match, question: re.Match, sections: list[int]) -> bool:
+    """Whether a heading like `问题1` stands in the answer to a `Q` and does not count on from it."""
+    at, before = (bisect.bisect(sections, match.start()) for match in (heading, question))
+    counts_on = float(heading[3]) > float(_number(question))  # int refuses thousands of digits
+    return not question[3] and at == before and not counts_on
+
+
+def _stranger(answer: str) -> re.Match | None:
+    """The first line that looks like another question or answer; parts counted from 1 are its own."""
+    spans = _code_spans(answer)
+    lines = [m for m in _STRANGER.finditer(answer) if not _within(m.start(), spans)]
+    numbers = [m["number"] for m in lines if m["number"]]
+    if numbers and float(numbers[0]) <= 1:
+        lines = [m for m in lines if not m["number"]]
+    return next(iter(lines), None)
 
 
 def markdown_samples(text: str, source: str) -> Iterator[Sample | BrokenSample | Remark]:
     """Every question of a Markdown text, whatever surrounds it. Lines count from 1."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    anchors = list(_QUESTION.finditer(text))
-    difficulty = _section_difficulty(text[: anchors[0].start()]) if anchors else None
+    anchors = _questions(text)
+    preamble = text[: anchors[0].start()] if anchors else ""
+    difficulty = _section_difficulty(preamble)
+    if stranger := _stranger(preamble):
+        at = 1 + text.count("\n", 0, stranger.start())
+        yield Remark(source, at, f"“{clean_line(stranger[0], 40)}” is not read as a question")
     line, counted = 1, 0
     for i, anchor in enumerate(anchors):
         line, counted = line + text.count("\n", counted, anchor.start()), anchor.start()
-        number = anchor[1] or anchor[2]
+        number = _number(anchor)
         end = anchors[i + 1].start() if i + 1 < len(anchors) else len(text)
         body = text[anchor.end() : end]
         if anchor.start() and text[anchor.start() - 1] != "\n":
@@ -263,6 +351,11 @@ def markdown_samples(text: str, source: str) -> Iterator[Sample | BrokenSample |
         else:
             own = sample.difficulty or difficulty
             yield replace(sample, source=source, line=line, difficulty=own)
+            if stranger := _stranger(sample.answer):
+                below = body.count("\n", 0, body.find(sample.answer) + stranger.start())
+                shown = clean_line(stranger[0], 40)
+                told = f"“{shown}” is read as part of the answer to Q{clean_line(number, 20)}"
+                yield Remark(source, line + below, told)
         for remark in remarks:
             yield Remark(source, line, clean_line(remark, 200))
         if section:
@@ -282,7 +375,12 @@ def _has_body(section: str) -> bool:
 QUESTION_KEYS = ("question", "instruction", "prompt", "query", "problem", "input")
 ANSWER_KEYS = ("answer", "output", "response", "completion", "solution")
 THINKING_KEYS = ("thinking", "reasoning", "reasoning_content", "think", "cot", "complex_cot")
+# Beside a conversation, `reasoning` and `think` are as often a switch ("on") as a text.
+_THINKING_BESIDE_TURNS = ("thinking", "reasoning_content", "cot", "complex_cot")
 CONVERSATION_KEYS = ("messages", "conversations", "conversation")
+_USED_KEYS = (
+    *QUESTION_KEYS, *ANSWER_KEYS, *THINKING_KEYS, *CONVERSATION_KEYS, "system", "history",
+)  # fmt: skip
 SAMPLE_KEYS = (
     "question", "thinking", "answer", "system", "history", "tools", "difficulty", "messages",
 )  # fmt: skip
@@ -298,20 +396,55 @@ _ROLES = {
 }  # fmt: skip
 
 
-def record_sample(record: Any, columns: dict[str, str] | None = None) -> Sample:
-    """A record of any known form as a sample; `columns` names the record's column for a field.
+def record_sample(record: Any, columns: dict[str, str] | None = None) -> tuple[Sample, list[str]]:
+    """A record of any known form as a sample, and what is odd about it; `columns` names the record's
+    column for a field.
 
     Raises BrokenRecordError with the reason where that can't be done.
     """
     if not isinstance(record, dict):
         raise BrokenRecordError(f"a record must be an object, not {_kind(record)}")
-    if columns:
-        record = _mapped(record, columns)
-    else:
-        record = {str(key).strip().lower(): value for key, value in record.items()}
-    key = _first(record, CONVERSATION_KEYS)
-    sample = _conversation(_parsed(record[key], key), record) if key else _pair(record)
-    return checked(replace(sample, tools=_tools(record), difficulty=_difficulty(record)))
+    fields = _fields(record, columns or {})  # what is used is taken out, what is left is told
+    key = _first(fields, CONVERSATION_KEYS)
+    sample = _conversation(_parsed(fields.pop(key), key), fields) if key else _pair(fields)
+    sample = checked(replace(sample, tools=_tools(fields), difficulty=_difficulty(fields)))
+    return sample, [*_left_unused(fields, sample), *_oddities(sample)]
+
+
+def _fields(record: dict, columns: dict[str, str]) -> dict:
+    """The record's values by field where `columns` names one, the others by their names."""
+    missing = [column for column in columns.values() if column not in record]
+    if missing:
+        names = clean_line(", ".join(map(str, record)), 200)
+        raise BrokenRecordError(f"no column {clean_line(missing[0], 60)!r}; there is: {names}")
+    taken = {*columns.values()}
+    fields = {str(key).strip().lower(): v for key, v in record.items() if key not in taken}
+    if "messages" not in columns and ("question" in columns or "answer" in columns):
+        fields = {key: v for key, v in fields.items() if key not in CONVERSATION_KEYS}
+    return {**fields, **{field: record[column] for field, column in columns.items()}}
+
+
+def _left_unused(fields: dict, sample: Sample) -> Iterator[str]:
+    """Names one would expect to be used, unless the sample holds their text all the same."""
+    left = {key: fields[key] for key in _USED_KEYS if key in fields}
+    left = {key: v.strip() if isinstance(v, str) else v for key, v in left.items()}
+    held = {text.strip() for text in strings_of(sample.content)} if any(left.values()) else ()
+    names = [key for key, v in left.items() if v and not (isinstance(v, str) and v in held)]
+    if names:
+        yield f"not used: {', '.join(names)}; --columns says which columns are meant"
+
+
+def _oddities(sample: Sample) -> Iterator[str]:
+    """What was read as it stands, though it may not have been meant so."""
+    if any(_WIDE_TAG.search(t) for t in (sample.question, sample.thinking, sample.answer)):
+        yield "＜think＞ with full-width brackets is read as text; write <think>"
+    earlier = [message for message in sample.history if message["role"] != "system"]
+    if any(message["role"] == "system" for message in (*sample.history, *sample.tool_turns)):
+        yield "a system message among the turns is read as one of them"
+    if earlier and earlier[0]["role"] == "assistant":
+        yield "the conversation begins with a turn of the assistant"
+    if any(message["role"] == "user" and not message["content"] for message in earlier):
+        yield "a turn of the user in the history is empty"
 
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -375,14 +508,6 @@ def _parsed(value: Any, name: str) -> Any:
         raise BrokenRecordError(f"{name} is text that is not JSON") from None
 
 
-def _mapped(record: dict, columns: dict[str, str]) -> dict:
-    missing = [column for column in columns.values() if column not in record]
-    if missing:
-        names = clean_line(", ".join(map(str, record)), 200)
-        raise BrokenRecordError(f"no column {clean_line(missing[0], 60)!r}; there is: {names}")
-    return {field: record[column] for field, column in columns.items()}
-
-
 def _pair(record: dict) -> Sample:
     """A question and an answer in columns of their own, a list of messages in either included."""
     question_key, answer_key = _first(record, QUESTION_KEYS), _first(record, ANSWER_KEYS)
@@ -390,22 +515,22 @@ def _pair(record: dict) -> Sample:
         missing = "question" if question_key is None else "answer"
         names = clean_line(", ".join(record), 200)
         raise BrokenRecordError(f"no column for the {missing}; there is: {names}")
-    question, answer = record[question_key], record[answer_key]
+    question, answer = record.pop(question_key), record.pop(answer_key)
     if isinstance(question, list) or isinstance(answer, list):
         question = question if isinstance(question, list) else [_message("user", question)]
         answer = answer if isinstance(answer, list) else [_message("assistant", answer)]
         return _conversation([*question, *answer], record)
     question = _text(question, question_key).strip()
-    if question_key == "instruction":
-        extra = _text(record.get("input"), "input").strip()
+    if question_key in ("instruction", "prompt"):
+        extra = _text(record.pop("input", None), "input").strip()
         question = f"{question}\n{extra}".strip()
     thinking, answer = _reasoned(_text(answer, answer_key), record)
     return Sample(
         question=question,
         thinking=thinking,
         answer=answer,
-        system=_text(record.get("system"), "system").strip(),
-        history=_alpaca_history(record.get("history")),
+        system=_text(record.pop("system", None), "system").strip(),
+        history=_alpaca_history(record.pop("history", None)),
     )
 
 
@@ -417,16 +542,22 @@ def _reasoned(text: str, fields: dict) -> tuple[str, str]:
     """(thinking, answer) with the reasoning inline or in a field beside the text, not in both."""
     inline, answer = split_thinking(text)
     key = _first(fields, THINKING_KEYS)
-    beside = _text(fields[key], key).strip() if key else ""
-    if not beside:
-        return inline, answer
-    if inline:
+    beside = _beside(fields)
+    if inline and beside:
         raise BrokenRecordError(f"reasoning is given twice: inline and as {key}")
-    if _TAG.search(beside):  # some sets keep the tags in the field
-        beside, rest = split_thinking(beside)
-        if rest:
-            raise BrokenRecordError(f"text after the reasoning in {key}")
-    return beside, answer
+    return inline or beside, answer
+
+
+def _beside(fields: dict, keys: Sequence[str] = THINKING_KEYS) -> str:
+    """Take the reasoning that has a field of its own; some sets keep the tags in it."""
+    key = _first(fields, keys)
+    text = _text(fields.pop(key), key).strip() if key else ""
+    if not _TAG.search(text):
+        return text
+    thinking, rest = split_thinking(text)
+    if rest:
+        raise BrokenRecordError(f"text after the reasoning in {key}")
+    return thinking
 
 
 def _alpaca_history(history: Any) -> tuple[dict, ...]:
@@ -460,11 +591,12 @@ def _difficulty(record: dict) -> int | None:
 
 
 def _conversation(turns: Any, record: dict) -> Sample:
-    """Messages or ShareGPT turns as a sample of their last assistant turn."""
+    """Messages or ShareGPT turns as a sample of their last assistant turn, to which the record's
+    reasoning belongs where no turn has its own."""
     if not isinstance(turns, list) or not turns:
         raise BrokenRecordError("a conversation must be a list of turns")
     messages = [_turn(turn) for turn in turns]
-    system = _text(record.get("system"), "system").strip()
+    system = _text(record.pop("system", None), "system").strip()
     if messages[0]["role"] == "system":
         if system:
             raise BrokenRecordError("system prompt given twice: as a column and as a message")
@@ -475,9 +607,11 @@ def _conversation(turns: Any, record: dict) -> Sample:
     if not asked:
         raise BrokenRecordError("the conversation has no turn of the user")
     final = messages[-1]
+    reasoned = any("reasoning_content" in message for message in messages)
+    beside = [key for key in _THINKING_BESIDE_TURNS if isinstance(record.get(key), str)]
     return Sample(
         question=messages[asked[-1]]["content"].strip(),
-        thinking=final.get("reasoning_content", ""),
+        thinking=final.get("reasoning_content", "") if reasoned else _beside(record, beside),
         answer=final["content"],
         system=system,
         history=tuple(messages[: asked[-1]]),
@@ -500,7 +634,7 @@ def _turn(turn: Any) -> dict:
         calls = _tool_calls(_parsed(turn.get("value", turn.get("content")), "function_call"))
         return {"role": "assistant", "content": "", "tool_calls": calls}
     if role == "assistant":
-        return _assistant(turn)
+        return _assistant({**turn})
     message = _message(role, _parts(turn)[0])
     if isinstance(turn.get("name"), str):
         message["name"] = turn["name"]

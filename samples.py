@@ -18,7 +18,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +72,8 @@ class SampleSet:
     fingerprint: str
     """32 hexadecimal digits over the contents in their order."""
     remarks: tuple[Remark, ...] = ()
-    """Oddities of samples that were read: a glued heading, a missing answer marker."""
+    """Oddities of samples that were read: a glued heading, a column that is left unused. What is odd
+    about records is told once a file."""
     key: str = ""
     """32 hexadecimal digits over contents, names and columns of the files: what is kept of these samples
     is kept under it. Empty for small data, of which nothing is."""
@@ -89,9 +90,10 @@ def read_samples(
     """Read files, folders, globs, `datasets` folders and hub names (`owner/name[:config][:split]`).
 
     `columns` maps a field (question, thinking, answer, system, history, tools, difficulty,
-    messages) to the column that holds it. `progress(done, total)` counts bytes. A file reached
-    twice is read once. Raises UserError where a path or a whole file can't be read, and where
-    nothing at all was found; single broken records are listed in `broken` instead.
+    messages) to the column that holds it; the others are looked for under their usual names.
+    `progress(done, total)` counts bytes. A file reached twice is read once. Raises UserError where a
+    path or a whole file can't be read, and where nothing at all was found; single broken records are
+    listed in `broken` instead.
     """
     _check_columns(columns)
     files = _all_files(paths, cache_dir)
@@ -155,21 +157,32 @@ def _check_found(found: SampleSet) -> None:
 
 def _read_chunk(chunk: Chunk, columns: dict[str, str] | None) -> Iterator[Read]:
     """All samples of a chunk in order, with what is broken or odd between them."""
-    source = chunk.file.source
     if chunk.file.kind == "markdown":
-        yield from markdown_samples(read_text(chunk.file), source)
+        yield from markdown_samples(read_text(chunk.file), chunk.file.source)
         return
+    told = set()  # what is odd about one record is so about a million like it
+    for item in _read_records(chunk, columns):
+        if not isinstance(item, Remark):
+            yield item
+        elif item.text not in told:
+            told.add(item.text)
+            yield replace(item, text=f"{item.text} (first here)")
+
+
+def _read_records(chunk: Chunk, columns: dict[str, str] | None) -> Iterator[Read]:
+    source = chunk.file.source
     for record in read_records(chunk):
-        if isinstance(record, BrokenSample):
+        if isinstance(record, (BrokenSample, Remark)):
             yield record
             continue
         line, value = record
         try:
-            sample = record_sample(value, columns)
+            sample, remarks = record_sample(value, columns)
         except BrokenRecordError as error:
             yield BrokenSample(source, line, str(error))
         else:
             yield _placed(sample, source, line)
+            yield from (Remark(source, line, text) for text in remarks)
 
 
 def _placed(sample: Sample, source: str, line: int) -> Sample:
@@ -267,7 +280,8 @@ def _write_parts(
         fingerprint.update(ids)
         index["samples_per_file"][chunk.file.source] += len(ids) // 8
         index["broken"] += broken
-        index["remarks"] += remarks
+        told = {(r["source"], r["text"]) for r in index["remarks"]} if chunk.start else ()
+        index["remarks"] += [r for r in remarks if (r["source"], r["text"]) not in told]
         meter.add((chunk.stop or os.path.getsize(chunk.file.path)) - chunk.start)
     index["fingerprint"] = fingerprint.hexdigest()
     write_json(building / "index.json", index)

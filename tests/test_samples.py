@@ -232,6 +232,104 @@ def test_empty_thinking_and_wrong_number_are_remarked(tmp_path):
     ]
 
 
+def remarks(found: SampleSet) -> list[tuple[int, str]]:
+    return [(remark.line, remark.text) for remark in found.remarks]
+
+
+@pytest.mark.parametrize(
+    ("heading", "marker"),
+    [
+        ("### q2: ", "a2: "),
+        ("### 问题2: ", "答案2: "),
+        ("### 问题2：", "答2："),
+        ("### 问2 ", "**答案2：**"),
+        ("### **问题 2：** ", "答："),
+        ("## 问题2: ", "<thinking>\n想\n</thinking>\n答: "),
+        ("# 第二章\n\n### 问题1: ", "答："),
+    ],
+)
+def test_markdown_questions_of_other_names(tmp_path, heading, marker):
+    text = f"### Q1: 甲\nA1: 答甲\n\n{heading}乙\n{marker}答乙\n\n### Q3: 丙\nA3: 答丙\n"
+    found = read(tmp_path, "a.md", text)
+    thinking = "想" if "想" in marker else ""
+    pairs = [("甲", "", "答甲"), ("乙", thinking, "答乙"), ("丙", "", "答丙")]
+    assert [texts(sample) for sample in found.samples] == pairs
+    assert [sample.line for sample in found.samples[:2]] == [1, 6 if "章" in heading else 4]
+    assert not found.broken and not found.remarks
+
+
+def test_markdown_of_other_names_alone(tmp_path):
+    text = (
+        "# 一\n### 问题1：甲\n答案1：答甲\n### 问题2：乙\n答：答乙\n# 二\n### 问题1：丙\n答：答丙\n"
+    )
+    found = read(tmp_path, "a.md", text)
+    assert [texts(s)[::2] for s in found.samples] == [
+        ("甲", "答甲"),
+        ("乙", "答乙"),
+        ("丙", "答丙"),
+    ]
+    assert not found.remarks
+
+
+@pytest.mark.parametrize(
+    ("part", "line", "shown"),
+    [
+        ("### 问题1：现状\n密钥硬编码", 4, "### 问题1：现状"),  # no reply follows
+        ("```\n### 问题8：现状\n答：甲\n```\nA8: 乙", 8, "A8: 乙"),
+        ("### 问题1：现状\n答：密钥硬编码", 4, "### 问题1：现状 答：密钥硬编码"),  # counted anew
+        ("### 8. 丙\n回答：答丙", 4, "### 8. 丙 回答：答丙"),
+        ("乙\n\n### 3 \n丙", 6, "### 3"),
+        ("**Q8: 丙？**\n丙", 4, "**Q8: 丙？**"),
+        ("A8: 答丙", 4, "A8: 答丙"),
+        ("### 1. 丙\n答：答丙", 4, "### 1. 丙 答：答丙"),
+    ],
+)
+def test_what_an_answer_swallows_is_told(tmp_path, part, line, shown):
+    found = read(tmp_path, "a.md", f"### Q7: 甲\nA7: 答甲\n\n{part}\n\n### Q9: 丁\nA9: 答丁\n")
+    assert [sample.question for sample in found.samples] == ["甲", "丁"]
+    assert found.samples[0].answer.endswith(part)
+    assert remarks(found) == [(line, f"“{shown}” is read as part of the answer to Q7")]
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "### 1. 背景\n甲\n### 2. 做法\n乙\n### 8. 结语",
+        "### 问题描述\n甲\n### 第一步\n乙",
+        "```\n### 8. 注释\nA8: 注释\n```",
+        "因此\n答案: B\na8: 首项\n### 选项\nA: RSA",
+    ],
+)
+def test_parts_of_an_answer_are_its_own(tmp_path, part):
+    found = read(tmp_path, "a.md", f"### Q7: 甲\nA7: 答甲\n\n{part}\n")
+    assert found.samples[0].answer == f"答甲\n\n{part}"
+    assert not found.remarks
+
+
+def test_questions_of_other_names_inside_the_reasoning_or_before_the_first(tmp_path):
+    thinking = "## 分析\n### 问题8：一\n答：甲\n### 问题9：二\n答：乙"
+    text = f"# 题\n### 3. 丢\n答：失\n\n### Q7: 问\n<think>\n{thinking}\n</think>\nA7: 答\n"
+    found = read(tmp_path, "a.md", text)
+    assert [texts(sample) for sample in found.samples] == [("问", thinking, "答")]
+    assert remarks(found) == [(2, "“### 3. 丢 答：失” is not read as a question")]
+
+
+def test_lower_case_and_bare_markers_cut_no_question(tmp_path):
+    text = "### Q7: 数列\na1: 2\na2: 3\nA: 选项\n答：和为5\n\nA9: 别的\n"
+    sample = read(tmp_path, "a.md", text).samples[0]
+    assert texts(sample)[::2] == ("数列\na1: 2\na2: 3\nA: 选项", "和为5\n\nA9: 别的")
+
+
+@pytest.mark.parametrize("answer", ["A1: 答甲", "答甲"])
+def test_tags_in_the_next_section_are_not_the_answers(tmp_path, answer):
+    for section in ("说明<think>标签", "<think>\n想\n</think>\n答: 乙", "</thinking>"):
+        text = f"### Q1: 甲\n{answer}\n\n# 第二章\n{section}\n\n### Q2: 乙\nA2: 答乙\n"
+        found = read(tmp_path, "a.md", text)
+        assert [texts(s) for s in found.samples] == [("甲", "", "答甲"), ("乙", "", "答乙")]
+        assert not any("empty thinking" in text for _, text in remarks(found))
+        assert remarks(found)[-1] == (1, "text under “# 第二章” belongs to no question")
+
+
 # ---- records ----------------------------------------------------------------------------------
 
 TOOL_CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
@@ -365,6 +463,95 @@ def test_columns(tmp_path):
         read(tmp_path, "a.jsonl", record, columns={"question": "nope", "answer": "a"})
     with pytest.raises(UserError, match="unknown field 'quest'"):
         read(tmp_path, "a.jsonl", record, columns={"quest": "q"})
+
+
+def test_columns_overlay_what_is_found_without(tmp_path):
+    record = {"问题": "问", "thinking": "想", "answer": "答", "input": "多"}
+    found = read(tmp_path, "a.jsonl", json.dumps(record), columns={"question": "问题"})
+    assert [texts(sample) for sample in found.samples] == [("问", "想", "答")]
+    assert remarks(found) == [
+        (1, "not used: input; --columns says which columns are meant (first here)")
+    ]
+    # The named column is none under its own name, and goes before what else there is.
+    record = {"instruction": "问", "input": "想", "output": "答", "messages": []}
+    columns = {"question": "instruction", "thinking": "input"}
+    assert texts(only(tmp_path, "a.jsonl", json.dumps(record), columns=columns)) == (
+        "问",
+        "想",
+        "答",
+    )
+
+
+TURNS = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]
+
+
+@pytest.mark.parametrize(
+    ("record", "expected", "unused"),
+    [
+        ({"prompt": "译", "input": "问", "response": "答"}, ("译\n问", "", "答"), ""),
+        ({"messages": TURNS, "thinking": "<think>想</think>"}, ("问", "想", "答"), ""),
+        ({"prompt": TURNS[:1], "completion": "答", "cot": "想"}, ("问", "想", "答"), ""),
+        ({"messages": TURNS, "reasoning": "on"}, ("问", "", "答"), "reasoning"),
+        ({"messages": TURNS, "thinking": True}, ("问", "", "答"), "thinking"),
+        ({"conversations": TURNS, "history": [["一", "二"]]}, ("问", "", "答"), "history"),
+        ({"instruction": "扮", "question": "问", "output": "答"}, ("问", "", "答"), "instruction"),
+        ({"question": "问", "input": "多", "cot": "", "answer": "答"}, ("问", "", "答"), "input"),
+        (
+            {"problem": "问", "solution": "解", "answer": "答", "thinking": "想", "cot": "思"},
+            ("问", "想", "答"),
+            "solution, cot",
+        ),
+        ({"prompt": "问", "answer": " 答", "messages": TURNS, "system": ""}, ("问", "", "答"), ""),
+    ],
+)
+def test_columns_are_used_or_told(tmp_path, record, expected, unused):
+    line = json.dumps(record) + "\n"
+    found = read(tmp_path, "a.jsonl", f"{GOOD}\n{line}{line}")
+    assert [texts(sample) for sample in found.samples[1:]] == [expected] * 2
+    told = [(2, f"not used: {unused}; --columns says which columns are meant (first here)")]
+    assert remarks(found) == (told if unused else [])
+
+
+def test_reasoning_beside_a_conversation_that_has_its_own(tmp_path):
+    earlier = [TURNS[0], {"role": "assistant", "content": "<think>早</think>答"}]
+    record = {"messages": [*earlier, *TURNS], "thinking": "想"}
+    found = read(tmp_path, "a.jsonl", json.dumps(record))
+    assert found.samples[0].thinking == ""
+    assert "not used: thinking" in found.remarks[0].text
+
+
+@pytest.mark.parametrize(
+    ("record", "told"),
+    [
+        (
+            {"messages": [{"role": "system", "content": c} for c in "一二"] + TURNS},
+            "a system message among the turns",
+        ),
+        ({"messages": [TURNS[1], *TURNS]}, "begins with a turn of the assistant"),
+        (
+            {"question": "问", "answer": "答", "history": [[None, "一"]]},
+            "user in the history is empty",
+        ),
+        (
+            {"question": "问", "answer": "＜think＞想＜/think＞答"},
+            "＜think＞ with full-width brackets",
+        ),
+        (
+            {"question": "问", "thinking": "＜/thinking＞", "answer": "答"},
+            "＜think＞ with full-width",
+        ),
+    ],
+)
+def test_what_is_read_as_it_stands_is_told(tmp_path, record, told):
+    found = read(tmp_path, "a.jsonl", f"{GOOD}\n{json.dumps(record)}\n{json.dumps(record)}\n")
+    assert len(found.samples) == 3
+    ((line, text),) = remarks(found)
+    assert line == 2 and told in text
+
+
+def test_full_width_tags_in_markdown_are_told(tmp_path):
+    found = read(tmp_path, "a.md", PLAIN.replace("<", "＜").replace(">", "＞"))
+    assert "Q1: ＜think＞ with full-width brackets" in found.remarks[0].text
 
 
 GOOD = '{"question": "问", "answer": "答"}'
@@ -511,6 +698,18 @@ def test_wrong_encoding_is_refused_with_its_place(tmp_path, name):
     assert f"{name}:{line}: byte 0xc3 at offset {len(good)} is not UTF-8" in str(error.value)
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("name", ["a.md", "a.jsonl", "a.json", "a.csv"])
+def test_utf16_without_a_mark_is_named(tmp_path, name, encoding):
+    text = {"a.md": PLAIN, "a.csv": "问题,回答\n" + "什么是分组密码,一类密码\n" * 20}.get(
+        name, GOOD
+    )
+    with pytest.raises(UserError) as error:
+        read(tmp_path, name, text.encode(encoding))
+    assert f"{name} begins with NUL bytes, as UTF-16 without" in str(error.value)
+    assert "GB18030" not in str(error.value)
+
+
 def test_wrong_encoding_far_into_a_file(tmp_path):
     good = "### Q1: 问\nA1: 答\n" * 100_000
     with pytest.raises(UserError, match=f"at offset {len(good.encode())} is not UTF-8"):
@@ -599,6 +798,32 @@ def test_csv_faults(tmp_path):
         read(tmp_path, "b.csv", "question,answer,answer\n问,答,错\n")
 
 
+@pytest.mark.parametrize("mark", [",", "\t", ";"])
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+def test_csv_by_the_separator_of_its_header(tmp_path, name, mark):
+    text = "question,thinking,answer\n问,想,答\n".replace(",", mark)
+    assert texts(only(tmp_path, name, text)) == ("问", "想", "答")
+
+
+def test_csv_with_a_comma_in_its_header_is_separated_by_commas(tmp_path):
+    text = "question,answer;\tnote,answer\n问;\t一,多,答\n"
+    assert texts(only(tmp_path, "a.csv", text)) == ("问;\t一", "", "答")
+
+
+def test_csv_as_excel_leaves_it(tmp_path):
+    text = "question,answer,,\n问,答,,\n,,,\n\n ,,,\n问,答,,多\n问,答,,又\n问,答,,,\n问,答,,,余\n"
+    found = read(tmp_path, "a.csv", text)
+    assert [sample.line for sample in found.samples] == [2, 6, 7, 8]
+    assert [(b.line, b.reason) for b in found.broken] == [(9, "more fields than the header has")]
+    told = "not used: column 4, which has no name in the header (first here)"
+    assert remarks(found) == [(6, told)]
+
+
+def test_row_numbers_of_pandas_are_not_remarked(tmp_path):
+    found = read(tmp_path, "a.csv", ",question,answer\n0,问,答\n1,问,答\n")
+    assert len(found.samples) == 2 and not found.remarks
+
+
 # ---- paths ------------------------------------------------------------------------------------
 
 
@@ -612,6 +837,13 @@ def test_folder_glob_and_repetition(tmp_path):
     found = read_samples([str(tmp_path), str(tmp_path / "*.md"), str(tmp_path / "b.md")])
     folder = tmp_path.as_posix()
     assert found.samples_per_file == {f"{folder}/b.md": 1, f"{folder}/sub/a.jsonl": 7}
+
+
+def test_lock_files_of_office_are_no_data(tmp_path):
+    (tmp_path / "a.md").write_text(PLAIN, encoding="utf-8")
+    (tmp_path / "~$a.md").write_bytes(b"\x00\x01lock")
+    for path in (tmp_path, tmp_path / "*.md"):
+        assert [*read_samples([str(path)]).samples_per_file] == [f"{tmp_path.as_posix()}/a.md"]
 
 
 def test_paths_that_give_nothing(tmp_path, monkeypatch):
@@ -806,6 +1038,18 @@ def test_workers_change_nothing(large, tmp_path):
     assert len(parts[0]) > 5
 
 
+def test_remarks_of_records_are_told_once_a_file(large, tmp_path, monkeypatch):
+    line = json.dumps({"prompt": "问", "query": "多", "answer": "长" * 50})
+    for name in ("c.jsonl", "d.jsonl"):
+        (large / name).write_text(f"{GOOD}\n" + f"{line}\n" * 500, encoding="utf-8")
+    found = read_samples([str(large)], cache_dir=tmp_path / "cache", workers=2)
+    assert len(list((tmp_path / "cache").glob("samples/*/*.arrow"))) > 10
+    told = [r for r in found.remarks if r.text.startswith("not used: query")]
+    assert [(Path(r.source).name, r.line) for r in told] == [("c.jsonl", 2), ("d.jsonl", 2)]
+    monkeypatch.setattr(samples, "LARGE_DATA", 2**30)
+    assert read_samples([str(large)]).remarks == found.remarks
+
+
 def test_cache(large, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     first = read_samples([str(large)], cache_dir=cache)
@@ -904,6 +1148,7 @@ SEEDS = {
 SPLICES = [
     b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"\\ud800", b"\\u0000", b"NaN", b"1e999",
     b"<think>", b"</think>", b"<thinking>", b"</thinking>", b"### Q1:", b"A1:", b"## ", b"```",
+    "### 问题2: ".encode(), "答1：".encode(), b"### 3.", b'"input":', b'"history":', b"\t", b";",
     b"\r", b"\xe2\x80\xa8", b"{", b"}", b"[", b"]", b'"', b",", b"null", b"9" * 5000, b"[" * 3000,
     b'{"role":', b'"from"', b'"content":', b'"value":', b"\n", b"true", b"\\", b"-",
 ]  # fmt: skip
