@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from chat_tokens import TruncationLedger
 from safe_text import clean_line
-from samples import BrokenSample, Sample
+from samples import BrokenSample, Remark, Sample
 from training_data import TrainingData
 
 # Kinds that lose samples or falsify the held-out loss: with one of them the check fails.
@@ -34,7 +34,8 @@ def data_faults(data: TrainingData) -> list[Fault]:
         parts.append((split.eval_read, data.held_out.tokens.ledger))
     faults = {fault for fault in _repetitions(data)}
     for read, ledger in parts:
-        faults.update(_broken(read.broken), _lengths(read.samples, ledger, data.max_seq_length))
+        faults.update(_broken(read.broken), _remarks(read.remarks))
+        faults.update(_lengths(read.samples, ledger, data.max_seq_length))
     return sorted(faults)
 
 
@@ -54,6 +55,12 @@ def summary(faults: Sequence[Fault], samples: int) -> str:
 def _broken(records: Sequence[BrokenSample]) -> Iterator[Fault]:
     for record in records:
         yield Fault(record.source, record.line, "broken", record.reason)
+
+
+def _remarks(remarks: Sequence[Remark]) -> Iterator[Fault]:
+    """What was read otherwise than its author may have meant."""
+    for remark in remarks:
+        yield Fault(remark.source, remark.line, "remark", remark.text)
 
 
 def _lengths(samples: Sequence[Sample], ledger: TruncationLedger, limit: int) -> Iterator[Fault]:

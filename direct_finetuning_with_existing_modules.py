@@ -796,8 +796,8 @@ class DirectTrainer:
         """What was resolved, on the terminal."""
         if self.resolved.embedded:
             self.terminal.say(model_loading.banner(self.resolved), style="bold yellow")
-        data, plan, dist = self.data, self.plan, self.dist
-        model = self.model
+        data, plan, dist, model = self.data, self.plan, self.dist, self.model
+        remarks = len(data.split.read.remarks)
         ranks = f", {dist.world_size} ranks, {self.parallel}" if dist.world_size > 1 else ""
         self.terminal.table(
             "Run",
@@ -811,6 +811,7 @@ class DirectTrainer:
                 ),
                 ("broken, left out", len(data.split.read.broken)),
                 ("too long, left out", len(data.train.tokens.ledger.dropped)),
+                *([("remarks", f"{remarks}; --check-data lists them")] if remarks else []),
                 ("tokens per epoch", f"{plan.num_tokens:,}"),
                 ("steps", f"{plan.num_steps} ({plan.steps_per_epoch} per epoch)"),
                 ("packing", f"{plan.num_rows} rows, {plan.efficiency:.1%} full"),

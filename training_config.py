@@ -59,7 +59,8 @@ class DirectTrainingConfig:
     data_weights: tuple[float, ...] = ()
     """One weight per data_path: 2 shows a source twice an epoch, 0.5 shows half of it; empty: all 1."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Names of columns in your files: question, thinking, answer, system (e.g. --columns question 问题)."""
+    """Names of columns in your files: question, thinking, answer, system (e.g. --columns question 问题);
+    the others are found by their usual names."""
     eval_path: tuple[str, ...] = ()
     """Held-out data of your own; empty: a share of data_path is split off."""
     eval_fraction: float = 0.1

@@ -108,3 +108,13 @@ def test_statistics_are_shown_unless_quiet(check):
 def test_nothing_readable_is_an_error(check):
     code, _ = check(["{\n"])
     assert code == 2
+
+
+def test_what_is_read_in_an_unexpected_way_is_told_but_passes(check):
+    lines = good()
+    lines[3] = (
+        json.dumps({**json.loads(lines[3]), "instruction": "用一句话"}, ensure_ascii=False) + "\n"
+    )
+    code, said = check(lines)
+    assert code == 0 and said[-1] == "20 samples: 1 remark"
+    assert "mine.jsonl:4: remark: not used: instruction" in said[0]

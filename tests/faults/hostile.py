@@ -375,9 +375,9 @@ def text_is_tidied() -> None:
     real = samples.record_sample
 
     def tidy(value, columns):
-        sample = real(value, columns)
+        sample, remarks = real(value, columns)
         object.__setattr__(sample, "question", safe_text.clean(sample.question))
-        return sample
+        return sample, remarks
 
     replaced(samples, "record_sample", tidy)
 
