@@ -37,7 +37,7 @@ def loss_groups(
     of_names = np.array([places[name] for name in names], np.int32)
     return {
         "By_Difficulty_": (DIFFICULTIES, levels),
-        "By_Source/": (sources, of_names[numbers[sample_index]]),
+        "By_Source/": ([s.lstrip("/") for s in sources], of_names[numbers[sample_index]]),
         "By_Category/": ([*categories(), NO_CATEGORY], subjects),
     }
 

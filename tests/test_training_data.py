@@ -52,7 +52,7 @@ def test_groups_tell_what_each_document_is(tmp_path, monkeypatch, qwen3, large_d
     for document in range(len(tokens)):
         sample = data.train.sample(document)
         of = {stem: names[labels[document]] for stem, (names, labels) in data.train.groups.items()}
-        assert of["By_Source/"] == sample.source
+        assert of["By_Source/"] == sample.source.lstrip("/")
         assert of["By_Difficulty_"] == str(difficulty(sample))
         assert data.train.place(document) == f"{sample.source}:{sample.line} ({sample.id})"
     categories, labels = data.train.groups["By_Category/"]
