@@ -65,9 +65,8 @@ _FORECAST_SAMPLES = 50_000  # lengths that the packing forecast looks at
 _SHOWN_VALUES = 100_000  # values of one histogram
 _SEGMENTS = {0: "prompt", 1: "thinking", 3: "answer"}  # of chat_tokens.Segment
 
-Leaks = tuple[
-    int, list[Finding]
-]  # how many held-out samples repeat training samples, and some of them
+Leaks = tuple[int, list[Finding]]
+"""How many held-out samples repeat training samples, and the first of them."""
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,8 @@ from varlen_attention import ordinary_attention
 
 REPETITION_NGRAM = 10  # tokens
 CPU_BUDGET = 256  # tokens; about four seconds for the embedded model
-SMALL_MODEL = (
-    10**8
-)  # weights; of 5 million, two threads take twice as long as one, of 109 million the same
+# Weights up to which one thread writes: of 5 million, two take twice as long, of 109 million the same.
+SMALL_MODEL = 10**8
 SHOWN_CHARACTERS = 6000  # of one thinking or answer
 _FINAL_ANSWER = re.compile(r"最终答案[：:]\s*(.+)")
 
@@ -232,12 +231,13 @@ def exact_answer(reference: str, answer: str) -> float | None:
 
 
 def final_answer(text: str) -> str | None:
-    """What stands behind the last `最终答案：`, for comparison: without spaces, emphasis and the commas of
-    thousands, in half-width lower case."""
+    """What stands behind the last `最终答案：`, for comparison: without spaces, emphasis (but a sign of
+    multiplication) and the commas of thousands, in half-width lower case."""
     found = _FINAL_ANSWER.findall(text)
     if not found:
         return None
-    answer = unicodedata.normalize("NFKC", re.sub(r"[\s。*`]+", "", found[-1])).lower()
+    plain = re.sub(r"\*\*(.+?)\*\*", r"\1", found[-1]).strip("* ")
+    answer = unicodedata.normalize("NFKC", re.sub(r"[\s。`]+", "", plain)).lower()
     return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", answer).rstrip(".")
 
 

@@ -46,11 +46,6 @@ class RunDirectory:
         return self.output_dir / "training_logs" / self.name
 
     @property
-    def checkpoints(self) -> Path:
-        """Checkpoints of all runs of this output directory."""
-        return self.output_dir / "checkpoints"
-
-    @property
     def final_model(self) -> Path:
         """The adapter after the last step."""
         return self.output_dir / "final_model"

@@ -132,8 +132,8 @@ class DirectTrainingConfig:
     logging_steps: int = 5
     """Optimizer steps between logged points."""
     save_steps: int | Literal["auto"] = "auto"
-    """Steps between checkpoints. auto: 50, or more where saving would take over a twentieth of the time,
-    but every quarter of an hour. 0: only at the end."""
+    """Steps between checkpoints. auto: 50, or more where saving would take over a twentieth of the time;
+    after a quarter of an hour every tenth step will do. 0: only at the end."""
     eval_steps: int | Literal["auto"] = "auto"
     """Steps between held-out evaluations; they also run before the first step and at the end. auto: at
     least 40, so that they are 50 at most and, down to 4, add a fifth to the training. 0: only these two."""

@@ -235,7 +235,9 @@ def test_the_best_adapter_is_kept_and_patience_ends_the_run(
     assert trainer.state.step == max(losses) == best + 3
     assert trainer.state.best_step == best
     weights = load_file(trainer.run.best_model / "adapter_model.safetensors")
-    saved = load_file(trainer.run.checkpoints / f"checkpoint-{best}" / "adapter_model.safetensors")
+    saved = load_file(
+        trainer.checkpoints.directory / f"checkpoint-{best}" / "adapter_model.safetensors"
+    )
     assert weights.keys() == saved.keys()
     assert all(torch.equal(weights[name], saved[name]) for name in saved)
     final = load_file(trainer.run.final_model / "adapter_model.safetensors")

@@ -60,6 +60,13 @@ def test_every_epoch_shows_every_document_once():
     assert plan[1].documents != plan[plan.steps_per_epoch + 1].documents, "epochs share an order"
 
 
+def test_a_share_of_an_epoch_is_no_step_longer_for_rounding():
+    lengths = np.full(200, 500)
+    plan = make_plan(lengths, num_epochs=0.07)
+    assert plan.steps_per_epoch == 100 and 0.07 * 100 > 7, "a float's error, or nothing is tested"
+    assert len(plan) == 7 and len(make_plan(lengths, num_epochs=0.071)) == 8
+
+
 def test_a_step_does_not_depend_on_what_was_asked_before():
     lengths = random_lengths()
     forward = make_plan(lengths, num_epochs=3)

@@ -255,6 +255,7 @@ def test_changed_settings_of_a_resumed_run_are_said(tmp_path, run, capsys):
     tables = read_texts(run_dir)["Config/Training_Settings"]
     assert [step for step, _ in tables] == [0, 4]
     assert "| 0.0003 |" in tables[0][1] and "| 0.0001 |" in tables[1][1]
+    assert all("alert\\_actions" in text for _, text in tables), "all settings, also empty ones"
 
 
 @pytest.mark.parametrize("while_it", ["imports", "reads"])

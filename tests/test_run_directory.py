@@ -210,12 +210,11 @@ def test_everything_lies_below_the_output_directory(tmp_path: Path):
     paths = (
         run.tensorboard,
         run.logs,
-        run.checkpoints,
         run.final_model,
         run.best_model,
         run.statistics,
     )
-    assert all(path.is_relative_to(tmp_path) for path in paths) and len(set(paths)) == 6
+    assert all(path.is_relative_to(tmp_path) for path in paths) and len(set(paths)) == 5
 
 
 def models(output_dir: Path) -> dict[str, str]:

@@ -71,11 +71,12 @@ def test_adapters_are_counted_as_peft_makes_them(tiny_model: Path, targets, patt
     )
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), config)
     assert shape.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert shape.total == sum(p.numel() for p in model.parameters()), "as the run says it"
 
 
 def test_full_fine_tuning_and_a_saved_adapter(tiny_model: Path, tmp_path: Path):
     full = model_shape(tiny_model, lora_r=0, target_modules=PROJECTIONS)
-    assert full.trainable == full.parameters and not full.lora
+    assert full.trainable == full.parameters == full.total and not full.lora
     save_file({"a": torch.zeros(3, 5), "b": torch.zeros(7)}, tmp_path / "adapter_model.safetensors")
     started = model_shape(
         tiny_model, lora_r=16, target_modules=PROJECTIONS, init_adapter=str(tmp_path)

@@ -228,6 +228,16 @@ def test_histogram_counts_the_values(tmp_path, kind):
     assert sum(counts) == len(finite)
 
 
+@pytest.mark.parametrize("value", [0.0, 1e-4, -300.0])
+def test_equal_values_are_a_narrow_bar(tmp_path, value):
+    """A wide one would stretch the axis of the steps whose values differ little from it."""
+    with TensorBoardLogger(tmp_path / "run", warn=NO_WARNING) as logger:
+        logger.add_histogram("h", torch.full((7,), value), 3)
+    [(_, counts, edges)] = tb_logger.read_histograms(tmp_path / "run")["h"]
+    assert sum(counts) == 7 and edges[0] <= value <= edges[-1]
+    assert edges[-1] - edges[0] <= 2e-3 * max(1e-3, abs(value))
+
+
 def test_histogram_of_counts_made_elsewhere(tmp_path):
     counts = torch.histc(torch.arange(10.0), 5, 0, 10)
     with TensorBoardLogger(tmp_path / "run", warn=NO_WARNING) as logger:
