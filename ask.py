@@ -9,7 +9,6 @@ are written.
 """
 
 import sys
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -20,19 +19,14 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
-from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
 
-from chat_format import OPEN, ChatFormat, chat_format, encode_prompt
-from command_line import exit_code
-from distributed import pick_device
-from errors import UserError
-from model_loading import load_for_inference
-from safe_text import clean
-from trained_model import find_trained, is_adapter
+from finetuning.common.distributed import pick_device
+from finetuning.common.errors import UserError, exit_code
+from finetuning.evaluation.reply import Reply, generate
+from finetuning.model.loading import load_for_inference
+from finetuning.model.resolve import find_trained, is_adapter
 
 STYLES = {"thinking": "dim", "answer": ""}
-LOOP_TOKENS, LOOP_PERIOD = 256, 16  # so many tokens in which so few, or fewer, come again and again
 
 
 @dataclass(frozen=True)
@@ -61,127 +55,6 @@ class Ask:
     """auto: CUDA, else MPS, else CPU."""
 
 
-class Reply(BaseStreamer):
-    """What a model writes, taken apart by thinking and answer while it comes.
-
-    Args:
-        show: called with ("thinking" or "answer", new text).
-    """
-
-    def __init__(self, tokenizer, form: ChatFormat, show: Callable[[str, str], None]) -> None:
-        self._tokenizer, self._form, self._show = tokenizer, form, show
-        self._open_id = tokenizer.convert_tokens_to_ids(OPEN)
-        self._part = "thinking" if form.opens else "answer"
-        self._line: list[int] = []  # tokens since the last line break, and what of them was shown
-        self._shown = 0
-        self._prompt_passed = False
-        self.text = {"thinking": "", "answer": ""}
-        self.num_tokens, self.ended, self.looped = 0, False, False
-
-    def put(self, value: torch.Tensor) -> None:
-        """The prompt at first, then one token after the other."""
-        if not self._prompt_passed:
-            self._prompt_passed = True
-            return
-        for token in value.flatten().tolist():
-            self._take(token)
-
-    def end(self) -> None:
-        """Nothing is left to come."""
-        self._write(last=True)
-
-    def _take(self, token: int) -> None:
-        self.num_tokens += 1
-        if token in stop_tokens(self._tokenizer, self._form):
-            self.ended = True
-        elif token == self._form.close_id or token == self._open_id:
-            self._write(last=True)
-            self._part = "answer" if token == self._form.close_id else "thinking"
-            self._line, self._shown = [], 0
-        else:
-            self._line.append(token)
-            self._write()
-
-    def _write(self, last: bool = False) -> None:
-        line = self._tokenizer.decode(self._line)
-        if line.endswith("\ufffd") and not last:  # half a character
-            return
-        new = clean(line[self._shown :])
-        new = new if self.text[self._part] else new.lstrip()
-        self._shown = len(line)
-        if line.endswith("\n"):
-            self._line, self._shown = [], 0
-        if new:
-            self.text[self._part] += new
-            self._show(self._part, new)
-
-
-class UntilLoop(StoppingCriteria):
-    """Ends a reply that says the same again and again, which a badly trained model does until the limit."""
-
-    def __init__(self, prompt_length: int, reply: Reply) -> None:
-        self._start, self._reply = prompt_length, reply
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
-        """(rows,) whether to end; one row. Looks at each 32nd token, for a GPU would have to wait."""
-        new = input_ids.shape[1] - self._start
-        if new >= LOOP_TOKENS and new % 32 == 0:
-            self._reply.looped = is_loop(input_ids[0, -LOOP_TOKENS:])
-        return torch.full((len(input_ids),), self._reply.looped, device=input_ids.device)
-
-
-def is_loop(tokens: torch.Tensor) -> bool:
-    """Whether a few tokens (up to `LOOP_PERIOD`) repeat themselves from the first to the last."""
-    return any(
-        bool((tokens[period:] == tokens[:-period]).all()) for period in range(1, LOOP_PERIOD + 1)
-    )
-
-
-def stop_tokens(tokenizer: Any, form: ChatFormat) -> set[int]:
-    """Ids that end a reply."""
-    return {form.end_id, tokenizer.eos_token_id} - {None}
-
-
-def generate(
-    model: torch.nn.Module,
-    tokenizer: Any,
-    ask: Ask,
-    show: Callable[[str, str], None] = lambda part, text: None,
-) -> Reply:
-    """Let the model reply; `show` gets the pieces as they are written."""
-    form = chat_format(tokenizer)
-    reply = Reply(tokenizer, form, show)
-    system = [{"role": "system", "content": ask.system}] if ask.system else []
-    prompt = encode_prompt(tokenizer, [*system, {"role": "user", "content": ask.question}])
-    ids = torch.tensor([prompt], device=model.device)
-    torch.manual_seed(ask.seed)
-    with torch.no_grad():
-        model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            streamer=reply,
-            stopping_criteria=StoppingCriteriaList([UntilLoop(len(prompt), reply)]),
-            max_new_tokens=ask.max_new_tokens,
-            eos_token_id=sorted(stop_tokens(tokenizer, form)),
-            pad_token_id=form.end_id,
-            **sampling(ask.temperature),
-        )
-    return reply
-
-
-def sampling(temperature: float | None) -> dict:
-    """Arguments of `generate`."""
-    if temperature is None:
-        return {}
-    if temperature == 0:
-        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    return {"do_sample": True, "temperature": temperature}
-
-
-# -----------------------------------------------------------------------------
-# On the terminal
-
-
 def answer(model: torch.nn.Module, tokenizer: Any, ask: Ask, console: Console) -> None:
     """One reply, piece by piece."""
     part = ""
@@ -194,7 +67,7 @@ def answer(model: torch.nn.Module, tokenizer: Any, ask: Ask, console: Console) -
             part = new_part
         console.print(Text(text, style=STYLES[part]), end="", soft_wrap=True)
 
-    reply = generate(model, tokenizer, ask, show)
+    reply = generate(model, tokenizer, messages(ask), show, **sampling_settings(ask))
     console.print()
     console.rule(remark(reply, ask), style="dim")
 
@@ -221,8 +94,23 @@ def compare(model: torch.nn.Module, tokenizer: Any, ask: Ask, console: Console) 
                 texts[name][part] += text
 
             with model.disable_adapter() if name == "base" else nullcontext():
-                reply = generate(model, tokenizer, ask, show)
+                reply = generate(model, tokenizer, messages(ask), show, **sampling_settings(ask))
             remarks[name] = remark(reply, ask)
+
+
+def messages(ask: Ask) -> list[dict[str, str]]:
+    """The conversation that the model continues."""
+    system = [{"role": "system", "content": ask.system}] if ask.system else []
+    return [*system, {"role": "user", "content": ask.question}]
+
+
+def sampling_settings(ask: Ask) -> dict[str, Any]:
+    """How the reply is drawn, as `generate` takes it."""
+    return {
+        "max_new_tokens": ask.max_new_tokens,
+        "temperature": ask.temperature,
+        "seed": ask.seed,
+    }
 
 
 def remark(reply: Reply, ask: Ask) -> str:

@@ -7,162 +7,27 @@ uv run python compare_runs.py RUN RUN --json
 A run is an output directory, or a run's directory below training_logs/ or tensorboard_logs/ in it.
 """
 
-import html
 import json
-import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import tyro
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from command_line import exit_code
-from errors import UserError
-from line_chart import STYLE as CHART_STYLE
-from line_chart import Points, line_chart
-from recorded_run import RecordedRun, find_runs, read_recorded
-from report import POLICY
-from report import STYLE as PAGE_STYLE
-from run_directory import RUN_PREFIX
-from run_summary import flat, shown
-from safe_text import atomic_write_text, clean_line, redact, strict
-from terminal import duration
-
-BARS = "▁▂▃▄▅▆▇█"
-SPARK_WIDTH = 24
-IGNORED = ("output_dir", "cache_dir", "workers")  # differ without meaning
-# Row -> its number in a run; None where the run has none.
-METRICS: dict[str, Callable[[RecordedRun], float | None]] = {
-    "last training loss": lambda run: run.last("Training/Loss"),
-    "first held-out loss": lambda run: _first(run.series.get("Eval/Loss", ())),
-    "last held-out loss": lambda run: run.last("Eval/Loss"),
-    "lowest held-out loss": lambda run: run.lowest("Eval/Loss"),
-    "last held-out thinking loss": lambda run: run.last("Eval/Thinking_Loss"),
-    "last held-out answer loss": lambda run: run.last("Eval/Answer_Loss"),
-    "held-out token accuracy": lambda run: run.last("Eval/Token_Accuracy"),
-    "convergence score": lambda run: run.last("Monitoring/Convergence_Score"),
-    "tokens per second, median": lambda run: run.median("Throughput/Tokens_Per_Second"),
-    "MFU, %, median": lambda run: run.median("Throughput/MFU_Percent"),
-    "peak GPU memory, MB": lambda run: run.highest("Memory/GPU_Peak_MB"),
-    "non-finite steps": lambda run: run.last("Monitoring/NonFinite_Steps"),
-}
-# Rows of which one run is the best, where all were measured on the same tokens.
-BEST = {
-    "last held-out loss": min,
-    "lowest held-out loss": min,
-    "last held-out thinking loss": min,
-    "last held-out answer loss": min,
-    "held-out token accuracy": max,
-}
-# Settings by which the held-out tokens are what they are.
-HELD_OUT_BY = {
-    "model", "model_name", "data_path", "columns", "eval_path", "eval_fraction", "max_eval_samples",
-    "max_seq_length", "over_length", "loss_on", "control_tokens", "seed",
-}  # fmt: skip
-CHARTS = {
-    "Training loss": "Training/Loss",
-    "Held-out loss": "Eval/Loss",
-    "Held-out thinking loss": "Eval/Thinking_Loss",
-    "Held-out answer loss": "Eval/Answer_Loss",
-    "Gradient norm": "Training/Gradient_Norm",
-    "Learning rate": "Training/Learning_Rate",
-    "Tokens per second": "Throughput/Tokens_Per_Second",
-    "GPU 0 utilisation, %": "GPU_0/Utilization_Percent",
-}
-Rows = list[tuple[str, list[str]]]  # a name, and a text for each run
-
-# -----------------------------------------------------------------------------
-# What differs
-
-
-def differences(runs: Sequence[RecordedRun]) -> dict[str, list[Any]]:
-    """Settings (and the model) that are not the same in all runs that recorded any; else None."""
-    configurations = [_settings(run) for run in runs]
-    recorded = [settings for settings in configurations if settings]
-    names = dict.fromkeys(name for settings in recorded for name in settings)
-    return {
-        name: [settings.get(name) for settings in configurations]
-        for name in names
-        if len({repr(settings.get(name)) for settings in recorded}) > 1
-    }
-
-
-def metrics(runs: Sequence[RecordedRun]) -> dict[str, list[float | None]]:
-    """Numbers of all runs by row; rows that no run has are left out."""
-    table = {name: [of(run) for run in runs] for name, of in METRICS.items()}
-    return {name: row for name, row in table.items() if any(value is not None for value in row)}
-
-
-def outcomes(runs: Sequence[RecordedRun]) -> Rows:
-    """How each run stands: status, steps, time spent training, alerts."""
-    return [
-        ("status", [clean_line(str(run.status.get("status", "unknown"))) for run in runs]),
-        ("steps", [_steps(run) for run in runs]),
-        ("training time", [duration(run.seconds) for run in runs]),
-        ("alerts", [str(len(run.alerts)) for run in runs]),
-    ]
-
-
-def unlike(runs: Sequence[RecordedRun]) -> list[str]:
-    """Settings that differ and with them the held-out tokens, so that no run is the best."""
-    return [name for name in differences(runs) if name.partition(".")[0] in HELD_OUT_BY]
-
-
-def results_title(runs: Sequence[RecordedRun]) -> str:
-    """What the stars mean, or why there are none."""
-    reasons = ", ".join(unlike(runs))
-    return (
-        f"Results (no best: held out is not the same, by {reasons})"
-        if reasons
-        else "Results (* the best)"
-    )
-
-
-def labels(runs: Sequence[RecordedRun]) -> list[str]:
-    """Short names that tell the runs apart: the time in the name, with the directory where needed."""
-    short = [run.name.removeprefix(RUN_PREFIX) for run in runs]
-    if len({run.directory.output_dir for run in runs}) == 1:
-        return short
-    return [
-        f"{run.directory.output_dir.name}/{name}" for run, name in zip(runs, short, strict=True)
-    ]
-
-
-def as_json(runs: Sequence[RecordedRun]) -> dict[str, Any]:
-    """Everything for programs; strict JSON."""
-    return strict(
-        {
-            "runs": [
-                {"name": run.name, "logs": run.directory.logs, "status": run.status.get("status")}
-                for run in runs
-            ],
-            "settings": differences(runs),
-            "metrics": metrics(runs),
-        }
-    )
-
-
-def _settings(run: RecordedRun) -> dict[str, Any]:
-    settings = flat(
-        {k: v for k, v in run.configuration.get("config", {}).items() if k not in IGNORED}
-    )
-    model = run.configuration.get("model", {}).get("name")
-    return ({"model": model} if model else {}) | settings
-
-
-def _steps(run: RecordedRun) -> str:
-    steps = max((points[-1][0] for points in run.series.values()), default=0)
-    planned = run.configuration.get("steps")
-    return f"{steps}/{planned}" if planned else str(steps)
-
-
-def _first(points: Points) -> float | None:
-    return points[0][1] if points else None
-
+from finetuning.common.errors import exit_code
+from finetuning.runs.comparison import (
+    as_json,
+    labels,
+    metric_rows,
+    outcomes,
+    results_title,
+    rich_table,
+    setting_rows,
+    sparkline,
+    write_page,
+)
+from finetuning.runs.recorded import RecordedRun, find_runs, read_recorded
 
 # -----------------------------------------------------------------------------
 # Terminal
@@ -173,90 +38,9 @@ def print_comparison(runs: Sequence[RecordedRun]) -> None:
     console = Console(highlight=False)
     sparks = [sparkline([y for _, y in run.series.get("Training/Loss", ())]) for run in runs]
     names = labels(runs)
-    console.print(_rich_table("Settings that differ", names, _setting_rows(runs)))
-    results = [*outcomes(runs), *_metric_rows(runs), ("training loss", sparks)]
-    console.print(_rich_table(results_title(runs), names, results))
-
-
-def _setting_rows(runs: Sequence[RecordedRun]) -> Rows:
-    found = differences(runs).items()
-    rows = [
-        (name, ["–" if v is None else redact(str(v)) for v in values]) for name, values in found
-    ]
-    return rows or [("none", ["" for _ in runs])]
-
-
-def _metric_rows(runs: Sequence[RecordedRun]) -> Rows:
-    judges = {} if unlike(runs) else BEST
-    return [(name, _texts(values, judges.get(name))) for name, values in metrics(runs).items()]
-
-
-def _texts(values: Sequence[float | None], better: Callable | None) -> list[str]:
-    """Texts of a row; the best of several is marked where `better`, min or max, picks it."""
-    known = [v for v in values if v is not None and math.isfinite(v)]
-    best = better(known) if better and len(set(known)) > 1 else None
-    return [_number(v) + (" *" if best is not None and v == best else "") for v in values]
-
-
-def _number(value: float | None) -> str:
-    return f"{value:,.0f}" if value is not None and abs(value) >= 1000 else shown(value)
-
-
-def _rich_table(title: str, names: Sequence[str], rows: Rows) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for name in ("", *names):
-        table.add_column(Text(clean_line(name)), overflow="fold")
-    for name, values in rows:
-        table.add_row(*(Text(clean_line(cell, 200)) for cell in (name, *values)))
-    return table
-
-
-def sparkline(values: Sequence[float], width: int = SPARK_WIDTH) -> str:
-    """The course of a curve in a line of text; means of equal parts, blank where nothing is finite."""
-    size = max(1, math.ceil(len(values) / width))
-    parts = [values[start : start + size] for start in range(0, len(values), size)]
-    finite = [[v for v in part if math.isfinite(v)] for part in parts]
-    means = [sum(part) / len(part) if part else None for part in finite]
-    known = [mean for mean in means if mean is not None]
-    if not known:
-        return ""
-    low, span = min(known), max(known) - min(known) or 1.0
-    return "".join(" " if m is None else BARS[round((m - low) / span * 7)] for m in means)
-
-
-# -----------------------------------------------------------------------------
-# Page
-
-
-def html_page(runs: Sequence[RecordedRun]) -> str:
-    """Tables and curves of all runs in one page, offline and without scripts."""
-    names = labels(runs)
-    results = _html_table(names, [*outcomes(runs), *_metric_rows(runs)])
-    charts = "".join(
-        line_chart(
-            title,
-            {n: run.series[tag] for n, run in zip(names, runs, strict=True) if tag in run.series},
-        )
-        for title, tag in CHARTS.items()
-    )
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        '<meta name="viewport" content="width=device-width"><title>Runs</title>'
-        f"<style>{PAGE_STYLE}{CHART_STYLE}</style></head><body><h1>{len(runs)} runs</h1>"
-        f"<h2>Settings that differ</h2>{_html_table(names, _setting_rows(runs))}"
-        f"<h2>{html.escape(results_title(runs))}</h2>{results}"
-        f'<h2>Curves</h2><div class="charts">{charts}</div></body></html>\n'
-    )
-
-
-def _html_table(names: Sequence[str], rows: Rows) -> str:
-    def line(kind: str, cells: Sequence[str]) -> str:
-        inner = "".join(f"<{kind}>{html.escape(clean_line(cell, 300))}</{kind}>" for cell in cells)
-        return f"<tr>{inner}</tr>"
-
-    body = "".join(line("td", (name, *values)) for name, values in rows)
-    return f"<table>{line('th', ('', *names))}{body}</table>"
+    console.print(rich_table("Settings that differ", names, setting_rows(runs)))
+    results = [*outcomes(runs), *metric_rows(runs), ("training loss", sparks)]
+    console.print(rich_table(results_title(runs), names, results))
 
 
 # -----------------------------------------------------------------------------
@@ -289,14 +73,6 @@ def main(
 def dumps(runs: Sequence[RecordedRun]) -> str:
     """`as_json` as text."""
     return json.dumps(as_json(runs), ensure_ascii=False, allow_nan=False, indent=2)
-
-
-def write_page(path: Path, runs: Sequence[RecordedRun]) -> None:
-    """Write `html_page`. Raises UserError where that can't be done."""
-    try:
-        atomic_write_text(path, html_page(runs))
-    except OSError as error:
-        raise UserError(f"--html {path}: can't be written ({error.strerror or error})") from error
 
 
 if __name__ == "__main__":

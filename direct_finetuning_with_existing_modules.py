@@ -16,14 +16,14 @@ This file is the story of a run; every other file is a module it uses.
 
 # ruff: noqa: I001  the order of the imports is on purpose
 
-import memory_settings  # first: it tunes malloc before torch allocates
+from finetuning.common import process  # first: it tunes malloc before torch allocates
 
 import signal
 import sys
 
-from errors import RunStopped, UserError
-from terminal import Terminal, show_crash
-from training_config import CommandLine, DirectTrainingConfig, parse_command_line
+from finetuning.common.errors import RunStopped, UserError
+from finetuning.common.terminal import Terminal, show_crash
+from finetuning.config import CommandLine, DirectTrainingConfig, parse_command_line
 
 if __name__ == "__main__":  # help and wrong settings are answered before the imports that take long
     try:
@@ -44,26 +44,29 @@ from typing import Any
 import numpy as np
 import torch
 
-import dataset_report
-import distributed
-import model_loading
-import run_plan
-import run_summary
-from chat_tokens import mask_audit
-from checkpoint import Checkpoint
-from convergence import ConvergenceMonitor
-from data_check import data_faults, is_good, summary
-from evaluation import Evaluator
-from generation_probes import choose_probes, token_budget
-from hardest_samples import LEVEL_DECAY, hardest, hardest_text, loss_rows
-from loss_ledger import LossLedger
-from model_in_training import ModelInTraining
-from optimization import StepResult, learning_rate_at
-from packed_model import compiler_is_there
-from packing import PlannedStep, StepPlan
-from report import write_report
-from run_checkpoints import RunCheckpoints
-from run_directory import (
+from finetuning.analysis import report
+from finetuning.common import distributed
+from finetuning.model import parallel as model_parallel
+from finetuning.model import resolve
+from finetuning.model import loading
+from finetuning.training import forecast
+from finetuning.training import memory_estimate
+from finetuning.runs import summary as runs_summary
+from finetuning.data.loss_mask import mask_audit
+from finetuning.training.checkpoint import Checkpoint
+from finetuning.monitoring.convergence import ConvergenceMonitor
+from finetuning.analysis.data_check import data_faults, is_good, summary
+from finetuning.evaluation.evaluator import Evaluator
+from finetuning.evaluation.generation import choose_probes, token_budget
+from finetuning.evaluation.hardest_samples import LEVEL_DECAY, hardest, hardest_text, loss_rows
+from finetuning.evaluation.loss_metrics import LossLedger
+from finetuning.training.engine import ModelInTraining
+from finetuning.training.optimizer import StepResult, learning_rate_at
+from finetuning.model.packed_model import compiler_is_there
+from finetuning.data.packing import PlannedStep, StepPlan
+from finetuning.runs.report import write_report
+from finetuning.training.checkpoint_manager import RunCheckpoints
+from finetuning.runs.directory import (
     RunDirectory,
     check_writable,
     disk_faults_stop_the_run,
@@ -73,21 +76,18 @@ from run_directory import (
     own_models,
     shared_run,
 )
-from run_record import RunRecord
-from safe_text import redact_values, write_json
-from system_monitor import gpu_memory, gpu_uuid
+from finetuning.runs.record import RunRecord
+from finetuning.common.text import redact_values
+from finetuning.common.files import write_json
+from finetuning.monitoring.system_monitor import gpu_memory, gpu_uuid
 from tb_logger import NullLogger, TensorBoardLogger
-from throughput import (
-    CudaTimeline,
-    HostTimeline,
-    StepClock,
-    peak_flops,
-    straggler,
-)
-from train_state import TrainState
-from training_data import TrainingData, prepare_data, read_data, split_samples
+from finetuning.training.step_clock import CudaTimeline, HostTimeline, StepClock, straggler
+from finetuning.model.flops import peak_flops
+from finetuning.training.state import TrainState
+from finetuning.data.training_data import TrainingData, prepare_data, read_data
+from finetuning.data.split import split_samples
 
-memory_settings.imports_are_done()
+process.imports_are_done()
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -114,7 +114,7 @@ class DirectTrainer:
     ) -> None:
         self.config, self.resume, self.trust_remote_code = config, resume, trust_remote_code
         self.quiet = quiet
-        self.settings = run_summary.settings_of(config)
+        self.settings = runs_summary.settings_of(config)
         self.dist = distributed.init_distributed(config.device, config.distributed_timeout)
         self.terminal = Terminal(quiet=quiet, is_main=self.dist.is_main)
         self.record: RunRecord | None = None
@@ -173,10 +173,10 @@ class DirectTrainer:
         with self.dist.patience("data"):
             self.prepare_data()
         self.plan_steps()
-        self.identity = run_summary.identity(
+        self.identity = runs_summary.identity(
             self.settings, self.resolved.name, self.data, self.plan
         )
-        run_summary.check_ranks(self.dist.gather(self.identity))
+        runs_summary.check_ranks(self.dist.gather(self.identity))
         return self.data
 
     def prepare_data(self) -> None:
@@ -204,7 +204,7 @@ class DirectTrainer:
                 cache_dir=config.cache_path,
             )
         with self.terminal.working("getting the tokenizer"):
-            self.tokenizer = model_loading.load_tokenizer(
+            self.tokenizer = loading.load_tokenizer(
                 self.resolved, split.training_texts, config.cache_path, config.seed
             )
         with self.terminal.working("tokenizing") as progress:
@@ -220,9 +220,9 @@ class DirectTrainer:
                 progress=progress,
             )
 
-    def find_model(self) -> model_loading.ResolvedModel:
+    def find_model(self) -> resolve.ResolvedModel:
         """The same model on all ranks: the embedded one for all, if one GPU has no room for the default."""
-        resolved = model_loading.resolve_model(
+        resolved = resolve.resolve_model(
             self.config.model_name or None,
             self.dist.device,
             precision=self.config.precision,
@@ -230,7 +230,7 @@ class DirectTrainer:
         )
         reasons = self.dist.gather(resolved.reason if resolved.embedded else "")
         reason = next(filter(None, reasons), "")
-        return model_loading.embedded_because(reason) if reason else resolved
+        return resolve.embedded_because(reason) if reason else resolved
 
     def plan_steps(self) -> None:
         """Pack the documents and fix what every step of every rank will do, and when to evaluate."""
@@ -264,7 +264,7 @@ class DirectTrainer:
         )
         self.eval_steps = config.eval_steps
         if self.eval_steps == "auto":
-            self.eval_steps = run_plan.steps_between_evaluations(
+            self.eval_steps = forecast.steps_between_evaluations(
                 self.plan,
                 self.eval_plan.num_tokens if self.eval_plan else 0,
                 self.answer_tokens,
@@ -274,10 +274,10 @@ class DirectTrainer:
         self.settings["eval_steps"] = self.eval_steps
         self.ledger = LossLedger(self.data.train.groups)
 
-    def make_forecast(self) -> run_plan.RunForecast:
+    def make_forecast(self) -> forecast.RunForecast:
         """Memory, time and disk that the planned steps will take; decides `parallel` and recomputation."""
         config, dist = self.config, self.dist
-        self.parallel = distributed.parallel_mode(
+        self.parallel = model_parallel.parallel_mode(
             config.parallel,
             trains_all=not config.lora_r,
             dtype=self.dtype,
@@ -292,10 +292,10 @@ class DirectTrainer:
         (self.checkpointing,) = dist.any(self.forecast.checkpointing)  # all ranks alike
         return self.forecast
 
-    def forecast_for(self, parallel: str) -> run_plan.RunForecast:
+    def forecast_for(self, parallel: str) -> forecast.RunForecast:
         """The forecast with replicas (ddp) or shards (fsdp)."""
         config, dist, plan, data = self.config, self.dist, self.plan, self.data
-        shape = run_plan.model_shape(
+        shape = memory_estimate.model_shape(
             Path(self.tokenizer.name_or_path),
             lora_r=config.lora_r,
             target_modules=config.target_modules,
@@ -306,7 +306,7 @@ class DirectTrainer:
         )
         dtype = self.dtype
         plain = not (config.lora_dropout or config.use_dora or config.quantization != "none")
-        placement = run_plan.Placement(
+        placement = memory_estimate.Placement(
             dist.device.type,
             dtype.itemsize,
             quantized=config.quantization != "none",
@@ -315,11 +315,11 @@ class DirectTrainer:
             shards=dist.world_size if parallel == "fsdp" else 1,
         )
         train, held_out = data.train, data.held_out
-        return run_plan.forecast(
+        return forecast.forecast(
             shape,
             placement,
             device=dist.device,
-            free=run_plan.free_memory(dist.device, dist.local_world_size),
+            free=memory_estimate.free_memory(dist.device, dist.local_world_size),
             dtype=dtype,
             plan=plan,
             lengths=train.tokens.lengths[plan.documents],
@@ -338,7 +338,7 @@ class DirectTrainer:
     @property
     def dtype(self) -> torch.dtype:
         """Type of frozen weights and of the arithmetic."""
-        return model_loading.weight_dtype(self.dist.device, self.config.precision)
+        return resolve.weight_dtype(self.dist.device, self.config.precision)
 
     @property
     def compiles(self) -> bool:
@@ -580,7 +580,7 @@ class DirectTrainer:
             "Epoch/Steps_Per_Second": steps / state.epoch_seconds,
         }
         epoch = math.ceil(plan.fractional_epoch(step))
-        text = run_summary.epoch_summary(epoch, steps, metrics)
+        text = runs_summary.epoch_summary(epoch, steps, metrics)
         self.tensorboard_writer.add_text("Training/Epoch_Summary", text, step)
         state.epoch, state.epoch_seconds = self.ledger.zeros().tolist(), 0.0
         state.hardest = []
@@ -623,7 +623,7 @@ class DirectTrainer:
                 self.model.tensors(),
                 documents=self.model.documents(),
                 state={
-                    "train_state": run_summary.settings_of(state),
+                    "train_state": runs_summary.settings_of(state),
                     "identity": self.identity,
                     "config": redact_values(self.settings),
                 },
@@ -637,7 +637,7 @@ class DirectTrainer:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Weights, optimizer, random state and counters as they were at the checkpoint."""
-        run_summary.check_identity(checkpoint.state["identity"], self.identity, checkpoint.path)
+        runs_summary.check_identity(checkpoint.state["identity"], self.identity, checkpoint.path)
         self.state = TrainState(**checkpoint.state["train_state"])
         self.model.restore(checkpoint.tensors, self.state)
         self.checkpoints.go_on_from(checkpoint)
@@ -666,7 +666,7 @@ class DirectTrainer:
         """Weights, adapters, fast kernels, the wrapper of several ranks, optimizer."""
         config, dist = self.config, self.dist
         with self.terminal.working("loading the model"):
-            model = model_loading.load_model(
+            model = loading.load_model(
                 self.resolved,
                 self.tokenizer,
                 device=dist.device,
@@ -795,7 +795,7 @@ class DirectTrainer:
     def announce(self, checkpoint: Checkpoint | None) -> None:
         """What was resolved, on the terminal."""
         if self.resolved.embedded:
-            self.terminal.say(model_loading.banner(self.resolved), style="bold yellow")
+            self.terminal.say(resolve.banner(self.resolved), style="bold yellow")
         data, plan, dist, model = self.data, self.plan, self.dist, self.model
         remarks = len(data.split.read.remarks)
         ranks = f", {dist.world_size} ranks, {self.parallel}" if dist.world_size > 1 else ""
@@ -827,7 +827,7 @@ class DirectTrainer:
 
     def write_configuration(self) -> None:
         """configuration.json among the run's logs: settings, model, steps and versions."""
-        record = run_summary.configuration(
+        record = runs_summary.configuration(
             self.settings,
             self.model_record(),
             self.plan,
@@ -846,21 +846,21 @@ class DirectTrainer:
     def tell_changes(self, checkpoint: Checkpoint) -> None:
         """Settings that are others than those of the checkpoint, on the terminal and in TEXT."""
         settings = redact_values(self.settings)
-        changed = run_summary.changed_settings(checkpoint.state["config"], settings)
+        changed = runs_summary.changed_settings(checkpoint.state["config"], settings)
         if changed:
             self.terminal.say(f"changed since step {self.state.step}: {', '.join(changed)}")
             self.write_settings(self.state.step)
 
     def write_settings(self, step: int) -> None:
         """TEXT: all settings as they are from this step on."""
-        table = run_summary.markdown_table(run_summary.hparams(self.settings))
+        table = runs_summary.markdown_table(runs_summary.hparams(self.settings))
         self.tensorboard_writer.add_text("Config/Training_Settings", table, step)
 
     def describe_data(self) -> None:
         """Before step 1: settings, dataset and mask audit, to TensorBoard and as files."""
         writer, statistics = self.tensorboard_writer, self.data.statistics
         self.data.write_reports(self.run.logs)
-        writer.add_hparams(run_summary.hparams(self.settings))
+        writer.add_hparams(runs_summary.hparams(self.settings))
         self.write_settings(0)
         writer.add_text("Dataset/Summary", statistics.summary_markdown(), 0)
         audit = mask_audit(self.data.train.tokens, self.tokenizer)
@@ -907,7 +907,7 @@ class DirectTrainer:
         """Final_* tags, Training/Final_Summary and training_statistics.json."""
         state, run = self.state, self.run
         model = self.model_record()
-        final = run_summary.final_metrics(
+        final = runs_summary.final_metrics(
             self.settings,
             self.data,
             {
@@ -918,14 +918,14 @@ class DirectTrainer:
             self.convergence.scalars(),
             hardware,
         )
-        statistics = run_summary.training_statistics(
+        statistics = runs_summary.training_statistics(
             self.settings, model, self.data, self.plan, state, final, run
         )
         self.tensorboard_writer.log(state.step, final)
-        summary = run_summary.final_summary(statistics)
+        summary = runs_summary.final_summary(statistics)
         self.tensorboard_writer.add_text("Training/Final_Summary", summary, state.step)
         write_json(run.statistics, statistics)
-        self.terminal.conclude(run_summary.closing_lines(statistics, run))
+        self.terminal.conclude(runs_summary.closing_lines(statistics, run))
 
     def close_run(self) -> None:
         """Writer and monitors end, whatever happened."""
@@ -989,7 +989,7 @@ def check_data(trainer: DirectTrainer) -> int:
     """Print statistics, unless quiet, and everything that is wrong; 1 if something serious is."""
     data = trainer.prepare()
     if not trainer.quiet and trainer.dist.is_main:
-        dataset_report.print_report(data.statistics.to_json())
+        report.print_report(data.statistics.to_json())
     faults = data_faults(data)
     count = len(data.split.read.samples)
     trainer.terminal.conclude("\n".join([*map(str, faults), summary(faults, count)]))

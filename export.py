@@ -6,33 +6,21 @@
 Before the folder appears, its logits are compared with those of base and adapter apart.
 """
 
-import gc
 import math
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 import tyro
 
-from chat_format import encode_prompt
-from command_line import exit_code
-from distributed import pick_device
-from errors import RunStopped, UserError
-from model_loading import export_merged, load_for_inference, saved_dtype
-from terminal import Terminal
-from trained_model import find_trained, is_adapter
-
-PROMPTS = (
-    "SM4的分组长度和密钥长度各是多少比特？",
-    "RSA中p=61、q=53、e=17，求私钥指数d。",
-    "What does a nonce protect against in AES-GCM?",
-)
-# Largest difference of a logit, in standard deviations of the logits, times what the adapter moves them
-# if that is more than one: rounding takes a share of each merged weight, so it grows with the adapter.
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.1}
+from finetuning.common.distributed import pick_device
+from finetuning.common.errors import RunStopped, UserError, exit_code
+from finetuning.common.terminal import Terminal
+from finetuning.model.merging import TOLERANCE, Agreement, compare, logits_apart, logits_of
+from finetuning.model.resolve import find_trained, is_adapter
+from finetuning.model.saving import export_merged, saved_dtype
 
 
 @dataclass(frozen=True)
@@ -54,14 +42,6 @@ class Export:
     logits, if that is more than one); 0: 0.001 in fp32, 0.25 in bf16."""
     device: str = "auto"
     """Where the logits are compared."""
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """Logits of the merged model against those of base and adapter apart, in standard deviations."""
-
-    difference: float  # largest, over all prompts, positions and words
-    effect: float  # the same between base and trained model: what the adapter does
 
 
 def export(settings: Export, terminal: Terminal) -> Agreement:
@@ -91,44 +71,6 @@ def export(settings: Export, terminal: Terminal) -> Agreement:
         shutil.rmtree(unchecked, ignore_errors=True)
     terminal.conclude(f"model: {output}")
     return agreement
-
-
-def logits_apart(
-    adapter: Path, device: torch.device, base_model: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits with the adapter, and of its base alone."""
-    model, tokenizer = load_for_inference(
-        adapter, device=device, precision="fp32", base_model=base_model
-    )
-    trained = prompt_logits(model, tokenizer)
-    with model.disable_adapter():
-        return trained, prompt_logits(model, tokenizer)
-
-
-def logits_of(folder: Path, device: torch.device) -> torch.Tensor:
-    """Logits of a model folder, as another program would load it."""
-    gc.collect()  # the model before this one has reference cycles and is as large
-    return prompt_logits(*load_for_inference(folder, device=device, precision="fp32"))
-
-
-@torch.no_grad()
-def prompt_logits(model: torch.nn.Module, tokenizer: Any) -> torch.Tensor:
-    """(positions of all prompts, words) fp32 on the host."""
-    rows = []
-    for question in PROMPTS:
-        prompt = encode_prompt(tokenizer, [{"role": "user", "content": question}])
-        logits = model(
-            input_ids=torch.tensor([prompt], device=model.device), use_cache=False
-        ).logits
-        rows.append(logits[0].float().cpu())
-    return torch.cat(rows)
-
-
-def compare(merged: torch.Tensor, trained: torch.Tensor, base: torch.Tensor) -> Agreement:
-    """Largest differences in units of the logits' standard deviation."""
-    unit = trained.std()
-    difference, effect = ((other - trained).abs().max() / unit for other in (merged, base))
-    return Agreement(difference.item(), effect.item())
 
 
 def check(agreement: Agreement, tolerance: float, terminal: Terminal) -> None:

@@ -13,7 +13,6 @@ Calls in a forked child, and a pickled copy of the logger, do nothing.
 
 import atexit
 import functools
-import json
 import os
 import sys
 import threading
@@ -25,24 +24,11 @@ from typing import Any
 
 import numpy as np
 
-import event_values
-from errors import UserError
-from event_file import event_files, rewind_events, rewind_lines, surviving_events
-from metric_table import HPARAM_METRICS, METRICS, Metric, description, find_metric
-from step_writer import Item, Request, StepWriter, clean_tag
-
-__all__ = [
-    "METRICS",
-    "Metric",
-    "NullLogger",
-    "TensorBoardLogger",
-    "description",
-    "find_metric",
-    "read_histograms",
-    "read_metrics",
-    "read_run",
-    "read_texts",
-]
+from finetuning.common.errors import UserError
+from finetuning.events import event_values
+from finetuning.events.event_file import event_files, rewind_events, rewind_lines
+from finetuning.events.metric_table import HPARAM_METRICS
+from finetuning.events.step_writer import Item, Request, StepWriter, clean_tag
 
 MAX_QUEUED_BYTES = 256 << 20
 TYPICAL_FIGURE_BYTES = 4 * 800 * 600  # of a figure that is still to be made
@@ -443,47 +429,3 @@ def _count_and_build(tag: str, array: np.ndarray, bins: Any, max_bins: int | Non
         edges = np.linspace(edges[0], edges[-1], max_bins + 1)
     counts, edges = np.histogram(array, edges)
     return event_values.histogram_value(tag, counts, edges, array.sum(), (array**2).sum())
-
-
-# --- reading back ------------------------------------------------------------------------------
-
-
-def _values(run_dir: str | Path):
-    for event in surviving_events(event_files(Path(run_dir))):
-        for value in event.summary.value:
-            yield event.step, value
-
-
-def read_run(run_dir: str | Path) -> dict[str, list[tuple[int, float]]]:
-    """All scalars of a run: {tag: [(step, value), ...]} in the order of the files."""
-    run: dict[str, list[tuple[int, float]]] = {}
-    for step, value in _values(run_dir):
-        if value.WhichOneof("value") == "simple_value":
-            run.setdefault(value.tag, []).append((step, value.simple_value))
-    return run
-
-
-def read_texts(run_dir: str | Path) -> dict[str, list[tuple[int, str]]]:
-    """All texts of a run: {tag: [(step, Markdown), ...]}."""
-    texts: dict[str, list[tuple[int, str]]] = {}
-    for step, value in _values(run_dir):
-        if value.metadata.plugin_data.plugin_name == "text":
-            text = value.tensor.string_val[0].decode()
-            texts.setdefault(value.tag, []).append((step, text))
-    return texts
-
-
-def read_histograms(run_dir: str | Path) -> dict[str, list[tuple[int, list[float], list[float]]]]:
-    """All histograms of a run: {tag: [(step, counts, edges), ...]}."""
-    histograms: dict[str, list[tuple[int, list[float], list[float]]]] = {}
-    for step, value in _values(run_dir):
-        if value.WhichOneof("value") == "histo":
-            edges = [value.histo.min, *value.histo.bucket_limit]
-            histograms.setdefault(value.tag, []).append((step, list(value.histo.bucket), edges))
-    return histograms
-
-
-def read_metrics(metrics_path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl: {"step", "time", "metrics": {tag: number or null}, ...}."""
-    with open(metrics_path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.endswith("\n")]

@@ -18,9 +18,10 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from direct_finetuning_with_existing_modules import DirectTrainer, DirectTrainingConfig
-from tb_logger import find_metric, read_run
+from finetuning.events.metric_table import find_metric
+from finetuning.events.reading import read_run
+from finetuning.training.state import TrainState
 from tests.tensorboard_server import TensorBoardServer
-from train_state import TrainState
 
 LOG_DIR = Path("test_tensorboard_logs")
 STEPS = 24

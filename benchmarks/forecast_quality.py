@@ -19,8 +19,8 @@ import scipy
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from convergence import ConvergenceMonitor, describe
-from loss_curves import Curve, read_curve
+from finetuning.monitoring.convergence import ConvergenceMonitor, describe
+from finetuning.monitoring.loss_curves import Curve, read_curve
 
 RECORDED = Path(__file__).resolve().parents[2] / "shared" / "data" / "loss_curves"
 BROKEN = ("15", "18", "20", "26")  # what the eye says: diverged, restarted, stuck, spiking

@@ -17,9 +17,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import fake_nvml  # noqa: E402
 import psutil  # noqa: E402
 
-import system_monitor  # noqa: E402
-from gpu_gauges import gpu_samples  # noqa: E402
-from throughput import StepClock  # noqa: E402
+from finetuning.monitoring import system_monitor  # noqa: E402
+from finetuning.monitoring.nvml import gpu_samples  # noqa: E402
+from finetuning.training.step_clock import StepClock  # noqa: E402
 
 GPUS = [f"GPU-{n:08x}-0000-0000-0000-000000000000" for n in range(1, 9)]
 

@@ -53,10 +53,10 @@ the loss leave a negative one alone.
 def train(fault: str, output_dir: str, inputs: dict[str, str]) -> None:
     """One run in this process, with its fault."""
     import direct_finetuning_with_existing_modules as program
-    import optimization
+    from finetuning.training import optimizer
 
     kept: list[bytearray] = []
-    learning_rate_at, build_batch = program.learning_rate_at, optimization.build_batch
+    learning_rate_at, build_batch = program.learning_rate_at, optimizer.build_batch
 
     def exploding(step: int, *args: object, **kwargs: object) -> float:
         return learning_rate_at(step, *args, **kwargs) * (300 if step >= 150 else 1)
@@ -76,9 +76,9 @@ def train(fault: str, output_dir: str, inputs: dict[str, str]) -> None:
     if "learning rate" in fault:
         program.learning_rate_at = exploding
     elif "sleeps" in fault:
-        optimization.build_batch = sleeping
+        optimizer.build_batch = sleeping
     elif "kept" in fault:
-        optimization.build_batch = leaking
+        optimizer.build_batch = leaking
         program.learning_rate_at = waiting  # memory is read once a second
     config = program.DirectTrainingConfig(
         model_name=inputs["model"],

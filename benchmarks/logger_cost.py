@@ -390,9 +390,9 @@ def wait_for_child(child: int, seconds: float = 5.0) -> bool:
 def slow_down_writes(name: str) -> None:
     """Every record takes 5 ms longer on its way to the disk, as on a busy network disk."""
     if name == "ours":
-        import event_file as module
+        from finetuning.events import event_file
 
-        owner, attribute = module.AppendFile, "append"
+        owner, attribute = event_file.AppendFile, "append"
     elif name == "tensorboardx":
         from tensorboardX.record_writer import RecordWriter as owner
 
@@ -466,7 +466,7 @@ def outcome(fault: str, name: str, timeout: float) -> dict:
 
 def points_on_disk(run_dir: str) -> dict:
     """Steps that a reader finds, how often it finds one twice, and torn bytes at the end of files."""
-    from event_file import event_files, read_records, surviving_events
+    from finetuning.events.event_file import event_files, read_records, surviving_events
 
     tag, files = next(iter(scalars_at(0))), event_files(Path(run_dir))
     found = [e.step for e in surviving_events(files) for v in e.summary.value if v.tag == tag]

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import memory_settings  # noqa: F401, I001  before torch
+import finetuning.common.process  # noqa: F401, I001  before torch
 
 import argparse
 import importlib.metadata
@@ -83,11 +83,16 @@ def train(tokens, plan, model, close_id: int) -> None:
     """Steps as the program does them."""
     import torch
 
-    from distributed import Distributed
-    from fast_lora import enable_fast_lora
-    from optimization import build_optimizer, clip_gradients, forward_backward, update_weights
-    from packed_model import PackedLossModel
-    from throughput import StepClock
+    from finetuning.common.distributed import Distributed
+    from finetuning.model.fused_lora import enable_fast_lora
+    from finetuning.model.packed_model import PackedLossModel
+    from finetuning.training.optimizer import (
+        build_optimizer,
+        clip_gradients,
+        forward_backward,
+        update_weights,
+    )
+    from finetuning.training.step_clock import StepClock
 
     enable_fast_lora(model)
     packed = PackedLossModel(model, close_id).train()
@@ -105,7 +110,7 @@ def random_documents(vocabulary: int, length: int):
     """One row of four documents; three quarters of the tokens carry loss."""
     import numpy as np
 
-    from chat_tokens import Segment, TokenizedSamples, TruncationLedger
+    from finetuning.data.token_table import Segment, TokenizedSamples, TruncationLedger
 
     ids = np.random.default_rng(0).integers(8, vocabulary, length).astype(np.int32)
     segments = np.full((4, length // 4), Segment.THINKING, dtype=np.uint8)
@@ -125,7 +130,7 @@ def random_documents(vocabulary: int, length: int):
 
 def one_row(vocabulary: int, length: int) -> None:
     """Train on one row of random documents."""
-    from packing import StepPlan
+    from finetuning.data.packing import StepPlan
 
     tokens = random_documents(vocabulary, length)
     plan = StepPlan(tokens.lengths, tokens.num_targets, row_tokens=length, max_steps=STEPS)
@@ -148,8 +153,9 @@ def many_samples(count: int, folder: str) -> None:
     """Read, split, tokenize, plan and train on `count` samples of a file written before."""
     from transformers import AutoTokenizer
 
-    from packing import StepPlan
-    from training_data import prepare_data, read_data, split_samples
+    from finetuning.data.packing import StepPlan
+    from finetuning.data.split import split_samples
+    from finetuning.data.training_data import prepare_data, read_data
 
     cache = Path(folder) / "cache"
     read, _ = read_data([f"{folder}/samples-{count}.jsonl"], cache_dir=cache)

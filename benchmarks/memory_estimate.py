@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import memory_settings  # noqa: F401, I001  before torch
+import finetuning.common.process  # noqa: F401, I001  before torch
 
 import argparse
 import json
@@ -31,18 +31,18 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import psutil
 import torch
+from traced_step import documents_of, peak_of_a_step
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-import distributed
-import model_loading
-import run_plan
-from chat_tokens import Segment
-from embedded_model import train_tokenizer
-from fast_lora import enable_fast_lora
-from optimization import build_optimizer, clip_gradients, update_weights
-from packed_model import PackedLossModel
-from packing import build_batch
-from traced_step import documents_of, peak_of_a_step
+from finetuning.common import distributed
+from finetuning.data.packing import build_batch
+from finetuning.data.token_table import Segment
+from finetuning.model import adapters, loading, parallel, resolve
+from finetuning.model.demo_model import train_tokenizer
+from finetuning.model.fused_lora import enable_fast_lora
+from finetuning.model.packed_model import PackedLossModel
+from finetuning.training import forecast, memory_estimate
+from finetuning.training.optimizer import build_optimizer, clip_gradients, update_weights
 
 MIB = 2**20
 
@@ -102,7 +102,7 @@ def write_model(case: Case, folder: Path) -> None:
     config = config_of(
         case, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
-    dtype = model_loading.weight_dtype(torch.device("cpu"), case.precision)
+    dtype = resolve.weight_dtype(torch.device("cpu"), case.precision)
     Qwen3ForCausalLM(config).to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -145,14 +145,14 @@ class Peak(threading.Thread):
 
 def measure(case: Case, folder: Path, device: torch.device) -> dict[str, float]:
     """Estimated and measured bytes of one case."""
-    shape = run_plan.model_shape(
-        folder, lora_r=case.lora_r, target_modules=model_loading.PROJECTIONS
+    shape = memory_estimate.model_shape(
+        folder, lora_r=case.lora_r, target_modules=adapters.PROJECTIONS
     )
-    dtype = model_loading.weight_dtype(device, case.precision)
-    placement = run_plan.Placement(
+    dtype = resolve.weight_dtype(device, case.precision)
+    placement = memory_estimate.Placement(
         device.type, dtype.itemsize, compiled=case.compiled, fused_lora=case.fused_lora
     )
-    estimate = run_plan.estimate_memory(
+    estimate = memory_estimate.estimate_memory(
         shape, placement, case.tokens, checkpointing=case.checkpointing
     )
     before, peak = psutil.Process().memory_info().rss, Peak()
@@ -163,15 +163,15 @@ def measure(case: Case, folder: Path, device: torch.device) -> dict[str, float]:
     measured = peak.stop() - before
     if device.type == "cuda":
         measured = torch.cuda.max_memory_allocated(device)
-    took = float(np.median([run_plan.seconds_of(update, device) for _ in range(5)]))
-    speed, work = run_plan.device_speed(device, shape.dims, dtype), operations(case, shape)
+    took = float(np.median([forecast.seconds_of(update, device) for _ in range(5)]))
+    speed, work = forecast.device_speed(device, shape.dims, dtype), operations(case, shape)
     rates = (speed.highest, speed.lowest)
     return {
         "estimated": estimate.total,
         "measured": measured,
         "parts": vars(estimate),
         "seconds": took,
-        "seconds_estimated": [work / rate + run_plan.STEP_SECONDS for rate in rates],
+        "seconds_estimated": [work / rate + forecast.STEP_SECONDS for rate in rates],
         "rate": work / took,
         "rates_expected": rates,
     }
@@ -182,11 +182,11 @@ def traced(case: Case) -> dict[str, float]:
     assert case.precision == "bf16" and not case.compiled, "what is traced is eager and in bf16"
     with tempfile.TemporaryDirectory() as folder:
         config_of(case).save_pretrained(folder)
-        shape = run_plan.model_shape(
-            Path(folder), lora_r=case.lora_r, target_modules=model_loading.PROJECTIONS
+        shape = memory_estimate.model_shape(
+            Path(folder), lora_r=case.lora_r, target_modules=adapters.PROJECTIONS
         )
-    placement = run_plan.Placement("cuda", 2, fused_lora=case.fused_lora)
-    estimate = run_plan.estimate_memory(
+    placement = memory_estimate.Placement("cuda", 2, fused_lora=case.fused_lora)
+    estimate = memory_estimate.estimate_memory(
         shape, placement, case.tokens, checkpointing=case.checkpointing
     )
     peak = peak_of_a_step(
@@ -199,19 +199,19 @@ def traced(case: Case) -> dict[str, float]:
     return {"estimated": estimate.total, "measured": peak, "parts": vars(estimate)}
 
 
-def operations(case: Case, shape: run_plan.ModelShape) -> float:
+def operations(case: Case, shape: memory_estimate.ModelShape) -> float:
     """Floating-point operations of an update, recomputation included."""
     samples = documents_of(case.tokens, vocab=case.vocab)
     targets = sum(int((s.segments != Segment.PROMPT).sum()) for s in samples)
     lengths = [len(s.ids) for s in samples]
-    return run_plan.step_flops(shape, lengths, targets, checkpointing=case.checkpointing)
+    return forecast.step_flops(shape, lengths, targets, checkpointing=case.checkpointing)
 
 
 def build(case: Case, folder: Path, device: torch.device) -> Callable[[], None]:
     """A model as a run has it; what is returned makes one update."""
-    resolved = model_loading.resolve_model(str(folder), device)
-    tokenizer = model_loading.load_tokenizer(resolved)
-    model = model_loading.load_model(
+    resolved = resolve.resolve_model(str(folder), device)
+    tokenizer = loading.load_tokenizer(resolved)
+    model = loading.load_model(
         resolved,
         tokenizer,
         device=device,
@@ -225,10 +225,10 @@ def build(case: Case, folder: Path, device: torch.device) -> Callable[[], None]:
     packed = PackedLossModel(model, tokenizer.convert_tokens_to_ids("</think>"))
     if case.compiled:
         packed.compile_layers()
-    dtype = model_loading.weight_dtype(device, case.precision)
-    mode = distributed.parallel_mode("auto", trains_all=not case.lora_r, dtype=dtype, world_size=1)
+    dtype = resolve.weight_dtype(device, case.precision)
+    mode = parallel.parallel_mode("auto", trains_all=not case.lora_r, dtype=dtype, world_size=1)
     dist = distributed.Distributed(0, 1, 0, device)
-    packed = distributed.parallelize(packed, mode, dist, dtype).train()
+    packed = parallel.parallelize(packed, mode, dist, dtype).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = build_optimizer(
         parameters, learning_rate=1e-4, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.0

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import memory_settings  # noqa: F401, I001  before torch
+import finetuning.common.process  # noqa: F401, I001  before torch
 
 import argparse
 import json
@@ -37,18 +37,25 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-import checkpoint
-import distributed
-import model_loading
-from chat_tokens import Segment, TokenizedSample
-from distributed import Distributed
-from embedded_model import train_tokenizer
-from fast_lora import enable_fast_lora
-from optimization import build_optimizer, clip_gradients, forward_backward, update_weights
-from packed_model import PackedLossModel
-from packing import StepPlan, build_batch
-from run_plan import Placement, activation_bytes
-from throughput import ModelDims, StepClock, lora_parameters
+from finetuning.common import distributed
+from finetuning.common.distributed import Distributed
+from finetuning.data.packing import StepPlan, build_batch
+from finetuning.data.token_table import Segment, TokenizedSample
+from finetuning.model import adapters as model_adapters
+from finetuning.model import loading, parallel, resolve
+from finetuning.model.demo_model import train_tokenizer
+from finetuning.model.flops import ModelDims, lora_parameters
+from finetuning.model.fused_lora import enable_fast_lora
+from finetuning.model.packed_model import PackedLossModel
+from finetuning.training import checkpoint
+from finetuning.training.memory_estimate import Placement, activation_bytes
+from finetuning.training.optimizer import (
+    build_optimizer,
+    clip_gradients,
+    forward_backward,
+    update_weights,
+)
+from finetuning.training.step_clock import StepClock
 
 HIDDEN, LAYERS, VOCAB, ROW = 256, 4, 2048, 1024
 EXPERTS_SMALL = 8
@@ -175,15 +182,15 @@ def load_small(
     folder: Path, dist: Distributed, mode: str, precision: str, **options: object
 ) -> tuple[torch.nn.Module, torch.nn.Module]:
     """The model with its adapters, and as all ranks train it."""
-    resolved = model_loading.resolve_model(str(folder), dist.device)
-    tokenizer = model_loading.load_tokenizer(resolved)
-    base = model_loading.load_model(
+    resolved = resolve.resolve_model(str(folder), dist.device)
+    tokenizer = loading.load_tokenizer(resolved)
+    base = loading.load_model(
         resolved, tokenizer, device=dist.device, precision=precision, **options
     )
     enable_fast_lora(base)
-    dtype = model_loading.weight_dtype(dist.device, precision)
+    dtype = resolve.weight_dtype(dist.device, precision)
     packed = PackedLossModel(base, -1)
-    return base, distributed.parallelize(packed, mode, dist, dtype).train()
+    return base, parallel.parallelize(packed, mode, dist, dtype).train()
 
 
 class Side:
@@ -230,7 +237,7 @@ class Side:
         self.step += 1
         planned = self.plan[self.step]
         sums = forward_backward(self.model, planned, self.documents, self.dist, StepClock())
-        distributed.average_gradients(self.model)
+        parallel.average_gradients(self.model)
         update_weights(self.optimizer, clip_gradients(self.parameters, 1.0))
         own = sum(s.per_document[..., 0].double().sum() for _, s in sums)
         return own / planned.num_targets
@@ -376,7 +383,7 @@ def gathered_and_reduced(
 ) -> tuple[float, float]:
     """What the formulas say that a step of a sharded model gathers and reduces."""
     everything = padded_bytes(model.parameters(), world)
-    layers = sum(padded_bytes(n.parameters(), world) for n in distributed.decoder_layers(model))
+    layers = sum(padded_bytes(n.parameters(), world) for n in parallel.decoder_layers(model))
     trained = sum(padded_size(p.shape, world) for p in model.parameters() if p.requires_grad)
     gathered = fsdp_gathered(layers, everything - layers, micro_batches)
     return gathered, fsdp_reduced(trained, micro_batches)
@@ -456,7 +463,7 @@ def alone_on_wire() -> bool:
 def saved(side: Side) -> Case:
     """A checkpoint on disk against its formula; collectives, so on all ranks."""
     tensors = {
-        "adapter_model": model_loading.adapter_state(side.base),
+        "adapter_model": model_adapters.adapter_state(side.base),
         "optimizer": checkpoint.optimizer_tensors(side.optimizer, side.names),
         "rng": checkpoint.rng_tensors(side.dist.device),
     }

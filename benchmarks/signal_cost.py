@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import memory_settings  # noqa: F401, I001  before torch
+import finetuning.common.process  # noqa: F401, I001  before torch
 
 import argparse
 import json
@@ -31,14 +31,13 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-import packed_model
-import segment_loss
 from direct_finetuning_with_existing_modules import DirectTrainer, due
-from evaluation import held_out_sums
-from optimization import forward_backward
+from finetuning.config import DirectTrainingConfig
+from finetuning.evaluation.evaluator import held_out_sums
+from finetuning.model import loss, packed_model
+from finetuning.training.optimizer import forward_backward
+from finetuning.training.step_clock import StepClock
 from tb_logger import NullLogger
-from throughput import StepClock
-from training_config import DirectTrainingConfig
 
 LOGGING_STEPS, EVAL_STEPS = 5, 20
 WARM_UP = 2  # pairs that are not counted
@@ -57,18 +56,18 @@ def bare_error(logits, labels, close_id, nll, correct, close, buffer) -> torch.T
 def bare_loss(hidden, head_weight, *, target_positions, labels, num_targets, scale=1.0, **_):
     """`packed_loss` without sums."""
     arguments = (hidden, head_weight, target_positions, labels, 0, scale / num_targets, True)
-    return segment_loss._HeadLoss.apply(*arguments)[0], None
+    return loss._HeadLoss.apply(*arguments)[0], None
 
 
 @contextmanager
 def without_signals():
     """The loss kernel as it would be if nobody asked for more than its number."""
-    kept = segment_loss._softmax_error, packed_model.packed_loss
-    segment_loss._softmax_error, packed_model.packed_loss = bare_error, bare_loss
+    kept = loss._softmax_error, packed_model.packed_loss
+    loss._softmax_error, packed_model.packed_loss = bare_error, bare_loss
     try:
         yield
     finally:
-        segment_loss._softmax_error, packed_model.packed_loss = kept
+        loss._softmax_error, packed_model.packed_loss = kept
 
 
 def prepare(folder: str) -> DirectTrainer:
@@ -83,7 +82,7 @@ def prepare(folder: str) -> DirectTrainer:
 
 def step_of(trainer: DirectTrainer, step: int, signals: bool) -> float:
     """One update at the planned step; returns its loss."""
-    from optimization import StepResult
+    from finetuning.training.optimizer import StepResult
 
     planned = trainer.plan[step]
     tokens = trainer.data.train.tokens

@@ -31,7 +31,8 @@ LIBRARIES = ("torch", "transformers", "peft")
 CPU_TIME = "\nimport os, time; os.write(1, f' {time.process_time()}'.encode()); os._exit(0)"
 # Runs the program as the command does; after the first update it says its CPU time and is gone.
 FIRST_STEP = f"""
-import memory_settings, os, runpy, sys, time
+import finetuning.common.process
+import os, runpy, sys, time
 sys.argv[0] = {SCRIPT!r}
 def leave(*_):
     sys.stdout.flush()
@@ -73,7 +74,7 @@ def imports_of_help(environment: dict[str, str]) -> str:
         set(output_of(code + LOADED, environment=environment).split("\n")[-2].split(","))
         for code in (HELP, "")
     )
-    own = {path.stem for path in ROOT.glob("*.py")}
+    own = {path.stem for path in ROOT.glob("*.py")} | {"finetuning"}
     modules = sorted(name for name in loaded - bare - own if name.replace(".", "").isidentifier())
     return "import " + ", ".join(modules)
 

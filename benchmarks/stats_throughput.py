@@ -28,12 +28,12 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import crypto_terms  # noqa: E402
-import dataset_stats  # noqa: E402
-import near_duplicates  # noqa: E402
-import sample_facts  # noqa: E402
-import text_quality  # noqa: E402
-from samples import Sample, read_samples  # noqa: E402
+from finetuning.analysis import crypto_terms, text_quality  # noqa: E402
+from finetuning.analysis import facts as analysis_facts  # noqa: E402
+from finetuning.analysis import statistics as analysis_statistics  # noqa: E402
+from finetuning.data import near_duplicates  # noqa: E402
+from finetuning.readers.dataset import read_samples  # noqa: E402
+from finetuning.readers.sample import Sample  # noqa: E402
 
 PACKAGES = ("jieba", "rjieba", "ahocorasick-rs", "rensa", "numpy", "scipy")
 
@@ -76,7 +76,7 @@ def naive_way(samples: list[Sample]) -> None:
     text_quality.segment = jieba.lcut
     crypto_terms.find_terms = lambda text: Counter(naive_terms(text))
     try:
-        sample_facts.observe(samples)
+        analysis_facts.observe(samples)
     finally:
         text_quality.segment, crypto_terms.find_terms = fast_segment, fast_terms
 
@@ -155,8 +155,8 @@ def whole(samples: list[Sample], workers: int, rounds: int) -> dict[str, float]:
 
 
 def the_pass(samples: list[Sample], workers: int) -> None:
-    facts = sample_facts.Facts()
-    for part in dataset_stats.observed(samples, workers):
+    facts = analysis_facts.Facts()
+    for part in analysis_statistics.observed(samples, workers):
         facts.merge(part)
 
 

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import memory_settings  # noqa: F401, I001  before torch
+import finetuning.common.process  # noqa: F401, I001  before torch
 
 import argparse
 import importlib.metadata
@@ -38,11 +38,11 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.utils import clip_grad_norm_
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from chat_tokens import Segment, TokenizedSample
-from fast_lora import enable_fast_lora
-from packed_model import PackedLossModel
-from packing import build_batch
-from segment_loss import packed_loss
+from finetuning.data.packing import build_batch
+from finetuning.data.token_table import Segment, TokenizedSample
+from finetuning.model.fused_lora import enable_fast_lora
+from finetuning.model.loss import packed_loss
+from finetuning.model.packed_model import PackedLossModel
 
 VOCAB, PAD, CLOSE = 4096, 0, 5
 PER_STEP, LEARNING_RATE, MAX_NORM = 8, 1e-3, 1.0
@@ -112,9 +112,9 @@ def make_documents(count: int, seed: int = 0) -> list[TokenizedSample]:
 
 def read_documents(paths: Sequence[str], count: int) -> list[TokenizedSample]:
     """Samples from files, through the tokenizer of the embedded model, repeated to the number."""
-    from chat_tokens import tokenize_samples
-    from embedded_model import train_tokenizer
-    from samples import read_samples
+    from finetuning.data.tokenization import tokenize_samples
+    from finetuning.model.demo_model import train_tokenizer
+    from finetuning.readers.dataset import read_samples
 
     samples = read_samples(paths).samples
     texts = [f"{s.question}\n{s.thinking}\n{s.answer}" for s in samples]

@@ -24,7 +24,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import memory_settings  # noqa: F401, I001  before torch
+import finetuning.common.process  # noqa: F401, I001  before torch
 
 import argparse
 import contextlib
@@ -49,23 +49,21 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-import varlen_attention
-from chat_tokens import Segment, TokenizedSamples, TruncationLedger
-from distributed import Distributed
-from fast_lora import enable_fast_lora
-from optimization import build_optimizer, clip_gradients, forward_backward, update_weights
-from packed_model import PackedLossModel
-from packing import PackedBatch, StepPlan
-from segment_loss import LossSums
-from throughput import (
-    CudaTimeline,
-    HostTimeline,
-    StepClock,
-    dims_from_config,
-    lora_parameters,
-    peak_flops,
-    training_flops,
+from finetuning.common.distributed import Distributed
+from finetuning.data.packing import PackedBatch, StepPlan
+from finetuning.data.token_table import Segment, TokenizedSamples, TruncationLedger
+from finetuning.model import attention
+from finetuning.model.flops import dims_from_config, lora_parameters, peak_flops, training_flops
+from finetuning.model.fused_lora import enable_fast_lora
+from finetuning.model.loss import LossSums
+from finetuning.model.packed_model import PackedLossModel
+from finetuning.training.optimizer import (
+    build_optimizer,
+    clip_gradients,
+    forward_backward,
+    update_weights,
 )
+from finetuning.training.step_clock import CudaTimeline, HostTimeline, StepClock
 
 ON_CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_CUDA else "cpu")
@@ -212,7 +210,7 @@ class PaddedAttention(PackedLossModel):
         ids = torch.nn.utils.rnn.pad_sequence(
             batch.input_ids[0].split(batch.lengths), batch_first=True, padding_value=PAD
         )
-        with varlen_attention.ordinary_attention(self.model):
+        with attention.ordinary_attention(self.model):
             hidden = self._base[0].get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
         parts = (row[:length] for row, length in zip(hidden, batch.lengths, strict=True))
         return torch.cat(list(parts))

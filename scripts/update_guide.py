@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from metric_table import METRICS, Metric  # noqa: E402
+from finetuning.events.metric_table import METRICS, Metric  # noqa: E402
 
 GUIDE, MEANINGS = ROOT / "TENSORBOARD_GUIDE.md", ROOT / "docs" / "metrics_zh.tsv"
 BEGIN, END = "<!-- tags: begin -->", "<!-- tags: end -->"

@@ -7,8 +7,9 @@ import sys
 import numpy as np
 import pytest
 
-from alerts import ADVICE, NAMES, Alert, AlertMonitor, phase_shares, run_command
-from errors import UserError
+from finetuning.common.errors import UserError
+from finetuning.monitoring.alerts import ADVICE, NAMES, Alert, AlertMonitor, run_command
+from finetuning.monitoring.detectors import AlertLimits, phase_shares
 
 LENGTH = 1000
 FAULT = 500  # the logged step at which a fault begins
@@ -294,10 +295,12 @@ def test_state_is_bounded_and_strict_json_even_with_nan():
 
 
 def test_thresholds_are_plain_values():
-    (alert,) = AlertMonitor(overheat_c=70.0).observe(1, {"GPU_0/Temperature_C": 75.0})
+    (alert,) = AlertMonitor(limits=AlertLimits(overheat_c=70.0)).observe(
+        1, {"GPU_0/Temperature_C": 75.0}
+    )
     assert alert.threshold == 70.0
     with pytest.raises(TypeError):
-        AlertMonitor(overheat=70.0)
+        AlertMonitor(limits=AlertLimits(overheat=70.0))
 
 
 # ------------------------------------------------------------------------ a command of the user's

@@ -14,17 +14,14 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 import ask
-from ask import Ask, Reply, generate, main
-from chat_format import chat_format
-from errors import UserError
-from model_loading import (
-    load_for_inference,
-    load_model,
-    load_tokenizer,
-    resolve_model,
-    save_adapter,
-)
-from trained_model import find_trained
+from ask import Ask, main
+from finetuning.common.errors import UserError
+from finetuning.data.chat_template import chat_format
+from finetuning.evaluation import reply as evaluation_reply
+from finetuning.evaluation.reply import Reply, generate
+from finetuning.model.loading import load_for_inference, load_model, load_tokenizer
+from finetuning.model.resolve import find_trained, resolve_model
+from finetuning.model.saving import save_adapter
 
 QUESTION = "SM4的分组长度是多少？"
 
@@ -163,13 +160,15 @@ def test_a_reply_that_goes_round_in_circles_ends(adapter):
     model.get_base_model().lm_head = Circle()
     settings = Ask(QUESTION, max_new_tokens=2000, temperature=0)
     reply = generate(model, tokenizer, settings)
-    assert ask.LOOP_TOKENS <= reply.num_tokens < ask.LOOP_TOKENS + 32
+    assert evaluation_reply.LOOP_TOKENS <= reply.num_tokens < evaluation_reply.LOOP_TOKENS + 32
     assert "repeats itself" in ask.remark(reply, settings)
 
 
 def test_a_list_with_progress_is_no_circle():
     counting = torch.tensor([t for i in range(64) for t in (7, 8, 9, 100 + i)])
-    assert not ask.is_loop(counting) and ask.is_loop(torch.tensor([7, 8, 9, 5] * 64))
+    assert not evaluation_reply.is_loop(counting) and evaluation_reply.is_loop(
+        torch.tensor([7, 8, 9, 5] * 64)
+    )
 
 
 def test_compare_shows_both_side_by_side(adapter):
@@ -189,7 +188,7 @@ def test_compare_shows_the_whole_of_chinese_text(adapter, monkeypatch):
         show("thinking", text)
         return Reply(tokenizer, chat_format(tokenizer), show)
 
-    monkeypatch.setattr(ask, "generate", say)
+    monkeypatch.setattr(evaluation_reply, "generate", say)
     out = console()
     ask.compare(model, tokenizer, Ask(QUESTION), out)
     shown = out.file.getvalue()

@@ -16,7 +16,7 @@ from PIL import Image
 from tensorboard_server import TensorBoardServer
 
 from direct_finetuning_with_existing_modules import main
-from metric_table import LAYOUT
+from finetuning.events.metric_table import LAYOUT
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "docs"))

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from crypto_terms import citation_conflicts
-from samples import Sample, read_samples
+from finetuning.analysis.crypto_terms import citation_conflicts
+from finetuning.readers.dataset import read_samples
+from finetuning.readers.sample import Sample
 
 RAW = Path(__file__).resolve().parents[1] / "data" / "raw"
 FILES = sorted(RAW.glob("*.md"))

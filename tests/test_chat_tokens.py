@@ -13,17 +13,14 @@ from qwen3_tokenizer import qwen3_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-import chat_tokens
-from chat_tokens import (
-    Segment,
-    chat_format,
-    encode_prompt,
-    mask_audit,
-    parse_completion,
-    tokenize_samples,
-)
-from errors import UserError
-from samples import Sample, read_samples
+from finetuning.common.errors import UserError
+from finetuning.data import token_table, tokenization
+from finetuning.data.chat_template import chat_format, encode_prompt, parse_completion
+from finetuning.data.loss_mask import mask_audit
+from finetuning.data.token_table import Segment
+from finetuning.data.tokenization import tokenize_samples
+from finetuning.readers.dataset import read_samples
+from finetuning.readers.sample import Sample
 
 THINK, CLOSE, START, END = 151667, 151668, 151644, 151645
 LONG = 100_000
@@ -437,8 +434,8 @@ def test_workers_and_chunks_change_nothing(monkeypatch):
     samples = [*generated_samples(50), *HOSTILE]
     options = {"over_length": "truncate_thinking", "control_tokens": "split"}
     expected = tokenize_samples(samples, tokenizer, 500, **options)
-    monkeypatch.setattr(chat_tokens, "_CHUNK", 7)
-    monkeypatch.setattr(chat_tokens, "_POOL_FROM", 1)
+    monkeypatch.setattr(tokenization, "_CHUNK", 7)
+    monkeypatch.setattr(tokenization, "_POOL_FROM", 1)
     seen = []
     tokens = tokenize_samples(
         samples, tokenizer, 500, **options, workers=2, progress=lambda *x: seen.append(x)
@@ -454,7 +451,7 @@ def test_cache(tmp_path, monkeypatch):
     expected = tokenize_samples(samples, tokenizer, LONG)
     assert same(tokenize_samples(samples, tokenizer, LONG, cache_dir=tmp_path), expected)
     with monkeypatch.context() as patch:
-        patch.setattr(chat_tokens, "_tokenize_range", None)  # a second time needs no work
+        patch.setattr(tokenization, "_tokenize_range", None)  # a second time needs no work
         again = tokenize_samples(samples, tokenizer, LONG, cache_dir=tmp_path)
     assert isinstance(again.ids, np.memmap)
     assert same(again, expected)
@@ -535,9 +532,9 @@ def test_documents_of_a_mapped_table_do_not_stay_in_memory(tmp_path, qwen3):
 
 def test_ranks_that_start_together_tokenize_once(tmp_path, monkeypatch):
     """Each would else do it all, and take away the folder that a faster one is reading."""
-    written, write = [], chat_tokens._write
+    written, write = [], token_table.write_tokens
     monkeypatch.setattr(
-        chat_tokens, "_write", lambda *a: written.append(1) or time.sleep(0.3) or write(*a)
+        token_table, "write_tokens", lambda *a: written.append(1) or time.sleep(0.3) or write(*a)
     )
     tokenizer = small_tokenizer(PLAIN_TEMPLATE)
     some = [Sample(f"问题 {i}", "", "答案") for i in range(40)]

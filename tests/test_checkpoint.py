@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
-from checkpoint import (
+from finetuning.common.errors import UserError
+from finetuning.training import checkpoint
+from finetuning.training.checkpoint import (
     DamagedCheckpoint,
     NonFiniteTensor,
     checkpoint_at,
@@ -29,7 +30,6 @@ from checkpoint import (
     rng_tensors,
     save_checkpoint,
 )
-from errors import UserError
 
 
 def save(directory: Path, step: int, run: str = "run", value: float = 1.0) -> Path:

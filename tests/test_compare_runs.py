@@ -12,10 +12,11 @@ import tyro
 from test_report import assert_harmless
 
 import compare_runs
-from command_line import exit_code
-from compare_runs import as_json, differences, html_page, labels, metrics, sparkline
-from recorded_run import find_runs, read_recorded
-from run_directory import RUN_PREFIX, RunDirectory
+from finetuning.common.errors import exit_code
+from finetuning.runs import comparison
+from finetuning.runs.comparison import as_json, differences, html_page, labels, metrics, sparkline
+from finetuning.runs.directory import RUN_PREFIX, RunDirectory
+from finetuning.runs.recorded import find_runs, read_recorded
 
 
 def make_run(output: Path, stamp: str, losses: list[float], **config: object) -> RunDirectory:
@@ -122,7 +123,7 @@ def test_runs_of_several_directories_are_told_apart(output, tmp_path):
 def test_sparkline():
     assert sparkline([3.0, 2.0, 1.0]) == "█▄▁" or sparkline([3.0, 2.0, 1.0]) == "█▅▁"
     assert sparkline([]) == sparkline([math.nan]) == ""
-    assert len(sparkline([float(i) for i in range(1000)])) <= compare_runs.SPARK_WIDTH
+    assert len(sparkline([float(i) for i in range(1000)])) <= comparison.SPARK_WIDTH
     assert sparkline([1.0, math.nan, 1.0]) == "▁ ▁"
 
 

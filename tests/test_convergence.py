@@ -6,10 +6,10 @@ import math
 import numpy as np
 import pytest
 
-import convergence
-import loss_curves
-from convergence import ConvergenceMonitor, loss_trend, main
-from errors import UserError
+from convergence import main
+from finetuning.common.errors import UserError
+from finetuning.monitoring import convergence, loss_curves
+from finetuning.monitoring.convergence import ConvergenceMonitor, loss_trend
 
 STEPS = np.arange(1, 601)
 

@@ -5,8 +5,8 @@ from collections import Counter
 
 import pytest
 
-import crypto_terms
-from crypto_terms import (
+from finetuning.analysis import crypto_terms
+from finetuning.analysis.crypto_terms import (
     citation_conflicts,
     cited_standards,
     complexity,
@@ -158,7 +158,7 @@ def test_real_data_cites_without_conflict(shared_data):
 
 
 def test_real_data_has_terms(shared_data):
-    from samples import read_samples
+    from finetuning.readers.dataset import read_samples
 
     samples = read_samples([str(shared_data / "crypto_qa")]).samples
     found = [find_terms(f"{s.question}\n{s.answer}") for s in samples]

@@ -10,15 +10,20 @@ from safetensors.torch import load_file
 from test_distributed import OPTIONS, SCRIPT, curve, train
 from test_packed_model import CLOSE, lora_model, make_documents
 
-import varlen_attention
-from chat_tokens import Segment, TokenizedSamples, TruncationLedger
-from distributed import Distributed
-from fast_lora import enable_fast_lora
-from optimization import build_optimizer, clip_gradients, forward_backward, update_weights
-from packed_model import PackedLossModel
-from packing import StepPlan, build_batch
-from segment_loss import packed_loss
-from throughput import CudaTimeline, StepClock
+from finetuning.common.distributed import Distributed
+from finetuning.data.packing import StepPlan, build_batch
+from finetuning.data.token_table import Segment, TokenizedSamples, TruncationLedger
+from finetuning.model import attention
+from finetuning.model.fused_lora import enable_fast_lora
+from finetuning.model.loss import packed_loss
+from finetuning.model.packed_model import PackedLossModel
+from finetuning.training.optimizer import (
+    build_optimizer,
+    clip_gradients,
+    forward_backward,
+    update_weights,
+)
+from finetuning.training.step_clock import CudaTimeline, StepClock
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -67,12 +72,12 @@ def test_the_kernel_equals_attention_per_document(heads: int, kv_heads: int, hea
     rounded = [torch.randn(s, device="cuda", dtype=torch.bfloat16) for s in shapes]
     exact = [t.double().requires_grad_() for t in rounded]
     rounded = [t.requires_grad_() for t in rounded]
-    bounds = varlen_attention.cumulative_lengths(LENGTHS, pad_to=9).cuda()
+    bounds = attention.cumulative_lengths(LENGTHS, pad_to=9).cuda()
     module = torch.nn.Module()
-    out, _ = varlen_attention.packed_attention(
+    out, _ = attention.packed_attention(
         module, *rounded, None, packed_bounds=bounds, packed_max_length=512
     )
-    expected, _ = varlen_attention.packed_attention(module, *exact, None, packed_lengths=LENGTHS)
+    expected, _ = attention.packed_attention(module, *exact, None, packed_lengths=LENGTHS)
     upstream = torch.randn_like(out)
     gradients = torch.autograd.grad(out, rounded, upstream)
     wanted = torch.autograd.grad(expected, exact, upstream.double())

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import data_cache
-from data_cache import cached_folder, code_version, kept_array, temporary_folder
-from errors import UserError
+from finetuning.common import cache
+from finetuning.common.cache import cached_folder, code_version, kept_array, temporary_folder
+from finetuning.common.errors import UserError
 
 
 def load(folder: Path) -> np.ndarray | None:
@@ -73,7 +73,7 @@ def test_a_temporary_folder_is_a_new_one():
 
 
 def test_other_code_lists_or_libraries_are_another_version(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(data_cache, "__file__", str(tmp_path / "data_cache.py"))
+    monkeypatch.setattr(cache, "PACKAGE", tmp_path)
     for name in ("a.py", "b.py", "list.tsv"):
         (tmp_path / name).write_text(name)
     lists, libraries = [tmp_path / "list.tsv"], ("numpy",)
@@ -85,5 +85,5 @@ def test_other_code_lists_or_libraries_are_another_version(tmp_path: Path, monke
         (tmp_path / changed).write_text("changed")
         assert code_version("a", "b", files=lists, libraries=libraries) not in seen
         seen |= {code_version("a", "b", files=lists, libraries=libraries)}
-    monkeypatch.setattr(data_cache, "version", lambda library: "0.0")
+    monkeypatch.setattr(cache, "version", lambda library: "0.0")
     assert code_version("a", "b", files=lists, libraries=libraries) not in seen

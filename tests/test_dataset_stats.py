@@ -4,6 +4,7 @@ import json
 import pickle
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -15,20 +16,21 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-import data_cache
-import dataset_report
-import dataset_stats
-import near_duplicates
-import sample_facts
-import samples
-import text_quality
-from character_grams import normalized
-from chat_tokens import TokenizedSamples, TruncationLedger
-from crypto_terms import complexity, find_terms
-from dataset_stats import compute_statistics, find_leaks, packing_efficiency
-from errors import UserError
-from sample_facts import Facts, Tally, observe
-from samples import Sample, read_samples
+from finetuning.analysis import duplicates, statistics, text_quality
+from finetuning.analysis import facts as analysis_facts
+from finetuning.analysis import report as analysis_report
+from finetuning.analysis.crypto_terms import complexity, find_terms
+from finetuning.analysis.duplicates import find_leaks
+from finetuning.analysis.facts import Facts, Tally, observe
+from finetuning.analysis.statistics import compute_statistics, packing_efficiency
+from finetuning.common import cache
+from finetuning.common.errors import UserError
+from finetuning.common.ngrams import normalized
+from finetuning.data import near_duplicates
+from finetuning.data.token_table import TokenizedSamples, TruncationLedger
+from finetuning.readers import dataset
+from finetuning.readers.dataset import read_samples
+from finetuning.readers.sample import Sample
 
 ROOT = Path(__file__).parents[1]
 _TOPICS = ["SM2签名", "SM4加密", "数字证书", "密钥派生", "随机数检测", "TLS握手", "零知识证明"]
@@ -71,8 +73,8 @@ def _check_against_numpy(samples: list[Sample]) -> None:
     report = compute_statistics(samples).to_json()
     thinking = [s for s in samples if s.thinking]
     characters = {
-        "question": _pick(samples, "question"),
-        "answer": _pick(samples, "answer"),
+        "question": _pick(dataset, "question"),
+        "answer": _pick(dataset, "answer"),
         "thinking": _pick(thinking, "thinking"),
         "output": [len(s.thinking) + len(s.answer) for s in samples],
     }
@@ -102,7 +104,7 @@ def _check_quality(report: dict, samples: list[Sample]) -> None:
     assert report["avg_instruction_quality"] == pytest.approx(np.mean(questions), abs=1e-4)
     assert report["avg_output_quality"] == pytest.approx(np.mean(outputs), abs=1e-4)
     assert report["quality_garbling"] == pytest.approx(np.mean(garbling), abs=1e-4)
-    levels = np.digitize(np.round(outputs, 4), dataset_stats.QUALITY_BOUNDARIES) + 1
+    levels = np.digitize(np.round(outputs, 4), statistics.QUALITY_BOUNDARIES) + 1
     for k in range(1, 5):
         assert report[f"quality_level_{k}_count"] == np.count_nonzero(levels == k)
         percent = 100 * np.mean(levels == k)
@@ -121,7 +123,7 @@ def _check_terms(report: dict, samples: list[Sample]) -> None:
     assert report["terms"] == dict(Counter(name for terms in everywhere for name in terms))
     assert report["term_occurrences"] == sum(terms.total() for terms in everywhere)
     assert sum(report["terms_by_category"].values()) == report["term_occurrences"]
-    levels = [sample_facts.difficulty(s) for s in samples]
+    levels = [analysis_facts.difficulty(s) for s in samples]
     for k in range(1, 5):
         assert report[f"difficulty_{k}_count"] == levels.count(k)
 
@@ -295,9 +297,9 @@ def test_kept_facts_give_the_same_statistics(tmp_path, monkeypatch):
     first = compute_statistics(data, held_out=range(5), facts_folder=folder).to_json()
     assert first == compute_statistics(data, held_out=range(5)).to_json()
     observed = []
-    observe = dataset_stats.observe_span
+    observe = statistics.observe_span
     monkeypatch.setattr(
-        dataset_stats, "observe_span", lambda *span: observed.append(span) or observe(*span)
+        statistics, "observe_span", lambda *span: observed.append(span) or observe(*span)
     )
     kept = compute_statistics(data, held_out=range(5), facts_folder=folder)
     assert kept.to_json() == first and not observed
@@ -314,36 +316,37 @@ def test_kept_facts_give_the_same_statistics(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "changed",
-    ["sample_facts.py", "text_quality.py", "near_duplicates.py", "loss_groups.py", "x.tsv"],
+    ["facts.py", "text_quality.py", "near_duplicates.py", "sample_groups.py", "x.tsv"],
 )
 def test_facts_are_kept_under_the_code_and_the_lists_that_made_them(tmp_path, monkeypatch, changed):
-    for file in ROOT.glob("*.py"):
-        (tmp_path / file.name).write_bytes(file.read_bytes())
+    for room in ("analysis", "common", "data"):
+        shutil.copytree(ROOT / "finetuning" / room, tmp_path / room)
     (tmp_path / "x.tsv").write_text("", encoding="utf-8")
-    monkeypatch.setattr(data_cache, "__file__", str(tmp_path / "data_cache.py"))
-    monkeypatch.setattr(sample_facts.crypto_terms, "TERMS_FOLDER", tmp_path)
-    before = sample_facts.facts_version(), sample_facts.facts_version("loss_groups")
+    monkeypatch.setattr(cache, "PACKAGE", tmp_path)
+    monkeypatch.setattr(analysis_facts.crypto_terms, "TERMS_FOLDER", tmp_path)
+    before = analysis_facts.facts_version(), analysis_facts.facts_version("analysis.sample_groups")
     assert before[0] != before[1]
-    with open(tmp_path / changed, "a", encoding="utf-8") as file:
+    (changed,) = tmp_path.rglob(changed)
+    with open(changed, "a", encoding="utf-8") as file:
         file.write("\n")
-    after = sample_facts.facts_version(), sample_facts.facts_version("loss_groups")
+    after = analysis_facts.facts_version(), analysis_facts.facts_version("analysis.sample_groups")
     assert after[1] != before[1]
-    assert (after[0] == before[0]) is (changed == "loss_groups.py")
+    assert (after[0] == before[0]) is (changed.name == "sample_groups.py")
 
 
 def test_order_and_chunks_change_nothing(monkeypatch):
     twice = SAMPLES + [_sample(i, line=500 + i) for i in range(10)]
     expected = compute_statistics(twice, held_out=range(5)).to_json()
     order = np.random.default_rng(0).permutation(len(twice))
-    monkeypatch.setattr(samples, "SPAN", 7)
+    monkeypatch.setattr(dataset, "SPAN", 7)
     held_out = np.flatnonzero(order < 5)
     again = compute_statistics([twice[i] for i in order], held_out=held_out).to_json()
     assert again == expected
 
 
 def test_workers_change_nothing(monkeypatch):
-    monkeypatch.setattr(samples, "SPAN", 20)
-    monkeypatch.setattr(dataset_stats, "_POOL_FROM", 1)
+    monkeypatch.setattr(dataset, "SPAN", 20)
+    monkeypatch.setattr(statistics, "_POOL_FROM", 1)
     expected = compute_statistics(SAMPLES).to_json()
     assert compute_statistics(SAMPLES, workers=2).to_json() == expected
 
@@ -395,12 +398,12 @@ def test_tally_tells_as_numpy_without_listing_its_values(count):
 def test_samples_in_files_and_workers_give_the_same(tmp_path, monkeypatch):
     path = _write(tmp_path / "a.jsonl", [*SAMPLES, SAMPLES[3]])
     expected = compute_statistics(read_samples([path]).samples).to_json()
-    monkeypatch.setattr(samples, "LARGE_DATA", 1)
-    monkeypatch.setattr(samples, "_ROWS", 7)
-    monkeypatch.setattr(samples, "SPAN", 20)
-    monkeypatch.setattr(dataset_stats, "_POOL_FROM", 1)
+    monkeypatch.setattr(dataset, "LARGE_DATA", 1)
+    monkeypatch.setattr(dataset, "_ROWS", 7)
+    monkeypatch.setattr(dataset, "SPAN", 20)
+    monkeypatch.setattr(statistics, "_POOL_FROM", 1)
     stored = read_samples([path]).samples
-    assert isinstance(stored, samples.ArrowSamples)
+    assert isinstance(stored, dataset.ArrowSamples)
     assert compute_statistics(stored, workers=2).to_json() == expected
 
 
@@ -414,8 +417,8 @@ def test_search_for_duplicates_takes_few_bytes_a_sample(monkeypatch):
     tracemalloc.start()
     try:
         clusters = near_duplicates.SampleClusters(made)
-        leaks = dataset_stats._leaks(made, clusters, np.arange(0, count, 10))
-        found = dataset_stats._find_duplicates(made, facts, leaks, clusters)
+        leaks = duplicates.held_out_leaks(made, clusters, np.arange(0, count, 10))
+        found = duplicates.find_duplicates(made, facts, leaks, clusters)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -457,7 +460,7 @@ def test_token_lengths_equal_numpy():
     for name, values in columns.items():
         for key, value in _quantiles(values).items():
             assert scalars[f"Dataset/{name}_Tokens_{key.title()}"] == pytest.approx(value)
-    for length in dataset_stats.SEQUENCE_LENGTHS:
+    for length in statistics.SEQUENCE_LENGTHS:
         percent = scalars[f"Dataset/Exceeding_{length}_Percent"]
         assert percent == pytest.approx(100 * np.mean(total > length))
     assert scalars["Dataset/Advised_Max_Seq_Length"] == 4096
@@ -485,7 +488,7 @@ def test_estimate_is_near_the_tokenizer(real_samples):
     tokenizer = tiktoken_package.get_tokenizer("qwen-turbo")
     texts = [s.thinking + s.answer for s in real_samples]
     real = np.array([len(tokenizer.encode(text)) for text in texts])
-    estimated = np.array([sample_facts.estimate_tokens(text) for text in texts])
+    estimated = np.array([analysis_facts.estimate_tokens(text) for text in texts])
     assert abs(estimated.sum() / real.sum() - 1) < 0.08
     assert np.mean(np.abs(estimated / real - 1)) < 0.12
 
@@ -512,7 +515,7 @@ def test_packing_of_known_cases():
 @pytest.mark.parametrize("font", ["found", None])
 def test_figures_have_no_empty_boxes(font, monkeypatch):
     if font is None:
-        monkeypatch.setattr(dataset_report, "cjk_font", lambda: None)
+        monkeypatch.setattr(analysis_report, "cjk_font", lambda: None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # matplotlib warns of every missing glyph
         for figure in compute_statistics(SAMPLES).figures().values():
@@ -533,12 +536,12 @@ def test_figure_tags_and_histograms():
 
 def test_term_labels_without_a_font_are_ascii():
     labels = [
-        dataset_report.term_label(name, place, chinese=False)
+        analysis_report.term_label(name, place, chinese=False)
         for place, name in enumerate(["SM4", "数字签名", "密钥", "零知识证明"])
     ]
     assert all(label.isascii() for label in labels) and labels[0] == "SM4"
     assert labels[2] == "#2 (basics)"
-    assert dataset_report.term_label("密钥", 1, chinese=True) == "密钥"
+    assert analysis_report.term_label("密钥", 1, chinese=True) == "密钥"
 
 
 def test_markdown_tables_are_well_formed():

@@ -21,13 +21,14 @@ from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from direct_finetuning_with_existing_modules import DirectTrainer, DirectTrainingConfig
-from distributed import Distributed, _newest_group, parallel_mode, pick_device
-from embedded_model import train_tokenizer
-from errors import UserError
-from model_in_training import ModelInTraining
-from run_summary import check_ranks
-from tb_logger import read_metrics, read_run
-from train_state import TrainState
+from finetuning.common.distributed import Distributed, _newest_group, pick_device
+from finetuning.common.errors import UserError
+from finetuning.events.reading import read_metrics, read_run
+from finetuning.model.demo_model import train_tokenizer
+from finetuning.model.parallel import parallel_mode
+from finetuning.runs.summary import check_ranks
+from finetuning.training.engine import ModelInTraining
+from finetuning.training.state import TrainState
 
 SCRIPT = Path(__file__).parents[1] / "direct_finetuning_with_existing_modules.py"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -235,7 +236,7 @@ import os, sys
 sys.path.insert(0, {root!r})
 import torch
 import direct_finetuning_with_existing_modules as program
-import packed_model
+from finetuning.model import packed_model
 
 forward, calls = packed_model.PackedLossModel.forward, [0]
 
@@ -295,8 +296,8 @@ def test_auto_shards_what_does_not_fit(command, tmp_path):
     wrapper.write_text(
         f"import sys\nsys.path.insert(0, {str(SCRIPT.parent)!r})\n"
         "import direct_finetuning_with_existing_modules as program\n"
-        "import run_plan\n"
-        "run_plan.free_memory = lambda *_: 2**20\n"
+        "from finetuning.training import memory_estimate\n"
+        "memory_estimate.free_memory = lambda *_: 2**20\n"
         "sys.exit(program.main())\n"
     )
     few = ["--max-steps", "1", "--eval-steps", "0"]
@@ -465,7 +466,8 @@ def test_shards_take_no_divided_micro_batches():
 ENDS_WITH_THREADS = """
 import atexit, sys, threading
 sys.path.insert(0, {root!r})
-import distributed, torch
+import torch
+from finetuning.common import distributed
 
 def work():
     a = torch.randn(100)
@@ -530,7 +532,7 @@ SLOW_RANK = """
 import os, sys, time
 sys.path.insert(0, {root!r})
 import direct_finetuning_with_existing_modules as program
-import packed_model
+from finetuning.model import packed_model
 
 forward = packed_model.PackedLossModel.forward
 
@@ -579,10 +581,11 @@ LOADING = """
 import json, sys, threading, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
-import memory_settings
+import finetuning.common.process
 import torch
-import distributed, model_loading
-from packed_model import PackedLossModel
+from finetuning.common import distributed
+from finetuning.model import loading, resolve
+from finetuning.model.packed_model import PackedLossModel
 
 def anonymous():
     return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
@@ -593,12 +596,12 @@ def watch():
         time.sleep(0.001)
 
 dist = distributed.init_distributed("cpu")
-resolved = model_loading.resolve_model({model!r}, dist.device)
-tokenizer = model_loading.load_tokenizer(resolved)
+resolved = resolve.resolve_model({model!r}, dist.device)
+tokenizer = loading.load_tokenizer(resolved)
 seen, done = [anonymous()], threading.Event()
 watcher = threading.Thread(target=watch)
 watcher.start()
-model = PackedLossModel(model_loading.load_model(
+model = PackedLossModel(loading.load_model(
     resolved, tokenizer, device=dist.device, precision="bf16", sharded=True), -1)
 distributed.parallelize(model, "fsdp", dist, torch.bfloat16)
 done.set()

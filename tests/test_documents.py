@@ -32,12 +32,12 @@ from tensorboard_server import TensorBoardServer
 from tiny_model import make_tiny_data
 from torch.distributed.run import get_args_parser
 
-import alerts
 from direct_finetuning_with_existing_modules import main
-from metric_table import METRICS, find_metric
-from samples import read_samples
-from tb_logger import read_histograms, read_metrics, read_run, read_texts
-from training_config import parse_command_line, read_config_file
+from finetuning.config import parse_command_line, read_config_file
+from finetuning.events.metric_table import METRICS, find_metric
+from finetuning.events.reading import read_histograms, read_metrics, read_run, read_texts
+from finetuning.monitoring import alerts
+from finetuning.readers.dataset import read_samples
 
 ROOT = Path(__file__).parents[1]
 README, CHINESE, GUIDE = "README.md", "README.zh-CN.md", "TENSORBOARD_GUIDE.md"
@@ -381,7 +381,7 @@ class Runner:
         """On a copy of one file, because it may change what it finds."""
         copy = self.folder / "ruff"
         copy.mkdir(exist_ok=True)
-        for name in ("pyproject.toml", "errors.py"):
+        for name in ("pyproject.toml", "export.py"):
             shutil.copy(ROOT / name, copy)
         program = [sys.executable, "-m", "ruff", *arguments]
         done = subprocess.run(program, cwd=copy, capture_output=True, text=True, timeout=60)

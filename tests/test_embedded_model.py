@@ -10,22 +10,22 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import embedded_model
-from errors import UserError
+from finetuning.common.errors import UserError
+from finetuning.model import demo_model
 
 TEXTS = [
     f"第{i}问：分组密码有哪些工作模式？常见的有 ECB、CBC、CTR 与 GCM，各有初始向量与安全要求。"
     f"SM4 的分组是 128 比特，密钥也是 128 比特，共 {i + 32} 步推导。"
     for i in range(12)
 ]
-ROOT = Path(embedded_model.__file__).parent
+ROOT = Path(__file__).parents[1]
 
 
 def build_briefly(cache_dir: Path) -> Path:
     """The real recipe with fewer steps."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(embedded_model, "WARM_START_STEPS", 20)
-        return embedded_model.build_embedded(TEXTS, cache_dir, seed=1)
+        patch.setattr(demo_model, "WARM_START_STEPS", 20)
+        return demo_model.build_embedded(TEXTS, cache_dir, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -61,34 +61,34 @@ def test_another_process_with_other_threads_builds_the_same_bytes(folder, tmp_pa
 
 
 def test_other_text_or_seed_is_another_model(monkeypatch, tmp_path, folder):
-    monkeypatch.setattr(embedded_model, "WARM_START_STEPS", 2)
-    other_seed = embedded_model.build_embedded(TEXTS, tmp_path, seed=2)
-    other_text = embedded_model.build_embedded(TEXTS[1:], tmp_path, seed=1)
+    monkeypatch.setattr(demo_model, "WARM_START_STEPS", 2)
+    other_seed = demo_model.build_embedded(TEXTS, tmp_path, seed=2)
+    other_text = demo_model.build_embedded(TEXTS[1:], tmp_path, seed=1)
     assert len({folder.name, other_seed.name, other_text.name}) == 3
     assert digests(other_seed)["model.safetensors"] != digests(other_text)["model.safetensors"]
 
 
 def test_the_cache_is_used_and_holds_nothing_half_done(monkeypatch, tmp_path):
-    monkeypatch.setattr(embedded_model, "WARM_START_STEPS", 2)
+    monkeypatch.setattr(demo_model, "WARM_START_STEPS", 2)
 
     def broken(*args, **options):
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(embedded_model, "save_file", broken)
+        patch.setattr(demo_model, "save_file", broken)
         with pytest.raises(OSError):
-            embedded_model.build_embedded(TEXTS, tmp_path)
+            demo_model.build_embedded(TEXTS, tmp_path)
     assert list(tmp_path.iterdir()) == []
-    built = embedded_model.build_embedded(TEXTS, tmp_path)
-    monkeypatch.setattr(embedded_model, "save_file", broken)
-    assert embedded_model.build_embedded(TEXTS, tmp_path) == built
+    built = demo_model.build_embedded(TEXTS, tmp_path)
+    monkeypatch.setattr(demo_model, "save_file", broken)
+    assert demo_model.build_embedded(TEXTS, tmp_path) == built
     assert list(tmp_path.iterdir()) == [built]
 
 
 def test_building_leaves_the_callers_random_state_and_threads(monkeypatch, tmp_path):
-    monkeypatch.setattr(embedded_model, "WARM_START_STEPS", 1)
+    monkeypatch.setattr(demo_model, "WARM_START_STEPS", 1)
     state, threads = torch.get_rng_state(), torch.get_num_threads()
-    embedded_model.build_embedded(TEXTS, tmp_path)
+    demo_model.build_embedded(TEXTS, tmp_path)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_num_threads() == threads
 
@@ -96,7 +96,7 @@ def test_building_leaves_the_callers_random_state_and_threads(monkeypatch, tmp_p
 @pytest.mark.parametrize("texts", [[], ["", "  \n"], ["x"]])
 def test_no_text_is_refused(texts, tmp_path):
     with pytest.raises(UserError, match="needs text"):
-        embedded_model.build_embedded(texts, tmp_path)
+        demo_model.build_embedded(texts, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -106,7 +106,7 @@ def test_a_small_qwen3(folder, tokenizer):
     assert 3e6 < model.num_parameters() < 5e6
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert hasattr(model.model.layers[0].self_attn, "q_norm")
-    assert len(tokenizer) <= model.config.vocab_size == embedded_model.VOCAB_SIZE
+    assert len(tokenizer) <= model.config.vocab_size == demo_model.VOCAB_SIZE
     assert model.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
@@ -117,8 +117,8 @@ def test_any_text_comes_back(tokenizer):
 
 
 def test_qwens_tokens_are_single_ids(tokenizer):
-    ids = [tokenizer(t)["input_ids"] for t in embedded_model.SPECIAL_TOKENS]
-    ids += [tokenizer(t)["input_ids"] for t in embedded_model.MARKER_TOKENS]
+    ids = [tokenizer(t)["input_ids"] for t in demo_model.SPECIAL_TOKENS]
+    ids += [tokenizer(t)["input_ids"] for t in demo_model.MARKER_TOKENS]
     assert [len(i) for i in ids] == [1] * 26
     text = "<think>想</think>答<|im_end|>"
     assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == (
@@ -185,5 +185,5 @@ def test_tools(tokenizer):
 
 
 def test_the_banner_is_plain():
-    text = embedded_model.banner("there is no CUDA GPU")
+    text = demo_model.banner("there is no CUDA GPU")
     assert "DEMONSTRATION" in text and "there is no CUDA GPU" in text and "random" in text

@@ -14,18 +14,19 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
-from chat_tokens import Segment, tokenize_samples
 from direct_finetuning_with_existing_modules import DirectTrainer
-from distributed import Distributed
-from evaluation import held_out_sums
-from hardest_samples import hardest, hardest_text, loss_rows
-from packed_model import PackedLossModel
-from packing import StepPlan, build_batch
-from samples import read_samples
-from tb_logger import read_histograms, read_metrics, read_run, read_texts
-from train_state import TrainState
-from training_config import DirectTrainingConfig
-from training_data import DataPart
+from finetuning.common.distributed import Distributed
+from finetuning.config import DirectTrainingConfig
+from finetuning.data.packing import StepPlan, build_batch
+from finetuning.data.token_table import Segment
+from finetuning.data.tokenization import tokenize_samples
+from finetuning.data.training_data import DataPart
+from finetuning.evaluation.evaluator import held_out_sums
+from finetuning.evaluation.hardest_samples import hardest, hardest_text, loss_rows
+from finetuning.events.reading import read_histograms, read_metrics, read_run, read_texts
+from finetuning.model.packed_model import PackedLossModel
+from finetuning.readers.dataset import read_samples
+from finetuning.training.state import TrainState
 
 ONE = Distributed(0, 1, 0, torch.device("cpu"))
 

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-import event_file
+from finetuning.events import event_file
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -133,7 +133,8 @@ def test_rewind_of_an_empty_directory(tmp_path):
 LIMITED = """
 import resource, signal, sys
 from pathlib import Path
-import event_file, test_event_file as t
+from finetuning.events import event_file
+import test_event_file as t
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 run = Path(sys.argv[1])
 def limit(size): resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))

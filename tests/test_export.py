@@ -13,10 +13,11 @@ from test_ask import adapter  # noqa: F401  the fixture
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import export
-from errors import RunStopped
-from export import Agreement, check, main
-from model_loading import load_for_inference
-from terminal import Terminal
+from export import check, main
+from finetuning.common.errors import RunStopped
+from finetuning.common.terminal import Terminal
+from finetuning.model.loading import load_for_inference
+from finetuning.model.merging import Agreement
 
 # What transformers and vLLM read.
 FILES = {

@@ -12,9 +12,11 @@ import torch
 from tensorboard.plugin_util import markdown_to_safe_html
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
-import generation_probes
-from chat_tokens import Segment, tokenize_samples
-from generation_probes import (
+from finetuning.data.token_table import Segment
+from finetuning.data.tokenization import tokenize_samples
+from finetuning.data.training_data import DataPart
+from finetuning.evaluation import generation
+from finetuning.evaluation.generation import (
     Probe,
     choose_probes,
     complete,
@@ -26,8 +28,7 @@ from generation_probes import (
     term_recall,
     token_budget,
 )
-from samples import Sample
-from training_data import DataPart
+from finetuning.readers.sample import Sample
 
 CPU = torch.device("cpu")
 
@@ -240,7 +241,7 @@ def test_the_prompt_is_the_prefix_of_training_tools_and_all(part, tokenizer):
 def test_the_budget_is_what_the_device_affords(tokenizer):
     probes = [Probe(REFERENCE, (1,), 10, reference_tokens=n) for n in (100, 800)]
     assert token_budget(probes, 0, torch.device("cuda")) == 1000
-    assert token_budget(probes, 0, CPU) == generation_probes.CPU_BUDGET
+    assert token_budget(probes, 0, CPU) == generation.CPU_BUDGET
     assert token_budget(probes[:1], 0, CPU) == 125
     assert token_budget(probes, 7, CPU) == token_budget(probes, 7, torch.device("cuda")) == 7
 

@@ -13,8 +13,14 @@ from test_fast_lora import lora_model, loss_and_gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-import lora_health
-from lora_health import LoraHealth, effective_rank, find_lora_modules, ratio_map, update_ratios
+from finetuning.evaluation import adapter_health
+from finetuning.evaluation.adapter_health import (
+    LoraHealth,
+    effective_rank,
+    find_lora_modules,
+    ratio_map,
+    update_ratios,
+)
 
 
 def dense_update(module) -> torch.Tensor:
@@ -105,7 +111,7 @@ def test_ratio_map():
 
 
 def test_histograms_equal_numpy(monkeypatch):
-    monkeypatch.setattr(lora_health, "MAX_HISTOGRAM_ELEMENTS", 300)  # several blocks
+    monkeypatch.setattr(adapter_health, "MAX_HISTOGRAM_ELEMENTS", 300)  # several blocks
     model = lora_model(modules_to_save=["norm"])
     health = LoraHealth(model)
     histograms = health.weight_histograms()
@@ -173,7 +179,7 @@ def test_the_frozen_base_is_read_once_and_never_copied():
 
 def test_the_norm_of_a_large_weight_is_accurate():
     weight = torch.randn(4096, 2560) * 0.02
-    norm = lora_health._weight_norm(weight.to(torch.bfloat16)).item()
+    norm = adapter_health._weight_norm(weight.to(torch.bfloat16)).item()
     assert norm == pytest.approx(weight.to(torch.bfloat16).double().norm().item(), rel=2e-5)
 
 

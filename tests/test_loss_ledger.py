@@ -8,8 +8,8 @@ import math
 import numpy as np
 import pytest
 
-from chat_tokens import Segment
-from loss_ledger import LossLedger
+from finetuning.data.token_table import Segment
+from finetuning.evaluation.loss_metrics import LossLedger
 
 LABELS = np.array([0, 1, 1, 2])
 

@@ -12,16 +12,18 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-import model_in_training
-import packed_model
-from chat_tokens import TokenizedSamples, tokenize_samples
-from distributed import Distributed
-from errors import RunStopped
-from model_in_training import ModelInTraining
-from packing import StepPlan
-from samples import read_samples
-from throughput import StepClock, dims_from_config, training_flops
-from train_state import TrainState
+from finetuning.common.distributed import Distributed
+from finetuning.common.errors import RunStopped
+from finetuning.data.packing import StepPlan
+from finetuning.data.token_table import TokenizedSamples
+from finetuning.data.tokenization import tokenize_samples
+from finetuning.model import packed_model
+from finetuning.model.flops import dims_from_config, training_flops
+from finetuning.readers.dataset import read_samples
+from finetuning.training import engine
+from finetuning.training.engine import ModelInTraining
+from finetuning.training.state import TrainState
+from finetuning.training.step_clock import StepClock
 
 ONE = Distributed(0, 1, 0, torch.device("cpu"))
 RATE = 1e-2
@@ -159,19 +161,19 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(make, plan, tokens, mon
     def wrong(*_: object, **__: object) -> None:
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(model_in_training, "forward_backward", wrong)
+    monkeypatch.setattr(engine, "forward_backward", wrong)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         gradients(make(), plan, tokens, TrainState())
 
 
 def test_who_wants_to_stop_is_asked_after_the_passes(make, plan, tokens, monkeypatch):
-    asked, forward_backward = [], model_in_training.forward_backward
+    asked, forward_backward = [], engine.forward_backward
 
     def passes(*args, **kwargs):
         assert not asked
         return forward_backward(*args, **kwargs)
 
-    monkeypatch.setattr(model_in_training, "forward_backward", passes)
+    monkeypatch.setattr(engine, "forward_backward", passes)
     for answer in (True, False):
         asked.clear()
         _, stops = make().forward_backward(

@@ -17,10 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-import embedded_model
-import model_loading
-from errors import UserError
-from model_loading import load_model, load_tokenizer, resolve_model
+from finetuning.common.errors import UserError
+from finetuning.model import adapters, demo_model, loading, resolve, saving
+from finetuning.model.loading import load_model, load_tokenizer
+from finetuning.model.resolve import resolve_model
 
 TEXTS = ["国密算法 SM2 是椭圆曲线公钥密码算法，密钥长度 256 比特。" * 4]
 NAME = "someone/Tiny-1.5B"
@@ -30,10 +30,10 @@ NAME = "someone/Tiny-1.5B"
 def tiny(tmp_path_factory) -> Path:
     """An ordinary model folder: two random layers and the embedded tokenizer."""
     folder = tmp_path_factory.mktemp("tiny")
-    tokenizer = embedded_model.train_tokenizer(TEXTS)
+    tokenizer = demo_model.train_tokenizer(TEXTS)
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=embedded_model.VOCAB_SIZE,
+        vocab_size=demo_model.VOCAB_SIZE,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
@@ -75,7 +75,7 @@ def logits(model) -> torch.Tensor:
 def disturb(model) -> None:
     """Adapters away from their start, where they do nothing."""
     generator = torch.Generator().manual_seed(5)
-    for tensor in model_loading.adapter_state(model).values():
+    for tensor in adapters.adapter_state(model).values():
         tensor.add_(0.1 * torch.randn(tensor.shape, generator=generator))
 
 
@@ -87,7 +87,7 @@ def test_without_a_gpu_and_a_name_it_is_the_embedded_one():
     resolved = resolve_model(None, "cpu")
     assert resolved.embedded and resolved.path is None
     assert "no CUDA GPU" in resolved.reason
-    assert resolved.reason in model_loading.banner(resolved)
+    assert resolved.reason in resolve.banner(resolved)
 
 
 def test_on_a_gpu_the_default_is_the_real_model_when_it_fits_and_is_at_hand(
@@ -98,8 +98,8 @@ def test_on_a_gpu_the_default_is_the_real_model_when_it_fits_and_is_at_hand(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * 2**30, 80 * 2**30))
     absent = resolve_model(None, "cuda")
     assert absent.embedded and "not at hand" in absent.reason and "HF_HUB_OFFLINE" in absent.reason
-    shutil.copytree(tiny, nowhere / "ms" / "models" / model_loading.DEFAULT_MODEL)
-    assert resolve_model(None, "cuda").name == model_loading.DEFAULT_MODEL
+    shutil.copytree(tiny, nowhere / "ms" / "models" / resolve.DEFAULT_MODEL)
+    assert resolve_model(None, "cuda").name == resolve.DEFAULT_MODEL
     free = 14.6  # a T4: enough for bf16, which it does not have
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
@@ -167,7 +167,7 @@ def test_an_unreachable_endpoint_is_named_without_its_password(monkeypatch, nowh
 
 def test_a_hub_that_never_answers_costs_seconds(monkeypatch, nowhere):
     monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(model_loading, "HUB_TIMEOUT", 0.2)
+    monkeypatch.setattr(resolve, "HUB_TIMEOUT", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}/config.json"
         monkeypatch.setattr(huggingface_hub, "hf_hub_url", lambda name, file: url)
@@ -361,10 +361,10 @@ def test_a_tokenizer_without_chat_template_is_refused(copy):
 
 def test_the_same_seed_gives_the_same_adapters(tiny):
     torch.manual_seed(123)
-    first = model_loading.adapter_state(load(tiny, seed=3)[0])
+    first = adapters.adapter_state(load(tiny, seed=3)[0])
     torch.manual_seed(456)
-    again = model_loading.adapter_state(load(tiny, seed=3)[0])
-    other = model_loading.adapter_state(load(tiny, seed=4)[0])
+    again = adapters.adapter_state(load(tiny, seed=3)[0])
+    other = adapters.adapter_state(load(tiny, seed=4)[0])
     assert first.keys() == again.keys() and len(first) == 2 * 7 * 2
     assert all(torch.equal(first[n], again[n]) for n in first)
     assert not all(torch.equal(first[n], other[n]) for n in first)
@@ -382,7 +382,7 @@ def test_parameter_counts(tiny):
     total = sum(p.numel() for p in model.parameters())
     shapes = ((64, 64), (64, 32), (64, 32), (64, 64), (64, 128), (64, 128), (128, 64))
     trainable = 2 * sum(4 * (a + b) for a, b in shapes)
-    assert model_loading.parameter_counts(model) == (trainable, total)
+    assert loading.parameter_counts(model) == (trainable, total)
 
 
 def test_peft_options_by_name(tiny):
@@ -396,7 +396,7 @@ def test_peft_options_by_name(tiny):
         use_rslora=True,
         use_dora=True,
     )
-    state = model_loading.adapter_state(model)
+    state = adapters.adapter_state(model)
     assert {n.split(".")[-3] for n in state if "lora_A" in n} == {"q_proj", "down_proj"}
     assert state["base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"].shape[0] == 2
     assert any("lora_magnitude_vector" in name for name in state)
@@ -413,15 +413,15 @@ def test_unknown_target_modules_are_refused_with_those_that_exist(tiny):
 
 
 def test_all_linear(tiny):
-    state = model_loading.adapter_state(load(tiny, target_modules=["all-linear"])[0])
+    state = adapters.adapter_state(load(tiny, target_modules=["all-linear"])[0])
     assert len(state) == 2 * 7 * 2
 
 
 def test_rank_zero_trains_everything(tiny):
     model, _ = load(tiny, lora_r=0)
-    trainable, total = model_loading.parameter_counts(model)
+    trainable, total = loading.parameter_counts(model)
     assert trainable == total == sum(p.numel() for p in model.parameters())
-    assert model_loading.adapter_documents(model) == {}
+    assert adapters.adapter_documents(model) == {}
     with pytest.raises(UserError, match="lora_r 0"):
         load(tiny, lora_r=0, quantization="4bit")
 
@@ -443,15 +443,15 @@ def test_gradient_checkpointing_changes_no_gradient(tiny):
 def test_state_goes_out_and_in(tiny, options):
     model, _ = load(tiny, **options)
     disturb(model)
-    state = {n: t.clone() for n, t in model_loading.adapter_state(model).items()}
+    state = {n: t.clone() for n, t in adapters.adapter_state(model).items()}
     fresh, _ = load(tiny, **options)
-    model_loading.load_adapter_state(fresh, state)
+    adapters.load_adapter_state(fresh, state)
     assert torch.equal(logits(fresh), logits(model))
 
 
 def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(tiny):
     model, _ = load(tiny)
-    before = {n: t.clone() for n, t in model_loading.adapter_state(model).items()}
+    before = {n: t.clone() for n, t in adapters.adapter_state(model).items()}
     state = {n: torch.ones_like(t) for n, t in before.items()}
     name = next(iter(state))
     faults = {
@@ -461,8 +461,8 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(tiny):
     }
     for reason, wrong in faults.items():
         with pytest.raises(UserError, match=reason):
-            model_loading.load_adapter_state(model, wrong)
-    after = model_loading.adapter_state(model)
+            adapters.load_adapter_state(model, wrong)
+    after = adapters.adapter_state(model)
     assert all(torch.equal(before[n], after[n]) for n in before)
 
 
@@ -476,7 +476,7 @@ def trained(tiny, tmp_path_factory):
     model, tokenizer = load(tiny, lora_r=4)
     disturb(model)
     folder = tmp_path_factory.mktemp("run") / "final_model"
-    model_loading.save_adapter(model, tokenizer, folder)
+    saving.save_adapter(model, tokenizer, folder)
     return folder, logits(model)
 
 
@@ -495,7 +495,7 @@ def test_saving_again_replaces_and_leaves_nothing_behind(tiny, tmp_path):
     for _ in range(2):
         (tmp_path / "final_model").mkdir(exist_ok=True)
         (tmp_path / "final_model" / "old.txt").write_text("old")
-        model_loading.save_adapter(model, tokenizer, tmp_path / "final_model")
+        saving.save_adapter(model, tokenizer, tmp_path / "final_model")
     assert [p.name for p in tmp_path.iterdir()] == ["final_model"]
     assert not (tmp_path / "final_model" / "old.txt").exists()
 
@@ -504,7 +504,7 @@ def test_full_fine_tuning_saves_a_whole_model(tiny, tmp_path):
     model, tokenizer = load(tiny, lora_r=0)
     with torch.no_grad():
         model.model.norm.weight.mul_(1.5)
-    model_loading.save_adapter(model, tokenizer, tmp_path / "out")
+    saving.save_adapter(model, tokenizer, tmp_path / "out")
     again, _ = load(tmp_path / "out", lora_r=0)
     assert torch.equal(logits(again), logits(model))
 
@@ -528,7 +528,7 @@ def test_an_adapter_that_peft_itself_saved_is_a_start(tiny, tmp_path):
     edit(tmp_path / "adapter_config.json", base_model_name_or_path="meta/other", later_option=1)
     ours, _ = load(tiny, init_adapter=str(tmp_path))
     torch.testing.assert_close(logits(ours), logits(model))
-    document = model_loading.adapter_documents(ours)["adapter_config.json"]
+    document = adapters.adapter_documents(ours)["adapter_config.json"]
     assert document["base_model_name_or_path"] == str(tiny.resolve())
 
 
@@ -591,7 +591,7 @@ def test_a_bad_adapter_is_refused_with_its_reason(trained, tiny, tmp_path, fault
 
 def test_the_merged_model_gives_the_same_logits(trained, tmp_path):
     folder, expected = trained
-    merged = model_loading.export_merged(folder, tmp_path / "merged")
+    merged = saving.export_merged(folder, tmp_path / "merged")
     model, _ = load(merged, lora_r=0)
     torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
     assert not any("lora" in n for n in load_file(merged / "model.safetensors"))
@@ -602,12 +602,12 @@ def test_the_merged_model_gives_the_same_logits(trained, tmp_path):
 
 
 def test_the_embedded_model_takes_the_same_path(monkeypatch, tmp_path):
-    monkeypatch.setattr(embedded_model, "WARM_START_STEPS", 2)
+    monkeypatch.setattr(demo_model, "WARM_START_STEPS", 2)
     resolved = resolve_model("embedded", "cpu")
     tokenizer = load_tokenizer(resolved, lambda: TEXTS, tmp_path / "cache")
     model = load_model(resolved, tokenizer, device="cpu")
-    model_loading.save_adapter(model, tokenizer, tmp_path / "final_model")
-    named = model_loading.adapter_documents(model)["adapter_config.json"]["base_model_name_or_path"]
+    saving.save_adapter(model, tokenizer, tmp_path / "final_model")
+    named = adapters.adapter_documents(model)["adapter_config.json"]["base_model_name_or_path"]
     again = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(named), tmp_path / "final_model"
     )
@@ -632,7 +632,7 @@ def test_4bit(tiny):
     pytest.importorskip("bitsandbytes", reason="the optional extra qlora is not installed")
     model, _ = load(tiny, quantization="4bit", lora_r=4)
     plain, _ = load(tiny, lora_r=4)
-    assert model_loading.parameter_counts(model) == model_loading.parameter_counts(plain)
+    assert loading.parameter_counts(model) == loading.parameter_counts(plain)
     before = adapter_gradients(model)
     assert len(before) == 14 and all(g.norm() > 0 for g in before)
     difference = (logits(model).float() - logits(plain)).norm() / logits(plain).norm()
@@ -659,8 +659,8 @@ def test_a_full_disk_is_an_oserror_and_the_earlier_folder_stays(tmp_path, fault)
         raise fault
 
     with pytest.raises(OSError, match="No space left"):
-        model_loading._save_folder(target, None, full)
+        saving._save_folder(target, None, full)
     assert (target / "weights").read_text() == "of before"
     assert [p.name for p in tmp_path.iterdir()] == ["final_model"]
     with pytest.raises(TypeError):  # our own mistake is no full disk
-        model_loading._save_folder(target, None, lambda: None)
+        saving._save_folder(target, None, lambda: None)

@@ -5,11 +5,12 @@ import random
 import numpy as np
 import pytest
 
-import near_duplicates
-from character_grams import gram_hashes, normalized
-from errors import UserError
-from near_duplicates import jaccard, near_duplicate_clusters, split_held_out
-from samples import Sample
+from finetuning.common.errors import UserError
+from finetuning.common.ngrams import gram_hashes, normalized
+from finetuning.data import near_duplicates
+from finetuning.data.near_duplicates import jaccard, near_duplicate_clusters
+from finetuning.data.split import split_held_out
+from finetuning.readers.sample import Sample
 
 
 def _texts(count: int, seed: int, changed: int = 0) -> list[str]:

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from optimization import (
+from finetuning.training.optimizer import (
     clip_gradients,
     is_compiler_error,
     is_out_of_memory,

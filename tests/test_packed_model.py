@@ -13,14 +13,14 @@ from peft import LoraConfig, get_peft_model
 from test_varlen_attention import reference_kernel, use_bounds, varlen_2_12
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from chat_tokens import Segment, TokenizedSample
-from distributed import Replica
-from errors import UserError
-from fast_lora import enable_fast_lora
-from packed_model import PackedLossModel
-from packing import StepPlan, build_batch
-from run_plan import Placement, activation_bytes
-from throughput import dims_from_config
+from finetuning.common.errors import UserError
+from finetuning.data.packing import StepPlan, build_batch
+from finetuning.data.token_table import Segment, TokenizedSample
+from finetuning.model.flops import dims_from_config
+from finetuning.model.fused_lora import enable_fast_lora
+from finetuning.model.packed_model import PackedLossModel
+from finetuning.model.parallel import Replica
+from finetuning.training.memory_estimate import Placement, activation_bytes
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 VOCAB, CLOSE = 97, 5

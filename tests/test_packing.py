@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from chat_tokens import Segment, TokenizedSamples, TruncationLedger
-from packing import StepPlan, build_batch, pack_rows, split_micro_batch
+from finetuning.data.packing import StepPlan, build_batch, pack_rows, split_micro_batch
+from finetuning.data.token_table import Segment, TokenizedSamples, TruncationLedger
 
 
 def random_lengths(n: int = 200, seed: int = 0) -> np.ndarray:

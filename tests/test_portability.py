@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from tb_logger import read_run
+from finetuning.events.reading import read_run
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py")])
+MODULES = sorted([*ROOT.glob("*.py"), *(ROOT / "finetuning").rglob("*.py")])
+FILES = [*MODULES, *sorted(ROOT.glob("scripts/*.py"))]
 POSIX_MODULES = {
     "crypt", "curses", "fcntl", "grp", "nis", "posix", "pty", "pwd", "readline", "resource", "spwd",
     "syslog", "termios", "tty",
@@ -124,7 +125,7 @@ import builtins, importlib, os, signal, sys
 
 root, modules, posix, lacking, signals, arguments = eval(sys.argv[1])
 sys.path.insert(0, root)
-import memory_settings, torch, transformers, peft, datasets  # they may need what this system has
+import finetuning.common.process, torch, transformers, peft, datasets  # they may need what this system has
 import matplotlib.pyplot, psutil, tensorboard, transformers.generation
 
 usual = builtins.__import__
@@ -160,7 +161,7 @@ def test_imports_and_trains_without_what_windows_lacks(
         *("--cache-dir", str(cache_dir), "--output-dir", str(tmp_path / "out"), "--quiet"),
         *("--probe-max-new-tokens", "4", "--logging-steps", "1"),
     ]
-    modules = [path.stem for path in ROOT.glob("*.py")]
+    modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in MODULES]
     lacking = POSIX_OS - LIBRARIES_NEED
     task = (str(ROOT), modules, POSIX_MODULES, lacking, EVERYWHERE | BLOCKING, run)
     done = subprocess.run(
@@ -176,7 +177,7 @@ def test_a_module_that_needs_posix_would_be_noticed(tmp_path: Path):
     """The control: the same, with one module that imports fcntl."""
     (tmp_path / "needs_posix.py").write_text("import fcntl\n", encoding="utf-8")
     task = (str(tmp_path), ["needs_posix"], POSIX_MODULES, (), EVERYWHERE | BLOCKING, [])
-    script = re.sub(r"import memory_settings, .*\nimport matplotlib.*\n", "", ELSEWHERE)
+    script = re.sub(r"import finetuning.common.process, .*\nimport matplotlib.*\n", "", ELSEWHERE)
     done = subprocess.run(
         [sys.executable, "-c", script, repr(task)], capture_output=True, text=True
     )

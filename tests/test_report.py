@@ -14,17 +14,16 @@ from pathlib import Path
 import pytest
 import tyro
 
-import report
-from command_line import exit_code
-from compare_runs import html_page
 from direct_finetuning_with_existing_modules import main
-from errors import UserError
-from generation_probes import Completion, Probe, samples_text
-from line_chart import COLORS, COLUMNS, line_chart, thinned, ticks
-from recorded_run import find_runs, read_recorded
-from report import markdown, page, write_report
-from run_directory import RUN_PREFIX, RunDirectory
-from samples import Sample
+from finetuning.common.errors import UserError, exit_code
+from finetuning.common.html import COLORS, COLUMNS, line_chart, thinned, ticks
+from finetuning.evaluation.generation import Completion, Probe, samples_text
+from finetuning.readers.sample import Sample
+from finetuning.runs import report
+from finetuning.runs.comparison import html_page
+from finetuning.runs.directory import RUN_PREFIX, RunDirectory
+from finetuning.runs.recorded import find_runs, read_recorded
+from finetuning.runs.report import markdown, page, write_report
 from tb_logger import TensorBoardLogger
 
 sys.path.append(str(Path(__file__).parents[1] / "docs"))  # screenshots
@@ -105,7 +104,7 @@ def test_a_run_leaves_its_page(finished: Path):
 
 
 def test_every_pattern_of_the_charts_fits_a_known_tag():
-    from metric_table import METRICS
+    from finetuning.events.metric_table import METRICS
 
     tags = [re.sub("<name>", "q_proj", re.sub("<[ik]>", "1", m.tag)) for m in METRICS]
     for title, patterns in report.CHARTS.items():
@@ -114,7 +113,7 @@ def test_every_pattern_of_the_charts_fits_a_known_tag():
 
 
 def test_every_rate_of_the_probes_is_in_their_chart():
-    from metric_table import METRICS
+    from finetuning.events.metric_table import METRICS
 
     rates = [m.tag for m in METRICS if m.source == "generation_probes" and m.unit == "fraction"]
     patterns = "|".join(report.CHARTS["Answers of the probes"])

@@ -20,12 +20,12 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import model_in_training
-import optimization
-from checkpoint import load_checkpoint, save_checkpoint
 from direct_finetuning_with_existing_modules import DirectTrainer, main
-from distributed import Distributed
-from tb_logger import find_metric, read_metrics, read_run, read_texts
+from finetuning.common.distributed import Distributed
+from finetuning.events.metric_table import find_metric
+from finetuning.events.reading import read_metrics, read_run, read_texts
+from finetuning.training import engine, optimizer
+from finetuning.training.checkpoint import load_checkpoint, save_checkpoint
 
 SCRIPT = Path(__file__).parents[1] / "direct_finetuning_with_existing_modules.py"
 FAST = [
@@ -49,7 +49,7 @@ def run(tiny_model: Path, tiny_data: Path, cache_dir: Path) -> Run:
 
 def interrupt_in_step(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real SIGTERM to this process when the step of that number has its gradients."""
-    calls, original = [], optimization.forward_backward
+    calls, original = [], optimizer.forward_backward
 
     def gradients(*args, **kwargs):
         sums = original(*args, **kwargs)
@@ -58,7 +58,7 @@ def interrupt_in_step(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return sums
 
-    monkeypatch.setattr("model_in_training.forward_backward", gradients)
+    monkeypatch.setattr("finetuning.training.engine.forward_backward", gradients)
 
 
 def logs_of(output_dir: Path) -> Path:
@@ -190,7 +190,7 @@ def test_automatic_checkpoints_are_rare_where_saving_is_slow(tmp_path, run, monk
         time.sleep(2)  # a twentieth of 40 s, in which a tiny model does far more than 100 steps
         return save_checkpoint(*args, **kwargs)
 
-    monkeypatch.setattr("run_checkpoints.save_checkpoint", slowly)
+    monkeypatch.setattr("finetuning.training.checkpoint_manager.save_checkpoint", slowly)
     steps = ["--max-steps", "102", "--save-steps", "auto", "--eval-steps", "0", "--batch-size", "4"]
     assert run(tmp_path, *steps, "--logging-steps", "50") == 0
     saved = {path.name for path in (tmp_path / "out" / "checkpoints").iterdir()}
@@ -199,7 +199,7 @@ def test_automatic_checkpoints_are_rare_where_saving_is_slow(tmp_path, run, monk
 
 def test_a_bad_step_that_is_done_again_is_told_once(tmp_path, run, monkeypatch):
     """NaN in step 5, back to checkpoint 3, and step 5 again without its update."""
-    clip, calls = model_in_training.clip_gradients, []
+    clip, calls = engine.clip_gradients, []
 
     def spoilt(parameters, max_norm):
         calls.append(1)
@@ -207,7 +207,7 @@ def test_a_bad_step_that_is_done_again_is_told_once(tmp_path, run, monkeypatch):
             parameters[0].grad.view(-1)[0] = float("nan")
         return clip(parameters, max_norm)
 
-    monkeypatch.setattr(model_in_training, "clip_gradients", spoilt)
+    monkeypatch.setattr(engine, "clip_gradients", spoilt)
     options = ["--logging-steps", "1", "--save-steps", "3", "--eval-steps", "0"]
     assert run(tmp_path, "--nonfinite", "rollback", *options) == 0
     logs = logs_of(tmp_path / "out")
@@ -226,13 +226,13 @@ def test_a_bad_step_that_is_done_again_is_told_once(tmp_path, run, monkeypatch):
 
 
 def test_saving_the_best_model_is_no_training_time(tmp_path, run, monkeypatch):
-    save = model_in_training.ModelInTraining.save
+    save = engine.ModelInTraining.save
 
     def slowly(*arguments):
         time.sleep(3)
         save(*arguments)
 
-    monkeypatch.setattr(model_in_training.ModelInTraining, "save", slowly)
+    monkeypatch.setattr(engine.ModelInTraining, "save", slowly)
     options = ["--logging-steps", "1", "--save-steps", "0", "--eval-steps", "2"]
     assert run(tmp_path, *options, "--learning-rate", "1e-2") == 0
     assert (tmp_path / "out" / "best_model").is_dir()
@@ -320,8 +320,7 @@ def test_resume_with_other_settings_is_refused(tmp_path, run, capfd):
 def test_out_of_memory_recomputes_then_halves_the_micro_batches_and_keeps_the_loss(
     tmp_path, finished, run, monkeypatch, capfd
 ):
-    import model_loading
-    import packed_model
+    from finetuning.model import loading, packed_model
 
     original = packed_model.packed_loss
 
@@ -339,9 +338,9 @@ def test_out_of_memory_recomputes_then_halves_the_micro_batches_and_keeps_the_lo
         "step 1: out of memory; micro-batches are now done in 2 parts"
     )
     parts = int(re.findall(r"now done in (\d+) parts", said)[-1])
-    recomputing, original_recompute = [], model_loading.recompute_activations
+    recomputing, original_recompute = [], loading.recompute_activations
     monkeypatch.setattr(
-        model_loading,
+        loading,
         "recompute_activations",
         lambda model: recomputing.append(1) or original_recompute(model),
     )
@@ -361,7 +360,7 @@ def test_layers_that_cannot_be_compiled_run_as_they_are(
     tmp_path, finished, run, monkeypatch, capfd, wish
 ):
     """What only a GPU compiles, with a compiler that fails; asked for by name, that ends the run."""
-    import packed_model
+    from finetuning.model import packed_model
 
     def broken(graph, inputs):
         raise ValueError("no C compiler")
@@ -555,7 +554,7 @@ def test_too_many_broken_samples_refuse_to_start_and_few_are_listed(tmp_path, ru
 
 
 def test_a_second_run_in_the_same_place_is_refused(tmp_path, run, capfd):
-    from run_directory import lock_output
+    from finetuning.runs.directory import lock_output
 
     lock = lock_output(tmp_path / "out")
     try:

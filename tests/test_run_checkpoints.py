@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
-import run_checkpoints
-from distributed import Distributed
-from errors import RunStopped, UserError
-from run_checkpoints import RunCheckpoints
+from finetuning.common.distributed import Distributed
+from finetuning.common.errors import RunStopped, UserError
+from finetuning.training import checkpoint_manager
+from finetuning.training.checkpoint_manager import RunCheckpoints
 
 ONE = Distributed(0, 1, 0, torch.device("cpu"))
 Make = Callable[..., RunCheckpoints]
@@ -56,7 +56,7 @@ def took(checkpoints: RunCheckpoints, seconds: float, monkeypatch: pytest.Monkey
 def clock(monkeypatch: pytest.MonkeyPatch, *times: float) -> None:
     """What the module's clock says, one after the other."""
     clock = SimpleNamespace(monotonic=partial(next, iter(times)))
-    monkeypatch.setattr(run_checkpoints, "time", clock)
+    monkeypatch.setattr(checkpoint_manager, "time", clock)
 
 
 @pytest.mark.parametrize(

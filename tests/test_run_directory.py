@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-import run_directory
-from errors import RunStopped, UserError
-from run_directory import (
+from finetuning.common.errors import RunStopped, UserError
+from finetuning.runs import directory
+from finetuning.runs.directory import (
     RunDirectory,
     check_writable,
     disk_faults_stop_the_run,
@@ -28,11 +28,11 @@ from run_directory import (
     shared_run,
 )
 
-ROOT = Path(run_directory.__file__).parent
+ROOT = Path(__file__).parents[1]
 HOLDER = """
 import sys, time
 from pathlib import Path
-from run_directory import lock_output
+from finetuning.runs.directory import lock_output
 lock = lock_output(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)
@@ -85,7 +85,7 @@ def test_what_a_dead_owner_left_half_written_goes(tmp_path: Path):
     # The old model had been put aside and the new one was not in its place yet.
     assert (tmp_path / "best_model" / "weights").read_text() == "good"
     left = {p.name for p in tmp_path.iterdir()}
-    assert left - {run_directory.LOCK_NAME} == {".mine", "best_model", "training_logs"}
+    assert left - {directory.LOCK_NAME} == {".mine", "best_model", "training_logs"}
 
 
 def test_nothing_is_removed_while_the_owner_lives(tmp_path: Path):
@@ -97,7 +97,7 @@ def test_nothing_is_removed_while_the_owner_lives(tmp_path: Path):
 
 
 def start(output_dir: str) -> str:
-    run_directory.time.strftime = lambda form: "20260101_120000"
+    directory.time.strftime = lambda form: "20260101_120000"
     return new_run(Path(output_dir)).name
 
 
@@ -119,9 +119,9 @@ def as_nobody(tmp_path: Path, call: str) -> subprocess.CompletedProcess:
     if os.name != "posix" or os.geteuid() != 0 or shutil.which("setpriv") is None:
         pytest.skip("needs root and setpriv, to become a user without rights")
     code = f"""
-from errors import RunStopped, UserError
+from finetuning.common.errors import RunStopped, UserError
 from pathlib import Path
-from run_directory import *
+from finetuning.runs.directory import *
 try:
     {call}
 except UserError as error:
@@ -226,7 +226,7 @@ def models(output_dir: Path) -> dict[str, str]:
 def save_model(run: RunDirectory, place: Path, weights: str) -> None:
     place.mkdir(parents=True)
     (place / "weights").write_text(weights)
-    (place / run_directory.RUN_NAME).write_text(f"{run.name}\n")
+    (place / directory.RUN_NAME).write_text(f"{run.name}\n")
 
 
 def test_models_of_an_earlier_run_are_put_aside_and_come_back_with_it(tmp_path: Path):
@@ -255,7 +255,7 @@ def test_models_of_an_earlier_run_are_put_aside_and_come_back_with_it(tmp_path: 
 def test_a_model_that_no_run_has_left_stays(tmp_path: Path, note: str):
     mine = tmp_path / "best_model"
     mine.mkdir()
-    (mine / run_directory.RUN_NAME).write_text(note)
+    (mine / directory.RUN_NAME).write_text(note)
     assert own_models(RunDirectory(tmp_path, "qwen3_4b_thinking_1")) == [] and mine.is_dir()
 
 

@@ -16,27 +16,28 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-import run_plan
 from direct_finetuning_with_existing_modules import main
-from errors import UserError
-from packing import StepPlan
-from run_plan import (
+from finetuning.common.errors import UserError
+from finetuning.data.packing import StepPlan
+from finetuning.training import forecast as training_forecast
+from finetuning.training import memory_estimate
+from finetuning.training.forecast import steps_between_evaluations
+from finetuning.training.memory_estimate import (
     Placement,
     activation_bytes,
     estimate_memory,
     largest_batch,
     model_shape,
-    steps_between_evaluations,
 )
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 GIB, KIB = 2**30, 2**10
 CUDA = Placement("cuda", 2)
-SPEED = run_plan.Speed(1e12, 2e12, "as the test says")
+SPEED = training_forecast.Speed(1e12, 2e12, "as the test says")
 
 
 @pytest.fixture(scope="module")
-def qwen3_4b(tmp_path_factory) -> run_plan.ModelShape:
+def qwen3_4b(tmp_path_factory) -> memory_estimate.ModelShape:
     """The published shape of Qwen3-4B; there are no weights."""
     folder = tmp_path_factory.mktemp("qwen3-4b")
     traced_step.qwen3_4b().save_pretrained(folder)
@@ -130,11 +131,13 @@ def test_all_weights_trained_in_bf16_take_16_bytes_each_and_copies_of_what_is_us
 
 def test_the_activations_are_what_autograd_keeps(tiny_model: Path, tiny_data: Path, tmp_path: Path):
     """Counted tensor by tensor in a real forward pass on the CPU."""
-    from fast_lora import enable_fast_lora
-    from model_loading import load_model, load_tokenizer, resolve_model
-    from packed_model import PackedLossModel
-    from packing import build_batch
-    from training_data import prepare_data, read_data, split_samples
+    from finetuning.data.packing import build_batch
+    from finetuning.data.split import split_samples
+    from finetuning.data.training_data import prepare_data, read_data
+    from finetuning.model.fused_lora import enable_fast_lora
+    from finetuning.model.loading import load_model, load_tokenizer
+    from finetuning.model.packed_model import PackedLossModel
+    from finetuning.model.resolve import resolve_model
 
     resolved = resolve_model(str(tiny_model), "cpu")
     tokenizer = load_tokenizer(resolved)
@@ -186,9 +189,9 @@ def test_the_largest_batch_fits_and_one_more_does_not():
 
 
 def test_a_container_leaves_less_than_the_host(monkeypatch):
-    monkeypatch.setattr(run_plan, "_container_room", lambda: [12345])
-    assert run_plan.free_memory(torch.device("cpu")) == 12345
-    assert run_plan.free_memory(torch.device("cpu"), ranks=3) == 4115, (
+    monkeypatch.setattr(memory_estimate, "_container_room", lambda: [12345])
+    assert memory_estimate.free_memory(torch.device("cpu")) == 12345
+    assert memory_estimate.free_memory(torch.device("cpu"), ranks=3) == 4115, (
         "the ranks of a host share it"
     )
 
@@ -197,7 +200,7 @@ def test_a_container_leaves_less_than_the_host(monkeypatch):
 # Decisions
 
 
-def forecast(shape, tmp_path: Path, **changes) -> run_plan.RunForecast:
+def forecast(shape, tmp_path: Path, **changes) -> training_forecast.RunForecast:
     lengths = np.full(40, 500)
     plan = StepPlan(lengths, lengths // 2, row_tokens=2048, num_epochs=2)
     options = {
@@ -217,11 +220,11 @@ def forecast(shape, tmp_path: Path, **changes) -> run_plan.RunForecast:
         "save_total_limit": 2,
         "output_dir": tmp_path / "not" / "there",
     }
-    return run_plan.forecast(shape, Placement("cpu", 4), **(options | changes))
+    return training_forecast.forecast(shape, Placement("cpu", 4), **(options | changes))
 
 
 def test_checkpointing_is_turned_on_where_memory_is_short(qwen3_4b, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_plan, "device_speed", lambda *_: SPEED)
+    monkeypatch.setattr(training_forecast, "device_speed", lambda *_: SPEED)
     needed = forecast(qwen3_4b, tmp_path).estimates
     cases = [
         (1.2 * needed[False].total, "auto", False),
@@ -240,7 +243,7 @@ def test_checkpointing_is_turned_on_where_memory_is_short(qwen3_4b, tmp_path, mo
 
 
 def test_counts_of_a_plan(qwen3_4b, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_plan, "device_speed", lambda *_: SPEED)
+    monkeypatch.setattr(training_forecast, "device_speed", lambda *_: SPEED)
     result = forecast(qwen3_4b, tmp_path)
     texts = dict(result.rows())
     assert texts["steps"] == "20 (10 an epoch)" and texts["epochs"] == "2"
@@ -259,7 +262,7 @@ def test_counts_of_a_plan(qwen3_4b, tmp_path, monkeypatch):
 
 
 def test_more_arithmetic_takes_more_time(qwen3_4b, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_plan, "device_speed", lambda *_: SPEED)
+    monkeypatch.setattr(training_forecast, "device_speed", lambda *_: SPEED)
     once = forecast(qwen3_4b, tmp_path, gradient_checkpointing="off").seconds
     again = forecast(qwen3_4b, tmp_path, gradient_checkpointing="on").seconds
     for way in (once, again):
@@ -269,7 +272,7 @@ def test_more_arithmetic_takes_more_time(qwen3_4b, tmp_path, monkeypatch):
 
 def test_answers_take_time(qwen3_4b, tmp_path, monkeypatch):
     """Each token of them as long as 40 of training, on every rank."""
-    monkeypatch.setattr(run_plan, "device_speed", lambda *_: SPEED)
+    monkeypatch.setattr(training_forecast, "device_speed", lambda *_: SPEED)
     silent, few, many = (
         forecast(qwen3_4b, tmp_path, answer_tokens=tokens).seconds[1] for tokens in (0, 100, 200)
     )
@@ -285,7 +288,7 @@ def steps_between(samples: int, held_out: int, answer_tokens: int = 0, **changes
     plan = StepPlan(lengths, lengths // 2, row_tokens=2048, num_epochs=3)
     options = {"device_type": "cpu", "lora": True} | changes
     steps = steps_between_evaluations(plan, 500 * held_out, answer_tokens, **options)
-    number = run_plan.number_of_evaluations(plan.num_steps, steps, held_out)
+    number = training_forecast.number_of_evaluations(plan.num_steps, steps, held_out)
     cost = 500 * held_out / (2 if options["lora"] else 3)
     cost += answer_tokens * (40 if options["device_type"] == "cpu" else 500)
     return steps, number, number * cost / (3 * 500 * samples)
@@ -312,7 +315,9 @@ def test_evaluations_are_neither_too_few_nor_too_many():
     steps, number, _ = steps_between(100, 10)
     assert steps == 40 and number == 3, "never closer than 40 steps"
     steps, _, _ = steps_between(20_000, 0)
-    assert 1 + run_plan.number_of_checkpoints(3 * 5_000, steps) == 51, "only adapters are looked at"
+    assert 1 + training_forecast.number_of_checkpoints(3 * 5_000, steps) == 51, (
+        "only adapters are looked at"
+    )
 
 
 def test_every_rank_writes_all_answers():
@@ -331,7 +336,7 @@ def test_every_rank_writes_all_answers():
 
 
 def test_an_unknown_architecture_has_a_plan_without_memory(tmp_path):
-    shape = run_plan.ModelShape(None, 1000, 900, 10, True)
+    shape = memory_estimate.ModelShape(None, 1000, 900, 10, True)
     result = forecast(shape, tmp_path)
     texts = dict(result.rows())
     assert "not estimated" in texts["memory"] and "training and evaluation" not in texts
@@ -340,14 +345,14 @@ def test_an_unknown_architecture_has_a_plan_without_memory(tmp_path):
 
 def test_the_matrix_product_is_measured(qwen3_4b):
     dims = dataclasses.replace(qwen3_4b.dims, hidden=64, intermediate=64)
-    assert run_plan.matmul_rate(torch.device("cpu"), dims, torch.float32) > 1e6
+    assert training_forecast.matmul_rate(torch.device("cpu"), dims, torch.float32) > 1e6
 
 
 def test_waiting_for_a_processor_is_not_counted():
     """A neighbour that takes the processor away shows in wall time only."""
-    assert run_plan.seconds_of(lambda: time.sleep(0.3), torch.device("cpu")) < 0.1
+    assert training_forecast.seconds_of(lambda: time.sleep(0.3), torch.device("cpu")) < 0.1
     end = time.process_time() + 0.2
-    busy = run_plan.seconds_of(
+    busy = training_forecast.seconds_of(
         lambda: [None for _ in iter(lambda: time.process_time() < end, False)], torch.device("cpu")
     )
     assert busy * torch.get_num_threads() == pytest.approx(0.2, rel=0.2)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from run_directory import RunDirectory, new_run
-from run_record import RunRecord
-from tb_logger import read_metrics, read_run
+from finetuning.events.reading import read_metrics, read_run
+from finetuning.runs.directory import RunDirectory, new_run
+from finetuning.runs.record import RunRecord
 
 
 def open_record(run: RunDirectory, resume_step: int | None) -> RunRecord:

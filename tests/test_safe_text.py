@@ -10,16 +10,8 @@ import stat
 
 import pytest
 
-from safe_text import (
-    REDACTED,
-    atomic_write_text,
-    clean,
-    fenced,
-    redact,
-    redact_values,
-    table_cell,
-    write_json,
-)
+from finetuning.common.files import atomic_write_text, write_json
+from finetuning.common.text import REDACTED, clean, fenced, redact, redact_values, table_cell
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,11 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import sample_files
-import samples
-from errors import UserError
-from samples import ArrowSamples, BrokenSample, Sample, SampleSet, read_samples, weighted_indices
+from finetuning.common.errors import UserError
+from finetuning.data.split import weighted_indices
+from finetuning.readers import dataset, files, formats
+from finetuning.readers.dataset import ArrowSamples, SampleSet, read_samples
+from finetuning.readers.sample import BrokenSample, Sample
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -651,7 +652,7 @@ def test_long_elements_cross_the_window(tmp_path):
 
 
 def test_overlong_line_is_skipped(tmp_path):
-    long = '{"question": "' + "x" * (sample_files.MAX_RECORD * 2) + '", "answer": "答"}'
+    long = '{"question": "' + "x" * (files.MAX_RECORD * 2) + '", "answer": "答"}'
     found = read(tmp_path, "a.jsonl", f"{GOOD}\n{long}\n{GOOD}\n")
     assert [sample.line for sample in found.samples] == [1, 3]
     assert found.broken == (BrokenSample(str(tmp_path / "a.jsonl"), 2, "line longer than 16 MiB"),)
@@ -904,9 +905,9 @@ def test_hostile_paths(tmp_path):
 @pytest.fixture
 def large(tmp_path, monkeypatch) -> Path:
     """Two files that count as large data, in chunks of a few kilobytes, one record broken."""
-    monkeypatch.setattr(samples, "LARGE_DATA", 1)
-    monkeypatch.setattr(sample_files, "CHUNK", 4000)
-    monkeypatch.setattr(sample_files, "_BLOCK", 1000)
+    monkeypatch.setattr(dataset, "LARGE_DATA", 1)
+    monkeypatch.setattr(formats, "CHUNK", 4000)
+    monkeypatch.setattr(formats, "_BLOCK", 1000)
     folder = tmp_path / "large"
     folder.mkdir()
     tool_turn = {"role": "assistant", "content": "", "tool_calls": [TOOL_CALL]}
@@ -935,7 +936,7 @@ def test_large_data_equal_small(large, tmp_path, monkeypatch):
     found = read_samples(
         [str(large)], cache_dir=tmp_path / "cache", progress=lambda *x: seen.append(x)
     )
-    monkeypatch.setattr(samples, "LARGE_DATA", 2**30)
+    monkeypatch.setattr(dataset, "LARGE_DATA", 2**30)
     small = read_samples([str(large)])
     assert isinstance(found.samples, ArrowSamples)
     assert isinstance(small.samples, list)
@@ -956,9 +957,9 @@ def test_large_data_equal_small(large, tmp_path, monkeypatch):
 
 
 def test_large_texts_make_smaller_batches(large, tmp_path, monkeypatch):
-    monkeypatch.setattr(samples, "_BATCH_CHARACTERS", 500)
+    monkeypatch.setattr(dataset, "_BATCH_CHARACTERS", 500)
     found = read_samples([str(large)], cache_dir=tmp_path / "cache").samples
-    monkeypatch.setattr(samples, "LARGE_DATA", 2**30)
+    monkeypatch.setattr(dataset, "LARGE_DATA", 2**30)
     assert max(batch.num_rows for batch in found._batches) < 20
     assert list(found) == read_samples([str(large)]).samples
 
@@ -968,8 +969,9 @@ import sys
 import torch_of_the_program
 
 if __name__ == "__main__":
-    from sample_facts import observe_span
-    from samples import Sample, in_order
+    from finetuning.analysis.facts import observe_span
+    from finetuning.common.workers import in_order
+    from finetuning.readers.sample import Sample
 
     samples = [Sample(question="问", thinking="想", answer="答")]
     jobs = [(samples, 0, 1)]
@@ -977,7 +979,7 @@ if __name__ == "__main__":
     assert facts.counts["samples"] == 1
     names = ("torch", "transformers", "torch_of_the_program", "pandas", "scipy", "matplotlib")
     found = f"[n for n in {names} if n in __import__('sys').modules]"
-    (there,) = in_order(eval, [(f"(__import__('sample_facts'), {found})[1]",)], 1)
+    (there,) = in_order(eval, [(f"(__import__('finetuning.analysis.facts'), {found})[1]",)], 1)
     assert there == [], there
     main = sys.modules["__main__"]
     assert main.__file__ == sys.argv[0] and main.__spec__ is None
@@ -987,10 +989,9 @@ if __name__ == "__main__":
 def test_workers_import_neither_the_program_nor_torch(tmp_path):
     (tmp_path / "torch_of_the_program.py").write_text("")
     (tmp_path / "program.py").write_text(LIGHT, encoding="utf-8")
-    root = str(Path(samples.__file__).parent)
     done = subprocess.run(
         [sys.executable, str(tmp_path / "program.py")],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([root, str(tmp_path)])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])},
         capture_output=True,
         text=True,
         encoding="utf-8",
@@ -1000,20 +1001,19 @@ def test_workers_import_neither_the_program_nor_torch(tmp_path):
 
 def test_large_data_need_no_pandas(large, tmp_path):
     program = (
-        "import sys, pathlib, samples; samples.LARGE_DATA = 1; "
+        "import sys, pathlib; from finetuning.readers import dataset as samples; samples.LARGE_DATA = 1; "
         f"read = samples.read_samples([{str(large)!r}], cache_dir=pathlib.Path({str(tmp_path)!r})); "
         "assert len(list(read.samples)) == len(read.samples) > 300; "
         "assert type(read.samples).__name__ == 'ArrowSamples' and read.samples[5]; "
         "assert 'pandas' not in sys.modules"
     )
-    root = Path(samples.__file__).parent
-    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident pages are counted from /proc")
 def test_samples_taken_one_by_one_do_not_stay_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(samples, "LARGE_DATA", 1)
+    monkeypatch.setattr(dataset, "LARGE_DATA", 1)
     record = json.dumps({"question": "问", "thinking": "想" * 2000, "answer": "答"})
     (tmp_path / "a.jsonl").write_text((record + "\n") * 5000, encoding="utf-8")
     found = read_samples([str(tmp_path / "a.jsonl")], cache_dir=tmp_path / "cache").samples
@@ -1046,7 +1046,7 @@ def test_remarks_of_records_are_told_once_a_file(large, tmp_path, monkeypatch):
     assert len(list((tmp_path / "cache").glob("samples/*/*.arrow"))) > 10
     told = [r for r in found.remarks if r.text.startswith("not used: query")]
     assert [(Path(r.source).name, r.line) for r in told] == [("c.jsonl", 2), ("d.jsonl", 2)]
-    monkeypatch.setattr(samples, "LARGE_DATA", 2**30)
+    monkeypatch.setattr(dataset, "LARGE_DATA", 2**30)
     assert read_samples([str(large)]).remarks == found.remarks
 
 
@@ -1054,7 +1054,7 @@ def test_cache(large, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     first = read_samples([str(large)], cache_dir=cache)
     with monkeypatch.context() as patch:
-        patch.setattr(samples, "_write_part", None)  # a second reading needs no writing
+        patch.setattr(dataset, "_write_part", None)  # a second reading needs no writing
         again = read_samples([str(large)], cache_dir=cache)
     assert list(again.samples) == list(first.samples)
     (part,) = cache.glob("samples/*/part-00002.arrow")

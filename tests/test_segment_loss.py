@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import segment_loss
-from segment_loss import THINKING, packed_loss
+from finetuning.model import loss as model_loss
+from finetuning.model.loss import THINKING, packed_loss
 
 CLOSE = 5
 
@@ -36,7 +36,7 @@ def problem(targets=300, tokens=400, hidden_size=24, vocab=203, dtype=torch.floa
 
 @pytest.fixture(params=[64, 4096], ids=["chunks", "one chunk"])
 def chunk(request, monkeypatch):
-    monkeypatch.setattr(segment_loss, "rows_per_chunk", lambda vocab, device: request.param)
+    monkeypatch.setattr(model_loss, "rows_per_chunk", lambda vocab, device: request.param)
 
 
 def test_loss_and_gradients_equal_the_plain_head(chunk):
@@ -116,7 +116,7 @@ def test_extreme_logits_stay_finite():
 
 def test_bf16_loss_is_accumulated_in_fp32(monkeypatch):
     """Many chunks of bf16 rows: the loss must not sink, as it does when summed in bf16."""
-    monkeypatch.setattr(segment_loss, "rows_per_chunk", lambda vocab, device: 64)
+    monkeypatch.setattr(model_loss, "rows_per_chunk", lambda vocab, device: 64)
     hidden, weight, batch = problem(4000, 4001, 32, 999, torch.bfloat16)
     loss, sums = packed_loss(hidden, weight, **batch)
     actual = torch.autograd.grad(loss, (hidden, weight))
@@ -187,13 +187,13 @@ def test_full_logits_never_exist():
     hidden, weight, batch = problem(2000, 2100, 8, 4096)
     with Largest() as largest:
         packed_loss(hidden, weight.detach(), **batch)[0].backward()
-    rows = segment_loss.rows_per_chunk(4096, "cpu")
+    rows = model_loss.rows_per_chunk(4096, "cpu")
     assert largest.elements == rows * 4096 < 2000 * 4096 / 4
 
 
 @pytest.mark.parametrize("vocab", [97, 4096, 151_936])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_chunk_size_is_bounded(vocab, device):
-    rows = segment_loss.rows_per_chunk(vocab, device)
+    rows = model_loss.rows_per_chunk(vocab, device)
     assert rows % 64 == 0 and 64 <= rows <= 4096
     assert rows == 64 or rows * vocab * 4 <= 512 << 20

@@ -65,7 +65,9 @@ import sys
 absent = ("jieba", "rjieba", "tyro", "datasets", "rich", "tensorboard", "matplotlib", "zstandard",
           "ahocorasick_rs", "rensa", "pyarrow", "google_crc32c")
 sys.modules.update(dict.fromkeys(absent))  # importing one of them now fails
-import fast_lora, optimization, packed_model, packing, segment_loss, throughput, varlen_attention
+from finetuning.data import packing
+from finetuning.model import attention, flops, fused_lora, loss, packed_model
+from finetuning.training import optimizer
 print("imported")
 """
     done = python(code)

@@ -14,11 +14,22 @@ import psutil
 import pynvml
 import pytest
 
-import system_monitor
-from alerts import AlertMonitor
-from gpu_gauges import TRANSIENT_ERRORS_ALLOWED, gpu_samples
-from system_monitor import MB, SystemMonitor, gpu_memory, gpu_uuid, pressure_level
-from visible_gpus import PhysicalGpu, physical_gpus, resolve_devices
+from finetuning.monitoring import system_monitor
+from finetuning.monitoring.alerts import AlertMonitor
+from finetuning.monitoring.nvml import (
+    TRANSIENT_ERRORS_ALLOWED,
+    PhysicalGpu,
+    gpu_samples,
+    physical_gpus,
+    resolve_devices,
+)
+from finetuning.monitoring.system_monitor import (
+    MB,
+    SystemMonitor,
+    gpu_memory,
+    gpu_uuid,
+    pressure_level,
+)
 
 GPU0, GPU1 = (f"GPU-{n:08x}-0000-0000-0000-000000000000" for n in (1, 2))
 MIG00, MIG01 = (f"MIG-00000001-{n:04x}-0000-0000-000000000000" for n in (1, 2))
@@ -448,7 +459,7 @@ def test_numbers_over_boards_of_two_models_are_not_guessed(nvml, monkeypatch):
 
 PROGRAM = """
 import json, sys, time
-from system_monitor import SystemMonitor
+from finetuning.monitoring.system_monitor import SystemMonitor
 warnings = []
 monitor = SystemMonitor(None, ".", 0.01, warn=warnings.append).start()
 values, deadline = {}, time.monotonic() + 20

@@ -6,16 +6,17 @@ uv run pytest tests/test_template_probe.py
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from qwen3_tokenizer import QWEN3_TEMPLATE
 
-import template_probe
-from chat_format import chat_format
-from embedded_model import CHAT_TEMPLATE
-from errors import UserError
-from template_probe import check_template
+from finetuning.common.errors import UserError
+from finetuning.data import template_probe
+from finetuning.data.chat_template import chat_format
+from finetuning.data.template_probe import check_template
+from finetuning.model.demo_model import CHAT_TEMPLATE
 
 ENDLESS = (
     "{% for i in range(90000) %}{% for j in range(90000) %}{{ i * j }}{% endfor %}{% endfor %}"
@@ -55,8 +56,9 @@ def test_one_that_never_ends_is_refused(monkeypatch):
 
 @needs_limits
 def test_the_limit_on_time_works_without_the_parent():
-    code = "import template_probe as t; t.CPU_SECONDS = 1; t._limit(); t._render(t.sys.argv[1])"
-    folder = template_probe.__file__.rpartition("/")[0]
+    code = "from finetuning.data import template_probe as t; "
+    code += "t.CPU_SECONDS = 1; t._limit(); t._render(t.sys.argv[1])"
+    folder = Path(__file__).parents[1]
     child = subprocess.run([sys.executable, "-c", code, ENDLESS], cwd=folder, timeout=60)
     assert child.returncode < 0
 

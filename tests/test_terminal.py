@@ -13,15 +13,16 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-import terminal
-from terminal import RunPanel, Terminal, duration, gpu_lines, trend_arrow
+from finetuning.common import terminal
+from finetuning.common.formatting import duration
+from finetuning.common.terminal import RunPanel, Terminal, gpu_lines, trend_arrow
 
 ROOT = Path(__file__).parents[1]
 LOGGED = {"Training/Loss": 1.5, "Monitoring/Loss_Trend": -0.4, "Training/Learning_Rate": 2e-4}
 
 SCENE = """
 import sys, time
-from terminal import Terminal
+from finetuning.common.terminal import Terminal
 t = Terminal(quiet="quiet" in sys.argv)
 with t.working("reading") as report:
     report(1, 2)
@@ -92,7 +93,7 @@ def test_quiet_on_a_terminal():
 def test_text_is_broken_between_words_and_a_path_is_whole():
     words, path = "vector embeddings of a token " * 12, "/a-very-long/folder" * 9
     scene = f"""
-from terminal import Terminal
+from finetuning.common.terminal import Terminal
 t = Terminal()
 t.say({words!r})
 t.table("Run", [("estimate", {words!r}), ("run", {path!r})])
@@ -129,7 +130,7 @@ def test_without_a_terminal_there_are_few_plain_lines():
 
 
 def test_a_console_that_lacks_a_character_ends_no_run():
-    code = "from terminal import Terminal; Terminal().say('密码 ↘')"
+    code = "from finetuning.common.terminal import Terminal; Terminal().say('密码 ↘')"
     environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict"}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, env=environment)

@@ -12,9 +12,9 @@ import jieba
 import numpy as np
 import pytest
 
-import text_quality
-from samples import read_samples
-from text_quality import WEIGHTS, quality, quality_components, segment
+from finetuning.analysis import text_quality
+from finetuning.analysis.text_quality import WEIGHTS, quality, quality_components, segment
+from finetuning.readers.dataset import read_samples
 
 RAW = Path(__file__).parents[1] / "data" / "raw"
 _TO_TRADITIONAL = dict(

@@ -14,14 +14,15 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
-from chat_tokens import Segment, TokenizedSample, tokenize_samples
 from direct_finetuning_with_existing_modules import main
-from loss_ledger import LossLedger
-from packed_model import PackedLossModel
-from packing import build_batch
-from samples import read_samples
-from segment_loss import packed_loss
-from tb_logger import read_metrics, read_texts
+from finetuning.data.packing import build_batch
+from finetuning.data.token_table import Segment, TokenizedSample
+from finetuning.data.tokenization import tokenize_samples
+from finetuning.evaluation.loss_metrics import LossLedger
+from finetuning.events.reading import read_metrics, read_texts
+from finetuning.model.loss import packed_loss
+from finetuning.model.packed_model import PackedLossModel
+from finetuning.readers.dataset import read_samples
 
 SCRIPT = Path(__file__).parents[1] / "direct_finetuning_with_existing_modules.py"
 CLOSE, END, VOCAB = 1, 2, 8

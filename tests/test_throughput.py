@@ -6,17 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from throughput import (
+from finetuning.model.flops import (
     ALL_LINEAR,
-    CudaTimeline,
     ModelDims,
-    StepClock,
     dims_from_config,
     lora_parameters,
     peak_flops,
-    straggler,
     training_flops,
 )
+from finetuning.training.step_clock import CudaTimeline, StepClock, straggler
 
 QWEN3_4B = ModelDims(2560, 36, 32, 8, 128, 9728, 151936)
 

@@ -19,12 +19,12 @@ from traced_step import (
     without_data,
 )
 
-import packed_model
-from fast_lora import enable_fast_lora
-from model_loading import PROJECTIONS
-from packed_model import PackedLossModel
-from run_plan import Placement, estimate_memory, model_shape
-from segment_loss import packed_loss, rows_per_chunk
+from finetuning.model import packed_model
+from finetuning.model.adapters import PROJECTIONS
+from finetuning.model.fused_lora import enable_fast_lora
+from finetuning.model.loss import packed_loss, rows_per_chunk
+from finetuning.model.packed_model import PackedLossModel
+from finetuning.training.memory_estimate import Placement, estimate_memory, model_shape
 
 
 @pytest.mark.parametrize(("tokens", "recompute"), [(8192, False), (8192, True), (2048, True)])

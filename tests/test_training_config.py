@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-import foreign_names
-import training_config
-from errors import UserError
-from training_config import DirectTrainingConfig, parse_command_line, read_config_file
+from finetuning import config as config_module
+from finetuning import foreign_names
+from finetuning.common.errors import UserError
+from finetuning.config import DirectTrainingConfig, parse_command_line, read_config_file
 
 
 def toml(tmp_path: Path, text: str) -> Path:
@@ -174,7 +174,7 @@ def test_numbers_that_are_none_are_refused(value: float):
 
 
 def test_every_field_has_its_line_of_help():
-    source = Path(training_config.__file__).read_text(encoding="utf-8")
+    source = Path(config_module.__file__).read_text(encoding="utf-8")
     for field in dataclasses.fields(DirectTrainingConfig):
         pattern = rf'\n    {field.name}: [^"]*?(?:"[^"\n]*"[^"]*?)*\n    """'
         assert re.search(pattern, source), field.name

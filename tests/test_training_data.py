@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from qwen3_tokenizer import qwen3_tokenizer
 
-import dataset_stats
-import loss_groups
-import near_duplicates
-import samples
-from errors import UserError
-from sample_facts import difficulty
-from training_data import TrainingData, prepare_data, read_data, split_samples
+from finetuning.analysis import sample_groups
+from finetuning.analysis import statistics as analysis_statistics
+from finetuning.analysis.facts import difficulty
+from finetuning.common.errors import UserError
+from finetuning.data import near_duplicates
+from finetuning.data.split import split_samples
+from finetuning.data.training_data import TrainingData, prepare_data, read_data
+from finetuning.readers import dataset
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def write(path: Path, count: int, word: str) -> str:
 
 @pytest.mark.parametrize("large_data", [1, 2**30])
 def test_groups_tell_what_each_document_is(tmp_path, monkeypatch, qwen3, large_data):
-    monkeypatch.setattr(samples, "LARGE_DATA", large_data)
+    monkeypatch.setattr(dataset, "LARGE_DATA", large_data)
     paths = [write(tmp_path / "a.jsonl", 30, "SM4"), write(tmp_path / "b.jsonl", 20, "数字证书")]
     read, _ = read_data(paths, cache_dir=tmp_path / "cache")
     split = split_samples(read, eval_fraction=0.2)
@@ -62,9 +63,9 @@ def test_groups_tell_what_each_document_is(tmp_path, monkeypatch, qwen3, large_d
 
 
 def test_facts_and_groups_of_large_data_are_made_once(tmp_path, monkeypatch, qwen3):
-    monkeypatch.setattr(samples, "LARGE_DATA", 1)
+    monkeypatch.setattr(dataset, "LARGE_DATA", 1)
     looked_at = []
-    for module, name in ((dataset_stats, "observe_span"), (loss_groups, "label_span")):
+    for module, name in ((analysis_statistics, "observe_span"), (sample_groups, "label_span")):
         look = getattr(module, name)
         monkeypatch.setattr(
             module, name, lambda *span, n=name, f=look: looked_at.append(n) or f(*span)
@@ -101,12 +102,12 @@ def test_facts_and_groups_of_large_data_are_made_once(tmp_path, monkeypatch, qwe
 
 def test_worker_processes_label_the_same(tmp_path, monkeypatch, qwen3):
     for name, value in (("LARGE_DATA", 1), ("SPAN", 7), ("_ROWS", 5)):
-        monkeypatch.setattr(samples, name, value)
+        monkeypatch.setattr(dataset, name, value)
     read, _ = read_data([write(tmp_path / "a.jsonl", 30, "SM4")])
     sources, every = list(read.samples_per_file), np.arange(30)
-    alone = loss_groups.loss_groups(read, every, sources)
-    monkeypatch.setattr(loss_groups, "_POOL_FROM", 1)
-    together = loss_groups.loss_groups(read, every, sources, workers=2)
+    alone = sample_groups.loss_groups(read, every, sources)
+    monkeypatch.setattr(sample_groups, "_POOL_FROM", 1)
+    together = sample_groups.loss_groups(read, every, sources, workers=2)
     for stem, (names, labels) in alone.items():
         assert together[stem][0] == names
         np.testing.assert_array_equal(together[stem][1], labels)

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-import varlen_attention
-from errors import UserError
+from finetuning.common.errors import UserError
+from finetuning.model import attention
 
 LENGTHS = (7, 31, 12, 20)
 
@@ -43,12 +43,12 @@ def token_losses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 
 def packed_hidden(model, docs, pad_to=None) -> torch.Tensor:
-    bounds = varlen_attention.cumulative_lengths(LENGTHS, pad_to)
+    bounds = attention.cumulative_lengths(LENGTHS, pad_to)
     return model.model(
         input_ids=torch.cat(docs).unsqueeze(0),
         position_ids=torch.cat([torch.arange(len(doc)) for doc in docs]).unsqueeze(0),
         use_cache=False,
-        **varlen_attention.attention_kwargs(bounds, LENGTHS, max(LENGTHS)),
+        **attention.attention_kwargs(bounds, LENGTHS, max(LENGTHS)),
     ).last_hidden_state[0]
 
 
@@ -78,7 +78,7 @@ def test_packed_equals_padded(implementation):
     model, docs = tiny_model(), documents()
     expected = padded_losses(model, docs, implementation)
     expected_gradients = gradients(model, expected)
-    varlen_attention.enable(model)
+    attention.enable(model)
     losses = packed_losses(model, docs)
     torch.testing.assert_close(losses, expected, atol=1e-5, rtol=1e-5)
     for name, gradient in gradients(model, losses).items():
@@ -89,7 +89,7 @@ def test_packed_equals_documents_apart():
     model, docs = tiny_model(), documents()
     expected = torch.cat([token_losses(model(input_ids=d[None]).logits[0], d) for d in docs])
     expected_gradients = gradients(model, expected)
-    varlen_attention.enable(model)
+    attention.enable(model)
     losses = packed_losses(model, docs)
     torch.testing.assert_close(losses, expected, atol=1e-5, rtol=1e-5)
     for name, gradient in gradients(model, losses).items():
@@ -98,7 +98,7 @@ def test_packed_equals_documents_apart():
 
 def test_documents_never_see_each_other():
     model, docs = tiny_model(), documents()
-    varlen_attention.enable(model)
+    attention.enable(model)
     before = packed_hidden(model, docs).split(LENGTHS)
     changed = [docs[0], (docs[1] + 5) % 97, *docs[2:]]
     after = packed_hidden(model, changed).split(LENGTHS)
@@ -109,7 +109,7 @@ def test_documents_never_see_each_other():
 
 def test_a_token_sees_no_later_token():
     model, docs = tiny_model(), documents()
-    varlen_attention.enable(model)
+    attention.enable(model)
     before = packed_hidden(model, docs).split(LENGTHS)[1]
     docs[1] = torch.cat((docs[1][:20], (docs[1][20:] + 1) % 97))
     after = packed_hidden(model, docs).split(LENGTHS)[1]
@@ -121,7 +121,7 @@ def test_gradient_checkpointing_changes_nothing():
     docs, results = documents(), []
     for checkpointing in (False, True):
         model = tiny_model().train()
-        varlen_attention.enable(model)
+        attention.enable(model)
         if checkpointing:
             model.gradient_checkpointing_enable()
         results.append(gradients(model, packed_losses(model, docs)))
@@ -134,7 +134,7 @@ def test_sliding_window_layers():
     model, docs = tiny_model(**window), documents()
     assert "sliding_attention" in model.config.layer_types
     expected = padded_losses(model, docs, "sdpa")
-    varlen_attention.enable(model)
+    attention.enable(model)
     torch.testing.assert_close(packed_losses(model, docs), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -144,8 +144,8 @@ def test_generation_and_padding_inside_ordinary_attention():
     ids = torch.stack([F.pad(doc, (width - len(doc), 0)) for doc in docs])
     inputs = dict(input_ids=ids, attention_mask=(ids != 0).long())
     expected = model.generate(**inputs, max_new_tokens=6, do_sample=False)
-    varlen_attention.enable(model)
-    with varlen_attention.ordinary_attention(model):
+    attention.enable(model)
+    with attention.ordinary_attention(model):
         actual = model.generate(**inputs, max_new_tokens=6, do_sample=False)
     assert torch.equal(actual, expected)
     with pytest.raises(RuntimeError, match="ordinary_attention"):
@@ -155,19 +155,19 @@ def test_generation_and_padding_inside_ordinary_attention():
 
 def test_ordinary_attention_ends_after_an_error():
     model = tiny_model()
-    varlen_attention.enable(model)
-    with pytest.raises(KeyError), varlen_attention.ordinary_attention(model):
+    attention.enable(model)
+    with pytest.raises(KeyError), attention.ordinary_attention(model):
         assert model.config._attn_implementation == "sdpa"
         raise KeyError
-    assert model.config._attn_implementation == varlen_attention.IMPLEMENTATION
+    assert model.config._attn_implementation == attention.IMPLEMENTATION
 
 
 def test_cumulative_lengths():
-    assert varlen_attention.cumulative_lengths([3, 4]).tolist() == [0, 3, 7]
-    padded = varlen_attention.cumulative_lengths([3, 4], pad_to=4)
+    assert attention.cumulative_lengths([3, 4]).tolist() == [0, 3, 7]
+    padded = attention.cumulative_lengths([3, 4], pad_to=4)
     assert padded.tolist() == [0, 3, 7, 7, 7] and padded.dtype == torch.int32
     with pytest.raises(ValueError, match="3 documents"):
-        varlen_attention.cumulative_lengths([1, 2, 3], pad_to=2)
+        attention.cumulative_lengths([1, 2, 3], pad_to=2)
 
 
 # ---------------------------------------------------------------------------
@@ -270,10 +270,10 @@ def varlen_2_12(
 def use_bounds(monkeypatch, kernel) -> None:
     """Make this machine take the way of CUDA, with `kernel` in the place of torch's."""
     names = frozenset(inspect.signature(kernel).parameters)
-    monkeypatch.setattr(varlen_attention, "varlen_attn", kernel)
-    monkeypatch.setattr(varlen_attention, "_VARLEN_PARAMETERS", names)
+    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    monkeypatch.setattr(attention, "_VARLEN_PARAMETERS", names)
     monkeypatch.setattr(
-        varlen_attention,
+        attention,
         "attention_kwargs",
         lambda bounds, lengths, longest, dtype=None: {
             "packed_bounds": bounds,
@@ -285,7 +285,7 @@ def use_bounds(monkeypatch, kernel) -> None:
 @pytest.mark.parametrize("kernel", [varlen_2_10, varlen_2_11, varlen_2_12])
 def test_every_signature_of_the_kernel(monkeypatch, kernel):
     model, docs = tiny_model(), documents()
-    varlen_attention.enable(model)
+    attention.enable(model)
     expected = packed_losses(model, docs)
     expected_gradients = gradients(model, expected)
     use_bounds(monkeypatch, kernel)
@@ -300,11 +300,11 @@ def test_attention_that_is_more_than_a_softmax_is_refused(more):
     """The sinks of gpt-oss would else be left out in silence."""
     states = [torch.randn(1, 4, 8, 16) for _ in range(3)]
     with pytest.raises(UserError, match="use another model"):
-        varlen_attention.packed_attention(None, *states, None, packed_lengths=(8,), **more)
+        attention.packed_attention(None, *states, None, packed_lengths=(8,), **more)
 
 
 def test_the_installed_kernel_has_a_signature_that_we_know():
-    names = varlen_attention._VARLEN_PARAMETERS
+    names = attention._VARLEN_PARAMETERS
     assert "scale" in names and ("window_size" in names or "is_causal" in names)
 
 
@@ -319,15 +319,15 @@ def test_compiled_layers_share_one_graph(monkeypatch):
     torch._dynamo.reset()
     use_bounds(monkeypatch, varlen_2_12)
     model = tiny_model().train()
-    varlen_attention.enable(model)
+    attention.enable(model)
     for layer in model.model.layers:
         layer.compile(backend=count, fullgraph=True, dynamic=False)
     results = []
     for lengths in ((7, 31, 12, 20), (40, 30), (10, 20, 10, 20, 10)):
         ids = torch.arange(70)[None] % 97
         positions = torch.cat([torch.arange(length) for length in lengths])[None]
-        bounds = varlen_attention.cumulative_lengths(lengths, pad_to=6)
-        kwargs = varlen_attention.attention_kwargs(bounds, lengths, 64)
+        bounds = attention.cumulative_lengths(lengths, pad_to=6)
+        kwargs = attention.attention_kwargs(bounds, lengths, 64)
         embeddings = model.model.embed_tokens(ids).detach().requires_grad_()
         hidden = model.model(
             inputs_embeds=embeddings, position_ids=positions, use_cache=False, **kwargs
@@ -335,7 +335,7 @@ def test_compiled_layers_share_one_graph(monkeypatch):
         hidden.square().sum().backward()
         results.append(hidden)
     assert len(graphs) == 1
-    with varlen_attention.ordinary_attention(model):  # runs eagerly: no graph is added
+    with attention.ordinary_attention(model):  # runs eagerly: no graph is added
         model.eval()
         alone = model.model(input_ids=torch.arange(70)[None, :10] % 97).last_hidden_state
     assert len(graphs) == 1
@@ -348,7 +348,7 @@ def test_only_half_precision_goes_to_the_kernel():
     class OnCuda:
         is_cuda = True
 
-    kernel = varlen_attention.attention_kwargs(OnCuda(), [3, 4], 8, torch.bfloat16)
+    kernel = attention.attention_kwargs(OnCuda(), [3, 4], 8, torch.bfloat16)
     assert kernel.keys() == {"packed_bounds", "packed_max_length"}
-    each = varlen_attention.attention_kwargs(OnCuda(), [3, 4], 8, torch.float32)
+    each = attention.attention_kwargs(OnCuda(), [3, 4], 8, torch.float32)
     assert each == {"packed_lengths": (3, 4)}

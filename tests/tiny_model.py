@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from embedded_model import train_tokenizer
+from finetuning.model.demo_model import train_tokenizer
 
 TEXTS = [
     "分组密码SM4的分组长度和密钥长度都是128比特，共32轮。",

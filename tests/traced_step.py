@@ -19,14 +19,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig, Qwen3Config, Qwen3ForCausalLM
 
-import model_loading
-import segment_loss
-import varlen_attention
-from chat_tokens import Segment, TokenizedSample
-from fast_lora import enable_fast_lora
-from optimization import build_optimizer, clip_gradients, update_weights
-from packed_model import PackedLossModel
-from packing import PackedBatch, build_batch
+from finetuning.data.packing import PackedBatch, build_batch
+from finetuning.data.token_table import Segment, TokenizedSample
+from finetuning.model import adapters as model_adapters
+from finetuning.model import attention, loading
+from finetuning.model import loss as model_loss
+from finetuning.model.fused_lora import enable_fast_lora
+from finetuning.model.packed_model import PackedLossModel
+from finetuning.training.optimizer import build_optimizer, clip_gradients, update_weights
 
 
 def qwen3_4b(layers: int = 36) -> Qwen3Config:
@@ -78,11 +78,11 @@ def bf16_model(config: PretrainedConfig, *, lora_r: int, recompute: bool) -> tor
     with torch.device("meta"):
         model = Qwen3ForCausalLM(config).to(torch.bfloat16)
         if recompute:
-            model_loading.recompute_activations(model)
+            loading.recompute_activations(model)
         if not lora_r:
             return model
         adapters = LoraConfig(
-            r=lora_r, target_modules=list(model_loading.PROJECTIONS), task_type="CAUSAL_LM"
+            r=lora_r, target_modules=list(model_adapters.PROJECTIONS), task_type="CAUSAL_LM"
         )
         return get_peft_model(model, adapters)
 
@@ -129,11 +129,11 @@ def as_on_cuda() -> Iterator[None]:
     def product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return torch.mm(rows, weight.t(), out_dtype=torch.float32)
 
-    chunk = {"cpu": segment_loss._CHUNK_BYTES["cuda"]}
+    chunk = {"cpu": model_loss._CHUNK_BYTES["cuda"]}
     with (
-        mock.patch.object(varlen_attention, "attention_kwargs", kernel),
-        mock.patch.object(segment_loss, "_logits", product),
-        mock.patch.dict(segment_loss._CHUNK_BYTES, chunk),
+        mock.patch.object(attention, "attention_kwargs", kernel),
+        mock.patch.object(model_loss, "_logits", product),
+        mock.patch.dict(model_loss._CHUNK_BYTES, chunk),
     ):
         yield
 

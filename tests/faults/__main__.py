@@ -79,7 +79,7 @@ def warm_up(rig) -> None:
                 importlib.import_module(name)
             except Exception:  # made at run time, or only importable on the way
                 continue
-    import crypto_terms
+    from finetuning.analysis import crypto_terms
 
     crypto_terms.load_terms()
 

@@ -10,9 +10,7 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-import model_in_training
-import run_checkpoints
+from finetuning.training import checkpoint, checkpoint_manager, engine
 
 from . import hook
 from .rig import Rig, announced_is_kept, fork, leftovers, nothing_lost, replaced
@@ -177,7 +175,7 @@ def no_staging() -> None:
         return target
 
     replaced(checkpoint, "save_checkpoint", write_in_place)
-    replaced(run_checkpoints, "save_checkpoint", write_in_place)
+    replaced(checkpoint_manager, "save_checkpoint", write_in_place)
 
 
 def delete_before_saving() -> None:
@@ -295,14 +293,14 @@ def two_checkpoints(rig: Rig) -> Path:
 
 def stop_at(step: int, number: int = signal.SIGTERM) -> None:
     """In a child: a real signal to itself in `step`, which is the last one then."""
-    gradients = model_in_training.ModelInTraining.forward_backward
+    gradients = engine.ModelInTraining.forward_backward
 
     def with_signal(self, planned, tokens, clock, state, wants_stop):
         if state.step + 1 == step:
             os.kill(os.getpid(), number)
         return gradients(self, planned, tokens, clock, state, wants_stop)
 
-    model_in_training.ModelInTraining.forward_backward = with_signal
+    engine.ModelInTraining.forward_backward = with_signal
 
 
 def damaged(rig: Rig, damage: Callable[[Path], bool], resume: bool) -> tuple[bool, list[str]]:
@@ -513,14 +511,14 @@ def f11(rig: Rig, tally: Tally, count: int) -> None:
 
 def tolerant_loading() -> None:
     """Mutant: tensors that do not fit are passed over, as peft does."""
-    import model_loading
+    from finetuning.model import adapters, loading
 
     def tolerant(model, tensors, source):
-        live = model_loading._trainable_state(model)
+        live = loading._trainable_state(model)
         for name in live.keys() & tensors.keys():
             live[name].copy_(tensors[name])
 
-    replaced(model_loading, "_load_exactly", tolerant)
+    replaced(adapters, "_load_exactly", tolerant)
 
 
 # -----------------------------------------------------------------------------

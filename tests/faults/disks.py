@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 
 import direct_finetuning_with_existing_modules as program
-import run_checkpoints
 import tb_logger
+from finetuning.events import reading
+from finetuning.training import checkpoint_manager
 
 from . import hook
 from .rig import (
@@ -121,7 +122,7 @@ def f07(rig: Rig, tally: Tally, count: int) -> None:
         tally.skip("needs the right to mount a small tmpfs")
         return
     trainer = program.DirectTrainer
-    update, save = (trainer, "advance"), (run_checkpoints, "save_checkpoint")
+    update, save = (trainer, "advance"), (checkpoint_manager, "save_checkpoint")
     cases: list[tuple[str, dict]] = [
         ("third save", {"full": (*save, 3), "code": 3}),
         (
@@ -155,14 +156,14 @@ def f07(rig: Rig, tally: Tally, count: int) -> None:
 
 def save_in_place() -> None:
     """Mutant: the newest checkpoint is overwritten where it lies."""
-    real = run_checkpoints.save_checkpoint
+    real = checkpoint_manager.save_checkpoint
 
     def overwrite(directory, step, **content):
         for path in directory.glob("checkpoint-*"):
             shutil.rmtree(path)
         return real(directory, step, **content)
 
-    replaced(run_checkpoints, "save_checkpoint", overwrite)
+    replaced(checkpoint_manager, "save_checkpoint", overwrite)
 
 
 # -----------------------------------------------------------------------------
@@ -214,7 +215,7 @@ def disk_error(
 def _curves_in_metrics_file(output: Path, reference: Reference) -> list[str]:
     """metrics.jsonl has every point that TensorBoard could not be given."""
     (path,) = (output / "training_logs").glob("*/metrics.jsonl")
-    records = tb_logger.read_metrics(path)
+    records = reading.read_metrics(path)
     found = {
         tag: {r["step"]: np.float32(r["metrics"][tag]) for r in records if tag in r["metrics"]}
         for tag in reference.curves
@@ -234,7 +235,7 @@ def file_limit(rig: Rig) -> Trial:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
-        before_call(run_checkpoints, "save_checkpoint", 2, limit)
+        before_call(checkpoint_manager, "save_checkpoint", 2, limit)
 
     outcome = rig.run(output, patch=patch, limit=90)
     problems = [] if outcome.code == 3 else [f"exit {outcome.code}: {outcome.output[-400:]}"]
@@ -323,7 +324,7 @@ def turns_read_only(rig: Rig) -> Trial:
                 raise OSError(errno.EROFS, "Read-only file system")
 
             fired.touch()
-            replaced(run_checkpoints, "save_checkpoint", error)
+            replaced(checkpoint_manager, "save_checkpoint", error)
             remount("ro")
 
         patch = lambda: before_call(program.DirectTrainer, "advance", 12, broken)  # noqa: E731

@@ -14,15 +14,14 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import checkpoint
 import direct_finetuning_with_existing_modules as program
-import model_in_training
-import run_checkpoints
-import safe_text
-import samples
-from chat_tokens import tokenize_samples
-from errors import UserError
-from samples import BrokenSample, read_samples
+from finetuning.common import text as common_text
+from finetuning.common.errors import UserError
+from finetuning.data.tokenization import tokenize_samples
+from finetuning.readers import dataset
+from finetuning.readers.dataset import read_samples
+from finetuning.readers.sample import BrokenSample
+from finetuning.training import checkpoint, checkpoint_manager, engine
 
 from . import hook
 from .checkpoints import resealed, two_checkpoints
@@ -362,24 +361,24 @@ def f22(rig: Rig, tally: Tally, count: int) -> None:
 
 def broken_are_dropped() -> None:
     """Mutant: what can't be read is passed over in silence."""
-    real = samples.read_records
+    real = dataset.read_records
 
     def silent(chunk):
         return (item for item in real(chunk) if not isinstance(item, BrokenSample))
 
-    replaced(samples, "read_records", silent)
+    replaced(dataset, "read_records", silent)
 
 
 def text_is_tidied() -> None:
     """Mutant: invisible characters are removed from samples."""
-    real = samples.record_sample
+    real = dataset.record_sample
 
     def tidy(value, columns):
         sample, remarks = real(value, columns)
-        object.__setattr__(sample, "question", safe_text.clean(sample.question))
+        object.__setattr__(sample, "question", common_text.clean(sample.question))
         return sample, remarks
 
-    replaced(samples, "record_sample", tidy)
+    replaced(dataset, "record_sample", tidy)
 
 
 # -----------------------------------------------------------------------------
@@ -507,12 +506,12 @@ def f23(rig: Rig, tally: Tally, count: int) -> None:
 
 def paths_are_opened() -> None:
     """Mutant: whatever a path names is opened and read."""
-    import sample_files
+    from finetuning.readers import files as readers_files
 
     def take(path, cache_dir=None):
-        return [sample_files.DataFile(os.path.expanduser(path), path, "jsonl")]
+        return [readers_files.DataFile(os.path.expanduser(path), path, "jsonl")]
 
-    replaced(samples, "list_files", take)
+    replaced(dataset, "list_files", take)
 
 
 # -----------------------------------------------------------------------------
@@ -780,13 +779,13 @@ def secrets(rig: Rig, ending: str) -> Trial:
             raise RuntimeError(text)
 
         if ending == "crash":
-            replaced(model_in_training.ModelInTraining, "forward_backward", crash)
+            replaced(engine.ModelInTraining, "forward_backward", crash)
         if ending == "disk":
 
             def full(*_: object, **__: object) -> None:
                 raise OSError(28, f"No space left at {url} {SECRETS['OPENAI_API_KEY']}")
 
-            replaced(run_checkpoints, "save_checkpoint", full)
+            replaced(checkpoint_manager, "save_checkpoint", full)
         return program.main(arguments)
 
     outcome = fork(place / "console.txt", action).wait(60)
@@ -871,11 +870,11 @@ def f25(rig: Rig, tally: Tally, count: int) -> None:
 
 def nothing_is_redacted() -> None:
     """Mutant: text goes out as it is."""
-    import run_record
-    import run_summary
-    import terminal
+    from finetuning.common import terminal
+    from finetuning.runs import record as runs_record
+    from finetuning.runs import summary
 
-    for module in (terminal, run_record, run_summary):
+    for module in (terminal, runs_record, summary):
         for name in ("redact", "redact_values", "clean"):
             if hasattr(module, name):
                 replaced(module, name, lambda value, *_: value)

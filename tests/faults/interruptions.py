@@ -12,9 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import direct_finetuning_with_existing_modules as program
-import model_in_training
-import run_checkpoints
-import run_directory
+from finetuning.runs import directory
+from finetuning.training import checkpoint_manager, engine
 
 from .checkpoints import stop_at
 from .rig import (
@@ -87,12 +86,12 @@ def _ledger(output: Path) -> Path:
 
 def no_random_state() -> None:
     """Mutant: the random state is not restored."""
-    replaced(run_checkpoints, "restore_rng", lambda tensors, device: None)
+    replaced(checkpoint_manager, "restore_rng", lambda tensors, device: None)
 
 
 def no_optimizer_state() -> None:
     """Mutant: the moments start from nothing."""
-    replaced(model_in_training, "restore_optimizer", lambda optimizer, parameters, tensors: None)
+    replaced(engine, "restore_optimizer", lambda optimizer, parameters, tensors: None)
 
 
 # -----------------------------------------------------------------------------
@@ -210,11 +209,11 @@ def random_signal(rig: Rig, at: float, number: int, twice: bool) -> tuple[bool, 
 
 
 SIGNAL_PLACES = [  # what is called then, and the how manieth time
-    ("during the first step", model_in_training, "forward_backward", 1),
+    ("during the first step", engine, "forward_backward", 1),
     ("during evaluation", program.DirectTrainer, "evaluate", 2),
-    ("during save", run_checkpoints, "save_checkpoint", 2),
-    ("during pruning", run_checkpoints, "prune_checkpoints", 3),
-    ("between loss and update", model_in_training, "clip_gradients", 7),
+    ("during save", checkpoint_manager, "save_checkpoint", 2),
+    ("during pruning", checkpoint_manager, "prune_checkpoints", 3),
+    ("between loss and update", engine, "clip_gradients", 7),
 ]
 
 
@@ -283,9 +282,9 @@ def same_second(rig: Rig, starts: int) -> tuple[bool, list[str]]:
     gate = place / "go"
 
     def start(number: int) -> None:
-        run_directory.time.strftime = lambda form: "20260101_000000"
+        directory.time.strftime = lambda form: "20260101_000000"
         wait_until(gate.exists, 30)
-        (place / f"name{number}").write_text(run_directory.new_run(place / "out").name)
+        (place / f"name{number}").write_text(directory.new_run(place / "out").name)
 
     children = [fork(place / f"{n}.txt", lambda n=n: start(n)) for n in range(starts)]
     gate.touch()

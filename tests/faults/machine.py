@@ -11,8 +11,8 @@ from pathlib import Path
 import pynvml
 
 import direct_finetuning_with_existing_modules as program
-import run_record
-import system_monitor
+from finetuning.monitoring import system_monitor
+from finetuning.runs import record
 from tests import fake_nvml
 
 from .rig import Outcome, Rig, nothing_lost, replaced, strict_json
@@ -51,12 +51,12 @@ def under_driver(library: Path, state: Path, lines: dict[str, int], later: dict[
         fake = fake_nvml.installed(library, state)
         changing = fake.__enter__()  # the child ends with the run
         changing.set({"count": 2, **lines})
-    monitor = run_record.SystemMonitor
+    monitor = record.SystemMonitor
 
     def watching(uuids, disk_path, interval, first, **options):
         return monitor(None, disk_path, 0.02, first, **options)
 
-    replaced(run_record, "SystemMonitor", watching)
+    replaced(record, "SystemMonitor", watching)
     if later:
         advance = program.DirectTrainer.advance
 
@@ -130,7 +130,7 @@ def f18(rig: Rig, tally: Tally, count: int) -> None:
 
 def errors_are_raised() -> None:
     """Mutant: the loop asks the driver itself and takes no for an answer from nobody."""
-    real = run_record.RunRecord.log
+    real = record.RunRecord.log
 
     def asks(self, step, metrics):
         pynvml.nvmlInit()
@@ -140,7 +140,7 @@ def errors_are_raised() -> None:
             pynvml.nvmlDeviceGetMemoryInfo(handle)
         return real(self, step, metrics)
 
-    replaced(run_record.RunRecord, "log", asks)
+    replaced(record.RunRecord, "log", asks)
 
 
 # -----------------------------------------------------------------------------
@@ -177,9 +177,9 @@ def clock(rig: Rig, shift: Callable[[int, int], float]) -> tuple[bool, list[str]
             def now(cls, tz=None):
                 return cls.fromtimestamp(lying(), tz)
 
-        import run_directory
+        from finetuning.runs import directory
 
-        run_directory.datetime = Lying
+        directory.datetime = Lying
 
     from .checkpoints import stop_at
 
@@ -256,4 +256,4 @@ ROWS = [
         mutant_count=1,
     ),
 ]
-assert system_monitor.SystemMonitor is run_record.SystemMonitor
+assert system_monitor.SystemMonitor is record.SystemMonitor

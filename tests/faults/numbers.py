@@ -8,11 +8,10 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
 import direct_finetuning_with_existing_modules as program
-import model_in_training
-import optimization
-import packed_model
+from finetuning.model import packed_model
+from finetuning.training import checkpoint, engine
+from finetuning.training import optimizer as training_optimizer
 
 from .rig import Reference, Rig, nothing_lost, read_ledger, replaced, status_of
 from .tally import Row, Tally
@@ -68,7 +67,7 @@ def poison_gradient(value: float, everything: bool = False) -> Callable:
                     parameter.grad.view(-1)[0] = value
             return result
 
-        at_step(step, marker, change, model_in_training.ModelInTraining, "forward_backward")
+        at_step(step, marker, change, engine.ModelInTraining, "forward_backward")
 
     return patch
 
@@ -82,7 +81,7 @@ def poison_moments(step: int, marker: Path) -> None:
             state["exp_avg"].view(-1)[0] = math.nan
         return result
 
-    at_step(step, marker, change, model_in_training.ModelInTraining, "forward_backward")
+    at_step(step, marker, change, engine.ModelInTraining, "forward_backward")
 
 
 def finite_checkpoints(output: Path) -> list[str]:
@@ -214,7 +213,7 @@ def updates_anyway() -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    replaced(model_in_training, "update_weights", update)
+    replaced(engine, "update_weights", update)
 
 
 # -----------------------------------------------------------------------------
@@ -305,13 +304,13 @@ def f17(rig: Rig, tally: Tally, count: int) -> None:
 
 def memory_errors_are_fatal() -> None:
     """Mutant: an error of the allocator is like any other."""
-    replaced(model_in_training, "is_out_of_memory", lambda error: False)
+    replaced(engine, "is_out_of_memory", lambda error: False)
 
 
 def half_is_lost() -> None:
     """Mutant: only the first half of a divided micro-batch is trained on."""
-    real = optimization.split_micro_batch
-    replaced(optimization, "split_micro_batch", lambda d, lengths: real(d, lengths)[:1])
+    real = training_optimizer.split_micro_batch
+    replaced(training_optimizer, "split_micro_batch", lambda d, lengths: real(d, lengths)[:1])
 
 
 ROWS = [

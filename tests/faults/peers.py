@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import direct_finetuning_with_existing_modules as program
-import run_checkpoints
+from finetuning.training import checkpoint_manager
 
 from .checkpoints import stop_at
 from .interruptions import no_random_state, wait_until
@@ -228,7 +228,7 @@ def disturbed(rig: Rig, tally: Tally, kind: str, rank: int) -> tuple[bool, list[
         def full(*_: object, **__: object) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        replaced(run_checkpoints, "save_checkpoint", full)
+        replaced(checkpoint_manager, "save_checkpoint", full)
 
     action = {
         "hangs": lambda: os.kill(os.getpid(), signal.SIGSTOP),
@@ -269,14 +269,14 @@ def f14(rig: Rig, tally: Tally, count: int) -> None:
 
 def every_rank_for_itself() -> None:
     """Mutant: ranks do not agree on a signal."""
-    import distributed
+    from finetuning.common import distributed
 
     replaced(distributed.Distributed, "any", lambda self, flag: flag)
 
 
 def only_rank_0_notices() -> None:
     """Mutant: the other ranks are not told that the checkpoint could not be written."""
-    import distributed
+    from finetuning.common import distributed
 
     real = distributed.Distributed.broadcast
 

@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 import direct_finetuning_with_existing_modules as program
-import embedded_model
-import model_in_training
+from finetuning.model import demo_model
+from finetuning.training import engine
 
 NUM_RECORDS, NUM_STEPS, SAVE_STEPS = 64, 24, 5
 LEDGER = "ledger.jsonl"
@@ -97,11 +97,11 @@ def write_records(path: Path, count: int = NUM_RECORDS) -> None:
 def build_model_folder(folder: Path, records: Path) -> Path:
     """A two-layer Qwen3 folder with hidden size 64 and the embedded model's kind of tokenizer."""
     texts = records.read_text(encoding="utf-8").splitlines()
-    tokenizer = embedded_model.train_tokenizer(texts)
-    config = embedded_model._model_config(tokenizer, 2)
+    tokenizer = demo_model.train_tokenizer(texts)
+    config = demo_model._model_config(tokenizer, 2)
     config.hidden_size, config.intermediate_size, config.head_dim = 64, 128, 16
     torch.manual_seed(3)
-    model = embedded_model.Qwen3ForCausalLM(config)
+    model = demo_model.Qwen3ForCausalLM(config)
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
     return folder
@@ -278,7 +278,7 @@ class Rig:
 
 def write_ledger(path: Path) -> None:
     """In a child: note every update's documents, losses, rate, gradient and random state, as hex."""
-    update = model_in_training.update_weights
+    update = engine.update_weights
     collect = program.DirectTrainer.advance
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -311,7 +311,7 @@ def write_ledger(path: Path) -> None:
         os.write(handle, (json.dumps(record) + "\n").encode())
         return collect(self, step, planned)
 
-    model_in_training.update_weights = update_weights
+    engine.update_weights = update_weights
     program.DirectTrainer.advance = advance
 
 
@@ -479,7 +479,7 @@ def announced(output: Path) -> list[Path]:
 
 def announced_is_kept(output: Path) -> list[str]:
     """Criterion (a): the newest announced checkpoint, or a newer one, loads."""
-    from checkpoint import newest_checkpoint
+    from finetuning.training.checkpoint import newest_checkpoint
 
     said = announced(output)
     if not said:

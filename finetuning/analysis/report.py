@@ -1,0 +1,398 @@
+"""Statistics of a data set for people: Markdown tables, a terminal report, an HTML page, pictures.
+
+Everything here reads the dictionary of `DatasetStatistics.to_json` and computes no statistic itself.
+"""
+
+import html as html_escape
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
+
+from finetuning.analysis import crypto_terms
+from finetuning.common.text import clean_line, table_cell
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.console import RenderableType
+
+Report = dict[str, Any]
+Row = tuple[str, ...]
+Table = tuple[str, Row, list[Row]]  # title, header, rows
+
+_TOP = 15  # terms and findings shown
+_BAR = 24  # columns of a full bar
+_FINDING_TITLES = {
+    "train_eval_leaks": "Held-out samples that repeat training samples",
+    "conflicting_answers": "Several answers to one question",
+    "citation_conflicts": "Citations of a standard about something else",
+    "exact_duplicates": "Exact duplicates",
+    "near_duplicates": "Near duplicates",
+    "answer_copied": "Answers copied into the thinking",
+}
+_CATEGORY_NAMES = {
+    "基础概念": "basics",
+    "对称算法": "symmetric",
+    "非对称算法": "public key",
+    "杂凑与消息鉴别": "hash and MAC",
+    "签名与身份鉴别": "signature and identity",
+    "密钥管理": "key management",
+    "随机数": "random numbers",
+    "证书与PKI": "certificates",
+    "协议": "protocols",
+    "密评与标准": "evaluation and standards",
+    "攻击与分析": "attacks",
+    "后量子与隐私计算": "post-quantum and privacy",
+    "产品与工程": "products",
+}
+_CJK_FONTS = (
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC",
+    "Source Han Sans CN", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "Microsoft YaHei", "SimHei",
+    "PingFang SC", "Hiragino Sans GB", "Heiti SC", "Heiti TC", "STHeiti", "Arial Unicode MS",
+    "Droid Sans Fallback",
+)  # fmt: skip
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.{digits}f}"
+
+
+def _percent(value: float) -> str:
+    return f"{value:.1f} %"
+
+
+# -----------------------------------------------------------------------------
+# Tables, the one content of all forms
+
+
+def tables(report: Report) -> list[Table]:
+    """Every table of the report: (title, header, rows)."""
+    return [
+        ("Overview", ("", "value"), _overview(report)),
+        ("Files", ("file", "samples"), _files(report)),
+        ("Lengths", ("", "mean", "p50", "p90", "p99", "max"), _lengths(report)),
+        ("Sequence length", ("tokens", "longer samples", "packing efficiency"), _fit(report)),
+        (
+            "Difficulty and quality levels",
+            ("level", "difficulty", "output quality"),
+            _levels(report),
+        ),
+        ("Quality by component", ("component", "mean"), _components(report)),
+        ("Categories of terms", ("category", "occurrences"), _categories(report)),
+        ("Terms", ("#", "term", "category", "level", "samples"), _terms(report)),
+        *_finding_tables(report),
+        ("Weakest texts", ("quality", "where", "part", "weakest", "text"), _worst(report)),
+    ]
+
+
+def _overview(report: Report) -> list[Row]:
+    rows = [
+        ("Samples", _number(report["total_samples"])),
+        ("Records that could not be read", _number(len(report["broken"]))),
+        (
+            "With thinking",
+            f"{report['thinking_samples']} ({_percent(report['thinking_samples_percent'])})",
+        ),
+        ("Thinking / answer length, median", _number(report.get("thinking_answer_ratio_p50"))),
+        ("Quality of the questions", _number(report.get("avg_instruction_quality"), 3)),
+        ("Quality of the outputs", _number(report.get("avg_output_quality"), 3)),
+        ("Complexity by terms", _number(report.get("avg_crypto_complexity"), 3)),
+        ("Exact duplicates", _number(report["exact_duplicates"])),
+        ("Near duplicates", _number(report["near_duplicates"])),
+        ("Questions with several answers", _number(report["conflicting_answers"])),
+        ("Citation conflicts", _number(report["citation_conflicts"])),
+        ("Answers copied into the thinking", _number(report["answer_copied_into_thinking"])),
+        ("Advised max_seq_length", _number(report["advised_max_seq_length"])),
+    ]
+    if "train_eval_leaks" in report:
+        rows.insert(7, ("Held-out samples seen in training", _number(report["train_eval_leaks"])))
+    return rows
+
+
+def _files(report: Report) -> list[Row]:
+    return [(name, _number(count)) for name, count in report["samples_per_file"].items()]
+
+
+def _lengths(report: Report) -> list[Row]:
+    keys = ("mean", "p50", "p90", "p99", "max")
+    unit = "tokens" if report["tokens_are_exact"] else "tokens, estimated"
+    rows = {f"{name}, characters": s for name, s in report["characters"].items()}
+    rows |= {f"{name}, {unit}": s for name, s in report["tokens"].items()}
+    return [(n, *(_number(s[k], 1) for k in keys)) for n, s in rows.items() if s]
+
+
+def _fit(report: Report) -> list[Row]:
+    packing = report["packing_efficiency_percent_by_length"]
+    return [
+        (n, _percent(over), _percent(packing[n]) if n in packing else "–")
+        for n, over in report["exceeding_percent"].items()
+    ]
+
+
+def _levels(report: Report) -> list[Row]:
+    return [
+        (
+            str(k),
+            f"{_number(report[f'difficulty_{k}_count'])}"
+            f" ({_percent(report[f'difficulty_{k}_percent'])})",
+            f"{_number(report[f'quality_level_{k}_count'])}"
+            f" ({_percent(report[f'quality_level_{k}_percent'])})",
+        )
+        for k in range(1, 5)
+    ]
+
+
+def _components(report: Report) -> list[Row]:
+    names = [n for n in report if n.startswith("quality_") and not n.startswith("quality_level_")]
+    return [(n.removeprefix("quality_").replace("_", " "), f"{report[n]:.3f}") for n in names]
+
+
+def _categories(report: Report) -> list[Row]:
+    return [
+        (f"{name} ({_CATEGORY_NAMES.get(name, name)})", _number(count))
+        for name, count in report["terms_by_category"].items()
+    ]
+
+
+def _terms(report: Report) -> list[Row]:
+    known = crypto_terms.load_terms()
+    return [
+        (str(place), name, known[name].category, str(known[name].level), _number(count))
+        for place, (name, count) in enumerate(list(report["terms"].items())[:_TOP], 1)
+    ]
+
+
+def _finding_tables(report: Report) -> list[Table]:
+    findings = {**report["findings"], "broken": report["broken"]}
+    titles = {"broken": "Records that could not be read", **_FINDING_TITLES}
+    header = ("where", "what")
+    result = []
+    for kind, title in titles.items():
+        rows = [
+            (f"{f['source']}:{f['line']}", clean_line(f.get("note") or f.get("reason"), 200))
+            for f in findings.get(kind, [])[:_TOP]
+        ]
+        if rows:
+            result.append((title, header, rows))
+    return result
+
+
+def _worst(report: Report) -> list[Row]:
+    return [
+        (
+            f"{w['quality']:.3f}",
+            f"{w['source']}:{w['line']}",
+            w["part"],
+            w["weakest"].replace("_", " "),
+            clean_line(w["excerpt"], 60),
+        )
+        for w in report["worst_samples"][:10]
+    ]
+
+
+def markdown(report: Report) -> str:
+    """Warnings, then every table, in Markdown; text of the data is escaped."""
+    parts = ["## Data set"]
+    if report["warnings"]:
+        parts.append("\n".join(f"- **{table_cell(w)}**" for w in report["warnings"]))
+    for title, header, rows in tables(report):
+        lines = [header, tuple("---" for _ in header), *(map(table_cell, row) for row in rows)]
+        body = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        parts.append(f"### {title}\n\n{body}")
+    return "\n\n".join(parts) + "\n"
+
+
+# -----------------------------------------------------------------------------
+# Terminal
+
+
+def print_report(report: Report) -> None:
+    """The tables with bars, the warnings last, where a reader's eye is; with "compare" both."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    for title, header, rows in tables(report):
+        if rows and title not in ("Overview",):
+            console.print(_rich_table(title, header, rows))
+    console.print(_rich_table("Overview", ("", "value"), _overview(report)))
+    if "compare" in report:
+        console.print(_rich_table(*_comparison(report)))
+    for warning in report["warnings"]:
+        console.print(Text(f"warning: {clean_line(warning)}", style="yellow"))
+
+
+def _rich_table(title: str, header: Row, rows: list[Row]) -> "RenderableType":
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    bars = _bars(header, rows)
+    table = RichTable(title=title, title_justify="left", title_style="bold")
+    for name in header:
+        table.add_column(name, overflow="fold")
+    if bars:
+        table.add_column("", no_wrap=True)
+    for row, bar in zip(rows, bars or [None] * len(rows), strict=True):
+        cells = [Text(clean_line(cell)) for cell in row]
+        table.add_row(*cells, *([] if bar is None else [Text("█" * round(bar * _BAR), "cyan")]))
+    return table
+
+
+_BAR_COLUMNS = {"samples", "occurrences", "mean", "packing efficiency", "difficulty"}
+
+
+def _bars(header: Row, rows: list[Row]) -> list[float]:
+    """Share of the largest per row, for tables with one column that is worth a bar."""
+    columns = [i for i, name in enumerate(header) if name in _BAR_COLUMNS]
+    if not columns or "p50" in header:
+        return []
+    values = [_leading_number(row[columns[0]]) for row in rows]
+    top = max(values, default=0)
+    return [value / top if top else 0.0 for value in values]
+
+
+def _leading_number(cell: str) -> float:
+    first = cell.split()[0].replace(",", "")
+    return 0.0 if first == "–" else float(first)
+
+
+def _comparison(report: Report) -> Table:
+    other = report["compare"]
+    rows = [
+        (name, left, right)
+        for (name, left), (_, right) in zip(_overview(report), _overview(other), strict=True)
+    ]
+    leaks = ("Samples that (nearly) repeat the first", "", _number(other["leaks"]))
+    return "Comparison", ("", "first", "second"), [*rows, leaks]
+
+
+# -----------------------------------------------------------------------------
+# HTML
+
+
+_STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem}
+table{border-collapse:collapse;margin:.5rem 0 2rem}
+td,th{padding:.2rem .7rem;border-bottom:1px solid #8884;text-align:left;vertical-align:top}
+.bar{background:#2a7fb8;height:.8rem;border-radius:2px}
+.warning{border-left:4px solid #d08700;padding:.2rem .8rem;margin:.4rem 0}
+:root{color-scheme:light dark}
+"""
+
+
+def html_page(report: Report) -> str:
+    """One page that needs no other file and runs no script."""
+    escape = html_escape.escape
+    warnings = "".join(
+        f'<p class="warning">{escape(clean_line(w))}</p>' for w in report["warnings"]
+    )
+    shown = tables(report) + ([_comparison(report)] if "compare" in report else [])
+    if "compare" in report:
+        leaks = report["compare"]["leak_findings"][:_TOP]
+        rows = [(f"{f['source']}:{f['line']}", f["note"]) for f in leaks]
+        shown.append(("Samples in both", ("where", "what"), rows))
+    sections = "".join(_html_table(*table) for table in shown if table[2])
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width"><title>Data set</title>'
+        f"<style>{_STYLE}</style><h1>Data set</h1>{warnings}{sections}</html>\n"
+    )
+
+
+def _html_table(title: str, header: Row, rows: list[Row]) -> str:
+    escape = html_escape.escape
+    bars = _bars(header, rows)
+    head = "".join(f"<th>{escape(name)}</th>" for name in header) + ("<th></th>" if bars else "")
+    lines = []
+    for row, bar in zip(rows, bars or [None] * len(rows), strict=True):
+        cells = "".join(f"<td>{escape(clean_line(cell))}</td>" for cell in row)
+        if bar is not None:
+            cells += f'<td><div class="bar" style="width:{bar * 16:.2f}rem"></div></td>'
+        lines.append(f"<tr>{cells}</tr>")
+    return f"<h2>{escape(title)}</h2><table><tr>{head}</tr>{''.join(lines)}</table>"
+
+
+# -----------------------------------------------------------------------------
+# Pictures
+
+
+def figures(report: Report) -> "dict[str, Figure]":
+    """`pictures`, drawn."""
+    return {tag: draw() for tag, draw in pictures(report).items()}
+
+
+def pictures(report: Report) -> "dict[str, Callable[[], Figure]]":
+    """Functions that draw, by tag: lengths of the segments in tokens, and the most frequent terms."""
+    return {
+        "Dataset/Length_Distribution": partial(_length_figure, report),
+        "Dataset/Term_Distribution": partial(_term_figure, report),
+    }
+
+
+def _new_figure(width: float, height: float) -> "tuple[Figure, Any]":
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)  # no window system, and pyplot's global state stays untouched
+    return figure, figure.add_subplot()
+
+
+def _length_figure(report: Report) -> "Figure":
+    figure, axes = _new_figure(8, 4.5)
+    histogram = report["token_histogram"]
+    used = [i for i in range(len(_BIN_NAMES)) if any(bins[i] for bins in histogram.values())]
+    shown = range(min(used), max(used) + 1) if used else range(0)
+    width = 0.8 / max(1, len(histogram))
+    for number, (name, bins) in enumerate(histogram.items()):
+        places = [i + number * width for i in range(len(shown))]
+        axes.bar(places, [bins[i] for i in shown], width, label=name)
+    middle = width * (len(histogram) - 1) / 2
+    axes.set_xticks([i + middle for i in range(len(shown))], [_BIN_NAMES[i] for i in shown])
+    about = "" if report["tokens_are_exact"] else " (estimated)"
+    axes.set(xlabel=f"tokens{about}, up to", ylabel="samples", title="Lengths")
+    axes.legend()
+    return figure
+
+
+_BIN_NAMES = [*(str(2**k) for k in range(4, 17)), "more"]
+
+
+def _term_figure(report: Report) -> "Figure":
+    terms = list(report["terms"].items())[:20]
+    figure, axes = _new_figure(8, 1.5 + 0.28 * len(terms))
+    font = cjk_font()
+    names = [term_label(name, place, font is not None) for place, (name, _) in enumerate(terms, 1)]
+    axes.barh(range(len(terms)), [count for _, count in terms])
+    axes.set_yticks(range(len(terms)), names, **({"fontfamily": font} if font else {}))
+    axes.invert_yaxis()
+    axes.set(xlabel="samples that hold the term", title="Most frequent cryptographic terms")
+    return figure
+
+
+@cache
+def cjk_font() -> str | None:
+    """A font of this machine that has Chinese characters, None where there is none."""
+    from matplotlib import font_manager
+
+    manager = font_manager.fontManager
+    known = {font.fname for font in manager.ttflist}
+    if not any(font.name in _CJK_FONTS for font in manager.ttflist):
+        # matplotlib keeps its list for good: it does not know a font that was installed since.
+        for path in set(font_manager.findSystemFonts()) - known:
+            with suppress(OSError, RuntimeError):  # not a font that matplotlib can read
+                manager.addfont(path)
+    available = {font.name for font in manager.ttflist}
+    return next((name for name in _CJK_FONTS if name in available), None)
+
+
+def term_label(name: str, place: int, chinese: bool) -> str:
+    """The term as a picture can show it; without a font: an ASCII alias, else its number in the
+    table of terms with its category."""
+    if chinese or name.isascii():
+        return name
+    term = crypto_terms.load_terms()[name]
+    alias = next((alias for alias in term.aliases if alias.isascii()), None)
+    return alias or f"#{place} ({_CATEGORY_NAMES.get(term.category, 'term')})"

@@ -1,0 +1,333 @@
+"""What a person sees while a run goes on: lines, warnings, one live panel; and the lines in a log file.
+
+On a terminal rich draws the panel; elsewhere (a file, a scheduler's log) rare plain lines appear.
+Everything passes `clean` and `redact`, so neither control characters of the data nor secrets get out.
+"""
+
+import math
+import re
+import sys
+import textwrap
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TextIO
+
+from rich.console import Console, ConsoleOptions, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from finetuning.common.formatting import duration
+from finetuning.common.text import clean, clean_line, redact
+
+PLAIN_LINE_SECONDS = 5.0  # between progress lines where there is no terminal
+REFRESHES_PER_SECOND = 2
+FLAT_TREND = 0.005  # of the loss, per 100 steps: a smaller change is no trend
+SHOWN_GPUS = 4
+PACE_STEPS = 64  # by which the time left is told
+ROOM_FOR_KEYS = 8  # columns right of the panel, where a terminal shows Ctrl-C as ^C
+
+Report = Callable[[int, int], None]  # (done, total)
+
+
+class Terminal:
+    """The terminal of one rank; silent on ranks other than 0."""
+
+    def __init__(self, *, quiet: bool = False, is_main: bool = True) -> None:
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):  # a console that lacks a character must end no run
+                stream.reconfigure(errors="replace")
+        self._quiet, self._is_main = quiet, is_main
+        self._console = Console(stderr=False, highlight=False, soft_wrap=True)
+        self._errors = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._log: TextIO | None = None
+        self._panel: RunPanel | None = None
+        self._live: Live | None = None  # what is drawn again and again: the panel, or a bar
+        self._total, self._last_line = 0, 0.0
+
+    @property
+    def _shows(self) -> bool:
+        return self._is_main and not self._quiet
+
+    def open_log(self, path: Path) -> None:
+        """Everything said from here on is also appended to `path`."""
+        if self._is_main:
+            self._log = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+
+    def say(self, text: str, style: str = "") -> None:
+        """One line, or several."""
+        self._write_log(text)
+        if self._shows:
+            _print(self._console, text, style)
+
+    def conclude(self, text: str) -> None:
+        """A closing line; shown even when quiet."""
+        self._write_log(text)
+        if self._is_main:
+            _print(self._console, text)
+
+    def warn(self, text: str) -> None:
+        """Something that a person should look at; training goes on."""
+        self._write_log(f"warning: {text}")
+        if self._is_main:
+            console = self._console if self._live else self._errors
+            _print(console, f"warning: {text}", "yellow")
+        if self._panel is not None:
+            self._panel.warning = clean_line(redact(text))
+
+    def error(self, text: str) -> None:
+        """Why the program ends, on standard error."""
+        self._write_log(f"error: {text}")
+        _print(self._errors, f"error: {text}", "bold red")
+
+    def table(
+        self, title: str, rows: Iterable[tuple[str, object]], *, always: bool = False
+    ) -> None:
+        """Name and value, line by line; `always`: even when quiet."""
+        rows = [(name, clean(redact(str(value)))) for name, value in rows]
+        for name, value in rows:
+            self._write_log(f"{name}: {value}")
+        if self._is_main and (always or not self._quiet):
+            width = max(len(name) for name, _ in rows) + 2
+            self._console.print(Text(title, style="italic"))
+            for name, value in rows:
+                value = _wrapped(self._console, value, indent=width)
+                self._console.print(Text.assemble((name.ljust(width), "bold"), value))
+
+    # -- work that takes a while --------------------------------------------
+
+    @contextmanager
+    def working(self, what: str) -> Iterator[Report]:
+        """While it lasts, `what` is shown with a bar; call the result with (done, total) to move it.
+
+        In the panel where there is one. Without a terminal, one line after work that took long.
+        """
+        started = time.monotonic()
+        if self._panel is not None:
+            with self._panel.working(what) as report:
+                yield report
+            return
+        if self._shows and self._console.is_terminal and self._live is None:
+            with self._bar(what) as report:
+                yield report
+        else:
+            yield _ignore
+        seconds = time.monotonic() - started
+        if seconds >= PLAIN_LINE_SECONDS:
+            self.say(f"{what}: {seconds:.0f} s")
+
+    @contextmanager
+    def _bar(self, what: str) -> Iterator[Report]:
+        columns = (SpinnerColumn(), TextColumn(what), BarColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=self._console, transient=True) as progress:
+            task = progress.add_task(what, total=None)
+            self._live = progress.live
+            try:
+                yield lambda done, total: progress.update(task, completed=done, total=total)
+            finally:
+                self._live = None
+
+    # -- the run -------------------------------------------------------------
+
+    def start_progress(self, total: int, done: int, steps_per_epoch: int) -> None:
+        """Begin the run's panel at `done` of `total` steps."""
+        self._total = total
+        if self._shows and self._console.is_terminal:
+            self._panel = RunPanel(total, done, steps_per_epoch)
+            self._live = Live(
+                self._panel, console=self._console, refresh_per_second=REFRESHES_PER_SECOND
+            )
+            self._live.start()
+
+    def advance(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
+        """Move the bars; `metrics` of a logged step are shown below them."""
+        line = _metric_line(metrics) if metrics else ""
+        if self._panel is not None:
+            self._panel.advance(step, metrics or {})
+        elif line:
+            self._plain_line(step, line, always=step == self._total or "Eval/Loss" in metrics)
+        if line:
+            self._write_log(f"step {step}/{self._total}  {line}")
+
+    def stop_progress(self) -> None:
+        """End the panel; its last state stays on the screen."""
+        if self._panel is not None:
+            self._live.stop()
+            self._panel = self._live = None
+
+    def _plain_line(self, step: int, line: str, always: bool) -> None:
+        now = time.monotonic()
+        if self._shows and (always or now - self._last_line >= PLAIN_LINE_SECONDS):
+            self._last_line = now
+            self._console.print(Text(f"step {step}/{self._total}  {line}"))
+            sys.stdout.flush()
+
+    def _write_log(self, text: str) -> None:
+        if self._log is None:
+            return
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        try:
+            self._log.write(f"{stamp} {clean(redact(text))}\n")
+        except OSError as error:  # a full disk must not stop training
+            self._log = None
+            self.warn(f"training.log can't be written any more: {error}")
+
+
+class RunPanel:
+    """The live view of a run; rich asks it for its lines from a thread of its own."""
+
+    def __init__(self, total: int, done: int, steps_per_epoch: int) -> None:
+        self.total, self.step, self.steps_per_epoch = total, done, steps_per_epoch
+        self.metrics: dict[str, float] = {}  # newest value of each tag
+        self.warning = ""
+        self._work: tuple[str, int, int] | None = None  # what is done beside training: done, total
+        self._pace: deque[tuple[float, int]] = deque(maxlen=PACE_STEPS)  # when which step was over
+
+    def advance(self, step: int, metrics: Mapping[str, float]) -> None:
+        """The run has come to `step`; `metrics` may be empty."""
+        now = (time.monotonic(), step)
+        if step < self.step:  # gone back to a checkpoint
+            self._pace = deque([now], maxlen=PACE_STEPS)
+        else:
+            self._pace.append(now)
+        self.step = step
+        self.metrics.update(metrics)
+
+    @contextmanager
+    def working(self, what: str) -> Iterator[Report]:
+        """A third bar for as long as it lasts."""
+        before = self._work
+
+        def report(done: int, total: int) -> None:
+            self._work = (what, done, total)
+
+        report(0, 0)
+        try:
+            yield report
+        finally:
+            self._work = before
+
+    def seconds_left(self) -> float | None:
+        """At the pace of the last steps; None before there is one. What came before the first step,
+        an evaluation for example, is no part of it."""
+        pace = self._pace
+        if len(pace) < 2:
+            return None
+        (then, first), (now, last) = pace[0], pace[-1]
+        return (now - then) / (last - first) * (self.total - self.step)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Panel]:
+        texts = [
+            ("", _metric_line(self.metrics, with_trend=True)),
+            *(("cyan", line) for line in gpu_lines(self.metrics)),
+            ("yellow", self.warning),
+        ]
+        lines = [
+            Text(line, style, no_wrap=True, overflow="ellipsis") for style, line in texts if line
+        ]
+        width = max(options.max_width - ROOM_FOR_KEYS, 20)
+        yield Panel(Group(self._bars(), *lines), title="training", title_align="left", width=width)
+
+    def _bars(self) -> Table:
+        epochs = math.ceil(self.total / self.steps_per_epoch)
+        epoch = min(self.step // self.steps_per_epoch, epochs - 1)
+        first = epoch * self.steps_per_epoch
+        length = min(self.steps_per_epoch, self.total - first)
+        left = self.seconds_left()
+        rows = [
+            (f"epoch {epoch + 1}/{epochs}", self.step - first, length, ""),
+            ("run", self.step, self.total, "" if left is None else f"{duration(left)} left"),
+        ]
+        if self._work is not None:
+            rows.append((*self._work, ""))
+        table = Table.grid(padding=(0, 1), expand=True)
+        for ratio in (None, 1, None, None):
+            table.add_column(ratio=ratio, no_wrap=True)
+        for name, done, total, note in rows:
+            bar = ProgressBar(total or None, done, pulse=not total)
+            table.add_row(name, bar, f"{done}/{total}" if total else "", note)
+        return table
+
+
+def _print(console: Console, text: str, style: str = "") -> None:
+    console.print(Text(_wrapped(console, clean(redact(text))), style=style))
+
+
+def _wrapped(console: Console, text: str, indent: int = 0) -> str:
+    """Broken between words on a terminal, further lines indented; a path, which is one word, is whole."""
+    if not console.is_terminal:
+        return text
+    width = max(console.width - indent, 20)
+    lines = [
+        textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
+        for line in text.split("\n")
+    ]
+    return "\n".join(lines).replace("\n", "\n" + " " * indent)
+
+
+def gpu_lines(metrics: Mapping[str, float]) -> list[str]:
+    """A line for each of the first GPUs in `metrics`."""
+    numbers = sorted({int(m[1]) for m in map(re.compile(r"GPU_(\d+)/").match, metrics) if m})
+    gauges = (
+        ("Utilization_Percent", "{:.0f} % busy"),
+        ("Memory_Usage_Percent", "{:.0f} % of memory"),
+        ("Temperature_C", "{:.0f} °C"),
+        ("Power_W", "{:.0f} W"),
+    )
+    lines = [
+        "  ".join(
+            [f"GPU {number}"]
+            + [
+                form.format(metrics[tag])
+                for name, form in gauges
+                if (tag := f"GPU_{number}/{name}") in metrics
+            ]
+        )
+        for number in numbers[:SHOWN_GPUS]
+    ]
+    return lines + [f"{len(numbers) - SHOWN_GPUS} more GPUs"] * (len(numbers) > SHOWN_GPUS)
+
+
+def trend_arrow(metrics: Mapping[str, float]) -> str:
+    """Whether the loss falls, stays or rises; empty where the trend is not known."""
+    trend, loss = metrics.get("Monitoring/Loss_Trend"), metrics.get("Training/Loss")
+    if trend is None or loss is None or not math.isfinite(trend):
+        return ""
+    return "→" if abs(trend) < FLAT_TREND * abs(loss) else "↗" if trend > 0 else "↘"
+
+
+def _metric_line(metrics: Mapping[str, float], with_trend: bool = False) -> str:
+    shown = {
+        "loss": ("Training/Loss", "{:.4f}"),
+        "held-out": ("Eval/Loss", "{:.4f}"),
+        "lr": ("Training/Learning_Rate", "{:.2e}"),
+        "grad": ("Training/Gradient_Norm", "{:.2f}"),
+        "tok/s": ("Throughput/Tokens_Per_Second", "{:.0f}"),
+    }
+    parts = [
+        f"{name} {form.format(metrics[tag])}"
+        + (f" {trend_arrow(metrics)}" if with_trend and name == "loss" else "")
+        for name, (tag, form) in shown.items()
+        if tag in metrics
+    ]
+    return "  ".join(parts)
+
+
+def _ignore(done: int, total: int) -> None:
+    """There is no bar to move."""
+
+
+def show_crash(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """`sys.excepthook`: the usual traceback without secrets and control characters."""
+    text = "".join(traceback.format_exception(kind, error, trace))
+    sys.stderr.write(clean(redact(text)))

@@ -1,0 +1,82 @@
+"""Text that is safe to show: without control characters, secrets and stray markup."""
+
+import os
+import re
+import unicodedata
+from typing import Any
+
+# C0 and C1 controls except tab and newline, and the line separators that split a log line in two.
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+# Characters that reorder or hide text: bidi embeddings, overrides, isolates and marks, zero-width, BOM.
+INVISIBLE = re.compile("[\u061c\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
+_ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-_])")
+
+_SECRET_KEY = re.compile(
+    r"(?i)(?:token|secret|passw(?:or)?d|api[_-]?key|credential|access[_-]?key)$"
+)
+_SECRET_SHAPE = re.compile(
+    r"(?<![A-Za-z0-9_])(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|ms-[0-9a-f-]{30,}"
+    r"|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,}|AKIA[0-9A-Z]{16}"
+    r"|xox[abpr]-[A-Za-z0-9-]{10,}|eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,})"
+)
+_URL_USERINFO = re.compile(r"(?<=://)[^/\s@]+(?=@)")
+_KEY_VALUE = (
+    re.compile(  # begins where a word does, else a long word would be tried from each letter
+        r"(?i)(?<![\w-])"
+        r"([\w-]*(?:token|secret|passw(?:or)?d|api[_-]?key|credential|access[_-]?key)\s*[=:]\s*)"
+        r"([^\s,;&\"']{6,})"
+    )
+)
+REDACTED = "[redacted]"
+
+
+def clean(text: str, limit: int | None = None) -> str:
+    """Drop ANSI sequences, controls and bidi marks; keep tab and newline; cut to `limit` characters."""
+    text = INVISIBLE.sub("", CONTROLS.sub("", _ANSI.sub("", text)))
+    if limit is not None and len(text) > limit:
+        return text[:limit] + "…"
+    return text
+
+
+def clean_line(text: str, limit: int | None = None) -> str:
+    """`clean` on one line: runs of white space become one space."""
+    return clean(" ".join(text.split()), limit)
+
+
+def redact(text: str) -> str:
+    """Replace secrets: by shape, as value of a telling name, in a URL, or equal to one in the environment."""
+    text = _URL_USERINFO.sub(REDACTED, text)
+    text = _SECRET_SHAPE.sub(REDACTED, text)
+    text = _KEY_VALUE.sub(lambda match: match[1] + REDACTED, text)
+    for name, value in os.environ.items():
+        if _SECRET_KEY.search(name) and len(value) >= 6:
+            text = text.replace(value, REDACTED)
+    return text
+
+
+def redact_values(value: Any, key: str = "") -> Any:
+    """`redact` every string of a nested structure, and every value under a telling key."""
+    if isinstance(value, dict):
+        return {k: redact_values(v, str(k)) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [redact_values(v, key) for v in value]
+    if isinstance(value, str):
+        return REDACTED if value and _SECRET_KEY.search(key) else redact(value)
+    return value
+
+
+def fenced(text: str) -> str:
+    """`text` in a Markdown code fence that is longer than any run of backticks inside."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}\n{clean(text)}\n{fence}"
+
+
+def table_cell(text: str, limit: int | None = None) -> str:
+    """`text` as one cell of a Markdown table: one line, markup characters escaped."""
+    return re.sub(r"([\\|`*_<>\[\]!#~])", r"\\\1", clean_line(text, limit))
+
+
+def display_width(text: str) -> int:
+    """Columns that `text` takes in a terminal: East Asian wide characters count two."""
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)

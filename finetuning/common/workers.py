@@ -1,0 +1,43 @@
+"""Results of a function, computed by worker processes and given back in order."""
+
+import contextlib
+import multiprocessing
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+
+
+def in_order(
+    function: Callable,
+    jobs: Iterable[tuple],
+    workers: int,
+    initializer: Callable | None = None,
+    initargs: tuple = (),
+) -> Iterator:
+    """Results of function(*job) in the order of the jobs, computed by worker processes."""
+    # Not forked: the parent may hold threads and a device context that don't survive it.
+    context = multiprocessing.get_context("spawn")
+    waiting: deque[Future] = deque()  # a few jobs ahead only, so that memory stays flat
+    with ProcessPoolExecutor(workers, context, initializer, initargs) as pool:
+        for job in jobs:
+            with _main_stays_out():  # a process is started by the job that needs it
+                waiting.append(pool.submit(function, *job))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+@contextlib.contextmanager
+def _main_stays_out() -> Iterator[None]:
+    """Processes started meanwhile import what their function needs, and not the program itself:
+    that one imports torch, which takes longer than the work on ten thousand samples."""
+    main = sys.modules["__main__"].__dict__
+    hidden = {name: main.get(name) for name in ("__spec__", "__file__") if name in main}
+    main["__spec__"] = main["__file__"] = None
+    try:
+        yield
+    finally:
+        del main["__spec__"], main["__file__"]
+        main.update(hidden)

@@ -1,0 +1,392 @@
+"""What a user can set: one frozen dataclass, its checks, its command line and its TOML file."""
+
+import dataclasses
+import math
+import sys
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import tyro
+
+from finetuning.common.errors import UserError
+from finetuning.events.metric_table import ALERTS
+from finetuning.foreign_names import known_names, translated
+
+
+@dataclass(frozen=True)
+class DirectTrainingConfig:
+    """Every setting of a run. The line below a field is its help text; 0 or empty means off."""
+
+    # --- model ---
+    model_name: str = ""
+    """Folder or hub name of a causal language model. Empty: Qwen/Qwen3-4B-Thinking-2507 where a GPU
+    can hold it and its weights are at hand, else the embedded demonstration model."""
+    init_adapter: str = ""
+    """Folder of a PEFT adapter (ours, TRL's, LLaMA-Factory's) to start from; empty: a fresh one."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Type of the frozen weights and activations; auto: bf16 on CUDA, else fp32. Adapters are fp32."""
+    quantization: Literal["none", "4bit"] = "none"
+    """4bit: QLoRA through bitsandbytes (optional extra `qlora`)."""
+    lora_r: int = 16
+    """Rank of the adapters; 0: full fine-tuning."""
+    lora_alpha: float = 32.0
+    """Scale of the adapters: alpha / r, or alpha / sqrt(r) with rslora."""
+    lora_dropout: float = 0.0
+    """Dropout before the adapters, probability; above 0 the fused adapter kernel is off."""
+    target_modules: tuple[str, ...] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
+    """Names of the linear layers that get adapters."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Module name or pattern -> rank that differs from lora_r."""
+    use_rslora: bool = False
+    """Rank-stabilised scale (Kalajdzievski 2023)."""
+    use_dora: bool = False
+    """Weight-decomposed adapters (Liu et al. 2024); slower."""
+
+    # --- data ---
+    data_path: tuple[str, ...] = ("data/raw",)
+    """Files, folders, globs, or names of hub datasets."""
+    data_weights: tuple[float, ...] = ()
+    """One weight per data_path: 2 shows a source twice an epoch, 0.5 shows half of it; empty: all 1."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Names of columns in your files: question, thinking, answer, system (e.g. --columns question 问题);
+    the others are found by their usual names."""
+    eval_path: tuple[str, ...] = ()
+    """Held-out data of your own; empty: a share of data_path is split off."""
+    eval_fraction: float = 0.1
+    """Share of the samples that is held out, by a hash of each sample; 0: none."""
+    max_eval_samples: int = 1000
+    """Samples that eval_fraction holds out at most, as each evaluation reads them all; 0: no limit."""
+    max_seq_length: int = 2048
+    """Longest sample, and capacity of a packed row, in tokens."""
+    over_length: Literal["drop", "truncate_thinking", "error"] = "drop"
+    """What happens to a longer sample; it is never cut at its end."""
+    loss_on: Literal["last_turn", "all_turns"] = "last_turn"
+    """Which assistant turns of a conversation carry loss."""
+    control_tokens: Literal["refuse", "split"] = "refuse"
+    """What happens to a sample whose text spells a control token such as <|im_end|>."""
+    packing: bool = True
+    """Fill rows with several samples that never see each other; off: one sample per row."""
+    max_broken_fraction: float = 0.1
+    """Share of unreadable samples above which the run refuses to start."""
+
+    # --- optimization ---
+    batch_size: int = 1
+    """Packed rows per micro-batch and rank."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches of one rank per optimizer update."""
+    num_epochs: float = 3.0
+    """Passes over the training data."""
+    max_steps: int = 0
+    """Exactly so many optimizer updates instead of num_epochs; 0: off."""
+    learning_rate: float = 3e-4
+    """Peak learning rate."""
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Course of the learning rate after the warmup; the first two end at min_lr_ratio of the peak."""
+    warmup_ratio: float = 0.05
+    """Share of all steps in which the learning rate rises; the first update is above zero."""
+    min_lr_ratio: float = 0.0
+    """Learning rate at the end, as a share of the peak."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of AdamW."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.999
+    """Decay of the second moment."""
+    adam_epsilon: float = 1e-8
+    """Added to the denominator of AdamW."""
+    max_grad_norm: float = 1.0
+    """Clip the gradient's L2 norm to this; 0: no clipping."""
+    nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    """After a NaN or infinite gradient (its update never happens): stop, go on, or reload a checkpoint."""
+    max_nonfinite_steps: int = 10
+    """Non-finite steps of a run after which skip and rollback stop too."""
+    seed: int = 42
+    """Seed of packing, order and adapter initialisation."""
+
+    # --- device ---
+    device: str = "auto"
+    """auto: CUDA, else MPS, else CPU."""
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    """Under torchrun: replicas (ddp) or sharded weights (fsdp); auto: ddp for adapters where it fits."""
+    gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
+    """Recompute activations instead of keeping them; auto: by the estimate, or once memory runs out."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile per layer, which needs CUDA and bf16; auto: there, unless it pads much."""
+    distributed_timeout: float = 600.0
+    """Seconds after which a silent rank ends the group."""
+
+    # --- output ---
+    output_dir: str = "qwen3_4b_thinking_output"
+    """Everything is written below this directory."""
+    logging_steps: int = 5
+    """Optimizer steps between logged points."""
+    save_steps: int | Literal["auto"] = "auto"
+    """Steps between checkpoints. auto: 50, or more where saving would take over a twentieth of the time;
+    after a quarter of an hour every tenth step will do. 0: only at the end."""
+    eval_steps: int | Literal["auto"] = "auto"
+    """Steps between held-out evaluations; they also run before the first step and at the end. auto: at
+    least 40, so that they are 50 at most and, down to 4, add a fifth to the training. 0: only these two."""
+    save_total_limit: int = 3
+    """Checkpoints of this run that are kept; the newest and the best always are."""
+    log_weight_histograms: bool = False
+    """Write Model/Weights_Distribution at every evaluation."""
+    early_stopping_patience: int = 0
+    """Evaluations without a better held-out loss after which the run ends; 0: off."""
+    num_probes: int = 4
+    """Held-out questions that are answered at every evaluation; 0: off."""
+    probe_max_new_tokens: int = 0
+    """Longest probe answer, tokens; 0: a quarter more than the longest reference, on a CPU at most 256."""
+    alert_actions: dict[str, str] = field(default_factory=dict)
+    """Alert name -> log, save, stop, or a command to run with the alert as JSON on its input."""
+    workers: int = 0
+    """Processes that read and tokenize large data; 0: one per core."""
+    cache_dir: str = ""
+    """Data as read, tokenized and described, and the embedded model; empty:
+    ~/.cache/qwen3_thinking_finetuning."""
+
+    def __post_init__(self) -> None:
+        faults = [text for bad, text in self._faults() if bad]
+        if faults:
+            raise UserError("configuration: " + "; ".join(faults))
+
+    def _faults(self) -> list[tuple[bool, str]]:
+        def unless(good: bool, name: str, wanted: str) -> tuple[bool, str]:
+            return not good, f"{name} is {getattr(self, name)!r}, must be {wanted}"
+
+        faults = [
+            unless(
+                _finite(getattr(self, name)) and getattr(self, name) > 0,
+                name,
+                "finite and above 0",
+            )
+            for name in ("learning_rate", "num_epochs", "adam_epsilon", "distributed_timeout")
+        ]
+        faults += [
+            unless(getattr(self, name) >= 1, name, "at least 1")
+            for name in (
+                "batch_size",
+                "gradient_accumulation_steps",
+                "logging_steps",
+                "save_total_limit",
+            )
+        ]
+        faults += [
+            unless(
+                _finite(getattr(self, name)) and getattr(self, name) >= 0,
+                name,
+                "finite, 0 or more",
+            )
+            for name in (
+                "lora_r",
+                "max_steps",
+                "weight_decay",
+                "max_grad_norm",
+                "max_eval_samples",
+                "num_probes",
+                "probe_max_new_tokens",
+                "early_stopping_patience",
+                "max_nonfinite_steps",
+                "workers",
+                "seed",
+            )
+        ]
+        faults += [
+            unless(0 <= getattr(self, name) < 1, name, "at least 0 and below 1")
+            for name in (
+                "eval_fraction",
+                "lora_dropout",
+                "warmup_ratio",
+                "adam_beta1",
+                "adam_beta2",
+            )
+        ]
+        faults += [
+            unless(0 <= getattr(self, name) <= 1, name, "between 0 and 1")
+            for name in ("max_broken_fraction", "min_lr_ratio")
+        ]
+        faults += [
+            unless(
+                steps == "auto" or (isinstance(steps, int) and steps >= 0),
+                name,
+                "auto, or 0 or more",
+            )
+            for name, steps in (("save_steps", self.save_steps), ("eval_steps", self.eval_steps))
+        ]
+        return [
+            *faults,
+            unless(self.max_seq_length >= 16, "max_seq_length", "at least 16"),
+            unless(_finite(self.lora_alpha) and self.lora_alpha > 0, "lora_alpha", "above 0"),
+            unless(bool(self.target_modules) or not self.lora_r, "target_modules", "not empty"),
+            unless(bool(self.data_path), "data_path", "not empty"),
+            *((True, _unknown_alert(name)) for name in self.alert_actions if name not in ALERTS),
+            unless(
+                bool(self.output_dir.strip()) and "\0" not in self.output_dir,
+                "output_dir",
+                "a path, not empty",
+            ),
+            unless(
+                not self.data_weights
+                or (
+                    len(self.data_weights) == len(self.data_path)
+                    and all(_finite(w) and w >= 0 for w in self.data_weights)
+                    and sum(self.data_weights) > 0
+                ),
+                "data_weights",
+                "empty, or one number of 0 or more for each data_path",
+            ),
+            (
+                self.quantization == "4bit" and self.parallel == "fsdp",
+                "quantization 4bit can't be sharded: leave parallel at auto, or set it to ddp",
+            ),
+            (
+                self.quantization == "4bit" and not self.lora_r,
+                "quantization 4bit needs adapters: set lora_r above 0",
+            ),
+        ]
+
+    @property
+    def cache_path(self) -> Path:
+        """The directory of cached work."""
+        default = Path.home() / ".cache" / "qwen3_thinking_finetuning"
+        return Path(self.cache_dir).expanduser() if self.cache_dir else default
+
+
+def _unknown_alert(name: str) -> str:
+    return (
+        f"alert_actions: no alert {name!r}{_closest(name, ALERTS)}; there are {', '.join(ALERTS)}"
+    )
+
+
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
+
+
+# -----------------------------------------------------------------------------
+# Command line
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """LoRA fine-tuning of a thinking model, watched in TensorBoard."""
+
+    training: Annotated[DirectTrainingConfig, tyro.conf.arg(name="")]
+    resume: str = ""
+    """latest: continue from the newest checkpoint, or fail; auto: continue, or start fresh; or a
+    checkpoint directory."""
+    plan: bool = False
+    """Say what the run would do, need and take, without loading weights, and end."""
+    check_data: bool = False
+    """Read and tokenize everything, list what is wrong with it, and end with 0 (good) or 1."""
+    quiet: bool = False
+    """Only warnings and the closing lines on the terminal."""
+    trust_remote_code: bool = False
+    """Let the model folder run its own code. There is no such key in a configuration file."""
+    config: str = ""
+    """TOML file with any of the other settings; the command line wins."""
+
+
+def parse_command_line(arguments: list[str]) -> CommandLine:
+    """Defaults, then the TOML file of --config, then the command line. Raises UserError for the file."""
+    path = _value_of("--config", arguments)
+    defaults = CommandLine(
+        training=read_config_file(Path(path)) if path else DirectTrainingConfig()
+    )
+    return tyro.cli(CommandLine, args=arguments, default=defaults, use_underscores=False)
+
+
+def read_config_file(path: Path) -> DirectTrainingConfig:
+    """A configuration from TOML, `key = value` lines; all faults in one UserError."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # Notepad writes a mark
+    except OSError as error:
+        raise UserError(f"--config {path}: can't be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"--config {path}: not UTF-8; save it so (iconv -f GB18030 -t UTF-8)"
+        ) from error
+    except (ValueError, RecursionError) as error:  # syntax, endless digits, depth
+        raise UserError(f"--config {path}: not valid TOML ({error})") from error
+    fields = {f.name: f for f in dataclasses.fields(DirectTrainingConfig)}
+    settings, faults = {}, []
+    for key, value in values.items():
+        meant = translated(key, value)
+        if isinstance(meant, str):
+            faults.append(meant)
+            continue
+        for name, setting in meant.items():
+            if name not in fields:
+                faults.append(f"unknown key {key!r}{_closest(key, [*fields, *known_names()])}")
+            elif name in settings:
+                faults.append(f"{key!r} sets {name} a second time")
+            else:
+                settings[name] = _converted(fields[name], setting, faults)
+    if faults:
+        raise UserError(f"--config {path}: " + "; ".join(faults))
+    return DirectTrainingConfig(**settings)
+
+
+def _converted(field_: dataclasses.Field, value: Any, faults: list[str]) -> Any:
+    """The TOML value in the field's type, or a fault."""
+    default = (
+        field_.default if field_.default is not dataclasses.MISSING else field_.default_factory()  # type: ignore[misc]
+    )
+    choices, types = _allowed(field_)
+    wanted = " or ".join([*map(repr, choices), *(kind.__name__ for kind in types)])
+    if isinstance(default, tuple):
+        items = value if isinstance(value, list) else [value]
+        kind = float if field_.name == "data_weights" else str
+        if all(isinstance(item, (kind, int) if kind is float else kind) for item in items):
+            return tuple(kind(item) for item in items)
+        wanted = "a list of numbers" if kind is float else "a text, or a list of texts"
+    elif isinstance(default, bool) or isinstance(value, bool):
+        if isinstance(default, bool) and isinstance(value, bool):
+            return value
+    elif isinstance(default, float) and isinstance(value, int):
+        return float(value)
+    elif value in choices or type(value) in types:
+        return value
+    faults.append(f"{field_.name} is {value!r}, must be {wanted}")
+    return value
+
+
+def _allowed(field_: dataclasses.Field) -> tuple[list[str], list[type]]:
+    """Values that a field names itself, and types of which any value will do."""
+    of_several = get_origin(field_.type) in (Union, UnionType)
+    kinds = get_args(field_.type) if of_several else (field_.type,)
+    literals = [kind for kind in kinds if get_origin(kind) is Literal]
+    types = [get_origin(kind) or kind for kind in kinds if kind not in literals]
+    return [choice for kind in literals for choice in get_args(kind)], types
+
+
+def _closest(key: str, names: list[str]) -> str:
+    from difflib import get_close_matches
+
+    match = get_close_matches(key, names, n=1)
+    return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+def _value_of(flag: str, arguments: list[str]) -> str:
+    for i, argument in enumerate(arguments):
+        if argument == flag and i + 1 < len(arguments):
+            return arguments[i + 1]
+        if argument.startswith(flag + "="):
+            return argument.partition("=")[2]
+    return ""
+
+
+if __name__ == "__main__":
+    print(parse_command_line(sys.argv[1:]))

@@ -1,0 +1,428 @@
+"""Which texts say nearly the same, and a held-out split that no near duplicate crosses.
+
+Near means: Jaccard similarity of the sets of character 5-grams, after NFKC, lower case and without
+punctuation, of at least `threshold`. Up to `EXACT_LIMIT` distinct texts the join is exact (prefix
+filtering, Bayardo et al. 2007); beyond, MinHash bands propose pairs and the exact similarity
+decides. Clusters are the connected components of that relation.
+"""
+
+import hashlib
+import itertools
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+import numpy as np
+
+from finetuning.common.cache import cached_folder, code_version, kept_array
+from finetuning.common.ngrams import gram_hashes, normalized
+from finetuning.readers.sample import Sample
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
+
+
+# scipy and rensa are imported where pairs are joined: processes that only make keys do without.
+
+SHINGLE = 5  # characters
+EXACT_LIMIT = 10_000  # distinct texts up to which every pair above the threshold is found
+_LABELS = "labels.npy"
+_NUM_PERM = 125  # MinHash values per text
+_WINDOW = 8  # neighbours compared within a bucket of equal MinHash bands
+_CHUNK = 500  # texts whose shingles are in memory together
+_SHORT = 256  # shingles of a text up to which they wait in a file
+_HASH_SEED = np.uint64(0x9E3779B97F4A7C15)
+_HASH_STEP = np.uint64(0xD6E8FEB86659FD93)
+
+
+def text_key(text: str) -> int:
+    """64 bits that are equal for texts equal after `normalized` (exact duplicates)."""
+    digest = hashlib.blake2b(normalized(text).encode("utf-8", "replace"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def question_text(sample: Sample) -> str:
+    """What the user asked, earlier turns included."""
+    earlier = (m.get("content") for m in sample.history if m.get("role") == "user")
+    return "\n".join([*(text for text in earlier if isinstance(text, str)), sample.question])
+
+
+def pair_text(sample: Sample) -> str:
+    """Question and answer, the text that near duplicates of a sample share."""
+    return f"{question_text(sample)}\n{sample.answer}"
+
+
+class Texts(Sequence):
+    """A text of each sample, made on demand so that large data stay on disk."""
+
+    def __init__(self, samples: Sequence[Sample], text: Callable[[Sample], str]) -> None:
+        self._samples, self._text = samples, text
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> str:
+        return self._text(self._samples[int(index)])
+
+    def __iter__(self) -> Iterator[str]:
+        return map(self._text, self._samples)
+
+
+def shingles(text: str) -> np.ndarray:
+    """Sorted distinct 64-bit hashes (k,) uint64 of the character 5-grams; a shorter text is one."""
+    text = normalized(text)
+    if len(text) < SHINGLE:
+        return np.array([text_key(text)], np.uint64)
+    return np.unique(gram_hashes(text, SHINGLE))
+
+
+def jaccard(first: str, second: str) -> float:
+    """Similarity of two texts in [0, 1]: common shingles / all shingles."""
+    a, b = shingles(first), shingles(second)
+    common = len(np.intersect1d(a, b, assume_unique=True))
+    return common / (len(a) + len(b) - common)
+
+
+def near_duplicate_clusters(
+    texts: Sequence[str], threshold: float = 0.8, exact_limit: int = EXACT_LIMIT
+) -> np.ndarray:
+    """Cluster label (n,) per text: the smallest index in its cluster (alone: its own). int32
+    below 2**31 texts.
+
+    `texts` may be lazy; each is read a few times. Does not depend on their order.
+    """
+    if len(texts) == 0:
+        return np.zeros(0, np.int64)
+    keys = np.fromiter(map(text_key, texts), np.uint64, len(texts))
+    same = smallest_of_equal(keys)
+    first = np.flatnonzero(_is_first(same)).astype(same.dtype)  # of each distinct text
+    if len(first) <= exact_limit:
+        labels = _join_exact(texts, first, threshold)
+    else:
+        labels = _join_minhash(texts, first, keys[first], threshold)
+    return first[smallest_of_equal(labels)][np.searchsorted(first, same)]
+
+
+class SampleClusters:
+    """Which samples say nearly the same: labels (n,) as of `near_duplicate_clusters`, each search made
+    when it is first asked for, and kept in the cache of data that has one."""
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        fingerprint: str | None = None,
+        cache_dir: Path | None = None,
+    ) -> None:
+        self._samples = samples
+        self._folder = None
+        if fingerprint and cache_dir:
+            made_by = code_version("data.near_duplicates", "common.ngrams", libraries=("rensa",))
+            self._folder = Path(cache_dir) / "near_duplicates" / f"{fingerprint}-{made_by}"
+
+    @cached_property
+    def questions(self) -> np.ndarray:
+        """Of near-equal questions."""
+        return self._labels("questions", question_text)
+
+    @cached_property
+    def pairs(self) -> np.ndarray:
+        """Of near-equal questions with answers."""
+        return self._labels("pairs", pair_text)
+
+    def _labels(self, name: str, text: Callable[[Sample], str]) -> np.ndarray:
+        texts = Texts(self._samples, text)
+        if self._folder is None:
+            return near_duplicate_clusters(texts)
+
+        def write(building: Path) -> None:
+            np.save(building / _LABELS, near_duplicate_clusters(texts))
+
+        def load(folder: Path) -> np.ndarray | None:
+            return kept_array(folder / _LABELS, mapped=True)
+
+        return cached_folder(self._folder / name, load, write)
+
+
+def _is_first(same: np.ndarray) -> np.ndarray:
+    return same == np.arange(len(same), dtype=same.dtype)
+
+
+def smallest_of_equal(keys: np.ndarray) -> np.ndarray:
+    """(n,) int32 or int64: for each of the keys (n,) the index of the first that equals it."""
+    kind = np.int32 if len(keys) < 2**31 else np.int64  # large data: many bytes a key otherwise
+    order = np.argsort(keys, kind="stable").astype(kind)
+    ordered = keys[order]
+    begins = np.ones(len(keys), bool)
+    np.not_equal(ordered[1:], ordered[:-1], out=begins[1:])
+    del ordered
+    starts = np.flatnonzero(begins).astype(kind)
+    result = np.empty(len(keys), kind)
+    result[order] = np.repeat(order[starts], np.diff(starts, append=kind(len(keys))))
+    return result
+
+
+def _chosen(texts: Sequence[str], chosen: np.ndarray) -> Iterator[str]:
+    """The texts of these ascending indices, read in order: much faster than one by one."""
+    wanted = np.zeros(len(texts), bool)
+    wanted[chosen] = True
+    return itertools.compress(texts, wanted)
+
+
+def _join_exact(texts: Sequence[str], chosen: np.ndarray, threshold: float) -> np.ndarray:
+    """Component label per chosen text. Two sets can only be near when their prefixes, the rarest
+    `size - ceil(threshold * size) + 1` shingles, have one in common. The sets wait in a file."""
+    labels = np.arange(len(chosen), dtype=np.int32)
+    with tempfile.TemporaryFile() as file:
+        sets = _StoredSets(file, map(shingles, _chosen(texts, chosen)))
+        prefixes = _prefixes(sets, threshold)
+        by_shingle = prefixes.T.tocsr()
+        for start in range(0, len(chosen), 256):
+            shared = (prefixes[start : start + 256] @ by_shingle).tocoo()
+            left, right = shared.coords[0] + start, shared.coords[1]
+            for block in _candidate_blocks(left, right, sets.sizes, threshold):
+                labels = _joined_if_near(sets, left[block], right[block], labels, threshold)
+    return labels
+
+
+class _StoredSets:
+    """Sorted sets of shingles in a file: [i] reads one, (sizes[i],) uint64."""
+
+    def __init__(self, file: BinaryIO, sets: Iterable[np.ndarray]) -> None:
+        self._file = file
+        self.sizes = np.array([file.write(s.tobytes()) // 8 for s in sets], np.int64)
+        self._starts = np.cumsum(self.sizes) - self.sizes
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        self._file.seek(8 * int(self._starts[i]))
+        return np.frombuffer(self._file.read(8 * int(self.sizes[i])), np.uint64)
+
+
+def _prefixes(sets: _StoredSets, threshold: float) -> "csr_array":
+    """Texts x shingles, 0/1: the rarest shingles of each text, but none that occurs only once.
+
+    How rare a shingle is, is counted by 20 bits of it; any order that all texts share will do.
+    """
+    from scipy.sparse import csr_array
+
+    counts = np.zeros(1 << 20, np.int32)
+    for i in range(len(sets.sizes)):
+        np.add.at(counts, _buckets(sets[i]), 1)
+    lengths = sets.sizes - np.ceil(threshold * sets.sizes - 1e-9).astype(np.int64) + 1
+    prefixes = []
+    for i, length in enumerate(lengths.tolist()):
+        shingles_of = sets[i]
+        count = counts[_buckets(shingles_of)]
+        rarest = np.argsort(count, kind="stable")[:length]  # equal ones stay in their order
+        prefixes.append(shingles_of[rarest[count[rarest] > 1]])
+    starts = np.cumsum([0, *map(len, prefixes)])
+    _, columns = np.unique(np.concatenate(prefixes), return_inverse=True)
+    shape = (len(prefixes), int(columns.max(initial=-1)) + 1)
+    columns = columns.astype(np.int32)
+    return csr_array((np.ones(len(columns), np.int32), columns, starts.astype(np.int32)), shape)
+
+
+def _buckets(hashes: np.ndarray) -> np.ndarray:
+    return (hashes >> np.uint64(44)).astype(np.int64)
+
+
+def _candidate_blocks(
+    left: np.ndarray, right: np.ndarray, sizes: np.ndarray, threshold: float
+) -> Iterator[np.ndarray]:
+    """Positions of the pairs whose sizes allow the threshold, in blocks that fit into memory."""
+    small, large = np.minimum(sizes[left], sizes[right]), np.maximum(sizes[left], sizes[right])
+    allowed = np.flatnonzero((left < right) & (small >= threshold * large - 1e-9))
+    for start in range(0, len(allowed), 4096):
+        yield allowed[start : start + 4096]
+
+
+def _join_minhash(
+    texts: Sequence[str], chosen: np.ndarray, keys: np.ndarray, threshold: float
+) -> np.ndarray:
+    """Component label per chosen text: pairs with one equal MinHash band, verified exactly.
+
+    Within a bucket a text meets its next `_WINDOW` neighbours only; larger buckets are joined
+    through chains. MinHash values and the shingles of short texts wait in temporary files; of the bands
+    one at a time, 4 bytes per text, is in memory.
+    """
+    labels = np.arange(len(chosen), dtype=np.int32)
+    by_key = np.argsort(keys).astype(np.int32)  # so that the order of the texts changes nothing
+    rows = _rows_per_band(threshold)
+    with tempfile.TemporaryFile() as stored, tempfile.TemporaryFile() as short:
+        sets = _SetsOf(texts, chosen, short)
+        spans = _store_signatures(stored, sets, _chosen(texts, chosen), len(chosen), rows)
+        for number in range(_NUM_PERM // rows):
+            band = _band(stored, spans, number, rows)
+            order = by_key[np.argsort(band[by_key], kind="stable")]
+            band = band[order]
+            for distance in range(1, min(_WINDOW, len(order) - 1) + 1):
+                candidates = np.flatnonzero(band[:-distance] == band[distance:])
+                left, right = order[candidates], order[candidates + distance]
+                for pairs in _likely_pairs(stored, spans, left, right, labels, threshold):
+                    labels = _joined_if_near(sets, *pairs, labels, threshold)
+    return labels
+
+
+def _rows_per_band(threshold: float) -> int:
+    """The most selective band that still finds a pair at the threshold with probability .999."""
+    for rows in range(16, 1, -1):
+        if (1 - threshold**rows) ** (_NUM_PERM // rows) <= 0.001:
+            return rows
+    return 1
+
+
+Spans = list[tuple[int, int]]  # texts from, to: what was stored together
+
+
+def _store_signatures(
+    stored: BinaryIO, sets: "_SetsOf", texts: Iterator[str], count: int, rows: int
+) -> Spans:
+    """For each span of texts: (bands, n) uint32 hashes, then (n, values) uint8, the low bytes of
+    all MinHash values."""
+    spans = [(i, min(i + _CHUNK, count)) for i in range(0, count, _CHUNK)]
+    for start, stop in spans:
+        made = [shingles(text) for text in itertools.islice(texts, stop - start)]
+        sets.keep_short(start, made)
+        values = _minhash(made)
+        stored.write(_band_hashes(values, rows).tobytes())
+        stored.write(values.astype(np.uint8).tobytes())
+    return spans
+
+
+def _minhash(sets: list[np.ndarray]) -> np.ndarray:
+    """MinHash values (n, values) uint64 of sets of shingles."""
+    import rensa
+
+    offsets = np.concatenate([[0], np.cumsum([len(s) for s in sets])]).astype(np.uint64)
+    digests = rensa.RMinHash.digest_matrix_from_flat_token_hashes(
+        np.concatenate(sets), offsets, num_perm=_NUM_PERM, seed=1
+    )
+    return np.array(digests.to_rows(), np.uint64)
+
+
+def _band_hashes(values: np.ndarray, rows: int) -> np.ndarray:
+    """Hash (bands, n) uint32 of every band of the MinHash values (n, values)."""
+    bands = _NUM_PERM // rows
+    mixed = np.full((bands, len(values)), _HASH_SEED)
+    for row in range(rows):
+        mixed = (mixed ^ values.T[row : bands * rows : rows]) * _HASH_STEP
+        mixed ^= mixed >> np.uint64(32)
+    return mixed.astype(np.uint32)
+
+
+def _band(stored: BinaryIO, spans: Spans, number: int, rows: int) -> np.ndarray:
+    """Hash (n,) uint32 of one band of all texts."""
+    bands = _NUM_PERM // rows
+    band = np.empty(spans[-1][1], np.uint32)
+    for start, stop in spans:
+        stored.seek(start * (4 * bands + _NUM_PERM) + 4 * number * (stop - start))
+        band[start:stop] = np.frombuffer(stored.read(4 * (stop - start)), np.uint32)
+    return band
+
+
+def _likely_pairs(
+    stored: BinaryIO,
+    spans: Spans,
+    left: np.ndarray,
+    right: np.ndarray,
+    labels: np.ndarray,
+    threshold: float,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Of the candidates that are not joined yet those whose MinHash values agree as often as at the
+    threshold, less five standard deviations. Reading the texts themselves takes 30 times as long."""
+    expected = _NUM_PERM * threshold
+    least = expected - 5 * math.sqrt(expected * (1 - threshold))
+    bytes_a_text = 4 * (_NUM_PERM // _rows_per_band(threshold)) + _NUM_PERM
+    apart = labels[left] != labels[right]
+    left, right = left[apart], right[apart]
+    for at in range(0, len(left), 8 * _CHUNK):
+        a, b = left[at : at + 8 * _CHUNK], right[at : at + 8 * _CHUNK]
+        used, place = np.unique(np.concatenate([a, b]), return_inverse=True)
+        values = np.empty((len(used), _NUM_PERM), np.uint8)
+        for i, text in enumerate(used.tolist()):
+            stop = spans[text // _CHUNK][1]
+            stored.seek(stop * bytes_a_text - (stop - text) * _NUM_PERM)
+            values[i] = np.frombuffer(stored.read(_NUM_PERM), np.uint8)
+        agree = (values[place[: len(a)]] == values[place[len(a) :]]).sum(axis=1)
+        yield a[agree >= least], b[agree >= least]
+
+
+class _SetsOf:
+    """Sorted sets of shingles of the chosen texts: [i] is one, (k,) uint64.
+
+    Short texts, as questions are, are compared dozens of times: theirs wait in a file. Others are made
+    anew: they would take gigabytes, and few are alike enough to be compared.
+    """
+
+    def __init__(self, texts: Sequence[str], chosen: np.ndarray, file: BinaryIO) -> None:
+        self._texts, self._chosen, self._file = texts, chosen, file
+        self._sizes = np.zeros(len(chosen), np.uint16)  # 0: not in the file
+        self._starts = np.zeros(len(chosen), np.int64)
+
+    def keep_short(self, first: int, sets: list[np.ndarray]) -> None:
+        """Store those of the texts from `first` on that are short."""
+        for i, made in enumerate(sets, first):
+            if len(made) <= _SHORT:
+                self._sizes[i], self._starts[i] = len(made), self._file.tell()
+                self._file.write(made.tobytes())
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        if not self._sizes[i]:
+            return shingles(self._texts[int(self._chosen[i])])
+        self._file.seek(int(self._starts[i]))
+        return np.frombuffer(self._file.read(8 * int(self._sizes[i])), np.uint64)
+
+
+def _joined_if_near(
+    sets: "_StoredSets | _SetsOf",
+    left: np.ndarray,
+    right: np.ndarray,
+    labels: np.ndarray,
+    threshold: float,
+) -> np.ndarray:
+    """Labels after the candidate pairs that are truly near are joined; each set is read once a chunk."""
+    apart = labels[left] != labels[right]
+    left, right = left[apart], right[apart]
+    for start in range(0, len(left), _CHUNK):
+        a, b = left[start : start + _CHUNK], right[start : start + _CHUNK]
+        used, place = np.unique(np.concatenate([a, b]), return_inverse=True)
+        first, second = place[: len(a)], place[len(a) :]
+        matrix = _set_matrix([sets[i] for i in used.tolist()])
+        common = matrix[first].multiply(matrix[second]).sum(axis=1)
+        sizes = np.diff(matrix.indptr)
+        near = _is_near(common, sizes[first], sizes[second], threshold)
+        labels = joined_labels(labels, a[near], b[near])
+    return labels
+
+
+def _set_matrix(sets: list[np.ndarray]) -> "csr_array":
+    """Sets x elements, 0/1."""
+    from scipy.sparse import csr_array
+
+    starts = np.cumsum([0, *map(len, sets)])
+    elements, columns = np.unique(np.concatenate(sets), return_inverse=True)
+    shape = (len(sets), len(elements))
+    return csr_array((np.ones(len(columns), np.int32), columns, starts), shape)
+
+
+def _is_near(common, first_size, second_size, threshold: float):
+    return common >= threshold * (first_size + second_size - common) - 1e-9
+
+
+def joined_labels(labels: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Labels after the components of the given pairs are merged."""
+    if len(left) == 0:
+        return labels
+    from scipy.sparse import csr_array
+    from scipy.sparse.csgraph import connected_components
+
+    ends = np.concatenate([labels[left], labels[right]])
+    met, compact = np.unique(ends, return_inverse=True)  # the few labels that these pairs touch
+    edges = (np.ones(len(left), np.int8), (compact[: len(left)], compact[len(left) :]))
+    graph = csr_array(edges, shape=(len(met), len(met)))
+    _, component = connected_components(graph, directed=False)
+    renamed = np.arange(int(labels.max()) + 1, dtype=labels.dtype)
+    renamed[met] = met[smallest_of_equal(component)]
+    return renamed[labels]

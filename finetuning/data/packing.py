@@ -1,0 +1,343 @@
+"""Lengths to a plan of steps, and a planned micro-batch to one packed batch without padding.
+
+Packing happens once, before training. After that `plan[step]` is a pure function of (lengths, seed,
+step, rank, world size): a checkpoint holds a step number and no loader state, every rank has the same
+number of micro-batches, and the number of supervised tokens of a step over all ranks needs no
+communication.
+"""
+
+import math
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from finetuning.data.token_table import Segment, TokenizedSamples
+
+NUM_THINKING_BUCKETS = 10  # tenths of a chain of thought
+PACKING_WINDOW = 1 << 14  # documents that are packed together; bounds the time per document
+
+# -----------------------------------------------------------------------------
+# The plan
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """What one rank does in one optimizer update, and what all ranks together do."""
+
+    micro_batches: tuple[tuple[int, ...], ...]  # document indices, this rank
+    num_fillers: int  # the last ones repeat another rank's documents and carry no loss
+    num_targets: int  # supervised tokens, all ranks
+    num_tokens: int  # all tokens, all ranks
+    num_samples: int  # documents, all ranks
+    num_micro_batches: int  # without fillers, all ranks
+    epoch: int  # 0-based
+    documents: tuple[int, ...]  # all ranks, each once
+
+
+class StepPlan:
+    """Every step of a run, known before its first.
+
+    Args:
+        lengths: (n,) tokens of each document of the table.
+        num_targets: (n,) supervised tokens of each document of the table.
+        documents: (m,) the documents to plan, by index, repeats allowed; none longer than
+            `row_tokens`. None: all.
+        row_tokens: capacity of a row.
+        rows_per_micro_batch: rows that go through the model at once.
+        accumulation: micro-batches of one rank in one update.
+        num_epochs: passes over the data; a fraction is rounded up to whole steps.
+        max_steps: if above zero, exactly so many steps, whatever `num_epochs` says.
+        packing: False puts one document in a row.
+    """
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        num_targets: np.ndarray,
+        documents: np.ndarray | None = None,
+        *,
+        row_tokens: int,
+        rows_per_micro_batch: int = 1,
+        accumulation: int = 1,
+        num_epochs: float = 1,
+        max_steps: int = 0,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        packing: bool = True,
+    ) -> None:
+        self.documents = np.arange(len(lengths)) if documents is None else np.asarray(documents)
+        self._lengths, self._num_targets = np.asarray(lengths), np.asarray(num_targets)
+        assert len(self.documents) > 0, "a plan needs at least one document"
+        self.num_tokens, longest = _total_and_longest(self._lengths, self.documents)  # of one epoch
+        assert longest <= row_tokens, (longest, row_tokens)
+        self.rank, self.world_size, self.seed = rank, world_size, seed
+        self.row_tokens, self.rows_per_micro_batch = row_tokens, rows_per_micro_batch
+        order = self.documents.astype(_index_type(len(lengths)))
+        if packing:
+            np.random.default_rng([seed, 0]).shuffle(order)
+            self._rows = pack_rows(self._lengths, order, row_tokens)
+        else:
+            self._rows = Rows(order, np.arange(len(order) + 1, dtype=_index_type(len(order))))
+        self.rows_per_step = rows_per_micro_batch * accumulation * world_size
+        self.steps_per_epoch = math.ceil(len(self._rows) / self.rows_per_step)
+        self.num_steps = max_steps or math.ceil(num_epochs * self.steps_per_epoch - 1e-6)
+        self._epoch_order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int32))
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def __getitem__(self, step: int) -> PlannedStep:
+        """Step 1 is the first update. Depends on nothing but the arguments of the plan."""
+        assert 1 <= step <= self.num_steps, (step, self.num_steps)
+        epoch, index = divmod(step - 1, self.steps_per_epoch)
+        rows = self._rows_of(epoch)[index * self.rows_per_step : (index + 1) * self.rows_per_step]
+        in_rows = [self._rows[row] for row in rows]
+        starts = range(0, len(rows), self.rows_per_micro_batch)
+        micro_batches = [
+            tuple(np.concatenate(in_rows[s : s + self.rows_per_micro_batch]).tolist())
+            for s in starts
+        ]
+        documents = np.concatenate(in_rows)
+        # Every rank goes through the model equally often, as sharded parameters demand.
+        mine = micro_batches[self.rank :: self.world_size]
+        num_fillers = math.ceil(len(micro_batches) / self.world_size) - len(mine)
+        mine += [micro_batches[0]] * num_fillers
+        return PlannedStep(
+            micro_batches=tuple(mine),
+            num_fillers=num_fillers,
+            num_targets=int(self._num_targets[documents].sum()),
+            num_tokens=int(self._lengths[documents].sum()),
+            num_samples=len(documents),
+            num_micro_batches=len(micro_batches),
+            epoch=epoch,
+            documents=tuple(documents.tolist()),
+        )
+
+    def fractional_epoch(self, step: int) -> float:
+        """Passes over the data after `step` updates."""
+        return step / self.steps_per_epoch
+
+    @property
+    def constant_shape(self) -> dict[str, int]:
+        """Arguments of `build_batch` that give every micro-batch of the plan one shape."""
+        fullest = np.sort(np.diff(self._rows.starts))[-self.rows_per_micro_batch :]
+        return {
+            "pad_to": self.constant_tokens,
+            "pad_documents": int(fullest.sum()) + self.rows_per_micro_batch,
+            "max_length": self.row_tokens,
+        }
+
+    @cached_property
+    def constant_tokens(self) -> int:
+        """Tokens of a micro-batch in the constant shape: what the fullest rows hold, rounded up to 64."""
+        fullest = np.sort(self._rows.tokens(self._lengths))[-self.rows_per_micro_batch :]
+        rounded = math.ceil(int(fullest.sum()) / 64) * 64
+        return min(rounded, self.rows_per_micro_batch * self.row_tokens)
+
+    @property
+    def constant_efficiency(self) -> float:
+        """Share of the tokens in the constant shape that is no padding, in (0, 1]."""
+        num_micro_batches = math.ceil(len(self._rows) / self.rows_per_micro_batch)
+        return self.num_tokens / (num_micro_batches * self.constant_tokens)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of one epoch."""
+        return len(self._rows)
+
+    @property
+    def efficiency(self) -> float:
+        """Share of the rows' capacity that holds tokens, in [0, 1]."""
+        return self.num_tokens / (len(self._rows) * self.row_tokens)
+
+    def _rows_of(self, epoch: int) -> np.ndarray:
+        """Row indices in this epoch's order; kept for the epoch in progress."""
+        if self._epoch_order[0] != epoch:
+            order = np.arange(len(self._rows), dtype=_index_type(len(self._rows)))
+            np.random.default_rng([self.seed, 1 + epoch]).shuffle(order)
+            self._epoch_order = (epoch, order)
+        return self._epoch_order[1]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of documents in two flat arrays: row i is documents[starts[i] : starts[i + 1]]."""
+
+    documents: np.ndarray  # (m,) document indices
+    starts: np.ndarray  # (rows + 1,)
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self.documents[self.starts[row] : self.starts[row + 1]]
+
+    def tokens(self, lengths: np.ndarray) -> np.ndarray:
+        """(rows,) tokens of each row, with the documents' lengths; some rows at a time."""
+        counts = []
+        for first in range(0, len(self), 1 << 16):
+            starts = self.starts[first : first + (1 << 16) + 1]
+            part = lengths[self.documents[starts[0] : starts[-1]]]
+            counts.append(np.add.reduceat(part, starts[:-1] - starts[0], dtype=np.int64))
+        return np.concatenate(counts)
+
+
+def pack_rows(
+    lengths: np.ndarray, order: np.ndarray, row_tokens: int, window: int = PACKING_WINDOW
+) -> Rows:
+    """Best-fit-decreasing bin packing of documents into rows, window by window of `order`, in place.
+
+    Each document goes, longest first, to the row with the least room that still holds it
+    (Johnson 1973: at most 11/9 of the optimum plus a constant). O(log rows) a document. `order`
+    is sorted by row and becomes the rows' documents: a plan may take most of a rank's memory.
+    """
+    sizes = []
+    for start in range(0, len(order), window):
+        chunk = order[start : start + window]  # a view
+        of_chunk = lengths[chunk]
+        by_length = np.argsort(-of_chunk, kind="stable")
+        rows = np.array(_best_fit(of_chunk[by_length].tolist(), row_tokens), dtype=np.int32)
+        chunk[:] = chunk[by_length][np.argsort(rows, kind="stable")]
+        sizes.append(np.bincount(rows).astype(np.int32))
+    starts = np.zeros(1 + sum(map(len, sizes)), dtype=_index_type(len(order)))
+    np.cumsum(np.concatenate(sizes), out=starts[1:])
+    return Rows(order, starts)
+
+
+def _best_fit(lengths: list[int], row_tokens: int) -> list[int]:
+    """The row of each document; lengths descend."""
+    shortest = lengths[-1]
+    rows, count = [], 0
+    free: list[
+        int
+    ] = []  # (room left, row) as one number, sorted; rows that still hold the shortest
+    for length in lengths:
+        place = bisect_left(free, length << 32)
+        if place == len(free):
+            row, room = count, row_tokens - length
+            count += 1
+        else:
+            room, row = divmod(free.pop(place), 1 << 32)
+            room -= length
+        rows.append(row)
+        if room >= shortest:
+            insort(free, room << 32 | row)
+    return rows
+
+
+def _index_type(count: int) -> type:
+    """The smaller type that counts to `count`."""
+    return np.int32 if count < 2**31 else np.int64
+
+
+def _total_and_longest(lengths: np.ndarray, documents: np.ndarray) -> tuple[int, int]:
+    """Sum and maximum of lengths[documents], a million at a time."""
+    total, longest = 0, 0
+    for start in range(0, len(documents), 1 << 20):
+        part = lengths[documents[start : start + (1 << 20)]]
+        total += int(part.sum(dtype=np.int64))
+        longest = max(longest, int(part.max()))
+    return total, longest
+
+
+def split_micro_batch(documents: Sequence[int], lengths: np.ndarray) -> list[tuple[int, ...]]:
+    """Two halves of about equal tokens, or the document alone when there is only one."""
+    if len(documents) < 2:
+        return [tuple(documents)]
+    ends = np.cumsum(lengths[np.asarray(documents)])
+    cut = int(np.clip(np.searchsorted(ends, ends[-1] / 2), 1, len(documents) - 1))
+    return [tuple(documents[:cut]), tuple(documents[cut:])]
+
+
+# -----------------------------------------------------------------------------
+# The batch
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One micro-batch: D documents end to end, T tokens, N of them predicted. All on the host."""
+
+    input_ids: torch.Tensor  # (1, T) int64
+    position_ids: torch.Tensor  # (1, T) int64, from 0 in every document
+    cu_seqlens: torch.Tensor  # (D + 1,) int32, where documents start
+    lengths: tuple[int, ...]  # (D,) the same on the host
+    max_length: int
+    target_positions: torch.Tensor  # (N,) int64, the position whose hidden state predicts a label
+    labels: torch.Tensor  # (N,) int64
+    segments: torch.Tensor  # (N,) int64, Segment of the label
+    document: torch.Tensor  # (N,) int64 in [0, D)
+    thinking_bucket: torch.Tensor  # (N,) int64, tenth of the chain of thought, -1 elsewhere
+    documents: tuple[int, ...]  # (D,) index of each document among the tokenized samples
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        """The same batch on `device`, copied without waiting where memory is pinned."""
+        if device.type == "cpu":
+            return self
+        moved = {
+            name: value.pin_memory().to(device, non_blocking=True)
+            if isinstance(value, torch.Tensor) and device.type == "cuda"
+            else value.to(device)
+            if isinstance(value, torch.Tensor)
+            else value
+            for name, value in self.__dict__.items()
+        }
+        return PackedBatch(**moved)
+
+
+def build_batch(
+    tokens: TokenizedSamples,
+    documents: Sequence[int],
+    *,
+    pad_to: int = 0,
+    pad_documents: int = 0,
+    max_length: int = 0,
+) -> PackedBatch:
+    """Put `documents` end to end; a token outside the prompt is predicted from the one before.
+
+    For compiled kernels, which want one shape: `pad_to` above the number of tokens adds documents of
+    padding without targets, none longer than `max_length`; `pad_documents` repeats the end of the
+    last one until there are so many; `max_length` is given out as it is.
+    """
+    pieces = [tokens[d] for d in documents]
+    lengths = [len(piece.ids) for piece in pieces]
+    ids = np.concatenate([piece.ids for piece in pieces]).astype(np.int64)
+    segments = np.concatenate([piece.segments for piece in pieces]).astype(np.int64)
+    buckets = np.concatenate([_thinking_buckets(piece.segments) for piece in pieces])
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    assert (segments[starts[:-1]] == Segment.PROMPT).all(), "a document starts with its prompt"
+    predicted = np.flatnonzero(segments != Segment.PROMPT)
+    document = np.repeat(np.arange(len(pieces)), lengths)[predicted]
+    for start in range(len(ids), pad_to, max_length or pad_to or 1):
+        lengths.append(min(max_length or pad_to, pad_to - start))
+        starts = np.append(starts, starts[-1] + lengths[-1])
+    ids = np.concatenate([ids, np.zeros(starts[-1] - len(ids), dtype=np.int64)])
+    starts = np.append(starts, [starts[-1]] * (pad_documents + 1 - len(starts)))
+    positions = np.concatenate([np.arange(length) for length in lengths])
+    return PackedBatch(
+        input_ids=torch.from_numpy(ids)[None],
+        position_ids=torch.from_numpy(positions)[None],
+        cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
+        lengths=tuple(lengths),
+        max_length=max_length or max(lengths),
+        target_positions=torch.from_numpy(predicted - 1),
+        labels=torch.from_numpy(ids[predicted]),
+        segments=torch.from_numpy(segments[predicted]),
+        document=torch.from_numpy(document),
+        thinking_bucket=torch.from_numpy(buckets[predicted]),
+        documents=tuple(int(d) for d in documents),
+    )
+
+
+def _thinking_buckets(segments: np.ndarray) -> np.ndarray:
+    """(T,) tenth of the document's thinking that each thinking token lies in, -1 elsewhere."""
+    buckets = np.full(len(segments), -1, dtype=np.int64)
+    thinking = np.flatnonzero(segments == Segment.THINKING)
+    if len(thinking):
+        place = np.arange(len(thinking)) * NUM_THINKING_BUCKETS // len(thinking)
+        buckets[thinking] = place
+    return buckets

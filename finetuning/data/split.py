@@ -1,0 +1,195 @@
+"""Which samples train and which are held out: a split that no near duplicate crosses, and source weights."""
+
+import fnmatch
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from finetuning.common.errors import UserError
+from finetuning.common.text import clean_line
+from finetuning.data.near_duplicates import SampleClusters, joined_labels
+from finetuning.readers.dataset import ArrowSamples
+from finetuning.readers.sample import (
+    Sample,
+)
+
+if TYPE_CHECKING:
+    pass
+from finetuning.readers.dataset import SampleSet
+
+# ---- weights ----------------------------------------------------------------------------------
+
+
+def weighted_indices(
+    samples: Sequence[Sample], indices: Sequence[int], weights: dict[str, float], seed: int
+) -> np.ndarray:
+    """`indices` with those of a source repeated or thinned out by its weight; int64, same order.
+
+    A weight's key is a source or a glob of sources; the first that fits counts, others weigh 1.
+    Weight 2.5 takes every sample twice and a random half of them a third time. Raises UserError
+    for a weight that is negative or not finite, a key that fits nothing, and nothing left.
+    """
+    indices = np.asarray(indices, dtype=np.int64)
+    names, codes = source_numbers(samples)
+    codes = codes[indices]
+    by_source = {names[code]: code for code in np.unique(codes).tolist()}
+    chosen = _weight_of_sources(list(by_source), weights)
+    counts = np.ones(len(indices), dtype=np.int64)
+    for name, code in sorted(by_source.items()):
+        places = np.flatnonzero(codes == code)
+        whole, part = divmod(chosen[name], 1.0)
+        counts[places] = int(whole)
+        # Its own generator per source: a new source must not change the draw of another one.
+        words = hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=8).digest()
+        generator = np.random.default_rng(int.from_bytes(words, "little"))
+        extra = generator.permutation(places)[: round(part * len(places))]
+        counts[extra] += 1
+    if len(indices) and not counts.any():
+        raise UserError("source weights leave no sample; raise one above 0")
+    return np.repeat(indices, counts)
+
+
+def source_numbers(samples: Sequence[Sample]) -> tuple[list[str], np.ndarray]:
+    """All sources in the order of their first samples, and the number (n,) of each sample's."""
+    numbers: dict[str, int] = {}
+    lazy = isinstance(samples, ArrowSamples)
+    sources = samples.sources() if lazy else (sample.source for sample in samples)
+    codes = (numbers.setdefault(source, len(numbers)) for source in sources)
+    found = np.fromiter(codes, np.int32, len(samples))
+    return [*numbers], found
+
+
+def _weight_of_sources(sources: list[str], weights: dict[str, float]) -> dict[str, float]:
+    for key, weight in weights.items():
+        shown = clean_line(key, 200)
+        if not math.isfinite(weight) or not 0 <= weight <= 1000:
+            raise UserError(f"source weight of {shown} is {weight}; give one from 0 to 1000")
+        if not any(_fits(source, key) for source in sources):
+            known = clean_line(", ".join(sources), 300)
+            raise UserError(f"source weight: nothing was read from {shown}; sources are {known}")
+    return {
+        source: next((float(w) for key, w in weights.items() if _fits(source, key)), 1.0)
+        for source in sources
+    }
+
+
+def _fits(source: str, key: str) -> bool:
+    return source == key or fnmatch.fnmatchcase(source, key)
+
+
+def split_held_out(
+    samples: Sequence[Sample],
+    fraction: float,
+    clusters: SampleClusters | None = None,
+    *,
+    at_most: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(train, held-out) indices, both int64 and ascending, such that no near duplicate crosses.
+
+    A cluster (near-equal questions, or near-equal question and answer) is held out when the hash of
+    its smallest sample id falls below `fraction`; so the choice depends on content only and stays
+    when unrelated samples come or go. A cluster larger than a quarter of the data (or than
+    `fraction`) always trains. Of few samples chance may take many: the highest hashes above one and
+    a half times the fraction train as well, as do those beyond `at_most` samples (0: no limit). With 10
+    samples or more, at least one is held out.
+    """
+    if not 0 <= fraction < 1:
+        raise UserError(f"held-out fraction is {fraction}; give a number from 0 to below 1")
+    everything = np.arange(len(samples), dtype=np.int64)
+    if fraction == 0 or len(samples) == 0:
+        return everything, everything[:0]
+    clusters = clusters or SampleClusters(samples)
+    joined = joined_labels(clusters.questions, np.arange(len(samples)), clusters.pairs)
+    _, compact, sizes = np.unique(joined, return_inverse=True, return_counts=True)
+    position = _cluster_positions(samples, compact, len(sizes))
+    eligible = sizes <= max(fraction, 0.25) * len(samples)
+    held_out = eligible & (position < fraction)
+    by_position = np.argsort(position, kind="stable")
+    taken = np.cumsum(np.where(held_out, sizes, 0)[by_position])
+    limit = math.ceil(1.5 * fraction * len(samples))
+    held_out[by_position[taken > min(limit, at_most or limit)]] = False
+    if not held_out.any() and len(samples) >= 10:
+        held_out[_fallback_cluster(position, sizes, eligible)] = True
+    return everything[~held_out[compact]], everything[held_out[compact]]
+
+
+def _cluster_positions(samples: Sequence[Sample], compact: np.ndarray, count: int) -> np.ndarray:
+    """A uniform number in [0, 1) per cluster, from the smallest content hash among its members."""
+    smallest = np.full(count, 2**64 - 1, np.uint64)
+    for sample, cluster in zip(samples, compact, strict=True):
+        smallest[cluster] = min(smallest[cluster], np.uint64(int(sample.id, 16)))
+    # Hashed once more: the minimum of many ids is small and would hold out large clusters.
+    return np.fromiter((_position(int(identity)) for identity in smallest), float, count)
+
+
+def _position(identity: int) -> float:
+    digest = hashlib.blake2b(f"{identity:016x}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def _fallback_cluster(position: np.ndarray, sizes: np.ndarray, eligible: np.ndarray) -> int:
+    """The cluster to hold out when the hash chose none: the first eligible, else the smallest."""
+    if len(sizes) == 1:
+        raise UserError(
+            "all samples are near duplicates of each other, so none can be held out without a leak;"
+            " set the held-out fraction to 0 or add other samples"
+        )
+    order = np.lexsort((position, np.where(eligible, 0, sizes)))
+    return int(order[0])
+
+
+@dataclass(frozen=True)
+class Split:
+    """All samples that were read, and which of them train and which are held out."""
+
+    read: SampleSet
+    train: np.ndarray  # (n,) indices; a weighted source may appear several times
+    held_out: np.ndarray  # (m,) indices, empty when the held-out data are files of their own
+    eval_read: SampleSet | None  # held-out files of the user's
+    clusters: SampleClusters  # of all samples: for the split, and for the statistics after it
+
+    def training_texts(self, at_most: int = 20_000) -> list[str]:
+        """Plain text of the distinct training samples, of many evenly spaced ones, for the
+        demonstration model."""
+        chosen = np.unique(self.train)
+        if len(chosen) > at_most:
+            chosen = chosen[np.linspace(0, len(chosen) - 1, at_most).astype(np.int64)]
+        samples = (self.read.samples[int(i)] for i in chosen)
+        return ["\n".join(filter(None, (s.question, s.thinking, s.answer))) for s in samples]
+
+
+def split_samples(
+    read: SampleSet,
+    eval_read: SampleSet | None = None,
+    *,
+    eval_fraction: float = 0.1,
+    max_eval_samples: int = 0,
+    weights: dict[str, float] | None = None,
+    seed: int = 0,
+    cache_dir: Path | None = None,
+) -> Split:
+    """Split off the held-out share where there are no held-out files; the rest is repeated or thinned
+    out by the weight of its source. Raises UserError where nothing is left for training."""
+    clusters = SampleClusters(read.samples, read.fingerprint, cache_dir)
+    train = np.arange(len(read.samples))
+    held_out = train[:0]
+    if eval_read is None and eval_fraction:
+        train, held_out = split_held_out(
+            read.samples, eval_fraction, clusters, at_most=max_eval_samples
+        )
+    if not len(train):
+        raise UserError(
+            f"data: all of {len(read.samples)} samples are held out; lower --eval-fraction or add others"
+        )
+    if weights:
+        train = weighted_indices(read.samples, train, weights, seed)
+    return Split(read, train, held_out, eval_read, clusters)
+
+
+def eval_sources(split: Split) -> Sequence[str]:
+    return list(split.eval_read.samples_per_file) if split.eval_read is not None else []

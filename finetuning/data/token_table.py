@@ -1,0 +1,251 @@
+"""The table of tokens: ids and segments of every document in flat arrays, in memory or mapped from a file."""
+
+import json
+import math
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from enum import IntEnum
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from finetuning.common.files import write_json
+from finetuning.readers.dataset import give_back_pages
+
+
+class Segment(IntEnum):
+    """What a token is part of. Every token but those of the prompt carries loss."""
+
+    PROMPT = 0
+    THINKING = 1
+    CLOSE = 2
+    """`</think>`"""
+    ANSWER = 3
+    """From behind `</think>` on, the template's blank line included."""
+    END = 4
+    """The token that ends the turn, `<|im_end|>` for Qwen3."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenizedSample:
+    """One document: ids int32 (T,), segments uint8 (T,), and which sample it was made from."""
+
+    ids: np.ndarray
+    segments: np.ndarray
+    index: int
+
+
+@dataclass(frozen=True)
+class TruncationLedger:
+    """Ids of the samples that the tokens tell less of, or something else, than their files.
+
+    A plain cut at `max_seq_length` would lose the `</think>`, (part of) the answer, or the end of those
+    in the three `lost_` fields; no policy here does that. Every document counts, so a conversation
+    with loss on all turns may be named more than once.
+    """
+
+    truncated: tuple[str, ...] = ()
+    """Longer than max_seq_length."""
+    lost_think_close: tuple[str, ...] = ()
+    lost_answer: tuple[str, ...] = ()
+    lost_eos: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+    """Left out for their length."""
+    shortened: tuple[str, ...] = ()
+    """Kept with the middle of their reasoning taken out."""
+    control_tokens: tuple[str, ...] = ()
+    """Hold the text of a control token: left out, or with `split` kept as ordinary text."""
+    without_thinking: tuple[str, ...] = ()
+    """Kept, and teach the model to answer without reasoning."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenizedSamples(Sequence):
+    """All documents in flat arrays; document i is [offsets[i], offsets[i + 1])."""
+
+    ids: np.ndarray
+    """int32 (total,)"""
+    segments: np.ndarray
+    """uint8 (total,)"""
+    offsets: np.ndarray
+    """int64 (n + 1,)"""
+    sample_index: np.ndarray
+    """int64 (n,): the sample each document was made from, ascending."""
+    num_targets: np.ndarray
+    """int64 (n,): tokens that carry loss."""
+    ledger: TruncationLedger
+    close_id: int
+    """Id of `</think>`, -1 where the tokenizer has no single token for it."""
+    end_id: int
+    """Id of the token that ends a turn."""
+    max_seq_length: int
+    segment_counts: np.ndarray | None = None
+    """int32 (n, 5): tokens per document and segment; None: counted now."""
+
+    def __post_init__(self) -> None:
+        if self.segment_counts is None:
+            counts = _segment_counts(self.segments, self.lengths)
+            object.__setattr__(self, "segment_counts", counts)
+
+    def __len__(self) -> int:
+        return len(self.sample_index)
+
+    def __getitem__(self, i: int) -> TokenizedSample:
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"document {i} of {len(self)}")
+        i %= len(self)
+        for array in (self.ids, self.segments):
+            if mapped := getattr(array, "_mmap", None):
+                give_back_pages(mapped)  # or an epoch would add the whole table to memory
+        part = slice(int(self.offsets[i]), int(self.offsets[i + 1]))
+        return TokenizedSample(self.ids[part], self.segments[part], int(self.sample_index[i]))
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """int64 (n,): tokens per document."""
+        return np.diff(self.offsets)
+
+    def documents_of(self, sample_indices: Sequence[int]) -> np.ndarray:
+        """int64: the documents made from these samples, in their order, repeats repeated.
+
+        Samples that were left out have none.
+        """
+        wanted = np.asarray(sample_indices, dtype=np.int64)
+        blocks = (wanted[i : i + 65_536] for i in range(0, len(wanted), 65_536))
+        found = [np.zeros(0, dtype=np.int64), *map(self._documents_of_block, blocks)]
+        return np.concatenate(found)
+
+    def _documents_of_block(self, wanted: np.ndarray) -> np.ndarray:
+        first = np.searchsorted(self.sample_index, wanted, side="left")
+        counts = np.searchsorted(self.sample_index, wanted, side="right") - first
+        ends = np.cumsum(counts)
+        within = np.arange(ends[-1]) - np.repeat(ends - counts, counts)
+        return np.repeat(first, counts) + within
+
+    def select(self, documents: Sequence[int]) -> "TokenizedSamples":
+        """A table of these documents alone (copied), with the same ledger."""
+        documents = np.asarray(documents, dtype=np.int64)
+        lengths = self.lengths[documents]
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        source = np.arange(offsets[-1]) + np.repeat(self.offsets[documents] - offsets[:-1], lengths)
+        return TokenizedSamples(
+            np.asarray(self.ids[source]),
+            np.asarray(self.segments[source]),
+            offsets,
+            self.sample_index[documents],
+            self.num_targets[documents],
+            self.ledger,
+            self.close_id,
+            self.end_id,
+            self.max_seq_length,
+            self.segment_counts[documents],
+        )
+
+
+def _segment_counts(segments: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """int32 (n, 5) from the segments (total,) of n documents end to end."""
+    kinds = len(Segment)
+    cell = np.repeat(np.arange(len(lengths)) * kinds, lengths) + segments
+    return np.bincount(cell, minlength=len(lengths) * kinds).reshape(-1, kinds).astype(np.int32)
+
+
+class TokenPart:
+    """Arrays of one chunk of samples, and its lines of the ledger."""
+
+    def __init__(self) -> None:
+        self.ids, self.segments, self.lengths, self.sample_index = [], [], [], []
+        self.ledger = {field.name: [] for field in fields(TruncationLedger)}
+
+    def add(self, ids: np.ndarray, segments: np.ndarray, index: int) -> None:
+        self.ids.append(ids)
+        self.segments.append(segments)
+        self.lengths.append(len(ids))
+        self.sample_index.append(index)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        segments = np.concatenate([np.zeros(0, np.uint8), *self.segments])
+        lengths = np.array(self.lengths, dtype=np.int64)
+        counts = _segment_counts(segments, lengths)
+        return {
+            "ids": np.concatenate([np.zeros(0, np.int32), *self.ids]),
+            "segments": segments,
+            "lengths": lengths,
+            "sample_index": np.array(self.sample_index, dtype=np.int64),
+            "num_targets": counts[:, 1:].sum(axis=1, dtype=np.int64),
+            "segment_counts": counts,
+        }
+
+
+_DTYPES = {
+    "ids": np.int32,
+    "segments": np.uint8,
+    "lengths": np.int64,
+    "sample_index": np.int64,
+    "num_targets": np.int64,
+    "segment_counts": np.int32,
+}
+_WIDTHS = {"segment_counts": (len(Segment),)}  # of the arrays with more than one axis
+
+
+def _merged(ledgers: Iterable[dict[str, list[str]]]) -> TruncationLedger:
+    merged = {field.name: [] for field in fields(TruncationLedger)}
+    for ledger in ledgers:
+        for name, items in ledger.items():
+            merged[name] += items
+    return TruncationLedger(**{name: tuple(items) for name, items in merged.items()})
+
+
+def tokens_in_memory(parts: Iterator) -> tuple[dict[str, np.ndarray], TruncationLedger]:
+    found = list(parts)
+    arrays = {
+        name: np.concatenate(
+            [np.zeros((0, *_WIDTHS.get(name, ())), dtype), *(arrays[name] for arrays, _ in found)]
+        )
+        for name, dtype in _DTYPES.items()
+    }
+    return arrays, _merged(ledger for _, ledger in found)
+
+
+def write_tokens(folder: Path, parts: Iterator) -> None:
+    """Append all parts to raw files, then give them the .npy form; memory holds one part at a time,
+    and none of the files is mapped, as what is looked at would count as this process's memory."""
+    ledgers = []
+    for arrays, ledger in parts:
+        ledgers.append(ledger)
+        for name in _DTYPES:
+            with open(folder / f"{name}.raw", "ab") as file:
+                arrays[name].tofile(file)
+    for name, dtype in _DTYPES.items():
+        _as_npy(folder, name, dtype)
+    write_json(folder / "ledger.json", asdict(_merged(ledgers)))
+
+
+def _as_npy(folder: Path, name: str, dtype: type) -> None:
+    raw, width = folder / f"{name}.raw", _WIDTHS.get(name, ())
+    raw.touch()
+    rows = raw.stat().st_size // (np.dtype(dtype).itemsize * math.prod(width))
+    descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
+    header = {"descr": descr, "fortran_order": False, "shape": (rows, *width)}
+    with open(folder / f"{name}.npy", "wb") as npy, open(raw, "rb") as values:
+        np.lib.format.write_array_header_1_0(npy, header)
+        shutil.copyfileobj(values, npy, 1 << 20)
+    raw.unlink()
+
+
+def load_tokens(folder: Path) -> tuple[dict[str, np.ndarray], TruncationLedger] | None:
+    """The cached table, None where it isn't there or isn't whole."""
+    try:
+        stored = json.loads((folder / "ledger.json").read_text(encoding="utf-8"))
+        ledger = TruncationLedger(**{name: tuple(items) for name, items in stored.items()})
+        arrays = {
+            name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            for name in _DTYPES
+        }
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+    total, n = int(arrays["lengths"].sum()), len(arrays["lengths"])
+    whole = len(arrays["ids"]) == len(arrays["segments"]) == total
+    whole = whole and len(arrays["sample_index"]) == len(arrays["segment_counts"]) == n
+    return (arrays, ledger) if whole else None

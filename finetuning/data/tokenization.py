@@ -1,0 +1,430 @@
+"""`Sample`s → token ids with a segment for every token, through the tokenizer's own chat template.
+
+The generation prompt, exactly as it is at inference, is the prefix of every document and carries no
+loss; what the template puts behind it does: reasoning, `</think>`, answer, end of turn. Prompt and
+completion are encoded apart, so that no token reaches across their border.
+
+A sample without reasoning gets what the template writes for it; Qwen3's writes an empty think block,
+which teaches a thinking model not to think. Such samples are kept, and listed in the ledger.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finetuning.common.cache import cached_folder, code_version
+from finetuning.common.errors import UserError
+from finetuning.common.text import clean_line
+from finetuning.common.workers import in_order
+from finetuning.data.chat_template import (
+    CLOSE,
+    OPEN,
+    ChatFormat,
+    chat_format,
+    encode,
+    marked,
+    render,
+    template_errors,
+    turn_with,
+    unused_mark,
+)
+from finetuning.data.token_table import (
+    Segment,
+    TokenizedSamples,
+    TokenPart,
+    load_tokens,
+    tokens_in_memory,
+    write_tokens,
+)
+from finetuning.readers.dataset import SampleSet
+from finetuning.readers.sample import Sample, strings_of
+
+_CHUNK = 500  # samples encoded together: more only costs memory
+_POOL_FROM = 2_000  # samples from which on worker processes pay for their start
+
+Progress = Callable[[int, int], None]
+
+# ---- one sample → documents -------------------------------------------------------------------
+
+Pieces = list[str]  # encoded one by one and joined, so that no token reaches across their borders
+
+
+@dataclass(frozen=True)
+class _Document:
+    """Text of one document, not yet encoded."""
+
+    prompt: Pieces
+    thinking: Pieces
+    """All of the completion where `</think>` is one token, which then marks the border."""
+    close: Pieces
+    answer: Pieces
+    has_thinking: bool
+
+
+def _documents(
+    sample: Sample, tokenizer: Any, form: ChatFormat, all_turns: bool, mark: str
+) -> list[_Document]:
+    """The final turn, or every assistant turn, behind the prompt that the model sees for it."""
+    messages = sample.messages()
+    tools = json.loads(sample.tools) if sample.tools else None
+    if mark:
+        messages, tools = marked(messages, form.control, mark), marked(tools, form.control, mark)
+    # Without a message before it, a turn has no prompt, as when an assistant greets first.
+    turns = [i for i, message in enumerate(messages) if i and message["role"] == "assistant"]
+    try:
+        return [
+            _document(messages[:i], messages[i], tools, tokenizer, form, mark)
+            for i in (turns if all_turns else turns[-1:])
+        ]
+    except template_errors() as error:
+        place = f"{clean_line(sample.source, 200)}:{sample.line}"
+        raise UserError(
+            f"{place}: the model's chat template refuses this sample: {clean_line(str(error), 200)}"
+        ) from error
+
+
+def _document(
+    before: list[dict],
+    turn: dict,
+    tools: list | None,
+    tokenizer: Any,
+    form: ChatFormat,
+    mark: str,
+) -> _Document:
+    prompt = render(tokenizer, before, tools, prompt=True)
+    completion = _completion(before, turn, tools, prompt, tokenizer, form)
+    thinking, close, answer = completion, "", ""
+    if form.close_id < 0 and CLOSE in completion:
+        thinking, close, answer = completion.partition(CLOSE)
+    elif form.close_id < 0:
+        thinking, answer = "", completion
+    pieces = (text.split(mark) if mark else [text] for text in (prompt, thinking, close, answer))
+    return _Document(*pieces, has_thinking=bool(turn.get("reasoning_content", "").strip()))
+
+
+def _completion(
+    before: list[dict],
+    turn: dict,
+    tools: list | None,
+    prompt: str,
+    tokenizer: Any,
+    form: ChatFormat,
+) -> str:
+    """What the model is to write behind `prompt`, up to and beyond the end of the turn."""
+    thinking = turn.get("reasoning_content", "")
+    plain = {key: value for key, value in turn.items() if key != "reasoning_content"}
+    if form.reasoning == "inline" and thinking:
+        turn = {**plain, **turn_with(turn["content"], thinking)}
+    if form.reasoning != "composed":
+        text = render(tokenizer, [*before, turn], tools)
+        if text.startswith(prompt):
+            return text[len(prompt) :]
+    text = render(tokenizer, [*before, plain], tools)
+    stem = prompt[: prompt.rindex(OPEN)] if form.opens else prompt
+    if not text.startswith(stem):
+        raise UserError("the chat template's own turn does not begin with its generation prompt")
+    answer = text[len(stem) :]
+    if form.opens:
+        return f"{thinking}\n{CLOSE}\n\n{answer}"
+    return f"{OPEN}\n{thinking}\n{CLOSE}\n\n{answer}" if thinking else answer
+
+
+def _contents(sample: Sample) -> Iterator[str]:
+    yield from strings_of(sample.content)
+    if sample.tools:
+        yield from strings_of(json.loads(sample.tools))  # \\u003c in JSON is < once it is read
+
+
+def _has_control(sample: Sample, form: ChatFormat) -> bool:
+    return any(form.control.search(text) for text in _contents(sample))
+
+
+# ---- documents → tokens -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Options:
+    max_seq_length: int
+    over_length: str
+    loss_on: str
+    control_tokens: str
+
+
+def _tokenize_range(
+    samples: Sequence[Sample],
+    start: int,
+    stop: int,
+    tokenizer: Any,
+    form: ChatFormat,
+    options: _Options,
+) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
+    """Tokens and ledger of samples[start:stop]; a function of these samples alone."""
+    part, documents, owners = TokenPart(), [], []
+    for index, sample in enumerate(samples[start:stop], start):
+        mark = ""
+        if _has_control(sample, form):
+            part.ledger["control_tokens"].append(sample.id)
+            if options.control_tokens == "refuse":
+                continue
+            mark = unused_mark(_contents(sample))
+        made = _documents(sample, tokenizer, form, options.loss_on == "all_turns", mark)
+        documents += made
+        owners += [(index, sample)] * len(made)
+    encoded = _encode_documents(documents, tokenizer, form)
+    for document, (index, sample), (ids, segments) in zip(documents, owners, encoded, strict=True):
+        fitted = _fit(ids, segments, sample, tokenizer, options, part.ledger)
+        if fitted is not None:
+            part.add(*fitted, index)
+            if not document.has_thinking:
+                part.ledger["without_thinking"].append(sample.id)
+    return part.arrays(), part.ledger
+
+
+def _encode_documents(
+    documents: list[_Document], tokenizer: Any, form: ChatFormat
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(ids, segments) of each document, all their pieces encoded in one batch."""
+    groups = [[d.prompt, d.thinking, d.close, d.answer] for d in documents]
+    flat = [piece for group in groups for pieces in group for piece in pieces if piece]
+    encoded = iter(encode(tokenizer, flat) if flat else [])
+    for group in groups:
+        joined = [[t for piece in pieces if piece for t in next(encoded)] for pieces in group]
+        yield _labelled(*joined, form)
+
+
+def _labelled(
+    prompt: list[int], thinking: list[int], close: list[int], answer: list[int], form: ChatFormat
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and segments, cut behind the token that ends the turn."""
+    if form.close_id >= 0:
+        completion = thinking
+        border = completion.index(form.close_id) if form.close_id in completion else -1
+        thinking, answer = completion[: max(border, 0)], completion[border + 1 :]
+        close = [form.close_id] if border >= 0 else []
+    end = answer.index(form.end_id) if form.end_id in answer else len(answer)
+    answer = answer[:end]
+    ids = np.array([*prompt, *thinking, *close, *answer, form.end_id], dtype=np.int32)
+    lengths = [len(prompt), len(thinking), len(close), len(answer), 1]
+    return ids, np.repeat(np.arange(len(Segment), dtype=np.uint8), lengths)
+
+
+def _fit(
+    ids: np.ndarray,
+    segments: np.ndarray,
+    sample: Sample,
+    tokenizer: Any,
+    options: _Options,
+    ledger: dict[str, list[str]],
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """The document within max_seq_length, or None; says in the ledger what became of it."""
+    limit = options.max_seq_length
+    if len(ids) <= limit:
+        return ids, segments
+    if options.over_length == "error":
+        place = f"{clean_line(sample.source, 200)}:{sample.line}"
+        raise UserError(
+            f"{place}: {len(ids)} tokens, but max_seq_length is {limit}; raise it, or choose "
+            "over_length drop or truncate_thinking"
+        )
+    beyond = segments[limit:]
+    ledger["truncated"].append(sample.id)
+    for name, lost in (
+        ("lost_think_close", Segment.CLOSE in beyond),
+        ("lost_answer", Segment.ANSWER in beyond),
+        ("lost_eos", Segment.END in beyond),
+    ):
+        if lost:
+            ledger[name].append(sample.id)
+    kept = None
+    if options.over_length == "truncate_thinking":
+        kept = _without_middle(ids, segments, limit, tokenizer)
+    if kept is None:
+        ledger["dropped"].append(sample.id)
+        return None
+    ledger["shortened"].append(sample.id)
+    return ids[kept], segments[kept]
+
+
+_MOST_BYTES = 4  # of a character in UTF-8, so it has no more tokens
+_LEAST_THINKING = 16  # tokens; what is left of a reasoning below that teaches nothing
+
+
+def _without_middle(
+    ids: np.ndarray, segments: np.ndarray, limit: int, tokenizer: Any
+) -> np.ndarray | None:
+    """Positions to keep when the middle of the reasoning goes; None if too little would be left.
+
+    The cuts fall behind a line where one ends in the outer halves of what can stay, else at least
+    between whole characters.
+    """
+    thinking = np.flatnonzero(segments == Segment.THINKING)
+    room = limit - (len(ids) - len(thinking))
+    if room < _LEAST_THINKING:
+        return None
+    texts = _texts(ids[thinking].tolist(), tokenizer)
+    half = room // 2
+    head = next((i for i in range(half, half // 2, -1) if texts[i - 1].endswith("\n")), None)
+    if head is None:
+        head = next((i for i in range(half, 0, -1) if texts[i - 1]), 0)
+    tail, last = len(texts) - (room - head), len(texts) - half // 2
+    line = next((i for i in range(tail, last) if texts[i - 1].endswith("\n")), None)
+    if line is None:
+        line = next(i for i in range(tail, len(texts) + 1) if texts[i - 1])
+    gone = thinking[head:line]
+    return np.setdiff1d(np.arange(len(ids)), gone, assume_unique=True)
+
+
+def _texts(tokens: list[int], tokenizer: Any) -> list[str]:
+    """The text that each token completes; nothing within a character of several tokens."""
+    texts, waiting = [], []
+    for token in tokens:
+        waiting.append(token)
+        text = tokenizer.decode(waiting)
+        if text.endswith("\ufffd") and len(waiting) < _MOST_BYTES:
+            texts.append("")
+        else:
+            texts.append(text)
+            waiting = []
+    if waiting:
+        texts[-1] = text
+    return texts
+
+
+# ---- the whole table --------------------------------------------------------------------------
+
+
+def tokenize_samples(
+    samples: Sequence[Sample] | SampleSet,
+    tokenizer: Any,
+    max_seq_length: int,
+    *,
+    over_length: str = "drop",
+    loss_on: str = "last_turn",
+    control_tokens: str = "refuse",
+    cache_dir: Path | None = None,
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> TokenizedSamples:
+    """Tokenize all samples; the result does not depend on `workers` or on the cache.
+
+    over_length: `drop` leaves longer documents out, `truncate_thinking` takes the middle out of their
+    reasoning (and drops what still doesn't fit), `error` refuses the first one.
+    loss_on: `last_turn`, or `all_turns`: one document per assistant turn, each behind the prompt
+    that the model sees for it, so that earlier turns learn to think as well.
+    control_tokens: samples whose content spells a control token are left out (`refuse`), or kept with
+    the text encoded as ordinary characters (`split`); it never becomes the token itself.
+    cache_dir: keep the table there, memory-mapped. `progress(done, total)` counts samples.
+    Raises UserError for an impossible option, a template that can't be used, and an empty result.
+    """
+    options = _Options(max_seq_length, over_length, loss_on, control_tokens)
+    _check(options)
+    fingerprint = samples.fingerprint if isinstance(samples, SampleSet) else None
+    samples = samples.samples if isinstance(samples, SampleSet) else samples
+    form = chat_format(tokenizer)
+    if cache_dir is None:
+        parts = _parts(samples, tokenizer, form, options, workers, progress)
+        arrays, ledger = tokens_in_memory(parts)
+    else:
+        key = _cache_key(samples, fingerprint, tokenizer, options)
+        folder = Path(cache_dir) / "tokens" / key
+
+        def write(building: Path) -> None:
+            write_tokens(building, _parts(samples, tokenizer, form, options, workers, progress))
+
+        arrays, ledger = cached_folder(folder, load_tokens, write)
+        if progress:
+            progress(len(samples), len(samples))
+    lengths = arrays.pop("lengths")
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    tokens = TokenizedSamples(
+        **arrays,
+        offsets=offsets,
+        ledger=ledger,
+        close_id=form.close_id,
+        end_id=form.end_id,
+        max_seq_length=max_seq_length,
+    )
+    if not len(tokens):
+        raise UserError(
+            f"no sample is left to train on: {len(ledger.dropped)} are longer than "
+            f"{max_seq_length} tokens, {len(ledger.control_tokens)} hold control tokens; raise "
+            "max_seq_length or mend the data"
+        )
+    return tokens
+
+
+def _check(options: _Options) -> None:
+    if not isinstance(options.max_seq_length, int) or options.max_seq_length < 2:
+        raise UserError(f"max_seq_length is {options.max_seq_length}; give at least 2 tokens")
+    for name, known in (
+        ("over_length", ("drop", "truncate_thinking", "error")),
+        ("loss_on", ("last_turn", "all_turns")),
+        ("control_tokens", ("refuse", "split")),
+    ):
+        value = getattr(options, name)
+        if value not in known:
+            raise UserError(f"{name} is {value!r}; choose one of {', '.join(known)}")
+
+
+def _parts(
+    samples: Sequence[Sample],
+    tokenizer: Any,
+    form: ChatFormat,
+    options: _Options,
+    workers: int,
+    progress: Progress | None,
+) -> Iterator[tuple[dict[str, np.ndarray], dict[str, list[str]]]]:
+    """Tokens of the samples, chunk by chunk, in order."""
+    ranges = [(i, min(i + _CHUNK, len(samples))) for i in range(0, len(samples), _CHUNK)]
+    state = (samples, tokenizer, form, options)
+    if workers > 1 and len(samples) >= _POOL_FROM:
+        parts = in_order(_work, ranges, workers, _start_worker, state)
+    else:
+        parts = (_tokenize_range(samples, *span, tokenizer, form, options) for span in ranges)
+    for (_, stop), part in zip(ranges, parts, strict=True):
+        yield part
+        if progress:
+            progress(stop, len(samples))
+
+
+_worker_state: tuple = ()
+
+
+def _start_worker(*state: Any) -> None:
+    """Runs once per worker process: samples and tokenizer travel once, not with every chunk."""
+    global _worker_state
+    _worker_state = state
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _work(start: int, stop: int) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
+    samples, tokenizer, form, options = _worker_state
+    return _tokenize_range(samples, start, stop, tokenizer, form, options)
+
+
+# ---- cache ------------------------------------------------------------------------------------
+
+
+def _cache_key(
+    samples: Sequence[Sample], fingerprint: str | None, tokenizer: Any, options: _Options
+) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    if fingerprint is None:
+        for sample in samples:
+            digest.update(sample.id.encode())
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    libraries = ("transformers", "tokenizers", "jinja2")
+    makers = ("data.tokenization", "data.token_table", "data.chat_template")
+    version = code_version(*makers, libraries=libraries)
+    facts = [version, fingerprint, asdict(options), tokenizer.chat_template, tokenizer.eos_token]
+    digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
+    digest.update(vocabulary.encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()

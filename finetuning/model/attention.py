@@ -1,0 +1,180 @@
+"""Attention over packed documents: one row of tokens, no padding, no T x T mask.
+
+A packed row holds many documents one after the other. The kernel is told where they begin, so a
+token sees only earlier tokens of its own document. CUDA uses `torch.nn.attention.varlen`; every
+other device runs one causal scaled_dot_product_attention per document, with lengths that are
+already on the host. The function is registered with transformers' `AttentionInterface` and not with
+its mask interface, which makes the model skip its masks.
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, PreTrainedModel
+
+from finetuning.common.errors import UserError
+
+IMPLEMENTATION = "packed_documents"
+_VARLEN_PARAMETERS = frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def enable(model: torch.nn.Module) -> None:
+    """Select packed attention on a transformers model, bare or wrapped by an adapter library.
+
+    From here on a forward pass needs the arguments of `attention_kwargs`; inside
+    `ordinary_attention(model)` it takes padded batches and key/value caches as usual.
+    """
+    AttentionInterface.register(IMPLEMENTATION, packed_attention)
+    _pretrained(model).set_attn_implementation(IMPLEMENTATION)
+
+
+def cumulative_lengths(lengths: Sequence[int], pad_to: int | None = None) -> torch.Tensor:
+    """Document boundaries (D+1,) int32 on the host: 0, l0, l0+l1, … T.
+
+    `pad_to` repeats T, as empty documents, up to that many documents: a compiled layer then sees
+    one shape for every batch. Raises ValueError if there are more documents than that.
+    """
+    if pad_to is not None and len(lengths) > pad_to:
+        raise ValueError(f"{len(lengths)} documents do not fit in a batch of {pad_to}")
+    bounds = torch.zeros((pad_to or len(lengths)) + 1, dtype=torch.int32)
+    torch.cumsum(torch.tensor(lengths), 0, out=bounds[1 : len(lengths) + 1])
+    bounds[len(lengths) + 1 :] = sum(lengths)
+    return bounds
+
+
+def attention_kwargs(
+    cu_seqlens: torch.Tensor,
+    lengths: Sequence[int],
+    max_length: int,
+    dtype: torch.dtype = torch.bfloat16,
+) -> dict:
+    """Keyword arguments for `decoder(input_ids, position_ids=…, use_cache=False, **kwargs)`.
+
+    cu_seqlens: (D+1,) int32 on the model's device. lengths: tokens per document, host integers.
+    max_length: at least the longest document; a constant for all batches under torch.compile.
+    dtype: of the hidden states; the CUDA kernel knows half precision only, else it is one SDPA per
+    document. With the kernel the lengths stay out: a compiled layer would be specialised on each.
+    """
+    if cu_seqlens.is_cuda and dtype in (torch.bfloat16, torch.float16):
+        return {"packed_bounds": cu_seqlens, "packed_max_length": int(max_length)}
+    return {"packed_lengths": tuple(lengths)}
+
+
+@contextmanager
+def ordinary_attention(model: torch.nn.Module) -> Iterator[None]:
+    """Run the model with SDPA, masks and caches, for padded batches and `model.generate`.
+
+    Compiled layers run eagerly meanwhile, because a growing cache is a new shape with every token.
+    """
+    pretrained = _pretrained(model)
+    selected = pretrained.config._attn_implementation
+    compiled = any(module._compiled_call_impl is not None for module in model.modules())
+    pretrained.set_attn_implementation("sdpa")
+    try:
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            yield
+    finally:
+        pretrained.set_attn_implementation(selected)
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    packed_bounds: torch.Tensor | None = None,
+    packed_max_length: int | None = None,
+    packed_lengths: tuple[int, ...] | None = None,
+    s_aux: torch.Tensor | None = None,
+    softcap: float | None = None,
+    **_,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface: query (1, Hq, T, d), key and value (1, Hkv, T, d).
+
+    Returns (1, T, Hq, d) and no attention weights. Raises UserError for attention that is more than a
+    softmax of the products: sinks (gpt-oss), capped products (Gemma 2).
+    """
+    if s_aux is not None or softcap is not None:
+        raise UserError(
+            "the model's attention has sinks or a soft cap, which packed attention does not know; "
+            "use another model"
+        )
+    if packed_bounds is None and packed_lengths is None:
+        raise RuntimeError(
+            "packed attention was called without document boundaries: pass attention_kwargs(...),"
+            " or wrap padded forward passes and generate in ordinary_attention(model)"
+        )
+    assert query.shape[0] == 1 and attention_mask is None, (query.shape, attention_mask)
+    assert dropout == 0.0, "packed attention has no attention dropout"
+    if packed_bounds is None:
+        return _per_document(query, key, value, packed_lengths, scaling, sliding_window), None
+    left = -1 if sliding_window is None else sliding_window - 1
+    q, k, v = (states.transpose(1, 2).squeeze(0) for states in (query, key, value))
+    out = _varlen_kernel(q, k, v, packed_bounds, packed_max_length, scaling, left)
+    return out.unsqueeze(0), None
+
+
+def _per_document(query, key, value, lengths, scaling, sliding_window) -> torch.Tensor:
+    """One causal SDPA per document; a window adds a mask for documents longer than it."""
+    if query.is_cuda:  # what is left to fp32 there takes equal heads, else all products are kept
+        key, value = _repeat_heads(query, key, value)
+    outputs = []
+    parts = (states.split(lengths, dim=2) for states in (query, key, value))
+    for q, k, v in zip(*parts, strict=True):
+        mask = _window_mask(q.shape[2], sliding_window, q.device)
+        outputs.append(
+            F.scaled_dot_product_attention(
+                q, k, v, mask, is_causal=mask is None, scale=scaling, enable_gqa=True
+            ).transpose(1, 2)
+        )
+    return torch.cat(outputs, dim=1)
+
+
+def _window_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
+    """(length, length) bool: the `window` latest tokens, itself included; None if all are seen."""
+    if window is None or length <= window:
+        return None
+    position = torch.arange(length, device=device)
+    distance = position[:, None] - position
+    return (distance >= 0) & (distance < window)
+
+
+def _varlen_kernel(q, k, v, bounds, max_length: int, scaling, left_window: int) -> torch.Tensor:
+    """(T, heads, d) through torch's variable-length kernel, whatever this torch's signature is.
+
+    Torch 2.10 takes `is_causal`; 2.11 replaced it by `window_size=(-1, 0)`; 2.12 added
+    `enable_gqa`. Without it the key/value heads are repeated. One boundary tensor serves queries
+    and keys: torch 2.15 chooses cuDNN only if both are the same object.
+    """
+    options = {"scale": scaling}
+    if "window_size" in _VARLEN_PARAMETERS:
+        options["window_size"] = (left_window, 0)
+    else:
+        assert left_window == -1, "a sliding window needs torch 2.11"
+        options["is_causal"] = True
+    if q.shape[1] != k.shape[1]:
+        if "enable_gqa" in _VARLEN_PARAMETERS:
+            options["enable_gqa"] = True
+        else:
+            k, v = _repeat_heads(q, k, v)
+    return varlen_attn(q, k, v, bounds, bounds, max_length, max_length, **options)
+
+
+def _repeat_heads(query, key, value) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values with a head for each of the queries'; heads are dimension 1."""
+    repeats = query.shape[1] // key.shape[1]
+    return key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+
+
+def _pretrained(model: torch.nn.Module) -> PreTrainedModel:
+    """The outermost transformers model inside wrappers (adapter library, DDP)."""
+    return next(module for module in model.modules() if isinstance(module, PreTrainedModel))

@@ -1,0 +1,116 @@
+"""A causal language model as one module: packed batch in, loss and sums out.
+
+The decoder is called instead of the model with its head, and the head meets the labelled rows only, so
+the full logits never exist. Being one module with one forward, it is what DDP and FSDP2 wrap.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+import torch._dynamo
+import torch._functorch.config
+
+from finetuning.common.errors import UserError
+from finetuning.data.packing import PackedBatch
+from finetuning.model import attention
+from finetuning.model.loss import LossSums, packed_loss
+from finetuning.model.parallel import decoder_layers
+
+
+def compiler_is_there() -> bool:
+    """Whether torch.compile can make kernels for this GPU: Triton, and the C compiler that it calls."""
+    from torch.utils._triton import has_triton
+
+    return has_triton() and any(map(shutil.which, (os.environ.get("CC", "gcc"), "gcc", "clang")))
+
+
+class PackedLossModel(torch.nn.Module):
+    """Wraps a transformers causal language model, bare or with adapters.
+
+    Args:
+        model: any model with a decoder and a linear output head without bias or logit transformation.
+        close_id: token id of `</think>`, for the probability of closing too early; -1 if there is none.
+    """
+
+    def __init__(self, model: torch.nn.Module, close_id: int) -> None:
+        super().__init__()
+        self.model, self.close_id = model, close_id
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        head = base.get_output_embeddings()
+        changed = [
+            name
+            for name in ("final_logit_softcapping", "logits_scaling", "logit_scale")
+            if getattr(base.config, name, None) not in (None, 0, 1, 1.0)
+        ]
+        if getattr(head, "bias", None) is not None:
+            changed.append("a bias on the output head")
+        if changed:
+            raise UserError(
+                f"model {base.config.model_type}: {', '.join(changed)} is not supported; "
+                "use a model whose logits are the plain product with the output head"
+            )
+        attention.enable(model)
+        # Not as submodules: the parameters stay registered once, under `model`.
+        self._base = (base,)
+        self._compiled = False
+
+    def compile_layers(self, backend: str | Callable = "inductor") -> None:
+        """torch.compile for each decoder layer, one graph for all of them; wants constant shapes.
+
+        Meant for CUDA: elsewhere the lengths of the documents are constants of the graph, and every
+        batch would need another one.
+        """
+        # DDP would have each layer cut at its first megabyte of gradients, to send them meanwhile; ours
+        # are sent after the backward pass.
+        torch._dynamo.config.optimize_ddp = False
+        # Outputs of norms and the MLP's product are inputs of a matrix product in the backward pass too, and
+        # are made again for it all the same: 78 KiB a token and layer at 4B instead of 107.
+        torch._functorch.config.ban_recompute_materialized_backward = False
+        for layer in decoder_layers(self.model):
+            layer.compile(backend=backend, fullgraph=True, dynamic=False)
+        self._compiled = True
+
+    def hidden_states(self, batch: PackedBatch) -> torch.Tensor:
+        """(T, H): the decoder's output for all tokens of the batch."""
+        base = self._base[0]
+        decoder = base.get_decoder() if hasattr(base, "get_decoder") else base.model
+        embeds = base.get_input_embeddings()(batch.input_ids)
+        kwargs = attention.attention_kwargs(
+            batch.cu_seqlens, batch.lengths, batch.max_length, embeds.dtype
+        )
+        stance = nullcontext()
+        if self._compiled and torch.is_grad_enabled():
+            # The first layer would else see an input without gradient: a second graph.
+            embeds.requires_grad_()
+        elif self._compiled:
+            # Batches of an evaluation have shapes of their own, and each would be a compilation.
+            stance = torch.compiler.set_stance("force_eager")
+        with stance:
+            return decoder(
+                inputs_embeds=embeds, position_ids=batch.position_ids, use_cache=False, **kwargs
+            ).last_hidden_state[0]
+
+    def forward(
+        self, batch: PackedBatch, num_targets: int, scale: float = 1.0
+    ) -> tuple[torch.Tensor, LossSums]:
+        """Scalar `scale * loss sum / num_targets` for backward, and the sums on the device."""
+        return packed_loss(
+            self.hidden_states(batch),
+            self._base[0].get_output_embeddings().weight,
+            target_positions=batch.target_positions,
+            labels=batch.labels,
+            segments=batch.segments,
+            document=batch.document,
+            num_documents=len(batch.documents),
+            thinking_bucket=batch.thinking_bucket,
+            close_id=self.close_id,
+            num_targets=num_targets,
+            scale=scale,
+        )
+
+    def generate(self, **kwargs: object) -> torch.Tensor:
+        """Token ids (B, T) of the wrapped model's `generate`; call it within `ordinary_attention`."""
+        return self.model.generate(**kwargs)

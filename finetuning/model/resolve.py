@@ -1,0 +1,412 @@
+"""Which model a name means: a folder, a cached download, the hub, the demonstration model, a trained one."""
+
+import json
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+import transformers
+from huggingface_hub import constants as hub_constants
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from safetensors import SafetensorError, safe_open
+
+from finetuning.common.errors import UserError
+from finetuning.common.text import clean_line, redact
+from finetuning.model import demo_model
+
+_CONFIG = "config.json"  # of a whole model, after full fine-tuning
+
+
+def find_trained(named: str, output_dir: str) -> Path:
+    """Folder of an adapter, or of a whole model.
+
+    `named` as it is; when empty, the newest of final_model/, best_model/ and checkpoints/ below
+    `output_dir`. Raises UserError where there is none.
+    """
+    if named:
+        folder = Path(named).expanduser()
+        if not folder.is_dir():
+            raise UserError(f"--adapter {named}: no such folder")
+        if not is_adapter(folder) and not (folder / _CONFIG).is_file():
+            raise UserError(
+                f"--adapter {named}: neither an adapter ({ADAPTER_CONFIG}) nor a model ({_CONFIG}); "
+                "give a folder such as final_model/ or checkpoints/checkpoint-50/"
+            )
+        return folder
+    output = Path(output_dir).expanduser()
+    places = [
+        *output.glob("checkpoints/checkpoint-*"),
+        output / "best_model",
+        output / "final_model",
+    ]
+    found = [(_age(folder), i, folder) for i, folder in enumerate(places) if _age(folder)]
+    if not found:
+        raise UserError(
+            f"--output-dir {output_dir}: no final_model/, best_model/ or checkpoint with an adapter "
+            "below it; train first, or name a folder with --adapter"
+        )
+    return max(found)[2]  # written at the same moment: final_model, then best_model
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a PEFT adapter is in the folder."""
+    return (folder / ADAPTER_CONFIG).is_file() and (folder / ADAPTER_WEIGHTS).is_file()
+
+
+def _age(folder: Path) -> float:
+    """When the folder's weights were written, s; 0 where there are none, or damaged ones."""
+    if folder.suffix == ".damaged":
+        return 0.0
+    weights = [folder / ADAPTER_WEIGHTS] if is_adapter(folder) else []
+    if (folder / _CONFIG).is_file():
+        weights += folder.glob("*.safetensors")
+    return max((path.stat().st_mtime for path in weights), default=0.0)
+
+
+_LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, AttributeError)
+DEFAULT_MODEL = "Qwen/Qwen3-4B-Thinking-2507"
+EMBEDDED = "embedded"
+# Free GPU memory: 7.5 of bf16 weights or 15 of fp32 ones, 0.5 of adapter, the rest for a short row.
+DEFAULT_MODEL_GIB = {torch.bfloat16: 12.0, torch.float32: 20.0}
+HUB_TIMEOUT = 5.0  # seconds for "is the hub there?"
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model"]
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "qwen.tiktoken")
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """Which model a run uses and why.
+
+    `path` is its folder; None means it is still to be downloaded (hub) or built (embedded), which
+    `load_tokenizer` does.
+    """
+
+    name: str
+    path: Path | None
+    embedded: bool
+    reason: str
+    trust_remote_code: bool = False
+
+
+# -----------------------------------------------------------------------------
+# Which model
+
+
+def resolve_model(
+    model_name: str | None,
+    device: str | torch.device,
+    *,
+    precision: str = "auto",
+    trust_remote_code: bool = False,
+) -> ResolvedModel:
+    """Find the model without loading it. `embedded` as the name asks for the embedded one.
+
+    Raises UserError for a name that can't be had, saying where it was looked for.
+    """
+    if model_name == EMBEDDED:
+        return embedded_because("it was asked for by name")
+    if model_name:
+        return named_model(model_name, trust_remote_code)
+    obstacle = _no_room(torch.device(device), precision)
+    if obstacle:
+        return embedded_because(obstacle)
+    try:
+        return named_model(DEFAULT_MODEL, trust_remote_code)
+    except UserError as error:
+        return embedded_because(f"{DEFAULT_MODEL} is not at hand: {error}")
+
+
+def embedded_because(reason: str) -> ResolvedModel:
+    """The embedded model, which is never a choice without a reason."""
+    return ResolvedModel(EMBEDDED, None, True, reason)
+
+
+def banner(resolved: ResolvedModel) -> str:
+    """What to tell the user about the model: plain words when it is the embedded one."""
+    if resolved.embedded:
+        return demo_model.banner(resolved.reason)
+    return f"{resolved.name}: {resolved.reason}"
+
+
+def _no_room(device: torch.device, precision: str) -> str | None:
+    """Why the default model can't run on the device, or None."""
+    if device.type != "cuda":
+        return f"there is no CUDA GPU for {DEFAULT_MODEL} (device {device.type})"
+    dtype = weight_dtype(device, precision)
+    free, needed = torch.cuda.mem_get_info(device)[0] / 2**30, DEFAULT_MODEL_GIB[dtype]
+    if free < needed:
+        return (
+            f"the GPU has {free:.1f} GiB free, {DEFAULT_MODEL} needs about {needed:g} in "
+            f"{str(dtype).removeprefix('torch.')} (with --model-name and --quantization 4bit, less)"
+        )
+    return None
+
+
+def named_model(name: str, trust_remote_code: bool) -> ResolvedModel:
+    """A folder, then the caches, then the hub."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        check_model_folder(folder, trust_remote_code)
+        return ResolvedModel(name, folder.resolve(), False, "local folder", trust_remote_code)
+    if folder.exists():
+        raise UserError(f"model_name {clean_line(name)}: a file, but a model is a folder")
+    if not _HUB_NAME.fullmatch(name) or name.startswith("."):
+        raise UserError(f"model_name {clean_line(name)}: no such folder; check the path")
+    tried = [f"local folder {clean_line(name)} (not there)"]
+    for what, cached in _cached_folders(name):
+        try:
+            check_model_folder(cached, trust_remote_code)
+            return ResolvedModel(name, cached, False, what, trust_remote_code)
+        except UserError as error:
+            tried.append(f"{what} ({error})")
+    obstacle = _hub_obstacle(name)
+    if obstacle is None:
+        return ResolvedModel(name, None, False, f"hub {_endpoint()}", trust_remote_code)
+    tried += [
+        f"Hugging Face cache {hub_constants.HF_HUB_CACHE}",
+        f"ModelScope cache {_modelscope()}",
+    ]
+    raise UserError(
+        f"model_name {clean_line(name)} can't be had. Tried: {'; '.join(tried)}; {obstacle}. "
+        f"Download it where there is network (hf download {clean_line(name)}, or modelscope download "
+        f"--model {clean_line(name)}), set HF_ENDPOINT to a mirror you can reach, or give "
+        "--model-name the path of a local folder"
+    )
+
+
+def _cached_folders(name: str) -> Iterator[tuple[str, Path]]:
+    """Folders of this model that an earlier download left, complete or not."""
+    repo = Path(hub_constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
+    try:
+        revision = (repo / "refs" / "main").read_text(encoding="utf-8").strip()
+    except OSError:
+        revision = ""
+    if revision and (repo / "snapshots" / revision).is_dir():
+        yield "Hugging Face cache", repo / "snapshots" / revision
+    for parent in (
+        _modelscope() / "models",
+        _modelscope() / "hub" / "models",
+        _modelscope() / "hub",
+    ):
+        for spelling in dict.fromkeys((name, name.replace(".", "___"))):
+            if (parent / spelling).is_dir():
+                yield "ModelScope cache", parent / spelling
+
+
+def _modelscope() -> Path:
+    return Path(
+        os.environ.get("MODELSCOPE_CACHE") or Path.home() / ".cache" / "modelscope"
+    ).expanduser()
+
+
+def _endpoint() -> str:
+    return redact(hub_constants.ENDPOINT)
+
+
+def _hub_obstacle(name: str) -> str | None:
+    """Why the hub does not give the model, or None when it does; answers within seconds."""
+    if hub_constants.is_offline_mode():
+        return f"hub {_endpoint()} (not asked: HF_HUB_OFFLINE is set)"
+
+    def ask() -> None:
+        url = huggingface_hub.hf_hub_url(name, "config.json")
+        huggingface_hub.get_hf_file_metadata(url, timeout=HUB_TIMEOUT)
+
+    error = _within(HUB_TIMEOUT + 1, ask)
+    if error is None:
+        return None
+    status = (
+        error.response.status_code if isinstance(error, HfHubHTTPError) and error.response else None
+    )
+    if status in (401, 403, 404):
+        why = f"answers {status}: no such model, or no access to it (HF_TOKEN, licence)"
+    elif status:
+        why = f"answers {status}"
+    else:
+        why = f"not reachable: {short_reason(error)}"
+    return f"hub {_endpoint()} ({why})"
+
+
+def _within(seconds: float, action: Callable[[], None]) -> Exception | None:
+    """Run `action` for at most `seconds` and return its exception, if any.
+
+    A thread, because looking up a name has no time limit of its own.
+    """
+    outcome: list[Exception | None] = [TimeoutError(f"no answer within {seconds:g} s")]
+
+    def work() -> None:
+        try:
+            action()
+            outcome[0] = None
+        except (HTTPError, *_LOAD_ERRORS) as error:
+            outcome[0] = error
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return outcome[0]
+
+
+def download(resolved: ResolvedModel) -> Path:
+    patterns = _HUB_FILES + (["*.py"] if resolved.trust_remote_code else [])
+    try:
+        folder = huggingface_hub.snapshot_download(
+            resolved.name,
+            allow_patterns=patterns,
+            ignore_patterns=["original/*", "consolidated*", "*/*"],
+        )
+    except (HTTPError, *_LOAD_ERRORS) as error:
+        raise UserError(
+            f"model_name {clean_line(resolved.name)}: the download from {_endpoint()} failed "
+            f"({short_reason(error)}); start again to go on with it, or set HF_ENDPOINT to a mirror"
+        ) from error
+    return Path(folder)
+
+
+# -----------------------------------------------------------------------------
+# What a folder must hold
+
+
+def check_model_folder(folder: Path, trust_remote_code: bool = False) -> None:
+    """Raise UserError unless the folder holds a configuration, whole safetensors and a tokenizer.
+
+    Configurations that name code to run (`auto_map`) need trust_remote_code; keys for the library's
+    internal use are refused, since they have been a way to run code.
+    """
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise UserError(
+            f"model folder {folder} holds an adapter ({ADAPTER_CONFIG}); give the base model as "
+            "--model-name and this folder as --init-adapter"
+        )
+    config = read_json_object(
+        folder / "config.json", "a model folder has one; is this the right folder?"
+    )
+    _check_config(config, folder / "config.json", trust_remote_code)
+    tokenizer_config = folder / "tokenizer_config.json"
+    if tokenizer_config.is_file():
+        content = read_json_object(tokenizer_config, "")
+        _check_config(content, tokenizer_config, trust_remote_code)
+    _check_weights(folder)
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise UserError(
+            f"model folder {folder} has no tokenizer (tokenizer.json, or vocab.json with merges.txt); "
+            "copy the tokenizer files of the original model into it"
+        )
+
+
+def _check_config(config: Mapping[str, Any], path: Path, trust_remote_code: bool) -> None:
+    internal = [key for key in config if key.startswith("_") and key.endswith("_internal")]
+    if internal:
+        raise UserError(f"{path}: key {clean_line(internal[0])} is not allowed; remove it")
+    if "auto_map" in config and not trust_remote_code:
+        raise UserError(
+            f"{path}: the model wants to run code of its own (auto_map). Read that code, and if you "
+            "trust it, start with the flag --trust-remote-code; or remove the key if transformers "
+            "knows this architecture"
+        )
+
+
+def _check_weights(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if not (folder / names[0]).is_file() and index.is_file():
+        shards = read_json_object(index, "").get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(n, str) for n in shards.values()):
+            raise UserError(f"{index}: no weight_map; download the folder again")
+        names = sorted(set(shards.values()))
+    for name in names:
+        if Path(name).name != name:
+            raise UserError(f"{index}: {clean_line(name)} points outside the folder; don't use it")
+        if not (folder / name).is_file():
+            raise UserError(_missing_weights(folder, name))
+        check_safetensors(folder / name)
+
+
+def _missing_weights(folder: Path, name: str) -> str:
+    pickles = sorted(
+        p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt")
+    )
+    if pickles:
+        return (
+            f"model folder {folder} has its weights as pickle only ({clean_line(pickles[0])}), which can "
+            "run code when read; get the safetensors version, or convert it where you trust it"
+        )
+    return f"model folder {folder} has no {clean_line(name)}; download the folder again"
+
+
+def check_safetensors(path: Path) -> None:
+    """Reads the header only; the library checks that it covers the file exactly."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            count = len(file.keys())
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(
+            f"{path} is not a whole safetensors file ({short_reason(error)}); download it again"
+        ) from error
+    if not count:
+        raise UserError(f"{path} holds no tensor; download it again")
+
+
+def read_json_object(path: Path, advice: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing; {advice or 'download the folder again'}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} can't be read ({short_reason(error)}); get it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object; get it again")
+    return content
+
+
+def weight_dtype(device: torch.device, precision: str) -> torch.dtype:
+    """Type of the base's weights: "auto" is bf16 on a CUDA GPU that has it, else fp32. Raises UserError."""
+    on_gpu = device.type == "cuda"
+    fast = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    if precision == "bf16" and on_gpu and not fast:
+        raise UserError(
+            f"precision bf16: {torch.cuda.get_device_name(device)} has no bf16; use --precision auto"
+        )
+    return (
+        torch.bfloat16 if precision == "bf16" or (precision == "auto" and fast) else torch.float32
+    )
+
+
+def hub_spelling(resolved: ResolvedModel) -> bool:
+    """Whether the name means the same on another machine."""
+    return not resolved.embedded and resolved.reason != "local folder"
+
+
+def short_reason(error: Exception) -> str:
+    return clean_line(redact(str(error) or type(error).__name__), 300)
+
+
+@contextmanager
+def as_user_error(what: str, advice: str) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{what} does not fit into the device's memory; use --quantization 4bit, a smaller model, "
+            "or a device with more memory"
+        ) from error
+    except (SafetensorError, *_LOAD_ERRORS) as error:
+        raise UserError(f"{what} can't be loaded ({short_reason(error)}); {advice}") from error
+
+
+def saved_dtype(folder: Path) -> torch.dtype:
+    """The type of the weights in a model folder, from its configuration."""
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    return getattr(config, "dtype", None) or torch.float32

@@ -1,0 +1,234 @@
+"""Looks at every logged step for what usually goes wrong, and says what to do about it.
+
+One detector per trouble, each a short function of this step's metrics and a bounded memory. A metric
+that is absent keeps its detector as it was. Nothing here acts: the loop logs, saves, stops, or
+hands the alert to a command of the user's (`run_command`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+
+from finetuning.common.errors import UserError
+from finetuning.monitoring.detectors import (
+    DETECTORS,
+    KEEP,
+    QUIET,
+    AlertLimits,
+    DetectorMemory,
+    Finding,
+)
+
+SHOWN_STEPS = 400  # steps the table names for one kind of alert
+
+
+@dataclass(frozen=True)
+class Alert:
+    """One trouble, at the step it was first seen. `value` broke `threshold`; both in one unit."""
+
+    name: str
+    step: int
+    value: float
+    threshold: float
+    evidence: dict = field(default_factory=dict)
+    advice: str = ""
+
+    def record(self) -> dict:
+        """As strict JSON: a value that isn't finite becomes its name, such as "nan"."""
+        return {k: _strict(v) for k, v in asdict(self).items()}
+
+
+def _strict(value):
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(k): _strict(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(v) for v in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+ADVICE = {
+    "Gradient_Explosion": "Lower the learning rate or lengthen the warm-up, keep max_grad_norm at "
+    "1.0 or less, and look at the samples of this step.",
+    "Loss_Spike": "Look at the samples of this step for broken or foreign text. If spikes repeat, "
+    "lower the learning rate or shuffle the data better.",
+    "NonFinite": "Look at the samples of this step and at the precision: use bf16 or fp32, not "
+    "fp16. If it goes on, lower the learning rate and resume from the last checkpoint.",
+    "Stagnation": "Check that the targets are not masked away and that the adapter gets gradients. "
+    "Then raise the learning rate or lora_r.",
+    "Divergence": "Stop, resume from the checkpoint before the rise and lower the learning rate "
+    "by a factor of 2 to 5.",
+    "Memory_Leak": "Something keeps objects from step to step. Look for tensors kept with their "
+    "graph (use .item() or .detach()) and for growing lists or caches in the data reader.",
+    "GPU_Overheat": "Check fans, air flow and dust, or lower the power limit "
+    "(nvidia-smi -pl WATTS).",
+    "Low_GPU_Utilization": "The named phase holds the GPU up. data: tokenize beforehand or use "
+    "more workers; logging: log less often; forward_backward: larger batches or packing.",
+    "OOM_Risk": "Lower the tokens per micro-batch or max_seq_length, or turn on gradient "
+    "checkpointing; raise the accumulation to keep the batch.",
+    "Data_Starvation": "The GPU waits for data. Tokenize beforehand, use more workers or move "
+    "the files to a faster disk.",
+    "Thinking_Collapse": "The model stops thinking or closing its thought. Stop, go back to the "
+    "checkpoint before, and check that the data holds full reasoning and </think>.",
+    "Overfitting": "Stop here and keep the checkpoint with the lowest held-out loss. Fewer epochs, "
+    "more data or dropout help.",
+    "Slow_Rank": "One rank holds up all others. Compare temperature, clocks and other processes "
+    "of its GPU, and its share of long samples.",
+}
+NAMES = tuple(ADVICE)
+ONLY_FOR = {"slowest_rank": "Slow_Rank"}  # evidence that says nothing about other alerts
+
+
+class AlertMonitor:
+    """All detectors over one run. Deterministic; the state goes into the checkpoint."""
+
+    def __init__(self, state: Mapping | None = None, limits: AlertLimits | None = None) -> None:
+        # A copy: it never shares lists with a checkpoint.
+        state = json.loads(json.dumps(state)) if state else {}
+        self.memory = DetectorMemory(limits or AlertLimits(), state)
+        self.quiet: dict[str, int] = state.get("quiet", {})
+        self.rows: dict[str, dict] = state.get("rows", {})
+
+    def observe(
+        self, step: int, metrics: Mapping[str, float], evidence: Mapping | None = None
+    ) -> list[Alert]:
+        """Take one logged step; return the alerts that are news.
+
+        metrics: {tag: value} under the names of the metric table. evidence: what the loop knows of
+        this step (sample ids, module, ...); it is passed on with the alert.
+        """
+        raised = []
+        for name, detector in DETECTORS.items():
+            finding = detector(self.memory, metrics)
+            if finding is KEEP:
+                if self.memory.active.get(name):
+                    continue
+                finding = None  # it was quiet, and nothing says otherwise
+            if (
+                finding
+                and self.quiet.get(name, QUIET) >= QUIET
+                and not self.memory.active.get(name)
+            ):
+                raised.append(self._alert(name, step, finding, evidence or {}))
+            self.memory.active[name] = finding is not None
+            self.quiet[name] = 0 if finding else min(QUIET, self.quiet.get(name, QUIET) + 1)
+        return raised
+
+    def _alert(self, name: str, step: int, finding: Finding, evidence: Mapping) -> Alert:
+        known = {k: v for k, v in evidence.items() if ONLY_FOR.get(k, name) == name}
+        facts = {**finding.evidence, **known}
+        alert = Alert(
+            name, int(step), float(finding.value), float(finding.threshold), facts, ADVICE[name]
+        )
+        record = alert.record()
+        row = self.rows.setdefault(name, {"times": 0, "steps": [], **record})
+        row["times"] += 1
+        row["steps"] = [*row["steps"], int(step)][-SHOWN_STEPS:]
+        row.update(value=record["value"], evidence=record["evidence"])
+        return alert
+
+    def scalars(self) -> dict[str, float]:
+        """Alerts/<Name>: 1.0 while the trouble is present, else 0.0; every name, every time."""
+        return {f"Alerts/{name}": float(self.memory.active.get(name, False)) for name in NAMES}
+
+    def table(self) -> str:
+        """All alerts of the run as one Markdown table: a row per kind, with every step of it."""
+        if not self.rows:
+            return "No alerts."
+        lines = [
+            "| alert | times | steps | last value | limit | evidence | what to do |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for name, row in sorted(self.rows.items(), key=lambda item: item[1]["step"]):
+            cells = (
+                name,
+                str(row["times"]),
+                _step_list(row["steps"], row["times"]),
+                _number(row["value"]),
+                _number(row["threshold"]),
+                _facts(row["evidence"]),
+                row["advice"],
+            )
+            lines.append("| " + " | ".join(cells) + " |")
+        return "\n".join(lines)
+
+    def state_dict(self) -> dict:
+        """Everything remembered, as strict JSON, bounded however long the run."""
+        memory = self.memory
+        state = {"series": memory.series, "marks": memory.marks, "active": memory.active}
+        return json.loads(json.dumps(state | {"quiet": self.quiet, "rows": self.rows}))
+
+
+def _step_list(steps: Sequence[int], times: int) -> str:
+    text = ", ".join(map(str, steps))
+    return text if times == len(steps) else f"… {text}"
+
+
+def _number(value) -> str:
+    return f"{value:.4g}" if isinstance(value, (int, float)) else str(value)
+
+
+def _facts(evidence: Mapping) -> str:
+    """Evidence in one table cell: nothing of it may break the table or pass for markup."""
+    text = "; ".join(f"{key}: {_cell(value)}" for key, value in evidence.items())
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+
+
+def _cell(value) -> str:
+    if isinstance(value, (list, tuple)):
+        more = f" and {len(value) - 8} more" if len(value) > 8 else ""
+        return ", ".join(_cell(v) for v in value[:8]) + more
+    text = _number(value) if isinstance(value, float) else str(value)
+    return " ".join(text.split())[:200]
+
+
+def run_command(
+    command: str | Sequence[str], alert: Alert, timeout_s: float = 60.0
+) -> threading.Thread:
+    """Start the user's command with the alert as JSON on its stdin; return the thread at once.
+
+    The command is split as a shell would and run without a shell, so nothing in the alert is ever
+    interpreted. What it prints is dropped; a failure is one line on stderr. After `timeout_s`
+    seconds it is ended. Raises UserError for an empty command or one with an open quote.
+    """
+    words = _words(command)
+    payload = (json.dumps(alert.record(), ensure_ascii=True, allow_nan=False) + "\n").encode()
+    thread = threading.Thread(target=_feed, args=(words, payload, timeout_s), daemon=True)
+    thread.start()
+    return thread
+
+
+def _words(command: str | Sequence[str]) -> list[str]:
+    try:
+        words = shlex.split(command) if isinstance(command, str) else list(command)
+    except ValueError as error:
+        raise UserError(f"alert command {command!r}: {error}; check its quotes") from error
+    if not words:
+        raise UserError("the alert command is empty; name a program or leave the option out")
+    return words
+
+
+def _feed(words: list[str], payload: bytes, timeout_s: float) -> None:
+    try:
+        done = subprocess.run(
+            words,
+            input=payload,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            timeout=timeout_s,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        print(f"alert command {words[0]!r} failed: {error}", file=sys.stderr)
+        return
+    if done.returncode:
+        reason = " ".join(done.stderr.decode(errors="replace").split())[-200:]
+        print(f"alert command {words[0]!r} exited {done.returncode}: {reason}", file=sys.stderr)

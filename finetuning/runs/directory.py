@@ -1,0 +1,220 @@
+"""Where a run writes: its directories, the lock that gives it to one writer, and how it ended.
+
+<output_dir>/tensorboard_logs/<run>/    one live event file
+<output_dir>/training_logs/<run>/       metrics.jsonl, training.log, status.json, …
+<output_dir>/checkpoints/, final_model/, best_model/, training_statistics.json
+<output_dir>/earlier_models/<run>/      final_model/ and best_model/ of the runs before
+"""
+
+import os
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from finetuning.common.errors import RunStopped, UserError
+from finetuning.common.files import write_json
+
+RUN_PREFIX = "qwen3_4b_thinking_"
+LOCK_NAME = ".run.lock"
+MODELS = ("final_model", "best_model")
+RUN_NAME = "run.txt"  # in the folder of a model: the run that trained it
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The paths of one run. Nothing is written outside `output_dir`."""
+
+    output_dir: Path
+    name: str
+
+    @property
+    def tensorboard(self) -> Path:
+        """The event files."""
+        return self.output_dir / "tensorboard_logs" / self.name
+
+    @property
+    def logs(self) -> Path:
+        """metrics.jsonl, training.log, dataset statistics, broken samples, status."""
+        return self.output_dir / "training_logs" / self.name
+
+    @property
+    def final_model(self) -> Path:
+        """The adapter after the last step."""
+        return self.output_dir / "final_model"
+
+    @property
+    def best_model(self) -> Path:
+        """The adapter with the lowest held-out loss."""
+        return self.output_dir / "best_model"
+
+    @property
+    def statistics(self) -> Path:
+        """Configuration, dataset, model, throughput and monitoring of the last run."""
+        return self.output_dir / "training_statistics.json"
+
+    def write_status(self, status: str, **details: object) -> None:
+        """How the run stands or ended: running, completed, preempted, stopped or failed."""
+        now = datetime.now().astimezone().isoformat(timespec="seconds")
+        write_json(self.logs / "status.json", {"status": status, "at": now, **details})
+
+
+def lock_output(output_dir: Path) -> FileLock:
+    """Take the output directory for this process; the operating system frees it when we die.
+
+    What an owner that died left half-written is removed. Raises UserError if another live run holds it
+    or it can't be written.
+    """
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(output_dir / LOCK_NAME)
+        lock.acquire(timeout=0)
+        _remove_leftovers(output_dir)
+    except Timeout as error:
+        raise UserError(
+            f"output_dir {output_dir}: another run is writing there; wait for it or choose another "
+            "--output-dir"
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"output_dir {output_dir}: can't be written ({error.strerror or error}); choose another "
+            "--output-dir"
+        ) from error
+    return lock
+
+
+def _remove_leftovers(output_dir: Path) -> None:
+    """Temporary files and model folders that were in the making; an old folder that was put aside returns."""
+    for pattern in (".probe-*", ".training_statistics.json.*.tmp", "training_logs/*/.*.tmp"):
+        for path in output_dir.glob(pattern):
+            path.unlink(missing_ok=True)
+    for name in MODELS:
+        for path in sorted(output_dir.glob(f".{name}-old-*")):
+            if not (output_dir / name).exists():
+                path.rename(output_dir / name)
+        for path in output_dir.glob(f".{name}-*"):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+
+
+@contextmanager
+def disk_faults_stop_the_run(output_dir: Path) -> Iterator[None]:
+    """A disk that fails is no crash: RunStopped with what the system said."""
+    try:
+        yield
+    except OSError as error:
+        raise RunStopped(
+            f"output_dir {output_dir}: {error}; the last checkpoint is intact. Free some space and go on "
+            "with --resume latest"
+        ) from error
+
+
+def check_writable(output_dir: Path, needed_bytes: int) -> None:
+    """Write and rename a probe file, and see that `needed_bytes` are free. Raises UserError."""
+    probe = output_dir / f".probe-{os.getpid()}"
+    try:
+        with open(probe, "wb") as file:
+            file.write(b"probe")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(probe, probe.with_suffix(".renamed"))
+        probe.with_suffix(".renamed").unlink()
+        free = shutil.disk_usage(output_dir).free
+    except OSError as error:
+        raise UserError(
+            f"output_dir {output_dir}: can't be written ({error.strerror or error}); choose another "
+            "--output-dir or free its disk"
+        ) from error
+    if free < needed_bytes:
+        raise UserError(
+            f"output_dir {output_dir}: {free / 1e6:.0f} MB free, about {needed_bytes / 1e6:.0f} MB "
+            "needed for checkpoints; free some space or choose another --output-dir"
+        )
+
+
+def new_run(output_dir: Path) -> RunDirectory:
+    """A fresh run directory named by the clock; two starts in one second get two directories."""
+    stamp = time.strftime("%Y%m%d_%H%M%S")
+    number = 1
+    while True:
+        suffix = "" if number == 1 else f"_{number}"
+        run = RunDirectory(output_dir, f"{RUN_PREFIX}{stamp}{suffix}")
+        try:
+            run.tensorboard.mkdir(parents=True)
+            run.logs.mkdir(parents=True)
+            return run
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise UserError(
+                f"output_dir {output_dir}: can't be written ({error.strerror or error})"
+            ) from error
+
+
+def known_run(output_dir: Path, name: str) -> RunDirectory:
+    """The directory of a run that is resumed."""
+    if Path(name).name != name or not name.startswith(RUN_PREFIX):
+        raise UserError(f"--resume: {name!r} is not the name of a run of this program")
+    run = RunDirectory(output_dir, name)
+    run.tensorboard.mkdir(parents=True, exist_ok=True)
+    run.logs.mkdir(parents=True, exist_ok=True)
+    return run
+
+
+def own_models(run: RunDirectory) -> list[Path]:
+    """Make final_model/ and best_model/ this run's: another run's are put aside, its own come back.
+
+    Returns where others' are now. A folder that no run of ours has left is not touched.
+    """
+    aside, moved = run.output_dir / "earlier_models", []
+    for name in MODELS:
+        place = run.output_dir / name
+        owner = _owner(place)
+        if owner and owner != run.name:
+            target = aside / owner / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(target, ignore_errors=True)
+            place.rename(target)
+            moved.append(target)
+        own = aside / run.name / name
+        if own.is_dir() and not place.exists():
+            own.rename(place)
+    return moved
+
+
+def _owner(model: Path) -> str:
+    """Name of the run that trained a saved model; empty where it does not say."""
+    note = model / RUN_NAME
+    name = note.read_text(encoding="utf-8", errors="replace").strip() if note.is_file() else ""
+    return name if name.startswith(RUN_PREFIX) and Path(name).name == name else ""
+
+
+def shared_run(output_dir: Path, name: str, patience: float = 60.0) -> RunDirectory:
+    """The run's directory as another process has made it; it may take a network file system a while.
+
+    Raises UserError where it does not appear within `patience` seconds.
+    """
+    run = RunDirectory(output_dir, name)
+    deadline = time.monotonic() + patience
+    while not run.logs.is_dir():
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"output_dir {output_dir.absolute()} on {socket.gethostname()}: not the one that rank 0 "
+                "writes to; several nodes need a file system that they share, for checkpoints above all"
+            )
+        time.sleep(0.2)
+        if run.logs.parent.is_dir():
+            os.listdir(run.logs.parent)  # makes NFS look again
+    return run
+
+
+def command_line() -> list[str]:
+    """How this process was started, for the status file."""
+    return [Path(sys.argv[0]).name, *sys.argv[1:]]

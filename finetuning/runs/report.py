@@ -1,0 +1,304 @@
+"""A run as one page for a colleague: curves, alerts, samples, data and settings, offline and without scripts.
+
+uv run python report.py qwen3_4b_thinking_output                        # its newest run
+uv run python report.py qwen3_4b_thinking_output/training_logs/<run>
+
+The page is report.html among the run's logs. Finished, running and broken-off runs alike.
+"""
+
+import html
+import io
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import tyro
+from markdown_it import MarkdownIt
+from markdown_it.rules_inline import StateInline
+
+from finetuning.analysis import report as analysis_report
+from finetuning.common.errors import exit_code
+from finetuning.common.files import atomic_write_text
+from finetuning.common.formatting import duration, shown
+from finetuning.common.html import STYLE as CHART_STYLE
+from finetuning.common.html import Points, line_chart
+from finetuning.common.text import clean, clean_line, redact, redact_values
+from finetuning.runs.directory import RunDirectory
+from finetuning.runs.recorded import RecordedRun, find_runs, read_recorded
+from finetuning.runs.summary import flat
+
+# Title of a chart -> expressions; every tag that fits one is a curve, named by what the title leaves out.
+CHARTS = {
+    "Loss": (r"Training/Loss", r"Eval/Loss"),
+    "Loss by part": (r"(Thinking|Answer)/Loss",),
+    "Held-out loss by part": (r"Eval/(Thinking|Answer|Close|EOS)_Loss",),
+    "Token accuracy": (r"(Training|Eval)/Token_Accuracy",),
+    "Loss by tenth of the chain of thought": (r"Thinking/Loss_By_Position_\d+",),
+    "Held-out loss by difficulty": (r"Eval/By_Difficulty_\d",),
+    "Held-out loss by category": (r"Eval/By_Category/.+",),
+    "Held-out loss by source": (r"Eval/By_Source/.+",),
+    "Answers of the probes": (
+        r"Eval/(Format_Valid|Repetition|Budget_Hit)_Rate",
+        r"Eval/(Term_Recall|Exact_Answer)",
+    ),
+    "Learning rate": (r"Training/Learning_Rate",),
+    "Gradient norm": (r"Training/Gradient_Norm(_Max)?",),
+    "Update of the adapters": (r"LoRA/[a-z_]+/Update_Ratio",),
+    "Convergence score": (r"Monitoring/Convergence_Score(_Low|_High)?",),
+    "Tokens per second": (r"Throughput/(Supervised_)?Tokens_Per_Second",),
+    "Seconds of a step": (r"Throughput/Step_Seconds(_.+)?",),
+    "GPU utilisation, %": (r"GPU_\d+/Utilization_Percent",),
+    "GPU memory, %": (r"GPU_\d+/Memory_Usage_Percent",),
+    "GPU temperature, °C": (r"GPU_\d+/Temperature_C",),
+    "GPU power, W": (r"GPU_\d+/Power_W",),
+    "Host memory of the run, MB": (r"Memory/Host_RSS_MB",),
+    "CPU, %": (r"System/CPU_Percent",),
+}
+MOST_CURVES = 12  # in one chart
+TEXTS = (
+    ("Eval/Samples", "Held-out questions and the model's answers"),
+    ("Eval/Hardest_Samples", "Hardest held-out samples"),
+    ("Training/Hardest_Samples", "Hardest training samples"),
+    ("Training/Epoch_Summary", "Epochs"),
+    ("LoRA/Modules", "Adapters"),
+    ("Dataset/Mask_Audit", "Which tokens carry loss"),
+)
+STYLE = """
+:root{color-scheme:light dark}
+body{font:15px/1.5 system-ui,"Noto Sans CJK SC",sans-serif;max-width:76rem;margin:2rem auto;padding:0 1rem;
+overflow-wrap:anywhere}
+h1{margin-bottom:.2rem}h2{margin-top:2.5rem;border-bottom:1px solid #8886}
+table{display:block;overflow-x:auto;border-collapse:collapse;margin:.5rem 0 1rem;font-size:.93em}
+td,th{padding:.2rem .7rem;border-bottom:1px solid #8884;text-align:left;vertical-align:top;
+overflow-wrap:break-word;max-width:min(34rem,60vw)}
+td:has(br){min-width:min(15rem,55vw)}td:first-child{white-space:nowrap;max-width:none}
+.cards{display:flex;flex-wrap:wrap;gap:.8rem;margin:1rem 0}
+.card{border:1px solid #8886;border-radius:.5rem;padding:.5rem 1rem}
+.card b{display:block;font-size:1.25rem}.card span{opacity:.7;font-size:.85rem}
+.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,30rem),1fr));gap:1.5rem}
+.status{border-radius:1rem;padding:.1rem .7rem;background:#8883}
+.completed{background:#3a9a5444}.failed{background:#d9622b55}.running{background:#2a7fb844}
+pre{background:#8882;padding:.6rem;overflow-x:auto;white-space:pre-wrap;overflow-wrap:anywhere}
+details{margin:.6rem 0}summary{cursor:pointer;font-weight:600}
+.picture{background:#fff;max-width:40rem}.picture svg{width:100%;height:auto}
+footer{margin-top:3rem;opacity:.7;font-size:.85rem}
+"""
+# Even if something slipped through the escaping: no script, no request to anywhere.
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+Rows = Iterable[Sequence[object]]
+
+
+def write_report(run: RunDirectory) -> Path:
+    """Write report.html among the run's logs; returns its path. Raises UserError for broken files."""
+    path = run.logs / "report.html"
+    atomic_write_text(path, page(read_recorded(run)))
+    return path
+
+
+def page(run: RecordedRun) -> str:
+    """The whole page; every text of the run in it is escaped."""
+    sections = [
+        _head(run),
+        _section("Alerts", _alerts(run.alerts)),
+        _section("Curves", _charts(run.series)),
+        _section("Samples and tables", _texts(run.texts())),
+        _section("Data", _dataset(run.dataset)),
+        _section("Configuration", _pairs(flat(run.configuration.get("config", {})))),
+        _section("Model and versions", _pairs(_about(run.configuration))),
+    ]
+    name = html.escape(run.name)
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        f'<meta name="viewport" content="width=device-width"><title>{name}</title>'
+        f"<style>{STYLE}{CHART_STYLE}</style></head><body>{''.join(sections)}"
+        f"<footer>Written from {html.escape(str(run.directory.logs.name))}, metrics.jsonl and event "
+        "files.</footer></body></html>\n"
+    )
+
+
+# -----------------------------------------------------------------------------
+# Sections
+
+
+def _section(title: str, content: str) -> str:
+    return f"<h2>{html.escape(title)}</h2>{content}" if content else ""
+
+
+def _head(run: RecordedRun) -> str:
+    status = str(run.status.get("status", "unknown"))
+    known = status if status in ("completed", "failed", "running") else ""
+    note = clean_line(str(run.status.get("reason", "")), 300)
+    cards = "".join(
+        f'<div class="card"><span>{html.escape(name)}</span><b>{html.escape(value)}</b></div>'
+        for name, value in headline(run).items()
+    )
+    return (
+        f"<h1>{html.escape(run.name)}</h1>"
+        f'<p><span class="status {known}">{html.escape(status)}</span> '
+        f"{html.escape(str(run.status.get('at', '')))} {html.escape(redact(note))}</p>"
+        f'<div class="cards">{cards}</div>'
+    )
+
+
+def headline(run: RecordedRun) -> dict[str, str]:
+    """The numbers to read first; what the run does not have is left out."""
+    steps = max((points[-1][0] for points in run.series.values()), default=0)
+    planned = run.configuration.get("steps")
+    held_out = run.series.get("Eval/Loss", ())
+    speed = run.median("Throughput/Tokens_Per_Second")
+    numbers = {
+        "model": clean_line(str(run.configuration.get("model", {}).get("name", "")), 60),
+        "steps": f"{steps} of {planned}" if planned else str(steps),
+        "training loss": _shown(run.last("Training/Loss")),
+        "held-out loss": f"{_shown(held_out[0][1])} → {_shown(held_out[-1][1])}"
+        if held_out
+        else "",
+        "lowest held-out loss": _shown(run.lowest("Eval/Loss")),
+        "tokens per second, median": "" if speed is None else f"{speed:,.0f}",
+        "training time": duration(run.seconds),
+        "alerts": str(len(run.alerts)),
+    }
+    return {name: value for name, value in numbers.items() if value}
+
+
+def _alerts(alerts: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        (
+            a.get("name"),
+            a.get("step"),
+            _shown(a.get("value")),
+            _shown(a.get("threshold")),
+            a.get("advice"),
+        )
+        for a in alerts
+    ]
+    return (
+        _table(("alert", "step", "value", "threshold", "advice"), rows) if rows else "<p>None.</p>"
+    )
+
+
+def _charts(series: Mapping[str, Points]) -> str:
+    charts = [_chart(title, curves_of(series, patterns)) for title, patterns in CHARTS.items()]
+    charts = [chart for chart in charts if chart]
+    return f'<div class="charts">{"".join(charts)}</div>' if charts else "<p>No point yet.</p>"
+
+
+def _chart(title: str, curves: Mapping[str, Points]) -> str:
+    """The first `MOST_CURVES`, and how many there are where some are left out."""
+    if len(curves) > MOST_CURVES:
+        title += f" (the first {MOST_CURVES} of {len(curves)})"
+    return line_chart(title, dict(islice(curves.items(), MOST_CURVES)))
+
+
+def curves_of(series: Mapping[str, Points], patterns: Sequence[str]) -> dict[str, Points]:
+    """Curves of a chart by the part of the tag in which they differ."""
+    whole = re.compile("|".join(patterns))
+    tags = sorted(tag for tag in series if whole.fullmatch(tag))
+    alike = len({tag.partition("/")[0] for tag in tags}) == 1 < len(tags)
+    names = [tag.partition("/")[2] if alike else tag for tag in tags]
+    return {clean_line(name, 60): series[tag] for name, tag in zip(names, tags, strict=True)}
+
+
+def _texts(texts: Mapping[str, Sequence[tuple[int, str]]]) -> str:
+    parts = []
+    for tag, title in TEXTS:
+        entries = texts.get(tag, ())
+        # The first shows where it began, the last where it came to.
+        for step, text in (
+            [*entries[:1], *entries[1:][-1:]] if tag == "Eval/Samples" else entries[-1:]
+        ):
+            summary = f"{html.escape(title)}, step {step}"
+            parts.append(f"<details><summary>{summary}</summary>{markdown(text)}</details>")
+    return "".join(parts)
+
+
+def markdown(text: str) -> str:
+    """Markdown as HTML: tables and fences, nothing that loads or leads anywhere; of HTML only <br>."""
+    parser = MarkdownIt("js-default", {"html": False, "linkify": False})
+    parser.disable(["image", "link", "autolink", "reference"])
+    parser.inline.ruler.before("html_inline", "line_break", _line_break)
+    return parser.render(clean(redact(text)))
+
+
+def _line_break(state: StateInline, silent: bool) -> bool:
+    """A rule of the parser: <br>, by which the cells of a table have lines."""
+    if not state.src.startswith("<br>", state.pos):
+        return False
+    if not silent:
+        state.push("hardbreak", "br", 0)
+    state.pos += len("<br>")
+    return True
+
+
+def _dataset(report: Mapping[str, Any]) -> str:
+    if not report:
+        return ""
+    warnings = "".join(f"<li>{html.escape(clean_line(w))}</li>" for w in report["warnings"])
+    pictures = "".join(
+        f'<div class="picture">{_svg(figure)}</div>'
+        for figure in analysis_report.figures(dict(report)).values()
+    )
+    tables = "".join(
+        f"<details><summary>{html.escape(title)}</summary>{_table(header, rows)}</details>"
+        for title, header, rows in analysis_report.tables(dict(report))
+        if rows
+    )
+    return f"<ul>{warnings}</ul>{pictures}{tables}"
+
+
+def _svg(figure: Any) -> str:
+    """A matplotlib picture as inline SVG; characters become shapes, so no font is needed."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "report"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _about(configuration: Mapping[str, Any]) -> dict[str, Any]:
+    return flat({k: v for k, v in configuration.items() if k != "config"})
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    values = redact_values(dict(values))
+    return _table(("name", "value"), values.items()) if values else ""
+
+
+def _table(header: Sequence[str], rows: Rows) -> str:
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{_cell(value)}</td>" for value in row) + "</tr>" for row in rows
+    )
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def _cell(value: object) -> str:
+    return "–" if value is None else html.escape(clean_line(redact(str(value)), 500))
+
+
+def _shown(value: Any) -> str:
+    """A number for people; empty where it is not known."""
+    return "" if value is None else shown(value)
+
+
+# -----------------------------------------------------------------------------
+# Command line
+
+
+def main(place: tyro.conf.Positional[Path] = Path("qwen3_4b_thinking_output"), /) -> None:
+    """Write report.html of a run: curves, alerts, samples, data, settings, in one offline page.
+
+    Args:
+        place: An output directory, whose newest run is taken, or the log directory of one run.
+    """
+    print(write_report(find_runs([place])[-1]))
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(lambda: tyro.cli(main)))

@@ -1,0 +1,362 @@
+"""Memory, time and disk that a run will take, before weights are loaded."""
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from finetuning.common.formatting import duration, size_text
+from finetuning.data.packing import StepPlan
+from finetuning.model.flops import ModelDims, peak_flops, training_flops
+from finetuning.training.checkpoint_manager import MIN_SAVE_STEPS
+from finetuning.training.memory_estimate import (
+    FP32,
+    USABLE,
+    MemoryEstimate,
+    ModelShape,
+    Placement,
+    estimate_memory,
+    largest_batch,
+)
+
+GPU_SHARES = (0.25, 0.5)  # of a GPU's peak that training reaches; not measured by us
+
+STEP_SECONDS, EVALUATION_SECONDS = 0.03, 0.3  # of one, beside its arithmetic
+HOST_SHARES = (0.4, 1.0)  # of the rate of large matrix products; small models use two threads badly
+EVALUATION_SHARE = 0.2  # what evaluations may add to the training
+EVALUATIONS = (4, 50)  # after the one before the first step: the fewest and the most
+MIN_EVAL_STEPS = 40  # between two evaluations
+# Tokens of training in the time in which all probes' answers grow by one. On a CPU 32 to 55 were measured;
+# 500 is arithmetic: 25 ms for the kernels of 36 layers, while Qwen3-4B trains 20,000 tokens a second.
+CPU_ANSWER_COST, GPU_ANSWER_COST = 40, 500
+Rows = list[tuple[str, str]]
+
+# -----------------------------------------------------------------------------
+# Time
+
+
+def step_flops(
+    shape: ModelShape, lengths: Sequence[int], num_targets: int, *, checkpointing: bool
+) -> float:
+    """Arithmetic of training on these documents once; checkpointing goes through the layers again."""
+    training = training_flops(shape.dims, lengths, num_targets, lora_weights=shape.lora_weights)
+    return training + checkpointing * forward_flops(shape, lengths, 0)
+
+
+def forward_flops(shape: ModelShape, lengths: Sequence[int], num_targets: int) -> float:
+    """Arithmetic of a forward pass over these documents: 2 of the 4 or 6 of a training step."""
+    training = training_flops(shape.dims, lengths, num_targets, lora_weights=shape.lora_weights)
+    return training / (2 if shape.lora else 3)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """FLOP/s to expect of training, and where the numbers come from."""
+
+    lowest: float
+    highest: float
+    source: str
+
+
+def device_speed(device: torch.device, dims: ModelDims, dtype: torch.dtype) -> Speed:
+    """From the peak of a known GPU, else from a matrix product that is measured now."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = peak_flops(name)
+    low, high = GPU_SHARES if peak else HOST_SHARES
+    rate = peak or matmul_rate(device, dims, dtype)
+    of = f"the peak of {name}" if peak else "a measured matrix product"
+    alone = ", if the processors are free" if device.type == "cpu" else ""
+    return Speed(low * rate, high * rate, f"{low:.0%} to {high:.0%} of {of}{alone}")
+
+
+def matmul_rate(device: torch.device, dims: ModelDims, dtype: torch.dtype) -> float:
+    """FLOP/s of (512, hidden) x (hidden, intermediate), the mean of at least three, in about 0.2 s."""
+    rows = torch.randn(512, dims.hidden, device=device, dtype=dtype)
+    weight = torch.randn(dims.hidden, dims.intermediate, device=device, dtype=dtype)
+    seconds_of(lambda: rows @ weight, device)  # the first one also loads libraries
+    seconds, times = 0.0, 3
+    while seconds < 0.1 and times < 10_000:
+        times *= 2
+        seconds = seconds_of(lambda n=times: [rows @ weight for _ in range(n)], device)
+    return 2 * 512 * dims.hidden * dims.intermediate * times / seconds
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """How long `work` takes where nothing else runs.
+
+    On a host that is processor time over the number of threads: wall time on a busy machine was up to
+    nine times as long. Elsewhere it is wall time.
+    """
+    on_host = device.type == "cpu"
+    clock = time.process_time if on_host else time.perf_counter
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    start = clock()
+    work()
+    wait()
+    return (clock() - start) / (torch.get_num_threads() if on_host else 1)
+
+
+# -----------------------------------------------------------------------------
+# Disk
+
+
+def disk_bytes(shape: ModelShape, dtype_bytes: int, checkpoints: int) -> int:
+    """So many checkpoints with weights and moments, one in the making, final and best model."""
+    model = shape.trainable * (FP32 if shape.lora else dtype_bytes)
+    return (checkpoints + 1) * 3 * shape.trainable * FP32 + 3 * model
+
+
+def disk_free(directory: Path) -> int:
+    """Bytes free where `directory` is, or would be."""
+    existing = next(p for p in (directory.absolute(), *directory.absolute().parents) if p.exists())
+    return shutil.disk_usage(existing).free
+
+
+def number_of_checkpoints(num_steps: int, save_steps: int) -> int:
+    """Checkpoints that a whole run writes: every `save_steps` (0: never) and at the end."""
+    regular = num_steps // save_steps if save_steps else 0
+    return regular + (not save_steps or num_steps % save_steps > 0)
+
+
+# -----------------------------------------------------------------------------
+# All together
+
+
+@dataclass(frozen=True)
+class RunForecast:
+    """What is known before the weights are."""
+
+    work: Rows  # samples, tokens, steps
+    shape: ModelShape
+    estimates: Mapping[bool, MemoryEstimate | None]  # without and with checkpointing
+    checkpointing: bool  # what the run does
+    free: int
+    device: torch.device
+    largest_batches: Mapping[bool, int]
+    num_rows: int  # of an epoch
+    seconds: tuple[float, float] | None  # the shortest and the longest to expect
+    speed: str
+    disk_needed: int
+    disk_free: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether the estimate stays within the free memory; true where there is no estimate."""
+        estimate = self.estimates[self.checkpointing]
+        return estimate is None or self._within_free(estimate)
+
+    def _within_free(self, estimate: MemoryEstimate) -> bool:
+        return estimate.total <= USABLE * self.free
+
+    def rows(self) -> Rows:
+        """Everything, as names and texts."""
+        shape = self.shape
+        kind = "adapters" if shape.lora else "full fine-tuning"
+        return [
+            *self.work,
+            ("parameters", f"{shape.trainable:,} trainable ({kind}) of {shape.total:,}"),
+            *self.memory_rows(),
+            *self.closing_rows(),
+        ]
+
+    def short_rows(self) -> Rows:
+        """What the start of a run says: evaluations, memory, time, disk."""
+        estimate = self.estimates[self.checkpointing]
+        memory = [("memory", self._against_free(estimate))] if estimate else []
+        return [("evaluations", dict(self.work)["evaluations"]), *memory, *self.closing_rows()]
+
+    def memory_rows(self) -> Rows:
+        """The parts of the estimate, and what fits."""
+        plain, checkpointed = self.estimates[False], self.estimates[True]
+        if plain is None or checkpointed is None:
+            return [("memory", "not estimated: the architecture is not a dense decoder")]
+        chosen = "on" if self.checkpointing else "off"
+        batches = self.largest_batches
+        return [
+            ("memory: weights", size_text(plain.weights + plain.gathered)),
+            ("memory: adapter", size_text(plain.adapter)),
+            ("memory: gradients", size_text(plain.gradients)),
+            ("memory: optimizer", size_text(plain.optimizer)),
+            (
+                "memory: activations",
+                f"{size_text(plain.activations)}; {size_text(checkpointed.activations)} with "
+                "gradient checkpointing",
+            ),
+            ("memory: loss", f"{size_text(plain.logits)}, logits of a chunk"),
+            (
+                "memory: or backward pass",
+                f"{size_text(plain.workspace)}; {size_text(checkpointed.workspace)} with gradient "
+                "checkpointing",
+            ),
+            *([("memory: allocator", size_text(plain.allocator))] if plain.allocator else []),
+            ("memory without checkpointing", self._against_free(plain)),
+            ("memory with checkpointing", self._against_free(checkpointed)),
+            ("gradient checkpointing", chosen),
+            (
+                "largest batch_size that fits",
+                f"{self._batch_text(batches[False])}; with checkpointing "
+                f"{self._batch_text(batches[True])}",
+            ),
+        ]
+
+    def closing_rows(self) -> Rows:
+        """Time and disk."""
+        rows = []
+        if self.seconds is not None:
+            shortest, longest = (duration(max(1.0, seconds)) for seconds in self.seconds)
+            span = f"{shortest} to {longest}" if shortest != longest else f"about {longest}"
+            text = f"{span} (an estimate: {self.speed})"
+            rows.append(("training and evaluation", text))
+        short = "" if self.disk_free >= self.disk_needed else ": too little"
+        disk = f"{size_text(self.disk_needed)} of {size_text(self.disk_free)} free{short}"
+        return [*rows, ("disk", disk)]
+
+    def _batch_text(self, rows: int) -> str:
+        if not rows:
+            return "none"
+        return f"{rows} (a whole epoch)" if rows >= self.num_rows else str(rows)
+
+    def _against_free(self, estimate: MemoryEstimate) -> str:
+        fits = "" if self._within_free(estimate) else ": does not fit"
+        free = size_text(self.free)
+        return f"{size_text(estimate.total)} of {free} free on {self.device} (an estimate){fits}"
+
+
+def forecast(
+    shape: ModelShape,
+    placement: Placement,
+    *,
+    device: torch.device,
+    free: int,
+    dtype: torch.dtype,
+    plan: StepPlan,
+    lengths: Sequence[int],
+    num_targets: int,
+    eval_lengths: Sequence[int],
+    eval_targets: int,
+    batch_size: int,
+    eval_steps: int,
+    answer_tokens: int,
+    gradient_checkpointing: str,
+    save_steps: int | str,
+    save_total_limit: int,
+    output_dir: Path,
+) -> RunForecast:
+    """Everything about a run that is planned but not begun.
+
+    lengths: (m,) tokens of the planned documents, one entry for each time in an epoch. num_targets:
+    their supervised tokens. free: bytes of memory. gradient_checkpointing: on, off, or auto, which
+    turns it on where the estimate without it does not fit. save_steps: auto, or steps. Raises no error
+    for what does not fit.
+    """
+    row = _row_tokens(plan, placement, lengths)
+
+    def total(rows: int, checkpointing: bool) -> float:
+        return estimate_memory(shape, placement, rows * row, checkpointing=checkpointing).total
+
+    estimates = {
+        way: estimate_memory(shape, placement, batch_size * row, checkpointing=way)
+        for way in (False, True)
+    }
+    plain = estimates[False]
+    tight = plain is not None and plain.total > USABLE * free
+    checkpointing = gradient_checkpointing == "on" or (gradient_checkpointing == "auto" and tight)
+    most = max(batch_size, plan.num_rows)
+    largest = (
+        {way: largest_batch(lambda rows, w=way: total(rows, w), free, most) for way in estimates}
+        if plain is not None
+        else {}
+    )
+    evaluations = number_of_evaluations(plan.num_steps, eval_steps, len(eval_lengths))
+    answers = answer_cost(answer_tokens, device.type, plan.world_size)
+    seconds, speed = None, None
+    if shape.dims is not None:
+        speed = device_speed(device, shape.dims, dtype)
+        epoch = step_flops(shape, lengths, num_targets, checkpointing=checkpointing)
+        held_out = forward_flops(shape, eval_lengths, eval_targets)
+        work = epoch * plan.num_steps / plan.steps_per_epoch
+        work += evaluations * (held_out + answers * epoch / plan.num_tokens)
+        work /= plan.world_size
+        fixed = plan.num_steps * STEP_SECONDS + evaluations * EVALUATION_SECONDS
+        seconds = (fixed + work / speed.highest, fixed + work / speed.lowest)
+    automatic = save_steps == "auto"
+    checkpoints = number_of_checkpoints(plan.num_steps, MIN_SAVE_STEPS if automatic else save_steps)
+    kept = min(checkpoints, save_total_limit + 1)  # the best one may be kept beside them
+    return RunForecast(
+        work=[
+            ("samples", f"{len(lengths):,} an epoch, {len(eval_lengths):,} held out"),
+            ("tokens", f"{plan.num_tokens:,} an epoch, {num_targets:,} of them supervised"),
+            ("steps", f"{plan.num_steps:,} ({plan.steps_per_epoch:,} an epoch)"),
+            ("epochs", f"{plan.fractional_epoch(plan.num_steps):.4g}"),
+            (
+                "rows",
+                f"{plan.num_rows:,} of {plan.row_tokens:,} tokens, {plan.efficiency:.1%} full",
+            ),
+            (
+                "checkpoints",
+                f"{'up to ' * automatic}{checkpoints:,}; at most {kept:,} are kept",
+            ),
+            ("evaluations", _evaluations_text(evaluations, eval_steps)),
+        ],
+        shape=shape,
+        estimates=estimates,
+        checkpointing=checkpointing,
+        free=free,
+        device=device,
+        largest_batches=largest,
+        num_rows=plan.num_rows,
+        seconds=seconds,
+        speed=speed.source if speed else "",
+        disk_needed=disk_bytes(shape, placement.dtype_bytes, kept),
+        disk_free=disk_free(output_dir),
+    )
+
+
+def number_of_evaluations(num_steps: int, eval_steps: int, held_out: int) -> int:
+    """Before the first step, every `eval_steps` (0: never), and at the end; none without data."""
+    if not held_out:
+        return 0
+    return 1 + number_of_checkpoints(num_steps, eval_steps)
+
+
+def steps_between_evaluations(
+    plan: StepPlan, eval_tokens: int, answer_tokens: int, *, device_type: str, lora: bool
+) -> int:
+    """How far apart evaluations are, so that all of them add a fifth to the training at most.
+
+    An evaluation costs as much as training on `eval_tokens` x 1/2 (a forward pass; 1/3 where all weights
+    are trained), and `answer_cost`. Besides the one before the first step there are at most 50, at least
+    40 steps apart, and, whatever they cost, 4 in a run of 160 steps or more.
+    """
+    trained = plan.num_tokens * plan.num_steps / plan.steps_per_epoch
+    cost = eval_tokens / (2 if lora else 3)
+    cost += answer_cost(answer_tokens, device_type, plan.world_size)
+    fewest, most = EVALUATIONS
+    affordable = int(EVALUATION_SHARE * trained / cost) - 1 if cost else most  # one comes first
+    number = min(max(affordable, fewest), most)
+    return max(MIN_EVAL_STEPS, math.ceil(plan.num_steps / number))
+
+
+def answer_cost(tokens: int, device_type: str, world_size: int) -> int:
+    """Tokens that all ranks train in the time of answers of so many tokens, as every rank writes all."""
+    cost = CPU_ANSWER_COST if device_type == "cpu" else GPU_ANSWER_COST
+    return tokens * cost * world_size
+
+
+def _evaluations_text(number: int, eval_steps: int) -> str:
+    if not number:
+        return "none: nothing is held out"
+    return f"{number:,}, " + (f"every {eval_steps:,} steps" if number > 2 else "first and last")
+
+
+def _row_tokens(plan: StepPlan, placement: Placement, lengths: Sequence[int]) -> int:
+    """Tokens of the longest row: of the constant shape, or its capacity if it holds several documents."""
+    if placement.compiled:
+        return math.ceil(plan.constant_tokens / plan.rows_per_micro_batch)
+    packed = plan.num_rows < len(lengths)
+    return min(plan.row_tokens, plan.num_tokens) if packed else int(max(lengths))

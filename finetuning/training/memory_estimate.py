@@ -1,0 +1,289 @@
+"""Bytes on the device at the peak of a training step, before weights are loaded."""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from finetuning.common.errors import UserError
+from finetuning.common.text import clean_line
+from finetuning.model.flops import ModelDims, dims_from_config
+from finetuning.model.loss import rows_per_chunk
+
+FP32 = 4  # bytes
+BITS_4 = 0.516  # bytes a weight in NF4: half a byte, and its doubly quantised scales
+USABLE = 0.92  # of the free memory; the rest goes to fragmentation and what the estimate leaves out
+
+HOST_LAYERS = 3  # layers' activations that glibc's malloc holds in gaps no tensor fits into
+HOST_LIBRARIES = 40 * 2**20  # bytes that libraries take with their first products
+
+# -----------------------------------------------------------------------------
+# The model, not loaded
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a model and its adapters; numbers of weights, shared ones once."""
+
+    dims: ModelDims | None  # None: an architecture whose activations are not known here
+    parameters: int
+    linear_parameters: int  # those that 4-bit quantisation packs
+    trainable: int  # of the adapters; all of them at lora_r 0
+    lora: bool
+
+    @property
+    def total(self) -> int:
+        """With the adapters."""
+        return self.parameters + (self.trainable if self.lora else 0)
+
+    @property
+    def lora_weights(self) -> int | None:
+        """As `training_flops` takes it."""
+        return self.trainable if self.lora else None
+
+
+def model_shape(
+    folder: Path,
+    *,
+    lora_r: int,
+    target_modules: Sequence[str],
+    rank_pattern: Mapping[str, int] | None = None,
+    use_dora: bool = False,
+    init_adapter: str = "",
+    trust_remote_code: bool = False,
+) -> ModelShape:
+    """Build the model of `folder` on the meta device, without weights, and count. Raises UserError."""
+    try:
+        config = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"model folder {folder}: its architecture can't be built ({clean_line(str(error), 200)}); "
+            "check that this version of transformers knows it"
+        ) from error
+    head = model.get_output_embeddings()
+    linear = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    }
+    parameters = sum(p.numel() for p in model.parameters())
+    adapter = parameters
+    if init_adapter:
+        adapter = adapter_size(Path(init_adapter).expanduser())
+    elif lora_r:
+        _check_names(linear, target_modules, rank_pattern or {})
+        adapter = sum(
+            _adapter_weights(module, _rank(name, lora_r, rank_pattern or {}), use_dora)
+            for name, module in linear.items()
+            if _is_target(name, target_modules)
+        )
+    return ModelShape(
+        dims=dims_from_config(config),
+        parameters=parameters,
+        linear_parameters=sum(m.weight.numel() for m in linear.values()),
+        trainable=adapter,
+        lora=bool(lora_r),
+    )
+
+
+def adapter_size(folder: Path) -> int:
+    """Number of weights in a saved adapter, read from its header. Raises UserError."""
+    path = folder / "adapter_model.safetensors"
+    try:
+        with safe_open(path, framework="pt") as file:
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(
+            f"init_adapter {folder}: {path.name} can't be read ({clean_line(str(error), 200)}); give the "
+            "folder of an adapter saved as safetensors"
+        ) from error
+
+
+def _check_names(
+    linear: Mapping[str, torch.nn.Linear], wanted: Sequence[str], patterns: Mapping[str, int]
+) -> None:
+    """Every name must fit a layer and every pattern be an expression, or the plan would be another."""
+    unknown = [w for w in wanted if not any(_is_target(name, [w]) for name in linear)]
+    if unknown:
+        known = sorted({name.rpartition(".")[2] for name in linear})
+        raise UserError(
+            f"target_modules: {clean_line(', '.join(unknown))}; this model has {', '.join(known)} (or "
+            "all-linear)"
+        )
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"rank_pattern {clean_line(pattern)}: {error}") from error
+
+
+def _is_target(name: str, wanted: Sequence[str]) -> bool:
+    return list(wanted) == ["all-linear"] or any(
+        name == w or name.endswith(f".{w}") for w in wanted
+    )
+
+
+def _rank(name: str, lora_r: int, pattern: Mapping[str, int]) -> int:
+    """The rank that peft gives a module: of the first pattern that fits the end of its name."""
+    fits = (rank for key, rank in pattern.items() if re.match(rf"(.*\.)?({key})$", name))
+    return next(fits, lora_r)
+
+
+def _adapter_weights(module: torch.nn.Linear, rank: int, dora: bool) -> int:
+    """A (r, in), B (out, r), and DoRA's magnitudes (out)."""
+    return rank * (module.in_features + module.out_features) + dora * module.out_features
+
+
+# -----------------------------------------------------------------------------
+# Memory
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How the model lies on the device."""
+
+    device_type: str
+    dtype_bytes: int  # of frozen weights, gathered ones and activations
+    quantized: bool = False
+    compiled: bool = False
+    fused_lora: bool = True  # adapters with one autograd node each
+    shards: int = 1  # devices that share the weights
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one device at the peak of a step, which is in the loss or in the backward pass after it."""
+
+    weights: float
+    gathered: float  # from other ranks, for a while
+    adapter: float
+    gradients: float
+    optimizer: float
+    activations: float  # kept for the backward pass
+    logits: float  # in the loss
+    workspace: float  # in the backward pass
+    allocator: float
+
+    @property
+    def total(self) -> float:
+        """All of it, but of logits and workspace the larger one."""
+        return sum(vars(self).values()) - min(self.logits, self.workspace)
+
+
+def estimate_memory(
+    shape: ModelShape, placement: Placement, tokens: int, *, checkpointing: bool
+) -> MemoryEstimate | None:
+    """Peak of a step with `tokens` in a micro-batch; None for an unknown architecture.
+
+    What is trained is fp32, adapters or at lora_r 0 all weights: 4 bytes each for weight and gradient, 8
+    for AdamW's moments. Shards, and all weights trained in bf16 on one device too, gather what is outside
+    the layers, and two layers; if they are trained, with their gradients. Activations: `activation_bytes`
+    per token and layer; with checkpointing only each layer's input, and all of one layer while it is
+    recomputed. A GPU's allocator has its share of the memory left free (`USABLE`); a host's malloc is part
+    of the estimate.
+    """
+    dims, size = shape.dims, placement.dtype_bytes
+    if dims is None:
+        return None
+    packed = shape.linear_parameters if placement.quantized else 0
+    adapters = shape.trainable if shape.lora else 0
+    held = size if shape.lora else FP32
+    mixed = held > size
+    layer, on_host = activation_bytes(dims, placement), placement.device_type == "cpu"
+    kept = dims.layers * (dims.hidden * size if checkpointing else layer)
+    outside = shape.parameters - shape.linear_parameters
+    in_flight = (size if shape.lora else 2 * size) * (
+        outside + 2 * shape.linear_parameters / dims.layers
+    )
+    return MemoryEstimate(
+        weights=(packed * BITS_4 + (shape.parameters - packed) * held) / placement.shards,
+        gathered=in_flight if placement.shards > 1 or mixed else 0,
+        adapter=adapters * FP32 / placement.shards,
+        gradients=shape.trainable * FP32 / placement.shards,
+        optimizer=2 * shape.trainable * FP32 / placement.shards,
+        activations=tokens * kept,
+        logits=_logits_bytes(shape, placement, tokens),
+        workspace=_workspace_bytes(shape, placement, tokens) + checkpointing * tokens * layer,
+        allocator=tokens * HOST_LAYERS * layer + HOST_LIBRARIES if on_host else 0,
+    )
+
+
+def activation_bytes(dims: ModelDims, placement: Placement) -> int:
+    """What one layer keeps of a token for its backward pass.
+
+    With H hidden, Q and K the widths of queries and keys, I of the MLP, b bytes an element. Eager: both
+    residuals and the queries and keys before their norms in fp32, 4(2H + Q + K); two norm outputs,
+    queries, keys, values, attention output and four widths of the MLP, b(2H + 2Q + 2K + 4I). The CPU's
+    attention gives its output document by document, so that it is copied once more, Q. Compiled: norms
+    and the product of the MLP are recomputed, b(2H + 3Q + 3K + 2I). Adapters that are not fused keep, unless
+    the base is fp32, a copy of each linear layer's input in fp32, 4(5H + Q + I), and eager ones not the
+    input itself, b(2H + I). Qwen3-4B in bf16: 146 and 78 KiB, and 75 more where adapters are not fused.
+    """
+    hidden, mlp = dims.hidden, dims.intermediate
+    queries, keys = dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim
+    size = placement.dtype_bytes
+    if placement.compiled:
+        kept = size * (2 * hidden + 3 * queries + 3 * keys + 2 * mlp)
+    else:
+        attention = 2 * queries + 2 * keys + (placement.device_type == "cpu") * queries
+        kept = FP32 * (2 * hidden + queries + keys)
+        kept += size * (2 * hidden + attention + 4 * mlp)
+    if not placement.fused_lora and size < FP32:
+        kept += FP32 * (5 * hidden + queries + mlp)
+        kept -= 0 if placement.compiled else size * (2 * hidden + mlp)
+    return kept
+
+
+def _logits_bytes(shape: ModelShape, placement: Placement, tokens: int) -> int:
+    """A chunk of logits and one of probabilities, both fp32; the head's gradient if it is trained."""
+    vocab = shape.dims.vocab
+    rows = min(rows_per_chunk(vocab, placement.device_type), tokens)
+    head = 0 if shape.lora else vocab * shape.dims.hidden * FP32
+    return rows * vocab * 2 * FP32 + head
+
+
+def _workspace_bytes(shape: ModelShape, placement: Placement, tokens: int) -> int:
+    """Gradients in flight: three widths of the MLP and four hidden states; adapters cast to bf16."""
+    dims, size = shape.dims, placement.dtype_bytes
+    casts = shape.trainable * size if shape.lora and size < FP32 else 0
+    return tokens * size * (3 * dims.intermediate + 4 * dims.hidden) + casts
+
+
+def free_memory(device: torch.device, ranks: int = 1) -> int:
+    """Bytes that this process can still take: of its GPU, else of the host and its container, which it
+    shares with the other `ranks` there."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return min([psutil.virtual_memory().available, *_container_room()]) // ranks
+
+
+def _container_room() -> list[int]:
+    """What a Linux container's limit leaves; nothing where there is no limit."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text(encoding="ascii").strip()
+        used = int((group / "memory.current").read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return []
+    return [int(limit) - used] if limit.isdigit() else []
+
+
+def largest_batch(
+    total: Callable[[int], float], free: float, limit: int, *, usable: float = USABLE
+) -> int:
+    """The most rows up to `limit` whose `total(rows)`, which rises, stays within the free memory."""
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if total(middle) <= usable * free else (low, middle - 1)
+    return low

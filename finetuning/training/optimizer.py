@@ -1,0 +1,159 @@
+"""One optimizer update: gradients over micro-batches, clipping, learning rate, AdamW.
+
+No function here waits for the device.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from finetuning.common import distributed
+from finetuning.data.packing import PlannedStep, build_batch, split_micro_batch
+from finetuning.data.token_table import TokenizedSamples
+from finetuning.model import parallel
+from finetuning.model.loss import LossSums
+from finetuning.training.step_clock import StepClock
+
+MicroBatchSums = list[
+    tuple[tuple[int, ...], LossSums]
+]  # documents of a micro-batch, and their sums
+
+# -----------------------------------------------------------------------------
+# Gradients
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step leaves behind; its tensors stay on the device until they are collected."""
+
+    step: int
+    learning_rate: float
+    planned: PlannedStep
+    sums: MicroBatchSums
+    grad_norm: torch.Tensor
+
+
+def forward_backward(
+    model: torch.nn.Module,
+    planned: PlannedStep,
+    tokens: TokenizedSamples,
+    dist: distributed.Distributed,
+    clock: StepClock,
+    *,
+    splits: int = 0,
+    batch_shape: Mapping[str, int] | None = None,
+) -> MicroBatchSums:
+    """Gradients of the mean loss over the step's supervised tokens on all ranks.
+
+    Forward and backward over this rank's micro-batches, each halved `splits` times; the gradients are
+    summed over ranks in the last one. `batch_shape`: constant sizes for compiled layers.
+    """
+    results = []
+    pieces = micro_batch_pieces(planned, tokens.lengths, splits)
+    for index, (documents, weight) in enumerate(pieces):
+        with clock.phase("data"):
+            batch = build_batch(tokens, documents, **(batch_shape or {})).to(dist.device)
+        with (
+            clock.phase("forward_backward"),
+            parallel.sync_gradients(model, is_last=index == len(pieces) - 1),
+        ):
+            # DDP and FSDP average over ranks; the loss is a mean over the tokens of all ranks.
+            loss, sums = model(batch, planned.num_targets, weight * dist.world_size)
+            loss.backward()
+        if weight:
+            results.append((documents, sums))
+    return results
+
+
+def micro_batch_pieces(
+    planned: PlannedStep, lengths: np.ndarray, splits: int
+) -> list[tuple[tuple[int, ...], float]]:
+    """(documents, weight) of this rank's micro-batches, halved `splits` times; fillers weigh 0."""
+    own = len(planned.micro_batches) - planned.num_fillers
+    pieces = [(m, float(i < own)) for i, m in enumerate(planned.micro_batches)]
+    for _ in range(splits):
+        pieces = [(half, w) for m, w in pieces for half in split_micro_batch(m, lengths)]
+    return pieces
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """torch's own exception, or what the allocators of the host, of cuBLAS and of the driver say."""
+    said = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in said)
+
+
+def is_compiler_error(error: RuntimeError) -> bool:
+    """What torch.compile raises for code that it can't trace, and for a compiler that is not there."""
+    return isinstance(error, torch._dynamo.exc.TorchDynamoException)
+
+
+# -----------------------------------------------------------------------------
+# Update
+
+
+def build_optimizer(
+    parameters: Sequence[torch.Tensor],
+    *,
+    learning_rate: float,
+    betas: tuple[float, float],
+    epsilon: float,
+    weight_decay: float,
+) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019), fused."""
+    return torch.optim.AdamW(
+        parameters,
+        lr=learning_rate,
+        betas=betas,
+        eps=epsilon,
+        weight_decay=weight_decay,
+        fused=True,
+    )
+
+
+def learning_rate_at(
+    step: int,
+    num_steps: int,
+    *,
+    peak: float,
+    schedule: str,
+    warmup_ratio: float,
+    min_ratio: float,
+) -> float:
+    """Linear warmup to the peak, then `cosine`, `linear` or `constant`; step 1 is above zero."""
+    warmup = math.ceil(warmup_ratio * num_steps - 1e-6)
+    if step <= warmup:
+        return peak * step / warmup
+    progress = (step - 1 - warmup) / max(1, num_steps - warmup)
+    courses: dict[str, Callable[[], float]] = {
+        "cosine": lambda: 0.5 * (1 + math.cos(math.pi * progress)),
+        "linear": lambda: 1 - progress,
+        "constant": lambda: 1.0,
+    }
+    return peak * (min_ratio + (1 - min_ratio) * courses[schedule]())
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Give all parameter groups the learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def clip_gradients(parameters: Sequence[torch.Tensor], max_norm: float) -> torch.Tensor:
+    """L2 norm of all gradients before clipping to `max_norm` (0: no clipping), fp32 scalar."""
+    return parallel.full_tensor(torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf))
+
+
+def update_weights(
+    optimizer: torch.optim.Optimizer, grad_norm: torch.Tensor, *, skip: bool = False
+) -> None:
+    """One AdamW update, left out on the device itself where the gradient is not finite."""
+    # The fused kernel reads found_inf and then changes neither weights nor moments nor step counts.
+    optimizer.grad_scale = None
+    optimizer.found_inf = (
+        torch.ones_like(grad_norm) if skip else (~torch.isfinite(grad_norm)).float()
+    )
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
