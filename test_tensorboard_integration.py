@@ -21,7 +21,7 @@ from direct_finetuning_with_existing_modules import DirectTrainer, DirectTrainin
 from finetuning.events.metric_table import find_metric
 from finetuning.events.reading import read_run
 from finetuning.training.state import TrainState
-from tests.tensorboard_server import TensorBoardServer
+from tests.helpers.tensorboard_server import TensorBoardServer
 
 LOG_DIR = Path("test_tensorboard_logs")
 STEPS = 24

@@ -316,8 +316,9 @@ def look_up(row: Row, root: Path) -> tuple[bool, str]:
 
 def purge_step(folder: Path) -> Iterable[tuple[bool, str]]:
     """Steps 1 to 100, resumed from 80 with purge_step; a rare tag has steps 90 and 95 of the lost part."""
-    from tensorboard_server import TensorBoardServer
     from torch.utils.tensorboard import SummaryWriter
+
+    from tests.helpers.tensorboard_server import TensorBoardServer
 
     for first, last, purge in ((1, 100, None), (81, 120, 81)):
         with SummaryWriter(str(folder / "logs" / "run"), purge_step=purge) as writer:

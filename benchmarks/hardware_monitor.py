@@ -14,12 +14,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import fake_nvml  # noqa: E402
 import psutil  # noqa: E402
 
 from finetuning.monitoring import system_monitor  # noqa: E402
 from finetuning.monitoring.nvml import gpu_samples  # noqa: E402
 from finetuning.training.step_clock import StepClock  # noqa: E402
+from tests.helpers import fake_nvml  # noqa: E402
 
 GPUS = [f"GPU-{n:08x}-0000-0000-0000-000000000000" for n in range(1, 9)]
 

@@ -160,7 +160,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.write == PAGE and options.only != list(FAULTS):
         parser.error(f"{PAGE.name} shows all runs: give --write another file, or leave --only out")
-    from tiny_model import make_tiny_data, make_tiny_model
+    from tests.helpers.tiny_model import make_tiny_data, make_tiny_model
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

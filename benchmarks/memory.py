@@ -172,7 +172,7 @@ def many_samples(count: int, folder: str) -> None:
 def write_samples(folder: Path, counts: list[int]) -> None:
     """Files of short samples that differ, and a tokenizer."""
     sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
-    from tiny_model import make_tiny_data, make_tiny_model
+    from tests.helpers.tiny_model import make_tiny_data, make_tiny_model
 
     make_tiny_model(folder / "model")
     for count in counts:

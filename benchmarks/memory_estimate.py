@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import psutil
 import torch
-from traced_step import documents_of, peak_of_a_step
+from tests.helpers.traced_step import documents_of, peak_of_a_step
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from finetuning.common import distributed

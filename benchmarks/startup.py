@@ -82,7 +82,7 @@ def imports_of_help(environment: dict[str, str]) -> str:
 def make_inputs(folder: Path) -> dict[str, list[str]]:
     """The model and the data of the tests, written below `folder`."""
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-    from tiny_model import make_tiny_data, make_tiny_model
+    from tests.helpers.tiny_model import make_tiny_data, make_tiny_model
 
     model, data = make_tiny_model(folder / "model"), make_tiny_data(folder / "data.jsonl")
     return {"--model-name": [str(model)], "--data-path": [str(data)]}

@@ -19,7 +19,7 @@ from playwright.sync_api import Page, sync_playwright
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from tensorboard_server import TensorBoardServer  # noqa: E402
+from tests.helpers.tensorboard_server import TensorBoardServer  # noqa: E402
 
 IMAGES = Path(__file__).parent / "images"
 LOGDIR = ROOT / "qwen3_4b_thinking_output" / "tensorboard_logs"

@@ -22,7 +22,7 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder with which a whole run takes seconds."""
-    from tiny_model import make_tiny_model
+    from tests.helpers.tiny_model import make_tiny_model
 
     return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny-qwen3")
 
@@ -30,7 +30,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sixty short samples with thinking, as JSON lines."""
-    from tiny_model import make_tiny_data
+    from tests.helpers.tiny_model import make_tiny_data
 
     return make_tiny_data(tmp_path_factory.mktemp("data") / "tiny.jsonl")
 

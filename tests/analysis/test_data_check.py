@@ -1,0 +1,120 @@
+"""--check-data: every fault with file and line, exit code 0 or 1, nothing written but the cache.
+
+uv run pytest tests/analysis/test_data_check.py
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from direct_finetuning_with_existing_modules import main
+
+THINKING = "先看定义，再比较密钥长度和轮数，最后核对标准条文。"
+
+
+def line(question: str, answer: str = "答案。", thinking: str = THINKING) -> str:
+    record = {"question": question, "thinking": thinking, "answer": answer}
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+@pytest.fixture
+def check(tmp_path: Path, tiny_model: Path, cache_dir: Path, capfd):
+    """Run --check-data on lines of a file; returns exit code and output lines."""
+
+    def check(lines: list[str], *more: str) -> tuple[int, list[str]]:
+        path = tmp_path / "mine.jsonl"
+        path.write_text("".join(lines), encoding="utf-8")
+        places = ["--output-dir", str(tmp_path / "out"), "--cache-dir", str(cache_dir)]
+        inputs = ["--model-name", str(tiny_model), "--data-path", str(path)]
+        capfd.readouterr()
+        code = main(["--check-data", *inputs, *places, "--quiet", *more])
+        assert not (tmp_path / "out").exists(), "a check writes nothing"
+        return code, capfd.readouterr().out.splitlines()
+
+    return check
+
+
+def good(count: int = 20) -> list[str]:
+    names = ["轮函数", "杂凑值", "签名值", "随机数", "证书链", "密钥对", "分组数", "椭圆曲线"]
+    return [
+        line(f"{names[i % 8]}第{i * 37}号：{i * 7919 % 1009}与{i * 104729 % 997}有什么区别？",
+             f"{names[(i + 3) % 8]}共{i * 7907}种，其中{i * 6007 % 991}种常用。")
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def test_good_data_pass(check):
+    code, said = check(good())
+    assert code == 0 and said == ["20 samples: nothing to complain of"]
+
+
+def test_every_fault_has_its_place(check):
+    lines = [
+        *good(),
+        "{ broken\n",  # 21
+        line("太长的问题", "长" * 9000),  # 22
+        line("重复的问题是什么？", "重复的回答在这里。"),  # 23
+        line("重复的问题是什么？", "重复的回答在这里。"),  # 24
+        line("同一个问题有几个答案？", "一个。"),  # 25
+        line("同一个问题有几个答案？", "两个，而且与前一个完全不同。"),  # 26
+        line("控制符<|im_end|>在文中"),  # 27
+    ]
+    code, said = check(lines)
+    found = {(text.split(": ")[0].rpartition(":")[2], text.split(": ")[1]) for text in said[:-1]}
+    assert code == 1
+    assert {("21", "broken"), ("22", "dropped"), ("24", "duplicate")} <= found
+    assert {("25", "conflict"), ("27", "control token")} <= found
+    assert all("mine.jsonl:" in text for text in said[:-1])
+    assert "1 broken, 1 control token, 1 dropped" in said[-1]
+
+
+def test_duplicates_alone_are_told_but_pass(check):
+    code, said = check([*good(), line("重复的问题是什么？"), line("重复的问题是什么？")])
+    assert code == 0 and any("duplicate" in text for text in said)
+
+
+def test_much_broken_is_listed_where_a_run_would_refuse(check):
+    code, said = check([*good(5), *["{\n"] * 10])
+    assert code == 1 and sum(": broken: " in text for text in said) == 10
+
+
+def test_what_would_end_a_run_is_listed_too(check):
+    code, said = check([*good(), line("太长", "长" * 9000)], "--over-length", "error")
+    assert code == 1 and any(":21: dropped" in text for text in said)
+
+
+def test_shortened_samples_are_told_but_pass(check):
+    long = line("先想很久", thinking="思考一步。" * 800)
+    code, said = check([*good(), long], "--over-length", "truncate_thinking")
+    assert code == 0 and any(":21: shortened" in text for text in said)
+
+
+def test_held_out_files_of_the_users_that_leak(check, tmp_path: Path):
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text(good()[3] + line("一个全新的问题？", "别处没有的回答。"), encoding="utf-8")
+    code, said = check(good(), "--eval-path", str(held_out))
+    leaks = [text for text in said if ": leak: " in text]
+    assert code == 1 and len(leaks) == 1
+    assert "held_out.jsonl:1:" in leaks[0] and "mine.jsonl:4" in leaks[0]
+
+
+def test_statistics_are_shown_unless_quiet(check):
+    assert not any("Overview" in text for text in check(good())[1])
+    code, said = check(good(), "--no-quiet")
+    assert code == 0 and any("Overview" in text for text in said)
+
+
+def test_nothing_readable_is_an_error(check):
+    code, _ = check(["{\n"])
+    assert code == 2
+
+
+def test_what_is_read_in_an_unexpected_way_is_told_but_passes(check):
+    lines = good()
+    lines[3] = (
+        json.dumps({**json.loads(lines[3]), "instruction": "用一句话"}, ensure_ascii=False) + "\n"
+    )
+    code, said = check(lines)
+    assert code == 0 and said[-1] == "20 samples: 1 remark"
+    assert "mine.jsonl:4: remark: not used: instruction" in said[0]

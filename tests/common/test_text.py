@@ -1,0 +1,107 @@
+"""No control character and no secret gets through; files are written whole.
+
+uv run pytest tests/common/test_text.py
+"""
+
+import json
+import math
+import os
+import stat
+
+import pytest
+
+from finetuning.common.files import atomic_write_text, write_json
+from finetuning.common.text import REDACTED, clean, fenced, redact, redact_values, table_cell
+
+
+@pytest.mark.parametrize(
+    ("hostile", "shown"),
+    [
+        ("\x1b[31mred\x1b[0m", "red"),
+        ("\x1b]0;title\x07text", "text"),
+        ("a\rb\x00c\x7f", "abc"),
+        ("right\u202eleft\u2066x\u200b", "rightleftx"),
+        ("one\u2028two\u0085", "onetwo"),
+        ("lone\ud800", "lone"),
+        ("tab\tand\nline", "tab\tand\nline"),
+        ("密码学 ✓", "密码学 ✓"),
+    ],
+)
+def test_clean(hostile: str, shown: str):
+    assert clean(hostile) == shown
+
+
+def test_clean_cuts():
+    assert clean("密码学密码学", 3) == "密码学…"
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        "hf_" + "a1B2" * 8,
+        "sk-" + "abcdEFGH" * 4,
+        "ghp_" + "x1Y2" * 9,
+        "AKIA" + "ABCDEFGH12345678",
+    ],
+)
+def test_secrets_are_redacted_by_shape(secret: str):
+    assert secret not in redact(f"download with {secret}, please")
+
+
+def test_secrets_are_redacted_by_place(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MY_API_KEY", "plainlooking")
+    text = redact("https://user:pw123456@host/x token=abcdef123 plainlooking")
+    assert "pw123456" not in text and "abcdef123" not in text and "plainlooking" not in text
+    assert text.count(REDACTED) == 3
+    assert redact("128 tokens per second") == "128 tokens per second"
+    assert redact_values({"hub_token": "x", "n": 3, "l": ["a"]}) == {
+        "hub_token": REDACTED,
+        "n": 3,
+        "l": ["a"],
+    }
+
+
+@pytest.mark.parametrize("word", ["x", "密", "-", "token", "x-"])
+def test_a_word_without_end_is_looked_at_once(word: str):
+    """What a looping model writes. Tried from each letter anew this would take an hour."""
+    text = word * 200_000
+    assert redact(text) == text
+    assert redact(f"{text} my-token = abcdef123") == f"{text} my-token = {REDACTED}"
+
+
+def test_a_fence_is_longer_than_any_run_inside():
+    text = "a\n````\nb"
+    fence = fenced(text).split("\n")[0]
+    assert fence == "`" * 5
+    assert fenced(text).endswith(fence)
+
+
+def test_a_table_cell_stays_one_cell():
+    assert "\n" not in table_cell("a\nb") and table_cell("a|b") == "a\\|b"
+
+
+def test_json_is_strict_and_the_file_is_whole_or_old(tmp_path):
+    path = tmp_path / "x.json"
+    write_json(path, {"nan": math.nan, "inf": [math.inf], "路": path})
+    assert json.loads(path.read_text(encoding="utf-8")) == {
+        "nan": None,
+        "inf": [None],
+        "路": str(path),
+    }
+    if os.name == "posix":
+        umask = os.umask(0)
+        os.umask(umask)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
+    with pytest.raises(UnicodeEncodeError):
+        atomic_write_text(path, "\ud800")
+    assert json.loads(path.read_text(encoding="utf-8"))["nan"] is None
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"], "a temporary file was left"
+
+
+def test_json_keeps_all_text_and_shows_no_control(tmp_path):
+    nasty = "a\x1b[31m\u202e\u200b\x9b\ud800\u2028中\n"
+    path = tmp_path / "a.json"
+    write_json(path, {"key\u2066": [nasty, float("inf")]})
+    raw = path.read_text(encoding="utf-8")
+    assert json.loads(raw) == {"key\u2066": [nasty, None]}
+    assert "中" in raw and clean(raw) == raw

@@ -1,0 +1,173 @@
+"""Data in the order a run needs them: texts for the demonstration model, groups of documents.
+
+uv run pytest tests/data/test_training_data.py
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from finetuning.analysis import sample_groups
+from finetuning.analysis import statistics as analysis_statistics
+from finetuning.analysis.facts import difficulty
+from finetuning.common.errors import UserError
+from finetuning.data import near_duplicates
+from finetuning.data.split import split_samples
+from finetuning.data.training_data import TrainingData, prepare_data, read_data
+from finetuning.readers import dataset
+from tests.helpers.qwen3_tokenizer import qwen3_tokenizer
+
+
+@pytest.fixture(scope="module")
+def qwen3():
+    return qwen3_tokenizer()
+
+
+def write(path: Path, count: int, word: str) -> str:
+    """Samples that differ in length; each fifth is too long to train on."""
+    rows = [
+        {
+            "question": f"{word}的第{i}个参数是多少？",
+            "thinking": f"先查{word}的定义。" * (100 if i % 5 == 4 else 1 + i % 3),
+            "answer": f"第{i}个参数是{i * 7}，用于{word}。",
+        }
+        for i in range(count)
+    ]
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_text("".join(lines), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("large_data", [1, 2**30])
+def test_groups_tell_what_each_document_is(tmp_path, monkeypatch, qwen3, large_data):
+    monkeypatch.setattr(dataset, "LARGE_DATA", large_data)
+    paths = [write(tmp_path / "a.jsonl", 30, "SM4"), write(tmp_path / "b.jsonl", 20, "数字证书")]
+    read, _ = read_data(paths, cache_dir=tmp_path / "cache")
+    split = split_samples(read, eval_fraction=0.2)
+    data = prepare_data(split, qwen3, 120, workers=1, cache_dir=tmp_path / "cache")
+    assert isinstance(data, TrainingData)
+    tokens = data.train.tokens
+    assert len(tokens) == 40, "the long ones are left out"
+    for document in range(len(tokens)):
+        sample = data.train.sample(document)
+        of = {stem: names[labels[document]] for stem, (names, labels) in data.train.groups.items()}
+        assert of["By_Source/"] == sample.source.lstrip("/")
+        assert of["By_Difficulty_"] == str(difficulty(sample))
+        assert data.train.place(document) == f"{sample.source}:{sample.line} ({sample.id})"
+    categories, labels = data.train.groups["By_Category/"]
+    assert len({categories[i] for i in labels}) > 1
+    assert not set(data.train.documents) & set(data.held_out.documents)
+    assert len(data.train) + len(data.held_out) == 40
+
+
+def test_facts_and_groups_of_large_data_are_made_once(tmp_path, monkeypatch, qwen3):
+    monkeypatch.setattr(dataset, "LARGE_DATA", 1)
+    looked_at = []
+    for module, name in ((analysis_statistics, "observe_span"), (sample_groups, "label_span")):
+        look = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *span, n=name, f=look: looked_at.append(n) or f(*span)
+        )
+    path, cache = write(tmp_path / "a.jsonl", 30, "SM4"), tmp_path / "cache"
+
+    def outcome(workers: int = 1) -> tuple[dict, dict]:
+        read, _ = read_data([path], cache_dir=cache)
+        data = prepare_data(split_samples(read), qwen3, 120, workers=workers, cache_dir=cache)
+        groups = {stem: labels.tolist() for stem, (_, labels) in data.train.groups.items()}
+        return data.statistics.to_json(), groups
+
+    first = outcome()
+    assert sorted(looked_at) == ["label_span", "observe_span"]
+    assert outcome() == first and len(looked_at) == 2
+    (labels,) = cache.glob("loss_groups/*/labels.npy")
+    for kept in (-9, 0):
+        looked_at.clear()
+        labels.write_bytes(labels.read_bytes()[:kept])
+        assert outcome() == first and looked_at == ["label_span"], "what is damaged is made anew"
+    looked_at.clear()
+
+    rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    harder = [row | {"difficulty": 4} for row in rows]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in harder)
+    Path(path).write_text(text, encoding="utf-8")
+    statistics, groups = outcome()
+    assert set(groups["By_Difficulty_"]) == {3}, "the same texts, and so the same fingerprint"
+    assert statistics["difficulty_4_count"] == 30 and sorted(looked_at) == [
+        "label_span",
+        "observe_span",
+    ]
+
+
+def test_worker_processes_label_the_same(tmp_path, monkeypatch, qwen3):
+    for name, value in (("LARGE_DATA", 1), ("SPAN", 7), ("_ROWS", 5)):
+        monkeypatch.setattr(dataset, name, value)
+    read, _ = read_data([write(tmp_path / "a.jsonl", 30, "SM4")])
+    sources, every = list(read.samples_per_file), np.arange(30)
+    alone = sample_groups.loss_groups(read, every, sources)
+    monkeypatch.setattr(sample_groups, "_POOL_FROM", 1)
+    together = sample_groups.loss_groups(read, every, sources, workers=2)
+    for stem, (names, labels) in alone.items():
+        assert together[stem][0] == names
+        np.testing.assert_array_equal(together[stem][1], labels)
+
+
+def test_the_demonstration_model_learns_from_a_bounded_number_of_texts(tmp_path):
+    read, _ = read_data([write(tmp_path / "a.jsonl", 30, "SM4")])
+    split = split_samples(read, eval_fraction=0)
+    texts = split.training_texts()
+    assert len(texts) == 30
+    some = split.training_texts(at_most=7)
+    assert some == [texts[i] for i in np.linspace(0, 29, 7).astype(int)]
+
+
+def test_near_duplicates_are_looked_for_once(tmp_path, monkeypatch, qwen3):
+    """For the split and the statistics together, and not again in another process with the cache."""
+    searches, search = [], near_duplicates.near_duplicate_clusters
+
+    def counted(texts):
+        searches.append(len(texts))
+        return search(texts)
+
+    monkeypatch.setattr(near_duplicates, "near_duplicate_clusters", counted)
+    path, cache = write(tmp_path / "a.jsonl", 30, "SM4"), tmp_path / "cache"
+
+    def outcome() -> tuple[list[int], dict]:
+        read, _ = read_data([path], cache_dir=cache)
+        split = split_samples(read, eval_fraction=0.2, cache_dir=cache)
+        data = prepare_data(split, qwen3, 120, workers=1, cache_dir=cache)
+        return split.held_out.tolist(), data.statistics.to_json()
+
+    first = outcome()
+    assert searches == [30, 30], "questions, and questions with answers"
+    assert outcome() == first and searches == [30, 30]
+    (labels,) = cache.glob("near_duplicates/*/pairs/labels.npy")
+    labels.write_bytes(labels.read_bytes()[:-10])
+    assert outcome() == first and searches == [30, 30, 30], "what is damaged is made anew"
+    write(tmp_path / "a.jsonl", 31, "SM4")
+    assert outcome() != first and searches[3:] == [31, 31]
+
+
+def test_leaks_into_held_out_files_are_counted(tmp_path, qwen3):
+    train, fresh = (
+        write(tmp_path / "a.jsonl", 20, "SM4"),
+        write(tmp_path / "b.jsonl", 4, "随机数检测"),
+    )
+    lines = [Path(p).read_text(encoding="utf-8").splitlines(keepends=True) for p in (train, fresh)]
+    (tmp_path / "c.jsonl").write_text("".join(lines[0][:3] + lines[1]), encoding="utf-8")
+    for name, leaks in (("a.jsonl", 20), ("b.jsonl", 0), ("c.jsonl", 3)):
+        read, eval_read = read_data([train], eval_path=[str(tmp_path / name)])
+        data = prepare_data(split_samples(read, eval_read), qwen3, 512, workers=1)
+        assert data.statistics.scalars()["Dataset/Train_Eval_Leaks"] == leaks, name
+        findings = data.statistics.to_json()["findings"]["train_eval_leaks"]
+        assert [f["line"] for f in findings] == list(range(1, leaks + 1))
+        assert bool(leaks) == (
+            "(nearly) repeat training samples" in data.statistics.summary_markdown()
+        )
+
+
+def test_data_that_are_all_held_out_are_refused(tmp_path):
+    read, _ = read_data([write(tmp_path / "a.jsonl", 5, "SM4")])
+    with pytest.raises(UserError, match="all of 5 samples are held out; lower --eval-fraction"):
+        split_samples(read, eval_fraction=0.9999)

@@ -1,0 +1,179 @@
+"""The fused LoRA path against the adapter library's own: losses, gradients, state changes.
+
+uv run pytest tests/model/test_fused_lora.py
+"""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from finetuning.model.fused_lora import enable_fast_lora
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+IDS = torch.arange(3, 63).view(2, 30) % 61
+
+
+def lora_model(*, random_b=True, dtype=torch.float32, attention_bias=False, **lora):
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        initializer_range=0.1,
+        attention_bias=attention_bias,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    settings = {"r": 4, "lora_alpha": 12, "target_modules": TARGETS, **lora}
+    model = get_peft_model(Qwen3ForCausalLM(config).to(dtype), LoraConfig(**settings))
+    for name, parameter in model.named_parameters():
+        if random_b and "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def loss_and_gradients(model):
+    model.zero_grad()
+    loss = model(input_ids=IDS, labels=IDS).loss
+    loss.backward()
+    return loss.detach(), {
+        n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad
+    }
+
+
+def assert_same(actual, expected, atol=1e-6, rtol=1e-4):
+    torch.testing.assert_close(actual[0], expected[0], atol=1e-5, rtol=0)
+    assert actual[1].keys() == expected[1].keys() and len(actual[1]) > 0
+    for name, gradient in expected[1].items():
+        assert gradient.norm() > 0
+        torch.testing.assert_close(actual[1][name], gradient, atol=atol, rtol=rtol)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("attention_bias", [False, True])
+def test_same_loss_and_gradients(checkpointing, attention_bias):
+    model = lora_model(attention_bias=attention_bias).train()
+    expected = loss_and_gradients(model)
+    assert enable_fast_lora(model) == 14
+    assert enable_fast_lora(model) == 0
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable()
+    assert_same(loss_and_gradients(model), expected)
+
+
+def test_the_fused_path_is_taken():
+    model = lora_model()
+    enable_fast_lora(model)
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    assert type(layer(torch.randn(3, 32)).grad_fn).__name__ == "_LoraLinearBackward"
+
+
+def test_gradients_accumulate():
+    model = lora_model()
+    enable_fast_lora(model)
+    _, once = loss_and_gradients(model)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    for name, gradient in once.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, 2 * gradient)
+
+
+def test_bf16_base_with_fp32_masters():
+    """Gradients come as fp32 and near those of the exact fp32 model."""
+    model = lora_model(dtype=torch.bfloat16)
+    exact = copy.deepcopy(model).float()
+    expected_loss, expected = loss_and_gradients(exact)
+    assert enable_fast_lora(model) == 14
+    loss, gradients = loss_and_gradients(model)
+    assert abs(loss - expected_loss) < 0.02
+    for name, gradient in gradients.items():
+        assert gradient.dtype == torch.float32
+        assert (gradient - expected[name]).norm() < 0.1 * expected[name].norm()
+
+
+def test_saves_only_the_input_and_its_projection():
+    """No activation as wide as the output is kept, and the kept input is the caller's own tensor."""
+    model = lora_model()
+    enable_fast_lora(model)
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    saved = []
+    x = torch.randn(50, 32, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(x)
+    parameters = {p.data_ptr() for p in layer.parameters()}
+    activations = [t for t in saved if t.data_ptr() not in parameters]
+    assert sorted(tuple(t.shape) for t in activations) == [(50, 4), (50, 32)]
+    assert any(t.data_ptr() == x.data_ptr() for t in activations)
+
+
+def test_disabling_and_merging_take_the_ordinary_way():
+    model = lora_model().eval()
+    plain = model.get_base_model()
+    with torch.no_grad():
+        tuned = model(input_ids=IDS).logits
+        with model.disable_adapter():
+            base = model(input_ids=IDS).logits
+        enable_fast_lora(model)
+        torch.testing.assert_close(model(input_ids=IDS).logits, tuned, atol=1e-5, rtol=1e-4)
+        with model.disable_adapter():
+            assert torch.equal(model(input_ids=IDS).logits, base)
+        model.merge_adapter()
+        torch.testing.assert_close(plain(input_ids=IDS).logits, tuned, atol=1e-4, rtol=1e-3)
+        model.unmerge_adapter()
+        torch.testing.assert_close(model(input_ids=IDS).logits, tuned, atol=1e-4, rtol=1e-3)
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(merged(input_ids=IDS).logits, tuned, atol=1e-4, rtol=1e-3)
+    assert not any("lora" in name for name, _ in merged.named_parameters())
+    assert (tuned - base).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("setting", [{"use_dora": True}, {"lora_dropout": 0.1}])
+def test_other_layers_are_left_alone(setting):
+    assert enable_fast_lora(lora_model(**setting)) == 0
+
+
+def test_trainable_base_is_left_alone():
+    model = lora_model()
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    assert enable_fast_lora(model) == 0
+
+
+def test_second_adapter_takes_the_ordinary_way():
+    model = lora_model()
+    model.add_adapter("other", LoraConfig(r=2, target_modules=TARGETS))
+    assert enable_fast_lora(model) == 14
+    expected = loss_and_gradients(copy.deepcopy(model))
+    model.base_model.set_adapter(["default", "other"])
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    assert "LoraLinear" not in type(layer(torch.randn(3, 32)).grad_fn).__name__
+    model.set_adapter("default")
+    assert_same(loss_and_gradients(model), expected)
+
+
+def test_save_and_load(tmp_path):
+    model = lora_model()
+    expected = loss_and_gradients(model)
+    enable_fast_lora(model)
+    model.save_pretrained(tmp_path)
+    fresh = lora_model(random_b=False)
+    fresh.load_adapter(tmp_path, "default")
+    assert abs(loss_and_gradients(fresh)[0] - expected[0]) < 1e-5
+
+
+def test_each_layer_compiles_to_a_whole_graph():
+    torch._dynamo.reset()
+    model = lora_model().train()
+    expected = loss_and_gradients(model)
+    enable_fast_lora(model)
+    for layer in model.base_model.model.model.layers:
+        layer.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+    model.enable_input_require_grads()
+    assert_same(loss_and_gradients(model), expected)

@@ -1,0 +1,221 @@
+"""Which model answers, what the terminal shows, and how bad input is refused.
+
+uv run pytest tests/runs/test_ask.py
+"""
+
+import io
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoTokenizer
+
+import ask
+from ask import Ask, main
+from finetuning.common.errors import UserError
+from finetuning.data.chat_template import chat_format
+from finetuning.evaluation import reply as evaluation_reply
+from finetuning.evaluation.reply import Reply, generate
+from finetuning.model.loading import load_for_inference, load_model, load_tokenizer
+from finetuning.model.resolve import find_trained, resolve_model
+from finetuning.model.saving import save_adapter
+
+QUESTION = "SM4的分组长度是多少？"
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory, tiny_model: Path) -> Path:
+    """An adapter that changes what the tiny model says."""
+    resolved = resolve_model(str(tiny_model), "cpu")
+    tokenizer = load_tokenizer(resolved)
+    model = load_model(resolved, tokenizer, device="cpu", seed=1)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.5 * torch.randn(parameter.shape, generator=generator)
+    folder = tmp_path_factory.mktemp("trained") / "final_model"
+    save_adapter(model, tokenizer, folder)
+    return folder
+
+
+def console() -> Console:
+    return Console(file=io.StringIO(), width=100, highlight=False)
+
+
+# -----------------------------------------------------------------------------
+# Which model
+
+
+def place(adapter: Path, target: Path, seconds: float) -> Path:
+    shutil.copytree(adapter, target)
+    for path in target.iterdir():
+        os.utime(path, (seconds, seconds))
+    return target
+
+
+def test_the_newest_adapter_answers(tmp_path, adapter):
+    with pytest.raises(UserError, match="train first"):
+        find_trained("", str(tmp_path))
+    best = place(adapter, tmp_path / "best_model", 200)
+    assert find_trained("", str(tmp_path)) == best
+    checkpoint = place(adapter, tmp_path / "checkpoints" / "checkpoint-50", 300)
+    place(adapter, tmp_path / "checkpoints" / "checkpoint-60.damaged", 900)
+    (tmp_path / "checkpoints" / "checkpoint-70").mkdir()
+    assert find_trained("", str(tmp_path)) == checkpoint
+    final = place(adapter, tmp_path / "final_model", 300)
+    assert find_trained("", str(tmp_path)) == final, "final_model wins over a checkpoint as old"
+    assert find_trained(str(best), str(tmp_path)) == best
+
+
+def test_base_and_adapter_are_what_inference_loads(adapter, tiny_model):
+    model, _ = load_for_inference(adapter, device="cpu")
+    base, _ = load_for_inference(tiny_model, device="cpu")
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        trained, plain = model(input_ids=ids).logits, base(input_ids=ids).logits
+        with model.disable_adapter():
+            aside = model(input_ids=ids).logits
+    assert torch.equal(aside, plain) and (trained - plain).abs().max() > 0.01
+    assert not model.training and model.config.use_cache
+
+
+# -----------------------------------------------------------------------------
+# What it shows
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model: Path):
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+def written(tokenizer, text: str) -> tuple[Reply, list[tuple[str, str]]]:
+    pieces: list[tuple[str, str]] = []
+    reply = Reply(tokenizer, chat_format(tokenizer), lambda part, new: pieces.append((part, new)))
+    reply.put(torch.tensor([[1, 2, 3]]))  # the prompt
+    for token in tokenizer.encode(text, add_special_tokens=False):
+        reply.put(torch.tensor([token]))
+    reply.end()
+    return reply, pieces
+
+
+def test_a_reply_is_taken_apart_while_it_is_written(tokenizer):
+    text = "先算161。\n再验证龘。\n</think>\n\n**答案**是1\n\n完。<|im_end|>"
+    reply, pieces = written(tokenizer, text)
+    assert reply.text == {"thinking": "先算161。\n再验证龘。\n", "answer": "**答案**是1\n\n完。"}
+    assert reply.ended and reply.num_tokens == len(tokenizer.encode(text))
+    assert len(pieces) > 10, "piece by piece"
+    assert not any("\ufffd" in new for _, new in pieces), "no half characters"
+    for part in ("thinking", "answer"):
+        assert "".join(new for p, new in pieces if p == part) == reply.text[part]
+
+
+def test_a_reply_that_is_cut_and_one_that_sends_control_characters(tokenizer):
+    reply, _ = written(tokenizer, "还没想完")
+    assert not reply.ended and reply.text == {"thinking": "还没想完", "answer": ""}
+    reply, _ = written(tokenizer, "a\x1b[31mb</think>\x07c")
+    assert "\x1b" not in reply.text["thinking"] and reply.text["answer"] == "c"
+
+
+def test_it_streams_what_the_model_says(adapter):
+    model, tokenizer = load_for_inference(adapter, device="cpu")
+    settings = Ask(QUESTION, max_new_tokens=24, temperature=0)
+    out = console()
+    ask.answer(model, tokenizer, settings, out)
+    shown = out.file.getvalue()
+    reply = generate(model, tokenizer, settings)
+    assert reply.num_tokens <= 24
+    text = "".join(reply.text.values())
+    assert "".join(text.split()) in "".join(shown.split()).replace("─", "").replace("answer", "")
+    assert "cut at --max-new-tokens 24" in shown or reply.ended
+
+
+def test_the_same_seed_says_the_same_and_the_base_something_else(adapter):
+    model, tokenizer = load_for_inference(adapter, device="cpu")
+    settings = Ask(QUESTION, max_new_tokens=16, temperature=0.8, seed=3)
+    first, second = (generate(model, tokenizer, settings).text for _ in range(2))
+    with model.disable_adapter():
+        base = generate(model, tokenizer, settings).text
+    assert first == second != base
+
+
+def test_a_reply_that_goes_round_in_circles_ends(adapter):
+    model, tokenizer = load_for_inference(adapter, device="cpu")
+
+    class Circle(torch.nn.Module):
+        """Makes the head say the same two tokens in turn."""
+
+        def __init__(self):
+            super().__init__()
+            self.turn = 0
+
+        def forward(self, hidden):
+            self.turn += 1
+            logits = torch.zeros(*hidden.shape[:2], len(tokenizer))
+            logits[..., 40 + self.turn % 2] = 100.0
+            return logits
+
+    model.get_base_model().lm_head = Circle()
+    settings = Ask(QUESTION, max_new_tokens=2000, temperature=0)
+    reply = generate(model, tokenizer, settings)
+    assert evaluation_reply.LOOP_TOKENS <= reply.num_tokens < evaluation_reply.LOOP_TOKENS + 32
+    assert "repeats itself" in ask.remark(reply, settings)
+
+
+def test_a_list_with_progress_is_no_circle():
+    counting = torch.tensor([t for i in range(64) for t in (7, 8, 9, 100 + i)])
+    assert not evaluation_reply.is_loop(counting) and evaluation_reply.is_loop(
+        torch.tensor([7, 8, 9, 5] * 64)
+    )
+
+
+def test_compare_shows_both_side_by_side(adapter):
+    model, tokenizer = load_for_inference(adapter, device="cpu")
+    out = console()
+    ask.compare(model, tokenizer, Ask(QUESTION, max_new_tokens=8, temperature=0), out)
+    shown = out.file.getvalue()
+    assert "base" in shown and "trained" in shown and "thinking" in shown
+    assert shown.count("8 tokens, cut at") == 2
+
+
+def test_compare_shows_the_whole_of_chinese_text(adapter, monkeypatch):
+    model, tokenizer = load_for_inference(adapter, device="cpu")
+    text = "分组密码把明文分成等长的块逐块加密" * 20
+
+    def say(_model, _tokenizer, _ask, show) -> Reply:
+        show("thinking", text)
+        return Reply(tokenizer, chat_format(tokenizer), show)
+
+    monkeypatch.setattr(evaluation_reply, "generate", say)
+    out = console()
+    ask.compare(model, tokenizer, Ask(QUESTION), out)
+    shown = out.file.getvalue()
+    assert "…" not in shown and sum(shown.count(c) for c in set(text)) == 2 * len(text)
+
+
+# -----------------------------------------------------------------------------
+# The command
+
+
+def test_the_command_answers(adapter, capsys):
+    options = ["--output-dir", str(adapter.parent), "--max-new-tokens", "4", "--device", "cpu"]
+    assert main([QUESTION, *options]) == 0
+    assert "4 tokens" in capsys.readouterr().out
+    assert main([QUESTION, *options, "--compare", "--system", "简短"]) == 0
+
+
+def test_bad_input_is_one_clear_line(tmp_path, tiny_model, capsys):
+    cases = {
+        "train first": [QUESTION, "--output-dir", str(tmp_path)],
+        "no such folder": [QUESTION, "--adapter", str(tmp_path / "nothing")],
+        "neither an adapter": [QUESTION, "--adapter", str(tmp_path)],
+        "is empty": [" "],
+        "--temperature": [QUESTION, "--temperature", "-1"],
+        "whole model": [QUESTION, "--adapter", str(tiny_model), "--compare"],
+    }
+    for expected, arguments in cases.items():
+        assert main(arguments) == 2
+        said = capsys.readouterr().err
+        assert expected in said and "Traceback" not in said and said.startswith("error:")

@@ -1,0 +1,145 @@
+"""Several runs side by side: what differs, what is best, as text, JSON and page.
+
+uv run pytest tests/runs/test_compare_runs.py
+"""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import tyro
+
+import compare_runs
+from finetuning.common.errors import exit_code
+from finetuning.runs import comparison
+from finetuning.runs.comparison import as_json, differences, html_page, labels, metrics, sparkline
+from finetuning.runs.directory import RUN_PREFIX, RunDirectory
+from finetuning.runs.recorded import find_runs, read_recorded
+from tests.runs.test_report import assert_harmless
+
+
+def make_run(output: Path, stamp: str, losses: list[float], **config: object) -> RunDirectory:
+    run = RunDirectory(output, RUN_PREFIX + stamp)
+    run.logs.mkdir(parents=True)
+    lines = [
+        {"step": i, "time": 10.0 * i, "metrics": {"Training/Loss": loss, "Eval/Loss": loss + 0.1}}
+        for i, loss in enumerate(losses, 1)
+    ]
+    text = "".join(json.dumps(record) + "\n" for record in lines)
+    (run.logs / "metrics.jsonl").write_text(text, encoding="utf-8")
+    if config:
+        record = {"config": config, "model": {"name": "m"}, "steps": len(losses)}
+        (run.logs / "configuration.json").write_text(json.dumps(record), encoding="utf-8")
+    (run.logs / "status.json").write_text('{"status": "completed"}', encoding="utf-8")
+    return run
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    out = tmp_path / "out"
+    make_run(out, "20250101_000000", [3.0, 2.5, 2.0], learning_rate=1e-4, seed=1, workers=1)
+    make_run(out, "20250102_000000", [3.0, 2.0, 1.0], learning_rate=3e-4, seed=1, workers=2)
+    return out
+
+
+def recorded(*places: Path) -> list:
+    return [read_recorded(run) for run in find_runs(places)]
+
+
+def test_only_settings_that_differ_are_shown(output):
+    assert differences(recorded(output)) == {"learning_rate": [1e-4, 3e-4]}
+
+
+def test_a_run_without_recorded_settings_makes_nothing_differ(output):
+    make_run(output, "20250103_000000", [3.0])
+    assert differences(recorded(output)) == {"learning_rate": [1e-4, 3e-4, None]}
+
+
+def test_metrics(output):
+    table = metrics(recorded(output))
+    assert table["last training loss"] == [2.0, 1.0]
+    assert table["lowest held-out loss"] == pytest.approx([2.1, 1.1])
+    assert "MFU, %" not in table, "no run has it"
+
+
+def test_the_tables_mark_the_best(output, capfd):
+    compare_runs.main((str(output),))
+    said = capfd.readouterr().out
+    assert "learning_rate" in said and "1.1 *" in said and "2.1 *" not in said
+    assert "3/3" in said and "0:20" in said and "█" in said
+    assert " 1 *" not in said, "the last training loss is of one interval, over other samples"
+
+
+def test_no_run_is_the_best_where_the_held_out_samples_differ(output, capfd):
+    make_run(output, "20250103_000000", [3.0, 2.0, 0.5], learning_rate=1e-4, seed=2)
+    compare_runs.main((str(output),))
+    said = capfd.readouterr().out
+    assert "*" not in said and "no best: held out is not the same, by seed" in said
+    assert "*" not in html_page(recorded(output)).partition("</style>")[2]
+
+
+def test_the_speed_is_the_median(output):
+    for logs, speeds in zip(
+        sorted(output.glob("training_logs/*")), ([9.0, 5.0, 1.0], [4.0] * 3), strict=True
+    ):
+        lines = [
+            {"step": i, "time": 1.0, "metrics": {"Throughput/Tokens_Per_Second": speed}}
+            for i, speed in enumerate(speeds)
+        ]
+        text = "".join(json.dumps(record) + "\n" for record in lines)
+        (logs / "metrics.jsonl").write_text(text, encoding="utf-8")
+    assert metrics(recorded(output)) == {"tokens per second, median": [5.0, 4.0]}
+
+
+def test_json_is_strict_and_alone(output, tmp_path, capfd):
+    make_run(tmp_path / "odd", "20250104_000000", [math.nan], learning_rate=1e-4)
+    logs = next((tmp_path / "odd" / "training_logs").iterdir())
+    line = {"step": 1, "time": 1.0, "metrics": {"Training/Loss": None}}
+    (logs / "metrics.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
+    compare_runs.main((str(output), str(tmp_path / "odd")), json=True)
+    found = json.loads(capfd.readouterr().out, parse_constant=lambda c: pytest.fail(c))
+    assert len(found["runs"]) == 3
+    assert found["metrics"]["last training loss"] == [2.0, 1.0, None]
+    assert as_json(recorded(output))["settings"] == {"learning_rate": [1e-4, 3e-4]}
+
+
+def test_the_page_is_harmless_and_has_the_curves(output, tmp_path, capfd):
+    make_run(output, "20250105_000000", [2.0], learning_rate="<script>x</script>")
+    compare_runs.main((str(output),), html=tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert_harmless(text)
+    assert "&lt;script&gt;" in text and text.count("<path") == 6
+    assert html_page(recorded(output)) == text
+
+
+def test_runs_of_several_directories_are_told_apart(output, tmp_path):
+    make_run(tmp_path / "other", "20250101_000000", [1.0], seed=1)
+    names = labels(recorded(output, tmp_path / "other"))
+    assert len(set(names)) == 3 and "other/20250101_000000" in names
+    assert labels(recorded(output)) == ["20250101_000000", "20250102_000000"]
+
+
+def test_sparkline():
+    assert sparkline([3.0, 2.0, 1.0]) == "█▄▁" or sparkline([3.0, 2.0, 1.0]) == "█▅▁"
+    assert sparkline([]) == sparkline([math.nan]) == ""
+    assert len(sparkline([float(i) for i in range(1000)])) <= comparison.SPARK_WIDTH
+    assert sparkline([1.0, math.nan, 1.0]) == "▁ ▁"
+
+
+@pytest.mark.parametrize("arguments", [["absent"], [".", "--html", "x.html"]])
+def test_bad_input_is_one_line_and_exit_code_2(arguments, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["compare_runs.py", *arguments])
+    assert exit_code(lambda: tyro.cli(compare_runs.main)) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_a_page_that_cannot_be_written(output, tmp_path, monkeypatch, capfd):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(
+        "sys.argv", ["compare_runs.py", str(output), "--html", str(tmp_path / "file" / "x.html")]
+    )
+    assert exit_code(lambda: tyro.cli(compare_runs.main)) == 2
+    assert "can't be written" in capfd.readouterr().err

@@ -1,0 +1,273 @@
+"""What only a CUDA GPU can show; skipped without one.
+
+uv run pytest tests/runs/test_cuda.py
+"""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from finetuning.common.distributed import Distributed
+from finetuning.data.packing import StepPlan, build_batch
+from finetuning.data.token_table import Segment, TokenizedSamples, TruncationLedger
+from finetuning.model import attention
+from finetuning.model.fused_lora import enable_fast_lora
+from finetuning.model.loss import packed_loss
+from finetuning.model.packed_model import PackedLossModel
+from finetuning.training.optimizer import (
+    build_optimizer,
+    clip_gradients,
+    forward_backward,
+    update_weights,
+)
+from finetuning.training.step_clock import CudaTimeline, StepClock
+from tests.model.test_packed_model import CLOSE, lora_model, make_documents
+from tests.runs.test_distributed import OPTIONS, SCRIPT, curve, train
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+LENGTHS = (300, 17, 511, 1, 128, 67)  # 1,024 tokens
+HEAD_DIM = 64  # the kernel wants a multiple of 8; small models here use this
+
+
+def table(lengths: tuple[int, ...]) -> TokenizedSamples:
+    """Documents as training holds them."""
+    documents = make_documents(lengths)
+    segments = np.concatenate([d.segments for d in documents])
+    return TokenizedSamples(
+        ids=np.concatenate([d.ids for d in documents]),
+        segments=segments,
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        sample_index=np.arange(len(lengths)),
+        num_targets=np.array([(d.segments != Segment.PROMPT).sum() for d in documents]),
+        ledger=TruncationLedger(),
+        close_id=CLOSE,
+        end_id=1,
+        max_seq_length=max(lengths),
+    )
+
+
+def cuda_model(**settings) -> torch.nn.Module:
+    shape = {"hidden_size": 256, "intermediate_size": 512, "head_dim": HEAD_DIM}
+    return lora_model(dtype=torch.bfloat16, **{**shape, **settings}).cuda()
+
+
+def training(model: torch.nn.Module):
+    """(packed model, trainable parameters, optimizer, group) on the GPU."""
+    assert enable_fast_lora(model)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = build_optimizer(
+        trainable, learning_rate=1e-3, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.0
+    )
+    dist = Distributed(0, 1, 0, torch.device("cuda"))
+    return PackedLossModel(model, CLOSE).train(), trainable, optimizer, dist
+
+
+@pytest.mark.parametrize("heads,kv_heads,head_dim", [(32, 8, 128), (8, 8, 64), (4, 1, 64)])
+def test_the_kernel_equals_attention_per_document(heads: int, kv_heads: int, head_dim: int):
+    """Forward and backward, with grouped heads, in bf16 against fp64."""
+    torch.manual_seed(0)
+    shapes = [(1, h, sum(LENGTHS), head_dim) for h in (heads, kv_heads, kv_heads)]
+    rounded = [torch.randn(s, device="cuda", dtype=torch.bfloat16) for s in shapes]
+    exact = [t.double().requires_grad_() for t in rounded]
+    rounded = [t.requires_grad_() for t in rounded]
+    bounds = attention.cumulative_lengths(LENGTHS, pad_to=9).cuda()
+    module = torch.nn.Module()
+    out, _ = attention.packed_attention(
+        module, *rounded, None, packed_bounds=bounds, packed_max_length=512
+    )
+    expected, _ = attention.packed_attention(module, *exact, None, packed_lengths=LENGTHS)
+    upstream = torch.randn_like(out)
+    gradients = torch.autograd.grad(out, rounded, upstream)
+    wanted = torch.autograd.grad(expected, exact, upstream.double())
+    for got, want in zip((out, *gradients), (expected, *wanted), strict=True):
+        assert (got.double() - want).norm() < 0.01 * want.norm()
+
+
+def test_loss_of_a_bf16_head_is_summed_in_fp32():
+    """Large vocabulary, many chunks: loss to 1e-4, gradient to bf16's precision."""
+    torch.manual_seed(0)
+    tokens, hidden_size, vocab = 4096, 256, 151_936
+    hidden = torch.randn(tokens, hidden_size, device="cuda").bfloat16().requires_grad_()
+    weight = (0.1 * torch.randn(vocab, hidden_size, device="cuda")).bfloat16()
+    labels = torch.randint(vocab, (tokens,), device="cuda")
+    zeros = torch.zeros_like(labels)
+    loss, sums = packed_loss(
+        hidden,
+        weight,
+        target_positions=torch.arange(tokens, device="cuda"),
+        labels=labels,
+        segments=zeros + 3,
+        document=zeros,
+        num_documents=1,
+        thinking_bucket=zeros - 1,
+        close_id=CLOSE,
+        num_targets=tokens,
+    )
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    total, wanted = 0.0, torch.empty(tokens, hidden_size, device="cuda")
+    for part in torch.arange(tokens, device="cuda").split(512):
+        rows = hidden[part].detach().double().requires_grad_()
+        value = torch.nn.functional.cross_entropy(
+            rows @ weight.double().t(), labels[part], reduction="sum"
+        )
+        (wanted[part],) = (g.float() for g in torch.autograd.grad(value / tokens, rows))
+        total += value.item()
+    assert abs(loss.item() - total / tokens) < 1e-4 * total / tokens
+    assert (gradient.float() - wanted).norm() < 0.01 * wanted.norm()
+    assert sums.per_document[0, 3, 2].item() == tokens
+
+
+def test_full_logits_never_exist_on_the_gpu():
+    tokens, vocab = 8192, 151_936
+    hidden = torch.randn(tokens, 64, device="cuda").bfloat16().requires_grad_()
+    weight = torch.randn(vocab, 64, device="cuda").bfloat16()
+    zeros = torch.zeros(tokens, dtype=torch.int64, device="cuda")
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    loss, _ = packed_loss(
+        hidden,
+        weight,
+        target_positions=torch.arange(tokens, device="cuda"),
+        labels=zeros,
+        segments=zeros,
+        document=zeros,
+        num_documents=1,
+        thinking_bucket=zeros - 1,
+        close_id=CLOSE,
+        num_targets=tokens,
+    )
+    loss.backward()
+    assert torch.cuda.max_memory_allocated() - before < 0.6 * 4 * tokens * vocab
+
+
+def test_the_packed_model_equals_the_cpu():
+    documents = make_documents((300, 17, 511, 60, 128, 8))
+    batch = build_batch(documents, range(len(documents)))
+    losses = []
+    for model in (cuda_model(), cuda_model().float().cpu()):
+        packed, *_ = training(model)
+        device = next(model.parameters()).device
+        loss, _ = packed(batch.to(device), len(batch.labels))
+        loss.backward()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], abs=0.03)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_steps_are_one_graph_and_equal_eager_ones(recompute: bool):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    lengths = (300, 17, 511, 60, 128, 67, 400, 220, 90, 333, 150, 75)
+    tokens = table(lengths)
+    plan = StepPlan(tokens.lengths, tokens.num_targets, row_tokens=512, max_steps=5)
+    losses = []
+    for compiled in (True, False):
+        packed, trainable, optimizer, dist = training(cuda_model(recompute=recompute))
+        if compiled:
+            packed.compile_layers()
+        shape = plan.constant_shape if compiled else {}
+        losses.append([])
+        for step in range(1, len(plan) + 1):
+            sums = forward_backward(
+                packed, plan[step], tokens, dist, StepClock(), batch_shape=shape
+            )
+            update_weights(optimizer, clip_gradients(trainable, 1.0))
+            losses[-1] += [sum(s.per_document[..., 0].sum().item() for _, s in sums)]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    np.testing.assert_allclose(*losses, rtol=0.01)
+
+
+def test_a_step_never_waits_for_the_gpu():
+    tokens = table((300, 17, 511, 60, 128, 67, 400, 220))
+    plan = StepPlan(tokens.lengths, tokens.num_targets, row_tokens=512, accumulation=2, max_steps=6)
+    packed, trainable, optimizer, dist = training(cuda_model())
+    clock, results = StepClock(timeline=CudaTimeline()), []
+    try:
+        for step in range(1, len(plan) + 1):
+            if step == 3:  # the first ones may set up handles and workspaces
+                torch.cuda.synchronize()
+                torch.cuda.set_sync_debug_mode("error")
+            results += forward_backward(
+                packed, plan[step], tokens, dist, clock, batch_shape=plan.constant_shape
+            )
+            with clock.phase("optimizer"):
+                update_weights(optimizer, clip_gradients(trainable, 1.0))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(results) >= 6 and all(s.per_document.isfinite().all() for _, s in results)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_gradient_is_left_out_on_the_device(bad: float):
+    _, trainable, optimizer, _ = training(cuda_model())
+    for parameter in trainable:
+        parameter.grad = torch.ones_like(parameter)
+    update_weights(optimizer, clip_gradients(trainable, 1.0))
+    before = [p.detach().clone() for p in trainable]
+    moments = [optimizer.state[p]["exp_avg"].clone() for p in trainable]
+    for parameter in trainable:
+        parameter.grad = torch.ones_like(parameter)
+    trainable[0].grad.view(-1)[0] = bad
+    update_weights(optimizer, clip_gradients(trainable, 1.0))
+    for parameter, old, moment in zip(trainable, before, moments, strict=True):
+        assert torch.equal(parameter, old)
+        assert torch.equal(optimizer.state[parameter]["exp_avg"], moment)
+        assert optimizer.state[parameter]["step"].item() == 1
+
+
+def test_fp32_trains_without_the_kernel():
+    """A GPU without bf16, or --precision fp32."""
+    tokens = table(LENGTHS[:3])
+    losses = []
+    for model in (cuda_model().float(), cuda_model()):
+        packed, *_ = training(model)
+        batch = build_batch(tokens, range(3)).to(torch.device("cuda"))
+        losses.append(packed(batch, len(batch.labels))[0].item())
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("mode", "more"),
+    [("ddp", ()), ("fsdp", ()), ("fsdp", ("--lora-r", "0"))],
+    ids=["ddp", "fsdp", "all weights"],
+)
+def test_one_rank_in_a_group_gives_the_losses_of_a_plain_run(
+    tiny_model, tiny_data, cache_dir, tmp_path, mode, more
+):
+    options = [option if option != "cpu" else "cuda" for option in OPTIONS]
+    inputs = ["--model-name", str(tiny_model), "--data-path", str(tiny_data)]
+    command = [str(SCRIPT), *options, *inputs, "--cache-dir", str(cache_dir), *more]
+    for ranks, name, parallel in ((0, "plain", "auto"), (1, mode, mode)):
+        done = train(command, tmp_path / name, ranks, 4, "--parallel", parallel)
+        assert done.returncode == 0, done.stderr[-3000:]
+    np.testing.assert_allclose(curve(tmp_path / mode), curve(tmp_path / "plain"), rtol=5e-3)
+
+
+def test_all_weights_trained_in_bf16_learn_as_in_fp32(tiny_model, tiny_data, cache_dir, tmp_path):
+    """The losses are near those of fp32, and what a checkpoint holds is fp32."""
+    inputs = ["--model-name", str(tiny_model), "--data-path", str(tiny_data)]
+    options = [option if option != "cpu" else "cuda" for option in OPTIONS]
+    command = [str(SCRIPT), *options, *inputs, "--cache-dir", str(cache_dir), "--lora-r", "0"]
+    for precision in ("bf16", "fp32"):
+        done = train(command, tmp_path / precision, 0, 4, "--precision", precision)
+        assert done.returncode == 0, done.stderr[-3000:]
+    np.testing.assert_allclose(curve(tmp_path / "bf16"), curve(tmp_path / "fp32"), rtol=5e-3)
+    state = load_file(tmp_path / "bf16/checkpoints/checkpoint-8/adapter_model.safetensors")
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+
+
+def test_recomputation_lowers_the_peak():
+    batch = build_batch(make_documents((1024, 1024)), range(2)).to(torch.device("cuda"))
+    peaks = []
+    for recompute in (False, True):
+        packed, *_ = training(cuda_model(recompute=recompute, num_hidden_layers=12))
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        packed(batch, len(batch.labels))[0].backward()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        del packed
+    assert peaks[1] < 0.5 * peaks[0]

@@ -1,0 +1,345 @@
+"""The page of a run: whole, offline, escaped; for runs that ended and runs that did not.
+
+uv run pytest tests/runs/test_report.py
+"""
+
+import html.parser
+import json
+import math
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import tyro
+
+from direct_finetuning_with_existing_modules import main
+from finetuning.common.errors import UserError, exit_code
+from finetuning.common.html import COLORS, COLUMNS, line_chart, thinned, ticks
+from finetuning.evaluation.generation import Completion, Probe, samples_text
+from finetuning.readers.sample import Sample
+from finetuning.runs import report
+from finetuning.runs.comparison import html_page
+from finetuning.runs.directory import RUN_PREFIX, RunDirectory
+from finetuning.runs.recorded import find_runs, read_recorded
+from finetuning.runs.report import markdown, page, write_report
+from tb_logger import TensorBoardLogger
+
+sys.path.append(str(Path(__file__).parents[2] / "docs"))  # screenshots
+
+EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>"
+VOID = {"meta", "br", "hr", "img", "circle", "line", "path", "use", "rect"}
+
+
+class Page(html.parser.HTMLParser):
+    """Tags and addresses of a page; complains of tags that are not closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.addresses: list[str] = []
+        self.handlers: list[str] = []
+        self._open: list[str] = []
+        self.feed(text)
+        assert not self._open, self._open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.addresses += [v for k, v in attrs if k in ("src", "href", "xlink:href", "data")]
+        self.handlers += [k for k, _ in attrs if k.startswith("on")]
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self._open.pop()
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self._open.pop() == tag, tag
+
+
+def assert_harmless(text: str) -> Page:
+    parsed = Page(text)
+    assert not parsed.tags & {"script", "img", "iframe", "object", "link", "form"}
+    assert all(address.startswith("#") for address in parsed.addresses), parsed.addresses
+    assert not parsed.handlers
+    assert "default-src 'none'" in text
+    return parsed
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_model, tiny_data, cache_dir) -> Path:
+    """The output directory of a short whole run."""
+    out = tmp_path_factory.mktemp("report") / "out"
+    inputs = ["--model-name", str(tiny_model), "--data-path", str(tiny_data)]
+    places = ["--output-dir", str(out), "--cache-dir", str(cache_dir)]
+    steps = ["--max-steps", "4", "--logging-steps", "1", "--eval-steps", "2"]
+    short = ["--max-seq-length", "768", "--num-probes", "1", "--probe-max-new-tokens", "8"]
+    assert main([*inputs, *places, *steps, *short, "--quiet"]) == 0
+    return out
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    """A run that was broken off before it had written anything but a point or two."""
+    run = RunDirectory(tmp_path / "out", RUN_PREFIX + "20250101_000000")
+    run.logs.mkdir(parents=True)
+    run.tensorboard.mkdir(parents=True)
+    return run
+
+
+def test_a_run_leaves_its_page(finished: Path):
+    (path,) = finished.glob("training_logs/*/report.html")
+    text = path.read_text(encoding="utf-8")
+    parsed = assert_harmless(text)
+    assert {"svg", "table", "details"} <= parsed.tags
+    for part in ("completed", "4 of 4", "Loss", "Learning rate", "Held-out questions", "torch"):
+        assert part in text, part
+    assert "learning_rate" in text and "0.0003" in text, "the configuration"
+    assert text.count("<svg") >= 8 and "Lengths" in text
+    assert len(text) < 2_000_000
+
+
+def test_every_pattern_of_the_charts_fits_a_known_tag():
+    from finetuning.events.metric_table import METRICS
+
+    tags = [re.sub("<name>", "q_proj", re.sub("<[ik]>", "1", m.tag)) for m in METRICS]
+    for title, patterns in report.CHARTS.items():
+        for pattern in patterns:
+            assert any(re.fullmatch(pattern, tag) for tag in tags), (title, pattern)
+
+
+def test_every_rate_of_the_probes_is_in_their_chart():
+    from finetuning.events.metric_table import METRICS
+
+    rates = [m.tag for m in METRICS if m.source == "generation_probes" and m.unit == "fraction"]
+    patterns = "|".join(report.CHARTS["Answers of the probes"])
+    assert len(rates) >= 5 and all(re.fullmatch(patterns, tag) for tag in rates)
+
+
+def test_a_run_that_was_broken_off_has_a_page(run: RunDirectory):
+    lines = [
+        {"step": 1, "time": 10.0, "metrics": {"Training/Loss": 2.0}},
+        {"step": 2, "time": 12.0, "metrics": {"Training/Loss": None, EVIL: 1.0}},
+        {"step": 3, "time": 14.0, "metrics": {"Training/Loss": 1.5}},
+    ]
+    cut = '{"step": 4, "time": 16.0, "metr'
+    text = "".join(json.dumps(record) + "\n" for record in lines) + cut
+    (run.logs / "metrics.jsonl").write_text(text, encoding="utf-8")
+    path = write_report(run)
+    text = path.read_text(encoding="utf-8")
+    assert_harmless(text)
+    assert "unknown" in text and "1.5" in text
+    recorded = read_recorded(run)
+    assert recorded.seconds == 4.0 and recorded.lowest("Training/Loss") == 1.5
+    assert math.isnan(recorded.series["Training/Loss"][1][1])
+
+
+def test_texts_of_the_data_stay_text(run: RunDirectory):
+    with TensorBoardLogger(run.tensorboard, metrics_path=run.logs / "metrics.jsonl") as writer:
+        writer.log(1, {"Training/Loss": 2.0})
+        writer.add_text("Eval/Samples", f"{EVIL}\n\n[a](javascript:alert(3)) ![b](http://x/y)", 1)
+    alert = {"name": EVIL, "step": 1, "value": 1.0, "threshold": 2.0, "advice": EVIL}
+    (run.logs / "alerts.jsonl").write_text(json.dumps(alert) + "\n", encoding="utf-8")
+    status = {
+        "status": EVIL,
+        "at": "now",
+        "reason": f"{EVIL} token=hf_abcdefghijklmnopqrstuvwxyz01",
+    }
+    (run.logs / "status.json").write_text(json.dumps(status), encoding="utf-8")
+    settings = {"config": {"model_name": EVIL, "api_key": "sk-secretsecretsecret"}}
+    (run.logs / "configuration.json").write_text(json.dumps(settings), encoding="utf-8")
+    text = page(read_recorded(run))
+    assert_harmless(text)
+    assert "alert(1)" in text, "shown as text"
+    assert "hf_abc" not in text and "sk-secret" not in text
+
+
+def test_markdown_has_tables_and_fences_but_no_html():
+    text = markdown("| a | b |\n| --- | --- |\n| 1 | <b>2</b> |\n\n```\n<i>\n```\n\x1b[31mred")
+    assert "<td>1</td>" in text and "<b>" not in text and "<i>" not in text and "\x1b" not in text
+
+
+def test_of_html_only_line_breaks_pass():
+    text = markdown(
+        "| a |\n| --- |\n| 1<br>2 `<br>` \\<br\\> <br onclick=x> <BR/> |\n\n```\n<br>\n```"
+    )
+    assert text.count("<br") == 1 and re.search(r"1<br ?/?>\s*2", text)
+    assert text.count("&lt;br") == 4
+
+
+def test_the_answers_of_the_model_have_lines():
+    sample = Sample("问", "想一\n想二", "答一\n\n答二", source="a.md", line=3)
+    text = "先\n后 <br> <b>"
+    completion = Completion((1,), True, text, "一\n二", True, 1)
+    shown = markdown(samples_text([Probe(sample, (1,), 2, 4)], [completion]))
+    assert re.search(r"想一<br ?/?>\s*想二", shown) and re.search(
+        r"先<br ?/?>\s*后 &lt;br&gt; &lt;b&gt;", shown
+    )
+    assert shown.count("<br") == 5 and shown.count("&lt;br") == 1, "that of the model is text"
+
+
+def test_time_is_that_of_training(run: RunDirectory):
+    """300 s of a whole epoch, though a night lay in it, and 10 + 5 + 10 s of the next one."""
+    epoch, resumes = "Epoch/Duration_Seconds", "Monitoring/Resume_Count"
+    records = [
+        (0.0, {"Training/Loss": 3.0, resumes: 0.0}),
+        (50_000.0, {epoch: 300.0, resumes: 1.0}),
+        (50_010.0, {resumes: 1.0}),
+        (50_015.0, {"Eval/Loss": 2.0}),
+        (90_000.0, {"Eval/Loss": 1.9}),
+        (90_010.0, {resumes: 2.0}),
+    ]
+    lines = [{"step": i, "time": time, "metrics": m} for i, (time, m) in enumerate(records)]
+    metrics = run.logs / "metrics.jsonl"
+    metrics.write_text("".join(json.dumps(record) + "\n" for record in lines), encoding="utf-8")
+    assert read_recorded(run).seconds == 325.0
+    metrics.write_text(json.dumps(lines[-1]) + "\n", encoding="utf-8")
+    assert read_recorded(run).seconds == 0.0, "all before the checkpoint was taken back"
+
+
+def test_the_speed_is_that_of_most_steps(run: RunDirectory):
+    speeds = [100.0, 102.0, 7.0, None, 101.0, 900.0]
+    lines = [
+        {"step": i, "time": 1.0 * i, "metrics": {"Throughput/Tokens_Per_Second": speed}}
+        for i, speed in enumerate(speeds)
+    ]
+    text = "".join(json.dumps(record) + "\n" for record in lines)
+    (run.logs / "metrics.jsonl").write_text(text, encoding="utf-8")
+    assert report.headline(read_recorded(run))["tokens per second, median"] == "101"
+
+
+def test_a_later_record_of_a_step_wins(run: RunDirectory):
+    lines = [{"step": 1, "time": 1.0, "metrics": {"a": v}} for v in (1.0, 2.0)]
+    text = "".join(json.dumps(record) + "\n" for record in lines)
+    (run.logs / "metrics.jsonl").write_text(text, encoding="utf-8")
+    assert read_recorded(run).series == {"a": [(1, 2.0)]}
+
+
+def test_the_newest_run_of_an_output_directory(finished: Path, tmp_path: Path):
+    (logs,) = (finished / "training_logs").iterdir()
+    shutil.copytree(logs, tmp_path / "out" / "training_logs" / (RUN_PREFIX + "20000101_000000"))
+    shutil.copytree(logs, tmp_path / "out" / "training_logs" / logs.name)
+    runs = find_runs([tmp_path / "out"])
+    assert [run.name for run in runs] == [RUN_PREFIX + "20000101_000000", logs.name]
+    for place in (logs, finished / "tensorboard_logs" / logs.name, logs / "metrics.jsonl"):
+        (found,) = find_runs([place])
+        assert found.logs.resolve() == logs.resolve()
+
+
+def test_bad_places_and_files_are_clear_errors(
+    run: RunDirectory, tmp_path: Path, capfd, monkeypatch
+):
+    with pytest.raises(UserError, match="no run"):
+        find_runs([tmp_path])
+    monkeypatch.setattr("sys.argv", ["report.py", str(tmp_path / "absent")])
+    assert exit_code(lambda: tyro.cli(report.main)) == 2
+    assert capfd.readouterr().err.startswith("error: ")
+    (run.logs / "metrics.jsonl").write_text("{}\n", encoding="utf-8")
+    with pytest.raises(UserError, match="not a metrics file"):
+        read_recorded(run)
+
+
+# -----------------------------------------------------------------------------
+# In a browser
+
+
+LAYOUT = """() => {
+  document.querySelectorAll("details").forEach(one => one.open = true);
+  const lines = cell => { const r = document.createRange(); r.selectNodeContents(cell);
+    return new Set([...r.getClientRects()].map(box => box.top)).size; };
+  return {
+    overflow: document.documentElement.scrollWidth - innerWidth,
+    broken: [...document.querySelectorAll("td:first-child")].filter(c => lines(c) > 1).length,
+    rows: document.querySelectorAll("td:first-child").length,
+  };
+}"""
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    from screenshots import browser_path
+
+    if browser_path() is None:
+        pytest.skip("no Chromium on the PATH (apt-get install chromium)")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=browser_path(), args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.mark.parametrize("width", [390, 1400])
+def test_nothing_lies_beside_the_page_and_names_are_whole(finished: Path, chromium, width: int):
+    runs = [read_recorded(run) for run in find_runs([finished])]
+    (recorded,) = runs
+    recorded.series["Eval/By_Source/" + "a-long-file-name" * 3] = [(0, 1.0)]
+    recorded.configuration["config"]["data_path"] = ["/somewhere/far" * 12]
+    view = chromium.new_page(viewport={"width": width, "height": 800})
+    for content in (page(recorded), html_page(runs * 3)):
+        view.set_content(content)
+        found = view.evaluate(LAYOUT)
+        assert found["overflow"] <= 0 and found["broken"] == 0 and found["rows"] > 8, found
+    view.close()
+
+
+# -----------------------------------------------------------------------------
+# Charts
+
+
+def test_thinning_keeps_spikes_and_gaps():
+    points = [(i, 1.0) for i in range(20_000)]
+    points[7777], points[9999], points[12345] = (7777, 50.0), (9999, -9.0), (12345, math.nan)
+    kept = thinned(points)
+    assert len(kept) <= 3 * COLUMNS and [x for x, _ in kept] == sorted(x for x, _ in kept)
+    assert (7777, 50.0) in kept and (9999, -9.0) in kept
+    assert any(math.isnan(y) for _, y in kept)
+    assert thinned(points[:50]) == points[:50]
+
+
+def test_a_chart_of_odd_curves():
+    chart = line_chart("<t>", {"<a>": [(0, 1.0), (1, math.nan), (2, 1.0)], "b": []})
+    Page(chart)
+    assert "&lt;t&gt;" in chart and "&lt;a&gt;" in chart and "nan" not in chart
+    assert chart.count("<circle") == 2, "points alone are dots"
+    assert line_chart("none", {"a": [(0, math.inf)]}) == ""
+    assert line_chart("one point", {"a": [(5, 5.0)]})
+
+
+def test_no_two_curves_of_a_chart_look_alike():
+    chart = line_chart("many", {f"<{i}>": [(0, 1.0), (1, i)] for i in range(30)})
+    look = r'stroke="(#\w+)" stroke-dasharray="([\w ]+)"'
+    curves = re.findall(f"<path {look}", chart)
+    legend = re.findall(f"<line x2[^>]* {look}", chart)
+    assert len(set(curves)) == len(curves) == 30 and legend == curves
+    assert len(set(re.findall(look, line_chart("few", {"a": [(0, 1)], "b": [(0, 1)]})))) == 2
+
+
+@pytest.mark.parametrize("ground", [1.0, 0.006], ids=["white", "#121212"])
+def test_curves_stand_out_from_light_and_dark_pages(ground):
+    for color in COLORS:
+        parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        light = sum(w * part for w, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+        low, high = sorted((light, ground))
+        assert (high + 0.05) / (low + 0.05) >= 3, color  # WCAG 2, 1.4.11
+
+
+def test_a_chart_says_what_it_leaves_out():
+    series = {
+        f"Eval/By_Source/{i:02d}": [(0, 1.0), (1, 2.0)] for i in range(report.MOST_CURVES + 3)
+    }
+    charts = report._charts(series)
+    assert charts.count("<path") == report.MOST_CURVES
+    assert "Held-out loss by source (the first 12 of 15)" in charts
+    del series["Eval/By_Source/00"], series["Eval/By_Source/01"], series["Eval/By_Source/02"]
+    assert "the first" not in report._charts(series)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (1e-5, 3e-4), (-3, 7), (0, 123456)])
+def test_ticks_are_few_round_and_inside(low, high):
+    marks = ticks(low, high)
+    assert 3 <= len(marks) <= 7 and all(low - 1e-12 <= m <= high * 1.0000001 for m in marks)

@@ -1,0 +1,209 @@
+"""The model in training: updates, going back to the last bit, and less memory without another result.
+
+uv run pytest tests/training/test_engine.py
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+from finetuning.common.distributed import Distributed
+from finetuning.common.errors import RunStopped
+from finetuning.data.packing import StepPlan
+from finetuning.data.token_table import TokenizedSamples
+from finetuning.data.tokenization import tokenize_samples
+from finetuning.model import packed_model
+from finetuning.model.flops import dims_from_config, training_flops
+from finetuning.readers.dataset import read_samples
+from finetuning.training import engine
+from finetuning.training.engine import ModelInTraining
+from finetuning.training.state import TrainState
+from finetuning.training.step_clock import StepClock
+
+ONE = Distributed(0, 1, 0, torch.device("cpu"))
+RATE = 1e-2
+Make = Callable[..., ModelInTraining]
+
+
+@pytest.fixture(scope="module")
+def tokens(tiny_model: Path, tiny_data: Path) -> TokenizedSamples:
+    samples = read_samples([str(tiny_data)]).samples
+    return tokenize_samples(samples, AutoTokenizer.from_pretrained(tiny_model), 768)
+
+
+@pytest.fixture(scope="module")
+def plan(tokens: TokenizedSamples) -> StepPlan:
+    return StepPlan(tokens.lengths, tokens.num_targets, row_tokens=768, max_steps=100)
+
+
+@pytest.fixture
+def make(tiny_model: Path, tokens: TokenizedSamples) -> Make:
+    def make(**changes) -> ModelInTraining:
+        torch.manual_seed(0)
+        base = Qwen3ForCausalLM.from_pretrained(tiny_model)
+        model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+        options = {
+            "parallel": "ddp",
+            "dtype": torch.float32,
+            "batch_shape": {},
+            "must_compile": False,
+            "recomputes": False,
+            "may_recompute": True,
+            "learning_rate": RATE,
+            "betas": (0.9, 0.999),
+            "epsilon": 1e-8,
+            "weight_decay": 0.0,
+            "warn": lambda text: None,
+        }
+        return ModelInTraining(model, tokens.close_id, ONE, **(options | changes))
+
+    return make
+
+
+def gradients(model: ModelInTraining, plan: StepPlan, tokens: TokenizedSamples, state: TrainState):
+    planned = plan[state.step + 1]
+    sums, _ = model.forward_backward(planned, tokens, StepClock(), state, lambda: False)
+    loss = sum(s.per_document[..., 0].double().sum() for _, s in sums) / planned.num_targets
+    return loss.item(), [p.grad.clone() for p in model.parameters]
+
+
+def train(model, plan, tokens, state, steps: int) -> list[float]:
+    losses = []
+    for _ in range(steps):
+        losses.append(gradients(model, plan, tokens, state)[0])
+        model.update(RATE, max_grad_norm=1.0)
+        state.step += 1
+    return losses
+
+
+def short_of_memory(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """No more than so many supervised tokens at once; recomputation alone does not help."""
+    original = packed_model.packed_loss
+
+    def small_memory(hidden, *args, **kwargs):
+        if hidden.shape[0] > rows:
+            raise torch.OutOfMemoryError("CUDA out of memory (injected)")
+        return original(hidden, *args, **kwargs)
+
+    monkeypatch.setattr(packed_model, "packed_loss", small_memory)
+
+
+def test_back_to_a_checkpoint_and_on_to_the_last_bit(make, plan, tokens):
+    model, state = make(), TrainState()
+    train(model, plan, tokens, state, 3)
+    saved = {
+        file: {name: tensor.clone() for name, tensor in content.items()}
+        for file, content in model.tensors().items()
+    }
+    expected = train(model, plan, tokens, state, 3)
+    for other in (model, make()):
+        back = TrainState(step=3)
+        other.restore(saved, back)
+        assert train(other, plan, tokens, back, 3) == expected
+        assert all(map(torch.equal, model.parameters, other.parameters))
+
+
+def test_a_step_left_out_changes_nothing(make, plan, tokens):
+    model, state = make(), TrainState()
+    train(model, plan, tokens, state, 1)
+    before = [p.detach().clone() for p in model.parameters]
+    _, found = gradients(model, plan, tokens, state)
+    norm = model.update(RATE, max_grad_norm=1.0, skip=True)
+    assert norm.item() == pytest.approx(torch.cat([g.flatten() for g in found]).norm().item())
+    assert all(map(torch.equal, before, model.parameters))
+    assert all(p.grad is None for p in model.parameters)
+
+
+def test_less_memory_gives_the_same_gradients(make, plan, tokens, monkeypatch):
+    loss, expected = gradients(make(), plan, tokens, TrainState())
+    said: list[str] = []
+    model, state = make(warn=said.append), TrainState()
+    short_of_memory(monkeypatch, 300)
+    less, found = gradients(model, plan, tokens, state)
+    assert state.recomputes and model.recomputes and state.micro_batch_splits >= 1
+    assert ["made again" in text for text in said] == [True] + [False] * state.micro_batch_splits
+    assert less == pytest.approx(loss, rel=1e-6)
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    said.clear()
+    gradients(model, plan, tokens, state)
+    assert not said, "what was learned is kept"
+
+
+def test_a_resumed_run_knows_what_memory_was_left(make, plan, tokens, monkeypatch):
+    model = make()
+    short_of_memory(monkeypatch, 300)
+    state = TrainState()
+    gradients(model, plan, tokens, state)
+    said: list[str] = []
+    resumed = make(warn=said.append)
+    resumed.restore(model.tensors(), state)
+    gradients(resumed, plan, tokens, state)
+    assert resumed.recomputes and not said
+
+
+def test_where_there_is_no_less_the_run_ends_with_a_way_on(make, plan, tokens, monkeypatch):
+    short_of_memory(monkeypatch, 0)
+    with pytest.raises(RunStopped, match=r"step 8: out of memory .*injected.* --resume latest"):
+        gradients(make(), plan, tokens, TrainState(step=7))
+    with pytest.raises(RunStopped, match="out of memory"):
+        model = make(parallel="ddp")
+        model._parallel = "fsdp"  # shards can't agree in the middle of a step
+        gradients(model, plan, tokens, TrainState())
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(make, plan, tokens, monkeypatch):
+    def wrong(*_: object, **__: object) -> None:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(engine, "forward_backward", wrong)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        gradients(make(), plan, tokens, TrainState())
+
+
+def test_who_wants_to_stop_is_asked_after_the_passes(make, plan, tokens, monkeypatch):
+    asked, forward_backward = [], engine.forward_backward
+
+    def passes(*args, **kwargs):
+        assert not asked
+        return forward_backward(*args, **kwargs)
+
+    monkeypatch.setattr(engine, "forward_backward", passes)
+    for answer in (True, False):
+        asked.clear()
+        _, stops = make().forward_backward(
+            plan[1], tokens, StepClock(), TrainState(), lambda a=answer: asked.append(1) or a
+        )
+        assert stops is answer and asked == [1]
+
+
+def test_the_arithmetic_counts_adapters_or_all_weights(make, tiny_model, tokens):
+    model = make()
+    lengths = np.array([100, 200])
+    assert model.num_trainable == sum(p.numel() for p in model.parameters) < model.num_parameters
+    adapters = model.flops(lengths, 150)
+    everything = ModelInTraining(
+        Qwen3ForCausalLM.from_pretrained(tiny_model),
+        tokens.close_id,
+        ONE,
+        parallel="ddp",
+        dtype=torch.float32,
+        batch_shape={},
+        must_compile=False,
+        recomputes=False,
+        may_recompute=False,
+        learning_rate=RATE,
+        betas=(0.9, 0.999),
+        epsilon=1e-8,
+        weight_decay=0.0,
+        warn=print,
+    )
+    assert everything.num_trainable == everything.num_parameters
+    dims = dims_from_config(Qwen3Config.from_pretrained(tiny_model))
+    assert adapters == training_flops(dims, lengths, 150, lora_weights=model.num_trainable)
+    assert everything.flops(lengths, 150) == training_flops(dims, lengths, 150, lora_weights=None)
