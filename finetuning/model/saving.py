@@ -1,7 +1,6 @@
 """A trained model to a folder, whole or not at all."""
 
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,13 @@ from peft import (
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from finetuning.common.files import usual_mode, write_json
+from finetuning.common.files import (
+    fsync_files,
+    publish_folder,
+    staging_folder,
+    usual_mode,
+    write_json,
+)
 from finetuning.model.adapters import adapter_documents, adapter_state, load_adapter
 from finetuning.model.loading import base_of, load_base, load_tokenizer
 from finetuning.model.parallel import full_tensor
@@ -90,32 +95,18 @@ def _save_folder(
     notes: Mapping[str, str] | None = None,
 ) -> None:
     """Fill a staging folder, make it durable, and put it in the place of `directory`."""
-    staging = directory.with_name(f".{directory.name}-{os.getpid()}")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
     try:
-        write(staging)
-        tokenizer.save_pretrained(staging)
-        for name, text in (notes or {}).items():
-            (staging / name).write_text(text, encoding="utf-8")
-        for path in staging.iterdir():
-            path.chmod(usual_mode())  # safetensors' is 0600
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
-        _replace(staging, directory)
+        with staging_folder(directory.parent, f".{directory.name}-", str(os.getpid())) as staging:
+            write(staging)
+            tokenizer.save_pretrained(staging)
+            for name, text in (notes or {}).items():
+                (staging / name).write_text(text, encoding="utf-8")
+            for path in staging.iterdir():
+                path.chmod(usual_mode())  # safetensors' is 0600
+            fsync_files(staging)
+            publish_folder(staging, directory)
     except Exception as error:
         # A full disk is a SafetensorError to safetensors and a bare Exception to tokenizers.
         if isinstance(error, SafetensorError) or type(error) is Exception:
             raise OSError(f"{directory}: {error}") from error
         raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _replace(staging: Path, directory: Path) -> None:
-    """Rename `staging` to `directory`; an earlier folder steps aside first and then goes."""
-    old = directory.with_name(f".{directory.name}-old-{os.getpid()}")
-    if directory.exists():
-        directory.rename(old)
-    staging.rename(directory)
-    shutil.rmtree(old, ignore_errors=True)

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from finetuning.common.distributed import Distributed
 from finetuning.common.errors import RunStopped, UserError
-from finetuning.common.files import write_json
+from finetuning.common.files import atomic_write, write_json
 
 RUN_PREFIX = "qwen3_4b_thinking_"
 LOCK_NAME = ".run.lock"
@@ -121,11 +121,8 @@ def check_writable(output_dir: Path, needed_bytes: int) -> None:
     """Write and rename a probe file, and see that `needed_bytes` are free. Raises UserError."""
     probe = output_dir / f".probe-{os.getpid()}"
     try:
-        with open(probe, "wb") as file:
+        with atomic_write(probe.with_suffix(".renamed"), probe) as file:
             file.write(b"probe")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(probe, probe.with_suffix(".renamed"))
         probe.with_suffix(".renamed").unlink()
         free = shutil.disk_usage(output_dir).free
     except OSError as error:
