@@ -3,13 +3,14 @@
 Everything here reads the dictionary of `DatasetStatistics.to_json` and computes no statistic itself.
 """
 
-import html as html_escape
+import html
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from finetuning.analysis import crypto_terms
+from finetuning.common.html import cell, table
 from finetuning.common.text import clean_line, table_cell
 
 if TYPE_CHECKING:
@@ -284,10 +285,7 @@ td,th{padding:.2rem .7rem;border-bottom:1px solid #8884;text-align:left;vertical
 
 def html_page(report: Report) -> str:
     """One page that needs no other file and runs no script."""
-    escape = html_escape.escape
-    warnings = "".join(
-        f'<p class="warning">{escape(clean_line(w))}</p>' for w in report["warnings"]
-    )
+    warnings = "".join(f'<p class="warning">{cell(w)}</p>' for w in report["warnings"])
     shown = tables(report) + ([_comparison(report)] if "compare" in report else [])
     if "compare" in report:
         leaks = report["compare"]["leak_findings"][:_TOP]
@@ -302,16 +300,14 @@ def html_page(report: Report) -> str:
 
 
 def _html_table(title: str, header: Row, rows: list[Row]) -> str:
-    escape = html_escape.escape
-    bars = _bars(header, rows)
-    head = "".join(f"<th>{escape(name)}</th>" for name in header) + ("<th></th>" if bars else "")
-    lines = []
-    for row, bar in zip(rows, bars or [None] * len(rows), strict=True):
-        cells = "".join(f"<td>{escape(clean_line(cell))}</td>" for cell in row)
-        if bar is not None:
-            cells += f'<td><div class="bar" style="width:{bar * 16:.2f}rem"></div></td>'
-        lines.append(f"<tr>{cells}</tr>")
-    return f"<h2>{escape(title)}</h2><table><tr>{head}</tr>{''.join(lines)}</table>"
+    bars = [
+        [f'<div class="bar" style="width:{bar * 16:.2f}rem"></div>'] for bar in _bars(header, rows)
+    ]
+    lines = [
+        [*map(cell, row), *bar] for row, bar in zip(rows, bars or [[]] * len(rows), strict=True)
+    ]
+    names = (*header, "") if bars else header
+    return f"<h2>{html.escape(title)}</h2>{table(names, lines)}"
 
 
 # -----------------------------------------------------------------------------

@@ -6,7 +6,6 @@ is found by a program that would make something else.
 
 import atexit
 import hashlib
-import os
 import shutil
 import tempfile
 import unicodedata
@@ -19,6 +18,7 @@ import numpy as np
 from filelock import FileLock
 
 from finetuning.common.errors import UserError
+from finetuning.common.files import publish_folder, staging_folder
 
 T = TypeVar("T")
 PACKAGE = Path(__file__).parents[1]
@@ -41,7 +41,9 @@ def cached_folder(
         with FileLock(f"{folder}.lock"):
             found = load(folder)
             if found is None:
-                _write_whole(folder, write)
+                with staging_folder(folder.parent, ".building-") as building:
+                    write(building)
+                    publish_folder(building, folder)  # in place of a damaged one
                 found = load(folder)
     except OSError as error:
         raise UserError(f"can't write the cache {folder}: {error.strerror or error}") from error
@@ -59,17 +61,6 @@ def kept_array(path: Path, *, mapped: bool = False) -> np.ndarray | None:
         return np.load(path, mmap_mode="r" if mapped else None)
     except (OSError, ValueError, EOFError):
         return None
-
-
-def _write_whole(folder: Path, write: Callable[[Path], None]) -> None:
-    building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
-    try:
-        write(building)
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
-        os.replace(building, folder)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
 
 
 def temporary_folder() -> Path:

@@ -1,13 +1,124 @@
-"""Files that are written whole or not at all, and strict JSON."""
+"""Files and folders that appear whole or not at all, and strict JSON."""
 
 import json
 import math
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from finetuning.common.text import CONTROLS, INVISIBLE
+
+# -----------------------------------------------------------------------------
+# Files
+
+
+@contextmanager
+def durable_file(path: Path, mode: str = "wb", **options: Any) -> Iterator[IO[Any]]:
+    """Open a new file to write; at the end of the block it is on the disk, after an error it is gone.
+
+    options: those of `open`.
+    """
+    try:
+        with open(path, mode, **options) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Write beside and rename, so that a reader sees the old file or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    with atomic_write(path, Path(name), "w", encoding="utf-8", newline="\n") as file:
+        os.chmod(name, usual_mode())  # mkstemp's is 0600
+        file.write(text)
+
+
+@contextmanager
+def atomic_write(
+    path: Path, temporary: Path, mode: str = "wb", **options: Any
+) -> Iterator[IO[Any]]:
+    """Write `temporary`, which takes the place of `path` at the end of the block; after an error it is
+    gone, and `path` as it was."""
+    with durable_file(temporary, mode, **options) as file:
+        yield file
+    try:
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def usual_mode() -> int:
+    """Permissions that a new file has: others read what we leave like any other file."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask
+
+
+# -----------------------------------------------------------------------------
+# Folders
+
+
+@contextmanager
+def staging_folder(parent: Path, prefix: str, name: str = "") -> Iterator[Path]:
+    """A new folder to fill and then to rename; at the end of the block it is gone if it still has its name.
+
+    It is called `prefix` and `name`, and what a dead process left under that name is removed; without
+    `name` it gets one that nobody has, and permissions for its owner only.
+    """
+    if name:
+        staging = parent / f"{prefix}{name}"
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+    else:
+        staging = Path(tempfile.mkdtemp(dir=parent, prefix=prefix))
+    try:
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def publish_folder(staging: Path, target: Path) -> None:
+    """Rename a filled staging folder to `target`; an earlier folder steps aside first and then goes.
+
+    `runs.directory` finds the earlier folder by its name if the program dies in between.
+    """
+    old = target.with_name(f".{target.name}-old-{os.getpid()}")
+    if target.exists():
+        target.rename(old)
+    staging.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def fsync_files(folder: Path) -> None:
+    """Wait until every file directly in `folder` is on the disk."""
+    for path in folder.iterdir():
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+
+
+def fsync_directory(path: Path) -> None:
+    """Wait until the names in a directory are on the disk: a rename alone is not durable."""
+    if os.name == "nt":  # Windows has no handle on a directory to flush
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# -----------------------------------------------------------------------------
+# JSON
 
 
 def strict(value: Any) -> Any:
@@ -31,29 +142,6 @@ def json_text(value: Any, indent: int | None = None) -> str:
     for hidden in (CONTROLS, INVISIBLE):
         text = hidden.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
     return text
-
-
-def atomic_write_text(path: Path, text: str) -> None:
-    """Write beside and rename, so that a reader sees the old file or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, usual_mode())  # mkstemp's is 0600
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def usual_mode() -> int:
-    """Permissions that a new file has: others read what we leave like any other file."""
-    umask = os.umask(0)
-    os.umask(umask)
-    return 0o666 & ~umask
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -20,3 +20,8 @@ def shown(value: Any) -> str:
     if value is None:
         return "–"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def due(step: int, every: int) -> bool:
+    """True at every `every`-th step; never for 0."""
+    return every > 0 and step % every == 0

@@ -1,8 +1,10 @@
-"""Curves as inline SVG: small, sharp, without a script, and readable in light and dark pages."""
+"""Pages, tables and curves for a browser: without a script, without a request, for light and dark screens."""
 
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+
+from finetuning.common.text import clean_line
 
 Points = Sequence[tuple[float, float]]  # (x, y), x rises; a y that is not finite breaks the line
 
@@ -12,7 +14,27 @@ COLUMNS = 500  # beyond so many points a line is drawn by the lowest and highest
 COLORS = (  # each stands out from white and from black
     "#2a7fb8", "#d9622b", "#3a9a54", "#a05ab4", "#b08a10", "#2a9a9a", "#c2497a", "#7a7a7a",
 )  # fmt: skip
-STYLE = """
+PAGE_STYLE = """
+:root{color-scheme:light dark}
+body{font:15px/1.5 system-ui,"Noto Sans CJK SC",sans-serif;max-width:76rem;margin:2rem auto;padding:0 1rem;
+overflow-wrap:anywhere}
+h1{margin-bottom:.2rem}h2{margin-top:2.5rem;border-bottom:1px solid #8886}
+table{display:block;overflow-x:auto;border-collapse:collapse;margin:.5rem 0 1rem;font-size:.93em}
+td,th{padding:.2rem .7rem;border-bottom:1px solid #8884;text-align:left;vertical-align:top;
+overflow-wrap:break-word;max-width:min(34rem,60vw)}
+td:has(br){min-width:min(15rem,55vw)}td:first-child{white-space:nowrap;max-width:none}
+.cards{display:flex;flex-wrap:wrap;gap:.8rem;margin:1rem 0}
+.card{border:1px solid #8886;border-radius:.5rem;padding:.5rem 1rem}
+.card b{display:block;font-size:1.25rem}.card span{opacity:.7;font-size:.85rem}
+.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,30rem),1fr));gap:1.5rem}
+.status{border-radius:1rem;padding:.1rem .7rem;background:#8883}
+.completed{background:#3a9a5444}.failed{background:#d9622b55}.running{background:#2a7fb844}
+pre{background:#8882;padding:.6rem;overflow-x:auto;white-space:pre-wrap;overflow-wrap:anywhere}
+details{margin:.6rem 0}summary{cursor:pointer;font-weight:600}
+.picture{background:#fff;max-width:40rem}.picture svg{width:100%;height:auto}
+footer{margin-top:3rem;opacity:.7;font-size:.85rem}
+"""
+CHART_STYLE = """
 .chart{max-width:100%;height:auto;font:11px system-ui,sans-serif}
 .chart text{fill:currentColor}.chart .grid{stroke:currentColor;opacity:.15}
 .chart path{fill:none;stroke-width:1.6;stroke-linejoin:round}
@@ -20,12 +42,45 @@ STYLE = """
 .legend svg{width:1.8rem;height:.3rem;margin-right:.3rem;vertical-align:middle}
 figure{margin:0;min-width:0}figcaption{font-weight:600;margin:.2rem 0}
 """
+# Even if something slipped through the escaping: no script, no request to anywhere.
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+
+# -----------------------------------------------------------------------------
+# Pages and tables
+
+
+def html_page(title: str, body: str) -> str:
+    """A whole page around `body`, which is HTML, with the style that tables and charts need."""
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        f'<meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
+        f"<style>{PAGE_STYLE}{CHART_STYLE}</style></head><body>{body}</body></html>\n"
+    )
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A `<table>`. header: plain texts; rows: their cells, which are HTML (`cell` makes it of a text)."""
+    head = "".join(f"<th>{cell(name)}</th>" for name in header)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{content}</td>" for content in row) + "</tr>" for row in rows
+    )
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def cell(text: str, limit: int | None = None) -> str:
+    """A text as the content of a cell: on one line, escaped, cut to `limit` characters."""
+    return html.escape(clean_line(text, limit))
+
+
+# -----------------------------------------------------------------------------
+# Curves
 
 
 def line_chart(title: str, lines: Mapping[str, Points], *, x_name: str = "step") -> str:
     """A `<figure>` with one curve for each name; empty where no value is finite.
 
-    The page needs `STYLE`.
+    The page needs `CHART_STYLE`.
     """
     finite = [(x, y) for points in lines.values() for x, y in points if math.isfinite(y)]
     if not finite:

@@ -16,9 +16,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import google_crc32c
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+from finetuning.common.files import atomic_write, durable_file, fsync_directory
 
 FILE_VERSION = "brain.Event:2"
 SESSION_END_TAG = "_hparams_/session_end_info"
@@ -272,9 +275,10 @@ def rewind_events(run_dir: Path, last_step: int) -> dict[str, int]:
         return {}
     temporary = run_dir / f".compact-{os.getpid()}.tmp"  # readers load any name with "tfevents"
     try:
-        last_steps = _copy_up_to(paths, last_step, temporary)
+        with durable_file(temporary, buffering=1 << 20) as file:
+            last_steps = _copy_up_to(paths, last_step, file)
         temporary.replace(next_event_path(run_dir))
-        _sync_directory(run_dir)
+        fsync_directory(run_dir)
     except OSError:
         temporary.unlink(missing_ok=True)
         for path in paths:
@@ -285,17 +289,14 @@ def rewind_events(run_dir: Path, last_step: int) -> dict[str, int]:
     return last_steps
 
 
-def _copy_up_to(paths: Sequence[Path], last_step: int, target: Path) -> dict[str, int]:
+def _copy_up_to(paths: Sequence[Path], last_step: int, file: BinaryIO) -> dict[str, int]:
     last_steps: dict[str, int] = {}
-    with open(target, "wb", buffering=1 << 20) as file:
-        file.write(opening_records(0))
-        for event in surviving_events(paths):
-            if event.step > last_step or _without_session_end(event):
-                continue
-            last_steps.update(_last_steps([event]))
-            file.write(frame(event.SerializeToString()))
-        file.flush()
-        os.fsync(file.fileno())
+    file.write(opening_records(0))
+    for event in surviving_events(paths):
+        if event.step > last_step or _without_session_end(event):
+            continue
+        last_steps.update(_last_steps([event]))
+        file.write(frame(event.SerializeToString()))
     return last_steps
 
 
@@ -332,16 +333,6 @@ def _version_end(path: Path) -> int:
     return 0
 
 
-def _sync_directory(path: Path) -> None:
-    if not hasattr(os, "O_DIRECTORY"):  # Windows has no handle on a directory
-        return
-    fd = os.open(path, os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 # --- metrics.jsonl -----------------------------------------------------------------------------
 
 
@@ -360,13 +351,9 @@ def rewind_lines(path: Path, last_step: int) -> None:
         return
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(path, "rb") as old, open(temporary, "wb") as new:
+        with atomic_write(path, temporary) as new, open(path, "rb") as old:
             new.writelines(line for line in old if _up_to(line, last_step))
-            new.flush()
-            os.fsync(new.fileno())
-        temporary.replace(path)
     except OSError:
-        temporary.unlink(missing_ok=True)
         os.truncate(path, _good_lines_end(path, last_step))
 
 

@@ -9,9 +9,6 @@ LoRA. It demonstrates the program; it knows nothing about cryptography.
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +22,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from finetuning.common.errors import UserError
+from finetuning.common.files import fsync_files, staging_folder
 
 # Qwen's control tokens in the order of their ids, which follow the text vocabulary.
 SPECIAL_TOKENS = (
@@ -145,12 +143,15 @@ def build_embedded(texts: Sequence[str], cache_dir: Path, seed: int = 0) -> Path
     if (folder / WEIGHTS).is_file():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".embedded-", dir=folder.parent))
-    try:
+    with staging_folder(folder.parent, ".embedded-") as staging:
         _write_model(texts, staging, seed)
-        _publish(staging, folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        staging.chmod(0o755)
+        fsync_files(staging)
+        try:
+            staging.rename(folder)
+        except OSError:  # a folder that another process finished first is as good as ours
+            if not (folder / WEIGHTS).is_file():
+                raise
     return folder
 
 
@@ -272,19 +273,6 @@ def _content_hash(texts: Sequence[str], seed: int) -> str:
         "versions": [torch.__version__, transformers.__version__, tokenizers.__version__],
     }
     return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
-
-
-def _publish(staging: Path, folder: Path) -> None:
-    """Rename into place; a folder that another process finished first is as good as ours."""
-    staging.chmod(0o755)
-    for path in staging.iterdir():
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
-    try:
-        staging.rename(folder)
-    except OSError:
-        if not (folder / WEIGHTS).is_file():
-            raise
 
 
 @contextmanager

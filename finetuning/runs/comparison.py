@@ -12,13 +12,10 @@ from rich.text import Text
 from finetuning.common.errors import UserError
 from finetuning.common.files import atomic_write_text, strict
 from finetuning.common.formatting import duration, shown
-from finetuning.common.html import STYLE as CHART_STYLE
-from finetuning.common.html import Points, line_chart
+from finetuning.common.html import Points, cell, html_page, line_chart, table
 from finetuning.common.text import clean_line, redact
 from finetuning.runs.directory import RUN_PREFIX
 from finetuning.runs.recorded import RecordedRun
-from finetuning.runs.report import POLICY
-from finetuning.runs.report import STYLE as PAGE_STYLE
 from finetuning.runs.summary import flat
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -203,7 +200,7 @@ def sparkline(values: Sequence[float], width: int = SPARK_WIDTH) -> str:
 # Page
 
 
-def html_page(runs: Sequence[RecordedRun]) -> str:
+def page(runs: Sequence[RecordedRun]) -> str:
     """Tables and curves of all runs in one page, offline and without scripts."""
     names = labels(runs)
     results = _html_table(names, [*outcomes(runs), *metric_rows(runs)])
@@ -214,29 +211,22 @@ def html_page(runs: Sequence[RecordedRun]) -> str:
         )
         for title, tag in CHARTS.items()
     )
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        '<meta name="viewport" content="width=device-width"><title>Runs</title>'
-        f"<style>{PAGE_STYLE}{CHART_STYLE}</style></head><body><h1>{len(runs)} runs</h1>"
+    body = (
+        f"<h1>{len(runs)} runs</h1>"
         f"<h2>Settings that differ</h2>{_html_table(names, setting_rows(runs))}"
         f"<h2>{html.escape(results_title(runs))}</h2>{results}"
-        f'<h2>Curves</h2><div class="charts">{charts}</div></body></html>\n'
+        f'<h2>Curves</h2><div class="charts">{charts}</div>'
     )
+    return html_page("Runs", body)
 
 
 def _html_table(names: Sequence[str], rows: Rows) -> str:
-    def line(kind: str, cells: Sequence[str]) -> str:
-        inner = "".join(f"<{kind}>{html.escape(clean_line(cell, 300))}</{kind}>" for cell in cells)
-        return f"<tr>{inner}</tr>"
-
-    body = "".join(line("td", (name, *values)) for name, values in rows)
-    return f"<table>{line('th', ('', *names))}{body}</table>"
+    return table(("", *names), ([cell(v, 300) for v in (name, *values)] for name, values in rows))
 
 
 def write_page(path: Path, runs: Sequence[RecordedRun]) -> None:
-    """Write `html_page`. Raises UserError where that can't be done."""
+    """Write `page`. Raises UserError where that can't be done."""
     try:
-        atomic_write_text(path, html_page(runs))
+        atomic_write_text(path, page(runs))
     except OSError as error:
         raise UserError(f"--html {path}: can't be written ({error.strerror or error})") from error

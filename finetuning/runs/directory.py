@@ -19,8 +19,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from finetuning.common.distributed import Distributed
 from finetuning.common.errors import RunStopped, UserError
-from finetuning.common.files import write_json
+from finetuning.common.files import atomic_write, write_json
 
 RUN_PREFIX = "qwen3_4b_thinking_"
 LOCK_NAME = ".run.lock"
@@ -120,11 +121,8 @@ def check_writable(output_dir: Path, needed_bytes: int) -> None:
     """Write and rename a probe file, and see that `needed_bytes` are free. Raises UserError."""
     probe = output_dir / f".probe-{os.getpid()}"
     try:
-        with open(probe, "wb") as file:
+        with atomic_write(probe.with_suffix(".renamed"), probe) as file:
             file.write(b"probe")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(probe, probe.with_suffix(".renamed"))
         probe.with_suffix(".renamed").unlink()
         free = shutil.disk_usage(output_dir).free
     except OSError as error:
@@ -156,6 +154,13 @@ def new_run(output_dir: Path) -> RunDirectory:
             raise UserError(
                 f"output_dir {output_dir}: can't be written ({error.strerror or error})"
             ) from error
+
+
+def open_directory(output_dir: Path, dist: Distributed, known: str) -> RunDirectory:
+    """The directory of the run of this name, or of a new run where it is empty; alike on all ranks."""
+    name = dist.broadcast(dist.is_main and (known or new_run(output_dir).name))
+    dist.note("run", name)
+    return known_run(output_dir, name) if dist.is_main else shared_run(output_dir, name)
 
 
 def known_run(output_dir: Path, name: str) -> RunDirectory:

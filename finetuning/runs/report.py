@@ -23,8 +23,7 @@ from finetuning.analysis import report as analysis_report
 from finetuning.common.errors import exit_code
 from finetuning.common.files import atomic_write_text
 from finetuning.common.formatting import duration, shown
-from finetuning.common.html import STYLE as CHART_STYLE
-from finetuning.common.html import Points, line_chart
+from finetuning.common.html import Points, cell, html_page, line_chart, table
 from finetuning.common.text import clean, clean_line, redact, redact_values
 from finetuning.runs.directory import RunDirectory
 from finetuning.runs.recorded import RecordedRun, find_runs, read_recorded
@@ -66,28 +65,6 @@ TEXTS = (
     ("LoRA/Modules", "Adapters"),
     ("Dataset/Mask_Audit", "Which tokens carry loss"),
 )
-STYLE = """
-:root{color-scheme:light dark}
-body{font:15px/1.5 system-ui,"Noto Sans CJK SC",sans-serif;max-width:76rem;margin:2rem auto;padding:0 1rem;
-overflow-wrap:anywhere}
-h1{margin-bottom:.2rem}h2{margin-top:2.5rem;border-bottom:1px solid #8886}
-table{display:block;overflow-x:auto;border-collapse:collapse;margin:.5rem 0 1rem;font-size:.93em}
-td,th{padding:.2rem .7rem;border-bottom:1px solid #8884;text-align:left;vertical-align:top;
-overflow-wrap:break-word;max-width:min(34rem,60vw)}
-td:has(br){min-width:min(15rem,55vw)}td:first-child{white-space:nowrap;max-width:none}
-.cards{display:flex;flex-wrap:wrap;gap:.8rem;margin:1rem 0}
-.card{border:1px solid #8886;border-radius:.5rem;padding:.5rem 1rem}
-.card b{display:block;font-size:1.25rem}.card span{opacity:.7;font-size:.85rem}
-.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,30rem),1fr));gap:1.5rem}
-.status{border-radius:1rem;padding:.1rem .7rem;background:#8883}
-.completed{background:#3a9a5444}.failed{background:#d9622b55}.running{background:#2a7fb844}
-pre{background:#8882;padding:.6rem;overflow-x:auto;white-space:pre-wrap;overflow-wrap:anywhere}
-details{margin:.6rem 0}summary{cursor:pointer;font-weight:600}
-.picture{background:#fff;max-width:40rem}.picture svg{width:100%;height:auto}
-footer{margin-top:3rem;opacity:.7;font-size:.85rem}
-"""
-# Even if something slipped through the escaping: no script, no request to anywhere.
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 Rows = Iterable[Sequence[object]]
 
 
@@ -109,15 +86,11 @@ def page(run: RecordedRun) -> str:
         _section("Configuration", _pairs(flat(run.configuration.get("config", {})))),
         _section("Model and versions", _pairs(_about(run.configuration))),
     ]
-    name = html.escape(run.name)
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        f'<meta name="viewport" content="width=device-width"><title>{name}</title>'
-        f"<style>{STYLE}{CHART_STYLE}</style></head><body>{''.join(sections)}"
+    footer = (
         f"<footer>Written from {html.escape(str(run.directory.logs.name))}, metrics.jsonl and event "
-        "files.</footer></body></html>\n"
+        "files.</footer>"
     )
+    return html_page(run.name, "".join(sections) + footer)
 
 
 # -----------------------------------------------------------------------------
@@ -271,15 +244,11 @@ def _pairs(values: Mapping[str, Any]) -> str:
 
 
 def _table(header: Sequence[str], rows: Rows) -> str:
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{_cell(value)}</td>" for value in row) + "</tr>" for row in rows
-    )
-    return f"<table><tr>{head}</tr>{body}</table>"
+    return table(header, ([_cell(value) for value in row] for row in rows))
 
 
 def _cell(value: object) -> str:
-    return "–" if value is None else html.escape(clean_line(redact(str(value)), 500))
+    return "–" if value is None else cell(redact(str(value)), 500)
 
 
 def _shown(value: Any) -> str:

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as save_safetensors
 
 from finetuning.common.errors import UserError
-from finetuning.common.files import json_text
+from finetuning.common.files import durable_file, fsync_directory, json_text, staging_folder
 from finetuning.common.text import clean_line
 from finetuning.model.parallel import full_tensor, placed_like
 
@@ -138,10 +138,7 @@ def _publish(
 ) -> Path:
     """Stage every file, then rename the directory."""
     directory.mkdir(parents=True, exist_ok=True)
-    staging = directory / f"{STAGING_PREFIX}{step}-{os.getpid()}"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
-    try:
+    with staging_folder(directory, STAGING_PREFIX, f"{step}-{os.getpid()}") as staging:
         digests = {}
         for name, content in _files(whole):
             digests[name] = _write(staging / name, save_safetensors(content))
@@ -155,13 +152,10 @@ def _publish(
             "files": digests,
         }
         _write(staging / MANIFEST, _json_bytes(_sealed(manifest)))
-        _fsync_directory(staging)
+        fsync_directory(staging)
         target = _free_name(directory, step)
         os.rename(staging, target)
-        _fsync_directory(directory)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+        fsync_directory(directory)
     return target
 
 
@@ -197,25 +191,13 @@ def remove_leftovers(directory: Path) -> None:
 
 def _write(path: Path, data: bytes) -> dict[str, Any]:
     """Write and fsync one file; returns its manifest entry."""
-    with open(path, "wb") as file:
+    with durable_file(path) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def _json_bytes(value: Mapping[str, Any]) -> bytes:
     return (json_text(value, indent=1) + "\n").encode()
-
-
-def _fsync_directory(path: Path) -> None:
-    if os.name == "nt":  # Windows has no handle on a directory to flush
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _free_name(directory: Path, step: int) -> Path:

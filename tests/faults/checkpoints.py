@@ -275,7 +275,7 @@ def no_fsync() -> None:
 
 def no_parent_fsync() -> None:
     """Mutant: the rename itself is not made durable."""
-    replaced(checkpoint, "_fsync_directory", lambda path: None)
+    replaced(checkpoint, "fsync_directory", lambda path: None)
 
 
 # -----------------------------------------------------------------------------

@@ -44,13 +44,12 @@ def digests(folder: Path) -> dict[str, str]:
 
 def test_another_process_with_other_threads_builds_the_same_bytes(folder, tmp_path):
     script = (
-        "import sys, test_embedded_model; from pathlib import Path; "
-        "print(test_embedded_model.build_briefly(Path(sys.argv[1])))"
+        "import sys; from pathlib import Path; from tests.model import test_demo_model; "
+        "print(test_demo_model.build_briefly(Path(sys.argv[1])))"
     )
-    paths = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
     run = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": "2", "PYTHONHASHSEED": "7", "PYTHONPATH": paths},
+        env={**os.environ, "OMP_NUM_THREADS": "2", "PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=True,

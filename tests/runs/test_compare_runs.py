@@ -13,10 +13,10 @@ import tyro
 import compare_runs
 from finetuning.common.errors import exit_code
 from finetuning.runs import comparison
-from finetuning.runs.comparison import as_json, differences, html_page, labels, metrics, sparkline
+from finetuning.runs.comparison import as_json, differences, labels, metrics, page, sparkline
 from finetuning.runs.directory import RUN_PREFIX, RunDirectory
 from finetuning.runs.recorded import find_runs, read_recorded
-from tests.runs.test_report import assert_harmless
+from tests.helpers.html_page import assert_harmless
 
 
 def make_run(output: Path, stamp: str, losses: list[float], **config: object) -> RunDirectory:
@@ -76,7 +76,7 @@ def test_no_run_is_the_best_where_the_held_out_samples_differ(output, capfd):
     compare_runs.main((str(output),))
     said = capfd.readouterr().out
     assert "*" not in said and "no best: held out is not the same, by seed" in said
-    assert "*" not in html_page(recorded(output)).partition("</style>")[2]
+    assert "*" not in page(recorded(output)).partition("</style>")[2]
 
 
 def test_the_speed_is_the_median(output):
@@ -110,7 +110,7 @@ def test_the_page_is_harmless_and_has_the_curves(output, tmp_path, capfd):
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert_harmless(text)
     assert "&lt;script&gt;" in text and text.count("<path") == 6
-    assert html_page(recorded(output)) == text
+    assert page(recorded(output)) == text
 
 
 def test_runs_of_several_directories_are_told_apart(output, tmp_path):

@@ -3,7 +3,6 @@
 uv run pytest tests/runs/test_report.py
 """
 
-import html.parser
 import json
 import math
 import re
@@ -16,58 +15,18 @@ import tyro
 
 from direct_finetuning_with_existing_modules import main
 from finetuning.common.errors import UserError, exit_code
-from finetuning.common.html import COLORS, COLUMNS, line_chart, thinned, ticks
 from finetuning.evaluation.generation import Completion, Probe, samples_text
 from finetuning.readers.sample import Sample
-from finetuning.runs import report
-from finetuning.runs.comparison import html_page
+from finetuning.runs import comparison, report
 from finetuning.runs.directory import RUN_PREFIX, RunDirectory
 from finetuning.runs.recorded import find_runs, read_recorded
 from finetuning.runs.report import markdown, page, write_report
 from tb_logger import TensorBoardLogger
+from tests.helpers.html_page import assert_harmless
 
 sys.path.append(str(Path(__file__).parents[2] / "docs"))  # screenshots
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>"
-VOID = {"meta", "br", "hr", "img", "circle", "line", "path", "use", "rect"}
-
-
-class Page(html.parser.HTMLParser):
-    """Tags and addresses of a page; complains of tags that are not closed."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: set[str] = set()
-        self.addresses: list[str] = []
-        self.handlers: list[str] = []
-        self._open: list[str] = []
-        self.feed(text)
-        assert not self._open, self._open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.add(tag)
-        self.addresses += [v for k, v in attrs if k in ("src", "href", "xlink:href", "data")]
-        self.handlers += [k for k, _ in attrs if k.startswith("on")]
-        if tag not in VOID:
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.handle_starttag(tag, attrs)
-        if tag not in VOID:
-            self._open.pop()
-
-    def handle_endtag(self, tag):
-        if tag not in VOID:
-            assert self._open.pop() == tag, tag
-
-
-def assert_harmless(text: str) -> Page:
-    parsed = Page(text)
-    assert not parsed.tags & {"script", "img", "iframe", "object", "link", "form"}
-    assert all(address.startswith("#") for address in parsed.addresses), parsed.addresses
-    assert not parsed.handlers
-    assert "default-src 'none'" in text
-    return parsed
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +238,7 @@ def test_nothing_lies_beside_the_page_and_names_are_whole(finished: Path, chromi
     recorded.series["Eval/By_Source/" + "a-long-file-name" * 3] = [(0, 1.0)]
     recorded.configuration["config"]["data_path"] = ["/somewhere/far" * 12]
     view = chromium.new_page(viewport={"width": width, "height": 800})
-    for content in (page(recorded), html_page(runs * 3)):
+    for content in (page(recorded), comparison.page(runs * 3)):
         view.set_content(content)
         found = view.evaluate(LAYOUT)
         assert found["overflow"] <= 0 and found["broken"] == 0 and found["rows"] > 8, found
@@ -288,44 +247,6 @@ def test_nothing_lies_beside_the_page_and_names_are_whole(finished: Path, chromi
 
 # -----------------------------------------------------------------------------
 # Charts
-
-
-def test_thinning_keeps_spikes_and_gaps():
-    points = [(i, 1.0) for i in range(20_000)]
-    points[7777], points[9999], points[12345] = (7777, 50.0), (9999, -9.0), (12345, math.nan)
-    kept = thinned(points)
-    assert len(kept) <= 3 * COLUMNS and [x for x, _ in kept] == sorted(x for x, _ in kept)
-    assert (7777, 50.0) in kept and (9999, -9.0) in kept
-    assert any(math.isnan(y) for _, y in kept)
-    assert thinned(points[:50]) == points[:50]
-
-
-def test_a_chart_of_odd_curves():
-    chart = line_chart("<t>", {"<a>": [(0, 1.0), (1, math.nan), (2, 1.0)], "b": []})
-    Page(chart)
-    assert "&lt;t&gt;" in chart and "&lt;a&gt;" in chart and "nan" not in chart
-    assert chart.count("<circle") == 2, "points alone are dots"
-    assert line_chart("none", {"a": [(0, math.inf)]}) == ""
-    assert line_chart("one point", {"a": [(5, 5.0)]})
-
-
-def test_no_two_curves_of_a_chart_look_alike():
-    chart = line_chart("many", {f"<{i}>": [(0, 1.0), (1, i)] for i in range(30)})
-    look = r'stroke="(#\w+)" stroke-dasharray="([\w ]+)"'
-    curves = re.findall(f"<path {look}", chart)
-    legend = re.findall(f"<line x2[^>]* {look}", chart)
-    assert len(set(curves)) == len(curves) == 30 and legend == curves
-    assert len(set(re.findall(look, line_chart("few", {"a": [(0, 1)], "b": [(0, 1)]})))) == 2
-
-
-@pytest.mark.parametrize("ground", [1.0, 0.006], ids=["white", "#121212"])
-def test_curves_stand_out_from_light_and_dark_pages(ground):
-    for color in COLORS:
-        parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-        linear = [((part + 0.055) / 1.055) ** 2.4 for part in parts]
-        light = sum(w * part for w, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
-        low, high = sorted((light, ground))
-        assert (high + 0.05) / (low + 0.05) >= 3, color  # WCAG 2, 1.4.11
 
 
 def test_a_chart_says_what_it_leaves_out():
@@ -337,9 +258,3 @@ def test_a_chart_says_what_it_leaves_out():
     assert "Held-out loss by source (the first 12 of 15)" in charts
     del series["Eval/By_Source/00"], series["Eval/By_Source/01"], series["Eval/By_Source/02"]
     assert "the first" not in report._charts(series)
-
-
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (1e-5, 3e-4), (-3, 7), (0, 123456)])
-def test_ticks_are_few_round_and_inside(low, high):
-    marks = ticks(low, high)
-    assert 3 <= len(marks) <= 7 and all(low - 1e-12 <= m <= high * 1.0000001 for m in marks)
