@@ -34,6 +34,7 @@ from finetuning.config import parse_command_line, read_config_file
 from finetuning.events.metric_table import METRICS, find_metric
 from finetuning.events.reading import read_histograms, read_metrics, read_run, read_texts
 from finetuning.monitoring import alerts
+from finetuning.monitoring.detectors import AlertLimits
 from finetuning.readers.dataset import read_samples
 from tests.helpers import fake_hub
 from tests.helpers.tensorboard_server import TensorBoardServer
@@ -231,7 +232,7 @@ LIMITS = {
 
 
 def test_every_alert_is_explained_with_its_limits():
-    parameters = inspect.signature(alerts.AlertMonitor).parameters
+    parameters = inspect.signature(AlertLimits).parameters
     for name in alerts.NAMES:
         (row,) = re.findall(
             rf"^\| `Alerts/{name}` \|(.*\|.*)\|$", TEXT[GUIDE].split("## 公式")[0], re.M
