@@ -110,7 +110,7 @@ def random_documents(vocabulary: int, length: int):
     """One row of four documents; three quarters of the tokens carry loss."""
     import numpy as np
 
-    from finetuning.data.token_table import Segment, TokenizedSamples, TruncationLedger
+    from finetuning.data.token_table import Segment, TokenizedSamples, TruncationReport
 
     ids = np.random.default_rng(0).integers(8, vocabulary, length).astype(np.int32)
     segments = np.full((4, length // 4), Segment.THINKING, dtype=np.uint8)
@@ -121,7 +121,7 @@ def random_documents(vocabulary: int, length: int):
         offsets=np.arange(5) * (length // 4),
         sample_index=np.arange(4),
         num_targets=(segments != Segment.PROMPT).sum(1),
-        ledger=TruncationLedger(),
+        ledger=TruncationReport(),
         close_id=2,
         end_id=1,
         max_seq_length=length,

@@ -15,6 +15,8 @@ step that computes shapes only, as a GPU would hold them (`tests/traced_step.py`
 import sys
 from pathlib import Path
 
+from finetuning.config import LoraSettings, ModelSettings
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import finetuning.common.process  # noqa: F401, I001  before torch
@@ -214,9 +216,9 @@ def build(case: Case, folder: Path, device: torch.device) -> Callable[[], None]:
     model = loading.load_model(
         resolved,
         tokenizer,
+        ModelSettings(precision=case.precision),
+        LoraSettings(lora_r=case.lora_r),
         device=device,
-        precision=case.precision,
-        lora_r=case.lora_r,
         gradient_checkpointing=case.checkpointing,
         sharded=not case.lora_r and case.precision == "bf16",
     )

@@ -51,7 +51,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from finetuning.common.distributed import Distributed
 from finetuning.data.packing import PackedBatch, StepPlan
-from finetuning.data.token_table import Segment, TokenizedSamples, TruncationLedger
+from finetuning.data.token_table import Segment, TokenizedSamples, TruncationReport
 from finetuning.model import attention
 from finetuning.model.flops import dims_from_config, lora_parameters, peak_flops, training_flops
 from finetuning.model.fused_lora import enable_fast_lora
@@ -127,7 +127,7 @@ class Work:
             offsets=offsets,
             sample_index=np.arange(count),
             num_targets=targets,
-            ledger=TruncationLedger(),
+            ledger=TruncationReport(),
             close_id=CLOSE,
             end_id=END,
             max_seq_length=self.longest,

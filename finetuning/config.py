@@ -262,8 +262,8 @@ class DirectTrainingConfig:
         return Path(self.cache_dir).expanduser() if self.cache_dir else default
 
 
-    OutputSettings
-) = DirectTrainingConfig  # SHIM
+ModelSettings = LoraSettings = DataSettings = DirectTrainingConfig  # SHIM
+BatchSettings = OptimizerSettings = OutputSettings = DirectTrainingConfig  # SHIM
 
 
 def _unknown_alert(name: str) -> str:

@@ -27,7 +27,7 @@ from finetuning.common import cache
 from finetuning.common.errors import UserError
 from finetuning.common.ngrams import normalized
 from finetuning.data import near_duplicates
-from finetuning.data.token_table import TokenizedSamples, TruncationLedger
+from finetuning.data.token_table import TokenizedSamples, TruncationReport
 from finetuning.readers import dataset
 from finetuning.readers.dataset import read_samples
 from finetuning.readers.sample import Sample
@@ -441,7 +441,7 @@ def _tokens(lengths: list[tuple[int, int, int]], ledger=None, limit=4096) -> Tok
         offsets=np.concatenate([[0], np.cumsum(totals)]).astype(np.int64),
         sample_index=np.arange(len(lengths)),
         num_targets=np.array([n - c[0] for n, c in zip(totals, counts, strict=True)]),
-        ledger=ledger or TruncationLedger(),
+        ledger=ledger or TruncationReport(),
         close_id=1,
         end_id=2,
         max_seq_length=limit,
@@ -470,7 +470,7 @@ def test_token_lengths_equal_numpy():
 
 
 def test_truncation_is_reported_and_unknown_lengths_are_absent():
-    ledger = TruncationLedger(
+    ledger = TruncationReport(
         truncated=("a", "b", "c"), lost_answer=("a",), dropped=("b", "c"), shortened=("a",)
     )
     tokens = _tokens([(10, 600, 10), (10, 1012, 0), *[(5, 20, 5)] * 6], ledger, limit=1024)
