@@ -63,6 +63,8 @@ def build_model(vocabulary: int):
     from peft import LoraConfig, get_peft_model
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
+    from finetuning.config import PROJECTIONS
+
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=vocabulary,
@@ -75,8 +77,8 @@ def build_model(vocabulary: int):
         tie_word_embeddings=True,
         use_cache=False,
     )
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    return get_peft_model(Qwen3ForCausalLM(config), LoraConfig(r=8, target_modules=targets))
+    lora = LoraConfig(r=8, target_modules=list(PROJECTIONS))
+    return get_peft_model(Qwen3ForCausalLM(config), lora)
 
 
 def train(tokens, plan, model, close_id: int) -> None:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from finetuning.config import PROJECTIONS
 from finetuning.model.flops import (
-    ALL_LINEAR,
     ModelDims,
     dims_from_config,
     lora_parameters,
@@ -49,7 +49,7 @@ def products_by_hand(dims, lengths, num_targets, r, targets):
     yield num_targets, dims.vocab, dims.hidden  # their input's gradient
 
 
-@pytest.mark.parametrize("targets", [ALL_LINEAR, ("q_proj", "v_proj")])
+@pytest.mark.parametrize("targets", [PROJECTIONS, ("q_proj", "v_proj")])
 @pytest.mark.parametrize("lengths", [[900, 1500, 300], [8192], [120] * 30])
 def test_lora_flops_are_within_one_percent_of_a_count_by_hand(lengths, targets):
     num_targets = sum(lengths) * 3 // 4
@@ -122,7 +122,7 @@ def test_full_fine_tuning_flops_are_those_torch_counts():
 def test_lora_flops_are_those_torch_counts():
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=4, lora_dropout=0.0, target_modules=list(ALL_LINEAR))
+    config = LoraConfig(r=4, lora_dropout=0.0, target_modules=list(PROJECTIONS))
     model = get_peft_model(tiny_qwen3(), config)
     length, dims = 48, dims_from_config(model.config)
     weights = sum(p.numel() for p in model.parameters() if p.requires_grad)

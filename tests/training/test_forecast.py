@@ -21,7 +21,7 @@ from finetuning.training.forecast import steps_between_evaluations
 from finetuning.training.memory_estimate import (
     Placement,
 )
-from tests.helpers.qwen3_4b import GIB
+from tests.helpers.units import GIB
 
 SPEED = training_forecast.Speed(1e12, 2e12, "as the test says")
 

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from finetuning.common.errors import UserError
+from finetuning.config import PROJECTIONS
 from finetuning.training import memory_estimate
 from finetuning.training.memory_estimate import (
     Placement,
@@ -21,7 +22,7 @@ from finetuning.training.memory_estimate import (
     largest_batch,
     model_shape,
 )
-from tests.helpers.qwen3_4b import GIB, KIB, PROJECTIONS
+from tests.helpers.units import GIB, KIB
 
 CUDA = Placement("cuda", 2)
 
