@@ -344,6 +344,7 @@ def test_order_and_chunks_change_nothing(monkeypatch):
     assert again == expected
 
 
+@pytest.mark.slow
 def test_workers_change_nothing(monkeypatch):
     monkeypatch.setattr(dataset, "SPAN", 20)
     monkeypatch.setattr(statistics, "_POOL_FROM", 1)
@@ -395,6 +396,7 @@ def test_tally_tells_as_numpy_without_listing_its_values(count):
     assert (tally.values(at_most=100) == ordered[places]).all()
 
 
+@pytest.mark.slow
 def test_samples_in_files_and_workers_give_the_same(tmp_path, monkeypatch):
     path = _write(tmp_path / "a.jsonl", [*SAMPLES, SAMPLES[3]])
     expected = compute_statistics(read_samples([path]).samples).to_json()
@@ -566,6 +568,7 @@ def _write(path: Path, samples: list[Sample]) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_program_prints_one_json_object(tmp_path):
     first = _write(tmp_path / "a.jsonl", SAMPLES[:40])
     second = _write(tmp_path / "b.jsonl", [*SAMPLES[40:], SAMPLES[2]])
@@ -577,6 +580,7 @@ def test_program_prints_one_json_object(tmp_path):
     assert not list(tmp_path.glob("*.html"))
 
 
+@pytest.mark.slow
 def test_program_prints_a_report_and_writes_a_page(tmp_path):
     bad = _sample(94, answer="<img src=x onerror=alert(1)>坏" * 3 + "。")
     path = _write(tmp_path / "a.jsonl", [*SAMPLES, bad])
@@ -588,6 +592,7 @@ def test_program_prints_a_report_and_writes_a_page(tmp_path):
     assert 'class="bar"' in page and page.startswith("<!doctype html>")
 
 
+@pytest.mark.slow
 def test_program_counts_tokens_exactly_with_a_tokenizer(tmp_path, tiny_model):
     path = _write(tmp_path / "a.jsonl", SAMPLES[:12])
     done = _run(
@@ -604,6 +609,7 @@ def test_program_counts_tokens_exactly_with_a_tokenizer(tmp_path, tiny_model):
     assert over and any(f"{over} samples are longer" in warning for warning in report["warnings"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [

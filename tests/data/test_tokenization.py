@@ -331,6 +331,7 @@ def same(left, right) -> bool:
     return equal and left.ledger == right.ledger
 
 
+@pytest.mark.slow
 def test_workers_and_chunks_change_nothing(monkeypatch):
     tokenizer = small_tokenizer(PLAIN_TEMPLATE)
     samples = [*generated_samples(50), *HOSTILE]

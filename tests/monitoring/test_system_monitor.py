@@ -498,6 +498,7 @@ def run_program(library_folder: Path, **environment):
     return json.loads(result.stdout)
 
 
+@pytest.mark.slow
 def test_the_library_found_by_the_loader_and_a_mask_in_reverse(library, tmp_path):
     state = fake_nvml.State(tmp_path / "state")
     state.set({"power.0": 100_000, "power.1": 200_000})
@@ -508,6 +509,7 @@ def test_the_library_found_by_the_loader_and_a_mask_in_reverse(library, tmp_path
     assert warnings == []
 
 
+@pytest.mark.slow
 def test_a_broken_or_missing_library_is_one_warning(tmp_path):
     (tmp_path / "libnvidia-ml.so.1").write_text("no library\n")
     values, warnings = run_program(tmp_path)
@@ -536,6 +538,7 @@ def test_host_values_agree_with_psutil(monitor, tmp_path):
     )  # a container may hide its disks
 
 
+@pytest.mark.slow
 def test_resident_memory_counts_the_children():
     tree = system_monitor._ProcessTree()
     alone = tree.resident_mb()

@@ -3,7 +3,7 @@
 The sources are read, and a run is made where POSIX modules, calls and signals are absent. Neither system
 itself is at hand.
 
-    uv run pytest tests/runs/test_portability.py
+    uv run pytest -m "not long" tests/runs/test_portability.py
 """
 
 import ast
@@ -12,6 +12,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 from finetuning.events.reading import read_run
 
@@ -153,6 +155,7 @@ LIBRARIES_NEED = {"statvfs", "uname", "sysconf", "sched_getaffinity"}
 BLOCKING = {"SIG_BLOCK", "SIG_SETMASK", "SIG_UNBLOCK"}
 
 
+@pytest.mark.slow
 def test_imports_and_trains_without_what_windows_lacks(
     tiny_model: Path, tiny_data: Path, cache_dir: Path, tmp_path: Path
 ):
@@ -174,6 +177,7 @@ def test_imports_and_trains_without_what_windows_lacks(
     assert (tmp_path / "out" / "final_model" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_a_module_that_needs_posix_would_be_noticed(tmp_path: Path):
     """The control: the same, with one module that imports fcntl."""
     (tmp_path / "needs_posix.py").write_text("import fcntl\n", encoding="utf-8")

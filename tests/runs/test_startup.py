@@ -1,6 +1,6 @@
 """What is imported when: seconds before the first step are spent on nothing that can wait.
 
-uv run pytest tests/runs/test_startup.py
+uv run pytest -m "not long" tests/runs/test_startup.py
 """
 
 import subprocess
@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = "direct_finetuning_with_existing_modules.py"
