@@ -1,6 +1,6 @@
 """Data in the order a run needs them: texts for the demonstration model, groups of documents.
 
-uv run pytest tests/data/test_training_data.py
+uv run pytest -m "not long" tests/data/test_training_data.py
 """
 
 import json
@@ -102,6 +102,7 @@ def test_facts_and_groups_of_large_data_are_made_once(tmp_path, monkeypatch, qwe
     ]
 
 
+@pytest.mark.slow
 def test_worker_processes_label_the_same(tmp_path, monkeypatch, qwen3):
     for name, value in (("LARGE_DATA", 1), ("SPAN", 7), ("_ROWS", 5)):
         monkeypatch.setattr(dataset, name, value)

@@ -9,20 +9,18 @@ from finetuning.training.engine import TrainingEngine
 from finetuning.training.state import TrainState
 
 
-@pytest.mark.parametrize(
-    ("wanted", "trains_all", "dtype", "ranks", "mode"),
-    [
+def test_what_is_sharded_before_memory_decides(subtests):
+    for wanted, trains_all, dtype, ranks, mode in [
         ("auto", False, torch.bfloat16, 8, "ddp"),
         ("auto", True, torch.bfloat16, 1, "fsdp"),
         ("auto", True, torch.float32, 1, "ddp"),
         ("auto", True, torch.float32, 2, "fsdp"),
         ("ddp", True, torch.float32, 2, "ddp"),
         ("fsdp", False, torch.bfloat16, 1, "fsdp"),
-    ],
-)
-def test_what_is_sharded_before_memory_decides(wanted, trains_all, dtype, ranks, mode):
-    found = parallel_mode(wanted, trains_all=trains_all, dtype=dtype, world_size=ranks)
-    assert found == mode
+    ]:
+        with subtests.test(wanted=wanted):
+            found = parallel_mode(wanted, trains_all=trains_all, dtype=dtype, world_size=ranks)
+            assert found == mode
 
 
 def test_shards_take_no_divided_micro_batches():

@@ -1,6 +1,6 @@
 """What only a CUDA GPU can show; skipped without one.
 
-uv run pytest tests/runs/test_cuda.py
+uv run pytest -m "not long" tests/runs/test_cuda.py
 """
 
 import numpy as np
@@ -229,6 +229,7 @@ def test_fp32_trains_without_the_kernel():
     assert losses[0] == pytest.approx(losses[1], rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "more"),
     [("ddp", ()), ("fsdp", ()), ("fsdp", ("--lora-r", "0"))],
@@ -246,6 +247,7 @@ def test_one_rank_in_a_group_gives_the_losses_of_a_plain_run(
     np.testing.assert_allclose(curve(tmp_path / mode), curve(tmp_path / "plain"), rtol=5e-3)
 
 
+@pytest.mark.slow
 def test_all_weights_trained_in_bf16_learn_as_in_fp32(tiny_model, tiny_data, cache_dir, tmp_path):
     """The losses are near those of fp32, and what a checkpoint holds is fp32."""
     inputs = ["--model-name", str(tiny_model), "--data-path", str(tiny_data)]

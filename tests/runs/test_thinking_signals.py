@@ -1,6 +1,6 @@
 """Thinking apart from answer: exact against hand-made logits, and the same however a step is cut.
 
-uv run pytest tests/runs/test_thinking_signals.py
+uv run pytest -m "not long" tests/runs/test_thinking_signals.py
 """
 
 import os
@@ -247,6 +247,7 @@ def signals_of(output: Path) -> dict[int, dict[str, float]]:
     return steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", ["accumulated", "two ranks"])
 def test_signals_are_the_same_however_a_step_is_cut(runs, cut):
     reference, other = signals_of(runs["at once"]), signals_of(runs[cut])
@@ -260,6 +261,7 @@ def test_signals_are_the_same_however_a_step_is_cut(runs, cut):
             assert other[step][tag] == pytest.approx(metrics[tag], rel=close, abs=1e-9), (step, tag)
 
 
+@pytest.mark.slow
 def test_the_hardest_of_both_ranks_are_in_one_table(runs):
     tables = []
     for output in (runs["at once"], runs["two ranks"]):
