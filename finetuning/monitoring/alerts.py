@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from finetuning.common.errors import UserError
+from finetuning.common.formatting import four_digits
 from finetuning.monitoring.detectors import (
     DETECTORS,
     KEEP,
@@ -152,8 +153,8 @@ class AlertMonitor:
                 name,
                 str(row["times"]),
                 _step_list(row["steps"], row["times"]),
-                _number(row["value"]),
-                _number(row["threshold"]),
+                four_digits(row["value"]),
+                four_digits(row["threshold"]),
                 _facts(row["evidence"]),
                 row["advice"],
             )
@@ -172,10 +173,6 @@ def _step_list(steps: Sequence[int], times: int) -> str:
     return text if times == len(steps) else f"… {text}"
 
 
-def _number(value) -> str:
-    return f"{value:.4g}" if isinstance(value, (int, float)) else str(value)
-
-
 def _facts(evidence: Mapping) -> str:
     """Evidence in one table cell: nothing of it may break the table or pass for markup."""
     text = "; ".join(f"{key}: {_cell(value)}" for key, value in evidence.items())
@@ -186,7 +183,7 @@ def _cell(value) -> str:
     if isinstance(value, (list, tuple)):
         more = f" and {len(value) - 8} more" if len(value) > 8 else ""
         return ", ".join(_cell(v) for v in value[:8]) + more
-    text = _number(value) if isinstance(value, float) else str(value)
+    text = four_digits(value) if isinstance(value, float) else str(value)
     return " ".join(text.split())[:200]
 
 
