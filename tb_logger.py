@@ -76,22 +76,28 @@ class TensorBoardLogger:
         warn: Callable[[str], None] = _print_warning,
     ):
         self.run_dir = Path(run_dir)
-        metrics_path = Path(metrics_path) if metrics_path is not None else None
+        self._metrics_path = Path(metrics_path) if metrics_path is not None else None
         self.overhead_seconds = 0.0  # spent by callers
         self._warn, self._told = warn, set()
         self._lock = threading.RLock()  # a signal handler may log, too
         self._pid, self._closed, self._refused, self._weight = os.getpid(), False, 0, 0
+        self._refused_lines = 0  # of writers before this one
         self._step = max(0, resume_step or 0)
-        last_steps = self._rewind(metrics_path, resume_step)
-        self._writer = StepWriter(self.run_dir, metrics_path, resume_step, last_steps, self._tell)
         self._queue: deque[Item | Request] = deque()
         self._wake = threading.Event()
-        threading.Thread(
-            target=self._writer.run, args=(self._queue, self._wake), name="tb_logger", daemon=True
-        ).start()
+        self._writer = self._start_writer(resume_step)
         atexit.register(self.close)
 
-    def _rewind(self, metrics_path: Path | None, resume_step: int | None) -> dict[str, int]:
+    def _start_writer(self, resume_step: int | None) -> StepWriter:
+        """A writer that goes on behind `resume_step`, and its thread."""
+        last_steps = self._remove_later_points(resume_step)
+        writer = StepWriter(self.run_dir, self._metrics_path, resume_step, last_steps, self._tell)
+        threading.Thread(
+            target=writer.run, args=(self._queue, self._wake), name="tb_logger", daemon=True
+        ).start()
+        return writer
+
+    def _remove_later_points(self, resume_step: int | None) -> dict[str, int]:
         if resume_step is None:
             if event_files(self.run_dir):
                 raise UserError(
@@ -100,8 +106,8 @@ class TensorBoardLogger:
                 )
             return {}
         try:
-            if metrics_path is not None:
-                rewind_lines(metrics_path, resume_step)
+            if self._metrics_path is not None:
+                rewind_lines(self._metrics_path, resume_step)
             return rewind_events(self.run_dir, resume_step)
         except OSError as error:
             self._tell("rewind", f"points after step {resume_step} stay in the charts: {error}")
@@ -117,7 +123,7 @@ class TensorBoardLogger:
     @property
     def dropped_lines(self) -> int:
         """Steps that will not be in metrics.jsonl."""
-        return self._writer.dropped_lines
+        return self._refused_lines + self._writer.dropped_lines
 
     @property
     def log_dir(self) -> str:
@@ -342,6 +348,17 @@ class TensorBoardLogger:
         """
         return self._request(wait, durable=durable)
 
+    @_harmless
+    def rewind(self, step: int, wait: float = 10.0) -> None:
+        """Take back every point after `step`: what is logged from here on goes on behind it."""
+        if not self._request(wait, last=True):
+            self._tell("close", f"the disk did not answer for {wait} s; the last points are lost")
+        with self._lock:
+            self._refused, self._refused_lines = self.dropped, self.dropped_lines
+            self._queue, self._wake, self._weight = deque(), threading.Event(), 0
+            self._step = max(0, step)
+            self._writer = self._start_writer(step)
+
     def close(self, status: str | None = None, wait: float = 10.0) -> None:
         """Write everything and end. `status` "success" or "failure" ends the run in the HPARAMS table.
 
@@ -389,7 +406,7 @@ class NullLogger:
         pass
 
     log = add_scalar = add_scalars = add_text = add_histogram = log_histogram_counts = _ignore
-    add_image = add_figure = add_hparams = flush = close = _ignore
+    add_image = add_figure = add_hparams = flush = rewind = close = _ignore
 
 
 def _host_array(values: Any) -> np.ndarray:

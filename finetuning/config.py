@@ -262,6 +262,10 @@ class DirectTrainingConfig:
         return Path(self.cache_dir).expanduser() if self.cache_dir else default
 
 
+    OutputSettings
+) = DirectTrainingConfig  # SHIM
+
+
 def _unknown_alert(name: str) -> str:
     return (
         f"alert_actions: no alert {name!r}{_closest(name, ALERTS)}; there are {', '.join(ALERTS)}"

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from finetuning.analysis.statistics import DatasetStatistics
 from finetuning.common.text import clean_line
 from finetuning.data.token_table import TruncationLedger
 from finetuning.data.training_data import TrainingData
@@ -26,13 +27,13 @@ class Fault:
         return f"{clean_line(self.source)}:{self.line}: {self.kind}: {clean_line(self.note, 300)}"
 
 
-def data_faults(data: TrainingData) -> list[Fault]:
+def data_faults(data: TrainingData, statistics: DatasetStatistics) -> list[Fault]:
     """All faults by place. Duplicates, conflicts and leaks: the first 200 of each kind."""
     split = data.split
     parts = [(split.read, data.train.tokens.ledger)]
     if split.eval_read is not None:
         parts.append((split.eval_read, data.held_out.tokens.ledger))
-    faults = {fault for fault in _repetitions(data)}
+    faults = {fault for fault in _repetitions(statistics)}
     for read, ledger in parts:
         faults.update(_broken(read.broken), _remarks(read.remarks))
         faults.update(_lengths(read.samples, ledger, data.max_seq_length))
@@ -83,8 +84,8 @@ def _lengths(samples: Sequence[Sample], ledger: TruncationLedger, limit: int) ->
                 yield Fault(sample.source, sample.line, kind, kinds[kind][1])
 
 
-def _repetitions(data: TrainingData) -> Iterator[Fault]:
-    findings = data.statistics.to_json()["findings"]
+def _repetitions(statistics: DatasetStatistics) -> Iterator[Fault]:
+    findings = statistics.to_json()["findings"]
     kinds = {
         "train_eval_leaks": "leak",
         "exact_duplicates": "duplicate",

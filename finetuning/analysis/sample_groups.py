@@ -9,6 +9,7 @@ from finetuning.analysis.crypto_terms import categories, find_terms, load_terms
 from finetuning.analysis.facts import difficulty, facts_version
 from finetuning.common.cache import cached_folder, kept_array
 from finetuning.data.split import source_numbers
+from finetuning.data.training_data import TrainingData
 from finetuning.readers.dataset import SampleSet, map_spans
 from finetuning.readers.sample import Sample
 
@@ -18,6 +19,20 @@ _POOL_FROM = 20_000  # samples from which on worker processes pay for their star
 _LABELS = "labels.npy"
 
 Groups = Mapping[str, tuple[Sequence[str], np.ndarray]]
+
+
+def groups_of(data: TrainingData) -> tuple[Groups, Groups]:
+    """Groups of the documents of the training part's table, and of the held-out part's."""
+    split, held_out = data.split, data.held_out
+    own = split.eval_read is not None
+    sources = sorted(
+        {*split.read.samples_per_file, *(split.eval_read.samples_per_file if own else ())}
+    )
+    common = {"workers": data.workers, "cache_dir": data.cache_dir}
+    train = loss_groups(split.read, data.train.tokens.sample_index, sources, **common)
+    if not own:
+        return train, train
+    return train, loss_groups(split.eval_read, held_out.tokens.sample_index, sources, **common)
 
 
 def loss_groups(

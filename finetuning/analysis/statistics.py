@@ -8,10 +8,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from finetuning.analysis import crypto_terms, report
-from finetuning.analysis.duplicates import Duplicates, Leaks, find_duplicates, held_out_leaks
+from finetuning.analysis.duplicates import (
+    Duplicates,
+    Leaks,
+    find_duplicates,
+    find_leaks,
+    held_out_leaks,
+)
 from finetuning.analysis.facts import (
     Facts,
     Tally,
+    facts_version,
     load_facts,
     observe_span,
     save_facts,
@@ -20,6 +27,7 @@ from finetuning.common.cache import cached_folder
 from finetuning.common.errors import UserError
 from finetuning.common.files import strict
 from finetuning.data.near_duplicates import SampleClusters
+from finetuning.data.training_data import TrainingData
 from finetuning.readers.dataset import map_spans
 from finetuning.readers.sample import BrokenSample, Sample
 
@@ -296,6 +304,33 @@ def packing_efficiency(lengths: np.ndarray, row_tokens: int) -> float | None:
 
 # -----------------------------------------------------------------------------
 # Computing
+
+
+def describe(data: TrainingData) -> DatasetStatistics:
+    """Statistics of everything that was read for a run."""
+    split, read, folder = data.split, data.split.read, None
+    if data.cache_dir and read.key:
+        folder = Path(data.cache_dir) / "sample_facts" / f"{read.key}-{facts_version()}"
+    return compute_statistics(
+        read.samples,
+        held_out=split.held_out if split.eval_read is None else None,
+        leaks=_leaks_into_held_out_files(data),
+        tokens=data.train.tokens,
+        max_seq_length=data.max_seq_length,
+        workers=data.workers,
+        broken=read.broken,
+        clusters=split.clusters,
+        facts_folder=folder,
+    )
+
+
+def _leaks_into_held_out_files(data: TrainingData) -> Leaks | None:
+    read, eval_read = data.split.read, data.split.eval_read
+    if eval_read is None:
+        return None
+    fingerprint = f"{read.fingerprint}-{eval_read.fingerprint}"
+    options = {"fingerprint": fingerprint, "cache_dir": data.cache_dir}
+    return find_leaks(read.samples, eval_read.samples, **options)
 
 
 def compute_statistics(

@@ -46,3 +46,8 @@ def axis_number(value: float) -> str:
     if value and (abs(value) >= 1e5 or abs(value) < 1e-3):
         return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e")
     return f"{value:.6g}"
+
+
+def due(step: int, every: int) -> bool:
+    """True at every `every`-th step; never for 0."""
+    return every > 0 and step % every == 0

@@ -1,9 +1,11 @@
-"""Settings that must be made before torch is imported: import this module first."""
+"""This process: memory settings that must precede the import of torch, and signals that ask it to stop."""
 
 import ctypes
 import gc
 import os
+import signal
 import sys
+import threading
 
 
 def _keep_freed_memory() -> None:
@@ -26,6 +28,32 @@ def imports_are_done() -> None:
     """Collect garbage as usual from now on, but never look at what the imports have made."""
     gc.freeze()
     gc.set_threshold(*_THRESHOLDS)
+
+
+class StopSignal:
+    """Within it, a signal that asks the process to end only leaves its name here; the loop looks at it."""
+
+    NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
+
+    def __init__(self) -> None:
+        self.name = ""
+        self._former: dict[int, object] = {}
+
+    def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is threading.main_thread():  # no other one may set handlers
+            for name in self.NAMES:
+                if hasattr(signal, name):  # Windows has no SIGHUP
+                    number = getattr(signal, name)
+                    self._former[number] = signal.signal(number, self._take)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+        self._former.clear()
+
+    def _take(self, number: int, _frame: object) -> None:
+        self.name = signal.Signals(number).name
 
 
 _keep_freed_memory()

@@ -189,7 +189,3 @@ def split_samples(
     if weights:
         train = weighted_indices(read.samples, train, weights, seed)
     return Split(read, train, held_out, eval_read, clusters)
-
-
-def eval_sources(split: Split) -> Sequence[str]:
-    return list(split.eval_read.samples_per_file) if split.eval_read is not None else []

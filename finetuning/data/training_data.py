@@ -1,35 +1,27 @@
-"""Raw files to everything the loop and the reports need of the data: samples, split, tokens, groups."""
+"""Files, split and tokens in the order in which a run needs them."""
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from finetuning.analysis.duplicates import Leaks, find_leaks
-from finetuning.analysis.facts import facts_version
-from finetuning.analysis.sample_groups import Groups, loss_groups
-from finetuning.analysis.statistics import DatasetStatistics, compute_statistics
 from finetuning.common.errors import UserError
-from finetuning.common.files import atomic_write_text, strict, write_json
 from finetuning.common.text import clean_line
-from finetuning.data.split import Split, eval_sources
+from finetuning.data.split import Split
 from finetuning.data.token_table import TokenizedSamples
 from finetuning.data.tokenization import tokenize_samples
 from finetuning.readers.dataset import SampleSet, read_samples
-from finetuning.readers.sample import BrokenSample, Sample
+from finetuning.readers.sample import Sample
 
 
 @dataclass(frozen=True)
 class DataPart:
-    """The training or the held-out part: which documents of a table, their samples, their groups."""
+    """The training or the held-out part: which documents of a table, and their samples."""
 
     samples: Sequence[Sample]
     tokens: TokenizedSamples
     documents: np.ndarray  # (m,) rows of `tokens`; a weighted source may appear several times
-    groups: Groups  # labels of all rows of `tokens`
 
     def __len__(self) -> int:
         return len(self.documents)
@@ -54,38 +46,6 @@ class TrainingData:
     max_seq_length: int
     workers: int
     cache_dir: Path | None = None
-
-    @cached_property
-    def statistics(self) -> DatasetStatistics:
-        """Statistics of everything that was read; computed when first asked for."""
-        split, read, folder = self.split, self.split.read, None
-        if self.cache_dir and read.key:
-            folder = Path(self.cache_dir) / "sample_facts" / f"{read.key}-{facts_version()}"
-        return compute_statistics(
-            read.samples,
-            held_out=split.held_out if split.eval_read is None else None,
-            leaks=self._leaks_into_held_out_files(),
-            tokens=self.train.tokens,
-            max_seq_length=self.max_seq_length,
-            workers=self.workers,
-            broken=read.broken,
-            clusters=split.clusters,
-            facts_folder=folder,
-        )
-
-    def _leaks_into_held_out_files(self) -> Leaks | None:
-        read, eval_read = self.split.read, self.split.eval_read
-        if eval_read is None:
-            return None
-        fingerprint = f"{read.fingerprint}-{eval_read.fingerprint}"
-        options = {"fingerprint": fingerprint, "cache_dir": self.cache_dir}
-        return find_leaks(read.samples, eval_read.samples, **options)
-
-    def write_reports(self, logs: Path) -> None:
-        """dataset_statistics.json, broken_samples.jsonl and truncation.json in the run's log directory."""
-        write_json(logs / "dataset_statistics.json", self.statistics.to_json())
-        write_broken(logs / "broken_samples.jsonl", self.split.read.broken)
-        write_json(logs / "truncation.json", asdict(self.train.tokens.ledger))
 
 
 def read_data(
@@ -124,31 +84,20 @@ def prepare_data(
     cache_dir: Path | None = None,
     **options: object,
 ) -> TrainingData:
-    """Tokenize both parts and label their groups. `options` are those of `tokenize_samples`."""
+    """Tokenize both parts. `options` are those of `tokenize_samples`."""
     common = {"workers": workers, "cache_dir": cache_dir}
-    sources = sorted({*split.read.samples_per_file, *eval_sources(split)})
     tokens = tokenize_samples(split.read, tokenizer, max_seq_length, **common, **options)
-    groups = loss_groups(split.read, tokens.sample_index, sources, **common)
-    train = DataPart(split.read.samples, tokens, tokens.documents_of(split.train), groups)
+    train = DataPart(split.read.samples, tokens, tokens.documents_of(split.train))
     if split.eval_read is None:
         documents = tokens.documents_of(split.held_out)
-        held_out = DataPart(split.read.samples, tokens, documents, groups)
+        held_out = DataPart(split.read.samples, tokens, documents)
     else:
         samples = split.eval_read.samples
         tokens = tokenize_samples(split.eval_read, tokenizer, max_seq_length, **common, **options)
-        groups = loss_groups(split.eval_read, tokens.sample_index, sources, **common)
-        held_out = DataPart(samples, tokens, np.arange(len(tokens)), groups)
+        held_out = DataPart(samples, tokens, np.arange(len(tokens)))
     if not len(train):
         raise UserError(
             f"data: none of {len(split.train)} samples fits in max_seq_length {max_seq_length} tokens; "
             "raise --max-seq-length or use --over-length truncate_thinking"
         )
     return TrainingData(split, train, held_out, max_seq_length, workers, cache_dir)
-
-
-def write_broken(path: Path, broken: Sequence[BrokenSample]) -> None:
-    """One JSON object a line: source, line, reason. Nothing is written where nothing is broken."""
-    if broken:
-        records = ({"source": b.source, "line": b.line, "reason": b.reason} for b in broken)
-        lines = (json.dumps(strict(r), ensure_ascii=False, allow_nan=False) for r in records)
-        atomic_write_text(path, "".join(line + "\n" for line in lines))

@@ -4,12 +4,14 @@ Nothing here touches the training state: modes are restored and no random number
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
+from finetuning.analysis.sample_groups import Groups
 from finetuning.common.distributed import Distributed
 from finetuning.data.packing import StepPlan, build_batch
 from finetuning.data.token_table import TokenizedSamples
@@ -17,10 +19,18 @@ from finetuning.data.training_data import DataPart
 from finetuning.evaluation.adapter_health import LoraHealth
 from finetuning.evaluation.generation import Probe, complete, probe_metrics, samples_text
 from finetuning.evaluation.hardest_samples import hardest, hardest_text, loss_rows
-from finetuning.evaluation.loss_metrics import LossLedger
+from finetuning.evaluation.loss_metrics import LossMetrics
 from finetuning.model.loss import NUM_SEGMENTS
 from finetuning.model.packed_model import PackedLossModel
-from tb_logger import NullLogger, TensorBoardLogger
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out documents, one pass over them (None: there are none), and the groups of their losses."""
+
+    part: DataPart
+    plan: StepPlan | None
+    groups: Groups
 
 
 class Evaluator:
@@ -28,7 +38,7 @@ class Evaluator:
 
     Args:
         packed: the model, whole or sharded; its `generate` answers the questions.
-        plan: one epoch over `part`; None without held-out data, then only adapters are measured.
+        held_out: what is measured; without documents only adapters are.
         probes: questions answered each time.
         max_new_tokens: longest answer.
         histograms: also write the distributions of the trainable weights.
@@ -38,8 +48,7 @@ class Evaluator:
         self,
         packed: PackedLossModel,
         tokenizer: Any,
-        part: DataPart,
-        plan: StepPlan | None,
+        held_out: HeldOut,
         dist: Distributed,
         *,
         probes: Sequence[Probe],
@@ -47,8 +56,8 @@ class Evaluator:
         histograms: bool,
     ) -> None:
         self._packed, self._tokenizer = packed, tokenizer
-        self._part, self._plan, self._dist = part, plan, dist
-        self._ledger = LossLedger(part.groups)
+        self._part, self._plan, self._dist = held_out.part, held_out.plan, dist
+        self._losses = LossMetrics(held_out.groups)
         self._probes, self._max_new_tokens = probes, max_new_tokens
         self._histograms = histograms
         self.health = LoraHealth(packed.model)
@@ -61,26 +70,27 @@ class Evaluator:
     def measure(
         self,
         step: int,
-        writer: TensorBoardLogger | NullLogger,
+        logger: Any,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> dict[str, float]:
-        """Eval/ and LoRA/ tags of this step; texts and pictures go to `writer`. All ranks take part."""
+        """Eval/ and LoRA/ tags of this step; texts and pictures go to `logger`, a TensorBoardLogger or a
+        NullLogger. All ranks take part."""
         metrics = {}
         if self._plan is not None:
-            metrics = self._held_out(step, writer, progress)
-            metrics |= self._answers(step, writer, progress)
-        return metrics | self._adapters(step, writer)
+            metrics = self._held_out(step, logger, progress)
+            metrics |= self._answers(step, logger, progress)
+        return metrics | self._adapters(step, logger)
 
-    def _held_out(self, step: int, writer: Any, progress: Callable) -> dict[str, float]:
+    def _held_out(self, step: int, logger: Any, progress: Callable) -> dict[str, float]:
         sums = held_out_sums(
             self._packed, self._part.tokens, self._plan, self._dist, progress=progress
         )
         if self._dist.is_main:
             rows = hardest(loss_rows(self._plan.documents, sums))
-            writer.add_text("Eval/Hardest_Samples", hardest_text(self._part, rows), step)
-        return self._ledger.eval_metrics(self._ledger.vector(self._plan.documents, sums))
+            logger.add_text("Eval/Hardest_Samples", hardest_text(self._part, rows), step)
+        return self._losses.eval_metrics(self._losses.vector(self._plan.documents, sums))
 
-    def _answers(self, step: int, writer: Any, progress: Callable) -> dict[str, float]:
+    def _answers(self, step: int, logger: Any, progress: Callable) -> dict[str, float]:
         if not self._probes:
             return {}
         completions = complete(  # on all ranks alike: sharded weights need all of them
@@ -93,10 +103,10 @@ class Evaluator:
             device=self._dist.device,
             progress=progress,
         )
-        writer.add_text("Eval/Samples", samples_text(self._probes, completions), step)
+        logger.add_text("Eval/Samples", samples_text(self._probes, completions), step)
         return probe_metrics(self._probes, completions, self._max_new_tokens)
 
-    def _adapters(self, step: int, writer: Any) -> dict[str, float]:
+    def _adapters(self, step: int, logger: Any) -> dict[str, float]:
         health = self.health
         if not health.modules:
             return {}
@@ -104,13 +114,13 @@ class Evaluator:
         tags = {name: f"LoRA/{name}/Update_Ratio" for name in health.names}
         ratios = {name: values[tag] for name, tag in tags.items() if tag in values}
         for tag, by_layer in health.ratios_by_projection(ratios).items():
-            writer.add_histogram(tag, by_layer, step)
+            logger.add_histogram(tag, by_layer, step)
         if self._dist.is_main:
-            writer.add_figure("LoRA/Update_Ratio_Map", partial(health.figure, ratios), step)
-            writer.add_text("LoRA/Modules", health.table(values), step)
+            logger.add_figure("LoRA/Update_Ratio_Map", partial(health.figure, ratios), step)
+            logger.add_text("LoRA/Modules", health.table(values), step)
         if self._histograms:
             for tag, histogram in health.weight_histograms().items():
-                writer.log_histogram_counts(tag, histogram.counts, histogram.edges, step)
+                logger.log_histogram_counts(tag, histogram.counts, histogram.edges, step)
         return health.by_projection(values)
 
 

@@ -19,7 +19,7 @@ _BUCKET_END = _SEGMENT_END + NUM_THINKING_BUCKETS * 2  # (tenth, [loss, count])
 _CLOSE_END = _BUCKET_END + 2  # [sum of p(</think>), count]
 
 
-class LossLedger:
+class LossMetrics:
     """The layout of a step's vector, and its translation into metrics.
 
     Args:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from finetuning.common.errors import UserError
 from finetuning.common.text import clean_line
+from finetuning.config import LoraSettings
 from finetuning.model.parallel import placed_like
 from finetuning.model.resolve import (
     ADAPTER_CONFIG,
@@ -37,9 +38,27 @@ BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Adapters
 
 
-def attach_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
-    """Fresh adapters: B zero, A drawn on the CPU from `seed`; fp32 whatever the base is."""
-    model.name_or_path = config.base_model_name_or_path  # peft writes this name, not the config's
+def attach_adapters(
+    model: PreTrainedModel, lora: LoraSettings, base_name: str, seed: int
+) -> PeftModel:
+    """Fresh adapters: B zero, A drawn on the CPU from `seed`; fp32 whatever the base is.
+
+    base_name: what the saved adapter calls its base.
+    """
+    config = LoraConfig(
+        r=lora.lora_r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules=known_modules(model, lora.target_modules),
+        rank_pattern=dict(lora.rank_pattern),
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        bias="none",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_name,
+    )
+    check_rank_pattern(model, config)
+    model.name_or_path = base_name  # peft writes this name, not the config's
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:

@@ -1,26 +1,20 @@
 """Tokenizer and frozen weights: type, device, 4 bits."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 import transformers
 from peft import (
-    LoraConfig,
     PeftModel,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from finetuning.common.errors import UserError
 from finetuning.common.text import clean_line
-from finetuning.model import demo_model
+from finetuning.config import LoraSettings, ModelSettings
 from finetuning.model.adapters import (
-    PROJECTIONS,
     attach_adapters,
-    check_rank_pattern,
-    known_modules,
     load_adapter,
     read_adapter_config,
 )
@@ -28,8 +22,7 @@ from finetuning.model.resolve import (
     ADAPTER_CONFIG,
     ResolvedModel,
     as_user_error,
-    check_model_folder,
-    download,
+    ensure_local,
     hub_spelling,
     named_model,
     resolve_model,
@@ -44,25 +37,9 @@ warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning) 
 # Tokenizer and model
 
 
-def load_tokenizer(
-    resolved: ResolvedModel,
-    texts: Sequence[str] | Callable[[], Sequence[str]] = (),
-    cache_dir: Path | None = None,
-    seed: int = 0,
-) -> transformers.PreTrainedTokenizerBase:
-    """The tokenizer, with its chat template; `name_or_path` is the model's folder.
-
-    Downloads a hub model. Builds the embedded one from `texts` (or a function that gives them),
-    training samples only, below `cache_dir`.
-    """
-    folder = resolved.path
-    if resolved.embedded:
-        assert cache_dir is not None, "the embedded model needs a place to be kept"
-        texts = texts() if callable(texts) else texts
-        folder = demo_model.build_embedded(texts, cache_dir, seed)
-    elif folder is None:
-        folder = download(resolved)
-        check_model_folder(folder, resolved.trust_remote_code)
+def load_tokenizer(resolved: ResolvedModel) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer of a model that is on this machine (`ensure_local`), with its chat template."""
+    folder = _folder(resolved)
     with as_user_error(f"the tokenizer of {folder}", "copy the original model's tokenizer files"):
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=resolved.trust_remote_code, local_files_only=True
@@ -78,21 +55,12 @@ def load_tokenizer(
 def load_model(
     resolved: ResolvedModel,
     tokenizer: transformers.PreTrainedTokenizerBase,
+    settings: ModelSettings,
+    lora: LoraSettings,
     *,
     device: str | torch.device,
-    precision: str = "auto",
-    lora_r: int = 16,
-    lora_alpha: float = 32.0,
-    lora_dropout: float = 0.0,
-    target_modules: Sequence[str] = PROJECTIONS,
-    rank_pattern: Mapping[str, int] | None = None,
-    use_rslora: bool = False,
-    use_dora: bool = False,
-    quantization: str = "none",
-    init_adapter: str = "",
     gradient_checkpointing: bool = False,
     seed: int = 0,
-    trust_remote_code: bool = False,
     sharded: bool = False,
 ) -> PeftModel | PreTrainedModel:
     """The model on `device`, base frozen, with fresh fp32 adapters or those of `init_adapter`.
@@ -101,42 +69,32 @@ def load_model(
     and target modules of its own. The same seed gives the same adapters on any device.
 
     sharded: the weights stay in the files, mapped into host memory in the files' own type, one copy
-    for all ranks of a node; `distributed.parallelize` takes each rank's part from there.
+    for all ranks of a node; `parallel.parallelize` takes each rank's part from there.
     """
-    folder = Path(tokenizer.name_or_path)
-    device = torch.device(device)
-    resolved = replace(resolved, trust_remote_code=resolved.trust_remote_code or trust_remote_code)
-    if lora_r == 0 and (quantization != "none" or init_adapter):
+    folder, device = _folder(resolved), torch.device(device)
+    if lora.lora_r == 0 and (settings.quantization != "none" or settings.init_adapter):
         raise UserError(
             "lora_r 0 (full fine-tuning) goes with neither quantization nor init_adapter"
         )
-    dtype = weight_dtype(device, precision)
+    dtype = weight_dtype(device, settings.precision)
     if sharded:
-        assert quantization == "none", "4-bit weights can't be sharded"
+        assert settings.quantization == "none", "4-bit weights can't be sharded"
         device, dtype = torch.device("cpu"), saved_dtype(folder)
-    model = load_base(resolved, folder, device, dtype, quantization)
+    model = load_base(resolved, device, dtype, settings.quantization)
     _check_vocabulary(model, tokenizer, folder)
     if gradient_checkpointing:
         recompute_activations(model)
-    if lora_r == 0:
+    if lora.lora_r == 0:
         return model.requires_grad_(True)
     base_name = resolved.name if hub_spelling(resolved) else str(folder)
-    if init_adapter:
-        return load_adapter(model, Path(init_adapter).expanduser(), base_name)
-    config = LoraConfig(
-        r=lora_r,
-        lora_alpha=lora_alpha,
-        lora_dropout=lora_dropout,
-        target_modules=known_modules(model, target_modules),
-        rank_pattern=dict(rank_pattern or {}),
-        use_rslora=use_rslora,
-        use_dora=use_dora,
-        bias="none",
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base_name,
-    )
-    check_rank_pattern(model, config)
-    return attach_adapters(model, config, seed)
+    if settings.init_adapter:
+        return load_adapter(model, Path(settings.init_adapter).expanduser(), base_name)
+    return attach_adapters(model, lora, base_name, seed)
+
+
+def _folder(resolved: ResolvedModel) -> Path:
+    assert resolved.path is not None, "the model is not on this machine yet: call ensure_local"
+    return resolved.path
 
 
 def recompute_activations(model: torch.nn.Module) -> None:
@@ -163,13 +121,10 @@ def _size(parameter: torch.nn.Parameter) -> int:
 
 
 def load_base(
-    resolved: ResolvedModel,
-    folder: Path,
-    device: torch.device,
-    dtype: torch.dtype,
-    quantization: str,
+    resolved: ResolvedModel, device: torch.device, dtype: torch.dtype, quantization: str = "none"
 ) -> PreTrainedModel:
     """Weights are mapped from the file and go straight to the device. No weight may be missing."""
+    folder = _folder(resolved)
     advice = "download it again, or check that this version of transformers knows the architecture"
     with as_user_error(f"model folder {folder}", advice):
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -248,8 +203,7 @@ def load_for_inference(
         base_of(folder, device, base_model) if is_adapter else named_model(str(folder), False)
     )
     tokenizer = load_tokenizer(resolved)
-    dtype = weight_dtype(device, precision)
-    model = load_base(resolved, Path(tokenizer.name_or_path), device, dtype, "none")
+    model = load_base(resolved, device, weight_dtype(device, precision))
     if is_adapter:
         model = load_adapter(model, folder, resolved.name)
     model.config.use_cache = True
@@ -257,7 +211,8 @@ def load_for_inference(
 
 
 def base_of(adapter: Path, device: torch.device, base_model: str = "") -> ResolvedModel:
+    """The base of a saved adapter, on this machine: `base_model`, or the one that its file names."""
     name = base_model or read_adapter_config(adapter).base_model_name_or_path
     if not name:
         raise UserError(f"{adapter / ADAPTER_CONFIG} names no base model; give it as --base-model")
-    return resolve_model(name, device)
+    return ensure_local(resolve_model(name, device))

@@ -4,9 +4,9 @@ import json
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ class ResolvedModel:
     """Which model a run uses and why.
 
     `path` is its folder; None means it is still to be downloaded (hub) or built (embedded), which
-    `load_tokenizer` does.
+    `ensure_local` does.
     """
 
     name: str
@@ -138,6 +138,28 @@ def banner(resolved: ResolvedModel) -> str:
     if resolved.embedded:
         return demo_model.banner(resolved.reason)
     return f"{resolved.name}: {resolved.reason}"
+
+
+def ensure_local(
+    resolved: ResolvedModel,
+    texts: Sequence[str] | Callable[[], Sequence[str]] = (),
+    cache_dir: Path | None = None,
+    seed: int = 0,
+) -> ResolvedModel:
+    """The same model with its folder on this machine.
+
+    A hub model is downloaded. The embedded one is built below `cache_dir` from `texts` (or a function
+    that gives them), training samples only.
+    """
+    if resolved.embedded:
+        assert cache_dir is not None, "the embedded model needs a place to be kept"
+        texts = texts() if callable(texts) else texts
+        return replace(resolved, path=demo_model.build_embedded(texts, cache_dir, seed))
+    if resolved.path is None:
+        folder = download(resolved)
+        check_model_folder(folder, resolved.trust_remote_code)
+        return replace(resolved, path=folder)
+    return resolved
 
 
 def _no_room(device: torch.device, precision: str) -> str | None:

@@ -24,7 +24,6 @@ from finetuning.model.adapters import adapter_documents, adapter_state, load_ada
 from finetuning.model.loading import base_of, load_base, load_tokenizer
 from finetuning.model.parallel import full_tensor
 from finetuning.model.resolve import ADAPTER_WEIGHTS, saved_dtype, weight_dtype
-from finetuning.runs.directory import RUN_NAME
 
 
 def save_adapter(
@@ -32,7 +31,7 @@ def save_adapter(
     tokenizer: transformers.PreTrainedTokenizerBase,
     directory: Path,
     *,
-    run: str = "",
+    notes: Mapping[str, str] | None = None,
     dtype: torch.dtype = torch.float32,
     writes: bool = True,
 ) -> None:
@@ -41,7 +40,7 @@ def save_adapter(
     The folder appears whole (a staging folder is renamed) and replaces an earlier one. The adapter's
     configuration names its base: a hub name as it is, else the absolute path of the folder.
 
-    run: name of the run that trained it, for `run_directory.own_models`.
+    notes: file name -> text of small files beside the model, such as the name of its run.
     dtype: of a whole model's weights in the file; that of the arithmetic, so that the file is the model
         that was measured. writes: false on all ranks but one, which gathers what the others hold parts of.
     """
@@ -52,7 +51,9 @@ def save_adapter(
             state[name] = whole.to("cpu", tensor.dtype if isinstance(model, PeftModel) else dtype)
         del whole  # no more than one at a time
     if writes:
-        _save_folder(directory, tokenizer, lambda path: _write_model_files(model, state, path), run)
+        _save_folder(
+            directory, tokenizer, lambda path: _write_model_files(model, state, path), notes
+        )
 
 
 def export_merged(
@@ -64,12 +65,9 @@ def export_merged(
     bf16. `base_model` replaces the base that the adapter's configuration names.
     """
     resolved = base_of(adapter, torch.device("cpu"), base_model)
-    tokenizer = load_tokenizer(resolved)
-    folder = Path(tokenizer.name_or_path)
-    base = load_base(resolved, folder, torch.device("cpu"), torch.float32, "none")
-    dtype = (
-        saved_dtype(folder) if precision == "auto" else weight_dtype(torch.device("cpu"), precision)
-    )
+    host = torch.device("cpu")
+    tokenizer, base = load_tokenizer(resolved), load_base(resolved, host, torch.float32)
+    dtype = saved_dtype(resolved.path) if precision == "auto" else weight_dtype(host, precision)
     merged = load_adapter(base, adapter, resolved.name).merge_and_unload(safe_merge=True)
     merged.config.use_cache = True
     _save_folder(directory, tokenizer, lambda path: merged.to(dtype).save_pretrained(path))
@@ -91,15 +89,18 @@ def _write_model_files(
 
 
 def _save_folder(
-    directory: Path, tokenizer: Any, write: Callable[[Path], None], run: str = ""
+    directory: Path,
+    tokenizer: Any,
+    write: Callable[[Path], None],
+    notes: Mapping[str, str] | None = None,
 ) -> None:
     """Fill a staging folder, make it durable, and put it in the place of `directory`."""
     try:
         with staging_folder(directory.parent, f".{directory.name}-", str(os.getpid())) as staging:
             write(staging)
             tokenizer.save_pretrained(staging)
-            if run:
-                (staging / RUN_NAME).write_text(f"{run}\n", encoding="utf-8")
+            for name, text in (notes or {}).items():
+                (staging / name).write_text(text, encoding="utf-8")
             for path in staging.iterdir():
                 path.chmod(usual_mode())  # safetensors' is 0600
             fsync_files(staging)

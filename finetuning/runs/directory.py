@@ -19,6 +19,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from finetuning.common.distributed import Distributed
 from finetuning.common.errors import RunStopped, UserError
 from finetuning.common.files import atomic_write, write_json
 
@@ -153,6 +154,13 @@ def new_run(output_dir: Path) -> RunDirectory:
             raise UserError(
                 f"output_dir {output_dir}: can't be written ({error.strerror or error})"
             ) from error
+
+
+def open_directory(output_dir: Path, dist: Distributed, known: str) -> RunDirectory:
+    """The directory of the run of this name, or of a new run where it is empty; alike on all ranks."""
+    name = dist.broadcast(dist.is_main and (known or new_run(output_dir).name))
+    dist.note("run", name)
+    return known_run(output_dir, name) if dist.is_main else shared_run(output_dir, name)
 
 
 def known_run(output_dir: Path, name: str) -> RunDirectory:

@@ -1,31 +1,38 @@
-"""Everything of a run that is written down while it goes on: one object, so that the loop has one call.
+"""Everything of a run that is written while it goes on, in one object, so that the loop has one call.
 
-It owns the run's TensorBoard writer, hardware monitor, alerts and status file. On ranks other than 0
-the same calls do nothing; only the alerts look at every rank's numbers, so that all ranks act alike.
+It holds the run's TensorBoard logger, hardware monitor, alerts and status file. On ranks other than 0
+the same calls write nothing; only the alerts look at every rank's numbers, so that all ranks act alike.
 """
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from finetuning.common.files import json_text
+from finetuning.common.files import atomic_write_text, json_text, strict, write_json
 from finetuning.common.text import redact_values
+from finetuning.data.loss_mask import mask_audit
 from finetuning.events.event_file import rewind_lines
 from finetuning.monitoring.alerts import Alert, AlertMonitor, run_command
 from finetuning.monitoring.system_monitor import SystemMonitor
+from finetuning.readers.sample import BrokenSample
+from finetuning.runs import summary
 from finetuning.runs.directory import RunDirectory
-from tb_logger import NullLogger, TensorBoardLogger
+from finetuning.runs.plan import RunPlan
+from finetuning.training.state import TrainState
 
 
 class RunRecord:
-    """The record of one session of a run.
+    """The record of one session of a run. On ranks other than 0 the logger is false, and nothing is written.
 
     Args:
         run: where it is written.
-        is_main: this rank writes.
-        samples_hardware: this rank reads its node's gauges.
+        logger: a TensorBoardLogger or a NullLogger.
+        system: the hardware monitor of this rank's node, running on the node's first rank.
         resume_step: step of the checkpoint that the session starts from; -1: a run that begins again;
             None: a fresh one.
-        gpu_uuids: this node's devices, numbered from `first_gpu_index`; empty: none are read.
+        alert_state: what the alerts remembered at that step.
         alert_actions: alert name -> log, save, stop, or a command to run.
         warn: told of everything a person should look at.
     """
@@ -33,49 +40,40 @@ class RunRecord:
     def __init__(
         self,
         run: RunDirectory,
+        logger: Any,
+        system: SystemMonitor,
         *,
-        is_main: bool,
-        samples_hardware: bool,
         resume_step: int | None,
-        gpu_uuids: tuple[str, ...] | None,
-        first_gpu_index: int,
-        alert_state: Mapping | None,
+        alert_state: Mapping,
         alert_actions: Mapping[str, str],
         warn: Callable[[str], None],
     ) -> None:
-        self.run, self._is_main, self._warn = run, is_main, warn
-        self._actions = alert_actions
-        self._overhead_seconds = 0.0  # of writers before this one
+        self.run, self.logger, self.system = run, logger, system
+        self._actions, self._warn = alert_actions, warn
         self.evidence: dict[str, object] = {}  # what the alerts of the next logged step may cite
         self.alerts = AlertMonitor(alert_state or None)
-        if is_main and resume_step is not None:
+        if logger and resume_step is not None:
             self._forget_alerts(resume_step)
-        self.writer = self._open_writer(resume_step)
-        self.system = SystemMonitor(gpu_uuids, run.output_dir, 1.0, first_gpu_index, warn=warn)
-        if samples_hardware:
-            self.system.start()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> set[str]:
         """Write one step's numbers; returns what its alerts ask for: any of "save" and "stop"."""
         raised = self.alerts.observe(step, metrics, self.evidence)
         self.evidence = {}
-        self.writer.log(step, {**metrics, **self.alerts.scalars()})
+        self.logger.log(step, {**metrics, **self.alerts.scalars()})
         if raised:
-            self.writer.add_text("Alerts/Table", self.alerts.table(), step)
+            self.logger.add_text("Alerts/Table", self.alerts.table(), step)
         return {self._act(alert) for alert in raised} & {"save", "stop"}
 
     def rewind(self, step: int, alert_state: Mapping) -> None:
         """Take back everything after `step`: the run goes on from there."""
-        self.writer.close()
-        self._overhead_seconds += self.writer.overhead_seconds
-        self.writer = self._open_writer(step)
+        self.logger.rewind(step)
         self.alerts, self.evidence = AlertMonitor(alert_state or None), {}
-        if self._is_main:
+        if self.logger:
             self._forget_alerts(step)
 
     def status(self, status: str, **details: object) -> None:
         """How the run stands, for schedulers and people."""
-        if not self._is_main:
+        if not self.logger:
             return
         try:
             self.run.write_status(status, **redact_values(details))
@@ -83,26 +81,72 @@ class RunRecord:
             self._warn(f"status.json can't be written: {error.strerror or error}")
 
     def overhead_percent(self, seconds: float) -> dict[str, float]:
-        """Share of `seconds` of training that calls of the writer took."""
-        if seconds <= 0 or not self.writer:
+        """Share of `seconds` of training that calls of the logger took."""
+        if seconds <= 0 or not self.logger:
             return {}
-        spent = self._overhead_seconds + self.writer.overhead_seconds
-        return {"Monitoring/Logging_Overhead_Percent": 100 * spent / seconds}
+        return {"Monitoring/Logging_Overhead_Percent": 100 * self.logger.overhead_seconds / seconds}
 
     def close(self, status: str | None) -> None:
         """End writing; `status` "success" or "failure" only when the run will not be resumed."""
         self.system.stop()
-        self.writer.close(status)
+        self.logger.close(status)
 
-    def _open_writer(self, resume_step: int | None) -> TensorBoardLogger | NullLogger:
-        if not self._is_main:
-            return NullLogger()
-        return TensorBoardLogger(
-            self.run.tensorboard,
-            metrics_path=self.run.logs / "metrics.jsonl",
-            resume_step=resume_step,
-            warn=self._warn,
-        )
+    # -------------------------------------------------------------------------
+    # What a run says about itself
+
+    def describe(self, plan: RunPlan) -> None:
+        """Before step 1: settings, data set and mask audit, to TensorBoard and as files."""
+        logger, statistics, logs = self.logger, plan.inputs.statistics, self.run.logs
+        write_json(logs / "dataset_statistics.json", statistics.to_json())
+        write_broken(logs / "broken_samples.jsonl", plan.data.split.read.broken)
+        write_json(logs / "truncation.json", asdict(plan.data.train.tokens.ledger))
+        logger.add_hparams(summary.hparams(plan.settings))
+        self.write_settings(plan.settings, 0)
+        logger.add_text("Dataset/Summary", statistics.summary_markdown(), 0)
+        audit = mask_audit(plan.data.train.tokens, plan.inputs.tokenizer)
+        logger.add_text("Dataset/Mask_Audit", audit, 0)
+        for tag, values in statistics.histograms().items():
+            logger.add_histogram(tag, values, 0)
+        for tag, draw in statistics.pictures().items():
+            logger.add_figure(tag, draw, 0)
+        named = {
+            "Config/Batch_Size": "batch_size",
+            "Config/Sequence_Length": "max_seq_length",
+            "Config/Gradient_Accumulation_Steps": "gradient_accumulation_steps",
+        }
+        numbers = {tag: float(plan.settings[name]) for tag, name in named.items()}
+        logger.log(0, statistics.scalars() | numbers)
+
+    def write_settings(self, settings: Mapping[str, Any], step: int) -> None:
+        """TEXT: all settings as they are from this step on."""
+        table = summary.markdown_table(summary.hparams(settings))
+        self.logger.add_text("Config/Training_Settings", table, step)
+
+    def write_configuration(self, plan: RunPlan, model: Mapping[str, Any]) -> None:
+        """configuration.json among the run's logs: settings, model, steps and versions."""
+        if self.logger:
+            record = summary.configuration(plan.settings, model, plan.steps)
+            write_json(self.run.logs / "configuration.json", record)
+
+    def write_summary(
+        self,
+        plan: RunPlan,
+        model: Mapping[str, Any],
+        state: TrainState,
+        monitoring: Mapping[str, float],
+        hardware: Mapping[str, float],
+    ) -> str:
+        """Final_* tags, Training/Final_Summary and training_statistics.json; returns the closing lines."""
+        final = summary.final_metrics(plan, model, state, monitoring, hardware)
+        statistics = summary.training_statistics(plan, model, state, final, self.run.name)
+        self.logger.log(state.step, final)
+        text = summary.final_summary(statistics)
+        self.logger.add_text("Training/Final_Summary", text, state.step)
+        write_json(self.run.statistics, statistics)
+        return summary.closing_lines(statistics, self.run)
+
+    # -------------------------------------------------------------------------
+    # Alerts
 
     def _forget_alerts(self, step: int) -> None:
         """Those of steps that will be done again, and would be told again."""
@@ -115,7 +159,7 @@ class RunRecord:
     def _act(self, alert: Alert) -> str:
         self._warn(f"{alert.name} at step {alert.step}: {alert.advice}")
         action = self._actions.get(alert.name, "log")
-        if not self._is_main:
+        if not self.logger:
             return action
         _append_line(self.run.logs / "alerts.jsonl", alert.record(), self._warn)
         if action not in ("log", "save", "stop"):
@@ -130,3 +174,11 @@ def _append_line(path: Path, record: Mapping, warn: Callable[[str], None]) -> No
             file.write(line + "\n")
     except OSError as error:  # a full disk must not stop training
         warn(f"{path.name} can't be written: {error.strerror or error}")
+
+
+def write_broken(path: Path, broken: Sequence[BrokenSample]) -> None:
+    """One JSON object a line: source, line, reason. Nothing is written where nothing is broken."""
+    if broken:
+        records = ({"source": b.source, "line": b.line, "reason": b.reason} for b in broken)
+        lines = (json.dumps(strict(r), ensure_ascii=False, allow_nan=False) for r in records)
+        atomic_write_text(path, "".join(line + "\n" for line in lines))

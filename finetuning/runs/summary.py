@@ -1,80 +1,21 @@
 """The texts and records about a whole run: what was set, what was resolved, how it ended."""
 
-import dataclasses
-import hashlib
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
-from finetuning.common.errors import UserError
-from finetuning.common.files import strict
+from finetuning.common.distributed import Distributed
 from finetuning.common.formatting import shown
 from finetuning.common.text import redact_values, table_cell
 from finetuning.data.packing import StepPlan
-from finetuning.data.training_data import TrainingData
 from finetuning.runs.directory import RunDirectory
+from finetuning.runs.plan import RunPlan
+from finetuning.training.engine import TrainingEngine
 from finetuning.training.state import TrainState
 
 PACKAGES = ("torch", "transformers", "peft", "tensorboard", "datasets", "nvidia-ml-py", "numpy")
-
-# -----------------------------------------------------------------------------
-# What makes a run the same run
-
-
-def identity(
-    settings: Mapping[str, Any], model: str, data: TrainingData, plan: StepPlan
-) -> dict[str, Any]:
-    """What a checkpoint must share with the run that resumes it, or the steps would not be the same."""
-    lengths = data.train.tokens.lengths[data.train.documents].tobytes()
-    names = ("lora_r", "lora_alpha", "use_rslora", "use_dora", "seed", "packing", "max_seq_length")
-    return {
-        "model": model,
-        "data": data.split.read.fingerprint,
-        "documents": hashlib.sha256(lengths).hexdigest()[:16],
-        "rows_per_step": plan.rows_per_step,
-        "steps": plan.num_steps,
-        **{name: settings[name] for name in names},
-        "target_modules": sorted(settings["target_modules"]),
-    }
-
-
-def check_identity(found: Mapping[str, Any], wanted: Mapping[str, Any], path: object) -> None:
-    """Raise UserError naming every difference between a checkpoint's identity and this run's."""
-    differences = [
-        f"{name} is {wanted[name]}, the checkpoint has {found.get(name)}"
-        for name in wanted
-        if found.get(name) != wanted[name]
-    ]
-    if differences:
-        raise UserError(
-            f"--resume {path}: {'; '.join(differences)}. Use the settings and data of the run that "
-            "wrote it, or start a fresh run without --resume"
-        )
-
-
-def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """`name before -> now` of every setting that a resumed run has otherwise than its checkpoint."""
-    before, now = strict(before), strict(now)
-    return [
-        f"{name} {before[name]} -> {now[name]}"
-        for name in now
-        if name in before and before[name] != now[name]
-    ]
-
-
-def check_ranks(identities: Sequence[Mapping[str, Any]]) -> None:
-    """Raise UserError naming what is not the same on all ranks: they would train on different samples."""
-    first = identities[0]
-    for rank, other in enumerate(identities):
-        names = [name for name in first if other[name] != first[name]]
-        if names:
-            raise UserError(
-                f"rank {rank} differs from rank 0 in {', '.join(names)}: give all nodes the same data, "
-                "model and settings"
-            )
-
 
 # -----------------------------------------------------------------------------
 # Markdown for TensorBoard
@@ -113,18 +54,55 @@ def hparams(settings: Mapping[str, Any]) -> dict[str, bool | float | str]:
 
 
 # -----------------------------------------------------------------------------
+# The beginning
+
+
+def run_rows(plan: RunPlan, engine: TrainingEngine, dist: Distributed) -> list[tuple[str, object]]:
+    """What was decided, for the table at the start."""
+    data, steps = plan.data, plan.steps
+    remarks = len(data.split.read.remarks)
+    parallel = plan.execution.parallel
+    ranks = f", {dist.world_size} ranks, {parallel}" if dist.world_size > 1 else ""
+    trainable = f"{engine.num_trainable:,} trainable of {engine.num_parameters:,}"
+    return [
+        ("device", f"{dist.device}{ranks}"),
+        ("model", plan.inputs.model.name),
+        ("parameters", trainable),
+        ("samples", f"{len(data.train)} train, {len(data.held_out)} held out"),
+        ("broken, left out", len(data.split.read.broken)),
+        ("too long, left out", len(data.train.tokens.ledger.dropped)),
+        *([("remarks", f"{remarks}; --check-data lists them")] if remarks else []),
+        ("tokens per epoch", f"{steps.num_tokens:,}"),
+        ("steps", f"{steps.num_steps} ({steps.steps_per_epoch} per epoch)"),
+        ("packing", f"{steps.num_rows} rows, {steps.efficiency:.1%} full"),
+        ("gradient checkpointing", "on" if engine.gradient_checkpointing else "off"),
+        ("compiled layers", "on" if engine.batch_shape else "off"),
+        *plan.forecast.short_rows(),
+    ]
+
+
+def model_size(plan: RunPlan, engine: TrainingEngine) -> dict[str, Any]:
+    """The model's name and its numbers of weights, for the run's files."""
+    return {
+        "name": plan.inputs.model.name,
+        "trainable": engine.num_trainable,
+        "total": engine.num_parameters,
+    }
+
+
+# -----------------------------------------------------------------------------
 # The end
 
 
 def final_metrics(
-    settings: Mapping[str, Any],
-    data: TrainingData,
-    parameters: Mapping[str, int],
+    plan: RunPlan,
+    model: Mapping[str, Any],
     state: TrainState,
     monitoring: Mapping[str, float],
     hardware: Mapping[str, float],
 ) -> dict[str, float]:
     """The Final_* tags and Training/Final_Loss; what is not known is absent."""
+    data, settings = plan.data, plan.settings
     numbers = {k: v for k, v in settings.items() if type(v) in (int, float)}
     eval_losses = {
         "Final_Model/First_Eval_Loss": state.first_eval_loss,
@@ -137,7 +115,8 @@ def final_metrics(
         "Final_Dataset/Training_Samples": float(len(data.train)),
         "Final_Dataset/Held_Out_Samples": float(len(data.held_out)),
         "Final_Dataset/Broken_Samples": float(len(data.split.read.broken)),
-        **{f"Final_Model/{name}": float(value) for name, value in parameters.items()},
+        "Final_Model/Trainable_Parameters": float(model["trainable"]),
+        "Final_Model/Total_Parameters": float(model["total"]),
         **{tag: value for tag, value in eval_losses.items() if value is not None},
         **{f"Final_{tag}": value for tag, value in monitoring.items()},
         **{f"Final_{tag}": value for tag, value in hardware.items() if tag.startswith("GPU_")},
@@ -145,29 +124,28 @@ def final_metrics(
 
 
 def training_statistics(
-    settings: Mapping[str, Any],
+    plan: RunPlan,
     model: Mapping[str, Any],
-    data: TrainingData,
-    plan: StepPlan,
     state: TrainState,
     final: Mapping[str, float],
-    run: RunDirectory,
+    run: str,
 ) -> dict[str, Any]:
     """The content of training_statistics.json."""
+    data, steps = plan.data, plan.steps
     seconds = state.training_seconds
     return {
-        "run": run.name,
-        "config": redact_values(dict(settings)),
+        "run": run,
+        "config": redact_values(dict(plan.settings)),
         "dataset": {
             "training_samples": len(data.train),
             "held_out_samples": len(data.held_out),
-            **data.statistics.to_json(),
+            **plan.inputs.statistics.to_json(),
         },
         "model": dict(model),
         "training": {
             "steps": state.step,
-            "planned_steps": plan.num_steps,
-            "epochs": plan.fractional_epoch(state.step),
+            "planned_steps": steps.num_steps,
+            "epochs": steps.fractional_epoch(state.step),
             "final_loss": state.last_loss,
             "first_eval_loss": state.first_eval_loss,
             "last_eval_loss": state.last_eval_loss,
@@ -181,7 +159,7 @@ def training_statistics(
             "tokens": state.tokens_seen,
             "samples": state.samples_seen,
             "tokens_per_second": state.tokens_seen / seconds if seconds > 0 else None,
-            "packing_efficiency": plan.efficiency,
+            "packing_efficiency": steps.efficiency,
         },
         "monitoring": {tag: v for tag, v in final.items() if tag.startswith("Final_Monitoring/")},
         "gpus": {tag: v for tag, v in final.items() if tag.startswith("Final_GPU_")},
@@ -235,8 +213,3 @@ def closing_lines(statistics: Mapping[str, Any], run: RunDirectory) -> str:
         f"curves: uv run tensorboard --logdir={run.tensorboard.parent}",
     ]
     return "\n".join(lines)
-
-
-def settings_of(config: object) -> dict[str, Any]:
-    """A configuration dataclass as plain values."""
-    return dataclasses.asdict(config)  # type: ignore[call-overload]

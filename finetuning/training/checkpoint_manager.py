@@ -31,7 +31,7 @@ SAVING_SHARE = 0.05  # of the time between two automatic checkpoints, which the 
 MOST_UNSAVED_SECONDS = 900  # of work, however long a checkpoint takes
 
 
-class RunCheckpoints:
+class CheckpointManager:
     """One run's checkpoints, the same on all ranks; rank 0 looks for them and writes them.
 
     Args:
@@ -138,7 +138,7 @@ class RunCheckpoints:
     # -------------------------------------------------------------------------
     # Going on
 
-    def find(self, resume: str) -> Checkpoint | None:
+    def resolve_resume(self, resume: str) -> Checkpoint | None:
         """The checkpoint that `--resume` asks for. Raises UserError where it must be there and is not."""
         path = None
         if self._dist.is_main:
@@ -161,11 +161,11 @@ class RunCheckpoints:
         """The run's newest good checkpoint."""
         return self._on_all_ranks(self._newest(run) if self._dist.is_main else None)
 
-    def begun(self) -> str:
+    def run_before_first_checkpoint(self) -> str:
         """Name of the run that an earlier group of this torchrun began and died before it saved anything."""
         return "" if self._dist.noted("saved") else self._dist.noted("run")
 
-    def go_on_from(self, checkpoint: Checkpoint) -> None:
+    def load_rng(self, checkpoint: Checkpoint) -> None:
         """This rank's generators as they were there; a rank that did not exist then starts from the seed."""
         prefix = f"rank{self._dist.rank}."
         states = {

@@ -1,6 +1,7 @@
-"""The model while it is trained: as the ranks hold it, with its optimizer, and what it can do without."""
+"""The training engine: the model on all ranks, its optimizer, and measures when memory runs out."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from finetuning.common import distributed
 from finetuning.common.errors import RunStopped
+from finetuning.config import OptimizerSettings
 from finetuning.data.packing import PlannedStep
 from finetuning.data.token_table import TokenizedSamples
 from finetuning.model import adapters as model_adapters
@@ -33,18 +35,28 @@ from finetuning.training.state import TrainState
 from finetuning.training.step_clock import StepClock
 
 
-class ModelInTraining:
+@dataclass(frozen=True)
+class Execution:
+    """How the model is held on the ranks and run."""
+
+    parallel: str  # "ddp" or "fsdp", see `parallel.parallelize`
+    dtype: torch.dtype  # of frozen weights and of the arithmetic
+    batch_shape: Mapping[str, int] = field(
+        default_factory=dict
+    )  # constant sizes; empty: not compiled
+    must_compile: bool = False  # layers that can't be compiled end the run
+    gradient_checkpointing: bool = False  # it is on already
+    may_checkpoint: bool = False  # it may be turned on once memory runs out
+
+
+class TrainingEngine:
     """Weights, their gradients and updates; the same on one device, as replicas and as shards.
 
     Args:
-        model: of `model_loading.load_model`, with adapters or all weights trained.
+        model: of `loading.load_model`, with adapters or all weights trained.
         close_id: token id of `</think>`, see `PackedLossModel`.
-        parallel, dtype: see `distributed.parallelize`.
-        batch_shape: constant sizes of a batch for compiled layers; empty: nothing is compiled.
-        must_compile: layers that can't be compiled end the run.
-        recomputes: activations are made again in the backward pass already.
-        may_recompute: they may be, once memory runs out.
-        learning_rate, betas, epsilon, weight_decay: of AdamW.
+        execution: how the model is held and run.
+        optimizer: of AdamW.
         warn: told what is done about a lack of memory.
     """
 
@@ -53,25 +65,19 @@ class ModelInTraining:
         model: torch.nn.Module,
         close_id: int,
         dist: distributed.Distributed,
-        *,
-        parallel: str,
-        dtype: torch.dtype,
-        batch_shape: Mapping[str, int],
-        must_compile: bool,
-        recomputes: bool,
-        may_recompute: bool,
-        learning_rate: float,
-        betas: tuple[float, float],
-        epsilon: float,
-        weight_decay: float,
+        execution: Execution,
+        optimizer: OptimizerSettings,
         warn: Callable[[str], None],
     ) -> None:
+        parallel, dtype = execution.parallel, execution.dtype
         self._model, self._dist, self._parallel, self._dtype = model, dist, parallel, dtype
-        self._must_compile, self._may_recompute, self._warn = must_compile, may_recompute, warn
-        self.batch_shape, self.recomputes = batch_shape, recomputes
+        self._must_compile, self._warn = execution.must_compile, warn
+        self.batch_shape = execution.batch_shape
+        self.gradient_checkpointing = execution.gradient_checkpointing
+        self._may_checkpoint = execution.may_checkpoint
         enable_fast_lora(model)
         self.packed = PackedLossModel(model, close_id)
-        if batch_shape:
+        if self.batch_shape:
             self.packed.compile_layers()
         self.wrapped = model_parallel.parallelize(self.packed, parallel, dist, dtype).train()
         # By the model's own names, whatever wraps it.
@@ -79,10 +85,10 @@ class ModelInTraining:
         self.parameters = list(self._named.values())
         self.optimizer = build_optimizer(
             self.parameters,
-            learning_rate=learning_rate,
-            betas=betas,
-            epsilon=epsilon,
-            weight_decay=weight_decay,
+            learning_rate=optimizer.learning_rate,
+            betas=(optimizer.adam_beta1, optimizer.adam_beta2),
+            epsilon=optimizer.adam_epsilon,
+            weight_decay=optimizer.weight_decay,
         )
         self.num_trainable, self.num_parameters = loading.parameter_counts(model)
         self._dims = dims_from_config(model.config)
@@ -108,8 +114,8 @@ class ModelInTraining:
     ) -> tuple[MicroBatchSums, bool]:
         """The step's gradients, the mean over all ranks, and its sums; and whether a rank wants to stop.
 
-        Out of memory, or layers that can't be compiled, on one rank: all do with less, and begin the step
-        again; the global batch, and so the loss, stays the same. Shards can't agree in the middle of a
+        Out of memory, or layers that can't be compiled, on one rank: all ranks take the next measure and
+        repeat the step; the global batch, and so the loss, stays the same. Shards can't agree in the middle of a
         step: there the run ends, to be resumed with other settings. Raises RunStopped.
         """
         while True:
@@ -129,13 +135,13 @@ class ModelInTraining:
                 if is_out_of_memory(error):
                     pieces = micro_batch_pieces(planned, tokens.lengths, state.micro_batch_splits)
                     smallest = all(len(documents) == 1 for documents, _ in pieces)
-                    full, stuck = reason, smallest and not self._may_recompute
+                    full, stuck = reason, smallest and not self._may_checkpoint
                 elif is_compiler_error(error):
                     broken, stuck = reason, self._must_compile
                 else:
                     raise
             if self._parallel == "fsdp" and (full or broken):
-                raise _no_way_on(state.step + 1, full, broken)
+                raise _stopped_run(state.step + 1, full, broken)
             with clock.phase("forward_backward"):
                 if self._dist.world_size > 1 and self._parallel == "ddp":
                     clock.gradients_are_ready()
@@ -147,10 +153,10 @@ class ModelInTraining:
                     model_parallel.average_gradients(self.wrapped)
                     return sums, stops
             if stuck:
-                raise _no_way_on(state.step + 1, full, broken)
+                raise _stopped_run(state.step + 1, full, broken)
             sums = []  # what this rank holds of the step is made anew
             if too_large:
-                self._make_room(state)
+                self._reduce_memory(state)
             else:
                 self._stop_compiling()
                 reason = broken or "on another rank"
@@ -174,27 +180,27 @@ class ModelInTraining:
         return grad_norm
 
     # -------------------------------------------------------------------------
-    # Doing with less
+    # When memory runs out
 
-    def _make_room(self, state: TrainState) -> None:
+    def _reduce_memory(self, state: TrainState) -> None:
         """From here on, on all ranks: activations are made again in the backward pass; then smaller parts."""
-        if self._may_recompute:
+        if self._may_checkpoint:
             state.recomputes = True
             measure = "activations are now made again in the backward pass (gradient checkpointing)"
         else:
             state.micro_batch_splits += 1
             measure = f"micro-batches are now done in {2**state.micro_batch_splits} parts"
             measure += ", without compilation" if self.batch_shape else ""
-        self.do_with_less(state)
+        self.apply_memory_measures(state)
         self._warn(
             f"step {state.step + 1}: out of memory; {measure}, the global batch and the loss stay the same"
         )
 
-    def do_with_less(self, state: TrainState) -> None:
-        """What the state says that lack of memory has taught, now or before a resume."""
-        if state.recomputes and self._may_recompute:
+    def apply_memory_measures(self, state: TrainState) -> None:
+        """Apply the measures that the state names: those of now, or of before a resume."""
+        if state.recomputes and self._may_checkpoint:
             loading.recompute_activations(self._model)
-            self.recomputes, self._may_recompute = True, False
+            self.gradient_checkpointing, self._may_checkpoint = True, False
         if (
             self._parallel == "fsdp"
         ):  # parts are not of equal number on all ranks, gathering must be
@@ -229,17 +235,17 @@ class ModelInTraining:
         model_parallel.reshard(self.wrapped)
         model_adapters.load_adapter_state(self._model, tensors["adapter_model"])
         restore_optimizer(self.optimizer, self._named, tensors["optimizer"])
-        self.do_with_less(state)
+        self.apply_memory_measures(state)
 
-    def save(self, directory: Path, tokenizer: Any, run: str) -> None:
-        """The adapter of `run` with its tokenizer, whole or not at all."""
+    def save(self, directory: Path, tokenizer: Any, notes: Mapping[str, str]) -> None:
+        """Write the adapter with its tokenizer, whole or not at all; `notes`: see `save_adapter`."""
         model_parallel.reshard(self.wrapped)
-        options = {"run": run, "dtype": self._dtype, "writes": self._dist.is_main}
+        options = {"notes": notes, "dtype": self._dtype, "writes": self._dist.is_main}
         saving.save_adapter(self._model, tokenizer, directory, **options)
 
 
-def _no_way_on(step: int, full: str, broken: str) -> RunStopped:
-    """What ends a run that can't do with less, with this rank's reason if it has one."""
+def _stopped_run(step: int, full: str, broken: str) -> RunStopped:
+    """The error that ends a run without a further measure, with this rank's reason if it has one."""
     if broken:
         return RunStopped(f"the layers can't be compiled: {broken}. Use --compile off")
     return RunStopped(

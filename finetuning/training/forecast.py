@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 
 from finetuning.common.formatting import duration, size_text
+from finetuning.config import OutputSettings
 from finetuning.data.packing import StepPlan
+from finetuning.data.training_data import TrainingData
 from finetuning.model.flops import ModelDims, peak_flops, training_flops
 from finetuning.training.checkpoint_manager import MIN_SAVE_STEPS
 from finetuning.training.memory_estimate import (
@@ -227,82 +229,96 @@ class RunForecast:
         return f"{size_text(estimate.total)} of {free} free on {self.device} (an estimate){fits}"
 
 
+@dataclass(frozen=True)
+class Workload:
+    """The documents that a run goes through, and how often it evaluates."""
+
+    plan: StepPlan
+    lengths: Sequence[
+        int
+    ]  # (m,) tokens of the planned documents, an entry for each time in an epoch
+    num_targets: int  # their supervised tokens
+    eval_lengths: Sequence[int]  # (k,) tokens of the held-out documents
+    eval_targets: int
+    eval_steps: int  # between evaluations; 0: only before the first step and at the end
+    answer_tokens: int  # longest answer to a probe
+
+    @classmethod
+    def of(
+        cls, data: TrainingData, plan: StepPlan, eval_steps: int, answer_tokens: int
+    ) -> "Workload":
+        """The work on tokenized data."""
+        train, held_out = data.train, data.held_out
+        return cls(
+            plan,
+            lengths=train.tokens.lengths[plan.documents],
+            num_targets=int(train.tokens.num_targets[plan.documents].sum()),
+            eval_lengths=held_out.tokens.lengths[held_out.documents],
+            eval_targets=int(held_out.tokens.num_targets[held_out.documents].sum()),
+            eval_steps=eval_steps,
+            answer_tokens=answer_tokens,
+        )
+
+    @property
+    def num_evaluations(self) -> int:
+        """Before the first step, every `eval_steps`, and at the end; none without held-out data."""
+        return number_of_evaluations(self.plan.num_steps, self.eval_steps, len(self.eval_lengths))
+
+    def rows(self, save_steps: int | str, kept: int) -> Rows:
+        """Samples, tokens, steps, checkpoints and evaluations, as names and texts."""
+        plan = self.plan
+        automatic = save_steps == "auto"
+        checkpoints = planned_checkpoints(plan.num_steps, save_steps)
+        full = f"{plan.row_tokens:,} tokens, {plan.efficiency:.1%} full"
+        return [
+            ("samples", f"{len(self.lengths):,} an epoch, {len(self.eval_lengths):,} held out"),
+            ("tokens", f"{plan.num_tokens:,} an epoch, {self.num_targets:,} of them supervised"),
+            ("steps", f"{plan.num_steps:,} ({plan.steps_per_epoch:,} an epoch)"),
+            ("epochs", f"{plan.fractional_epoch(plan.num_steps):.4g}"),
+            ("rows", f"{plan.num_rows:,} of {full}"),
+            ("checkpoints", f"{'up to ' * automatic}{checkpoints:,}; at most {kept:,} are kept"),
+            ("evaluations", _evaluations_text(self.num_evaluations, self.eval_steps)),
+        ]
+
+
 def forecast(
     shape: ModelShape,
     placement: Placement,
+    work: Workload,
     *,
     device: torch.device,
-    free: int,
     dtype: torch.dtype,
-    plan: StepPlan,
-    lengths: Sequence[int],
-    num_targets: int,
-    eval_lengths: Sequence[int],
-    eval_targets: int,
-    batch_size: int,
-    eval_steps: int,
-    answer_tokens: int,
+    free: int,
     gradient_checkpointing: str,
-    save_steps: int | str,
-    save_total_limit: int,
-    output_dir: Path,
+    output: OutputSettings,
 ) -> RunForecast:
-    """Everything about a run that is planned but not begun.
+    """Everything about a run that is planned but not begun. What does not fit raises no error.
 
-    lengths: (m,) tokens of the planned documents, one entry for each time in an epoch. num_targets:
-    their supervised tokens. free: bytes of memory. gradient_checkpointing: on, off, or auto, which
-    turns it on where the estimate without it does not fit. save_steps: auto, or steps. Raises no error
-    for what does not fit.
+    free: bytes of memory. gradient_checkpointing: on, off, or auto, which turns it on where the estimate
+    without it does not fit.
     """
-    row = _row_tokens(plan, placement, lengths)
+    plan = work.plan
+    row = _row_tokens(plan, placement, work.lengths)
 
-    def total(rows: int, checkpointing: bool) -> float:
-        return estimate_memory(shape, placement, rows * row, checkpointing=checkpointing).total
+    def estimate(rows: int, checkpointing: bool) -> MemoryEstimate | None:
+        return estimate_memory(shape, placement, rows * row, checkpointing=checkpointing)
 
-    estimates = {
-        way: estimate_memory(shape, placement, batch_size * row, checkpointing=way)
-        for way in (False, True)
-    }
+    batch_size = plan.rows_per_micro_batch
+    estimates = {way: estimate(batch_size, way) for way in (False, True)}
     plain = estimates[False]
     tight = plain is not None and plain.total > USABLE * free
     checkpointing = gradient_checkpointing == "on" or (gradient_checkpointing == "auto" and tight)
     most = max(batch_size, plan.num_rows)
-    largest = (
-        {way: largest_batch(lambda rows, w=way: total(rows, w), free, most) for way in estimates}
+    largest = {
+        way: largest_batch(lambda rows, w=way: estimate(rows, w).total, free, most)
+        for way in estimates
         if plain is not None
-        else {}
-    )
-    evaluations = number_of_evaluations(plan.num_steps, eval_steps, len(eval_lengths))
-    answers = answer_cost(answer_tokens, device.type, plan.world_size)
-    seconds, speed = None, None
-    if shape.dims is not None:
-        speed = device_speed(device, shape.dims, dtype)
-        epoch = step_flops(shape, lengths, num_targets, checkpointing=checkpointing)
-        held_out = forward_flops(shape, eval_lengths, eval_targets)
-        work = epoch * plan.num_steps / plan.steps_per_epoch
-        work += evaluations * (held_out + answers * epoch / plan.num_tokens)
-        work /= plan.world_size
-        fixed = plan.num_steps * STEP_SECONDS + evaluations * EVALUATION_SECONDS
-        seconds = (fixed + work / speed.highest, fixed + work / speed.lowest)
-    automatic = save_steps == "auto"
-    checkpoints = number_of_checkpoints(plan.num_steps, MIN_SAVE_STEPS if automatic else save_steps)
-    kept = min(checkpoints, save_total_limit + 1)  # the best one may be kept beside them
+    }
+    speed = device_speed(device, shape.dims, dtype) if shape.dims is not None else None
+    checkpoints = planned_checkpoints(plan.num_steps, output.save_steps)
+    kept = min(checkpoints, output.save_total_limit + 1)  # the best one may be kept beside them
     return RunForecast(
-        work=[
-            ("samples", f"{len(lengths):,} an epoch, {len(eval_lengths):,} held out"),
-            ("tokens", f"{plan.num_tokens:,} an epoch, {num_targets:,} of them supervised"),
-            ("steps", f"{plan.num_steps:,} ({plan.steps_per_epoch:,} an epoch)"),
-            ("epochs", f"{plan.fractional_epoch(plan.num_steps):.4g}"),
-            (
-                "rows",
-                f"{plan.num_rows:,} of {plan.row_tokens:,} tokens, {plan.efficiency:.1%} full",
-            ),
-            (
-                "checkpoints",
-                f"{'up to ' * automatic}{checkpoints:,}; at most {kept:,} are kept",
-            ),
-            ("evaluations", _evaluations_text(evaluations, eval_steps)),
-        ],
+        work=work.rows(output.save_steps, kept),
         shape=shape,
         estimates=estimates,
         checkpointing=checkpointing,
@@ -310,11 +326,31 @@ def forecast(
         device=device,
         largest_batches=largest,
         num_rows=plan.num_rows,
-        seconds=seconds,
+        seconds=speed and run_seconds(shape, work, speed, device.type, checkpointing=checkpointing),
         speed=speed.source if speed else "",
         disk_needed=disk_bytes(shape, placement.dtype_bytes, kept),
-        disk_free=disk_free(output_dir),
+        disk_free=disk_free(Path(output.output_dir)),
     )
+
+
+def run_seconds(
+    shape: ModelShape, work: Workload, speed: Speed, device_type: str, *, checkpointing: bool
+) -> tuple[float, float]:
+    """The shortest and the longest time of training and evaluations to expect, s."""
+    plan, evaluations = work.plan, work.num_evaluations
+    answers = answer_cost(work.answer_tokens, device_type, plan.world_size)
+    epoch = step_flops(shape, work.lengths, work.num_targets, checkpointing=checkpointing)
+    held_out = forward_flops(shape, work.eval_lengths, work.eval_targets)
+    flops = epoch * plan.num_steps / plan.steps_per_epoch
+    flops += evaluations * (held_out + answers * epoch / plan.num_tokens)
+    flops /= plan.world_size
+    fixed = plan.num_steps * STEP_SECONDS + evaluations * EVALUATION_SECONDS
+    return fixed + flops / speed.highest, fixed + flops / speed.lowest
+
+
+def planned_checkpoints(num_steps: int, save_steps: int | str) -> int:
+    """Checkpoints of a whole run, at most so many where the run decides itself ("auto")."""
+    return number_of_checkpoints(num_steps, MIN_SAVE_STEPS if save_steps == "auto" else save_steps)
 
 
 def number_of_evaluations(num_steps: int, eval_steps: int, held_out: int) -> int:

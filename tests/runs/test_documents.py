@@ -8,8 +8,8 @@ a failure. What is changed before it runs: training takes one step of a tiny mod
 are written, and HOST is localhost; servers get a free port; the hub of `hf download` is on this machine.
 The flags of benchmarks and of the fault suite are checked here; they run, shortened, in
 tests/runs/test_benchmarks.py and tests/faults, and `docs/screenshots.py` in tests/runs/test_browser.py.
-`uv sync` runs dry, ssh does not connect, `pip install uv` must have been done. pytest does not run in pytest: the
-files and tests that are named must exist.
+`uv sync` runs dry, ssh does not connect, `pip install uv` must have been done. pytest does not run in
+pytest: the files and tests that are named must exist.
 """
 
 import argparse

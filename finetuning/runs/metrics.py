@@ -1,0 +1,194 @@
+"""The sums of steps become the numbers of logged steps, epochs and texts."""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from finetuning.common.distributed import Distributed
+from finetuning.evaluation.hardest_samples import LEVEL_DECAY, hardest, hardest_text, loss_rows
+from finetuning.evaluation.loss_metrics import LossMetrics
+from finetuning.model.flops import peak_flops
+from finetuning.monitoring.convergence import ConvergenceMonitor
+from finetuning.monitoring.system_monitor import gpu_memory
+from finetuning.runs.plan import RunPlan
+from finetuning.training.optimizer import StepResult
+from finetuning.training.state import TrainState
+from finetuning.training.step_clock import CudaTimeline, HostTimeline, StepClock, straggler
+
+
+class MetricsProcessor:
+    """Adds up what steps leave behind, in the run's state, and divides it when it is shown.
+
+    The state is handed in with each call, since a checkpoint brings one of its own.
+    """
+
+    def __init__(self, plan: RunPlan, dist: Distributed, state: TrainState) -> None:
+        self._plan, self._data, self._dist = plan.steps, plan.data, dist
+        self.losses = LossMetrics(plan.groups[0])
+        if not state.interval:
+            state.interval = state.epoch = self.losses.zeros().tolist()
+        self.convergence = self._monitor(state)
+        on_cuda = dist.device.type == "cuda"
+        peak = peak_flops(torch.cuda.get_device_name(dist.device)) if on_cuda else None
+        self.clock = StepClock(
+            peak_flops=peak and peak * dist.world_size,
+            timeline=CudaTimeline() if on_cuda else HostTimeline(),
+        )
+        self._started = self._counted = time.monotonic()
+
+    @property
+    def session_seconds(self) -> float:
+        """Wall time since this session began."""
+        return time.monotonic() - self._started
+
+    def restart(self, state: TrainState) -> None:
+        """Go on from an earlier state, after a rollback."""
+        self.convergence = self._monitor(state)
+
+    def _monitor(self, state: TrainState) -> ConvergenceMonitor:
+        plan = self._plan
+        return ConvergenceMonitor(plan.num_steps, plan.steps_per_epoch, state.convergence or None)
+
+    # -------------------------------------------------------------------------
+    # Steps
+
+    def collect(self, pending: Sequence[StepResult], state: TrainState) -> list[StepResult]:
+        """Bring the pending steps' sums to the host and add them up over ranks.
+
+        Returns the steps whose gradient is not finite. This is the only place that waits for the device.
+        """
+        own = np.zeros((len(pending), self.losses.size))
+        by_document = []
+        for row, result in zip(own, pending, strict=True):
+            by_document.append([(d, sums.per_document.cpu().numpy()) for d, sums in result.sums])
+            for (documents, per_document), (_, sums) in zip(
+                by_document[-1], result.sums, strict=True
+            ):
+                row += self.losses.vector(
+                    documents,
+                    per_document,
+                    sums.thinking_buckets.cpu().numpy(),
+                    sums.premature_close.cpu().numpy(),
+                )
+        vectors = self._dist.sum(torch.from_numpy(own)).numpy()
+        nonfinite = []
+        for vector, result, losses in zip(vectors, pending, by_document, strict=True):
+            state.interval = (np.asarray(state.interval) + vector).tolist()
+            state.grad_norm = float(result.grad_norm)
+            if math.isfinite(state.grad_norm):
+                state.grad_norm_max = max(state.grad_norm_max or 0.0, state.grad_norm)
+                state.epoch = (np.asarray(state.epoch) + vector).tolist()
+                self._rank_hardest(result.step, vector, losses, state)
+            else:
+                nonfinite.append(result)
+        return nonfinite
+
+    def _rank_hardest(
+        self,
+        step: int,
+        vector: np.ndarray,
+        losses: list[tuple[tuple[int, ...], np.ndarray]],
+        state: TrainState,
+    ) -> None:
+        """Keep this rank's hardest documents of the epoch, measured against the steps around them."""
+        count = self.losses.num_targets(vector)
+        total, tokens = (LEVEL_DECAY * old for old in state.loss_level)
+        state.loss_level = [total + self.losses.loss(vector) * count, tokens + count]
+        level = state.loss_level[0] / state.loss_level[1]
+        rows = [r for d, sums in losses for r in loss_rows(d, sums, step=step, level=level)]
+        state.hardest = hardest([*state.hardest, *rows])
+
+    def nonfinite_places(self, result: StepResult) -> list[str]:
+        """`file:line` of the samples of a step without a finite gradient, of all ranks; 20 at most."""
+        own = [d for documents, sums in result.sums for d in _nonfinite(documents, sums)]
+        own = own or [d for documents, _ in result.sums for d in documents]
+        train = self._data.train
+        return [p for rank in self._dist.gather([train.place(d) for d in own]) for p in rank][:20]
+
+    # -------------------------------------------------------------------------
+    # Numbers
+
+    def training(self, step: int, learning_rate: float, state: TrainState) -> dict[str, float]:
+        """Losses, gradient norm, convergence and counters since the last logged step."""
+        metrics = self.losses.training_metrics(np.asarray(state.interval))
+        state.last_loss = metrics["Training/Loss"]
+        self.convergence.observe(step, state.last_loss, learning_rate)
+        metrics |= {
+            "Training/Learning_Rate": learning_rate,
+            "Training/Gradient_Norm": state.grad_norm,
+            "Training/Epoch": self._plan.fractional_epoch(step),
+            "Throughput/Packing_Efficiency_Percent": 100 * self._plan.efficiency,
+            "Throughput/Tokens_Seen": float(state.tokens_seen),
+            "Monitoring/NonFinite_Steps": float(sum(s <= step for s in state.nonfinite_steps)),
+            "Monitoring/Resume_Count": float(state.resume_count),
+            **self.convergence.scalars(),
+        }
+        if state.grad_norm_max is not None:  # a step with a finite one
+            metrics["Training/Gradient_Norm_Max"] = state.grad_norm_max
+        if state.micro_batch_splits:  # else it is what step 0 says
+            rows = self._plan.rows_per_micro_batch
+            metrics["Config/Batch_Size"] = rows / 2**state.micro_batch_splits
+        state.interval, state.grad_norm_max = self.losses.zeros().tolist(), None
+        return metrics
+
+    def hardware(self, gauges: Mapping[str, float]) -> dict[str, float]:
+        """This node's gauges, and the GPUs of all other nodes under their global numbers."""
+        found = dict(gauges)
+        for others in self._dist.gather({t: v for t, v in found.items() if t.startswith("GPU_")}):
+            found |= others
+        return found
+
+    def gpu_memory(self) -> dict[str, float]:
+        """Memory of this rank's GPU; nothing without one."""
+        return gpu_memory(self._dist.device) if self._dist.device.type == "cuda" else {}
+
+    def straggler(self) -> tuple[dict[str, float], int | None]:
+        """How far the slowest rank lies behind, and which rank it is; nothing with one rank."""
+        seconds = self._dist.gather(self.clock.own_seconds)
+        if None in seconds or not all(seconds):  # one rank, or nothing that a rank does on its own
+            return {}, None
+        percent, rank = straggler(seconds)
+        return {"Throughput/Straggler_Percent": percent}, rank
+
+    # -------------------------------------------------------------------------
+    # Epochs
+
+    def gather_hardest(self, state: TrainState) -> None:
+        """The hardest documents of all ranks, on every rank."""
+        state.hardest = hardest([r for rows in self._dist.gather(state.hardest) for r in rows])
+
+    def hardest_text(self, state: TrainState) -> str:
+        """Markdown: the training samples of this epoch with the highest loss."""
+        return hardest_text(self._data.train, state.hardest, training=True)
+
+    def epoch(self, step: int, state: TrainState) -> dict[str, float]:
+        """Epoch/ tags over the epoch that ends with this step; the sums begin anew."""
+        self.count_seconds(state)
+        metrics = {
+            "Epoch/Average_Loss": self.losses.loss(np.asarray(state.epoch)),
+            "Epoch/Duration_Seconds": state.epoch_seconds,
+            "Epoch/Steps_Per_Second": self.steps_of_epoch(step) / state.epoch_seconds,
+        }
+        state.epoch, state.epoch_seconds = self.losses.zeros().tolist(), 0.0
+        state.hardest = []
+        return metrics
+
+    def steps_of_epoch(self, step: int) -> int:
+        """Steps of the epoch up to this one."""
+        return (step - 1) % self._plan.steps_per_epoch + 1
+
+    def count_seconds(self, state: TrainState) -> None:
+        """Bring the state's wall times up to now."""
+        now = time.monotonic()
+        state.epoch_seconds += now - self._counted
+        state.training_seconds += now - self._counted
+        self._counted = now
+
+
+def _nonfinite(documents: tuple[int, ...], sums: object) -> list[int]:
+    """Documents whose own loss is not finite."""
+    finite = torch.isfinite(sums.per_document).all(dim=2).all(dim=1).tolist()
+    return [d for d, good in zip(documents, finite, strict=True) if not good]

@@ -1,0 +1,305 @@
+"""All that is decided about a run before its weights are loaded: data, tokens, steps, memory."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import transformers
+
+from finetuning.analysis.sample_groups import Groups, groups_of
+from finetuning.analysis.statistics import DatasetStatistics, describe
+from finetuning.common.distributed import Distributed
+from finetuning.common.errors import UserError
+from finetuning.common.terminal import Terminal
+from finetuning.config import DirectTrainingConfig
+from finetuning.data.packing import StepPlan
+from finetuning.data.split import split_samples
+from finetuning.data.training_data import TrainingData, prepare_data, read_data
+from finetuning.evaluation.generation import Probe, choose_probes, token_budget
+from finetuning.model.loading import load_tokenizer
+from finetuning.model.packed_model import compiler_is_there
+from finetuning.model.parallel import parallel_mode
+from finetuning.model.resolve import (
+    ResolvedModel,
+    embedded_because,
+    ensure_local,
+    resolve_model,
+    weight_dtype,
+)
+from finetuning.runs.identity import check_ranks, identity, settings_of
+from finetuning.training.engine import Execution
+from finetuning.training.forecast import (
+    RunForecast,
+    Workload,
+    forecast,
+    steps_between_evaluations,
+)
+from finetuning.training.memory_estimate import Placement, free_memory, model_shape
+
+MIN_CONSTANT_EFFICIENCY = 0.6  # of what compiled layers would go through, what is no padding
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The model that was found, its tokenizer, and the data as its tokens."""
+
+    model: ResolvedModel  # with its folder on this machine
+    tokenizer: transformers.PreTrainedTokenizerBase
+    data: TrainingData
+
+    @cached_property
+    def statistics(self) -> DatasetStatistics:
+        """Statistics of everything that was read; they are computed when they are first asked for."""
+        return describe(self.data)
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run will do. Two plans of the same settings and data are equal on all ranks.
+
+    settings: every setting as it is used; identity: what a checkpoint must share with the run that
+    resumes it.
+    """
+
+    inputs: RunData
+    settings: Mapping[str, Any]
+    steps: StepPlan
+    evaluation: StepPlan | None  # one pass over the held-out documents; None where there are none
+    groups: tuple[Groups, Groups]  # of the training and of the held-out documents
+    probes: tuple[Probe, ...]
+    answer_tokens: int  # longest answer to a probe
+    eval_steps: int  # steps between evaluations; 0: only before the first step and at the end
+    identity: Mapping[str, Any]
+    execution: Execution
+    forecast: RunForecast
+
+    @property
+    def data(self) -> TrainingData:
+        """The training and the held-out part."""
+        return self.inputs.data
+
+
+def plan_run(
+    config: DirectTrainingConfig,
+    dist: Distributed,
+    terminal: Terminal,
+    *,
+    trust_remote_code: bool = False,
+) -> RunPlan:
+    """Read, split and tokenize the data, plan every step, estimate memory, time and disk.
+
+    No weights are loaded. Raises UserError on all ranks where a rank has other data or settings.
+    """
+    inputs = load_data(config, dist, terminal, trust_remote_code=trust_remote_code)
+    data, settings = inputs.data, settings_of(config)
+    steps, evaluation = plan_steps(config, data, dist)
+    probes = choose_probes(data.held_out, inputs.tokenizer, config.num_probes)
+    answer_tokens = token_budget(probes, config.probe_max_new_tokens, dist.device)
+    eval_steps = config.eval_steps
+    if eval_steps == "auto":
+        eval_steps = steps_between_evaluations(
+            steps,
+            evaluation.num_tokens if evaluation else 0,
+            answer_tokens,
+            device_type=dist.device.type,
+            lora=bool(config.lora_r),
+        )
+    settings["eval_steps"] = eval_steps
+    run_identity = identity(settings, inputs.model.name, data, steps)
+    check_ranks(dist.gather(run_identity))
+    dtype = weight_dtype(dist.device, config.precision)
+    compiled = compiles(config, dist.device, dtype, steps)
+    work = Workload.of(data, steps, eval_steps, answer_tokens)
+    parallel, estimate = choose_parallel(config, dist, inputs, work, dtype, compiled)
+    (checkpointing,) = dist.any(estimate.checkpointing)  # all ranks alike
+    execution = Execution(
+        parallel=parallel,
+        dtype=dtype,
+        batch_shape=steps.constant_shape if compiled else {},
+        must_compile=config.compile == "on",
+        gradient_checkpointing=checkpointing,
+        may_checkpoint=config.gradient_checkpointing == "auto" and not checkpointing,
+    )
+    return RunPlan(
+        inputs=inputs,
+        settings=settings,
+        steps=steps,
+        evaluation=evaluation,
+        groups=groups_of(data),
+        probes=tuple(probes),
+        answer_tokens=answer_tokens,
+        eval_steps=eval_steps,
+        identity=run_identity,
+        execution=execution,
+        forecast=estimate,
+    )
+
+
+def load_data(
+    config: DirectTrainingConfig,
+    dist: Distributed,
+    terminal: Terminal,
+    *,
+    trust_remote_code: bool = False,
+) -> RunData:
+    """Find the model, and make tokens of the samples, from the files or from the cache.
+
+    A rank that is done waits for the others while they live, however long they take.
+    """
+    found = find_model(config, dist, trust_remote_code)
+    workers = config.workers or os.cpu_count() or 1
+    with dist.patience("data"):
+        with terminal.working("reading the data") as progress:
+            read, eval_read = read_data(
+                config.data_path,
+                columns=config.columns or None,
+                eval_path=config.eval_path,
+                max_broken_fraction=config.max_broken_fraction,
+                cache_dir=config.cache_path,
+                workers=workers,
+                progress=progress,
+            )
+        with terminal.working("looking for near duplicates"):
+            split = split_samples(
+                read,
+                eval_read,
+                eval_fraction=config.eval_fraction,
+                max_eval_samples=config.max_eval_samples,
+                weights=dict(zip(config.data_path, config.data_weights, strict=False)),
+                seed=config.seed,
+                cache_dir=config.cache_path,
+            )
+        with terminal.working("getting the tokenizer"):
+            model = ensure_local(found, split.training_texts, config.cache_path, config.seed)
+            tokenizer = load_tokenizer(model)
+        with terminal.working("tokenizing") as progress:
+            data = prepare_data(
+                split,
+                tokenizer,
+                config.max_seq_length,
+                workers=workers,
+                over_length=config.over_length,
+                loss_on=config.loss_on,
+                control_tokens=config.control_tokens,
+                cache_dir=config.cache_path,
+                progress=progress,
+            )
+    return RunData(model, tokenizer, data)
+
+
+def find_model(
+    config: DirectTrainingConfig, dist: Distributed, trust_remote_code: bool
+) -> ResolvedModel:
+    """The same model on all ranks: the embedded one for all, if one GPU has no room for the default."""
+    found = resolve_model(
+        config.model_name or None,
+        dist.device,
+        precision=config.precision,
+        trust_remote_code=trust_remote_code,
+    )
+    reasons = dist.gather(found.reason if found.embedded else "")
+    reason = next(filter(None, reasons), "")
+    return embedded_because(reason) if reason else found
+
+
+def plan_steps(
+    config: DirectTrainingConfig, data: TrainingData, dist: Distributed
+) -> tuple[StepPlan, StepPlan | None]:
+    """The steps of the training, and those of one pass over the held-out documents."""
+    train, held_out = data.train, data.held_out
+    common = {
+        "row_tokens": config.max_seq_length,
+        "rows_per_micro_batch": config.batch_size,
+        "seed": config.seed,
+        "rank": dist.rank,
+        "world_size": dist.world_size,
+        "packing": config.packing,
+    }
+    steps = StepPlan(
+        train.tokens.lengths,
+        train.tokens.num_targets,
+        train.documents,
+        accumulation=config.gradient_accumulation_steps,
+        num_epochs=config.num_epochs,
+        max_steps=config.max_steps,
+        **common,
+    )
+    if not len(held_out):
+        return steps, None
+    tokens = held_out.tokens
+    return steps, StepPlan(tokens.lengths, tokens.num_targets, held_out.documents, **common)
+
+
+def compiles(
+    config: DirectTrainingConfig, device: torch.device, dtype: torch.dtype, steps: StepPlan
+) -> bool:
+    """Whether the decoder layers are compiled: auto does where that can be done and is worth it."""
+    possible = device.type == "cuda" and dtype == torch.bfloat16
+    if config.compile == "on" and not possible:
+        raise UserError(
+            f"compile on needs CUDA and bf16: on {device.type} in {str(dtype).removeprefix('torch.')} "
+            "every batch would be compiled anew; leave it at auto"
+        )
+    if config.compile != "auto":
+        return config.compile == "on"
+    # DoRA's layers can't be traced.
+    if not possible or config.use_dora or not compiler_is_there():
+        return False
+    return steps.constant_efficiency >= MIN_CONSTANT_EFFICIENCY  # padding costs arithmetic
+
+
+def choose_parallel(
+    config: DirectTrainingConfig,
+    dist: Distributed,
+    inputs: RunData,
+    work: Workload,
+    dtype: torch.dtype,
+    compiled: bool,
+) -> tuple[str, RunForecast]:
+    """Replicas, or shards where a replica does not fit on one of the ranks; and the forecast for it."""
+    shape = model_shape(
+        inputs.model.path,
+        lora_r=config.lora_r,
+        target_modules=config.target_modules,
+        rank_pattern=config.rank_pattern,
+        use_dora=config.use_dora,
+        init_adapter=config.init_adapter,
+        trust_remote_code=inputs.model.trust_remote_code,
+    )
+    plain = not (config.lora_dropout or config.use_dora or config.quantization != "none")
+    free = free_memory(dist.device, dist.local_world_size)
+
+    def forecast_for(parallel: str) -> RunForecast:
+        placement = Placement(
+            dist.device.type,
+            dtype.itemsize,
+            quantized=config.quantization != "none",
+            compiled=compiled,
+            fused_lora=plain or not config.lora_r,
+            shards=dist.world_size if parallel == "fsdp" else 1,
+        )
+        return forecast(
+            shape,
+            placement,
+            work,
+            device=dist.device,
+            dtype=dtype,
+            free=free,
+            gradient_checkpointing=config.gradient_checkpointing,
+            output=config,
+        )
+
+    parallel = parallel_mode(
+        config.parallel,
+        trains_all=not config.lora_r,
+        dtype=dtype,
+        world_size=dist.world_size,
+    )
+    estimate = forecast_for(parallel)
+    may_shard = config.parallel == "auto" and config.quantization == "none" and dist.world_size > 1
+    if may_shard and parallel == "ddp" and any(dist.any(not estimate.fits)):
+        return "fsdp", forecast_for("fsdp")
+    return parallel, estimate

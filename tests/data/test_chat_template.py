@@ -1,0 +1,53 @@
+"""The chat template: which are refused, how a prompt is encoded and a reply is taken apart."""
+
+import numpy as np
+import pytest
+
+from finetuning.common.errors import UserError
+from finetuning.data.chat_template import encode_prompt, parse_completion
+from finetuning.data.tokenization import tokenize_samples
+from finetuning.readers.sample import Sample
+from tests.helpers.tokenized import (
+    END,
+    LONG,
+    PLAIN_TEMPLATE,
+    SAMPLE,
+    START,
+    THINK,
+    controls,
+    small_tokenizer,
+)
+
+
+def test_prompt_never_holds_a_control_token_of_its_user(qwen3):
+    ids = np.array(encode_prompt(qwen3, [{"role": "user", "content": "<|im_end|>问</think>"}]))
+    assert controls(ids) == [START, END, START, THINK]
+    assert "<|im_end|>问</think>" in qwen3.decode(ids)
+
+
+def test_unusable_templates():
+    with pytest.raises(UserError, match="no chat template"):
+        tokenize_samples([SAMPLE], small_tokenizer(""), LONG)
+    refusing = (
+        "{%- if messages[0].role == 'system' -%}{{- raise_exception('no system role') -}}{%- endif -%}"
+        + PLAIN_TEMPLATE
+    )
+    sample = Sample("问", "想", "答", system="系", source="a.md", line=3)
+    with pytest.raises(UserError, match="a.md:3: .*refuses this sample: no system role"):  # noqa: RUF043
+        tokenize_samples([sample], small_tokenizer(refusing), LONG)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("想\n</think>\n\n答<|im_end|>", ("想", "答", True)),
+        ("<think>\n想\n</think>\n\n答<|im_end|>\n<|endoftext|>", ("想", "答", True)),
+        ("<thinking>想</thinking>答", ("想", "答", True)),
+        ("想到一半", ("想到一半", "", False)),
+        ("想<|im_end|>", ("想", "", False)),
+        ("\n</think>\n\n答</think>", ("", "答</think>", True)),
+        ("", ("", "", False)),
+    ],
+)
+def test_parse_completion(text, expected):
+    assert parse_completion(text) == expected

@@ -1,0 +1,103 @@
+"""Training and held-out samples: no near duplicate crosses the split; weights of sources."""
+
+import numpy as np
+import pytest
+
+from finetuning.common.errors import UserError
+from finetuning.data.near_duplicates import jaccard
+from finetuning.data.split import split_held_out, weighted_indices
+from finetuning.readers.sample import Sample
+from tests.helpers.similar_texts import similar_texts
+
+
+def test_weighted_indices():
+    data = [Sample(f"q{i}", "", "a", source="a.md" if i < 10 else "d/b.md") for i in range(30)]
+    indices = np.arange(30)
+    picked = weighted_indices(data, indices, {"a.md": 2.5, "*b.md": 0.25}, seed=1)
+    counts = np.bincount(picked, minlength=30)
+    assert picked.dtype == np.int64
+    assert sorted(counts[:10]) == [2] * 5 + [3] * 5
+    assert sorted(counts[10:]) == [0] * 15 + [1] * 5
+    assert (np.diff(picked) >= 0).all()
+    assert (picked == weighted_indices(data, indices, {"a.md": 2.5, "*b.md": 0.25}, seed=1)).all()
+    assert (picked != weighted_indices(data, indices, {"a.md": 2.5, "*b.md": 0.25}, seed=2)).any()
+    assert (weighted_indices(data, [3, 1, 20], {}, seed=1) == [3, 1, 20]).all()
+    for weights, reason in [
+        ({"a.md": -1}, "is -1"),
+        ({"a.md": float("nan")}, "is nan"),
+        ({"x.md": 1}, "nothing was read from x.md"),
+        ({"*": 0}, "leave no sample"),
+    ]:
+        with pytest.raises(UserError, match=reason):
+            weighted_indices(data, indices, weights, seed=1)
+
+
+def _samples(questions: list[str]) -> list[Sample]:
+    return [Sample(question=q, thinking="", answer=f"答{q[::-1]}") for q in questions]
+
+
+def test_split_is_a_partition_without_leaks():
+    samples = _samples(similar_texts(300, seed=4, changed=150))
+    train, held_out = split_held_out(samples, 0.1)
+    assert train.dtype == held_out.dtype == np.int64
+    assert sorted([*train, *held_out]) == list(range(len(samples)))
+    assert 0.04 * len(samples) < len(held_out) < 0.2 * len(samples)
+    for i in held_out:
+        for j in train:
+            assert jaccard(samples[i].question, samples[j].question) < 0.8
+
+
+def test_split_links_samples_by_question_alone():
+    questions = similar_texts(40, seed=5)
+    samples = _samples(questions) + [
+        Sample(question=q, thinking="", answer="完全不同的回答" + str(i) * 30)
+        for i, q in enumerate(questions)
+    ]
+    _, held_out = split_held_out(samples, 0.3)
+    assert {i % 40 for i in held_out if i < 40} == {i % 40 for i in held_out if i >= 40}
+
+
+def test_split_stays_when_data_grow_or_move():
+    old, new = similar_texts(200, seed=6), similar_texts(200, seed=7)
+    chosen = {old[i] for i in split_held_out(_samples(old), 0.1)[1]}
+    grown = new[:100] + old[::-1] + new[100:]
+    again = {grown[i] for i in split_held_out(_samples(grown), 0.1)[1]}
+    assert again & set(old) == chosen
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_split_of_few_samples_holds_out_at_least_one(seed):
+    train, held_out = split_held_out(_samples(similar_texts(10, seed=seed)), 0.01)
+    assert len(held_out) >= 1 and len(train) >= 7
+
+
+def test_split_of_few_samples_keeps_most_for_training():
+    """Hashes alone would hold out up to 4 of these 10."""
+    sizes = [len(split_held_out(_samples(similar_texts(10, seed=s)), 0.1)[1]) for s in range(60)]
+    assert min(sizes) == 1 and max(sizes) == 2
+
+
+def test_split_never_holds_out_a_dominating_cluster():
+    body = similar_texts(1, seed=8)[0] * 3
+    samples = _samples([f"{body}{i}" for i in range(20)] + similar_texts(10, seed=9))
+    for fraction in (0.05, 0.2, 0.25):
+        train, _ = split_held_out(samples, fraction)
+        assert set(range(20)) <= set(train.tolist())
+
+
+def test_split_refuses_what_cannot_be_split():
+    with pytest.raises(UserError, match="fraction"):
+        split_held_out(_samples(["问题一"]), 1.5)
+    body = similar_texts(1, seed=10)[0] * 3
+    with pytest.raises(UserError, match="near duplicates"):
+        split_held_out(_samples([f"{body}{i}" for i in range(12)]), 0.1)
+    assert len(split_held_out(_samples(["问题一"]), 0)[1]) == 0
+
+
+def test_of_many_samples_no_more_are_held_out_than_asked():
+    """Those with the lowest hashes, so that a smaller limit takes some of the larger one's."""
+    samples = _samples(similar_texts(400, seed=11))
+    everything = set(split_held_out(samples, 0.2)[1].tolist())
+    some = {n: set(split_held_out(samples, 0.2, at_most=n)[1].tolist()) for n in (1, 10, 40, 9999)}
+    assert some[1] < some[10] < some[40] < everything == some[9999]
+    assert [len(some[n]) for n in (1, 10, 40)] == [1, 10, 40]

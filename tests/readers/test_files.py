@@ -1,0 +1,80 @@
+"""Which files a path, a folder or a pattern means, and which paths are refused."""
+
+import os
+
+import pytest
+
+from finetuning.common.errors import UserError
+from finetuning.readers.dataset import read_samples
+from tests.helpers.read_text import JSONL, PLAIN, read
+
+
+def test_folder_glob_and_repetition(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "b.md").write_text(PLAIN, encoding="utf-8")
+    (tmp_path / "sub" / "a.jsonl").write_text(JSONL, encoding="utf-8")
+    (tmp_path / "README.md").write_text("# about this folder", encoding="utf-8")
+    (tmp_path / "notes.txt").write_text("not data", encoding="utf-8")
+    (tmp_path / ".hidden.md").write_text("x", encoding="utf-8")
+    found = read_samples([str(tmp_path), str(tmp_path / "*.md"), str(tmp_path / "b.md")])
+    folder = tmp_path.as_posix()
+    assert found.samples_per_file == {f"{folder}/b.md": 1, f"{folder}/sub/a.jsonl": 7}
+
+
+def test_lock_files_of_office_are_no_data(tmp_path):
+    (tmp_path / "a.md").write_text(PLAIN, encoding="utf-8")
+    (tmp_path / "~$a.md").write_bytes(b"\x00\x01lock")
+    for path in (tmp_path, tmp_path / "*.md"):
+        assert [*read_samples([str(path)]).samples_per_file] == [f"{tmp_path.as_posix()}/a.md"]
+
+
+def test_paths_that_give_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for path, reason in [
+        ("missing.md", "there is no missing.md"),
+        ("data/missing", "there is no data/missing"),
+        ("data", "holds no"),
+        ("*.md", "no data file matches"),
+        ("a\0b", "is no path"),
+        ("", "is no path"),
+        ("x" * 5000, "can't look at"),
+    ]:
+        with pytest.raises(UserError, match=reason):
+            read_samples([path])
+    with pytest.raises(UserError, match="no data path given"):
+        read_samples([])
+    for name, content, reason in [
+        ("a.md", "", "is empty"),
+        ("b.md", "只有文字\n", "holds no sample"),
+        ("c.jsonl", "\n\n", "holds no sample"),
+        ("d.json", "[]", "holds no sample"),
+        ("e.csv", "question,answer\n", "holds no sample"),
+        ("f.txt", "x", "readable are .md"),
+        (
+            "g.jsonl",
+            "{}\n{}\n",
+            "no sample can be read, 2 broken; the first: .*g.jsonl:1: no column",
+        ),
+    ]:
+        with pytest.raises(UserError, match=reason):
+            read(tmp_path, name, content)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX special files")
+def test_hostile_paths(tmp_path):
+    os.mkfifo(tmp_path / "pipe.md")
+    os.symlink("/dev/zero", tmp_path / "zero.md")
+    os.symlink(tmp_path / "loop.md", tmp_path / "loop.md")
+    for name in ("pipe.md", "zero.md"):
+        with pytest.raises(UserError, match="no regular file"):
+            read_samples([str(tmp_path / name)])
+    with pytest.raises(UserError, match="can't look at"):
+        read_samples([str(tmp_path / "loop.md")])
+    with pytest.raises(UserError):
+        read_samples([str(tmp_path)])
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.md").write_text(PLAIN, encoding="utf-8")
+    os.symlink(folder, folder / "self")
+    assert len(read_samples([str(folder)]).samples) == 1
