@@ -8,7 +8,6 @@ hands the alert to a command of the user's (`run_command`).
 from __future__ import annotations
 
 import json
-import math
 import shlex
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from finetuning.common.errors import UserError
+from finetuning.common.files import strict
 from finetuning.common.formatting import four_digits
 from finetuning.monitoring.detectors import (
     DETECTORS,
@@ -43,17 +43,7 @@ class Alert:
 
     def record(self) -> dict:
         """As strict JSON: a value that isn't finite becomes its name, such as "nan"."""
-        return {k: _strict(v) for k, v in asdict(self).items()}
-
-
-def _strict(value):
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {str(k): _strict(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_strict(v) for v in value]
-    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+        return strict(asdict(self), nonfinite=str)
 
 
 ADVICE = {
