@@ -1,8 +1,8 @@
 """How far a run has converged, which way its loss is going and where it will end.
 
 A loss curve is squeezed into at most 128 bins (bounded state, the same after an interruption), and
-`saturating_fit.py` reads score and forecast off them. The formulas stand in the docstrings and in
-docs/convergence.md. By itself:
+`finetuning/monitoring/curve_fit.py` reads score and forecast off them. The formulas stand in the docstrings
+and in docs/convergence.md. By itself:
 
     uv run python convergence.py RUN_DIR|losses.csv|trainer_state.json [--upto 0.5] [--json]
 """
@@ -16,13 +16,14 @@ from dataclasses import dataclass
 import tyro
 
 from finetuning.common.errors import UserError, exit_code
+from finetuning.common.formatting import four_digits
 from finetuning.monitoring.convergence import describe
 from finetuning.monitoring.loss_curves import read_curve
 
 
 def _print_description(result: dict) -> None:
-    def shown(value) -> str:
-        return "not known yet" if value is None else f"{value:.4g}"
+    def shown(value: float | None) -> str:
+        return four_digits(value, "not known yet")
 
     def with_interval(name: str) -> str:
         low, high = result[f"{name}_low"], result[f"{name}_high"]

@@ -10,6 +10,7 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from finetuning.analysis import crypto_terms
+from finetuning.common.formatting import UNKNOWN, grouped, percent
 from finetuning.common.html import cell, table
 from finetuning.common.text import clean_line, table_cell
 
@@ -53,17 +54,6 @@ _CJK_FONTS = (
     "Droid Sans Fallback",
 )  # fmt: skip
 
-
-def _number(value: float | None, digits: int = 2) -> str:
-    if value is None:
-        return "–"
-    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.{digits}f}"
-
-
-def _percent(value: float) -> str:
-    return f"{value:.1f} %"
-
-
 # -----------------------------------------------------------------------------
 # Tables, the one content of all forms
 
@@ -90,30 +80,30 @@ def tables(report: Report) -> list[Table]:
 
 def _overview(report: Report) -> list[Row]:
     rows = [
-        ("Samples", _number(report["total_samples"])),
-        ("Records that could not be read", _number(len(report["broken"]))),
+        ("Samples", grouped(report["total_samples"])),
+        ("Records that could not be read", grouped(len(report["broken"]))),
         (
             "With thinking",
-            f"{report['thinking_samples']} ({_percent(report['thinking_samples_percent'])})",
+            f"{report['thinking_samples']} ({percent(report['thinking_samples_percent'])})",
         ),
-        ("Thinking / answer length, median", _number(report.get("thinking_answer_ratio_p50"))),
-        ("Quality of the questions", _number(report.get("avg_instruction_quality"), 3)),
-        ("Quality of the outputs", _number(report.get("avg_output_quality"), 3)),
-        ("Complexity by terms", _number(report.get("avg_crypto_complexity"), 3)),
-        ("Exact duplicates", _number(report["exact_duplicates"])),
-        ("Near duplicates", _number(report["near_duplicates"])),
-        ("Questions with several answers", _number(report["conflicting_answers"])),
-        ("Citation conflicts", _number(report["citation_conflicts"])),
-        ("Answers copied into the thinking", _number(report["answer_copied_into_thinking"])),
-        ("Advised max_seq_length", _number(report["advised_max_seq_length"])),
+        ("Thinking / answer length, median", grouped(report.get("thinking_answer_ratio_p50"))),
+        ("Quality of the questions", grouped(report.get("avg_instruction_quality"), 3)),
+        ("Quality of the outputs", grouped(report.get("avg_output_quality"), 3)),
+        ("Complexity by terms", grouped(report.get("avg_crypto_complexity"), 3)),
+        ("Exact duplicates", grouped(report["exact_duplicates"])),
+        ("Near duplicates", grouped(report["near_duplicates"])),
+        ("Questions with several answers", grouped(report["conflicting_answers"])),
+        ("Citation conflicts", grouped(report["citation_conflicts"])),
+        ("Answers copied into the thinking", grouped(report["answer_copied_into_thinking"])),
+        ("Advised max_seq_length", grouped(report["advised_max_seq_length"])),
     ]
     if "train_eval_leaks" in report:
-        rows.insert(7, ("Held-out samples seen in training", _number(report["train_eval_leaks"])))
+        rows.insert(7, ("Held-out samples seen in training", grouped(report["train_eval_leaks"])))
     return rows
 
 
 def _files(report: Report) -> list[Row]:
-    return [(name, _number(count)) for name, count in report["samples_per_file"].items()]
+    return [(name, grouped(count)) for name, count in report["samples_per_file"].items()]
 
 
 def _lengths(report: Report) -> list[Row]:
@@ -121,13 +111,13 @@ def _lengths(report: Report) -> list[Row]:
     unit = "tokens" if report["tokens_are_exact"] else "tokens, estimated"
     rows = {f"{name}, characters": s for name, s in report["characters"].items()}
     rows |= {f"{name}, {unit}": s for name, s in report["tokens"].items()}
-    return [(n, *(_number(s[k], 1) for k in keys)) for n, s in rows.items() if s]
+    return [(n, *(grouped(s[k], 1) for k in keys)) for n, s in rows.items() if s]
 
 
 def _fit(report: Report) -> list[Row]:
     packing = report["packing_efficiency_percent_by_length"]
     return [
-        (n, _percent(over), _percent(packing[n]) if n in packing else "–")
+        (n, percent(over), percent(packing[n]) if n in packing else UNKNOWN)
         for n, over in report["exceeding_percent"].items()
     ]
 
@@ -136,10 +126,10 @@ def _levels(report: Report) -> list[Row]:
     return [
         (
             str(k),
-            f"{_number(report[f'difficulty_{k}_count'])}"
-            f" ({_percent(report[f'difficulty_{k}_percent'])})",
-            f"{_number(report[f'quality_level_{k}_count'])}"
-            f" ({_percent(report[f'quality_level_{k}_percent'])})",
+            f"{grouped(report[f'difficulty_{k}_count'])}"
+            f" ({percent(report[f'difficulty_{k}_percent'])})",
+            f"{grouped(report[f'quality_level_{k}_count'])}"
+            f" ({percent(report[f'quality_level_{k}_percent'])})",
         )
         for k in range(1, 5)
     ]
@@ -152,7 +142,7 @@ def _components(report: Report) -> list[Row]:
 
 def _categories(report: Report) -> list[Row]:
     return [
-        (f"{name} ({_CATEGORY_NAMES.get(name, name)})", _number(count))
+        (f"{name} ({_CATEGORY_NAMES.get(name, name)})", grouped(count))
         for name, count in report["terms_by_category"].items()
     ]
 
@@ -160,7 +150,7 @@ def _categories(report: Report) -> list[Row]:
 def _terms(report: Report) -> list[Row]:
     known = crypto_terms.load_terms()
     return [
-        (str(place), name, known[name].category, str(known[name].level), _number(count))
+        (str(place), name, known[name].category, str(known[name].level), grouped(count))
         for place, (name, count) in enumerate(list(report["terms"].items())[:_TOP], 1)
     ]
 
@@ -256,7 +246,7 @@ def _bars(header: Row, rows: list[Row]) -> list[float]:
 
 def _leading_number(cell: str) -> float:
     first = cell.split()[0].replace(",", "")
-    return 0.0 if first == "–" else float(first)
+    return 0.0 if first == UNKNOWN else float(first)
 
 
 def _comparison(report: Report) -> Table:
@@ -265,7 +255,7 @@ def _comparison(report: Report) -> Table:
         (name, left, right)
         for (name, left), (_, right) in zip(_overview(report), _overview(other), strict=True)
     ]
-    leaks = ("Samples that (nearly) repeat the first", "", _number(other["leaks"]))
+    leaks = ("Samples that (nearly) repeat the first", "", grouped(other["leaks"]))
     return "Comparison", ("", "first", "second"), [*rows, leaks]
 
 

@@ -5,12 +5,13 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from finetuning.common.text import CONTROLS, INVISIBLE
+from finetuning.common.errors import UserError
+from finetuning.common.text import CONTROLS, INVISIBLE, clean_line
 
 # -----------------------------------------------------------------------------
 # Files
@@ -121,18 +122,21 @@ def fsync_directory(path: Path) -> None:
 # JSON
 
 
-def strict(value: Any) -> Any:
-    """`value` as strict JSON can hold it: non-finite numbers become None, paths and others text."""
-    if isinstance(value, dict):
-        return {str(k): strict(v) for k, v in value.items()}
+def strict(value: Any, *, nonfinite: Callable[[float], Any] = lambda number: None) -> Any:
+    """`value` as strict JSON can hold it: paths and others become text, non-finite numbers None.
+
+    nonfinite: what they become instead; `str` keeps their name, such as "nan".
+    """
+    if isinstance(value, Mapping):
+        return {str(k): strict(v, nonfinite=nonfinite) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [strict(v) for v in value]
+        return [strict(v, nonfinite=nonfinite) for v in value]
     if isinstance(value, float):
-        return value if math.isfinite(value) else None
+        return value if math.isfinite(value) else nonfinite(value)
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if hasattr(value, "item"):  # NumPy scalar
-        return strict(value.item())
+        return strict(value.item(), nonfinite=nonfinite)
     return str(value)
 
 
@@ -147,3 +151,19 @@ def json_text(value: Any, indent: int | None = None) -> str:
 def write_json(path: Path, value: Any) -> None:
     """Strict, readable JSON, written atomically."""
     atomic_write_text(path, json_text(value, indent=2) + "\n")
+
+
+def read_json_object(path: Path, limit: int = -1) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError where there is none, naming the file.
+
+    limit: characters that are read at most; a longer file is broken then.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.loads(file.read(limit))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = clean_line(str(error), 300)
+        raise UserError(f"{clean_line(str(path))}: can't be read ({reason})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{clean_line(str(path))}: not a JSON object")
+    return content

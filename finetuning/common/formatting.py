@@ -2,6 +2,8 @@
 
 from typing import Any
 
+UNKNOWN = "–"
+
 
 def duration(seconds: float) -> str:
     """Hours, minutes and seconds as a clock shows them: 1:02:03, 2:03."""
@@ -15,11 +17,35 @@ def size_text(number: float) -> str:
     return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"
 
 
-def shown(value: Any) -> str:
-    """A value for people: four digits of a float, a dash for what is not known."""
+def shown(value: Any, unknown: str = UNKNOWN) -> str:
+    """A value for people: four digits of a float, all of an integer or a text."""
+    return four_digits(value, unknown) if isinstance(value, float | None) else str(value)
+
+
+def four_digits(value: Any, unknown: str = UNKNOWN) -> str:
+    """Four digits of any number, integers too; a text as it is."""
     if value is None:
-        return "–"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+        return unknown
+    return value if isinstance(value, str) else f"{value:.4g}"
+
+
+def grouped(value: float | None, digits: int = 2) -> str:
+    """With commas between thousands; a number that is not whole with so many decimals."""
+    if value is None:
+        return UNKNOWN
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.{digits}f}"
+
+
+def percent(value: float) -> str:
+    """One decimal and the sign."""
+    return f"{value:.1f} %"
+
+
+def axis_number(value: float) -> str:
+    """As short as the number of a tick can be: 0.5, 20000, 1e-5, 2.5e6."""
+    if value and (abs(value) >= 1e5 or abs(value) < 1e-3):
+        return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e")
+    return f"{value:.6g}"
 
 
 def due(step: int, every: int) -> bool:

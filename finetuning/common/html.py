@@ -4,6 +4,7 @@ import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+from finetuning.common.formatting import axis_number
 from finetuning.common.text import clean_line
 
 Points = Sequence[tuple[float, float]]  # (x, y), x rises; a y that is not finite breaks the line
@@ -163,13 +164,13 @@ def _grid(x_range: tuple, y_range: tuple, place, x_name: str) -> str:
         down = place(x_range[0], y).split(",")[1]
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{down}" y2="{down}"/>')
         parts.append(
-            f'<text x="{LEFT - 6}" y="{down}" dy=".32em" text-anchor="end">{_number(y)}</text>'
+            f'<text x="{LEFT - 6}" y="{down}" dy=".32em" text-anchor="end">{axis_number(y)}</text>'
         )
     for x in ticks(*x_range, 7):
         across = place(x, y_range[0]).split(",")[0]
         parts.append(f'<line class="grid" x1="{across}" x2="{across}" y1="{TOP}" y2="{bottom}"/>')
         parts.append(
-            f'<text x="{across}" y="{HEIGHT - 8}" text-anchor="middle">{_number(x)}</text>'
+            f'<text x="{across}" y="{HEIGHT - 8}" text-anchor="middle">{axis_number(x)}</text>'
         )
     parts.append(f'<text x="2" y="{HEIGHT - 8}" opacity=".6">{html.escape(x_name)}</text>')
     return "".join(parts)
@@ -202,9 +203,3 @@ def _legend(lines: Mapping[str, Points]) -> str:
         for i, name in enumerate(lines)
     )
     return f'<div class="legend">{"".join(items)}</div>'
-
-
-def _number(value: float) -> str:
-    if value and (abs(value) >= 1e5 or abs(value) < 1e-3):
-        return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e")
-    return f"{value:.6g}"

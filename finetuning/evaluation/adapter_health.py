@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from finetuning.common.formatting import four_digits
 from finetuning.model.parallel import full_tensor
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ class LoraHealth:
         lines = [f"| module | {heads} |", "| --- " * (1 + len(quantities)) + "|"]
         for name in self.names:
             found = [values.get(f"LoRA/{name}/{quantity}") for quantity in quantities]
-            cells = ["–" if value is None else f"{value:.4g}" for value in found]
+            cells = [four_digits(value) for value in found]
             lines.append(f"| `{name}` | {' | '.join(cells)} |")
         return "\n".join(lines)
 

@@ -25,11 +25,9 @@ from finetuning.model.resolve import (
     ADAPTER_WEIGHTS,
     as_user_error,
     check_safetensors,
-    read_json_object,
+    read_model_json,
     short_reason,
 )
-
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 # Initialisations that change the base weights, so that the saved adapter alone is not the model.
 BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -118,7 +116,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, base_name: str) -> PeftMo
 
 def read_adapter_config(folder: Path) -> LoraConfig:
     path = folder / ADAPTER_CONFIG
-    content = read_json_object(path, "an adapter folder of peft, TRL or LLaMA-Factory has one")
+    content = read_model_json(path, "an adapter folder of peft, TRL or LLaMA-Factory has one")
     if content.get("peft_type") != "LORA":
         kind = clean_line(str(content.get("peft_type")), 40)
         raise UserError(f"{path}: peft_type is {kind}, only LORA adapters can be continued")

@@ -1,6 +1,5 @@
 """Which model a name means: a folder, a cached download, the hub, the demonstration model, a trained one."""
 
-import json
 import os
 import re
 import threading
@@ -18,6 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from safetensors import SafetensorError, safe_open
 
 from finetuning.common.errors import UserError
+from finetuning.common.files import read_json_object
 from finetuning.common.text import clean_line, redact
 from finetuning.model import demo_model
 
@@ -312,13 +312,13 @@ def check_model_folder(folder: Path, trust_remote_code: bool = False) -> None:
             f"model folder {folder} holds an adapter ({ADAPTER_CONFIG}); give the base model as "
             "--model-name and this folder as --init-adapter"
         )
-    config = read_json_object(
+    config = read_model_json(
         folder / "config.json", "a model folder has one; is this the right folder?"
     )
     _check_config(config, folder / "config.json", trust_remote_code)
     tokenizer_config = folder / "tokenizer_config.json"
     if tokenizer_config.is_file():
-        content = read_json_object(tokenizer_config, "")
+        content = read_model_json(tokenizer_config, "")
         _check_config(content, tokenizer_config, trust_remote_code)
     _check_weights(folder)
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
@@ -344,7 +344,7 @@ def _check_weights(folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if not (folder / names[0]).is_file() and index.is_file():
-        shards = read_json_object(index, "").get("weight_map")
+        shards = read_model_json(index, "").get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(n, str) for n in shards.values()):
             raise UserError(f"{index}: no weight_map; download the folder again")
         names = sorted(set(shards.values()))
@@ -381,16 +381,14 @@ def check_safetensors(path: Path) -> None:
         raise UserError(f"{path} holds no tensor; download it again")
 
 
-def read_json_object(path: Path, advice: str) -> dict[str, Any]:
+def read_model_json(path: Path, advice: str) -> dict[str, Any]:
+    """The object in a JSON file of a model folder. Raises UserError that says what to do."""
+    if not path.exists():
+        raise UserError(f"{path} is missing; {advice or 'download the folder again'}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing; {advice or 'download the folder again'}") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} can't be read ({short_reason(error)}); get it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object; get it again")
-    return content
+        return read_json_object(path)
+    except UserError as error:
+        raise UserError(f"{error}; get it again") from error
 
 
 def weight_dtype(device: torch.device, precision: str) -> torch.dtype:

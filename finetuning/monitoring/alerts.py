@@ -8,7 +8,6 @@ hands the alert to a command of the user's (`run_command`).
 from __future__ import annotations
 
 import json
-import math
 import shlex
 import subprocess
 import sys
@@ -17,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from finetuning.common.errors import UserError
+from finetuning.common.files import strict
+from finetuning.common.formatting import four_digits
 from finetuning.monitoring.detectors import (
     DETECTORS,
     KEEP,
@@ -42,17 +43,7 @@ class Alert:
 
     def record(self) -> dict:
         """As strict JSON: a value that isn't finite becomes its name, such as "nan"."""
-        return {k: _strict(v) for k, v in asdict(self).items()}
-
-
-def _strict(value):
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {str(k): _strict(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_strict(v) for v in value]
-    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+        return strict(asdict(self), nonfinite=str)
 
 
 ADVICE = {
@@ -152,8 +143,8 @@ class AlertMonitor:
                 name,
                 str(row["times"]),
                 _step_list(row["steps"], row["times"]),
-                _number(row["value"]),
-                _number(row["threshold"]),
+                four_digits(row["value"]),
+                four_digits(row["threshold"]),
                 _facts(row["evidence"]),
                 row["advice"],
             )
@@ -172,10 +163,6 @@ def _step_list(steps: Sequence[int], times: int) -> str:
     return text if times == len(steps) else f"… {text}"
 
 
-def _number(value) -> str:
-    return f"{value:.4g}" if isinstance(value, (int, float)) else str(value)
-
-
 def _facts(evidence: Mapping) -> str:
     """Evidence in one table cell: nothing of it may break the table or pass for markup."""
     text = "; ".join(f"{key}: {_cell(value)}" for key, value in evidence.items())
@@ -186,7 +173,7 @@ def _cell(value) -> str:
     if isinstance(value, (list, tuple)):
         more = f" and {len(value) - 8} more" if len(value) > 8 else ""
         return ", ".join(_cell(v) for v in value[:8]) + more
-    text = _number(value) if isinstance(value, float) else str(value)
+    text = four_digits(value) if isinstance(value, float) else str(value)
     return " ".join(text.split())[:200]
 
 

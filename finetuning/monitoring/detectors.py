@@ -290,7 +290,8 @@ def _gpu_overheat(memory: DetectorMemory, metrics: Mapping):
     if hot is None:
         return KEEP
     gpu, celsius = hot
-    limit = memory.limit["cooled_c" if memory.active.get("GPU_Overheat") else "overheat_c"]
+    hot_before = memory.active.get("GPU_Overheat")
+    limit = memory.limits.cooled_c if hot_before else memory.limits.overheat_c
     return Finding(celsius, limit, {"gpu": gpu}) if celsius > limit else None
 
 

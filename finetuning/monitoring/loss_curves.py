@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetuning.common.errors import UserError
+from finetuning.common.files import read_json_object
 
 
 @dataclass(frozen=True)
@@ -116,22 +117,16 @@ def _read_csv(path: Path):
                 yield row
 
 
-def _json(path: Path) -> object:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as json ({error})") from error
-
-
-def _planned_steps(record: object, name: str) -> dict[str, float]:
+def _planned_steps(record: dict, name: str) -> dict[str, float]:
     """As a column of the curve: what `record` has under `name`."""
-    steps = record.get(name) if isinstance(record, dict) else None
+    steps = record.get(name)
     return {"total_steps": float(steps)} if isinstance(steps, int) else {}
 
 
 def _read_metrics(path: Path):
     configuration = path.with_name("configuration.json")
-    planned = _planned_steps(_json(configuration), "steps") if configuration.is_file() else {}
+    recorded = read_json_object(configuration) if configuration.is_file() else {}
+    planned = _planned_steps(recorded, "steps")
     lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -153,8 +148,8 @@ def _read_metrics(path: Path):
 
 
 def _read_trainer_state(path: Path):
-    state = _json(path)
-    history = state.get("log_history") if isinstance(state, dict) else None
+    state = read_json_object(path)
+    history = state.get("log_history")
     if not isinstance(history, list):
         raise UserError(f"{path}: no log_history; is it the trainer_state.json of a Trainer run?")
     planned = _planned_steps(state, "max_steps")

@@ -1,7 +1,6 @@
 """Which files a path, folder, glob, `datasets` folder or hub name means."""
 
 import glob
-import json
 import os
 import re
 import stat
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetuning.common.errors import UserError
+from finetuning.common.files import read_json_object
 from finetuning.common.text import clean_line
 
 KINDS = {
@@ -145,7 +145,7 @@ def _splits(path: str) -> list[str]:
     listing = os.path.join(path, "dataset_dict.json")
     if not os.path.isfile(listing):
         return []
-    splits = _small_json(listing).get("splits")
+    splits = read_json_object(Path(listing), MAX_RECORD).get("splits")
     if not isinstance(splits, list) or not all(_plain_name(split) for split in splits):
         raise UserError(f"{clean_line(listing, 200)} lists no splits")
     return ["train"] if "train" in splits else splits
@@ -154,7 +154,7 @@ def _splits(path: str) -> list[str]:
 def _saved_dataset(path: str, source: str, split: str) -> list[DataFile]:
     """The Arrow files of a folder made by `Dataset.save_to_disk`."""
     state = os.path.join(path, split, "state.json")
-    entries = _small_json(state).get("_data_files")
+    entries = read_json_object(Path(state), MAX_RECORD).get("_data_files")
     names = [e.get("filename") if isinstance(e, dict) else None for e in entries or []]
     if not names or not all(_plain_name(name) for name in names):
         raise UserError(f"{clean_line(state, 200)} lists no data files")
@@ -170,15 +170,6 @@ def _saved_dataset(path: str, source: str, split: str) -> list[DataFile]:
 
 def _plain_name(name: Any) -> bool:
     return isinstance(name, str) and re.fullmatch(r"[\w.-]+", name) is not None and name != ".."
-
-
-def _small_json(path: str) -> dict:
-    try:
-        with open(path, encoding="utf-8") as file:
-            value = json.loads(file.read(MAX_RECORD))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"can't read {clean_line(path, 200)}: {error}") from error
-    return value if isinstance(value, dict) else {}
 
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(?::[\w.-]+){0,2}")

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from finetuning.common.errors import UserError
 from finetuning.common.files import atomic_write_text, strict
-from finetuning.common.formatting import duration, shown
+from finetuning.common.formatting import UNKNOWN, duration, grouped, shown
 from finetuning.common.html import Points, cell, html_page, line_chart, table
 from finetuning.common.text import clean_line, redact
 from finetuning.runs.directory import RUN_PREFIX
@@ -153,7 +153,7 @@ def _first(points: Points) -> float | None:
 def setting_rows(runs: Sequence[RecordedRun]) -> Rows:
     found = differences(runs).items()
     rows = [
-        (name, ["–" if v is None else redact(str(v)) for v in values]) for name, values in found
+        (name, [UNKNOWN if v is None else redact(str(v)) for v in values]) for name, values in found
     ]
     return rows or [("none", ["" for _ in runs])]
 
@@ -171,7 +171,7 @@ def _texts(values: Sequence[float | None], better: Callable | None) -> list[str]
 
 
 def _number(value: float | None) -> str:
-    return f"{value:,.0f}" if value is not None and abs(value) >= 1000 else shown(value)
+    return grouped(value, 0) if value is not None and abs(value) >= 1000 else shown(value)
 
 
 def rich_table(title: str, names: Sequence[str], rows: Rows) -> Table:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finetuning.common.errors import UserError
+from finetuning.common.files import read_json_object
 from finetuning.events.reading import read_metrics, read_texts
 from finetuning.runs.directory import RunDirectory
 
@@ -136,15 +137,7 @@ def _places(records: Sequence[Mapping[str, Any]], tag: str) -> list[tuple[int, f
 
 def _json(path: Path) -> dict[str, Any]:
     """The object in a file; empty where the file is missing."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: can't be read ({error})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return content
+    return read_json_object(path) if path.is_file() else {}
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:

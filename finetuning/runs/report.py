@@ -22,7 +22,7 @@ from markdown_it.rules_inline import StateInline
 from finetuning.analysis import report as analysis_report
 from finetuning.common.errors import exit_code
 from finetuning.common.files import atomic_write_text
-from finetuning.common.formatting import duration, shown
+from finetuning.common.formatting import UNKNOWN, duration, shown
 from finetuning.common.html import Points, cell, html_page, line_chart, table
 from finetuning.common.text import clean, clean_line, redact, redact_values
 from finetuning.runs.directory import RunDirectory
@@ -126,11 +126,9 @@ def headline(run: RecordedRun) -> dict[str, str]:
     numbers = {
         "model": clean_line(str(run.configuration.get("model", {}).get("name", "")), 60),
         "steps": f"{steps} of {planned}" if planned else str(steps),
-        "training loss": _shown(run.last("Training/Loss")),
-        "held-out loss": f"{_shown(held_out[0][1])} → {_shown(held_out[-1][1])}"
-        if held_out
-        else "",
-        "lowest held-out loss": _shown(run.lowest("Eval/Loss")),
+        "training loss": shown(run.last("Training/Loss"), ""),
+        "held-out loss": f"{shown(held_out[0][1])} → {shown(held_out[-1][1])}" if held_out else "",
+        "lowest held-out loss": shown(run.lowest("Eval/Loss"), ""),
         "tokens per second, median": "" if speed is None else f"{speed:,.0f}",
         "training time": duration(run.seconds),
         "alerts": str(len(run.alerts)),
@@ -143,8 +141,8 @@ def _alerts(alerts: Sequence[Mapping[str, Any]]) -> str:
         (
             a.get("name"),
             a.get("step"),
-            _shown(a.get("value")),
-            _shown(a.get("threshold")),
+            shown(a.get("value"), ""),
+            shown(a.get("threshold"), ""),
             a.get("advice"),
         )
         for a in alerts
@@ -248,12 +246,7 @@ def _table(header: Sequence[str], rows: Rows) -> str:
 
 
 def _cell(value: object) -> str:
-    return "–" if value is None else cell(redact(str(value)), 500)
-
-
-def _shown(value: Any) -> str:
-    """A number for people; empty where it is not known."""
-    return "" if value is None else shown(value)
+    return UNKNOWN if value is None else cell(redact(str(value)), 500)
 
 
 # -----------------------------------------------------------------------------

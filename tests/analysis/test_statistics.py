@@ -26,7 +26,7 @@ from finetuning.common import cache
 from finetuning.common.errors import UserError
 from finetuning.common.ngrams import normalized
 from finetuning.data import near_duplicates
-from finetuning.data.token_table import TokenizedSamples, TruncationLedger
+from finetuning.data.token_table import TokenizedSamples, TruncationReport
 from finetuning.readers import dataset
 from finetuning.readers.dataset import read_samples
 from finetuning.readers.sample import Sample
@@ -448,7 +448,7 @@ def _tokens(lengths: list[tuple[int, int, int]], ledger=None, limit=4096) -> Tok
         offsets=np.concatenate([[0], np.cumsum(totals)]).astype(np.int64),
         sample_index=np.arange(len(lengths)),
         num_targets=np.array([n - c[0] for n, c in zip(totals, counts, strict=True)]),
-        ledger=ledger or TruncationLedger(),
+        ledger=ledger or TruncationReport(),
         close_id=1,
         end_id=2,
         max_seq_length=limit,
@@ -477,7 +477,7 @@ def test_token_lengths_equal_numpy():
 
 
 def test_truncation_is_reported_and_unknown_lengths_are_absent():
-    ledger = TruncationLedger(
+    ledger = TruncationReport(
         truncated=("a", "b", "c"), lost_answer=("a",), dropped=("b", "c"), shortened=("a",)
     )
     tokens = _tokens([(10, 600, 10), (10, 1012, 0), *[(5, 20, 5)] * 6], ledger, limit=1024)
@@ -572,6 +572,7 @@ def _write(path: Path, samples: list[Sample]) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_program_prints_one_json_object(tmp_path):
     first = _write(tmp_path / "a.jsonl", SAMPLES[:40])
     second = _write(tmp_path / "b.jsonl", [*SAMPLES[40:], SAMPLES[2]])
@@ -583,6 +584,7 @@ def test_program_prints_one_json_object(tmp_path):
     assert not list(tmp_path.glob("*.html"))
 
 
+@pytest.mark.slow
 def test_program_prints_a_report_and_writes_a_page(tmp_path):
     bad = _sample(94, answer="<img src=x onerror=alert(1)>坏" * 3 + "。")
     path = _write(tmp_path / "a.jsonl", [*SAMPLES, bad])
@@ -594,6 +596,7 @@ def test_program_prints_a_report_and_writes_a_page(tmp_path):
     assert 'class="bar"' in page and page.startswith("<!doctype html>")
 
 
+@pytest.mark.slow
 def test_program_counts_tokens_exactly_with_a_tokenizer(tmp_path, tiny_model):
     path = _write(tmp_path / "a.jsonl", SAMPLES[:12])
     done = _run(
@@ -610,6 +613,7 @@ def test_program_counts_tokens_exactly_with_a_tokenizer(tmp_path, tiny_model):
     assert over and any(f"{over} samples are longer" in warning for warning in report["warnings"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -9,8 +9,10 @@ import os
 import stat
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from finetuning.common.errors import UserError
 from finetuning.common.files import (
     atomic_write,
     atomic_write_text,
@@ -18,7 +20,9 @@ from finetuning.common.files import (
     fsync_directory,
     fsync_files,
     publish_folder,
+    read_json_object,
     staging_folder,
+    strict,
     write_json,
 )
 from finetuning.common.text import clean
@@ -128,3 +132,35 @@ def test_json_keeps_all_text_and_shows_no_control(tmp_path):
     raw = path.read_text(encoding="utf-8")
     assert json.loads(raw) == {"key\u2066": [nasty, None]}
     assert "中" in raw and clean(raw) == raw
+
+
+def test_what_is_not_finite_is_none_or_keeps_its_name():
+    value = {"a": [math.nan, (math.inf, 1)], 2: Path("x"), "n": np.float32(math.nan)}
+    assert strict(value) == {"a": [None, [None, 1]], "2": "x", "n": None}
+    assert strict(value, nonfinite=str) == {"a": ["nan", ["inf", 1]], "2": "x", "n": "nan"}
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"{", "can't be read"),
+        (b"\xff", "can't be read"),
+        (b"[1]", "not a JSON object"),
+        (b"[" * 100_000, "can't be read"),
+    ],
+)
+def test_a_file_without_an_object_is_named(tmp_path: Path, content: bytes, complaint: str):
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"a.json: {complaint}"):
+        read_json_object(path)
+
+
+def test_an_object_is_read_and_a_limit_holds(tmp_path: Path):
+    path = tmp_path / "a.json"
+    path.write_text('{"钥": 1}', encoding="utf-8")
+    assert read_json_object(path) == {"钥": 1}
+    with pytest.raises(UserError, match="can't be read"):
+        read_json_object(path, 3)
+    with pytest.raises(UserError, match="can't be read"):
+        read_json_object(tmp_path / "missing.json")

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from finetuning.config import PROJECTIONS
 from finetuning.model.flops import (
-    ALL_LINEAR,
     ModelDims,
     dims_from_config,
     lora_parameters,
@@ -50,7 +50,7 @@ def products_by_hand(dims, lengths, num_targets, r, targets):
 
 
 def test_lora_flops_are_within_one_percent_of_a_count_by_hand(subtests):
-    for targets in [ALL_LINEAR, ("q_proj", "v_proj")]:
+    for targets in [PROJECTIONS, ("q_proj", "v_proj")]:
         for lengths in [[900, 1500, 300], [8192], [120] * 30]:
             with subtests.test(targets=targets, lengths=lengths):
                 num_targets = sum(lengths) * 3 // 4
@@ -125,7 +125,7 @@ def test_full_fine_tuning_flops_are_those_torch_counts():
 def test_lora_flops_are_those_torch_counts():
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=4, lora_dropout=0.0, target_modules=list(ALL_LINEAR))
+    config = LoraConfig(r=4, lora_dropout=0.0, target_modules=list(PROJECTIONS))
     model = get_peft_model(tiny_qwen3(), config)
     length, dims = 48, dims_from_config(model.config)
     weights = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -5,7 +5,7 @@ import torch
 
 from finetuning.common.errors import UserError
 from finetuning.model.parallel import parallel_mode
-from finetuning.training.engine import ModelInTraining
+from finetuning.training.engine import TrainingEngine
 from finetuning.training.state import TrainState
 
 
@@ -25,9 +25,9 @@ def test_what_is_sharded_before_memory_decides(subtests):
 
 def test_shards_take_no_divided_micro_batches():
     """A checkpoint of replicas may ask for them; ranks would gather weights unequally often."""
-    model, state = object.__new__(ModelInTraining), TrainState(micro_batch_splits=2)
+    model, state = object.__new__(TrainingEngine), TrainState(micro_batch_splits=2)
     model._parallel = "fsdp"
-    model.do_with_less(state)
+    model.apply_memory_measures(state)
     assert state.micro_batch_splits == 0
 
 

@@ -230,7 +230,7 @@ def test_an_unfinished_run_is_forecast_for_the_steps_it_planned(tmp_path, capsys
         assert result["score"] == pytest.approx(logged["Monitoring/Convergence_Score"])
     ours.with_name("configuration.json").write_text("{")
     code, printed = run_tool(capsys, ours)
-    assert code == 2 and "configuration.json: not readable" in printed.err
+    assert code == 2 and "configuration.json: can't be read" in printed.err
 
 
 def test_the_mean_loss_at_the_end_of_a_trainer_run_is_no_logged_loss(tmp_path):
@@ -249,7 +249,7 @@ def test_the_mean_loss_at_the_end_of_a_trainer_run_is_no_logged_loss(tmp_path):
         ("a.csv", "step,loss\n", "no loss"),
         ("a.csv", "step,loss\n1,0.5\n2,-0.5\n", "step 2 is negative"),
         ("a.json", "{}", "log_history"),
-        ("a.json", "{", "not readable"),
+        ("a.json", "{", "can't be read"),
         ("a.jsonl", '{"step": 1}\n{broken\n{"step": 2}\n', ":2:"),
         ("a.txt", "hello", "give a run directory"),
     ],

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from finetuning.common.distributed import Distributed
 from finetuning.data.packing import StepPlan, build_batch
-from finetuning.data.token_table import Segment, TokenizedSamples, TruncationLedger
+from finetuning.data.token_table import Segment, TokenizedSamples, TruncationReport
 from finetuning.model import attention
 from finetuning.model.fused_lora import enable_fast_lora
 from finetuning.model.loss import packed_loss
@@ -41,7 +41,7 @@ def table(lengths: tuple[int, ...]) -> TokenizedSamples:
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
         sample_index=np.arange(len(lengths)),
         num_targets=np.array([(d.segments != Segment.PROMPT).sum() for d in documents]),
-        ledger=TruncationLedger(),
+        ledger=TruncationReport(),
         close_id=CLOSE,
         end_id=1,
         max_seq_length=max(lengths),

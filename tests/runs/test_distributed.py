@@ -24,7 +24,8 @@ from finetuning.common.distributed import Distributed
 from finetuning.common.errors import UserError
 from finetuning.events.reading import read_metrics, read_run
 from finetuning.model.demo_model import train_tokenizer
-from finetuning.runs.summary import check_ranks
+from finetuning.runs.identity import check_ranks
+from finetuning.runs.plan import find_model
 
 SCRIPT = Path(__file__).parents[2] / "direct_finetuning_with_existing_modules.py"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -301,8 +302,8 @@ def test_auto_shards_what_does_not_fit(command, tmp_path):
     wrapper.write_text(
         f"import sys\nsys.path.insert(0, {str(SCRIPT.parent)!r})\n"
         "import direct_finetuning_with_existing_modules as program\n"
-        "from finetuning.training import memory_estimate\n"
-        "memory_estimate.free_memory = lambda *_: 2**20\n"
+        "from finetuning.runs import plan\n"
+        "plan.free_memory = lambda *_: 2**20\n"
         "sys.exit(program.main())\n"
     )
     few = ["--max-steps", "1", "--eval-steps", "0"]
@@ -389,11 +390,10 @@ def test_a_rank_that_is_done_ends_though_threads_still_hold_tensors():
 
 @pytest.mark.parametrize("elsewhere", ["", "the GPU has 3.0 GiB free"])
 def test_all_ranks_take_the_embedded_model_if_one_must(elsewhere, tiny_model, monkeypatch):
-    trainer = DirectTrainer(
-        DirectTrainingConfig(device="cpu", model_name=str(tiny_model)), quiet=True
-    )
+    config = DirectTrainingConfig(device="cpu", model_name=str(tiny_model))
+    dist = Distributed(0, 1, 0, torch.device("cpu"))
     monkeypatch.setattr(Distributed, "gather", lambda self, reason: [reason, elsewhere])
-    found = trainer.find_model()
+    found = find_model(config, dist, False)
     assert found.embedded == bool(elsewhere)
     assert found.reason == (elsewhere or "local folder")
 
@@ -456,7 +456,8 @@ sys.path.insert(0, {root!r})
 import finetuning.common.process
 import torch
 from finetuning.common import distributed
-from finetuning.model import loading, resolve
+from finetuning.config import LoraSettings, ModelSettings
+from finetuning.model import loading, parallel, resolve
 from finetuning.model.packed_model import PackedLossModel
 
 def anonymous():
@@ -474,8 +475,9 @@ seen, done = [anonymous()], threading.Event()
 watcher = threading.Thread(target=watch)
 watcher.start()
 model = PackedLossModel(loading.load_model(
-    resolved, tokenizer, device=dist.device, precision="bf16", sharded=True), -1)
-distributed.parallelize(model, "fsdp", dist, torch.bfloat16)
+    resolved, tokenizer, ModelSettings(precision="bf16"), LoraSettings(), device=dist.device,
+    sharded=True), -1)
+parallel.parallelize(model, "fsdp", dist, torch.bfloat16)
 done.set()
 watcher.join()
 total = sum(p.numel() for p in model.parameters())

@@ -20,10 +20,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from direct_finetuning_with_existing_modules import DirectTrainer, main
-from finetuning.common.distributed import Distributed
+from direct_finetuning_with_existing_modules import main
+from finetuning.config import DirectTrainingConfig
 from finetuning.events.metric_table import find_metric
 from finetuning.events.reading import read_metrics, read_run, read_texts
+from finetuning.runs import plan
 from finetuning.training import engine, optimizer
 from finetuning.training.checkpoint import load_checkpoint, save_checkpoint
 
@@ -229,13 +230,13 @@ def test_a_bad_step_that_is_done_again_is_told_once(tmp_path, run, monkeypatch):
 
 @pytest.mark.slow
 def test_saving_the_best_model_is_no_training_time(tmp_path, run, monkeypatch):
-    save = engine.ModelInTraining.save
+    save = engine.TrainingEngine.save
 
     def slowly(*arguments):
         time.sleep(3)
         save(*arguments)
 
-    monkeypatch.setattr(engine.ModelInTraining, "save", slowly)
+    monkeypatch.setattr(engine.TrainingEngine, "save", slowly)
     options = ["--logging-steps", "1", "--save-steps", "0", "--eval-steps", "2"]
     assert run(tmp_path, *options, "--learning-rate", "1e-2") == 0
     assert (tmp_path / "out" / "best_model").is_dir()
@@ -376,7 +377,7 @@ def test_layers_that_cannot_be_compiled_run_as_they_are(
         raise ValueError("no C compiler")
 
     compile_layers = packed_model.PackedLossModel.compile_layers
-    monkeypatch.setattr(DirectTrainer, "compiles", True)
+    monkeypatch.setattr(plan, "compiles", lambda *_: True)
     monkeypatch.setattr(
         packed_model.PackedLossModel, "compile_layers", lambda self: compile_layers(self, broken)
     )
@@ -409,14 +410,12 @@ def test_layers_that_cannot_be_compiled_run_as_they_are(
 def test_layers_are_compiled_where_it_can_be_done_and_is_worth_it(
     monkeypatch, settings, efficiency, compiler, compiles
 ):
-    import direct_finetuning_with_existing_modules as program
-
-    monkeypatch.setattr(program, "compiler_is_there", lambda: compiler)
-    monkeypatch.setattr(DirectTrainer, "dtype", torch.bfloat16)
-    trainer = DirectTrainer(program.DirectTrainingConfig(device="cpu", **settings), quiet=True)
-    trainer.dist = Distributed(0, 1, 0, torch.device("cuda"))
-    trainer.plan = SimpleNamespace(constant_efficiency=efficiency)
-    assert trainer.compiles == compiles
+    monkeypatch.setattr(plan, "compiler_is_there", lambda: compiler)
+    config, steps = (
+        DirectTrainingConfig(**settings),
+        SimpleNamespace(constant_efficiency=efficiency),
+    )
+    assert plan.compiles(config, torch.device("cuda"), torch.bfloat16, steps) == compiles
 
 
 # -----------------------------------------------------------------------------
