@@ -15,6 +15,7 @@ The last line is JSON.
 import sys
 from pathlib import Path
 
+from finetuning.runs.build import build_engine, build_evaluator
 from finetuning.runs.metrics import MetricsProcessor
 from finetuning.runs.plan import plan_run
 
@@ -77,8 +78,8 @@ def prepare(folder: str) -> DirectTrainer:
     """A trainer with model and data, at its first step, that writes no run."""
     trainer = DirectTrainer(DirectTrainingConfig(output_dir=folder, device="cpu"), quiet=True)
     trainer.plan = plan_run(trainer.config, trainer.dist, trainer.terminal)
-    trainer.engine = trainer.build_engine()
-    trainer.evaluator = trainer.build_evaluator()
+    trainer.engine = build_engine(trainer.config, trainer.plan, trainer.dist, trainer.terminal)
+    trainer.evaluator = build_evaluator(trainer.config, trainer.plan, trainer.engine, trainer.dist)
     trainer.metrics = MetricsProcessor(trainer.plan, trainer.dist, trainer.state)
     return trainer
 
