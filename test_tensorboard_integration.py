@@ -252,6 +252,7 @@ def test_run(run: Run, check: Callable[[Run], str]):
     check(run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", SERVER_CHECKS, ids=lambda check: check.__name__)
 def test_server(run: Run, server: TensorBoardServer, check: Callable):
     server.wait_for(lambda: server.scalar_tags(run.name), "scalar tags")

@@ -44,6 +44,8 @@ def train(output: Path, rig: object, poison_step: int = 0, stop_step: int = 0) -
     )
     from transformers.trainer_utils import get_last_checkpoint
 
+    from finetuning.config import PROJECTIONS
+
     torch.set_num_threads(1)
     set_seed(42)
     tokenizer = AutoTokenizer.from_pretrained(rig.model)
@@ -78,10 +80,8 @@ def train(output: Path, rig: object, poison_step: int = 0, stop_step: int = 0) -
                 next(p for p in model.parameters() if p.grad is not None).grad.fill_(math.nan)
 
     model = AutoModelForCausalLM.from_pretrained(rig.model)
-    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    model = get_peft_model(
-        model, LoraConfig(r=4, lora_alpha=32, lora_dropout=0.1, target_modules=names)
-    )
+    lora = LoraConfig(r=4, lora_alpha=32, lora_dropout=0.1, target_modules=list(PROJECTIONS))
+    model = get_peft_model(model, lora)
     arguments = TrainingArguments(
         output_dir=str(output),
         max_steps=NUM_STEPS,

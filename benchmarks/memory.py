@@ -63,6 +63,8 @@ def build_model(vocabulary: int):
     from peft import LoraConfig, get_peft_model
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
+    from finetuning.config import PROJECTIONS
+
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=vocabulary,
@@ -75,8 +77,8 @@ def build_model(vocabulary: int):
         tie_word_embeddings=True,
         use_cache=False,
     )
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    return get_peft_model(Qwen3ForCausalLM(config), LoraConfig(r=8, target_modules=targets))
+    lora = LoraConfig(r=8, target_modules=list(PROJECTIONS))
+    return get_peft_model(Qwen3ForCausalLM(config), lora)
 
 
 def train(tokens, plan, model, close_id: int) -> None:
@@ -110,7 +112,7 @@ def random_documents(vocabulary: int, length: int):
     """One row of four documents; three quarters of the tokens carry loss."""
     import numpy as np
 
-    from finetuning.data.token_table import Segment, TokenizedSamples, TruncationLedger
+    from finetuning.data.token_table import Segment, TokenizedSamples, TruncationReport
 
     ids = np.random.default_rng(0).integers(8, vocabulary, length).astype(np.int32)
     segments = np.full((4, length // 4), Segment.THINKING, dtype=np.uint8)
@@ -121,7 +123,7 @@ def random_documents(vocabulary: int, length: int):
         offsets=np.arange(5) * (length // 4),
         sample_index=np.arange(4),
         num_targets=(segments != Segment.PROMPT).sum(1),
-        ledger=TruncationLedger(),
+        ledger=TruncationReport(),
         close_id=2,
         end_id=1,
         max_seq_length=length,

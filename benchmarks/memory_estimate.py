@@ -15,6 +15,8 @@ step that computes shapes only, as a GPU would hold them (`tests/traced_step.py`
 import sys
 from pathlib import Path
 
+from finetuning.config import LoraSettings, ModelSettings
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import finetuning.common.process  # noqa: F401, I001  before torch
@@ -37,7 +39,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from finetuning.common import distributed
 from finetuning.data.packing import build_batch
 from finetuning.data.token_table import Segment
-from finetuning.model import adapters, loading, parallel, resolve
+from finetuning.config import PROJECTIONS
+from finetuning.model import loading, parallel, resolve
 from finetuning.model.demo_model import train_tokenizer
 from finetuning.model.fused_lora import enable_fast_lora
 from finetuning.model.packed_model import PackedLossModel
@@ -145,9 +148,7 @@ class Peak(threading.Thread):
 
 def measure(case: Case, folder: Path, device: torch.device) -> dict[str, float]:
     """Estimated and measured bytes of one case."""
-    shape = memory_estimate.model_shape(
-        folder, lora_r=case.lora_r, target_modules=adapters.PROJECTIONS
-    )
+    shape = memory_estimate.model_shape(folder, lora_r=case.lora_r, target_modules=PROJECTIONS)
     dtype = resolve.weight_dtype(device, case.precision)
     placement = memory_estimate.Placement(
         device.type, dtype.itemsize, compiled=case.compiled, fused_lora=case.fused_lora
@@ -183,7 +184,7 @@ def traced(case: Case) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         config_of(case).save_pretrained(folder)
         shape = memory_estimate.model_shape(
-            Path(folder), lora_r=case.lora_r, target_modules=adapters.PROJECTIONS
+            Path(folder), lora_r=case.lora_r, target_modules=PROJECTIONS
         )
     placement = memory_estimate.Placement("cuda", 2, fused_lora=case.fused_lora)
     estimate = memory_estimate.estimate_memory(
@@ -214,9 +215,9 @@ def build(case: Case, folder: Path, device: torch.device) -> Callable[[], None]:
     model = loading.load_model(
         resolved,
         tokenizer,
+        ModelSettings(precision=case.precision),
+        LoraSettings(lora_r=case.lora_r),
         device=device,
-        precision=case.precision,
-        lora_r=case.lora_r,
         gradient_checkpointing=case.checkpointing,
         sharded=not case.lora_r and case.precision == "bf16",
     )

@@ -13,6 +13,8 @@ The last line is JSON.
 import sys
 from pathlib import Path
 
+from finetuning.config import LoraSettings, ModelSettings
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import finetuning.common.process  # noqa: F401, I001  before torch
 
@@ -179,13 +181,23 @@ def write_model(folder: Path, experts: bool = False) -> None:
 
 
 def load_small(
-    folder: Path, dist: Distributed, mode: str, precision: str, **options: object
+    folder: Path,
+    dist: Distributed,
+    mode: str,
+    precision: str,
+    lora: LoraSettings,
+    **options: object,
 ) -> tuple[torch.nn.Module, torch.nn.Module]:
     """The model with its adapters, and as all ranks train it."""
     resolved = resolve.resolve_model(str(folder), dist.device)
     tokenizer = loading.load_tokenizer(resolved)
     base = loading.load_model(
-        resolved, tokenizer, device=dist.device, precision=precision, **options
+        resolved,
+        tokenizer,
+        ModelSettings(precision=precision),
+        lora,
+        device=dist.device,
+        **options,
     )
     enable_fast_lora(base)
     dtype = resolve.weight_dtype(dist.device, precision)
@@ -206,7 +218,7 @@ class Side:
         precision: str = "fp32",
     ) -> None:
         self.dist, self.documents = dist, make_documents()
-        self.base, self.model = load_small(folder, dist, mode, precision)
+        self.base, self.model = load_small(folder, dist, mode, precision, LoraSettings())
         self.names = {p: n for n, p in self.base.named_parameters() if p.requires_grad}
         self.parameters = list(self.names)
         self.optimizer = build_optimizer(

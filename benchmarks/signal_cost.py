@@ -15,6 +15,9 @@ The last line is JSON.
 import sys
 from pathlib import Path
 
+from finetuning.runs.metrics import MetricsProcessor
+from finetuning.runs.plan import plan_run
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import finetuning.common.process  # noqa: F401, I001  before torch
 
@@ -73,10 +76,10 @@ def without_signals():
 def prepare(folder: str) -> DirectTrainer:
     """A trainer with model and data, at its first step, that writes no run."""
     trainer = DirectTrainer(DirectTrainingConfig(output_dir=folder, device="cpu"), quiet=True)
-    trainer.prepare()
-    trainer.make_forecast()
-    trainer.build_model()
-    trainer.state.interval = trainer.state.epoch = trainer.ledger.zeros().tolist()
+    trainer.plan = plan_run(trainer.config, trainer.dist, trainer.terminal)
+    trainer.engine = trainer.build_engine()
+    trainer.evaluator = trainer.build_evaluator()
+    trainer.metrics = MetricsProcessor(trainer.plan, trainer.dist, trainer.state)
     return trainer
 
 
@@ -84,19 +87,19 @@ def step_of(trainer: DirectTrainer, step: int, signals: bool) -> float:
     """One update at the planned step; returns its loss."""
     from finetuning.training.optimizer import StepResult
 
-    planned = trainer.plan[step]
-    tokens = trainer.data.train.tokens
-    sums = forward_backward(trainer.model.wrapped, planned, tokens, trainer.dist, StepClock())
+    planned = trainer.plan.steps[step]
+    tokens = trainer.plan.data.train.tokens
+    sums = forward_backward(trainer.engine.wrapped, planned, tokens, trainer.dist, StepClock())
     if signals and due(step, EVAL_STEPS):
         trainer.evaluator.note_gradients()
-    norm = trainer.model.update(0.0, max_grad_norm=1.0)  # both sides meet the same weights
+    norm = trainer.engine.update(0.0, max_grad_norm=1.0)  # both sides meet the same weights
     if not signals:
         return float(norm)
     trainer.pending.append(StepResult(step, 0.0, planned, sums, norm))
     trainer.collect()
     if due(step, LOGGING_STEPS):
-        trainer.ledger.training_metrics(np.asarray(trainer.state.interval))
-        trainer.state.interval = trainer.ledger.zeros().tolist()
+        trainer.metrics.losses.training_metrics(np.asarray(trainer.state.interval))
+        trainer.state.interval = trainer.metrics.losses.zeros().tolist()
     return float(norm)
 
 
@@ -111,7 +114,7 @@ def measure(trainer: DirectTrainer, pairs: int) -> dict[str, list[float]]:
     """CPU seconds of each step with and without, in turns."""
     seconds: dict[str, list[float]] = {"with": [], "without": []}
     for pair in range(pairs + WARM_UP):
-        step = 1 + pair % trainer.plan.num_steps
+        step = 1 + pair % trainer.plan.steps.num_steps
         norms = {}
         for name in ("with", "without") if pair % 2 else ("without", "with"):
             if name == "with":
@@ -127,12 +130,12 @@ def measure(trainer: DirectTrainer, pairs: int) -> dict[str, list[float]]:
 
 def apart(trainer: DirectTrainer) -> dict[str, float]:
     """CPU seconds of what runs once per evaluation."""
-    held_out, plan = trainer.data.held_out.tokens, trainer.eval_plan
+    held_out, plan = trainer.plan.data.held_out.tokens, trainer.plan.evaluation
     health = trainer.evaluator.health
     health.scalars()  # the norms of the frozen weights, once per run
     return {
         "held_out_losses": timed(
-            lambda: held_out_sums(trainer.model.wrapped, held_out, plan, trainer.dist)
+            lambda: held_out_sums(trainer.engine.wrapped, held_out, plan, trainer.dist)
         )[0],
         "probes": timed(lambda: trainer.evaluator._answers(0, NullLogger(), lambda *_: None))[0],
         "adapter_health": timed(health.scalars)[0],

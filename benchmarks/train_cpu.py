@@ -38,6 +38,7 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.utils import clip_grad_norm_
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from finetuning.config import PROJECTIONS
 from finetuning.data.packing import build_batch
 from finetuning.data.token_table import Segment, TokenizedSample
 from finetuning.model.fused_lora import enable_fast_lora
@@ -47,7 +48,7 @@ from finetuning.model.packed_model import PackedLossModel
 VOCAB, PAD, CLOSE = 4096, 0, 5
 PER_STEP, LEARNING_RATE, MAX_NORM = 8, 1e-3, 1.0
 WARM_UP = 5  # steps that are compared but not timed
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TARGETS = list(PROJECTIONS)
 
 
 @dataclass

@@ -50,8 +50,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from finetuning.common.distributed import Distributed
+from finetuning.config import PROJECTIONS
 from finetuning.data.packing import PackedBatch, StepPlan
-from finetuning.data.token_table import Segment, TokenizedSamples, TruncationLedger
+from finetuning.data.token_table import Segment, TokenizedSamples, TruncationReport
 from finetuning.model import attention
 from finetuning.model.flops import dims_from_config, lora_parameters, peak_flops, training_flops
 from finetuning.model.fused_lora import enable_fast_lora
@@ -69,7 +70,7 @@ ON_CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_CUDA else "cpu")
 DTYPE = torch.bfloat16 if ON_CUDA else torch.float32
 PAD, END, CLOSE, LEARNING_RATE, MAX_NORM = 0, 1, 2, 1e-4, 1.0
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TARGETS = list(PROJECTIONS)
 QWEN3_4B = {
     "vocab_size": 151936,
     "hidden_size": 2560,
@@ -127,7 +128,7 @@ class Work:
             offsets=offsets,
             sample_index=np.arange(count),
             num_targets=targets,
-            ledger=TruncationLedger(),
+            ledger=TruncationReport(),
             close_id=CLOSE,
             end_id=END,
             max_seq_length=self.longest,

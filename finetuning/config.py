@@ -1,26 +1,101 @@
-"""What a user can set: one frozen dataclass, its checks, its command line and its TOML file."""
+"""What a user can set: seven groups of settings, their checks, the command line and the TOML file.
+
+A function takes the group that it reads. `DirectTrainingConfig` is all seven, so it can be handed to
+each of them.
+"""
 
 import dataclasses
 import math
 import sys
 import tomllib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import tyro
 
 from finetuning.common.errors import UserError
-from finetuning.events.metric_table import ALERTS
-from finetuning.foreign_names import known_names, translated
+from finetuning.foreign_names import known_names, our_arguments, translated
+
+# The linear layers of a decoder block; "all-linear" means all that a model has.
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+# Keys of alert_actions, in the order of the metric table.
+ALERT_NAMES = (
+    "Gradient_Explosion",
+    "Loss_Spike",
+    "NonFinite",
+    "Stagnation",
+    "Memory_Leak",
+    "GPU_Overheat",
+    "Low_GPU_Utilization",
+    "OOM_Risk",
+    "Divergence",
+    "Data_Starvation",
+    "Thinking_Collapse",
+    "Overfitting",
+    "Slow_Rank",
+)
+
+# -----------------------------------------------------------------------------
+# Checks
+
+
+class _Rule(NamedTuple):
+    """What a value must be, as a function and in words."""
+
+    holds: Callable[[Any], bool]
+    wanted: str
+
+
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
+
+
+_ABOVE_ZERO = _Rule(lambda value: _finite(value) and value > 0, "finite and above 0")
+_FROM_ZERO = _Rule(lambda value: _finite(value) and value >= 0, "finite, 0 or more")
+_FROM_ONE = _Rule(lambda value: value >= 1, "at least 1")
+_BELOW_ONE = _Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")
+_SHARE = _Rule(lambda value: 0 <= value <= 1, "between 0 and 1")
+_NOT_EMPTY = _Rule(bool, "not empty")
+_STEPS = _Rule(
+    lambda value: value == "auto" or (isinstance(value, int) and value >= 0), "auto, or 0 or more"
+)
+
+
+class _Settings:
+    """Base of the groups: a value that can't be right is refused where it is set.
+
+    A group yields the faults of its own fields; those of all groups of an object come in one UserError.
+    """
+
+    def __post_init__(self) -> None:
+        groups = [kind for kind in reversed(type(self).__mro__) if "_faults" in vars(kind)]
+        faults = [fault for group in groups for fault in group._faults(self)]
+        if faults:
+            raise UserError("configuration: " + "; ".join(faults))
+
+    def _breaches(self, rule: _Rule, *names: str) -> Iterator[str]:
+        """A fault for each of the named fields that breaks the rule."""
+        for name in names:
+            value = getattr(self, name)
+            if not rule.holds(value):
+                yield f"{name} is {value!r}, must be {rule.wanted}"
+
+
+# -----------------------------------------------------------------------------
+# Groups. The line below a field is its help text; 0 or empty means off.
 
 
 @dataclass(frozen=True)
-class DirectTrainingConfig:
-    """Every setting of a run. The line below a field is its help text; 0 or empty means off."""
+class ModelSettings(_Settings):
+    """Which model is trained, and in which type its frozen weights are."""
 
-    # --- model ---
     model_name: str = ""
     """Folder or hub name of a causal language model. Empty: Qwen/Qwen3-4B-Thinking-2507 where a GPU
     can hold it and its weights are at hand, else the embedded demonstration model."""
@@ -30,21 +105,19 @@ class DirectTrainingConfig:
     """Type of the frozen weights and activations; auto: bf16 on CUDA, else fp32. Adapters are fp32."""
     quantization: Literal["none", "4bit"] = "none"
     """4bit: QLoRA through bitsandbytes (optional extra `qlora`)."""
+
+
+@dataclass(frozen=True)
+class LoraSettings(_Settings):
+    """The adapters."""
+
     lora_r: int = 16
     """Rank of the adapters; 0: full fine-tuning."""
     lora_alpha: float = 32.0
     """Scale of the adapters: alpha / r, or alpha / sqrt(r) with rslora."""
     lora_dropout: float = 0.0
     """Dropout before the adapters, probability; above 0 the fused adapter kernel is off."""
-    target_modules: tuple[str, ...] = (
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-    )
+    target_modules: tuple[str, ...] = PROJECTIONS
     """Names of the linear layers that get adapters."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """Module name or pattern -> rank that differs from lora_r."""
@@ -53,7 +126,18 @@ class DirectTrainingConfig:
     use_dora: bool = False
     """Weight-decomposed adapters (Liu et al. 2024); slower."""
 
-    # --- data ---
+    def _faults(self) -> Iterator[str]:
+        yield from self._breaches(_FROM_ZERO, "lora_r")
+        yield from self._breaches(_BELOW_ONE, "lora_dropout")
+        yield from self._breaches(_Rule(_ABOVE_ZERO.holds, "above 0"), "lora_alpha")
+        if self.lora_r:
+            yield from self._breaches(_NOT_EMPTY, "target_modules")
+
+
+@dataclass(frozen=True)
+class DataSettings(_Settings):
+    """What is read, what is held out, and how samples become rows of tokens."""
+
     data_path: tuple[str, ...] = ("data/raw",)
     """Files, folders, globs, or names of hub datasets."""
     data_weights: tuple[float, ...] = ()
@@ -80,7 +164,28 @@ class DirectTrainingConfig:
     max_broken_fraction: float = 0.1
     """Share of unreadable samples above which the run refuses to start."""
 
-    # --- optimization ---
+    def _faults(self) -> Iterator[str]:
+        yield from self._breaches(_NOT_EMPTY, "data_path")
+        yield from self._breaches(_FROM_ZERO, "max_eval_samples")
+        yield from self._breaches(_BELOW_ONE, "eval_fraction")
+        yield from self._breaches(_SHARE, "max_broken_fraction")
+        yield from self._breaches(_Rule(lambda value: value >= 16, "at least 16"), "max_seq_length")
+        yield from self._breaches(
+            _Rule(self._fit_paths, "empty, or one number of 0 or more for each data_path"),
+            "data_weights",
+        )
+
+    def _fit_paths(self, weights: tuple[float, ...]) -> bool:
+        if not weights:
+            return True
+        valid = all(_finite(weight) and weight >= 0 for weight in weights)
+        return len(weights) == len(self.data_path) and valid and sum(weights) > 0
+
+
+@dataclass(frozen=True)
+class BatchSettings(_Settings):
+    """How much goes into an update, and how many updates there are."""
+
     batch_size: int = 1
     """Packed rows per micro-batch and rank."""
     gradient_accumulation_steps: int = 1
@@ -89,6 +194,17 @@ class DirectTrainingConfig:
     """Passes over the training data."""
     max_steps: int = 0
     """Exactly so many optimizer updates instead of num_epochs; 0: off."""
+
+    def _faults(self) -> Iterator[str]:
+        yield from self._breaches(_FROM_ONE, "batch_size", "gradient_accumulation_steps")
+        yield from self._breaches(_ABOVE_ZERO, "num_epochs")
+        yield from self._breaches(_FROM_ZERO, "max_steps")
+
+
+@dataclass(frozen=True)
+class OptimizerSettings(_Settings):
+    """AdamW, its learning rate, and what follows a non-finite gradient."""
+
     learning_rate: float = 3e-4
     """Peak learning rate."""
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -114,7 +230,18 @@ class DirectTrainingConfig:
     seed: int = 42
     """Seed of packing, order and adapter initialisation."""
 
-    # --- device ---
+    def _faults(self) -> Iterator[str]:
+        yield from self._breaches(_ABOVE_ZERO, "learning_rate", "adam_epsilon")
+        yield from self._breaches(_BELOW_ONE, "warmup_ratio", "adam_beta1", "adam_beta2")
+        yield from self._breaches(_SHARE, "min_lr_ratio")
+        not_negative = ("weight_decay", "max_grad_norm", "max_nonfinite_steps", "seed")
+        yield from self._breaches(_FROM_ZERO, *not_negative)
+
+
+@dataclass(frozen=True)
+class DeviceSettings(_Settings):
+    """Where the run computes, and how it uses memory and several devices."""
+
     device: str = "auto"
     """auto: CUDA, else MPS, else CPU."""
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
@@ -126,7 +253,14 @@ class DirectTrainingConfig:
     distributed_timeout: float = 600.0
     """Seconds after which a silent rank ends the group."""
 
-    # --- output ---
+    def _faults(self) -> Iterator[str]:
+        yield from self._breaches(_ABOVE_ZERO, "distributed_timeout")
+
+
+@dataclass(frozen=True)
+class OutputSettings(_Settings):
+    """What is written where and how often, and what is watched meanwhile."""
+
     output_dir: str = "qwen3_4b_thinking_output"
     """Everything is written below this directory."""
     logging_steps: int = 5
@@ -155,105 +289,17 @@ class DirectTrainingConfig:
     """Data as read, tokenized and described, and the embedded model; empty:
     ~/.cache/qwen3_thinking_finetuning."""
 
-    def __post_init__(self) -> None:
-        faults = [text for bad, text in self._faults() if bad]
-        if faults:
-            raise UserError("configuration: " + "; ".join(faults))
-
-    def _faults(self) -> list[tuple[bool, str]]:
-        def unless(good: bool, name: str, wanted: str) -> tuple[bool, str]:
-            return not good, f"{name} is {getattr(self, name)!r}, must be {wanted}"
-
-        faults = [
-            unless(
-                _finite(getattr(self, name)) and getattr(self, name) > 0,
-                name,
-                "finite and above 0",
-            )
-            for name in ("learning_rate", "num_epochs", "adam_epsilon", "distributed_timeout")
-        ]
-        faults += [
-            unless(getattr(self, name) >= 1, name, "at least 1")
-            for name in (
-                "batch_size",
-                "gradient_accumulation_steps",
-                "logging_steps",
-                "save_total_limit",
-            )
-        ]
-        faults += [
-            unless(
-                _finite(getattr(self, name)) and getattr(self, name) >= 0,
-                name,
-                "finite, 0 or more",
-            )
-            for name in (
-                "lora_r",
-                "max_steps",
-                "weight_decay",
-                "max_grad_norm",
-                "max_eval_samples",
-                "num_probes",
-                "probe_max_new_tokens",
-                "early_stopping_patience",
-                "max_nonfinite_steps",
-                "workers",
-                "seed",
-            )
-        ]
-        faults += [
-            unless(0 <= getattr(self, name) < 1, name, "at least 0 and below 1")
-            for name in (
-                "eval_fraction",
-                "lora_dropout",
-                "warmup_ratio",
-                "adam_beta1",
-                "adam_beta2",
-            )
-        ]
-        faults += [
-            unless(0 <= getattr(self, name) <= 1, name, "between 0 and 1")
-            for name in ("max_broken_fraction", "min_lr_ratio")
-        ]
-        faults += [
-            unless(
-                steps == "auto" or (isinstance(steps, int) and steps >= 0),
-                name,
-                "auto, or 0 or more",
-            )
-            for name, steps in (("save_steps", self.save_steps), ("eval_steps", self.eval_steps))
-        ]
-        return [
-            *faults,
-            unless(self.max_seq_length >= 16, "max_seq_length", "at least 16"),
-            unless(_finite(self.lora_alpha) and self.lora_alpha > 0, "lora_alpha", "above 0"),
-            unless(bool(self.target_modules) or not self.lora_r, "target_modules", "not empty"),
-            unless(bool(self.data_path), "data_path", "not empty"),
-            *((True, _unknown_alert(name)) for name in self.alert_actions if name not in ALERTS),
-            unless(
-                bool(self.output_dir.strip()) and "\0" not in self.output_dir,
-                "output_dir",
-                "a path, not empty",
-            ),
-            unless(
-                not self.data_weights
-                or (
-                    len(self.data_weights) == len(self.data_path)
-                    and all(_finite(w) and w >= 0 for w in self.data_weights)
-                    and sum(self.data_weights) > 0
-                ),
-                "data_weights",
-                "empty, or one number of 0 or more for each data_path",
-            ),
-            (
-                self.quantization == "4bit" and self.parallel == "fsdp",
-                "quantization 4bit can't be sharded: leave parallel at auto, or set it to ddp",
-            ),
-            (
-                self.quantization == "4bit" and not self.lora_r,
-                "quantization 4bit needs adapters: set lora_r above 0",
-            ),
-        ]
+    def _faults(self) -> Iterator[str]:
+        path = _Rule(lambda value: value.strip() and "\0" not in value, "a path, not empty")
+        yield from self._breaches(path, "output_dir")
+        yield from self._breaches(_FROM_ONE, "logging_steps", "save_total_limit")
+        yield from self._breaches(_STEPS, "save_steps", "eval_steps")
+        not_negative = ("early_stopping_patience", "num_probes", "probe_max_new_tokens", "workers")
+        yield from self._breaches(_FROM_ZERO, *not_negative)
+        for name in self.alert_actions:
+            if name not in ALERT_NAMES:
+                near, known = _closest(name, ALERT_NAMES), ", ".join(ALERT_NAMES)
+                yield f"alert_actions: no alert {name!r}{near}; there are {known}"
 
     @property
     def cache_path(self) -> Path:
@@ -262,21 +308,24 @@ class DirectTrainingConfig:
         return Path(self.cache_dir).expanduser() if self.cache_dir else default
 
 
-    OutputSettings
-) = DirectTrainingConfig  # SHIM
+@dataclass(frozen=True)
+class DirectTrainingConfig(  # the fields come in the reverse order of the bases, those of the model first
+    OutputSettings,
+    DeviceSettings,
+    OptimizerSettings,
+    BatchSettings,
+    DataSettings,
+    LoraSettings,
+    ModelSettings,
+):
+    """Every setting of a run."""
 
-
-def _unknown_alert(name: str) -> str:
-    return (
-        f"alert_actions: no alert {name!r}{_closest(name, ALERTS)}; there are {', '.join(ALERTS)}"
-    )
-
-
-def _finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer beyond all floats
-        return False
+    def _faults(self) -> Iterator[str]:
+        """What is wrong between groups."""
+        if self.quantization == "4bit" and self.parallel == "fsdp":
+            yield "quantization 4bit can't be sharded: leave parallel at auto, or set it to ddp"
+        if self.quantization == "4bit" and not self.lora_r:
+            yield "quantization 4bit needs adapters: set lora_r above 0"
 
 
 # -----------------------------------------------------------------------------
@@ -309,6 +358,8 @@ def parse_command_line(arguments: list[str]) -> CommandLine:
     defaults = CommandLine(
         training=read_config_file(Path(path)) if path else DirectTrainingConfig()
     )
+    own = {f.name for kind in (DirectTrainingConfig, CommandLine) for f in dataclasses.fields(kind)}
+    arguments = our_arguments(arguments, own)
     return tyro.cli(CommandLine, args=arguments, default=defaults, use_underscores=False)
 
 
@@ -376,7 +427,7 @@ def _allowed(field_: dataclasses.Field) -> tuple[list[str], list[type]]:
     return [choice for kind in literals for choice in get_args(kind)], types
 
 
-def _closest(key: str, names: list[str]) -> str:
+def _closest(key: str, names: Sequence[str]) -> str:
     from difflib import get_close_matches
 
     match = get_close_matches(key, names, n=1)

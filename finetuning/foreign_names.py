@@ -1,120 +1,191 @@
 """What the settings of transformers' TrainingArguments, TRL, LLaMA-Factory and ms-swift mean here.
 
-A name is taken where it means the same; one that is known but means something else gets an answer that
-says what to do, instead of silence.
+A name is taken where it means the same. One that means something else gets an answer that says what to do.
 """
 
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-# The same meaning under another name.
-ALIASES = {
-    "per_device_train_batch_size": "batch_size",
-    "num_train_epochs": "num_epochs",
-    "model_name_or_path": "model_name",
+from finetuning.common.errors import UserError
+
+
+@dataclass(frozen=True)
+class Values:
+    """A setting whose values mean settings here: (value, {name here: value here}) for each it may have."""
+
+    meanings: tuple[tuple[Any, dict[str, Any]], ...]
+
+    @classmethod
+    def ignored(cls, *values: Any) -> "Values":
+        """Values that ask for what happens here anyway."""
+        return cls(tuple((value, {}) for value in values))
+
+    @classmethod
+    def switch(cls, name: str, on: str, off: str) -> "Values":
+        """True and False as two values of a setting here."""
+        return cls(((True, {name: on}), (False, {name: off})))
+
+
+@dataclass(frozen=True)
+class Absent:
+    """A setting that does not exist here."""
+
+    advice: str
+
+
+_CHECKPOINTING = "gradient_checkpointing"
+_STEPS = Values.ignored("steps")
+_TEMPLATE = Absent("the tokenizer's own chat template is used")
+
+# Name elsewhere -> name here, where the meaning is the same; else what its values mean, or what to do.
+FOREIGN: dict[str, str | Values | Absent] = {
+    # The model and its adapters
     "model": "model_name",
-    "max_length": "max_seq_length",
-    "cutoff_len": "max_seq_length",
+    "model_name_or_path": "model_name",
+    "adapter_name_or_path": "init_adapter",
+    "bf16": Values.switch("precision", "bf16", "fp32"),
+    "fp16": Values.ignored(False),
+    "load_in_4bit": Values.switch("quantization", "4bit", "none"),
+    "load_in_8bit": Values.ignored(False),
+    "quantization_bit": Values(((4, {"quantization": "4bit"}),)),
+    "finetuning_type": Values((("lora", {}), ("full", {"lora_r": 0}))),
+    "r": "lora_r",
+    "lora_rank": "lora_r",
+    "lora_target": "target_modules",
+    "lora_target_modules": "target_modules",
+    "init_lora_weights": Absent("A is drawn at random and B is zero"),
+    "modules_to_save": Absent("only adapters train, or with lora_r = 0 everything"),
+    # Data
     "dataset": "data_path",
     "train_file": "data_path",
+    "dataset_dir": Absent("data_path takes files and folders"),
     "validation_file": "eval_path",
     "eval_dataset": "eval_path",
     "val_dataset": "eval_path",
     "val_size": "eval_fraction",
     "split_dataset_ratio": "eval_fraction",
+    "max_samples": Absent("give a data_weights share, or a smaller file"),
+    "max_length": "max_seq_length",
+    "cutoff_len": "max_seq_length",
+    "template": _TEMPLATE,
+    "chat_template": _TEMPLATE,
+    "dataset_text_field": Absent("give columns where question, thinking and answer are not found"),
+    "remove_unused_columns": Absent("columns that are not needed are ignored"),
+    "dataloader_num_workers": Absent("workers is for reading and tokenizing"),
+    "group_by_length": Values.ignored(False),
+    # Updates
+    "stage": Values.ignored("sft"),
+    "do_train": Values.ignored(True),
+    "per_device_train_batch_size": "batch_size",
+    "per_device_eval_batch_size": Absent("held-out samples run in rows, batch_size at once"),
+    "auto_find_batch_size": Absent("a micro-batch that does not fit is halved by itself"),
+    "num_train_epochs": "num_epochs",
+    "optim": Values.ignored("adamw_torch", "adamw_torch_fused", "adamw_hf"),
     "adam_beta_1": "adam_beta1",
     "adam_beta_2": "adam_beta2",
-    "r": "lora_r",
-    "lora_rank": "lora_r",
-    "lora_target": "target_modules",
-    "lora_target_modules": "target_modules",
-    "adapter_name_or_path": "init_adapter",
+    "lr_scheduler_type": Values(
+        (
+            ("cosine", {"lr_schedule": "cosine"}),
+            ("linear", {"lr_schedule": "linear"}),
+            # Theirs has no warmup, whatever warmup_ratio says.
+            ("constant", {"lr_schedule": "constant", "warmup_ratio": 0.0}),
+            ("constant_with_warmup", {"lr_schedule": "constant"}),
+        )
+    ),
+    "lr_scheduler_kwargs": Absent("the end of the schedule is min_lr_ratio"),
+    "warmup_steps": Absent("give warmup_ratio, the share of all steps"),
+    "label_smoothing_factor": Absent("the loss is plain cross-entropy"),
+    "neftune_noise_alpha": Absent("no noise is added to embeddings"),
+    # Devices
+    "use_cpu": Values(((True, {"device": "cpu"}), (False, {}))),
+    "no_cuda": Values(((True, {"device": "cpu"}), (False, {}))),
+    "torch_compile": Values.switch("compile", "on", "off"),
     "ddp_timeout": "distributed_timeout",
-}
-_Meanings = list[tuple[Any, dict[str, Any]]]
-_STEPS_ONLY: _Meanings = [("steps", {})]
-
-# Key -> its possible values and the settings that each of them means.
-MEANINGS: dict[str, _Meanings] = {
-    "bf16": [(True, {"precision": "bf16"}), (False, {"precision": "fp32"})],
-    "fp16": [(False, {})],
-    "gradient_checkpointing": [
-        (True, {"gradient_checkpointing": "on"}),
-        (False, {"gradient_checkpointing": "off"}),
-        *((way, {"gradient_checkpointing": way}) for way in ("auto", "on", "off")),
-    ],
-    "torch_compile": [(True, {"compile": "on"}), (False, {"compile": "off"})],
-    "use_cpu": [(True, {"device": "cpu"}), (False, {})],
-    "no_cuda": [(True, {"device": "cpu"}), (False, {})],
-    "load_in_4bit": [(True, {"quantization": "4bit"}), (False, {"quantization": "none"})],
-    "load_in_8bit": [(False, {})],
-    "quantization_bit": [(4, {"quantization": "4bit"})],
-    "lr_scheduler_type": [
-        ("cosine", {"lr_schedule": "cosine"}),
-        ("linear", {"lr_schedule": "linear"}),
-        # Theirs has no warmup, whatever warmup_ratio says.
-        ("constant", {"lr_schedule": "constant", "warmup_ratio": 0.0}),
-        ("constant_with_warmup", {"lr_schedule": "constant"}),
-    ],
-    "optim": [(name, {}) for name in ("adamw_torch", "adamw_torch_fused", "adamw_hf")],
-    "finetuning_type": [("lora", {}), ("full", {"lora_r": 0})],
-    "stage": [("sft", {})],
-    "do_train": [(True, {})],
-    "report_to": [("tensorboard", {}), (["tensorboard"], {}), ("all", {})],
-    "eval_strategy": _STEPS_ONLY,
-    "evaluation_strategy": _STEPS_ONLY,
-    "save_strategy": _STEPS_ONLY,
-    "logging_strategy": _STEPS_ONLY,
-    "logging_first_step": [(False, {})],
-    "load_best_model_at_end": [(False, {})],
-    "group_by_length": [(False, {})],
-}
-
-ADVICE = {
-    "warmup_steps": "give warmup_ratio, the share of all steps",
-    "lr_scheduler_kwargs": "the end of the schedule is min_lr_ratio",
-    "per_device_eval_batch_size": "held-out samples run in packed rows, batch_size of them at once",
-    "resume_from_checkpoint": "start the command with --resume latest or --resume FOLDER",
-    "trust_remote_code": "only the flag --trust-remote-code allows it",
-    "logging_dir": "event files are in tensorboard_logs/ below output_dir",
-    "run_name": "a run is named by the time it started",
-    "deepspeed": "several GPUs: torchrun, and parallel = 'fsdp' where the model fits no single one",
-    "fsdp": "several GPUs: torchrun, and parallel = 'fsdp'",
-    "template": "the tokenizer's own chat template is used",
-    "chat_template": "the tokenizer's own chat template is used",
-    "dataset_text_field": "question, thinking and answer are found by themselves, or named by columns",
-    "dataloader_num_workers": "batches come from memory; workers is for reading and tokenizing",
-    "remove_unused_columns": "columns that are not needed are ignored",
-    "overwrite_output_dir": "every run has directories of its own below output_dir",
-    "metric_for_best_model": "best_model/ is the one with the lowest held-out loss",
-    "push_to_hub": "upload final_model/ with the hub's own tool when the run is over",
-    "auto_find_batch_size": "a micro-batch that does not fit is halved without being asked",
-    "label_smoothing_factor": "the loss is plain cross-entropy",
-    "neftune_noise_alpha": "no noise is added to embeddings",
-    "init_lora_weights": "A is drawn at random and B is zero",
-    "modules_to_save": "only adapters train, or with lora_r = 0 everything",
-    "dataset_dir": "data_path takes files and folders",
-    "max_samples": "give a data_weights share, or a smaller file",
+    "deepspeed": Absent("use torchrun, and parallel = 'fsdp' where the model fits no single GPU"),
+    "fsdp": Absent("use torchrun and parallel = 'fsdp'"),
+    _CHECKPOINTING: Values(
+        (
+            *Values.switch(_CHECKPOINTING, "on", "off").meanings,
+            *((way, {_CHECKPOINTING: way}) for way in ("auto", "on", "off")),
+        )
+    ),
+    # Output
+    "logging_dir": Absent("event files are in tensorboard_logs/ below output_dir"),
+    "overwrite_output_dir": Absent("every run has directories of its own below output_dir"),
+    "run_name": Absent("a run is named by the time it started"),
+    "report_to": Values.ignored("tensorboard", ["tensorboard"], "all"),
+    "eval_strategy": _STEPS,
+    "evaluation_strategy": _STEPS,
+    "save_strategy": _STEPS,
+    "logging_strategy": _STEPS,
+    "logging_first_step": Values.ignored(False),
+    "load_best_model_at_end": Values.ignored(False),
+    "metric_for_best_model": Absent("best_model/ is the one with the lowest held-out loss"),
+    "push_to_hub": Absent("upload final_model/ with the hub's own tool"),
+    "resume_from_checkpoint": Absent("start with --resume latest or --resume FOLDER"),
+    "trust_remote_code": Absent("only the flag --trust-remote-code allows it"),
 }
 
 
 def known_names() -> list[str]:
     """All foreign names that are understood, for suggestions."""
-    return [*ALIASES, *MEANINGS]
+    return [name for name, meaning in FOREIGN.items() if not isinstance(meaning, Absent)]
 
 
 def translated(key: str, value: Any) -> dict[str, Any] | str:
-    """Our settings that `key = value` of a file means; as text, why it means none."""
+    """Our settings that `key = value` means; as text, why it means none."""
     if key == "max_steps" and value == -1:
         return {"max_steps": 0}
-    if key in ("lora_target", "lora_target_modules") and isinstance(value, str):
-        names = [name.strip() for name in value.split(",")]
-        return {"target_modules": ["all-linear"] if names == ["all"] else names}
-    if key in MEANINGS:
-        for known, settings in MEANINGS[key]:
+    meaning = FOREIGN.get(key, key)
+    if isinstance(meaning, Absent):
+        return f"{key} is not a setting here: {meaning.advice}"
+    if isinstance(meaning, Values):
+        for known, settings in meaning.meanings:
             if type(value) is type(known) and value == known:
                 return settings
-        wanted = " or ".join(repr(known) for known, _ in MEANINGS[key])
+        wanted = " or ".join(repr(known) for known, _ in meaning.meanings)
         return f"{key} is {value!r}, must be {wanted} here"
-    if key in ADVICE:
-        return f"{key} is not a setting here: {ADVICE[key]}"
-    return {ALIASES.get(key, key): value}
+    if meaning == "target_modules" and key != meaning and isinstance(value, str):
+        names = [name.strip() for name in value.split(",")]
+        return {meaning: ["all-linear"] if names == ["all"] else names}
+    return {meaning: value}
+
+
+def our_arguments(arguments: Sequence[str], own: Container[str]) -> list[str]:
+    """A command line with the foreign names in it translated, `own` names left alone.
+
+    Raises UserError with all that is wrong. A flag without a value means true, as in their programs.
+    """
+    result, faults, rest = [], [], list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        flag, given, value = argument.partition("=")
+        key = flag.removeprefix("--").replace("-", "_")
+        if not flag.startswith("--") or key in own or key not in FOREIGN:
+            result.append(argument)
+            continue
+        if not given and rest and not rest[0].startswith("--"):
+            value = rest.pop(0)
+        elif not given and isinstance(FOREIGN[key], str):
+            result.append(f"--{FOREIGN[key].replace('_', '-')}")  # tyro says what is missing
+            continue
+        elif not given:
+            value = "true"
+        settings = translated(key, _typed(key, value))
+        if isinstance(settings, str):
+            faults.append(settings)
+            continue
+        for name, setting in settings.items():
+            values = setting if isinstance(setting, list) else [setting]
+            result += [f"--{name.replace('_', '-')}", *map(str, values)]
+    if faults:
+        raise UserError("command line: " + "; ".join(faults))
+    return result
+
+
+def _typed(key: str, text: str) -> Any:
+    """The text of a command line as the value that the table has for it."""
+    meaning = FOREIGN[key]
+    known = [value for value, _ in meaning.meanings] if isinstance(meaning, Values) else []
+    return next((value for value in known if str(value).lower() == text.lower()), text)

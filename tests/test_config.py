@@ -10,9 +10,33 @@ from pathlib import Path
 import pytest
 
 from finetuning import config as config_module
-from finetuning import foreign_names
 from finetuning.common.errors import UserError
-from finetuning.config import DirectTrainingConfig, parse_command_line, read_config_file
+from finetuning.config import (
+    ALERT_NAMES,
+    BatchSettings,
+    DataSettings,
+    DeviceSettings,
+    DirectTrainingConfig,
+    LoraSettings,
+    ModelSettings,
+    OptimizerSettings,
+    OutputSettings,
+    parse_command_line,
+    read_config_file,
+)
+from finetuning.events.metric_table import METRICS
+from finetuning.foreign_names import FOREIGN, Absent, Values
+from finetuning.monitoring.detectors import DETECTORS
+
+GROUPS = (
+    ModelSettings,
+    LoraSettings,
+    DataSettings,
+    BatchSettings,
+    OptimizerSettings,
+    DeviceSettings,
+    OutputSettings,
+)
 
 
 def toml(tmp_path: Path, text: str) -> Path:
@@ -95,12 +119,78 @@ def test_settings_that_mean_something_else_get_an_answer(tmp_path: Path, text, s
 
 def test_every_translation_names_a_setting_of_ours():
     fields = {f.name for f in dataclasses.fields(DirectTrainingConfig)}
-    assert set(foreign_names.ALIASES.values()) <= fields
-    for meanings in foreign_names.MEANINGS.values():
-        for _, settings in meanings:
-            assert settings.keys() <= fields
-    taken = set(foreign_names.ALIASES) | set(foreign_names.ADVICE)
-    assert not taken & fields, "a name of ours must mean ours"
+    for name, meaning in FOREIGN.items():
+        if isinstance(meaning, Values):
+            assert all(settings.keys() <= fields for _, settings in meaning.meanings)
+        else:
+            assert name not in fields, "a name of ours must mean ours"
+            assert isinstance(meaning, Absent) or meaning in fields
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--num-train-epochs", "2", "--lora_rank=8"], {"num_epochs": 2.0, "lora_r": 8}),
+        (["--dataset", "a.jsonl", "b.jsonl"], {"data_path": ("a.jsonl", "b.jsonl")}),
+        (["--bf16", "--optim", "adamw_torch", "--seed", "3"], {"precision": "bf16", "seed": 3}),
+        (["--quantization-bit", "4", "--bf16", "False"], {"quantization": "4bit"}),
+        (["--lora-target", "q_proj,v_proj"], {"target_modules": ("q_proj", "v_proj")}),
+        (["--gradient-checkpointing", "on"], {"gradient_checkpointing": "on"}),
+        (["--output-dir", "bf16", "--no-packing"], {"output_dir": "bf16", "packing": False}),
+    ],
+)
+def test_the_command_line_takes_the_names_that_a_file_takes(arguments, expected):
+    training = parse_command_line(arguments).training
+    for name, value in expected.items():
+        assert getattr(training, name) == value
+
+
+def test_foreign_flags_that_mean_something_else_get_an_answer(capsys):
+    with pytest.raises(UserError) as caught:
+        parse_command_line(["--warmup-steps", "100", "--fp16", "--seed", "1"])
+    assert "warmup_ratio" in str(caught.value) and "must be False" in str(caught.value)
+    assert parse_command_line(["--trust-remote-code"]).trust_remote_code
+    with pytest.raises(SystemExit):
+        parse_command_line(["--num-train-epochs"])
+    assert "--num-epochs" in capsys.readouterr().err
+
+
+def test_the_groups_in_their_order_are_the_configuration():
+    names = [field.name for group in GROUPS for field in dataclasses.fields(group)]
+    assert names == [field.name for field in dataclasses.fields(DirectTrainingConfig)]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("group", "settings", "said"),
+    [
+        (LoraSettings, {"lora_r": -1}, "lora_r is -1, must be finite, 0 or more"),
+        (LoraSettings, {"target_modules": ()}, "target_modules is (), must be not empty"),
+        (DataSettings, {"data_weights": (1.0, 2.0)}, "one number of 0 or more for each data_path"),
+        (BatchSettings, {"batch_size": 0}, "batch_size is 0, must be at least 1"),
+        (OptimizerSettings, {"min_lr_ratio": 2.0}, "min_lr_ratio is 2.0, must be between 0 and 1"),
+        (DeviceSettings, {"distributed_timeout": 0.0}, "must be finite and above 0"),
+        (OutputSettings, {"alert_actions": {"Spike": "stop"}}, "no alert 'Spike'"),
+    ],
+)
+def test_a_group_alone_checks_itself_as_the_whole_does(group, settings, said):
+    for kind in (group, DirectTrainingConfig):
+        with pytest.raises(UserError) as caught:
+            kind(**settings)
+        assert said in str(caught.value)
+    assert LoraSettings(lora_r=0, target_modules=()).lora_r == 0
+
+
+def test_4bit_weights_need_adapters():
+    with pytest.raises(UserError, match="needs adapters"):
+        DirectTrainingConfig(quantization="4bit", lora_r=0)
+
+
+def test_alert_actions_knows_the_alerts_that_there_are():
+    scalars = [metric.tag for metric in METRICS if metric.kind == "scalar"]
+    in_table = [tag.removeprefix("Alerts/") for tag in scalars if tag.startswith("Alerts/")]
+    assert list(ALERT_NAMES) == in_table
+    assert set(ALERT_NAMES) == set(DETECTORS)
 
 
 def test_4bit_weights_are_not_sharded():

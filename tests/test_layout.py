@@ -1,70 +1,292 @@
-"""The house stays liveable: imports point downwards, libraries have their rooms, the linter is content.
+"""The order of the house as one table: who imports whom, which library is used where, how large things get.
 
 uv run pytest tests/test_layout.py
 """
 
 import ast
+import functools
 import graphlib
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MODULES = {path.stem: path for path in ROOT.glob("*.py") if not path.stem.startswith("test_")}
-ENTRY = "direct_finetuning_with_existing_modules"
-PROGRAMS = {ENTRY, "ask", "export", "compare_runs"}  # started by people, imported by no module
 
-# Library -> the only modules that may import it.
+# A file imports from its own room and from the rooms named behind it.
 ROOMS = {
-    "peft": {"model_loading", "fast_lora"},
-    "tensorboard": {"event_file", "event_values", "step_writer"},
-    "pynvml": {"gpu_gauges", "visible_gpus", "system_monitor"},
-    "tyro": {"training_config", "dataset_stats", "convergence", "loss_curves", *PROGRAMS, "report"},
-    "rich": {"terminal", "dataset_report", "dataset_stats", "convergence", *PROGRAMS, "report"},
+    "common": "",
+    "config": "common",
+    "readers": "common config",
+    "data": "common config readers",
+    "analysis": "common config readers data",
+    "model": "common config readers data",
+    "training": "common config readers data analysis model",
+    "evaluation": "common config readers data analysis model",
+    "monitoring": "common",
+    "events": "common",
+    "runs": "common config readers data analysis model training evaluation monitoring events",
+    "root": "common config readers data analysis model training evaluation monitoring events runs",
 }
-# Names of ours that would hide a standard or well-known module.
+WITHOUT_TORCH = ("readers", "monitoring", "events")  # when they are imported
+# At the root. What is started by people is imported by nothing; two files show names of others to users.
+PROGRAMS = {
+    "direct_finetuning_with_existing_modules", "ask", "export", "compare_runs", "convergence",
+}  # fmt: skip
+PUBLIC = {"tb_logger", "dataset_stats"}
+ROOT_FILES = {f"{name}.py" for name in PROGRAMS | PUBLIC} | {"test_tensorboard_integration.py"}
+AT_THE_ROOT = tuple(sorted(f"{name}.py" for name in PROGRAMS | {"dataset_stats"}))
+# Library: the only folders and files that import it.
+LIBRARIES = {
+    "peft": tuple(f"finetuning/model/{name}.py" for name in ("adapters", "saving", "fused_lora")),
+    "tensorboard": ("finetuning/events/",),
+    "pynvml": ("finetuning/monitoring/",),
+    "tyro": ("finetuning/config.py", "finetuning/runs/report.py", *AT_THE_ROOT),
+    "rich": (
+        "finetuning/common/terminal.py",
+        "finetuning/analysis/report.py",
+        "finetuning/runs/comparison.py",
+        *AT_THE_ROOT,
+    ),
+}
+THE_WHOLE_CONFIGURATION = ("finetuning/config.py", "finetuning/runs/", *AT_THE_ROOT)
+# Sizes.
+LINES_OF_A_FILE = 500
+TABLES = ("finetuning/events/metric_table.py",)  # data, of any length
+LINES_OF_A_FUNCTION = 50
+PARAMETERS, FUNCTIONS_WITH_MORE = 8, 3
+ATTRIBUTES_FIRST_SET_OUTSIDE_INIT = 5
+# Names of ours that would hide a well-known module.
 TAKEN = {"datasets", "logging", "statistics", "types", "profile", "tokenize", "trl", "evaluate"}
 
+FILES = {
+    path.relative_to(ROOT).as_posix(): path
+    for path in sorted([*ROOT.glob("*.py"), *(ROOT / "finetuning").rglob("*.py")])
+    if not path.name.startswith("test_")
+}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
+MODULES = {
+    name.removesuffix(".py").replace("/", "."): name
+    for name in FILES
+    if not name.endswith("__init__.py")
+}
 
-def imports_of(path: Path) -> set[str]:
-    """Top-level names that a file imports, anywhere in it."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+
+def room_of(file: str) -> str:
+    """`finetuning/data/packing.py` lies in data, `finetuning/config.py` in config, `ask.py` at the root."""
+    parts = file.split("/")
+    return "root" if len(parts) == 1 else "config" if len(parts) == 2 else parts[1]
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def at_import_time(node: ast.AST) -> Iterator[ast.AST]:
+    """What runs when a file is imported: not the bodies of functions, nothing for type checkers only."""
+    for child in ast.iter_child_nodes(node):
+        if is_type_checking(child) or isinstance(child, (ast.FunctionDef, ast.Lambda)):
+            continue
+        yield child
+        yield from at_import_time(child)
+
+
+def imports(nodes: Iterator[ast.AST]) -> Iterator[tuple[str, str]]:
+    """Module and imported name of every import; for a whole module the name is empty."""
+    for node in nodes:
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            names.add(node.module.split(".")[0])
-    return names
+            yield from ((alias.name, "") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"a relative import: {ast.unparse(node)}"
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield (whole, "") if whole in MODULES else (node.module, alias.name)
 
 
-IMPORTS = {name: imports_of(path) for name, path in MODULES.items()}
+@functools.cache
+def all_imports(file: str) -> tuple[tuple[str, str], ...]:
+    return tuple(imports(ast.walk(TREES[file])))
 
 
-def test_no_import_cycle():
-    graph = {name: imported & MODULES.keys() for name, imported in IMPORTS.items()}
-    list(graphlib.TopologicalSorter(graph).static_order())
+def ours(file: str) -> set[str]:
+    """Files of ours that a file imports, anywhere in it."""
+    return {MODULES[module] for module, _ in all_imports(file) if module in MODULES}
 
 
-def test_no_module_imports_a_program():
-    for name, imported in IMPORTS.items():
-        assert not (imported & PROGRAMS) or name in PROGRAMS, name
+def functions() -> Iterator[tuple[str, ast.FunctionDef]]:
+    for file, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                yield f"{file}:{node.lineno} {node.name}", node
 
 
-@pytest.mark.parametrize("library", ROOMS)
-def test_a_library_is_imported_in_its_rooms_only(library: str):
-    users = {name for name, imported in IMPORTS.items() if library in imported}
-    assert users <= ROOMS[library], users - ROOMS[library]
+def defined(file: str) -> set[str]:
+    """Names that a file gives a value itself, at its top."""
+    names = set()
+    for node in at_import_time(TREES[file]):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+    return names | {node.name for node in TREES[file].body if isinstance(node, ast.FunctionDef)}
 
 
-def test_the_configuration_travels_into_no_module():
-    users = {name for name, imported in IMPORTS.items() if "training_config" in imported}
-    assert users <= PROGRAMS
+# -----------------------------------------------------------------------------
+# Imports
+
+
+def test_the_root_holds_what_people_use():
+    assert {path.name for path in ROOT.glob("*.py")} == ROOT_FILES
+
+
+def test_a_file_imports_from_rooms_to_its_left_only():
+    wrong = []
+    for file in FILES:
+        room = room_of(file)
+        allowed = {room, *ROOMS[room].split()}
+        wrong += [f"{file} -> {other}" for other in ours(file) if room_of(other) not in allowed]
+    assert not wrong
+
+
+def test_no_file_imports_in_a_circle():
+    list(graphlib.TopologicalSorter({file: ours(file) for file in FILES}).static_order())
+
+
+def test_no_file_imports_a_program():
+    programs = {f"{name}.py" for name in PROGRAMS}
+    assert not [f"{file} -> {other}" for file in FILES for other in ours(file) & programs]
+
+
+def test_some_rooms_import_no_torch():
+    wrong = []
+    for start in (file for file in FILES if room_of(file) in WITHOUT_TORCH):
+        seen, waiting = set(), [start]
+        while waiting:
+            file = waiting.pop()
+            seen.add(file)
+            for module, _ in imports(at_import_time(TREES[file])):
+                if module.split(".")[0] in ("torch", "transformers", "peft"):
+                    wrong.append(f"{start}: {file} imports {module}")
+                if module in MODULES and MODULES[module] not in seen:
+                    waiting.append(MODULES[module])
+    assert not wrong
+
+
+def test_a_name_is_imported_from_the_file_that_defines_it():
+    wrong = [
+        f"{file}: {name} is not defined in {module}"
+        for file in FILES
+        for module, name in all_imports(file)
+        if name and module in MODULES and module not in PUBLIC
+        if name not in defined(MODULES[module])
+    ]
+    assert not wrong
+
+
+def test_no_private_name_crosses_a_file():
+    wrong = []
+    for file, tree in TREES.items():
+        modules = {m.split(".")[-1] for m, name in all_imports(file) if m in MODULES and not name}
+        wrong += [f"{file}: {n}" for m, n in all_imports(file) if m in MODULES and n[:1] == "_"]
+        wrong += [
+            f"{file}:{node.lineno} {node.value.id}.{node.attr}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute) and re.match("_(?!_)", node.attr)
+            if isinstance(node.value, ast.Name) and node.value.id in modules
+        ]
+    assert not wrong
+
+
+def test_init_files_are_empty():
+    assert not [
+        name for name, path in FILES.items() if path.name == "__init__.py" and path.stat().st_size
+    ]
+
+
+def test_libraries_have_rooms():
+    wrong = []
+    for library, places in LIBRARIES.items():
+        users = [f for f in FILES if library in {m.split(".")[0] for m, _ in all_imports(f)}]
+        wrong += [f"{user} imports {library}" for user in users if not user.startswith(places)]
+    assert not wrong
+
+
+def test_the_whole_configuration_stays_at_the_top():
+    texts = {name: path.read_text(encoding="utf-8") for name, path in FILES.items()}
+    users = [name for name, text in texts.items() if re.search(r"\bDirectTrainingConfig\b", text)]
+    assert not [user for user in users if not user.startswith(THE_WHOLE_CONFIGURATION)]
 
 
 def test_no_name_hides_a_known_module():
-    assert not MODULES.keys() & (TAKEN | set(sys.stdlib_module_names))
+    names = {module for module in MODULES if "." not in module}
+    assert not names & (TAKEN | set(sys.stdlib_module_names))
+
+
+# -----------------------------------------------------------------------------
+# Sizes
+
+
+def test_files_are_short():
+    lines = {
+        name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in FILES.items()
+    }
+    long = {name: n for name, n in lines.items() if n > LINES_OF_A_FILE and name not in TABLES}
+    assert not long
+
+
+def test_functions_are_short():
+    lengths = {place: node.end_lineno - node.lineno + 1 for place, node in functions()}
+    assert not {place: n for place, n in lengths.items() if n > LINES_OF_A_FUNCTION}
+
+
+def test_functions_have_few_parameters():
+    counts = {}
+    for place, node in functions():
+        given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        counts[place] = len([a for a in given if a.arg not in ("self", "cls")])
+    more = {place: n for place, n in counts.items() if n > PARAMETERS}
+    assert len(more) <= FUNCTIONS_WITH_MORE, more
+
+
+def attributes_set(function: ast.AST) -> set[str]:
+    return {
+        node.attr
+        for node in ast.walk(function)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.ctx, ast.Store)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "self"
+    }
+
+
+def test_an_object_is_complete_after_its_init():
+    classes = [
+        (file, node)
+        for file, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+    ]
+    complete: dict[str, set[str]] = {}
+    for _, node in classes:
+        names = {n.id for n in at_import_time(node) if isinstance(n, ast.Name)}
+        methods = [n for n in node.body if isinstance(n, ast.FunctionDef)]
+        first = (m for m in methods if m.name in ("__init__", "__post_init__", "__setstate__"))
+        complete[node.name] = names.union(*map(attributes_set, first))
+    late = []
+    for file, node in classes:
+        known = complete[node.name].union(
+            *(complete.get(ast.unparse(base), set()) for base in node.bases)
+        )
+        for method in (n for n in node.body if isinstance(n, ast.FunctionDef)):
+            late += [f"{file} {node.name}.{name}" for name in attributes_set(method) - known]
+    assert len(set(late)) <= ATTRIBUTES_FIRST_SET_OUTSIDE_INIT, sorted(set(late))
+
+
+# -----------------------------------------------------------------------------
+# Words
 
 
 @pytest.mark.parametrize(
@@ -80,30 +302,30 @@ def test_ruff_is_content(arguments: list[str]):
 
 def test_public_functions_have_types_and_docstrings():
     bare = []
-    for name, path in MODULES.items():
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+    for file, tree in TREES.items():
+        for node in tree.body:
             if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith("_"):
                 continue
             if ast.get_docstring(node) is None:
-                bare.append(f"{name}.{node.name}: no docstring")
+                bare.append(f"{file} {node.name}: no docstring")
             if isinstance(node, ast.FunctionDef):
                 args = [*node.args.args, *node.args.kwonlyargs]
                 if node.returns is None or any(a.annotation is None for a in args):
-                    bare.append(f"{name}.{node.name}: types missing")
+                    bare.append(f"{file} {node.name}: types missing")
     assert not bare
 
 
 def test_every_module_says_what_it_is():
-    assert not [
-        n for n, p in MODULES.items() if not ast.get_docstring(ast.parse(p.read_text("utf-8")))
-    ]
+    assert not [name for name in MODULES.values() if not ast.get_docstring(TREES[name])]
 
 
-def test_documents_name_every_file():
-    for document in ("README.md", "docs/architecture.md"):
-        text = (ROOT / document).read_text(encoding="utf-8")
-        missing = [path.name for path in MODULES.values() if path.name not in text]
-        assert not missing, f"{document}: {missing}"
+@pytest.mark.parametrize("document", ["README.md", "docs/architecture.md"])
+def test_documents_name_every_room(document: str):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    rooms = [path.parent.name for path in sorted((ROOT / "finetuning").glob("*/__init__.py"))]
+    assert rooms and set(rooms) == ROOMS.keys() - {"config", "root"}
+    names = [*sorted(ROOT_FILES), "finetuning/config.py", *(f"{room}/" for room in rooms)]
+    assert not [name for name in names if name.removeprefix("finetuning/") not in text]
 
 
 def test_nothing_of_this_machine_is_tracked():

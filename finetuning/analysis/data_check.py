@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from finetuning.analysis.statistics import DatasetStatistics
 from finetuning.common.text import clean_line
-from finetuning.data.token_table import TruncationLedger
+from finetuning.data.token_table import TruncationReport
 from finetuning.data.training_data import TrainingData
 from finetuning.readers.sample import BrokenSample, Remark, Sample
 
@@ -64,7 +64,7 @@ def _remarks(remarks: Sequence[Remark]) -> Iterator[Fault]:
         yield Fault(remark.source, remark.line, "remark", remark.text)
 
 
-def _lengths(samples: Sequence[Sample], ledger: TruncationLedger, limit: int) -> Iterator[Fault]:
+def _lengths(samples: Sequence[Sample], ledger: TruncationReport, limit: int) -> Iterator[Fault]:
     """What the tokens tell less of than the file."""
     kinds = {
         "dropped": (ledger.dropped, f"longer than max_seq_length {limit}; left out"),

@@ -38,7 +38,7 @@ class TokenizedSample:
 
 
 @dataclass(frozen=True)
-class TruncationLedger:
+class TruncationReport:
     """Ids of the samples that the tokens tell less of, or something else, than their files.
 
     A plain cut at `max_seq_length` would lose the `</think>`, (part of) the answer, or the end of those
@@ -75,7 +75,7 @@ class TokenizedSamples(Sequence):
     """int64 (n,): the sample each document was made from, ascending."""
     num_targets: np.ndarray
     """int64 (n,): tokens that carry loss."""
-    ledger: TruncationLedger
+    ledger: TruncationReport
     close_id: int
     """Id of `</think>`, -1 where the tokenizer has no single token for it."""
     end_id: int
@@ -137,7 +137,7 @@ class TokenPart:
 
     def __init__(self) -> None:
         self.ids, self.segments, self.lengths, self.sample_index = [], [], [], []
-        self.ledger = {field.name: [] for field in fields(TruncationLedger)}
+        self.ledger = {field.name: [] for field in fields(TruncationReport)}
 
     def add(self, ids: np.ndarray, segments: np.ndarray, index: int) -> None:
         self.ids.append(ids)
@@ -170,15 +170,15 @@ _DTYPES = {
 _WIDTHS = {"segment_counts": (len(Segment),)}  # of the arrays with more than one axis
 
 
-def _merged(ledgers: Iterable[dict[str, list[str]]]) -> TruncationLedger:
-    merged = {field.name: [] for field in fields(TruncationLedger)}
+def _merged(ledgers: Iterable[dict[str, list[str]]]) -> TruncationReport:
+    merged = {field.name: [] for field in fields(TruncationReport)}
     for ledger in ledgers:
         for name, items in ledger.items():
             merged[name] += items
-    return TruncationLedger(**{name: tuple(items) for name, items in merged.items()})
+    return TruncationReport(**{name: tuple(items) for name, items in merged.items()})
 
 
-def tokens_in_memory(parts: Iterator) -> tuple[dict[str, np.ndarray], TruncationLedger]:
+def tokens_in_memory(parts: Iterator) -> tuple[dict[str, np.ndarray], TruncationReport]:
     found = list(parts)
     arrays = {
         name: np.concatenate(
@@ -215,11 +215,11 @@ def _as_npy(folder: Path, name: str, dtype: type) -> None:
     raw.unlink()
 
 
-def load_tokens(folder: Path) -> tuple[dict[str, np.ndarray], TruncationLedger] | None:
+def load_tokens(folder: Path) -> tuple[dict[str, np.ndarray], TruncationReport] | None:
     """The cached table, None where it isn't there or isn't whole."""
     try:
         stored = json.loads((folder / "ledger.json").read_text(encoding="utf-8"))
-        ledger = TruncationLedger(**{name: tuple(items) for name, items in stored.items()})
+        ledger = TruncationReport(**{name: tuple(items) for name, items in stored.items()})
         arrays = {
             name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
             for name in _DTYPES

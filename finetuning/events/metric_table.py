@@ -413,12 +413,6 @@ LAYOUT = {
     "Alerts": {"Alerts (1 = raised)": [r"^Alerts/.*"]},
 }
 
-ALERTS = tuple(
-    m.tag.removeprefix("Alerts/")
-    for m in METRICS
-    if m.tag.startswith("Alerts/") and m.kind == "scalar"
-)
-
 # Columns of the HPARAMS tab. One run's list counts for the table of all runs, so it is the same in each.
 HPARAM_METRICS = (
     "Training/Final_Loss",

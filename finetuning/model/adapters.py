@@ -29,8 +29,6 @@ from finetuning.model.resolve import (
     short_reason,
 )
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
 # Initialisations that change the base weights, so that the saved adapter alone is not the model.
 BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 

@@ -6,8 +6,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
 # ---- arithmetic ---------------------------------------------------------------------------------
 
 
@@ -60,10 +58,10 @@ def dims_from_config(config: object) -> ModelDims | None:
     )
 
 
-def lora_parameters(dims: ModelDims, r: int, targets: Sequence[str] | str = ALL_LINEAR) -> int:
+def lora_parameters(dims: ModelDims, r: int, targets: Sequence[str] | str = "all-linear") -> int:
     """Weights of rank-r adapters on the named linear maps of every layer ("all-linear": all)."""
-    names = ALL_LINEAR if targets == "all-linear" else targets
     shapes = dims.linear_shapes()
+    names = shapes if targets == "all-linear" else targets
     return dims.layers * r * sum(sum(shapes[name]) for name in names)
 
 

@@ -115,8 +115,8 @@ class TrainingEngine:
         """The step's gradients, the mean over all ranks, and its sums; and whether a rank wants to stop.
 
         Out of memory, or layers that can't be compiled, on one rank: all ranks take the next measure and
-        repeat the step; the global batch, and so the loss, stays the same. Shards can't agree in the middle of a
-        step: there the run ends, to be resumed with other settings. Raises RunStopped.
+        repeat the step; the global batch, and so the loss, stays the same. Shards can't agree in the middle
+        of a step: there the run ends, to be resumed with other settings. Raises RunStopped.
         """
         while True:
             full, broken, stuck = "", "", False

@@ -448,12 +448,13 @@ def parameters(question: str, pattern: str, base: int) -> list[int]:
     return [int(group, base) for group in match.groups()]
 
 
-@pytest.mark.parametrize("number", sorted(CALCULATIONS))
-def test_final_number_is_what_the_question_gives(number):
-    pattern, base, function = CALCULATIONS[number]
-    question = NUMBERED[number]
-    final = BY_QUESTION[question].answer.rsplit("\n", 1)[-1]
-    assert final == FINAL + written(function(*parameters(question, pattern, base)))
+def test_final_number_is_what_the_question_gives(subtests):
+    for number in sorted(CALCULATIONS):
+        with subtests.test(number=number):
+            pattern, base, function = CALCULATIONS[number]
+            question = NUMBERED[number]
+            final = BY_QUESTION[question].answer.rsplit("\n", 1)[-1]
+            assert final == FINAL + written(function(*parameters(question, pattern, base)))
 
 
 def test_every_calculation_is_recomputed():
@@ -488,20 +489,21 @@ def test_nothing_is_broken_or_remarked():
     assert len(found.samples_per_file) == len(FILES) == 7
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_file_is_clean_utf8_with_balanced_tags(path):
-    content = path.read_bytes()
-    text = content.decode("utf-8")
-    assert not text.startswith("\ufeff")
-    assert text.endswith("\n") and not text.endswith("\n\n")
-    assert "\r" not in text and "\t" not in text and "\ufffd" not in text
-    assert not [line for line in text.splitlines() if line != line.rstrip()]
-    tags = re.findall(r"^</?thinking>$", text, re.MULTILINE)
-    count = len(numbered(path))
-    assert tags == ["<thinking>", "</thinking>"] * count
-    assert len(re.findall(r"</?think", text)) == 2 * count
-    answers = [int(n) for n in re.findall(r"^A(\d+): ", text, re.MULTILINE)]
-    assert answers == list(numbered(path))
+def test_file_is_clean_utf8_with_balanced_tags(subtests):
+    for path in FILES:
+        with subtests.test(path=path):
+            content = path.read_bytes()
+            text = content.decode("utf-8")
+            assert not text.startswith("\ufeff")
+            assert text.endswith("\n") and not text.endswith("\n\n")
+            assert "\r" not in text and "\t" not in text and "\ufffd" not in text
+            assert not [line for line in text.splitlines() if line != line.rstrip()]
+            tags = re.findall(r"^</?thinking>$", text, re.MULTILINE)
+            count = len(numbered(path))
+            assert tags == ["<thinking>", "</thinking>"] * count
+            assert len(re.findall(r"</?think", text)) == 2 * count
+            answers = [int(n) for n in re.findall(r"^A(\d+): ", text, re.MULTILINE)]
+            assert answers == list(numbered(path))
 
 
 def test_four_levels_are_all_well_filled():
@@ -517,9 +519,10 @@ def test_every_sample_thinks_and_answers_at_length():
         assert not re.search(r"需要从以下|以下几个角度", sample.thinking), sample.question
 
 
-@pytest.mark.parametrize("topic", TOPICS)
-def test_topic_occurs(topic):
-    assert any(topic in sample.question + sample.answer for sample in SAMPLES)
+def test_topic_occurs(subtests):
+    for topic in TOPICS:
+        with subtests.test(topic=topic):
+            assert any(topic in sample.question + sample.answer for sample in SAMPLES)
 
 
 def grams(text: str, size: int) -> set[str]:

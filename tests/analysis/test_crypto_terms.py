@@ -45,9 +45,8 @@ def test_every_surface_finds_its_term():
             assert find_terms(f"（{surface}）") == {term.name: 1}, surface
 
 
-@pytest.mark.parametrize(
-    "text, expected",
-    [
+def test_longest_match_and_boundaries(subtests):
+    for text, expected in [
         ("SM4算法与ＳＭ３和sm2", {"SM4": 1, "SM3": 1, "SM2": 1}),
         ("密钥管理系统管理密钥", {"密钥管理系统": 1, "密钥": 1}),
         ("祖冲之算法即ZUC", {"ZUC": 2}),
@@ -59,10 +58,9 @@ def test_every_surface_finds_its_term():
         ("AES-256-GCM", {"AES": 1, "GCM": 1}),
         ("无关的话", {}),
         ("", {}),
-    ],
-)
-def test_longest_match_and_boundaries(text, expected):
-    assert dict(find_terms(text)) == expected
+    ]:
+        with subtests.test(text=text):
+            assert dict(find_terms(text)) == expected
 
 
 def test_matches_equal_a_slow_search():
@@ -94,19 +92,17 @@ def test_complexity_is_by_distinct_terms_and_level():
     assert complexity(["SM4", "SM9", "同态加密"]) == pytest.approx(8.5 / 16.5)
 
 
-@pytest.mark.parametrize(
-    "question, kind",
-    [
+def test_question_types(subtests):
+    for question, kind in [
         ("什么是机密性？", 1),
         ("密码功能有哪些？", 2),
         ("如何使用SM4？", 3),
         ("SM2与RSA的区别是什么？", 3),
         ("为什么不能重用随机数？", 4),
         ("请设计一套密钥管理方案", 4),
-    ],
-)
-def test_question_types(question, kind):
-    assert question_type(question) == kind
+    ]:
+        with subtests.test(question=question):
+            assert question_type(question) == kind
 
 
 def test_difficulty_rises_with_what_makes_it_hard():
@@ -123,22 +119,19 @@ def test_difficulty_rises_with_what_makes_it_hard():
     assert [difficulty_level(s) for s in (0.24, 0.25, 0.42, 0.52)] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize(
-    "text, expected",
-    [
+def test_citations(subtests):
+    for text, expected in [
         ("依据GB/T 39786-2021和GM/T0002—2012", ["GB/T 39786", "GM/T 0002"]),
         ("gm/t 0003.2、GM/Z 4001、GB 35114", ["GM/T 0003", "GM/Z 4001", "GB 35114"]),
         ("内存12GB 3200MHz，ISO/IEC 15843，GM 0002", []),
         ("GB/T 397860123", []),
-    ],
-)
-def test_citations(text, expected):
-    assert cited_standards(text) == expected
+    ]:
+        with subtests.test(text=text):
+            assert cited_standards(text) == expected
 
 
-@pytest.mark.parametrize(
-    "text, conflicts",
-    [
+def test_citation_conflicts(subtests):
+    for text, conflicts in [
         ("ZUC算法由GM/T 0002-2012规定", ["GM/T 0002"]),
         ("SM4算法由GM/T 0002-2012规定", []),
         ("合同的时间戳应符合GM/T 0032", ["GM/T 0032"]),
@@ -146,10 +139,9 @@ def test_citations(text, expected):
         ("任何系统都应符合GB/T 39786-2021与GM/T 0115", []),  # umbrella standards
         ("依据GM/T 9999", []),  # unknown
         ("用RFID的GM/T 0045，再引GM/T 0045", ["GM/T 0045"]),
-    ],
-)
-def test_citation_conflicts(text, conflicts):
-    assert [standard.number for standard in citation_conflicts(text)] == conflicts
+    ]:
+        with subtests.test(text=text):
+            assert [standard.number for standard in citation_conflicts(text)] == conflicts
 
 
 def test_real_data_cites_without_conflict(shared_data):

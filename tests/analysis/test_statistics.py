@@ -27,7 +27,7 @@ from finetuning.common import cache
 from finetuning.common.errors import UserError
 from finetuning.common.ngrams import normalized
 from finetuning.data import near_duplicates
-from finetuning.data.token_table import TokenizedSamples, TruncationLedger
+from finetuning.data.token_table import TokenizedSamples, TruncationReport
 from finetuning.readers import dataset
 from finetuning.readers.dataset import read_samples
 from finetuning.readers.sample import Sample
@@ -73,8 +73,8 @@ def _check_against_numpy(samples: list[Sample]) -> None:
     report = compute_statistics(samples).to_json()
     thinking = [s for s in samples if s.thinking]
     characters = {
-        "question": _pick(dataset, "question"),
-        "answer": _pick(dataset, "answer"),
+        "question": _pick(samples, "question"),
+        "answer": _pick(samples, "answer"),
         "thinking": _pick(thinking, "thinking"),
         "output": [len(s.thinking) + len(s.answer) for s in samples],
     }
@@ -344,6 +344,7 @@ def test_order_and_chunks_change_nothing(monkeypatch):
     assert again == expected
 
 
+@pytest.mark.slow
 def test_workers_change_nothing(monkeypatch):
     monkeypatch.setattr(dataset, "SPAN", 20)
     monkeypatch.setattr(statistics, "_POOL_FROM", 1)
@@ -395,6 +396,7 @@ def test_tally_tells_as_numpy_without_listing_its_values(count):
     assert (tally.values(at_most=100) == ordered[places]).all()
 
 
+@pytest.mark.slow
 def test_samples_in_files_and_workers_give_the_same(tmp_path, monkeypatch):
     path = _write(tmp_path / "a.jsonl", [*SAMPLES, SAMPLES[3]])
     expected = compute_statistics(read_samples([path]).samples).to_json()
@@ -441,7 +443,7 @@ def _tokens(lengths: list[tuple[int, int, int]], ledger=None, limit=4096) -> Tok
         offsets=np.concatenate([[0], np.cumsum(totals)]).astype(np.int64),
         sample_index=np.arange(len(lengths)),
         num_targets=np.array([n - c[0] for n, c in zip(totals, counts, strict=True)]),
-        ledger=ledger or TruncationLedger(),
+        ledger=ledger or TruncationReport(),
         close_id=1,
         end_id=2,
         max_seq_length=limit,
@@ -470,7 +472,7 @@ def test_token_lengths_equal_numpy():
 
 
 def test_truncation_is_reported_and_unknown_lengths_are_absent():
-    ledger = TruncationLedger(
+    ledger = TruncationReport(
         truncated=("a", "b", "c"), lost_answer=("a",), dropped=("b", "c"), shortened=("a",)
     )
     tokens = _tokens([(10, 600, 10), (10, 1012, 0), *[(5, 20, 5)] * 6], ledger, limit=1024)
@@ -493,13 +495,14 @@ def test_estimate_is_near_the_tokenizer(real_samples):
     assert np.mean(np.abs(estimated / real - 1)) < 0.12
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_packing_forecast_packs(seed):
-    lengths = np.random.default_rng(seed).integers(1, 101, 400)
-    rows = lengths.sum() / (packing_efficiency(lengths, 100) * 100)
-    assert rows == pytest.approx(round(rows))
-    bound = np.ceil(lengths.sum() / 100)
-    assert bound <= round(rows) <= 11 / 9 * bound + 4  # best-fit decreasing keeps this
+def test_packing_forecast_packs(subtests):
+    for seed in range(5):
+        with subtests.test(seed=seed):
+            lengths = np.random.default_rng(seed).integers(1, 101, 400)
+            rows = lengths.sum() / (packing_efficiency(lengths, 100) * 100)
+            assert rows == pytest.approx(round(rows))
+            bound = np.ceil(lengths.sum() / 100)
+            assert bound <= round(rows) <= 11 / 9 * bound + 4  # best-fit decreasing keeps this
 
 
 def test_packing_of_known_cases():
@@ -565,6 +568,7 @@ def _write(path: Path, samples: list[Sample]) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_program_prints_one_json_object(tmp_path):
     first = _write(tmp_path / "a.jsonl", SAMPLES[:40])
     second = _write(tmp_path / "b.jsonl", [*SAMPLES[40:], SAMPLES[2]])
@@ -576,6 +580,7 @@ def test_program_prints_one_json_object(tmp_path):
     assert not list(tmp_path.glob("*.html"))
 
 
+@pytest.mark.slow
 def test_program_prints_a_report_and_writes_a_page(tmp_path):
     bad = _sample(94, answer="<img src=x onerror=alert(1)>坏" * 3 + "。")
     path = _write(tmp_path / "a.jsonl", [*SAMPLES, bad])
@@ -587,6 +592,7 @@ def test_program_prints_a_report_and_writes_a_page(tmp_path):
     assert 'class="bar"' in page and page.startswith("<!doctype html>")
 
 
+@pytest.mark.slow
 def test_program_counts_tokens_exactly_with_a_tokenizer(tmp_path, tiny_model):
     path = _write(tmp_path / "a.jsonl", SAMPLES[:12])
     done = _run(
@@ -603,6 +609,7 @@ def test_program_counts_tokens_exactly_with_a_tokenizer(tmp_path, tiny_model):
     assert over and any(f"{over} samples are longer" in warning for warning in report["warnings"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [

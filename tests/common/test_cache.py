@@ -1,6 +1,6 @@
 """A folder of the cache is whole or absent, written by one process, and found only by what would make it.
 
-uv run pytest tests/common/test_cache.py
+uv run pytest -m "not long" tests/common/test_cache.py
 """
 
 import multiprocessing
@@ -43,6 +43,7 @@ def test_what_was_written_is_found_and_what_is_damaged_made_anew(tmp_path: Path)
     assert not list((tmp_path / "cache").glob(".building-*"))
 
 
+@pytest.mark.slow
 def test_of_many_processes_one_writes(tmp_path: Path):
     with multiprocessing.get_context("spawn").Pool(3) as pool:
         assert pool.map(fetch, [str(tmp_path / "a")] * 3) == [10] * 3

@@ -20,9 +20,8 @@ def test_every_rank_has_a_gpu_of_its_own(monkeypatch):
         pick_device("cuda", 4)
 
 
-@pytest.mark.parametrize(
-    ("device", "said"),
-    [
+def test_a_device_that_is_not_here_is_one_clear_line(monkeypatch, subtests):
+    for device, said in [
         ("cuda", "none that works here"),
         ("cuda:1", "none that works here"),
         ("mps", "none that works here"),
@@ -30,14 +29,13 @@ def test_every_rank_has_a_gpu_of_its_own(monkeypatch):
         ("cuda:x", "must be auto, cuda"),
         ("cpu:1", "must be auto, cuda"),
         ("", "must be auto, cuda"),
-    ],
-)
-def test_a_device_that_is_not_here_is_one_clear_line(device, said, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert pick_device("auto") == pick_device("cpu") == torch.device("cpu")
-    with pytest.raises(UserError, match=said):
-        pick_device(device)
+    ]:
+        with subtests.test(device=device):
+            monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+            monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+            assert pick_device("auto") == pick_device("cpu") == torch.device("cpu")
+            with pytest.raises(UserError, match=said):
+                pick_device(device)
 
 
 def two_ranks(store, timeout: float) -> list[Distributed]:

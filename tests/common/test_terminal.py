@@ -1,6 +1,6 @@
 """The panel on a real pseudo-terminal, rare plain lines without one, and silence when asked for.
 
-uv run pytest tests/common/test_terminal.py
+uv run pytest -m "not long" tests/common/test_terminal.py
 """
 
 import io
@@ -74,6 +74,7 @@ def on_a_pty(*arguments: str, scene: str = SCENE) -> str:
     return output.decode()
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_the_panel():
     screen = on_a_pty()
     for part in ("reading", "epoch 2/2", "2/10", "12/20", "left", "loss 1.5000 ↘", "the end"):
@@ -84,12 +85,14 @@ def test_a_terminal_shows_the_panel():
     assert "\x1b[2J" not in screen, "a control sequence of the data reached the screen"
 
 
+@pytest.mark.slow
 def test_quiet_on_a_terminal():
     screen = on_a_pty("quiet")
     assert "epoch" not in screen and "a line" not in screen and "reading" not in screen
     assert "Loss_Spike" in screen and "the end" in screen
 
 
+@pytest.mark.slow
 def test_text_is_broken_between_words_and_a_path_is_whole():
     words, path = "vector embeddings of a token " * 12, "/a-very-long/folder" * 9
     scene = f"""
@@ -113,6 +116,7 @@ t.table("Run", [("estimate", {words!r}), ("run", {path!r})])
     assert done.stdout.splitlines() == [words, "Run", f"estimate  {words}", f"run       {path}"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_the_panel_in_its_lines():
     """A terminal writes ^C behind the panel; in the last column that would be one more line."""
     console = Console(width=80, file=io.StringIO(), force_terminal=True, color_system=None)
@@ -120,6 +124,7 @@ def test_ctrl_c_leaves_the_panel_in_its_lines():
     assert all(sum(part.cell_length for part in line) <= 80 - len("^C") for line in lines)
 
 
+@pytest.mark.slow
 def test_without_a_terminal_there_are_few_plain_lines():
     command = [sys.executable, "-c", SCENE]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
@@ -129,6 +134,7 @@ def test_without_a_terminal_there_are_few_plain_lines():
     assert "\x1b" not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_console_that_lacks_a_character_ends_no_run():
     code = "from finetuning.common.terminal import Terminal; Terminal().say('密码 ↘')"
     environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict"}

@@ -8,9 +8,8 @@ import pytest
 from finetuning.common.text import REDACTED, clean, fenced, redact, redact_values, table_cell
 
 
-@pytest.mark.parametrize(
-    ("hostile", "shown"),
-    [
+def test_clean(subtests):
+    for hostile, shown in [
         ("\x1b[31mred\x1b[0m", "red"),
         ("\x1b]0;title\x07text", "text"),
         ("a\rb\x00c\x7f", "abc"),
@@ -19,27 +18,24 @@ from finetuning.common.text import REDACTED, clean, fenced, redact, redact_value
         ("lone\ud800", "lone"),
         ("tab\tand\nline", "tab\tand\nline"),
         ("密码学 ✓", "密码学 ✓"),
-    ],
-)
-def test_clean(hostile: str, shown: str):
-    assert clean(hostile) == shown
+    ]:
+        with subtests.test(hostile=hostile):
+            assert clean(hostile) == shown
 
 
 def test_clean_cuts():
     assert clean("密码学密码学", 3) == "密码学…"
 
 
-@pytest.mark.parametrize(
-    "secret",
-    [
+def test_secrets_are_redacted_by_shape(subtests):
+    for secret in [
         "hf_" + "a1B2" * 8,
         "sk-" + "abcdEFGH" * 4,
         "ghp_" + "x1Y2" * 9,
         "AKIA" + "ABCDEFGH12345678",
-    ],
-)
-def test_secrets_are_redacted_by_shape(secret: str):
-    assert secret not in redact(f"download with {secret}, please")
+    ]:
+        with subtests.test(secret=secret):
+            assert secret not in redact(f"download with {secret}, please")
 
 
 def test_secrets_are_redacted_by_place(monkeypatch: pytest.MonkeyPatch):
@@ -55,12 +51,13 @@ def test_secrets_are_redacted_by_place(monkeypatch: pytest.MonkeyPatch):
     }
 
 
-@pytest.mark.parametrize("word", ["x", "密", "-", "token", "x-"])
-def test_a_word_without_end_is_looked_at_once(word: str):
+def test_a_word_without_end_is_looked_at_once(subtests):
     """What a looping model writes. Tried from each letter anew this would take an hour."""
-    text = word * 200_000
-    assert redact(text) == text
-    assert redact(f"{text} my-token = abcdef123") == f"{text} my-token = {REDACTED}"
+    for word in ["x", "密", "-", "token", "x-"]:
+        with subtests.test(word=word):
+            text = word * 200_000
+            assert redact(text) == text
+            assert redact(f"{text} my-token = abcdef123") == f"{text} my-token = {REDACTED}"
 
 
 def test_a_fence_is_longer_than_any_run_inside():

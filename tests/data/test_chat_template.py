@@ -37,9 +37,8 @@ def test_unusable_templates():
         tokenize_samples([sample], small_tokenizer(refusing), LONG)
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
+def test_parse_completion(subtests):
+    for text, expected in [
         ("想\n</think>\n\n答<|im_end|>", ("想", "答", True)),
         ("<think>\n想\n</think>\n\n答<|im_end|>\n<|endoftext|>", ("想", "答", True)),
         ("<thinking>想</thinking>答", ("想", "答", True)),
@@ -47,7 +46,6 @@ def test_unusable_templates():
         ("想<|im_end|>", ("想", "", False)),
         ("\n</think>\n\n答</think>", ("", "答</think>", True)),
         ("", ("", "", False)),
-    ],
-)
-def test_parse_completion(text, expected):
-    assert parse_completion(text) == expected
+    ]:
+        with subtests.test(text=text):
+            assert parse_completion(text) == expected

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from finetuning.data.packing import StepPlan, build_batch, pack_rows, split_micro_batch
-from finetuning.data.token_table import Segment, TokenizedSamples, TruncationLedger
+from finetuning.data.token_table import Segment, TokenizedSamples, TruncationReport
 
 
 def random_lengths(n: int = 200, seed: int = 0) -> np.ndarray:
@@ -35,7 +35,7 @@ def table(*documents: list[tuple[int, int]]) -> TokenizedSamples:
         offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         sample_index=np.arange(len(documents)),
         num_targets=np.array([int((p[:, 1] > 0).sum()) for p in pairs]),
-        ledger=TruncationLedger(),
+        ledger=TruncationReport(),
         close_id=7,
         end_id=8,
         max_seq_length=64,

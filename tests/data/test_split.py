@@ -65,10 +65,11 @@ def test_split_stays_when_data_grow_or_move():
     assert again & set(old) == chosen
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_split_of_few_samples_holds_out_at_least_one(seed):
-    train, held_out = split_held_out(_samples(similar_texts(10, seed=seed)), 0.01)
-    assert len(held_out) >= 1 and len(train) >= 7
+def test_split_of_few_samples_holds_out_at_least_one(subtests):
+    for seed in range(8):
+        with subtests.test(seed=seed):
+            train, held_out = split_held_out(_samples(similar_texts(10, seed=seed)), 0.01)
+            assert len(held_out) >= 1 and len(train) >= 7
 
 
 def test_split_of_few_samples_keeps_most_for_training():

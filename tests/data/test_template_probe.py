@@ -1,6 +1,6 @@
 """A chat template that computes for ever or fills the memory is refused; any other passes the probe.
 
-uv run pytest tests/data/test_template_probe.py
+uv run pytest -m "not long" tests/data/test_template_probe.py
 """
 
 import subprocess
@@ -17,6 +17,8 @@ from finetuning.data.chat_template import chat_format
 from finetuning.data.template_probe import check_template
 from finetuning.model.demo_model import CHAT_TEMPLATE
 from tests.helpers.qwen3_tokenizer import QWEN3_TEMPLATE
+
+pytestmark = pytest.mark.slow
 
 ENDLESS = (
     "{% for i in range(90000) %}{% for j in range(90000) %}{{ i * j }}{% endfor %}{% endfor %}"

@@ -165,24 +165,25 @@ def test_hostile_samples_are_refused(qwen3):
     assert tokens.ledger.control_tokens == tuple(sample.id for sample in HOSTILE)
 
 
-@pytest.mark.parametrize("number", range(len(HOSTILE)))
-def test_hostile_samples_split_never_hold_a_control_token(qwen3, number):
-    hostile = HOSTILE[number]
-    tokens = tokenize_samples([hostile], qwen3, LONG, control_tokens="split")
-    tame = Sample(
-        "问", "想", "答",
-        system="系" if hostile.system else "",
-        history=({"role": "user", "content": "旧"},) if hostile.history else (),
-        tools='[{"name": "x"}]' if hostile.tools else "",
-    )  # fmt: skip
-    expected = tokenize_samples([tame], qwen3, LONG)
-    assert controls(tokens[0].ids) == controls(expected[0].ids)
-    assert text_of(tokens, 0, qwen3, Segment.THINKING) == hostile.thinking + "\n"
-    assert text_of(tokens, 0, qwen3, Segment.ANSWER) == "\n\n" + hostile.answer
-    prompt = text_of(tokens, 0, qwen3, Segment.PROMPT)
-    assert hostile.question in prompt
-    assert hostile.system in prompt
-    assert tokens.ledger.control_tokens == (hostile.id,)
+def test_hostile_samples_split_never_hold_a_control_token(qwen3, subtests):
+    for number in range(len(HOSTILE)):
+        with subtests.test(number=number):
+            hostile = HOSTILE[number]
+            tokens = tokenize_samples([hostile], qwen3, LONG, control_tokens="split")
+            tame = Sample(
+                "问", "想", "答",
+                system="系" if hostile.system else "",
+                history=({"role": "user", "content": "旧"},) if hostile.history else (),
+                tools='[{"name": "x"}]' if hostile.tools else "",
+            )  # fmt: skip
+            expected = tokenize_samples([tame], qwen3, LONG)
+            assert controls(tokens[0].ids) == controls(expected[0].ids)
+            assert text_of(tokens, 0, qwen3, Segment.THINKING) == hostile.thinking + "\n"
+            assert text_of(tokens, 0, qwen3, Segment.ANSWER) == "\n\n" + hostile.answer
+            prompt = text_of(tokens, 0, qwen3, Segment.PROMPT)
+            assert hostile.question in prompt
+            assert hostile.system in prompt
+            assert tokens.ledger.control_tokens == (hostile.id,)
 
 
 def test_text_of_all_noncharacters_is_split_all_the_same(qwen3):
@@ -230,19 +231,20 @@ LONG_THOUGHT = Sample(
 )
 
 
-@pytest.mark.parametrize("limit", [60, 100, 257, 400])
-def test_truncate_thinking_keeps_close_and_answer(qwen3, limit):
-    tokens = tokenize_samples([LONG_THOUGHT], qwen3, limit, over_length="truncate_thinking")
-    assert limit * 0.6 < len(tokens[0].ids) <= limit
-    assert text_of(tokens, 0, qwen3, Segment.CLOSE, Segment.ANSWER, Segment.END) == (
-        "</think>\n\n最后的答<|im_end|>"
-    )
-    thinking = text_of(tokens, 0, qwen3, Segment.THINKING)
-    lines = thinking.rstrip("\n").split("\n")
-    assert set(lines) <= set(LONG_THOUGHT.thinking.split("\n"))  # whole lines, in order
-    assert (lines[0], lines[-1]) == ("第0步：考虑密钥0。", "完")
-    assert tokens.ledger.shortened == tokens.ledger.truncated == (LONG_THOUGHT.id,)
-    assert tokens.ledger.dropped == ()
+def test_truncate_thinking_keeps_close_and_answer(qwen3, subtests):
+    for limit in [60, 100, 257, 400]:
+        with subtests.test(limit=limit):
+            tokens = tokenize_samples([LONG_THOUGHT], qwen3, limit, over_length="truncate_thinking")
+            assert limit * 0.6 < len(tokens[0].ids) <= limit
+            assert text_of(tokens, 0, qwen3, Segment.CLOSE, Segment.ANSWER, Segment.END) == (
+                "</think>\n\n最后的答<|im_end|>"
+            )
+            thinking = text_of(tokens, 0, qwen3, Segment.THINKING)
+            lines = thinking.rstrip("\n").split("\n")
+            assert set(lines) <= set(LONG_THOUGHT.thinking.split("\n"))  # whole lines, in order
+            assert (lines[0], lines[-1]) == ("第0步：考虑密钥0。", "完")
+            assert tokens.ledger.shortened == tokens.ledger.truncated == (LONG_THOUGHT.id,)
+            assert tokens.ledger.dropped == ()
 
 
 def test_truncate_thinking_cuts_no_character(qwen3):
@@ -253,16 +255,17 @@ def test_truncate_thinking_cuts_no_character(qwen3):
         assert "\ufffd" not in text_of(tokens, 0, qwen3, Segment.THINKING)
 
 
-@pytest.mark.parametrize("character", ["🫠", "𓀀", "ꙮ", "𪚥", "🧿🪬", "𠮷𡈽"])
-@pytest.mark.parametrize("limit", [60, 61, 62])
-def test_characters_of_several_tokens_do_not_take_all_thinking_along(qwen3, character, limit):
+def test_characters_of_several_tokens_do_not_take_all_thinking_along(qwen3, subtests):
     """A cut is clean between two of them, although neither token beside it is text by itself."""
-    sample = Sample("问", character * 300, "答")
-    tokens = tokenize_samples([sample], qwen3, limit, over_length="truncate_thinking")
-    kept = text_of(tokens, 0, qwen3, Segment.THINKING)
-    assert limit - 8 <= len(tokens[0].ids) <= limit
-    assert "\ufffd" not in kept
-    assert set(kept) <= {*character, "\n"}
+    for character in ["🫠", "𓀀", "ꙮ", "𪚥", "🧿🪬", "𠮷𡈽"]:
+        for limit in [60, 61, 62]:
+            with subtests.test(character=character, limit=limit):
+                sample = Sample("问", character * 300, "答")
+                tokens = tokenize_samples([sample], qwen3, limit, over_length="truncate_thinking")
+                kept = text_of(tokens, 0, qwen3, Segment.THINKING)
+                assert limit - 8 <= len(tokens[0].ids) <= limit
+                assert "\ufffd" not in kept
+                assert set(kept) <= {*character, "\n"}
 
 
 def test_truncate_thinking_drops_what_cannot_fit(qwen3):
@@ -328,6 +331,7 @@ def same(left, right) -> bool:
     return equal and left.ledger == right.ledger
 
 
+@pytest.mark.slow
 def test_workers_and_chunks_change_nothing(monkeypatch):
     tokenizer = small_tokenizer(PLAIN_TEMPLATE)
     samples = [*generated_samples(50), *HOSTILE]

@@ -1,6 +1,6 @@
 """Data in the order a run needs them: texts for the demonstration model, groups of documents.
 
-uv run pytest tests/data/test_training_data.py
+uv run pytest -m "not long" tests/data/test_training_data.py
 """
 
 import json
@@ -12,6 +12,8 @@ import pytest
 from finetuning.analysis import sample_groups
 from finetuning.analysis import statistics as analysis_statistics
 from finetuning.analysis.facts import difficulty
+from finetuning.analysis.sample_groups import groups_of
+from finetuning.analysis.statistics import describe
 from finetuning.common.errors import UserError
 from finetuning.data import near_duplicates
 from finetuning.data.split import split_samples
@@ -52,11 +54,11 @@ def test_groups_tell_what_each_document_is(tmp_path, monkeypatch, qwen3, large_d
     assert len(tokens) == 40, "the long ones are left out"
     for document in range(len(tokens)):
         sample = data.train.sample(document)
-        of = {stem: names[labels[document]] for stem, (names, labels) in data.train.groups.items()}
+        of = {stem: names[labels[document]] for stem, (names, labels) in groups_of(data)[0].items()}
         assert of["By_Source/"] == sample.source.lstrip("/")
         assert of["By_Difficulty_"] == str(difficulty(sample))
         assert data.train.place(document) == f"{sample.source}:{sample.line} ({sample.id})"
-    categories, labels = data.train.groups["By_Category/"]
+    categories, labels = groups_of(data)[0]["By_Category/"]
     assert len({categories[i] for i in labels}) > 1
     assert not set(data.train.documents) & set(data.held_out.documents)
     assert len(data.train) + len(data.held_out) == 40
@@ -75,8 +77,8 @@ def test_facts_and_groups_of_large_data_are_made_once(tmp_path, monkeypatch, qwe
     def outcome(workers: int = 1) -> tuple[dict, dict]:
         read, _ = read_data([path], cache_dir=cache)
         data = prepare_data(split_samples(read), qwen3, 120, workers=workers, cache_dir=cache)
-        groups = {stem: labels.tolist() for stem, (_, labels) in data.train.groups.items()}
-        return data.statistics.to_json(), groups
+        groups = {stem: labels.tolist() for stem, (_, labels) in groups_of(data)[0].items()}
+        return describe(data).to_json(), groups
 
     first = outcome()
     assert sorted(looked_at) == ["label_span", "observe_span"]
@@ -100,6 +102,7 @@ def test_facts_and_groups_of_large_data_are_made_once(tmp_path, monkeypatch, qwe
     ]
 
 
+@pytest.mark.slow
 def test_worker_processes_label_the_same(tmp_path, monkeypatch, qwen3):
     for name, value in (("LARGE_DATA", 1), ("SPAN", 7), ("_ROWS", 5)):
         monkeypatch.setattr(dataset, name, value)
@@ -137,7 +140,7 @@ def test_near_duplicates_are_looked_for_once(tmp_path, monkeypatch, qwen3):
         read, _ = read_data([path], cache_dir=cache)
         split = split_samples(read, eval_fraction=0.2, cache_dir=cache)
         data = prepare_data(split, qwen3, 120, workers=1, cache_dir=cache)
-        return split.held_out.tolist(), data.statistics.to_json()
+        return split.held_out.tolist(), describe(data).to_json()
 
     first = outcome()
     assert searches == [30, 30], "questions, and questions with answers"
@@ -159,11 +162,11 @@ def test_leaks_into_held_out_files_are_counted(tmp_path, qwen3):
     for name, leaks in (("a.jsonl", 20), ("b.jsonl", 0), ("c.jsonl", 3)):
         read, eval_read = read_data([train], eval_path=[str(tmp_path / name)])
         data = prepare_data(split_samples(read, eval_read), qwen3, 512, workers=1)
-        assert data.statistics.scalars()["Dataset/Train_Eval_Leaks"] == leaks, name
-        findings = data.statistics.to_json()["findings"]["train_eval_leaks"]
+        assert describe(data).scalars()["Dataset/Train_Eval_Leaks"] == leaks, name
+        findings = describe(data).to_json()["findings"]["train_eval_leaks"]
         assert [f["line"] for f in findings] == list(range(1, leaks + 1))
         assert bool(leaks) == (
-            "(nearly) repeat training samples" in data.statistics.summary_markdown()
+            "(nearly) repeat training samples" in describe(data).summary_markdown()
         )
 
 

@@ -128,7 +128,7 @@ def train(folder: Path, model: Path, data: Path, cache_dir: Path, **settings) ->
 
 
 def tables_of(trainer: DirectTrainer) -> dict[str, list[tuple[int, str]]]:
-    return read_texts(trainer.run.tensorboard)
+    return read_texts(trainer.record.run.tensorboard)
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +173,7 @@ def test_planted_corrupt_samples_rank_first(tmp_path, schooled_model, tiny_data,
         max_seq_length=1024,
     )
     tables = tables_of(trainer)
-    steps = trainer.plan.steps_per_epoch
+    steps = trainer.plan.steps.steps_per_epoch
     trained = dict(tables["Training/Hardest_Samples"])
     assert list(trained) == [steps, 2 * steps], "at the end of each epoch"
     for text in trained.values():
@@ -198,9 +198,13 @@ def test_groups_recombine_to_the_whole_on_training_and_held_out_data(
         eval_fraction=0.3,
         eval_steps=0,
     )
-    scalars = {tag: points[-1][1] for tag, points in read_run(trainer.run.tensorboard).items()}
-    for prefix, part in (("Training", trainer.data.train), ("Eval", trainer.data.held_out)):
-        for stem, (names, labels) in part.groups.items():
+    scalars = {
+        tag: points[-1][1] for tag, points in read_run(trainer.record.run.tensorboard).items()
+    }
+    data, groups_of = trainer.plan.data, trainer.plan.groups
+    parts = (("Training", data.train, groups_of[0]), ("Eval", data.held_out, groups_of[1]))
+    for prefix, part, groups in parts:
+        for stem, (names, labels) in groups.items():
             counts = np.bincount(
                 labels[part.documents], part.tokens.num_targets[part.documents], len(names)
             )
@@ -229,19 +233,19 @@ def test_the_best_adapter_is_kept_and_patience_ends_the_run(
         save_total_limit=100,
         early_stopping_patience=3,
     )
-    metrics = read_metrics(trainer.run.logs / "metrics.jsonl")
+    metrics = read_metrics(trainer.record.run.logs / "metrics.jsonl")
     losses = {m["step"]: m["metrics"]["Eval/Loss"] for m in metrics if "Eval/Loss" in m["metrics"]}
     best = min(losses, key=losses.get)
     assert 0 < best < 197, "the test needs a run that gets worse"
     assert trainer.state.step == max(losses) == best + 3
     assert trainer.state.best_step == best
-    weights = load_file(trainer.run.best_model / "adapter_model.safetensors")
+    weights = load_file(trainer.record.run.best_model / "adapter_model.safetensors")
     saved = load_file(
         trainer.checkpoints.directory / f"checkpoint-{best}" / "adapter_model.safetensors"
     )
     assert weights.keys() == saved.keys()
     assert all(torch.equal(weights[name], saved[name]) for name in saved)
-    final = load_file(trainer.run.final_model / "adapter_model.safetensors")
+    final = load_file(trainer.record.run.final_model / "adapter_model.safetensors")
     assert any(not torch.equal(final[name], saved[name]) for name in saved)
 
 
@@ -291,7 +295,7 @@ def test_losses_are_bit_equal_with_and_without_evaluation_probes_and_health(
 
 def test_adapter_health_in_tensorboard(tmp_path, tiny_model, tiny_data, cache_dir):
     trainer = train(tmp_path / "out", tiny_model, tiny_data, cache_dir, max_steps=2, eval_steps=1)
-    scalars = read_run(trainer.run.tensorboard)
+    scalars = read_run(trainer.record.run.tensorboard)
     ratios = dict(scalars["LoRA/q_proj/Update_Ratio"])
     assert ratios[0] == 0.0 < ratios[1] < ratios[2]
     norms = dict(scalars["LoRA/Gradient_Norm"])
@@ -302,7 +306,7 @@ def test_adapter_health_in_tensorboard(tmp_path, tiny_model, tiny_data, cache_di
     assert len([t for t in scalars if t.startswith("LoRA/")]) == 7 * 3 + 1
     table = dict(tables_of(trainer)["LoRA/Modules"])[2]
     assert table.count("\n") == 1 + 14, "every module has its line"
-    spread = read_histograms(trainer.run.tensorboard)["LoRA/q_proj/Update_Ratio_Histogram"]
+    spread = read_histograms(trainer.record.run.tensorboard)["LoRA/q_proj/Update_Ratio_Histogram"]
     assert [step for step, _, _ in spread] == [0, 1, 2]
     _, counts, edges = spread[2]
     assert sum(counts) == 2, "one value a layer"

@@ -146,24 +146,21 @@ def test_what_is_not_defined_is_absent(tokenizer, completions):
     assert metrics["Eval/Format_Valid_Rate"] == 1.0
 
 
-@pytest.mark.parametrize(
-    ("answer", "expected"),
-    [
+def test_exact_answer(subtests):
+    for answer, expected in [
         ("最终答案：(471, 3)", 1.0),
         ("过程……\n最终答案: (471,3)。", 1.0),
         ("最终答案：5\n更正。最终答案：(471，3)", 1.0),  # the last one counts
         ("最终答案：(471, 4)", 0.0),
         ("答案是(471, 3)", 0.0),
         ("", 0.0),
-    ],
-)
-def test_exact_answer(answer, expected):
-    assert exact_answer("步骤。\n最终答案：(471, 3)", answer) == expected
+    ]:
+        with subtests.test(answer=answer):
+            assert exact_answer("步骤。\n最终答案：(471, 3)", answer) == expected
 
 
-@pytest.mark.parametrize(
-    ("reference", "answer", "expected"),
-    [
+def test_one_number_in_two_forms_is_the_same(subtests):
+    for reference, answer, expected in [
         ("16字节", "**最终答案：** 16字节", 1.0),
         ("16字节", "最终答案：**16**字节。", 1.0),
         ("23", "最终答案：2*3", 0.0),
@@ -176,10 +173,9 @@ def test_exact_answer(answer, expected):
         ("(1,234)", "最终答案：(1,235)", 0.0),
         ("3.5", "最终答案：3.51", 0.0),
         ("nan", "最终答案：inf", 0.0),
-    ],
-)
-def test_one_number_in_two_forms_is_the_same(reference, answer, expected):
-    assert exact_answer(f"最终答案：{reference}", answer) == expected
+    ]:
+        with subtests.test(reference=reference):
+            assert exact_answer(f"最终答案：{reference}", answer) == expected
 
 
 def test_repetition_and_terms():

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from finetuning.data.token_table import Segment
-from finetuning.evaluation.loss_metrics import LossLedger
+from finetuning.evaluation.loss_metrics import LossMetrics
 
 LABELS = np.array([0, 1, 1, 2])
 
 
-def ledger() -> LossLedger:
-    return LossLedger({"By_Difficulty_": (("1", "2", "3"), LABELS)})
+def ledger() -> LossMetrics:
+    return LossMetrics({"By_Difficulty_": (("1", "2", "3"), LABELS)})
 
 
 def sums(seed: int = 0, documents: int = 4) -> np.ndarray:

@@ -151,6 +151,7 @@ def run_limited(script: str, run_dir: Path) -> str:
     ).stdout
 
 
+@pytest.mark.slow
 def test_a_failed_append_leaves_no_torn_record(tmp_path):
     script = """
 path = run / "f"
@@ -169,6 +170,7 @@ print(len(list(event_file.read_records(path))))
     assert run_limited(script, tmp_path).split() == ["27", "0", "2"]
 
 
+@pytest.mark.slow
 def test_rewind_without_space_for_a_copy(tmp_path):
     """Every file is cut at its first event beyond the checkpoint; no reader sees the dead branch."""
     script = """
@@ -186,6 +188,7 @@ t.write_file(run, 101, t.scalars_event(101, a=-1))
     assert not list(tmp_path.glob(".compact*"))
 
 
+@pytest.mark.slow
 def test_a_failed_start_leaves_no_empty_file(tmp_path):
     script = """
 limit(10)

@@ -1,6 +1,6 @@
 """The logger as readers see it: TensorBoard's own reader, tbparse, and the real server in both modes.
 
-pytest tests/events/test_tb_logger.py
+uv run pytest -m "not long" tests/events/test_tb_logger.py
 """
 
 import inspect
@@ -319,6 +319,7 @@ def test_layout_and_hparams_name_tags_of_the_table():
 # --- the server ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("load_fast", [True, False])
 def test_server_shows_everything(tmp_path, load_fast):
     """Scalars with descriptions, text, histograms, images, hparams with status, layout."""
@@ -480,6 +481,7 @@ def resumed_run(tmp_path_factory):
         yield run, {"fast": fast, "slow": slow}
 
 
+@pytest.mark.slow
 def test_resumed_run_in_files(resumed_run):
     """Our reader, TensorBoard's and tbparse: every tag once per step, nothing of a dead branch."""
     tbparse = pytest.importorskip("tbparse")
@@ -503,6 +505,7 @@ def test_resumed_run_in_files(resumed_run):
     assert [event.step for event in reader.Histograms("histogram")] == HISTOGRAM_STEPS
 
 
+@pytest.mark.slow
 def test_resumed_run_in_json_lines(resumed_run):
     run, _ = resumed_run
     found: dict[str, list] = {}
@@ -528,11 +531,13 @@ def check_server(server: TensorBoardServer, orphans_stay: bool) -> None:
     assert server.histogram_steps("run", "histogram") == HISTOGRAM_STEPS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["fast", "slow"])
 def test_resumed_run_in_a_live_server(resumed_run, mode):
     check_server(resumed_run[1][mode], orphans_stay=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["fast", "slow"])
 def test_resumed_run_in_a_fresh_server(resumed_run, mode):
     with TensorBoardServer(resumed_run[0].parent, load_fast=mode == "fast") as server:
@@ -596,6 +601,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
+@pytest.mark.slow
 def test_full_disk_then_freed(small_disk, monkeypatch):
     """Training goes on, the file stays whole, the backlog is written when there is space again."""
     monkeypatch.setattr(event_file, "RETRY_SECONDS", 0.1)
@@ -639,6 +645,7 @@ print(json.dumps([logger.dropped, told]))
 """
 
 
+@pytest.mark.slow
 def test_limit_on_file_size(tmp_path):
     """No file takes more than a few records: each failure goes on in a new file, nothing is torn."""
     pytest.importorskip("resource", reason="no limit on file sizes on this system")
@@ -749,6 +756,7 @@ def test_close_does_not_wait_for_ever(tmp_path, monkeypatch):
     assert any("did not answer" in text for text in told)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_a_forked_child_writes_nothing(tmp_path):
     script = """
@@ -776,6 +784,7 @@ def test_a_pickled_copy_is_a_null_logger(tmp_path):
         assert isinstance(pickle.loads(pickle.dumps(logger)), NullLogger)
 
 
+@pytest.mark.slow
 def test_exit_without_close_loses_nothing(tmp_path):
     script = """
 import sys

@@ -293,14 +293,14 @@ def two_checkpoints(rig: Rig) -> Path:
 
 def stop_at(step: int, number: int = signal.SIGTERM) -> None:
     """In a child: a real signal to itself in `step`, which is the last one then."""
-    gradients = engine.ModelInTraining.forward_backward
+    gradients = engine.TrainingEngine.forward_backward
 
     def with_signal(self, planned, tokens, clock, state, wants_stop):
         if state.step + 1 == step:
             os.kill(os.getpid(), number)
         return gradients(self, planned, tokens, clock, state, wants_stop)
 
-    engine.ModelInTraining.forward_backward = with_signal
+    engine.TrainingEngine.forward_backward = with_signal
 
 
 def damaged(rig: Rig, damage: Callable[[Path], bool], resume: bool) -> tuple[bool, list[str]]:

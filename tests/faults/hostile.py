@@ -779,7 +779,7 @@ def secrets(rig: Rig, ending: str) -> Trial:
             raise RuntimeError(text)
 
         if ending == "crash":
-            replaced(engine.ModelInTraining, "forward_backward", crash)
+            replaced(engine.TrainingEngine, "forward_backward", crash)
         if ending == "disk":
 
             def full(*_: object, **__: object) -> None:

@@ -67,7 +67,7 @@ def poison_gradient(value: float, everything: bool = False) -> Callable:
                     parameter.grad.view(-1)[0] = value
             return result
 
-        at_step(step, marker, change, engine.ModelInTraining, "forward_backward")
+        at_step(step, marker, change, engine.TrainingEngine, "forward_backward")
 
     return patch
 
@@ -81,7 +81,7 @@ def poison_moments(step: int, marker: Path) -> None:
             state["exp_avg"].view(-1)[0] = math.nan
         return result
 
-    at_step(step, marker, change, engine.ModelInTraining, "forward_backward")
+    at_step(step, marker, change, engine.TrainingEngine, "forward_backward")
 
 
 def finite_checkpoints(output: Path) -> list[str]:

@@ -1,10 +1,12 @@
 """Load a model folder on the CPU and look at what it computes."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 
+from finetuning.config import LoraSettings, ModelSettings
 from finetuning.model import adapters
 from finetuning.model.loading import load_model, load_tokenizer
 from finetuning.model.resolve import resolve_model
@@ -12,10 +14,16 @@ from finetuning.model.resolve import resolve_model
 TEXTS = ["国密算法 SM2 是椭圆曲线公钥密码算法，密钥长度 256 比特。" * 4]
 
 
-def load(folder: Path, **options):
-    resolved = resolve_model(str(folder), "cpu")
+def load(folder: Path, *, trust_remote_code: bool = False, **options):
+    """Model and tokenizer; `options` are settings of the model or the adapters, or `load_model`'s own."""
+    resolved = resolve_model(str(folder), "cpu", trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(resolved)
-    return load_model(resolved, tokenizer, device="cpu", **options), tokenizer
+    of = {
+        group: {f.name: options.pop(f.name) for f in fields(group) if f.name in options}
+        for group in (ModelSettings, LoraSettings)
+    }
+    settings = [group(**chosen) for group, chosen in of.items()]
+    return load_model(resolved, tokenizer, *settings, device="cpu", **options), tokenizer
 
 
 def logits(model) -> torch.Tensor:

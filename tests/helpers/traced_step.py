@@ -19,9 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig, Qwen3Config, Qwen3ForCausalLM
 
+from finetuning.config import PROJECTIONS
 from finetuning.data.packing import PackedBatch, build_batch
 from finetuning.data.token_table import Segment, TokenizedSample
-from finetuning.model import adapters as model_adapters
 from finetuning.model import attention, loading
 from finetuning.model import loss as model_loss
 from finetuning.model.fused_lora import enable_fast_lora
@@ -81,9 +81,7 @@ def bf16_model(config: PretrainedConfig, *, lora_r: int, recompute: bool) -> tor
             loading.recompute_activations(model)
         if not lora_r:
             return model
-        adapters = LoraConfig(
-            r=lora_r, target_modules=list(model_adapters.PROJECTIONS), task_type="CAUSAL_LM"
-        )
+        adapters = LoraConfig(r=lora_r, target_modules=list(PROJECTIONS), task_type="CAUSAL_LM")
         return get_peft_model(model, adapters)
 
 

@@ -1,7 +1,7 @@
 """What people bring along: hub names, adapters of other tools, other names for settings, full
 fine-tuning, 4 bits.
 
-uv run pytest tests/model/test_compatibility.py
+uv run pytest -m "not long" tests/model/test_compatibility.py
 """
 
 import json
@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.helpers import fake_hub
 from tests.runs.test_run import SCRIPT, interrupt_in_step, run, strict_json  # noqa: F401  `run` is a fixture
+
+pytestmark = pytest.mark.slow
 
 # -----------------------------------------------------------------------------
 # Names on a hub

@@ -42,6 +42,7 @@ def digests(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
 
 
+@pytest.mark.slow
 def test_another_process_with_other_threads_builds_the_same_bytes(folder, tmp_path):
     script = (
         "import sys; from pathlib import Path; from tests.model import test_demo_model; "

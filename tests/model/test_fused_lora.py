@@ -10,9 +10,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from finetuning.config import PROJECTIONS
 from finetuning.model.fused_lora import enable_fast_lora
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TARGETS = list(PROJECTIONS)
 IDS = torch.arange(3, 63).view(2, 30) % 61
 
 

@@ -7,9 +7,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from finetuning.common.errors import UserError
+from finetuning.config import LoraSettings, ModelSettings
 from finetuning.model import adapters, demo_model, loading, saving
 from finetuning.model.loading import load_model, load_tokenizer
-from finetuning.model.resolve import resolve_model
+from finetuning.model.resolve import ensure_local, resolve_model
 from tests.helpers.models import TEXTS, disturb, edit, load, logits
 
 
@@ -90,8 +91,9 @@ def test_gradient_checkpointing_changes_no_gradient(tiny):
 def test_the_embedded_model_takes_the_same_path(monkeypatch, tmp_path):
     monkeypatch.setattr(demo_model, "WARM_START_STEPS", 2)
     resolved = resolve_model("embedded", "cpu")
-    tokenizer = load_tokenizer(resolved, lambda: TEXTS, tmp_path / "cache")
-    model = load_model(resolved, tokenizer, device="cpu")
+    resolved = ensure_local(resolved, lambda: TEXTS, tmp_path / "cache")
+    tokenizer = load_tokenizer(resolved)
+    model = load_model(resolved, tokenizer, ModelSettings(), LoraSettings(), device="cpu")
     saving.save_adapter(model, tokenizer, tmp_path / "final_model")
     named = adapters.adapter_documents(model)["adapter_config.json"]["base_model_name_or_path"]
     again = PeftModel.from_pretrained(

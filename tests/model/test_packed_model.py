@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from finetuning.common.errors import UserError
+from finetuning.config import PROJECTIONS
 from finetuning.data.packing import StepPlan, build_batch
 from finetuning.data.token_table import Segment, TokenizedSample
 from finetuning.model.flops import dims_from_config
@@ -22,7 +23,7 @@ from finetuning.model.parallel import Replica
 from finetuning.training.memory_estimate import Placement, activation_bytes
 from tests.model.test_attention import reference_kernel, use_bounds, varlen_2_12
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TARGETS = list(PROJECTIONS)
 VOCAB, CLOSE = 97, 5
 
 

@@ -64,6 +64,7 @@ def test_state_is_bounded_and_strict_json_even_with_nan():
 EVIL = Alert("Loss_Spike", 7, math.nan, 2.0, {"text": "$(touch broken); `id` \"' \u4f60\n"}, "look")
 
 
+@pytest.mark.slow
 def test_command_gets_the_alert_as_json_and_nothing_is_interpreted(tmp_path):
     out = tmp_path / "got.json"
     code = "import sys, pathlib; pathlib.Path(sys.argv[1]).write_bytes(sys.stdin.buffer.read())"
@@ -73,6 +74,7 @@ def test_command_gets_the_alert_as_json_and_nothing_is_interpreted(tmp_path):
     assert got["evidence"]["text"] == EVIL.evidence["text"]
 
 
+@pytest.mark.slow
 def test_command_does_not_wait(tmp_path):
     thread = run_command([sys.executable, "-c", "import time; time.sleep(60)"], EVIL, timeout_s=3)
     assert thread.is_alive()
@@ -80,6 +82,7 @@ def test_command_does_not_wait(tmp_path):
     assert not thread.is_alive()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command", [["/no/such/program"], [sys.executable, "-c", "raise SystemExit(3)"]]
 )

@@ -203,27 +203,31 @@ def test_not_available_is_absent(nvml):
 # ---- every error of every call ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("code", LASTING)
-def test_a_metric_without_support_is_given_up_with_one_warning(nvml, call, code):
-    nvml.set({f"error.{call}": code})
-    values, problems = passes([GPU0, GPU1], count=3)
-    left = {f"GPU_{i}/{tag}" for i in (0, 1) for tag in ALL_TAGS - {CALLS[call]}}
-    assert [v.keys() for v in values] == [left] * 3
-    assert len(problems) == 1
-    assert LASTING[code] in problems[0]
-    assert f"GPU_0/{CALLS[call]}, GPU_1/{CALLS[call]}" in problems[0]
+def test_a_metric_without_support_is_given_up_with_one_warning(nvml, subtests):
+    for call in CALLS:
+        for code in LASTING:
+            nvml.clear()
+            with subtests.test(call=call, code=code):
+                nvml.set({f"error.{call}": code})
+                values, problems = passes([GPU0, GPU1], count=3)
+                left = {f"GPU_{i}/{tag}" for i in (0, 1) for tag in ALL_TAGS - {CALLS[call]}}
+                assert [v.keys() for v in values] == [left] * 3
+                assert len(problems) == 1
+                assert LASTING[code] in problems[0]
+                assert f"GPU_0/{CALLS[call]}, GPU_1/{CALLS[call]}" in problems[0]
 
 
-@pytest.mark.parametrize("call", TWINS)
-@pytest.mark.parametrize("code", LASTING)
-def test_the_older_call_takes_over_silently(nvml, call, code):
-    nvml.set({f"error.{call}": code, "throttle.0": 0x20})
-    values, problems = passes([GPU0], count=2)
-    assert [v.keys() for v in values] == [{f"GPU_0/{tag}" for tag in ALL_TAGS}] * 2
-    assert values[0]["GPU_0/Temperature_C"] == 60.0
-    assert values[0]["GPU_0/Throttle_SW_Thermal"] == 1.0
-    assert problems == []
+def test_the_older_call_takes_over_silently(nvml, subtests):
+    for call in TWINS:
+        for code in LASTING:
+            nvml.clear()
+            with subtests.test(call=call, code=code):
+                nvml.set({f"error.{call}": code, "throttle.0": 0x20})
+                values, problems = passes([GPU0], count=2)
+                assert [v.keys() for v in values] == [{f"GPU_0/{tag}" for tag in ALL_TAGS}] * 2
+                assert values[0]["GPU_0/Temperature_C"] == 60.0
+                assert values[0]["GPU_0/Throttle_SW_Thermal"] == 1.0
+                assert problems == []
 
 
 def test_a_driver_without_the_newer_symbols(tmp_path_factory, tmp_path):
@@ -234,55 +238,63 @@ def test_a_driver_without_the_newer_symbols(tmp_path_factory, tmp_path):
     assert problems == []
 
 
-@pytest.mark.parametrize("call", [*CALLS, *TWINS, "nvmlDeviceGetTotalEccErrors"])
-@pytest.mark.parametrize("code", FATAL)
-def test_a_lost_gpu_ends_the_source_with_one_warning(nvml, call, code):
-    source = gpu_samples([GPU0, GPU1], 0, (problems := []).append)
-    assert "GPU_1/Power_W" in next(source)
-    nvml.set({f"error.{call}.1": code})
-    assert list(source) == []
-    assert len(problems) == 1 and FATAL[code] in problems[0]
+def test_a_lost_gpu_ends_the_source_with_one_warning(nvml, subtests):
+    for call in [*CALLS, *TWINS, "nvmlDeviceGetTotalEccErrors"]:
+        for code in FATAL:
+            nvml.clear()
+            with subtests.test(call=call, code=code):
+                source = gpu_samples([GPU0, GPU1], 0, (problems := []).append)
+                assert "GPU_1/Power_W" in next(source)
+                nvml.set({f"error.{call}.1": code})
+                assert list(source) == []
+                assert len(problems) == 1 and FATAL[code] in problems[0]
 
 
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("code", [c for c in CODES if c not in LASTING | FATAL])
-def test_a_passing_error_costs_its_pass_only(nvml, call, code):
-    tag = f"GPU_0/{CALLS[call]}"
-    source = gpu_samples([GPU0], 0, (problems := []).append)
-    nvml.set({f"error.{call}": code})
-    for _ in range(TRANSIENT_ERRORS_ALLOWED - 1):
-        assert tag not in next(source)
-    nvml.set({f"error.{call}": 0})
-    assert tag in next(source)
-    nvml.set({f"error.{call}": code})
-    for _ in range(TRANSIENT_ERRORS_ALLOWED - 1):  # errors count in a row only
-        assert tag not in next(source)
-    assert problems == []
-    for _ in range(TRANSIENT_ERRORS_ALLOWED + 2):
-        assert tag not in next(source)
-    nvml.set({f"error.{call}": 0})
-    assert tag not in next(source)  # given up
-    assert len(problems) == 1 and tag in problems[0]
-    source.close()
+def test_a_passing_error_costs_its_pass_only(nvml, subtests):
+    for call in CALLS:
+        for code in [c for c in CODES if c not in LASTING | FATAL]:
+            nvml.clear()
+            with subtests.test(call=call, code=code):
+                tag = f"GPU_0/{CALLS[call]}"
+                source = gpu_samples([GPU0], 0, (problems := []).append)
+                nvml.set({f"error.{call}": code})
+                for _ in range(TRANSIENT_ERRORS_ALLOWED - 1):
+                    assert tag not in next(source)
+                nvml.set({f"error.{call}": 0})
+                assert tag in next(source)
+                nvml.set({f"error.{call}": code})
+                for _ in range(TRANSIENT_ERRORS_ALLOWED - 1):  # errors count in a row only
+                    assert tag not in next(source)
+                assert problems == []
+                for _ in range(TRANSIENT_ERRORS_ALLOWED + 2):
+                    assert tag not in next(source)
+                nvml.set({f"error.{call}": 0})
+                assert tag not in next(source)  # given up
+                assert len(problems) == 1 and tag in problems[0]
+                source.close()
 
 
-@pytest.mark.parametrize("code", CODES)
-def test_nvml_that_does_not_start_is_one_warning(nvml, code):
-    nvml.set({"error.nvmlInitWithFlags": code})
-    values, problems = passes([GPU0])
-    assert values == []
-    assert len(problems) == 1 and "does not start" in problems[0]
+def test_nvml_that_does_not_start_is_one_warning(nvml, subtests):
+    for code in CODES:
+        nvml.clear()
+        with subtests.test(code=code):
+            nvml.set({"error.nvmlInitWithFlags": code})
+            values, problems = passes([GPU0])
+            assert values == []
+            assert len(problems) == 1 and "does not start" in problems[0]
 
 
-@pytest.mark.parametrize("code", CODES)
-def test_a_handle_that_cannot_be_had_costs_its_gpu_only(nvml, code):
-    nvml.set({"error.nvmlDeviceGetHandleByUUID.1": code})
-    values, problems = passes([GPU0, GPU1])
-    assert len(problems) == 1
-    if code in FATAL:
-        assert values == []
-    else:
-        assert values[0].keys() == {f"GPU_0/{tag}" for tag in ALL_TAGS}
+def test_a_handle_that_cannot_be_had_costs_its_gpu_only(nvml, subtests):
+    for code in CODES:
+        nvml.clear()
+        with subtests.test(code=code):
+            nvml.set({"error.nvmlDeviceGetHandleByUUID.1": code})
+            values, problems = passes([GPU0, GPU1])
+            assert len(problems) == 1
+            if code in FATAL:
+                assert values == []
+            else:
+                assert values[0].keys() == {f"GPU_0/{tag}" for tag in ALL_TAGS}
 
 
 @pytest.mark.parametrize(("code", "warned"), [(3, 0), (4, 1), (13, 1)])
@@ -404,9 +416,8 @@ TWO_MODELS = (PhysicalGpu("GPU-aa1", "A"), PhysicalGpu("GPU-b", "B"))
 WITH_MIG = (PhysicalGpu("GPU-aa1", "A", ("MIG-x", "MIG-y")), PhysicalGpu("GPU-b", "A"))
 
 
-@pytest.mark.parametrize(
-    ("mask", "order", "gpus", "chosen"),
-    [
+def test_the_mask_is_read_as_cuda_reads_it(subtests):
+    for mask, order, gpus, chosen in [
         (None, None, ONE_MODEL, ("GPU-aa1", "GPU-aa2", "GPU-b")),
         ("", None, ONE_MODEL, ()),
         ("1,0", None, ONE_MODEL, ("GPU-aa2", "GPU-aa1")),
@@ -431,10 +442,9 @@ WITH_MIG = (PhysicalGpu("GPU-aa1", "A", ("MIG-x", "MIG-y")), PhysicalGpu("GPU-b"
         ("MIG-y,GPU-b", None, WITH_MIG, ("MIG-y",)),
         ("0", None, WITH_MIG, ("MIG-x",)),
         ("0", None, (), ()),
-    ],
-)
-def test_the_mask_is_read_as_cuda_reads_it(mask, order, gpus, chosen):
-    assert resolve_devices(mask, order, gpus) == chosen
+    ]:
+        with subtests.test(mask=mask):
+            assert resolve_devices(mask, order, gpus) == chosen
 
 
 def test_the_boards_as_nvml_lists_them(nvml):
@@ -488,6 +498,7 @@ def run_program(library_folder: Path, **environment):
     return json.loads(result.stdout)
 
 
+@pytest.mark.slow
 def test_the_library_found_by_the_loader_and_a_mask_in_reverse(library, tmp_path):
     state = fake_nvml.State(tmp_path / "state")
     state.set({"power.0": 100_000, "power.1": 200_000})
@@ -498,6 +509,7 @@ def test_the_library_found_by_the_loader_and_a_mask_in_reverse(library, tmp_path
     assert warnings == []
 
 
+@pytest.mark.slow
 def test_a_broken_or_missing_library_is_one_warning(tmp_path):
     (tmp_path / "libnvidia-ml.so.1").write_text("no library\n")
     values, warnings = run_program(tmp_path)
@@ -526,6 +538,7 @@ def test_host_values_agree_with_psutil(monitor, tmp_path):
     )  # a container may hide its disks
 
 
+@pytest.mark.slow
 def test_resident_memory_counts_the_children():
     tree = system_monitor._ProcessTree()
     alone = tree.resident_mb()

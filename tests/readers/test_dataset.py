@@ -108,6 +108,7 @@ def test_large_texts_make_smaller_batches(large, tmp_path, monkeypatch):
     assert list(found) == read_samples([str(large)]).samples
 
 
+@pytest.mark.slow
 def test_large_data_need_no_pandas(large, tmp_path):
     program = (
         "import sys, pathlib; from finetuning.readers import dataset as samples; samples.LARGE_DATA = 1; "
@@ -137,6 +138,7 @@ def resident_file_bytes() -> int:
     return 1024 * int(status.partition("RssFile:")[2].split()[0])
 
 
+@pytest.mark.slow
 def test_workers_change_nothing(large, tmp_path):
     one = read_samples([str(large)], cache_dir=tmp_path / "one")
     two = read_samples([str(large)], cache_dir=tmp_path / "two", workers=2)
@@ -147,6 +149,7 @@ def test_workers_change_nothing(large, tmp_path):
     assert len(parts[0]) > 5
 
 
+@pytest.mark.slow
 def test_remarks_of_records_are_told_once_a_file(large, tmp_path, monkeypatch):
     line = json.dumps({"prompt": "问", "query": "多", "answer": "长" * 50})
     for name in ("c.jsonl", "d.jsonl"):
@@ -183,6 +186,7 @@ def test_unwritable_cache(large, tmp_path):
         read_samples([str(large)], cache_dir=tmp_path / "file")
 
 
+@pytest.mark.slow
 def test_import_is_cheap():
     heavy = ("pyarrow", "datasets", "torch", "zstandard")
     code = (

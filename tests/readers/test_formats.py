@@ -23,21 +23,19 @@ def test_broken_elements_of_an_array(tmp_path):
     assert [broken.line for broken in found.broken] == [3, 4]
 
 
-@pytest.mark.parametrize(
-    ("text", "place"),
-    [
+def test_broken_json_document(tmp_path, subtests):
+    for text, place in [
         (f"[{GOOD},\n{GOOD}", ":2:"),
         (f"[{GOOD},\n {GOOD[:-1]}]", ":2:"),
         (f"[{GOOD}\n{GOOD}]", ":2:"),
         (f"[{GOOD}]\n\nx", ":3:"),
         ("[" * 100_000, ":1:"),
         ("{", ":1:"),
-    ],
-)
-def test_broken_json_document(tmp_path, text, place):
-    with pytest.raises(UserError, match="broken JSON") as error:
-        read(tmp_path, "a.json", text)
-    assert f"{tmp_path / 'a.json'}{place}" in str(error.value)
+    ]:
+        with subtests.test(text=text):
+            with pytest.raises(UserError, match="broken JSON") as error:
+                read(tmp_path, "a.json", text)
+            assert f"{tmp_path / 'a.json'}{place}" in str(error.value)
 
 
 @pytest.mark.parametrize("text", [f"{GOOD}\n{GOOD}\n", f'{{"data": [{GOOD},{GOOD}]}}'])
@@ -69,19 +67,17 @@ def test_line_separators_inside_a_line(tmp_path):
 # ---- encodings --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("a.md", PLAIN),
-        ("a.jsonl", '{"question": "问", "thinking": "想一\\n\\n想二", "answer": "答"}\n'),
-        ("a.json", '[{"question": "问", "thinking": "想一\\n\\n想二", "answer": "答"}]'),
-        ("a.csv", 'question,thinking,answer\n问,"想一\n\n想二",答\n'),
-    ],
-)
-def test_byte_order_marks(tmp_path, name, text, encoding):
-    sample = only(tmp_path, name, text.encode(encoding))
-    assert texts(sample) == ("问", "想一\n\n想二", "答")
+def test_byte_order_marks(tmp_path, subtests):
+    for encoding in ["utf-8", "utf-8-sig", "utf-16", "utf-32"]:
+        for name, text in [
+            ("a.md", PLAIN),
+            ("a.jsonl", '{"question": "问", "thinking": "想一\\n\\n想二", "answer": "答"}\n'),
+            ("a.json", '[{"question": "问", "thinking": "想一\\n\\n想二", "answer": "答"}]'),
+            ("a.csv", 'question,thinking,answer\n问,"想一\n\n想二",答\n'),
+        ]:
+            with subtests.test(encoding=encoding, name=name):
+                sample = only(tmp_path, name, text.encode(encoding))
+                assert texts(sample) == ("问", "想一\n\n想二", "答")
 
 
 @pytest.mark.parametrize("mark", [codecs.BOM_UTF16_BE, codecs.BOM_UTF16_LE])
@@ -100,16 +96,18 @@ def test_wrong_encoding_is_refused_with_its_place(tmp_path, name):
     assert f"{name}:{line}: byte 0xc3 at offset {len(good)} is not UTF-8" in str(error.value)
 
 
-@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
-@pytest.mark.parametrize("name", ["a.md", "a.jsonl", "a.json", "a.csv"])
-def test_utf16_without_a_mark_is_named(tmp_path, name, encoding):
-    text = {"a.md": PLAIN, "a.csv": "问题,回答\n" + "什么是分组密码,一类密码\n" * 20}.get(
-        name, GOOD
-    )
-    with pytest.raises(UserError) as error:
-        read(tmp_path, name, text.encode(encoding))
-    assert f"{name} begins with NUL bytes, as UTF-16 without" in str(error.value)
-    assert "GB18030" not in str(error.value)
+def test_utf16_without_a_mark_is_named(tmp_path, subtests):
+    for encoding in ["utf-16-le", "utf-16-be"]:
+        for name in ["a.md", "a.jsonl", "a.json", "a.csv"]:
+            with subtests.test(encoding=encoding, name=name):
+                text = {
+                    "a.md": PLAIN,
+                    "a.csv": "问题,回答\n" + "什么是分组密码,一类密码\n" * 20,
+                }.get(name, GOOD)
+                with pytest.raises(UserError) as error:
+                    read(tmp_path, name, text.encode(encoding))
+                assert f"{name} begins with NUL bytes, as UTF-16 without" in str(error.value)
+                assert "GB18030" not in str(error.value)
 
 
 def test_wrong_encoding_far_into_a_file(tmp_path):
@@ -169,10 +167,10 @@ def test_saved_datasets(tmp_path, split):
     assert [s.question for s in found.samples] == [r["question"] for r in RECORDS]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.md.gz", "a.jsonl.zst", "a.parquet", "a.arrow"])
-def test_damaged_containers(tmp_path, name):
-    with pytest.raises(UserError, match=r"can't be read|no sample"):
-        read(tmp_path, name, b"PAR1 this is no archive")
+def test_damaged_containers(tmp_path, subtests):
+    for name in ["a.jsonl.gz", "a.md.gz", "a.jsonl.zst", "a.parquet", "a.arrow"]:
+        with subtests.test(name=name), pytest.raises(UserError, match=r"can't be read|no sample"):
+            read(tmp_path, name, b"PAR1 this is no archive")
 
 
 def test_cut_archive(tmp_path):
@@ -191,11 +189,12 @@ def test_csv_faults(tmp_path):
         read(tmp_path, "b.csv", "question,answer,answer\n问,答,错\n")
 
 
-@pytest.mark.parametrize("mark", [",", "\t", ";"])
-@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
-def test_csv_by_the_separator_of_its_header(tmp_path, name, mark):
-    text = "question,thinking,answer\n问,想,答\n".replace(",", mark)
-    assert texts(only(tmp_path, name, text)) == ("问", "想", "答")
+def test_csv_by_the_separator_of_its_header(tmp_path, subtests):
+    for mark in [",", "\t", ";"]:
+        for name in ["a.csv", "a.tsv"]:
+            with subtests.test(mark=mark, name=name):
+                text = "question,thinking,answer\n问,想,答\n".replace(",", mark)
+                assert texts(only(tmp_path, name, text)) == ("问", "想", "答")
 
 
 def test_csv_with_a_comma_in_its_header_is_separated_by_commas(tmp_path):

@@ -22,9 +22,8 @@ def test_real_markdown_equals_an_independent_reading(shared_data):
         assert [sample.answer for sample in read_samples([str(path)]).samples] == expected
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
+def test_markdown_variations(tmp_path, subtests):
+    for text in [
         PLAIN,
         PLAIN.replace("\n", "\r\n"),
         PLAIN.rstrip("\n"),
@@ -45,10 +44,9 @@ def test_real_markdown_equals_an_independent_reading(shared_data):
         PLAIN.replace("<thinking>", "A1: <thinking>").replace("\nA1: 答", "\n答"),
         "# 标题\n\n说明\n\n## 一类\n\n" + PLAIN + "\n## 二类\n",
         PLAIN + "\n---\n\n# 尾\n",
-    ],
-)
-def test_markdown_variations(tmp_path, text):
-    assert texts(only(tmp_path, "a.md", text)) == ("问", "想一\n\n想二", "答")
+    ]:
+        with subtests.test(text=text):
+            assert texts(only(tmp_path, "a.md", text)) == ("问", "想一\n\n想二", "答")
 
 
 def test_markdown_without_thinking(tmp_path):
@@ -106,9 +104,8 @@ def test_markdown_of_line_separators_and_other_characters_is_untouched(tmp_path)
     assert only(tmp_path, "a.md", f"### Q1: 问\nA1: {answer}\n").answer == answer
 
 
-@pytest.mark.parametrize(
-    ("body", "reason"),
-    [
+def test_broken_markdown_is_listed(tmp_path, subtests):
+    for body, reason in [
         ("<thinking>\n想\n\nA2: 答", "<thinking> is never closed"),
         ("想\n</thinking>\n\nA2: 答", "stray </thinking>"),
         ("<think>\n<think>\n想\n</think>\n\nA2: 答", "<think> inside a <think> block"),
@@ -120,15 +117,14 @@ def test_markdown_of_line_separators_and_other_characters_is_untouched(tmp_path)
         ("A2: \n\n## 下一类\n", "empty answer"),
         ("A2: 先答<think>想</think>", "text before <think>"),
         ("A2: 答\0案", "NUL"),
-    ],
-)
-def test_broken_markdown_is_listed(tmp_path, body, reason):
-    text = f"### Q1: 一\nA1: 甲\n\n### Q2: 二\n\n{body}\n\n### Q3: 三\nA3: 丙\n"
-    found = read(tmp_path, "a.md", text)
-    assert [sample.answer for sample in found.samples] == ["甲", "丙"]
-    (broken,) = found.broken
-    assert (broken.source, broken.line) == (str(tmp_path / "a.md"), 4)
-    assert reason in broken.reason
+    ]:
+        with subtests.test(body=body):
+            text = f"### Q1: 一\nA1: 甲\n\n### Q2: 二\n\n{body}\n\n### Q3: 三\nA3: 丙\n"
+            found = read(tmp_path, "a.md", text)
+            assert [sample.answer for sample in found.samples] == ["甲", "丙"]
+            (broken,) = found.broken
+            assert (broken.source, broken.line) == (str(tmp_path / "a.md"), 4)
+            assert reason in broken.reason
 
 
 def test_empty_thinking_and_wrong_number_are_remarked(tmp_path):
@@ -141,9 +137,8 @@ def test_empty_thinking_and_wrong_number_are_remarked(tmp_path):
     ]
 
 
-@pytest.mark.parametrize(
-    ("heading", "marker"),
-    [
+def test_markdown_questions_of_other_names(tmp_path, subtests):
+    for heading, marker in [
         ("### q2: ", "a2: "),
         ("### 问题2: ", "答案2: "),
         ("### 问题2：", "答2："),
@@ -151,16 +146,15 @@ def test_empty_thinking_and_wrong_number_are_remarked(tmp_path):
         ("### **问题 2：** ", "答："),
         ("## 问题2: ", "<thinking>\n想\n</thinking>\n答: "),
         ("# 第二章\n\n### 问题1: ", "答："),
-    ],
-)
-def test_markdown_questions_of_other_names(tmp_path, heading, marker):
-    text = f"### Q1: 甲\nA1: 答甲\n\n{heading}乙\n{marker}答乙\n\n### Q3: 丙\nA3: 答丙\n"
-    found = read(tmp_path, "a.md", text)
-    thinking = "想" if "想" in marker else ""
-    pairs = [("甲", "", "答甲"), ("乙", thinking, "答乙"), ("丙", "", "答丙")]
-    assert [texts(sample) for sample in found.samples] == pairs
-    assert [sample.line for sample in found.samples[:2]] == [1, 6 if "章" in heading else 4]
-    assert not found.broken and not found.remarks
+    ]:
+        with subtests.test(heading=heading):
+            text = f"### Q1: 甲\nA1: 答甲\n\n{heading}乙\n{marker}答乙\n\n### Q3: 丙\nA3: 答丙\n"
+            found = read(tmp_path, "a.md", text)
+            thinking = "想" if "想" in marker else ""
+            pairs = [("甲", "", "答甲"), ("乙", thinking, "答乙"), ("丙", "", "答丙")]
+            assert [texts(sample) for sample in found.samples] == pairs
+            assert [sample.line for sample in found.samples[:2]] == [1, 6 if "章" in heading else 4]
+            assert not found.broken and not found.remarks
 
 
 def test_markdown_of_other_names_alone(tmp_path):
@@ -176,9 +170,8 @@ def test_markdown_of_other_names_alone(tmp_path):
     assert not found.remarks
 
 
-@pytest.mark.parametrize(
-    ("part", "line", "shown"),
-    [
+def test_what_an_answer_swallows_is_told(tmp_path, subtests):
+    for part, line, shown in [
         ("### 问题1：现状\n密钥硬编码", 4, "### 问题1：现状"),  # no reply follows
         ("```\n### 问题8：现状\n答：甲\n```\nA8: 乙", 8, "A8: 乙"),
         ("### 问题1：现状\n答：密钥硬编码", 4, "### 问题1：现状 答：密钥硬编码"),  # counted anew
@@ -187,28 +180,27 @@ def test_markdown_of_other_names_alone(tmp_path):
         ("**Q8: 丙？**\n丙", 4, "**Q8: 丙？**"),
         ("A8: 答丙", 4, "A8: 答丙"),
         ("### 1. 丙\n答：答丙", 4, "### 1. 丙 答：答丙"),
-    ],
-)
-def test_what_an_answer_swallows_is_told(tmp_path, part, line, shown):
-    found = read(tmp_path, "a.md", f"### Q7: 甲\nA7: 答甲\n\n{part}\n\n### Q9: 丁\nA9: 答丁\n")
-    assert [sample.question for sample in found.samples] == ["甲", "丁"]
-    assert found.samples[0].answer.endswith(part)
-    assert remarks(found) == [(line, f"“{shown}” is read as part of the answer to Q7")]
+    ]:
+        with subtests.test(part=part):
+            found = read(
+                tmp_path, "a.md", f"### Q7: 甲\nA7: 答甲\n\n{part}\n\n### Q9: 丁\nA9: 答丁\n"
+            )
+            assert [sample.question for sample in found.samples] == ["甲", "丁"]
+            assert found.samples[0].answer.endswith(part)
+            assert remarks(found) == [(line, f"“{shown}” is read as part of the answer to Q7")]
 
 
-@pytest.mark.parametrize(
-    "part",
-    [
+def test_parts_of_an_answer_are_its_own(tmp_path, subtests):
+    for part in [
         "### 1. 背景\n甲\n### 2. 做法\n乙\n### 8. 结语",
         "### 问题描述\n甲\n### 第一步\n乙",
         "```\n### 8. 注释\nA8: 注释\n```",
         "因此\n答案: B\na8: 首项\n### 选项\nA: RSA",
-    ],
-)
-def test_parts_of_an_answer_are_its_own(tmp_path, part):
-    found = read(tmp_path, "a.md", f"### Q7: 甲\nA7: 答甲\n\n{part}\n")
-    assert found.samples[0].answer == f"答甲\n\n{part}"
-    assert not found.remarks
+    ]:
+        with subtests.test(part=part):
+            found = read(tmp_path, "a.md", f"### Q7: 甲\nA7: 答甲\n\n{part}\n")
+            assert found.samples[0].answer == f"答甲\n\n{part}"
+            assert not found.remarks
 
 
 def test_questions_of_other_names_inside_the_reasoning_or_before_the_first(tmp_path):

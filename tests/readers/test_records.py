@@ -37,9 +37,8 @@ def test_turns_of_real_conversations(shared_data):
     assert all(turn["reasoning_content"] for turn in turns)
 
 
-@pytest.mark.parametrize(
-    "record",
-    [
+def test_forms_of_records(tmp_path, subtests):
+    for record in [
         {"instruction": "问", "input": "", "output": "<think>\n想\n</think>\n\n答"},
         {"instruction": "", "input": "问", "output": "答", "thinking": "想"},
         {"question": "问", "reasoning": "想", "answer": "答"},
@@ -75,16 +74,15 @@ def test_turns_of_real_conversations(shared_data):
                 {"from": "gpt", "value": "<think>想</think>答"},
             ]
         },
-    ],
-)
-def test_forms_of_records(tmp_path, record):
-    sample = only(tmp_path, "a.jsonl", json.dumps(record))
-    assert texts(sample) == ("问", "想", "答")
-    assert sample.id == Sample("问", "想", "答").id
-    assert sample.messages() == [
-        {"role": "user", "content": "问"},
-        {"role": "assistant", "content": "答", "reasoning_content": "想"},
-    ]
+    ]:
+        with subtests.test(record=record):
+            sample = only(tmp_path, "a.jsonl", json.dumps(record))
+            assert texts(sample) == ("问", "想", "答")
+            assert sample.id == Sample("问", "想", "答").id
+            assert sample.messages() == [
+                {"role": "user", "content": "问"},
+                {"role": "assistant", "content": "答", "reasoning_content": "想"},
+            ]
 
 
 def test_alpaca_input_system_and_history(tmp_path):
@@ -187,9 +185,8 @@ def test_columns_overlay_what_is_found_without(tmp_path):
 TURNS = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]
 
 
-@pytest.mark.parametrize(
-    ("record", "expected", "unused"),
-    [
+def test_columns_are_used_or_told(tmp_path, subtests):
+    for record, expected, unused in [
         ({"prompt": "译", "input": "问", "response": "答"}, ("译\n问", "", "答"), ""),
         ({"messages": TURNS, "thinking": "<think>想</think>"}, ("问", "想", "答"), ""),
         ({"prompt": TURNS[:1], "completion": "答", "cot": "想"}, ("问", "想", "答"), ""),
@@ -204,14 +201,13 @@ TURNS = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "�
             "solution, cot",
         ),
         ({"prompt": "问", "answer": " 答", "messages": TURNS, "system": ""}, ("问", "", "答"), ""),
-    ],
-)
-def test_columns_are_used_or_told(tmp_path, record, expected, unused):
-    line = json.dumps(record) + "\n"
-    found = read(tmp_path, "a.jsonl", f"{GOOD}\n{line}{line}")
-    assert [texts(sample) for sample in found.samples[1:]] == [expected] * 2
-    told = [(2, f"not used: {unused}; --columns says which columns are meant (first here)")]
-    assert remarks(found) == (told if unused else [])
+    ]:
+        with subtests.test(record=record):
+            line = json.dumps(record) + "\n"
+            found = read(tmp_path, "a.jsonl", f"{GOOD}\n{line}{line}")
+            assert [texts(sample) for sample in found.samples[1:]] == [expected] * 2
+            told = [(2, f"not used: {unused}; --columns says which columns are meant (first here)")]
+            assert remarks(found) == (told if unused else [])
 
 
 def test_reasoning_beside_a_conversation_that_has_its_own(tmp_path):
@@ -222,9 +218,8 @@ def test_reasoning_beside_a_conversation_that_has_its_own(tmp_path):
     assert "not used: thinking" in found.remarks[0].text
 
 
-@pytest.mark.parametrize(
-    ("record", "told"),
-    [
+def test_what_is_read_as_it_stands_is_told(tmp_path, subtests):
+    for record, told in [
         (
             {"messages": [{"role": "system", "content": c} for c in "一二"] + TURNS},
             "a system message among the turns",
@@ -242,18 +237,18 @@ def test_reasoning_beside_a_conversation_that_has_its_own(tmp_path):
             {"question": "问", "thinking": "＜/thinking＞", "answer": "答"},
             "＜think＞ with full-width",
         ),
-    ],
-)
-def test_what_is_read_as_it_stands_is_told(tmp_path, record, told):
-    found = read(tmp_path, "a.jsonl", f"{GOOD}\n{json.dumps(record)}\n{json.dumps(record)}\n")
-    assert len(found.samples) == 3
-    ((line, text),) = remarks(found)
-    assert line == 2 and told in text
+    ]:
+        with subtests.test(record=record):
+            found = read(
+                tmp_path, "a.jsonl", f"{GOOD}\n{json.dumps(record)}\n{json.dumps(record)}\n"
+            )
+            assert len(found.samples) == 3
+            ((line, text),) = remarks(found)
+            assert line == 2 and told in text
 
 
-@pytest.mark.parametrize(
-    ("line", "reason"),
-    [
+def test_broken_lines_are_listed(tmp_path, subtests):
+    for line, reason in [
         ('{"question": "问", "answer": "答"', "broken JSON at column"),
         ('{"question": "问", "answer": "答"} {}', "text after the value"),
         ('{"question": "问", "answer": ""}', "empty answer"),
@@ -297,12 +292,11 @@ def test_what_is_read_as_it_stands_is_told(tmp_path, record, told):
             '{"question": "问", "answer": "答", "tools": ' + '[{"a":' * 80 + "1" + "}]" * 80 + "}",
             "nested deeper than 64",
         ),
-    ],
-)
-def test_broken_lines_are_listed(tmp_path, line, reason):
-    found = read(tmp_path, "a.jsonl", f"{GOOD}\n{line}\n\n{GOOD}\n")
-    assert [sample.line for sample in found.samples] == [1, 4]
-    (broken,) = found.broken
-    assert (broken.source, broken.line) == (str(tmp_path / "a.jsonl"), 2)
-    assert reason in broken.reason
-    assert str(broken).startswith(f"{tmp_path / 'a.jsonl'}:2: ")
+    ]:
+        with subtests.test(line=line):
+            found = read(tmp_path, "a.jsonl", f"{GOOD}\n{line}\n\n{GOOD}\n")
+            assert [sample.line for sample in found.samples] == [1, 4]
+            (broken,) = found.broken
+            assert (broken.source, broken.line) == (str(tmp_path / "a.jsonl"), 2)
+            assert reason in broken.reason
+            assert str(broken).startswith(f"{tmp_path / 'a.jsonl'}:2: ")

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 import ask
 from ask import Ask, main
 from finetuning.common.errors import UserError
+from finetuning.config import LoraSettings, ModelSettings
 from finetuning.data.chat_template import chat_format
 from finetuning.evaluation import reply as evaluation_reply
 from finetuning.evaluation.reply import Reply, generate
@@ -31,7 +32,7 @@ def adapter(tmp_path_factory, tiny_model: Path) -> Path:
     """An adapter that changes what the tiny model says."""
     resolved = resolve_model(str(tiny_model), "cpu")
     tokenizer = load_tokenizer(resolved)
-    model = load_model(resolved, tokenizer, device="cpu", seed=1)
+    model = load_model(resolved, tokenizer, ModelSettings(), LoraSettings(), device="cpu", seed=1)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

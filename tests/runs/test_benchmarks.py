@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 CASE = json.dumps({"hidden": 64, "layers": 2, "vocab": 512, "tokens": 512})
 

@@ -1,6 +1,6 @@
 """What a person sees: TensorBoard in a real browser, on a finished run and on one that goes on.
 
-uv run pytest tests/runs/test_browser.py        skipped where there is no Chromium
+uv run pytest -m "not long" tests/runs/test_browser.py        skipped where there is no Chromium
 """
 
 import io
@@ -24,6 +24,8 @@ sys.path.append(str(ROOT / "docs"))
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
 from screenshots import SHOTS, WIDTH, browser_path, open_tab, settle, shrink  # noqa: E402
+
+pytestmark = pytest.mark.slow
 
 SCRIPT = ROOT / "direct_finetuning_with_existing_modules.py"
 CURVES = "tf-line-chart-data-loader"

@@ -1,6 +1,6 @@
 """What only a CUDA GPU can show; skipped without one.
 
-uv run pytest tests/runs/test_cuda.py
+uv run pytest -m "not long" tests/runs/test_cuda.py
 """
 
 import numpy as np
@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from finetuning.common.distributed import Distributed
 from finetuning.data.packing import StepPlan, build_batch
-from finetuning.data.token_table import Segment, TokenizedSamples, TruncationLedger
+from finetuning.data.token_table import Segment, TokenizedSamples, TruncationReport
 from finetuning.model import attention
 from finetuning.model.fused_lora import enable_fast_lora
 from finetuning.model.loss import packed_loss
@@ -42,7 +42,7 @@ def table(lengths: tuple[int, ...]) -> TokenizedSamples:
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
         sample_index=np.arange(len(lengths)),
         num_targets=np.array([(d.segments != Segment.PROMPT).sum() for d in documents]),
-        ledger=TruncationLedger(),
+        ledger=TruncationReport(),
         close_id=CLOSE,
         end_id=1,
         max_seq_length=max(lengths),
@@ -230,6 +230,7 @@ def test_fp32_trains_without_the_kernel():
     assert losses[0] == pytest.approx(losses[1], rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "more"),
     [("ddp", ()), ("fsdp", ()), ("fsdp", ("--lora-r", "0"))],
@@ -247,6 +248,7 @@ def test_one_rank_in_a_group_gives_the_losses_of_a_plain_run(
     np.testing.assert_allclose(curve(tmp_path / mode), curve(tmp_path / "plain"), rtol=5e-3)
 
 
+@pytest.mark.slow
 def test_all_weights_trained_in_bf16_learn_as_in_fp32(tiny_model, tiny_data, cache_dir, tmp_path):
     """The losses are near those of fp32, and what a checkpoint holds is fp32."""
     inputs = ["--model-name", str(tiny_model), "--data-path", str(tiny_data)]

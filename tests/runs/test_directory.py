@@ -1,6 +1,6 @@
 """One run, one writer; a directory that can't be written is refused at once; how a run ended is written.
 
-uv run pytest tests/runs/test_directory.py
+uv run pytest -m "not long" tests/runs/test_directory.py
 """
 
 import contextlib
@@ -52,6 +52,7 @@ def other_owner(output_dir: Path):
         process.communicate()
 
 
+@pytest.mark.slow
 def test_a_live_owner_is_respected_and_a_dead_one_leaves_nothing(tmp_path: Path):
     with other_owner(tmp_path) as owner:
         with pytest.raises(UserError, match="another run is writing there"):
@@ -66,6 +67,7 @@ def test_the_lock_is_free_after_release(tmp_path: Path):
     lock_output(tmp_path).release()
 
 
+@pytest.mark.slow
 def test_what_a_dead_owner_left_half_written_goes(tmp_path: Path):
     logs = tmp_path / "training_logs" / "qwen3_4b_thinking_x"
     logs.mkdir(parents=True)
@@ -88,6 +90,7 @@ def test_what_a_dead_owner_left_half_written_goes(tmp_path: Path):
     assert left - {directory.LOCK_NAME} == {".mine", "best_model", "training_logs"}
 
 
+@pytest.mark.slow
 def test_nothing_is_removed_while_the_owner_lives(tmp_path: Path):
     with other_owner(tmp_path):
         (tmp_path / ".final_model-12").mkdir()
@@ -101,6 +104,7 @@ def start(output_dir: str) -> str:
     return new_run(Path(output_dir)).name
 
 
+@pytest.mark.slow
 def test_starts_in_one_second_get_directories_of_their_own(tmp_path: Path):
     with multiprocessing.get_context("spawn").Pool(4) as pool:
         names = pool.map(start, [str(tmp_path)] * 12)
@@ -144,6 +148,7 @@ def open_for_reading(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", ["lock_output(Path({}))", "check_writable(Path({}), 1)"])
 def test_a_directory_of_somebody_else_is_refused(tmp_path: Path, call: str):
     folder = open_for_reading(tmp_path)
@@ -166,6 +171,7 @@ def mounted(target: Path, *options: str):
         subprocess.run(["umount", str(target)], check=True)
 
 
+@pytest.mark.slow
 def test_a_read_only_disk_is_refused(tmp_path: Path):
     out = tmp_path / "out"
     out.mkdir()
@@ -175,6 +181,7 @@ def test_a_read_only_disk_is_refused(tmp_path: Path):
                 refused()
 
 
+@pytest.mark.slow
 def test_too_small_a_disk_is_refused_and_no_probe_is_left(tmp_path: Path):
     out = tmp_path / "out"
     out.mkdir()

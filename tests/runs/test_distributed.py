@@ -1,6 +1,6 @@
 """Ranks are many hands on one run: the same samples, the same losses, one record; and no hang.
 
-uv run pytest tests/runs/test_distributed.py
+uv run pytest -m "not long" tests/runs/test_distributed.py
 """
 
 import json
@@ -24,7 +24,8 @@ from finetuning.common.distributed import Distributed
 from finetuning.common.errors import UserError
 from finetuning.events.reading import read_metrics, read_run
 from finetuning.model.demo_model import train_tokenizer
-from finetuning.runs.summary import check_ranks
+from finetuning.runs.identity import check_ranks
+from finetuning.runs.plan import find_model
 
 SCRIPT = Path(__file__).parents[2] / "direct_finetuning_with_existing_modules.py"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -69,6 +70,7 @@ def one_rank(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pa
 LONG = pytest.mark.long
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "mode"),
     [
@@ -91,6 +93,7 @@ def test_the_same_global_batch_gives_the_same_losses(command, one_rank, tmp_path
     assert len(list((tmp_path / "out" / "tensorboard_logs").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_a_mean_of_means_would_be_noticed(one_rank):
     """The control of the test above: the parts of a step differ in tokens and in loss."""
     thinking, answer = curve(one_rank, "Thinking/Loss"), curve(one_rank, "Answer/Loss")
@@ -99,6 +102,7 @@ def test_a_mean_of_means_would_be_noticed(one_rank):
         np.testing.assert_allclose(wrong, curve(one_rank), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_two_ranks_resume_on_one_and_on_two(command, one_rank, tmp_path):
     out = tmp_path / "out"
     assert train(command, out, 2, 2, "--max-steps", "8").returncode == 0
@@ -109,6 +113,7 @@ def test_two_ranks_resume_on_one_and_on_two(command, one_rank, tmp_path):
         np.testing.assert_allclose(curve(out), curve(one_rank), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_restarted_and_nothing_is_lost(command, one_rank, tmp_path):
     """Two nodes: only the one whose rank dies counts a restart. Without --resume, and still one run."""
     out = tmp_path / "out"
@@ -168,6 +173,7 @@ sys.exit(program.main())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_on_one_rank_ends_all_in_time(command, tmp_path, fault):
     wrapper = tmp_path / "wrapper.py"
@@ -209,6 +215,7 @@ sys.exit(program.main())
 """
 
 
+@pytest.mark.slow
 def test_a_run_that_died_before_its_first_checkpoint_begins_again(command, tmp_path):
     """Not as a second run beside the first."""
     wrapper, out = tmp_path / "wrapper.py", tmp_path / "out"
@@ -256,6 +263,7 @@ sys.exit(program.main())
 """
 
 
+@pytest.mark.slow
 def test_out_of_memory_on_one_rank_is_met_on_all(command, one_rank, tmp_path):
     """Also where the other rank is through with its part already."""
     wrapper, out = tmp_path / "wrapper.py", tmp_path / "out"
@@ -275,6 +283,7 @@ def test_out_of_memory_on_one_rank_is_met_on_all(command, one_rank, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_out_of_memory_without_a_way_out_ends_all_ranks(command, tmp_path):
     wrapper, out = tmp_path / "wrapper.py", tmp_path / "out"
     wrapper.write_text(SHORT_OF_MEMORY.format(root=str(SCRIPT.parent), always=True))
@@ -287,13 +296,14 @@ def test_out_of_memory_without_a_way_out_ends_all_ranks(command, tmp_path):
     assert json.loads((logs / "status.json").read_text())["status"] == "stopped"
 
 
+@pytest.mark.slow
 def test_auto_shards_what_does_not_fit(command, tmp_path):
     wrapper = tmp_path / "wrapper.py"
     wrapper.write_text(
         f"import sys\nsys.path.insert(0, {str(SCRIPT.parent)!r})\n"
         "import direct_finetuning_with_existing_modules as program\n"
-        "from finetuning.training import memory_estimate\n"
-        "memory_estimate.free_memory = lambda *_: 2**20\n"
+        "from finetuning.runs import plan\n"
+        "plan.free_memory = lambda *_: 2**20\n"
         "sys.exit(program.main())\n"
     )
     few = ["--max-steps", "1", "--eval-steps", "0"]
@@ -302,6 +312,7 @@ def test_auto_shards_what_does_not_fit(command, tmp_path):
     assert "2 ranks, fsdp" in done.stdout, done.stdout
 
 
+@pytest.mark.slow
 def test_all_weights_trained_in_bf16_are_kept_in_fp32(command, tmp_path):
     """On one process without torchrun and on two ranks; whole in a checkpoint, and in bf16 in the model."""
     bf16, exact = ["--lora-r", "0", "--precision", "bf16"], ["--lora-r", "0"]
@@ -363,6 +374,7 @@ distributed.exit_process(3)
 """
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_done_ends_though_threads_still_hold_tensors():
     """The interpreter's own end aborts such a process (pytorch#38228): -6 instead of its exit code."""
     script = ENDS_WITH_THREADS.format(root=str(SCRIPT.parent))
@@ -378,11 +390,10 @@ def test_a_rank_that_is_done_ends_though_threads_still_hold_tensors():
 
 @pytest.mark.parametrize("elsewhere", ["", "the GPU has 3.0 GiB free"])
 def test_all_ranks_take_the_embedded_model_if_one_must(elsewhere, tiny_model, monkeypatch):
-    trainer = DirectTrainer(
-        DirectTrainingConfig(device="cpu", model_name=str(tiny_model)), quiet=True
-    )
+    config = DirectTrainingConfig(device="cpu", model_name=str(tiny_model))
+    dist = Distributed(0, 1, 0, torch.device("cpu"))
     monkeypatch.setattr(Distributed, "gather", lambda self, reason: [reason, elsewhere])
-    found = trainer.find_model()
+    found = find_model(config, dist, False)
     assert found.embedded == bool(elsewhere)
     assert found.reason == (elsewhere or "local folder")
 
@@ -404,6 +415,7 @@ sys.exit(program.main())
 """
 
 
+@pytest.mark.slow
 def test_a_slow_rank_is_seen_and_named(command, tmp_path):
     wrapper, out = tmp_path / "wrapper.py", tmp_path / "out"
     wrapper.write_text(SLOW_RANK.format(root=str(SCRIPT.parent)))
@@ -418,6 +430,7 @@ def test_a_slow_rank_is_seen_and_named(command, tmp_path):
     assert alert["evidence"]["slowest_rank"] == 1
 
 
+@pytest.mark.slow
 def test_one_rank_has_no_straggler(one_rank):
     assert len(curve(one_rank, "Throughput/Straggler_Percent")) == 0
 
@@ -443,7 +456,8 @@ sys.path.insert(0, {root!r})
 import finetuning.common.process
 import torch
 from finetuning.common import distributed
-from finetuning.model import loading, resolve
+from finetuning.config import LoraSettings, ModelSettings
+from finetuning.model import loading, parallel, resolve
 from finetuning.model.packed_model import PackedLossModel
 
 def anonymous():
@@ -461,8 +475,9 @@ seen, done = [anonymous()], threading.Event()
 watcher = threading.Thread(target=watch)
 watcher.start()
 model = PackedLossModel(loading.load_model(
-    resolved, tokenizer, device=dist.device, precision="bf16", sharded=True), -1)
-distributed.parallelize(model, "fsdp", dist, torch.bfloat16)
+    resolved, tokenizer, ModelSettings(precision="bf16"), LoraSettings(), device=dist.device,
+    sharded=True), -1)
+parallel.parallelize(model, "fsdp", dist, torch.bfloat16)
 done.set()
 watcher.join()
 total = sum(p.numel() for p in model.parameters())
@@ -472,6 +487,7 @@ distributed.leave()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_shards_are_loaded_without_a_whole_copy_on_any_rank(tmp_path):
     torch.manual_seed(0)

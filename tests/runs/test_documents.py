@@ -1,6 +1,6 @@
 """The documents say what is true: tags, commands, flags, files, thresholds.
 
-    uv run pytest tests/runs/test_documents.py
+    uv run pytest -m "not long" tests/runs/test_documents.py
 
 Every command of every document is found here and run, a new one too; one that nothing here can run is
 a failure. What is changed before it runs: training takes one step of a tiny model, on the CPU; the folder
@@ -175,6 +175,7 @@ print(*EventAccumulator(sys.argv[1]).Reload().Tags()["images"])
 """
 
 
+@pytest.mark.slow
 def test_the_guide_is_generated_from_the_metric_table():
     script = [sys.executable, str(ROOT / "scripts" / "update_guide.py"), "--check"]
     done = subprocess.run(script, capture_output=True, text=True)
@@ -187,6 +188,7 @@ def test_every_chinese_meaning_belongs_to_a_tag():
     assert {line.partition("\t")[0] for line in lines} <= {metric.tag for metric in METRICS}
 
 
+@pytest.mark.slow
 def test_every_tag_of_a_real_run_is_documented(sandbox: Path):
     documented = set(documented_tags())
     unknown = [
@@ -197,6 +199,7 @@ def test_every_tag_of_a_real_run_is_documented(sandbox: Path):
     assert not unknown
 
 
+@pytest.mark.slow
 def test_every_documented_tag_is_in_a_real_run(sandbox: Path):
     seen = {find_metric(tag).tag for tag in emitted_tags(sandbox) if find_metric(tag)}
     missing = [m.tag for m in METRICS if m.tag not in seen and not any(u in m.when for u in UNMET)]
@@ -375,7 +378,7 @@ class Runner:
         files = [a for a in arguments if a.endswith(".py")]
         assert all((ROOT / file).is_file() for file in files)
         options = [a for a in arguments if a not in files]
-        assert options in ([], ["-k", "NAME"], ["-m", "long"])
+        assert options in ([], ["-m", "long"], ["-m", "not long"], ["-m", "not long", "-k", "NAME"])
 
     def ruff(self, arguments: list[str]) -> None:
         """On a copy of one file, because it may change what it finds."""
@@ -431,11 +434,13 @@ def runner(sandbox: Path, tiny, tiny_model, monkeypatch, capfd) -> Runner:
     return Runner(sandbox, tiny, tiny_model, monkeypatch, capfd)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command(command: str, runner: Runner):
     runner.run(command)
 
 
+@pytest.mark.slow
 def test_a_new_command_is_found_and_a_wrong_one_fails(runner: Runner):
     """The control: what the test above would do with commands that nobody has thought of."""
     text = "Say `uv run python absent.py`.\n\n```bash\n$ uv run frobnicate --all  # new\n```\n"
@@ -485,6 +490,7 @@ def test_the_ways_to_resume_are_accepted(document: str):
     assert [parse_command_line(["--resume", way]).resume for way in ways] == ways
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_flag_exists(document: str, monkeypatch, capsys):
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]+", TEXT[document]))
@@ -533,6 +539,7 @@ def test_every_module_exists(document: str):
     assert not [name for name in sorted(names) if not (ROOT / name).is_file()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_a_run_leaves_what_is_documented(document: str, sandbox: Path):
     (tree,) = [b for b in blocks(TEXT[document]) if b.startswith(f"{OUTPUT}/")]
@@ -547,6 +554,7 @@ def test_a_run_leaves_what_is_documented(document: str, sandbox: Path):
     assert not [name for name in sorted(named) if name not in left]
 
 
+@pytest.mark.slow
 def test_metrics_jsonl_holds_the_charts_numbers(sandbox: Path):
     (run_dir,) = (sandbox / OUTPUT / "tensorboard_logs").iterdir()
     records = read_metrics(sandbox / OUTPUT / "training_logs" / run_dir.name / "metrics.jsonl")
@@ -569,11 +577,11 @@ def test_both_readmes_say_the_same():
 
 def test_the_evidence_of_the_comparison_exists():
     text = (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
-    tests = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("*.py"))
+    tests = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py"))
     named = set(re.findall(r"`(test_\w+)`", text))
     assert len(named) > 20
     assert not [name for name in sorted(named) if f"def {name}(" not in tests]
-    files = re.findall(r"((?:tests|benchmarks)/\w+\.py)", text)
+    files = re.findall(r"((?:tests|benchmarks)/[\w/]+\.py)", text)
     assert not [file for file in files if not (ROOT / file).is_file()]
 
 

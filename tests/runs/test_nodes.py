@@ -1,6 +1,6 @@
 """Two nodes on one machine: two torchrun agents, each in a network namespace of its own.
 
-    uv run pytest tests/runs/test_nodes.py        # as root on Linux; skipped elsewhere
+    uv run pytest -m "not long" tests/runs/test_nodes.py        # as root on Linux; skipped elsewhere
 
 The nodes share nothing but a virtual cable (veth) and the file system, as nodes of a cluster do.
 """
@@ -18,6 +18,8 @@ import psutil
 import pytest
 
 from tests.runs.test_distributed import OPTIONS, SCRIPT, curve, train
+
+pytestmark = pytest.mark.slow
 
 PREFIX = "qwen3-nodes"
 ADDRESSES = ("10.213.7.1", "10.213.7.2")

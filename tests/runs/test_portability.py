@@ -3,7 +3,7 @@
 The sources are read, and a run is made where POSIX modules, calls and signals are absent. Neither system
 itself is at hand.
 
-    uv run pytest tests/runs/test_portability.py
+    uv run pytest -m "not long" tests/runs/test_portability.py
 """
 
 import ast
@@ -75,38 +75,41 @@ def asked_for(tree: ast.Module) -> set[str]:
     }
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_no_posix_module_is_needed_to_import(path: Path):
-    names = {name for node in at_module_level(parsed(path)) for name in imported(node)}
-    assert not names & POSIX_MODULES
+def test_no_posix_module_is_needed_to_import(subtests):
+    for path in FILES:
+        with subtests.test(path=path):
+            names = {name for node in at_module_level(parsed(path)) for name in imported(node)}
+            assert not names & POSIX_MODULES
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_what_some_systems_lack_is_asked_for_first(path: Path):
-    tree = parsed(path)
-    found = attributes(tree, "os") & POSIX_OS
-    found |= {n for n in attributes(tree, "signal") if n.startswith("SIG")} - EVERYWHERE
-    assert not found - asked_for(tree)
+def test_what_some_systems_lack_is_asked_for_first(subtests):
+    for path in FILES:
+        with subtests.test(path=path):
+            tree = parsed(path)
+            found = attributes(tree, "os") & POSIX_OS
+            found |= {n for n in attributes(tree, "signal") if n.startswith("SIG")} - EVERYWHERE
+            assert not found - asked_for(tree)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_text_is_read_and_written_as_utf_8(path: Path):
+def test_text_is_read_and_written_as_utf_8(subtests):
     """A Windows machine in China would else use GBK."""
-    wrong = []
-    for node in ast.walk(parsed(path)):
-        if not isinstance(node, ast.Call):
-            continue
-        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
-        given = {keyword.arg for keyword in node.keywords}
-        mode = next((k.value for k in node.keywords if k.arg == "mode"), None)
-        if name == "open" and isinstance(node.func, ast.Name) and len(node.args) > 1:
-            mode = node.args[1]
-        binary = isinstance(mode, ast.Constant) and "b" in mode.value
-        texts = name in ("write_text",) or (name == "read_text" and not node.args)
-        opens = name == "open" and isinstance(node.func, ast.Name) and not binary
-        if (texts or opens) and "encoding" not in given:
-            wrong.append(node.lineno)
-    assert not wrong, [f"{path.name}:{line}" for line in wrong]
+    for path in FILES:
+        with subtests.test(path=path):
+            wrong = []
+            for node in ast.walk(parsed(path)):
+                if not isinstance(node, ast.Call):
+                    continue
+                name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+                given = {keyword.arg for keyword in node.keywords}
+                mode = next((k.value for k in node.keywords if k.arg == "mode"), None)
+                if name == "open" and isinstance(node.func, ast.Name) and len(node.args) > 1:
+                    mode = node.args[1]
+                binary = isinstance(mode, ast.Constant) and "b" in mode.value
+                texts = name in ("write_text",) or (name == "read_text" and not node.args)
+                opens = name == "open" and isinstance(node.func, ast.Name) and not binary
+                if (texts or opens) and "encoding" not in given:
+                    wrong.append(node.lineno)
+            assert not wrong, [f"{path.name}:{line}" for line in wrong]
 
 
 def test_the_checks_see_what_they_look_for():
@@ -152,6 +155,7 @@ LIBRARIES_NEED = {"statvfs", "uname", "sysconf", "sched_getaffinity"}
 BLOCKING = {"SIG_BLOCK", "SIG_SETMASK", "SIG_UNBLOCK"}
 
 
+@pytest.mark.slow
 def test_imports_and_trains_without_what_windows_lacks(
     tiny_model: Path, tiny_data: Path, cache_dir: Path, tmp_path: Path
 ):
@@ -173,6 +177,7 @@ def test_imports_and_trains_without_what_windows_lacks(
     assert (tmp_path / "out" / "final_model" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_a_module_that_needs_posix_would_be_noticed(tmp_path: Path):
     """The control: the same, with one module that imports fcntl."""
     (tmp_path / "needs_posix.py").write_text("import fcntl\n", encoding="utf-8")

@@ -9,19 +9,20 @@ from pathlib import Path
 import pytest
 
 from finetuning.events.reading import read_metrics, read_run
+from finetuning.monitoring.system_monitor import SystemMonitor
 from finetuning.runs.directory import RunDirectory, new_run
 from finetuning.runs.record import RunRecord
+from tb_logger import TensorBoardLogger
 
 
 def open_record(run: RunDirectory, resume_step: int | None) -> RunRecord:
+    metrics = run.logs / "metrics.jsonl"
     return RunRecord(
         run,
-        is_main=True,
-        samples_hardware=False,
+        TensorBoardLogger(run.tensorboard, metrics_path=metrics, resume_step=resume_step),
+        SystemMonitor((), run.output_dir),
         resume_step=resume_step,
-        gpu_uuids=(),
-        first_gpu_index=0,
-        alert_state=None,
+        alert_state={},
         alert_actions={},
         warn=lambda text: None,
     )

@@ -1,6 +1,6 @@
 """The real script from data to final model: what it leaves, how it goes on, and how it says no.
 
-uv run pytest tests/runs/test_run.py
+uv run pytest -m "not long" tests/runs/test_run.py
 """
 
 import json
@@ -20,10 +20,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from direct_finetuning_with_existing_modules import DirectTrainer, main
-from finetuning.common.distributed import Distributed
+from direct_finetuning_with_existing_modules import main
+from finetuning.config import DirectTrainingConfig
 from finetuning.events.metric_table import find_metric
 from finetuning.events.reading import read_metrics, read_run, read_texts
+from finetuning.runs import plan
 from finetuning.training import engine, optimizer
 from finetuning.training.checkpoint import load_checkpoint, save_checkpoint
 
@@ -185,6 +186,7 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path, finished, run, monke
         assert steps == sorted(set(steps)), tag
 
 
+@pytest.mark.slow
 def test_automatic_checkpoints_are_rare_where_saving_is_slow(tmp_path, run, monkeypatch):
     def slowly(*args, **kwargs):
         time.sleep(2)  # a twentieth of 40 s, in which a tiny model does far more than 100 steps
@@ -197,6 +199,7 @@ def test_automatic_checkpoints_are_rare_where_saving_is_slow(tmp_path, run, monk
     assert saved == {"checkpoint-50", "checkpoint-102"}, "the first in time, and the end"
 
 
+@pytest.mark.slow
 def test_a_bad_step_that_is_done_again_is_told_once(tmp_path, run, monkeypatch):
     """NaN in step 5, back to checkpoint 3, and step 5 again without its update."""
     clip, calls = engine.clip_gradients, []
@@ -225,14 +228,15 @@ def test_a_bad_step_that_is_done_again_is_told_once(tmp_path, run, monkeypatch):
     assert strict_json(logs / "status.json")["status"] == "completed"
 
 
+@pytest.mark.slow
 def test_saving_the_best_model_is_no_training_time(tmp_path, run, monkeypatch):
-    save = engine.ModelInTraining.save
+    save = engine.TrainingEngine.save
 
     def slowly(*arguments):
         time.sleep(3)
         save(*arguments)
 
-    monkeypatch.setattr(engine.ModelInTraining, "save", slowly)
+    monkeypatch.setattr(engine.TrainingEngine, "save", slowly)
     options = ["--logging-steps", "1", "--save-steps", "0", "--eval-steps", "2"]
     assert run(tmp_path, *options, "--learning-rate", "1e-2") == 0
     assert (tmp_path / "out" / "best_model").is_dir()
@@ -242,6 +246,7 @@ def test_saving_the_best_model_is_no_training_time(tmp_path, run, monkeypatch):
     assert max(m["Throughput/Saving_Percent"] for m in steps) > 30
 
 
+@pytest.mark.slow
 def test_changed_settings_of_a_resumed_run_are_said(tmp_path, run, capsys):
     loud = [option for option in FAST if option != "--quiet"]
     assert run(tmp_path, "--max-steps", "6", "--save-steps", "4") == 0
@@ -258,6 +263,7 @@ def test_changed_settings_of_a_resumed_run_are_said(tmp_path, run, capsys):
     assert all("alert\\_actions" in text for _, text in tables), "all settings, also empty ones"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("while_it", ["imports", "reads"])
 def test_ctrl_c_before_the_run_is_one_line(tmp_path, tiny_data, cache_dir, while_it):
     """The first seconds are imports; then data are read. There is nothing to save yet."""
@@ -291,6 +297,7 @@ def test_ctrl_c_before_the_run_is_one_line(tmp_path, tiny_data, cache_dir, while
     assert ("interrupted before the first step" in done.stderr) == bool(reads)
 
 
+@pytest.mark.slow
 def test_what_is_too_long_is_counted_at_the_start(tmp_path, tiny_data, run, capsys):
     rows = [json.loads(line) for line in tiny_data.read_text(encoding="utf-8").splitlines()]
     for row in rows[:7]:
@@ -302,6 +309,7 @@ def test_what_is_too_long_is_counted_at_the_start(tmp_path, tiny_data, run, caps
     assert re.search(r"too long, left out +7\b", capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_a_finished_run_started_again_does_nothing(tmp_path, run):
     assert run(tmp_path, "--resume", "auto") == 0
     final = tmp_path / "out" / "final_model" / "adapter_model.safetensors"
@@ -310,6 +318,7 @@ def test_a_finished_run_started_again_does_nothing(tmp_path, run):
     assert final.read_bytes() == before and losses_of(tmp_path / "out") == losses
 
 
+@pytest.mark.slow
 def test_resume_with_other_settings_is_refused(tmp_path, run, capfd):
     assert run(tmp_path) == 0
     capfd.readouterr()
@@ -317,6 +326,7 @@ def test_resume_with_other_settings_is_refused(tmp_path, run, capfd):
     assert "lora_r is 4, the checkpoint has 16" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_out_of_memory_recomputes_then_halves_the_micro_batches_and_keeps_the_loss(
     tmp_path, finished, run, monkeypatch, capfd
 ):
@@ -355,6 +365,7 @@ def test_out_of_memory_recomputes_then_halves_the_micro_batches_and_keeps_the_lo
     assert rows == [(0, 1.0), *((step, 1 / parts) for step in losses)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wish", ["auto", "on"])
 def test_layers_that_cannot_be_compiled_run_as_they_are(
     tmp_path, finished, run, monkeypatch, capfd, wish
@@ -366,7 +377,7 @@ def test_layers_that_cannot_be_compiled_run_as_they_are(
         raise ValueError("no C compiler")
 
     compile_layers = packed_model.PackedLossModel.compile_layers
-    monkeypatch.setattr(DirectTrainer, "compiles", True)
+    monkeypatch.setattr(plan, "compiles", lambda *_: True)
     monkeypatch.setattr(
         packed_model.PackedLossModel, "compile_layers", lambda self: compile_layers(self, broken)
     )
@@ -399,14 +410,12 @@ def test_layers_that_cannot_be_compiled_run_as_they_are(
 def test_layers_are_compiled_where_it_can_be_done_and_is_worth_it(
     monkeypatch, settings, efficiency, compiler, compiles
 ):
-    import direct_finetuning_with_existing_modules as program
-
-    monkeypatch.setattr(program, "compiler_is_there", lambda: compiler)
-    monkeypatch.setattr(DirectTrainer, "dtype", torch.bfloat16)
-    trainer = DirectTrainer(program.DirectTrainingConfig(device="cpu", **settings), quiet=True)
-    trainer.dist = Distributed(0, 1, 0, torch.device("cuda"))
-    trainer.plan = SimpleNamespace(constant_efficiency=efficiency)
-    assert trainer.compiles == compiles
+    monkeypatch.setattr(plan, "compiler_is_there", lambda: compiler)
+    config, steps = (
+        DirectTrainingConfig(**settings),
+        SimpleNamespace(constant_efficiency=efficiency),
+    )
+    assert plan.compiles(config, torch.device("cuda"), torch.bfloat16, steps) == compiles
 
 
 # -----------------------------------------------------------------------------
@@ -427,11 +436,13 @@ def default_run(tmp_path_factory, cache_dir) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_held_out_loss_of_a_short_default_run_falls(default_run: Path):
     training = strict_json(default_run / "training_statistics.json")["training"]
     assert training["last_eval_loss"] < 0.9 * training["first_eval_loss"]
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_says_how_to_go_on(tmp_path, tiny_model, tiny_data, cache_dir):
     out = tmp_path / "out"
     command = [sys.executable, str(SCRIPT), "--output-dir", str(out), "--cache-dir", str(cache_dir)]
@@ -460,6 +471,7 @@ def test_sigterm_saves_and_says_how_to_go_on(tmp_path, tiny_model, tiny_data, ca
 # Real data of others
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "samples"),
     [
@@ -541,6 +553,7 @@ def test_other_bad_input_is_one_clear_line(tmp_path, run, tiny_model, capfd):
         assert "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_too_many_broken_samples_refuse_to_start_and_few_are_listed(tmp_path, run, capfd):
     lines = [GOOD.replace("SM4", f"SM4第{i}问") for i in range(30)]
     few = data_file(tmp_path, "few.jsonl", "".join([*lines, "{\n"]).encode())

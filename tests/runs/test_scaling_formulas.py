@@ -12,9 +12,8 @@ from benchmarks import scaling
 WITHOUT_PADDING = 8  # every shape of the table has a multiple of so many rows
 
 
-@pytest.mark.parametrize(
-    ("shape", "world", "shard", "padded"),
-    [
+def test_a_shard_is_as_long_as_the_first(subtests):
+    for shape, world, shard, padded in [
         ((16, 100), 8, 200, 1_600),  # two rows a rank
         ((16, 100), 16, 100, 1_600),
         ((16, 100), 64, 100, 6_400),  # 48 ranks hold a row of padding
@@ -23,11 +22,10 @@ WITHOUT_PADDING = 8  # every shape of the table has a multiple of so many rows
         ((128, 3, 5), 1024, 15, 15_360),  # experts: eight times their size
         ((7,), 2, 4, 8),
         ((7, 2), 1, 14, 14),
-    ],
-)
-def test_a_shard_is_as_long_as_the_first(shape, world, shard, padded):
-    assert scaling.shard_size(shape, world) == shard
-    assert scaling.padded_size(shape, world) == padded
+    ]:
+        with subtests.test(shape=shape):
+            assert scaling.shard_size(shape, world) == shard
+            assert scaling.padded_size(shape, world) == padded
 
 
 def test_a_step_gathers_layers_twice_and_the_root_once():

@@ -1,6 +1,6 @@
 """What is imported when: seconds before the first step are spent on nothing that can wait.
 
-uv run pytest tests/runs/test_startup.py
+uv run pytest -m "not long" tests/runs/test_startup.py
 """
 
 import subprocess
@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = "direct_finetuning_with_existing_modules.py"
@@ -72,3 +74,16 @@ print("imported")
 """
     done = python(code)
     assert done.stdout.split("\n")[-2:] == ["imported", ""], done.stderr[-2000:]
+
+
+def test_some_rooms_load_no_torch():
+    """What reads data, watches a run or writes events serves without the model, as in a worker process."""
+    code = """
+import importlib, pathlib, sys
+for room in ("readers", "monitoring", "events"):
+    for path in sorted(pathlib.Path("finetuning", room).glob("*.py")):
+        importlib.import_module(f"finetuning.{room}.{path.stem}")
+print([name for name in ("torch", "transformers", "peft") if name in sys.modules])
+"""
+    done = python(code)
+    assert done.stdout.split("\n")[-2:] == ["[]", ""], done.stdout + done.stderr[-2000:]

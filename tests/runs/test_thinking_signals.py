@@ -1,6 +1,6 @@
 """Thinking apart from answer: exact against hand-made logits, and the same however a step is cut.
 
-uv run pytest tests/runs/test_thinking_signals.py
+uv run pytest -m "not long" tests/runs/test_thinking_signals.py
 """
 
 import os
@@ -18,7 +18,7 @@ from direct_finetuning_with_existing_modules import main
 from finetuning.data.packing import build_batch
 from finetuning.data.token_table import Segment, TokenizedSample
 from finetuning.data.tokenization import tokenize_samples
-from finetuning.evaluation.loss_metrics import LossLedger
+from finetuning.evaluation.loss_metrics import LossMetrics
 from finetuning.events.reading import read_metrics, read_texts
 from finetuning.model.loss import packed_loss
 from finetuning.model.packed_model import PackedLossModel
@@ -29,7 +29,7 @@ CLOSE, END, VOCAB = 1, 2, 8
 GROUPS = ("Training/By_", "Thinking/", "Answer/", "Boundary/", "Training/Loss", "Training/Token")
 
 
-def metrics_of(parts, ledger: LossLedger) -> dict[str, float]:
+def metrics_of(parts, ledger: LossMetrics) -> dict[str, float]:
     """Metrics of (documents, LossSums) pairs, as a step collects them."""
     vector = ledger.zeros()
     for documents, sums in parts:
@@ -80,7 +80,7 @@ def hand_made(documents: list[TokenizedSample], probabilities) -> dict[str, floa
         close_id=CLOSE,
         num_targets=len(batch.labels),
     )
-    ledger = LossLedger({"By_Difficulty_": (("1", "2"), np.arange(len(documents)) % 2)})
+    ledger = LossMetrics({"By_Difficulty_": (("1", "2"), np.arange(len(documents)) % 2)})
     return metrics_of([(range(len(documents)), sums)], ledger)
 
 
@@ -157,7 +157,7 @@ def tokens(tiny_model: Path, tiny_data: Path):
 def test_packed_alone_accumulated_and_padded_agree(tiny_model, tokens):
     """Eight documents in one row, one by one, in four micro-batches, and padded through transformers."""
     model = Qwen3ForCausalLM.from_pretrained(tiny_model).eval()
-    ledger = LossLedger({"By_Source/": (("a", "b"), np.arange(len(tokens)) % 2)})
+    ledger = LossMetrics({"By_Source/": (("a", "b"), np.arange(len(tokens)) % 2)})
     packed = PackedLossModel(model, tokens.close_id)
 
     def measured(size: int) -> dict[str, float]:
@@ -247,6 +247,7 @@ def signals_of(output: Path) -> dict[int, dict[str, float]]:
     return steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", ["accumulated", "two ranks"])
 def test_signals_are_the_same_however_a_step_is_cut(runs, cut):
     reference, other = signals_of(runs["at once"]), signals_of(runs[cut])
@@ -260,6 +261,7 @@ def test_signals_are_the_same_however_a_step_is_cut(runs, cut):
             assert other[step][tag] == pytest.approx(metrics[tag], rel=close, abs=1e-9), (step, tag)
 
 
+@pytest.mark.slow
 def test_the_hardest_of_both_ranks_are_in_one_table(runs):
     tables = []
     for output in (runs["at once"], runs["two ranks"]):

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from finetuning.config import PROJECTIONS
 from finetuning.model import packed_model
-from finetuning.model.adapters import PROJECTIONS
 from finetuning.model.fused_lora import enable_fast_lora
 from finetuning.model.loss import packed_loss, rows_per_chunk
 from finetuning.model.packed_model import PackedLossModel

@@ -2,10 +2,10 @@
 
 import pytest
 
+from finetuning.config import PROJECTIONS
 from finetuning.training import memory_estimate
 from finetuning.training.memory_estimate import model_shape
 from tests.helpers import traced_step
-from tests.helpers.qwen3_4b import PROJECTIONS
 
 
 @pytest.fixture(scope="session")

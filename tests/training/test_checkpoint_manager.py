@@ -17,20 +17,20 @@ from torch.distributed import HashStore
 from finetuning.common.distributed import Distributed
 from finetuning.common.errors import RunStopped, UserError
 from finetuning.training import checkpoint_manager
-from finetuning.training.checkpoint_manager import RunCheckpoints
+from finetuning.training.checkpoint_manager import CheckpointManager
 
 ONE = Distributed(0, 1, 0, torch.device("cpu"))
-Make = Callable[..., RunCheckpoints]
+Make = Callable[..., CheckpointManager]
 
 
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
     """Checkpoints below one directory; what was said and warned of is in `.said`."""
 
-    def make(dist: object = ONE, **settings) -> RunCheckpoints:
+    def make(dist: object = ONE, **settings) -> CheckpointManager:
         said: list[str] = []
         settings = {"save_steps": "auto", "keep": 2, **settings}
-        made = RunCheckpoints(tmp_path, dist, say=said.append, warn=said.append, **settings)
+        made = CheckpointManager(tmp_path, dist, say=said.append, warn=said.append, **settings)
         made.said = said
         return made
 
@@ -38,14 +38,14 @@ def make(tmp_path: Path) -> Make:
 
 
 def save(
-    checkpoints: RunCheckpoints, step: int, run: str = "run", value: float = 1.0, protect=None
+    checkpoints: CheckpointManager, step: int, run: str = "run", value: float = 1.0, protect=None
 ):
     tensors = {"adapter_model": {"a": torch.full((3,), value)}}
     state = {"train_state": {"step": step}}
     checkpoints.save(run, step, tensors, documents={}, state=state, protect=protect)
 
 
-def took(checkpoints: RunCheckpoints, seconds: float, monkeypatch: pytest.MonkeyPatch) -> float:
+def took(checkpoints: CheckpointManager, seconds: float, monkeypatch: pytest.MonkeyPatch) -> float:
     """The last save took that long; the time when it ended."""
     now = time.monotonic()
     clock(monkeypatch, now - seconds, now)
@@ -108,9 +108,9 @@ def test_the_newest_and_the_best_remain(make, tmp_path):
         save(checkpoints, step, protect=2)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"checkpoint-1", "checkpoint-2", "checkpoint-3", "checkpoint-4"}
-    assert checkpoints.find("latest").run == "run" and checkpoints.step == 4
+    assert checkpoints.resolve_resume("latest").run == "run" and checkpoints.step == 4
     assert checkpoints.newest("another").step == 1
-    assert make().find(str(tmp_path / "checkpoint-2")).step == 2
+    assert make().resolve_resume(str(tmp_path / "checkpoint-2")).step == 2
     assert [line for line in checkpoints.said if line.endswith("checkpoint-4")]
 
 
@@ -119,21 +119,21 @@ def test_generators_go_on_as_they_were(make):
     save(checkpoints, 7)
     expected = torch.rand(4)
     later_start = make()
-    later_start.go_on_from(later_start.find("auto"))
+    later_start.load_rng(later_start.resolve_resume("auto"))
     assert torch.equal(torch.rand(4), expected) and later_start.step == 7
     # Rank 1 did not exist then: it keeps its own.
     other = make(Distributed(1, 1, 1, torch.device("cpu")))
     own = torch.get_rng_state()
-    other.go_on_from(later_start.find("auto"))
+    other.load_rng(later_start.resolve_resume("auto"))
     assert torch.equal(torch.get_rng_state(), own)
 
 
 def test_nothing_to_go_on_from(make, tmp_path):
-    assert make().find("") is None and make().find("auto") is None
+    assert make().resolve_resume("") is None and make().resolve_resume("auto") is None
     with pytest.raises(UserError, match=r"--resume latest: no usable checkpoint.*--resume auto"):
-        make().find("latest")
+        make().resolve_resume("latest")
     with pytest.raises(UserError, match="not a usable checkpoint"):
-        make().find(str(tmp_path / "checkpoint-9"))
+        make().resolve_resume(str(tmp_path / "checkpoint-9"))
 
 
 def test_what_forbids_a_checkpoint_is_said_and_the_one_before_stays(make, tmp_path):
@@ -141,7 +141,7 @@ def test_what_forbids_a_checkpoint_is_said_and_the_one_before_stays(make, tmp_pa
     save(checkpoints, 1)
     with pytest.raises(RunStopped, match=r"step 2: .*\ba is not finite.*--resume latest"):
         save(checkpoints, 2, value=float("nan"))
-    assert checkpoints.step == 1 and make().find("latest").step == 1
+    assert checkpoints.step == 1 and make().resolve_resume("latest").step == 1
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1"}
 
 
@@ -149,10 +149,10 @@ def test_a_restarted_group_goes_on_with_its_run_whatever_resume_says(make):
     save(make(), 9, run="of last week")
     group = dataclasses.replace(ONE, job_store=HashStore())
     first = make(group)
-    assert first.find("") is None and first.begun() == ""
+    assert first.resolve_resume("") is None and first.run_before_first_checkpoint() == ""
     group.note("run", "run")
     second = make(group)  # the first one died before it saved anything
-    assert second.find("") is None and second.begun() == "run"
+    assert second.resolve_resume("") is None and second.run_before_first_checkpoint() == "run"
     save(second, 3)
     third = make(group)
-    assert third.find("").run == "run" and third.begun() == ""
+    assert third.resolve_resume("").run == "run" and third.run_before_first_checkpoint() == ""

@@ -4,6 +4,7 @@ uv run pytest tests/training/test_engine.py
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from finetuning.common.distributed import Distributed
 from finetuning.common.errors import RunStopped
+from finetuning.config import OptimizerSettings
 from finetuning.data.packing import StepPlan
 from finetuning.data.token_table import TokenizedSamples
 from finetuning.data.tokenization import tokenize_samples
@@ -21,13 +23,13 @@ from finetuning.model import packed_model
 from finetuning.model.flops import dims_from_config, training_flops
 from finetuning.readers.dataset import read_samples
 from finetuning.training import engine
-from finetuning.training.engine import ModelInTraining
+from finetuning.training.engine import Execution, TrainingEngine
 from finetuning.training.state import TrainState
 from finetuning.training.step_clock import StepClock
 
 ONE = Distributed(0, 1, 0, torch.device("cpu"))
 RATE = 1e-2
-Make = Callable[..., ModelInTraining]
+Make = Callable[..., TrainingEngine]
 
 
 @pytest.fixture(scope="module")
@@ -43,29 +45,25 @@ def plan(tokens: TokenizedSamples) -> StepPlan:
 
 @pytest.fixture
 def make(tiny_model: Path, tokens: TokenizedSamples) -> Make:
-    def make(**changes) -> ModelInTraining:
+    def make(**changes) -> TrainingEngine:
         torch.manual_seed(0)
         base = Qwen3ForCausalLM.from_pretrained(tiny_model)
         model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
-        options = {
-            "parallel": "ddp",
-            "dtype": torch.float32,
-            "batch_shape": {},
-            "must_compile": False,
-            "recomputes": False,
-            "may_recompute": True,
-            "learning_rate": RATE,
-            "betas": (0.9, 0.999),
-            "epsilon": 1e-8,
-            "weight_decay": 0.0,
-            "warn": lambda text: None,
-        }
-        return ModelInTraining(model, tokens.close_id, ONE, **(options | changes))
+        warn = changes.pop("warn", lambda text: None)
+        execution = Execution("ddp", torch.float32, may_checkpoint=True)
+        return TrainingEngine(
+            model,
+            tokens.close_id,
+            ONE,
+            replace(execution, **changes),
+            OptimizerSettings(learning_rate=RATE),
+            warn,
+        )
 
     return make
 
 
-def gradients(model: ModelInTraining, plan: StepPlan, tokens: TokenizedSamples, state: TrainState):
+def gradients(model: TrainingEngine, plan: StepPlan, tokens: TokenizedSamples, state: TrainState):
     planned = plan[state.step + 1]
     sums, _ = model.forward_backward(planned, tokens, StepClock(), state, lambda: False)
     loss = sum(s.per_document[..., 0].double().sum() for _, s in sums) / planned.num_targets
@@ -125,7 +123,7 @@ def test_less_memory_gives_the_same_gradients(make, plan, tokens, monkeypatch):
     model, state = make(warn=said.append), TrainState()
     short_of_memory(monkeypatch, 300)
     less, found = gradients(model, plan, tokens, state)
-    assert state.recomputes and model.recomputes and state.micro_batch_splits >= 1
+    assert state.recomputes and model.gradient_checkpointing and state.micro_batch_splits >= 1
     assert ["made again" in text for text in said] == [True] + [False] * state.micro_batch_splits
     assert less == pytest.approx(loss, rel=1e-6)
     for one, other in zip(expected, found, strict=True):
@@ -187,20 +185,12 @@ def test_the_arithmetic_counts_adapters_or_all_weights(make, tiny_model, tokens)
     lengths = np.array([100, 200])
     assert model.num_trainable == sum(p.numel() for p in model.parameters) < model.num_parameters
     adapters = model.flops(lengths, 150)
-    everything = ModelInTraining(
+    everything = TrainingEngine(
         Qwen3ForCausalLM.from_pretrained(tiny_model),
         tokens.close_id,
         ONE,
-        parallel="ddp",
-        dtype=torch.float32,
-        batch_shape={},
-        must_compile=False,
-        recomputes=False,
-        may_recompute=False,
-        learning_rate=RATE,
-        betas=(0.9, 0.999),
-        epsilon=1e-8,
-        weight_decay=0.0,
+        Execution("ddp", torch.float32),
+        OptimizerSettings(learning_rate=RATE),
         warn=print,
     )
     assert everything.num_trainable == everything.num_parameters

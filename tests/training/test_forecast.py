@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from direct_finetuning_with_existing_modules import main
+from finetuning.config import OutputSettings
 from finetuning.data.packing import StepPlan
 from finetuning.training import forecast as training_forecast
 from finetuning.training import memory_estimate
@@ -20,7 +21,7 @@ from finetuning.training.forecast import steps_between_evaluations
 from finetuning.training.memory_estimate import (
     Placement,
 )
-from tests.helpers.qwen3_4b import GIB
+from tests.helpers.units import GIB
 
 SPEED = training_forecast.Speed(1e12, 2e12, "as the test says")
 
@@ -36,20 +37,31 @@ def forecast(shape, tmp_path: Path, **changes) -> training_forecast.RunForecast:
         "device": torch.device("cpu"),
         "free": 8 * GIB,
         "dtype": torch.float32,
+        "gradient_checkpointing": "auto",
+    }
+    work = {
         "plan": plan,
         "lengths": lengths,
         "num_targets": 40 * 250,
         "eval_lengths": lengths[:4],
         "eval_targets": 1000,
-        "batch_size": 1,
         "eval_steps": 5,
         "answer_tokens": 0,
-        "gradient_checkpointing": "auto",
+    }
+    output = {
         "save_steps": 7,
         "save_total_limit": 2,
-        "output_dir": tmp_path / "not" / "there",
+        "output_dir": str(tmp_path / "not" / "there"),
     }
-    return training_forecast.forecast(shape, Placement("cpu", 4), **(options | changes))
+    for values in (options, work, output):
+        values |= {name: changes[name] for name in values if name in changes}
+    return training_forecast.forecast(
+        shape,
+        Placement("cpu", 4),
+        training_forecast.Workload(**work),
+        output=OutputSettings(**output),
+        **options,
+    )
 
 
 def test_checkpointing_is_turned_on_where_memory_is_short(qwen3_4b, tmp_path, monkeypatch):

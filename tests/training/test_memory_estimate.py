@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from finetuning.common.errors import UserError
+from finetuning.config import PROJECTIONS
 from finetuning.training import memory_estimate
 from finetuning.training.memory_estimate import (
     Placement,
@@ -21,7 +22,7 @@ from finetuning.training.memory_estimate import (
     largest_batch,
     model_shape,
 )
-from tests.helpers.qwen3_4b import GIB, KIB, PROJECTIONS
+from tests.helpers.units import GIB, KIB
 
 CUDA = Placement("cuda", 2)
 
@@ -113,6 +114,7 @@ def test_all_weights_trained_in_bf16_take_16_bytes_each_and_copies_of_what_is_us
 
 def test_the_activations_are_what_autograd_keeps(tiny_model: Path, tiny_data: Path, tmp_path: Path):
     """Counted tensor by tensor in a real forward pass on the CPU."""
+    from finetuning.config import LoraSettings, ModelSettings
     from finetuning.data.packing import build_batch
     from finetuning.data.split import split_samples
     from finetuning.data.training_data import prepare_data, read_data
@@ -125,7 +127,7 @@ def test_the_activations_are_what_autograd_keeps(tiny_model: Path, tiny_data: Pa
     tokenizer = load_tokenizer(resolved)
     split = split_samples(*read_data([str(tiny_data)]))
     data = prepare_data(split, tokenizer, 768, workers=1, cache_dir=tmp_path)
-    model = load_model(resolved, tokenizer, device="cpu", lora_r=4)
+    model = load_model(resolved, tokenizer, ModelSettings(), LoraSettings(lora_r=4), device="cpu")
     enable_fast_lora(model)
     packed = PackedLossModel(model, data.train.tokens.close_id).train()
     batch = build_batch(data.train.tokens, range(8))

@@ -35,10 +35,11 @@ def test_warmup_starts_above_zero_and_reaches_the_peak():
     assert course[54 + 1] == pytest.approx(0.5, abs=0.01)
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 3])
-@pytest.mark.parametrize("warmup_ratio", [0.0, 0.05, 0.9])
-def test_short_runs_have_a_learning_rate(num_steps: int, warmup_ratio: float):
-    assert all(0 < rate <= 1 for rate in rates(num_steps, warmup_ratio=warmup_ratio))
+def test_short_runs_have_a_learning_rate(subtests):
+    for num_steps in [1, 2, 3]:
+        for warmup_ratio in [0.0, 0.05, 0.9]:
+            with subtests.test(num_steps=num_steps, warmup_ratio=warmup_ratio):
+                assert all(0 < rate <= 1 for rate in rates(num_steps, warmup_ratio=warmup_ratio))
 
 
 def test_other_schedules_and_a_floor():

@@ -35,6 +35,11 @@ class State:
         self._lines: dict[str, int] = {}
         self.set()
 
+    def clear(self) -> None:
+        """Two healthy boards, as at the beginning."""
+        self._lines = {}
+        self.set()
+
     def set(self, lines: dict[str, int] | None = None) -> None:
         """Add or change lines; seen whole by the next call, since a rename is atomic."""
         self._lines |= lines or {}

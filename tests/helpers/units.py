@@ -1,0 +1,3 @@
+"""Units of memory, in bytes."""
+
+GIB, KIB = 2**30, 2**10
