@@ -39,7 +39,6 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from finetuning.common import distributed
 from finetuning.data.packing import build_batch
 from finetuning.data.token_table import Segment
-from finetuning.config import PROJECTIONS
 from finetuning.model import loading, parallel, resolve
 from finetuning.model.demo_model import train_tokenizer
 from finetuning.model.fused_lora import enable_fast_lora
@@ -148,7 +147,7 @@ class Peak(threading.Thread):
 
 def measure(case: Case, folder: Path, device: torch.device) -> dict[str, float]:
     """Estimated and measured bytes of one case."""
-    shape = memory_estimate.model_shape(folder, lora_r=case.lora_r, target_modules=PROJECTIONS)
+    shape = memory_estimate.model_shape(folder, LoraSettings(lora_r=case.lora_r))
     dtype = resolve.weight_dtype(device, case.precision)
     placement = memory_estimate.Placement(
         device.type, dtype.itemsize, compiled=case.compiled, fused_lora=case.fused_lora
@@ -183,9 +182,7 @@ def traced(case: Case) -> dict[str, float]:
     assert case.precision == "bf16" and not case.compiled, "what is traced is eager and in bf16"
     with tempfile.TemporaryDirectory() as folder:
         config_of(case).save_pretrained(folder)
-        shape = memory_estimate.model_shape(
-            Path(folder), lora_r=case.lora_r, target_modules=PROJECTIONS
-        )
+        shape = memory_estimate.model_shape(Path(folder), LoraSettings(lora_r=case.lora_r))
     placement = memory_estimate.Placement("cuda", 2, fused_lora=case.fused_lora)
     estimate = memory_estimate.estimate_memory(
         shape, placement, case.tokens, checkpointing=case.checkpointing
