@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from finetuning.config import PROJECTIONS
 from finetuning.model.flops import (
-    PROJECTIONS,
     ModelDims,
     dims_from_config,
     lora_parameters,
