@@ -1,7 +1,7 @@
 """What the signals cost: training steps on one CPU thread with all of them, and without any.
 
-    uv run python benchmarks/signal_cost.py              # about 3 minutes
-    uv run python benchmarks/signal_cost.py --pairs 10   # shorter, noisier
+    uv run python -m benchmarks.signal_cost              # about 3 minutes
+    uv run python -m benchmarks.signal_cost --pairs 10   # shorter, noisier
 
 The embedded model on the bundled data, one packed row of 2048 tokens a step. With: sums by document and
 segment, positions in the chain of thought, premature closing, token accuracy, groups, the ranking of the
@@ -11,15 +11,6 @@ other, first the one and then the other, and CPU time (process_time) is taken; t
 the pairs' ratios. Evaluation, probes and adapter health run apart, once per evaluation, and are timed apart.
 The last line is JSON.
 """
-
-import sys
-from pathlib import Path
-
-from finetuning.runs.metrics import MetricsProcessor
-from finetuning.runs.plan import plan_run
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import finetuning.common.process  # noqa: F401, I001  before torch
 
 import argparse
 import json
@@ -34,10 +25,13 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+import finetuning.common.process  # noqa: F401  before torch
 from direct_finetuning_with_existing_modules import DirectTrainer, due
 from finetuning.config import DirectTrainingConfig
 from finetuning.evaluation.evaluator import held_out_sums
 from finetuning.model import loss, packed_model
+from finetuning.runs.metrics import MetricsProcessor
+from finetuning.runs.plan import plan_run
 from finetuning.training.optimizer import forward_backward
 from finetuning.training.step_clock import StepClock
 from tb_logger import NullLogger
