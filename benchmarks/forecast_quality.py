@@ -1,6 +1,6 @@
 """How good are forecast, score and alerts on recorded loss curves? Prints the tables of the docs.
 
-    uv run python benchmarks/forecast_quality.py [FOLDER] > docs/forecast_quality.md
+    uv run python -m benchmarks.forecast_quality [FOLDER] > docs/forecast_quality.md
 
 FOLDER holds csv files with the columns step, loss and, where known, learning_rate and grad_norm;
 without it, the recorded curves beside the checkout. Every forecast is for the last step, made from
@@ -16,8 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import scipy
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from finetuning.monitoring.convergence import ConvergenceMonitor, describe
 from finetuning.monitoring.loss_curves import Curve, read_curve
@@ -158,7 +156,7 @@ def main() -> None:
         sys.exit(f"{folder} holds no csv files")
     today = datetime.date.today()
     print("# Forecasts on recorded runs\n")
-    print("`uv run python benchmarks/forecast_quality.py > docs/forecast_quality.md`, ", end="")
+    print("`uv run python -m benchmarks.forecast_quality > docs/forecast_quality.md`, ", end="")
     print(f"{today}; numpy {np.__version__}, scipy {scipy.__version__}.")
     falling = {n: c for n, c in curves.items() if n[:2] not in BROKEN}
     with warnings.catch_warnings():  # the plain fit has no covariance at times; only it warns

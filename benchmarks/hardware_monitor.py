@@ -1,4 +1,4 @@
-"""What the hardware monitor and the step clock cost: `uv run python benchmarks/hardware_monitor.py`.
+"""What the hardware monitor and the step clock cost: `uv run python -m benchmarks.hardware_monitor`.
 
 Processor time of one sampling pass (one per second in a run), of `read()` while NVML answers and
 while it hangs, and of the step clock per training step. NVML is the tests' fake library, which opens
@@ -6,20 +6,16 @@ a file at every call, so the GPU pass is an upper bound for the Python side only
 """
 
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import psutil
 
-import psutil  # noqa: E402
-
-from finetuning.monitoring import system_monitor  # noqa: E402
-from finetuning.monitoring.nvml import gpu_samples  # noqa: E402
-from finetuning.training.step_clock import StepClock  # noqa: E402
-from tests.helpers import fake_nvml  # noqa: E402
+from finetuning.monitoring import system_monitor
+from finetuning.monitoring.nvml import gpu_samples
+from finetuning.training.step_clock import StepClock
+from tests.helpers import fake_nvml
 
 GPUS = [f"GPU-{n:08x}-0000-0000-0000-000000000000" for n in range(1, 9)]
 

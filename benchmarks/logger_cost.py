@@ -1,7 +1,7 @@
 """What logging costs and survives: torch's SummaryWriter, tensorboardX, TensorBoard's EventFileWriter, ours.
 
-    python benchmarks/logger_cost.py            # about 6 minutes; --quick: about 1.5
-    python benchmarks/logger_cost.py --quick --tables scalars histogram
+    python -m benchmarks.logger_cost            # about 6 minutes; --quick: about 1.5
+    python -m benchmarks.logger_cost --quick --tables scalars histogram
 
 Four tables from one run, the writers interleaved, medians with their range:
   1. 60 scalars a step: microseconds a step in the caller, CPU, bytes
@@ -26,8 +26,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 TAGS = 60
 NAMES = {
@@ -440,7 +438,7 @@ def outcome(fault: str, name: str, timeout: float) -> dict:
             return {"skipped": "mounting a small disk is not permitted"}
         run_dir = f"{directory}/run"
         os.mkdir(run_dir)
-        command = [sys.executable, __file__, "--trial", fault, name, run_dir]
+        command = [sys.executable, "-m", "benchmarks.logger_cost", "--trial", fault, name, run_dir]
         child = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,

@@ -1,7 +1,7 @@
 """Peak memory of a run against vocabulary, length of a row and number of samples: what stays flat.
 
-    uv run python benchmarks/memory.py             # about 5 minutes; samples up to 10^5
-    uv run python benchmarks/memory.py --samples 1000 1000000 --axes samples
+    uv run python -m benchmarks.memory             # about 5 minutes; samples up to 10^5
+    uv run python -m benchmarks.memory --samples 1000 1000000 --axes samples
 
 Every point is a process of its own, and its resident memory at the peak is what the kernel says.
 Tables of samples and tokens are mapped files: their pages count in the peak and can be taken back
@@ -13,19 +13,17 @@ four documents into a row. The last line is JSON; rss_growth_percent compares th
 samples with the smallest.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import finetuning.common.process  # noqa: F401, I001  before torch
-
 import argparse
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
+import sys
 import tempfile
+from pathlib import Path
+
 
 HIDDEN, LAYERS, STEPS = 64, 2, 3
 SAMPLES = (1_000, 10_000, 100_000)
@@ -173,7 +171,6 @@ def many_samples(count: int, folder: str) -> None:
 
 def write_samples(folder: Path, counts: list[int]) -> None:
     """Files of short samples that differ, and a tokenizer."""
-    sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
     from tests.helpers.tiny_model import make_tiny_data, make_tiny_model
 
     make_tiny_model(folder / "model")
@@ -183,7 +180,7 @@ def write_samples(folder: Path, counts: list[int]) -> None:
 
 def peaks_of(*point: str) -> tuple[float, float]:
     """MiB at the peak of a process that does one point, and without mapped files at its end."""
-    command = [sys.executable, __file__, "--point", *point]
+    command = [sys.executable, "-m", "benchmarks.memory", "--point", *point]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
     if done.returncode:
         sys.exit(f"{point}: {done.stderr[-2000:]}")

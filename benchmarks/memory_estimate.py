@@ -1,9 +1,9 @@
 """What --plan estimates, memory and time, against what is measured, in a process of its own for each case.
 
-    uv run python benchmarks/memory_estimate.py            # about 3 minutes on one CPU core
-    uv run python benchmarks/memory_estimate.py --device cuda
-    uv run python benchmarks/memory_estimate.py --device traced    # Qwen3-4B on a GPU, without one
-    python benchmarks/memory_estimate.py --case '{"hidden": 64, "layers": 2, "vocab": 512, "tokens": 512}'
+    uv run python -m benchmarks.memory_estimate            # about 3 minutes on one CPU core
+    uv run python -m benchmarks.memory_estimate --device cuda
+    uv run python -m benchmarks.memory_estimate --device traced    # Qwen3-4B on a GPU, without one
+    python -m benchmarks.memory_estimate --case '{"hidden": 64, "layers": 2, "vocab": 512, "tokens": 512}'
 
 A case writes a Qwen3 with random weights, loads it as a run does, and makes three updates on one packed
 row. Measured is what the process takes beyond what it held before the model: resident memory, sampled
@@ -12,40 +12,34 @@ host processor time over threads, which other work on the machine hardly changes
 step that computes shapes only, as a GPU would hold them (`tests/traced_step.py`). The last line is JSON.
 """
 
-import sys
-from pathlib import Path
-
-from finetuning.config import LoraSettings, ModelSettings
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import finetuning.common.process  # noqa: F401, I001  before torch
-
 import argparse
 import json
 import subprocess
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
-from tests.helpers.traced_step import documents_of, peak_of_a_step
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from finetuning.common import distributed
+from finetuning.config import LoraSettings, ModelSettings
 from finetuning.data.packing import build_batch
 from finetuning.data.token_table import Segment
-from finetuning.config import PROJECTIONS
 from finetuning.model import loading, parallel, resolve
 from finetuning.model.demo_model import train_tokenizer
 from finetuning.model.fused_lora import enable_fast_lora
 from finetuning.model.packed_model import PackedLossModel
 from finetuning.training import forecast, memory_estimate
 from finetuning.training.optimizer import build_optimizer, clip_gradients, update_weights
+from tests.helpers.traced_step import documents_of, peak_of_a_step
 
 MIB = 2**20
 
@@ -148,7 +142,7 @@ class Peak(threading.Thread):
 
 def measure(case: Case, folder: Path, device: torch.device) -> dict[str, float]:
     """Estimated and measured bytes of one case."""
-    shape = memory_estimate.model_shape(folder, lora_r=case.lora_r, target_modules=PROJECTIONS)
+    shape = memory_estimate.model_shape(folder, LoraSettings(lora_r=case.lora_r))
     dtype = resolve.weight_dtype(device, case.precision)
     placement = memory_estimate.Placement(
         device.type, dtype.itemsize, compiled=case.compiled, fused_lora=case.fused_lora
@@ -183,9 +177,7 @@ def traced(case: Case) -> dict[str, float]:
     assert case.precision == "bf16" and not case.compiled, "what is traced is eager and in bf16"
     with tempfile.TemporaryDirectory() as folder:
         config_of(case).save_pretrained(folder)
-        shape = memory_estimate.model_shape(
-            Path(folder), lora_r=case.lora_r, target_modules=PROJECTIONS
-        )
+        shape = memory_estimate.model_shape(Path(folder), LoraSettings(lora_r=case.lora_r))
     placement = memory_estimate.Placement("cuda", 2, fused_lora=case.fused_lora)
     estimate = memory_estimate.estimate_memory(
         shape, placement, case.tokens, checkpointing=case.checkpointing
@@ -249,7 +241,7 @@ def in_process(case: Case, device: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         write_model(case, Path(folder))
         arguments = ["--case", json.dumps(asdict(case)), "--folder", folder, "--device", device]
-        command = [sys.executable, __file__, *arguments]
+        command = [sys.executable, "-m", "benchmarks.memory_estimate", *arguments]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{case.name}: {done.stderr[-2000:]}")

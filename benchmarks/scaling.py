@@ -1,8 +1,8 @@
 """Several ranks: weak scaling and equal losses on two ranks over gloo, and the formulas of docs/scaling.md.
 
-    uv run python benchmarks/scaling.py            # weak scaling, about 2 minutes on two cores
-    uv run python benchmarks/scaling.py --check    # each formula against a measured small case
-    uv run python benchmarks/scaling.py --table    # the formulas for 4B to 235B on 1 to 1,024 GPUs
+    uv run python -m benchmarks.scaling            # weak scaling, about 2 minutes on two cores
+    uv run python -m benchmarks.scaling --check    # each formula against a measured small case
+    uv run python -m benchmarks.scaling --table    # the formulas for 4B to 235B on 1 to 1,024 GPUs
 
 Weak scaling: the same work a rank (one packed row a step) with one rank alone and with two under DDP, in
 turns within one group of processes, one thread each; the ratio is the median of the pairs. On two cores
@@ -10,14 +10,7 @@ that others use, wall time tells more about them than about us: CPU time of the 
 The last line is JSON.
 """
 
-import sys
-from pathlib import Path
-
-from finetuning.config import LoraSettings, ModelSettings
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import finetuning.common.process  # noqa: F401, I001  before torch
-
 import argparse
 import json
 import math
@@ -26,11 +19,13 @@ import platform
 import shutil
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -41,6 +36,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3Moe
 
 from finetuning.common import distributed
 from finetuning.common.distributed import Distributed
+from finetuning.config import LoraSettings, ModelSettings
 from finetuning.data.packing import StepPlan, build_batch
 from finetuning.data.token_table import Segment, TokenizedSample
 from finetuning.model import adapters as model_adapters
@@ -703,7 +699,7 @@ def launch(arguments: list[str], own_network: bool) -> int:
         command = [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
             *("--local-addr", "127.0.0.1", "--nproc-per-node", str(WORLD)),
-            *(__file__, *arguments, "--folder", folder),
+            *("-m", "benchmarks.scaling", *arguments, "--folder", folder),
         ]
         env = os.environ | {"OMP_NUM_THREADS": "1"}
         if own_network and may_unshare():

@@ -1,7 +1,7 @@
 """What the signals cost: training steps on one CPU thread with all of them, and without any.
 
-    uv run python benchmarks/signal_cost.py              # about 3 minutes
-    uv run python benchmarks/signal_cost.py --pairs 10   # shorter, noisier
+    uv run python -m benchmarks.signal_cost              # about 3 minutes
+    uv run python -m benchmarks.signal_cost --pairs 10   # shorter, noisier
 
 The embedded model on the bundled data, one packed row of 2048 tokens a step. With: sums by document and
 segment, positions in the chain of thought, premature closing, token accuracy, groups, the ranking of the
@@ -12,15 +12,7 @@ the pairs' ratios. Evaluation, probes and adapter health run apart, once per eva
 The last line is JSON.
 """
 
-import sys
-from pathlib import Path
-
-from finetuning.runs.metrics import MetricsProcessor
-from finetuning.runs.plan import plan_run
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import finetuning.common.process  # noqa: F401, I001  before torch
-
 import argparse
 import json
 import os
@@ -34,10 +26,14 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from direct_finetuning_with_existing_modules import DirectTrainer, due
+from direct_finetuning_with_existing_modules import DirectTrainer
+from finetuning.common.formatting import due
 from finetuning.config import DirectTrainingConfig
 from finetuning.evaluation.evaluator import held_out_sums
 from finetuning.model import loss, packed_model
+from finetuning.runs.build import build_engine, build_evaluator
+from finetuning.runs.metrics import MetricsProcessor
+from finetuning.runs.plan import plan_run
 from finetuning.training.optimizer import forward_backward
 from finetuning.training.step_clock import StepClock
 from tb_logger import NullLogger
@@ -77,8 +73,8 @@ def prepare(folder: str) -> DirectTrainer:
     """A trainer with model and data, at its first step, that writes no run."""
     trainer = DirectTrainer(DirectTrainingConfig(output_dir=folder, device="cpu"), quiet=True)
     trainer.plan = plan_run(trainer.config, trainer.dist, trainer.terminal)
-    trainer.engine = trainer.build_engine()
-    trainer.evaluator = trainer.build_evaluator()
+    trainer.engine = build_engine(trainer.config, trainer.plan, trainer.dist, trainer.terminal)
+    trainer.evaluator = build_evaluator(trainer.config, trainer.plan, trainer.engine, trainer.dist)
     trainer.metrics = MetricsProcessor(trainer.plan, trainer.dist, trainer.state)
     return trainer
 

@@ -1,7 +1,7 @@
 """From the command to the first optimizer step, against the bare imports that any such program pays.
 
-    uv run python benchmarks/startup.py               # about 2 minutes
-    uv run python benchmarks/startup.py --repeats 3 --model-name FOLDER --data-path FILES
+    uv run python -m benchmarks.startup               # about 2 minutes
+    uv run python -m benchmarks.startup --repeats 3 --model-name FOLDER --data-path FILES
 
 Four programs take turns, each in a fresh interpreter: this program until its first update has been
 done (data, tokens, statistics, model, evaluation before the first step and its log included),
@@ -81,7 +81,6 @@ def imports_of_help(environment: dict[str, str]) -> str:
 
 def make_inputs(folder: Path) -> dict[str, list[str]]:
     """The model and the data of the tests, written below `folder`."""
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     from tests.helpers.tiny_model import make_tiny_data, make_tiny_model
 
     model, data = make_tiny_model(folder / "model"), make_tiny_data(folder / "data.jsonl")

@@ -1,7 +1,7 @@
 """How fast the statistics are, against the obvious single-threaded way, in one interleaved run.
 
-    python benchmarks/stats_throughput.py                       stages, and the whole on 2 workers
-    python benchmarks/stats_throughput.py --memory 1000 10000 100000    peak memory by samples
+    python -m benchmarks.stats_throughput                       stages, and the whole on 2 workers
+    python -m benchmarks.stats_throughput --memory 1000 10000 100000    peak memory by samples
 
 The obvious way to the same numbers: jieba with HMM for the words, one `in` per term and alias, the
 same components and keys in a plain loop. Both ways read the same samples in turn, the median of
@@ -25,16 +25,14 @@ from typing import Annotated
 import jieba
 import tyro
 
+from finetuning.analysis import crypto_terms, text_quality
+from finetuning.analysis import facts as analysis_facts
+from finetuning.analysis import statistics as analysis_statistics
+from finetuning.data import near_duplicates
+from finetuning.readers.dataset import read_samples
+from finetuning.readers.sample import Sample
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from finetuning.analysis import crypto_terms, text_quality  # noqa: E402
-from finetuning.analysis import facts as analysis_facts  # noqa: E402
-from finetuning.analysis import statistics as analysis_statistics  # noqa: E402
-from finetuning.data import near_duplicates  # noqa: E402
-from finetuning.readers.dataset import read_samples  # noqa: E402
-from finetuning.readers.sample import Sample  # noqa: E402
-
 PACKAGES = ("jieba", "rjieba", "ahocorasick-rs", "rensa", "numpy", "scipy")
 
 

@@ -1,8 +1,8 @@
 """Training speed on one CPU thread: this program's path, HF Trainer, and TRL's SFTTrainer.
 
-    uv run --group bench python benchmarks/train_cpu.py             # about 5 minutes
-    uv run --group bench python benchmarks/train_cpu.py --ablation  # what each piece brings
-    uv run --group bench python benchmarks/train_cpu.py --data data/raw --steps 15
+    uv run --group bench python -m benchmarks.train_cpu             # about 5 minutes
+    uv run --group bench python -m benchmarks.train_cpu --ablation  # what each piece brings
+    uv run --group bench python -m benchmarks.train_cpu --data data/raw --steps 15
 
 Every side trains the same tiny Qwen3 with the same weights, LoRA, documents, order and optimizer,
 in fp32 without checkpointing. First the step losses and gradient norms are compared; then the runs
@@ -12,12 +12,7 @@ max_length) are overridden; its token accuracy and entropy metrics cannot be tur
 settings of malloc are the same for everybody: this is one process. The last line is JSON.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import finetuning.common.process  # noqa: F401, I001  before torch
-
 import argparse
 import importlib.metadata
 import json
@@ -25,6 +20,7 @@ import logging
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 import warnings

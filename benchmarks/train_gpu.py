@@ -1,8 +1,8 @@
 """Training speed at the exact shapes of Qwen3-4B: this program's path, its pieces, and its peers.
 
-    python benchmarks/train_gpu.py                               # everything, documents of 300–1,500
-    python benchmarks/train_gpu.py --sides ours "ours, eager" --lengths 8192
-    python benchmarks/train_gpu.py --sides peers --repeats 2
+    python -m benchmarks.train_gpu                               # everything, documents of 300–1,500
+    python -m benchmarks.train_gpu --sides ours "ours, eager" --lengths 8192
+    python -m benchmarks.train_gpu --sides peers --repeats 2
 
 Random weights in bf16, LoRA r = 16 on all linear layers with fp32 masters, random documents whose
 first quarter is the prompt, AdamW, clipping at 1. Rows of 8,192 tokens, or 4,096 on a GPU below
@@ -20,12 +20,7 @@ and no gradient may be zero; that the losses are equal step by step is shown by 
 torch, transformers and peft; a peer that is not installed is left out. The last line is JSON.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import finetuning.common.process  # noqa: F401, I001  before torch
-
 import argparse
 import contextlib
 import importlib.metadata
@@ -37,10 +32,12 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -536,7 +533,7 @@ def matmul_rate() -> float:
 
 def child(side: str, arguments: argparse.Namespace) -> dict:
     """A side in a process of its own; what went wrong is its result then."""
-    command = [sys.executable, __file__, "--child", side]
+    command = [sys.executable, "-m", "benchmarks.train_gpu", "--child", side]
     for name in ("lengths", "row_tokens", "steps", "warm_up"):
         command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")

@@ -6,7 +6,6 @@ each of them.
 
 import dataclasses
 import math
-import sys
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -441,7 +440,3 @@ def _value_of(flag: str, arguments: list[str]) -> str:
         if argument.startswith(flag + "="):
             return argument.partition("=")[2]
     return ""
-
-
-if __name__ == "__main__":
-    print(parse_command_line(sys.argv[1:]))

@@ -2,7 +2,6 @@
 
 import os
 import re
-import unicodedata
 from typing import Any
 
 # C0 and C1 controls except tab and newline, and the line separators that split a log line in two.
@@ -75,8 +74,3 @@ def fenced(text: str) -> str:
 def table_cell(text: str, limit: int | None = None) -> str:
     """`text` as one cell of a Markdown table: one line, markup characters escaped."""
     return re.sub(r"([\\|`*_<>\[\]!#~])", r"\\\1", clean_line(text, limit))
-
-
-def display_width(text: str) -> int:
-    """Columns that `text` takes in a terminal: East Asian wide characters count two."""
-    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)

@@ -124,25 +124,6 @@ class TokenizedSamples(Sequence):
         within = np.arange(ends[-1]) - np.repeat(ends - counts, counts)
         return np.repeat(first, counts) + within
 
-    def select(self, documents: Sequence[int]) -> "TokenizedSamples":
-        """A table of these documents alone (copied), with the same ledger."""
-        documents = np.asarray(documents, dtype=np.int64)
-        lengths = self.lengths[documents]
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        source = np.arange(offsets[-1]) + np.repeat(self.offsets[documents] - offsets[:-1], lengths)
-        return TokenizedSamples(
-            np.asarray(self.ids[source]),
-            np.asarray(self.segments[source]),
-            offsets,
-            self.sample_index[documents],
-            self.num_targets[documents],
-            self.ledger,
-            self.close_id,
-            self.end_id,
-            self.max_seq_length,
-            self.segment_counts[documents],
-        )
-
 
 def _segment_counts(segments: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """int32 (n, 5) from the segments (total,) of n documents end to end."""

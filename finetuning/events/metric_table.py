@@ -450,12 +450,3 @@ def description(tag: str) -> str:
         return ""
     unit = f" Unit: {metric.unit}." if metric.unit else ""
     return f"{metric.meaning}{unit} Source: `{metric.source}`."
-
-
-def metrics_markdown() -> str:
-    """The whole table for the guide."""
-    lines = ["| tag | kind | unit | written | source | meaning |", "|---|---|---|---|---|---|"]
-    for m in METRICS:
-        unit, meaning = m.unit or "–", m.meaning.replace("<", "\\<").replace("|", "\\|")
-        lines.append(f"| `{m.tag}` | {m.kind} | {unit} | {m.when} | {m.source} | {meaning} |")
-    return "\n".join(lines) + "\n"

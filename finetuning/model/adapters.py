@@ -56,7 +56,11 @@ def attach_adapters(
         base_model_name_or_path=base_name,
     )
     check_rank_pattern(model, config)
-    model.name_or_path = base_name  # peft writes this name, not the config's
+    return _with_adapters(model, config, seed)
+
+
+def _with_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
+    model.name_or_path = config.base_model_name_or_path  # peft writes this name, not the config's
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -109,7 +113,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, base_name: str) -> PeftMo
     """A saved LoRA adapter as the trainable start; rank and modules are the adapter's own."""
     config = read_adapter_config(folder)
     config.base_model_name_or_path = base_name
-    peft_model = attach_adapters(model, config, seed=0)
+    peft_model = _with_adapters(model, config, seed=0)
     _load_exactly(peft_model, _adapter_tensors(folder), f"adapter {folder}")
     return peft_model
 

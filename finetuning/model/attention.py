@@ -32,20 +32,6 @@ def enable(model: torch.nn.Module) -> None:
     _pretrained(model).set_attn_implementation(IMPLEMENTATION)
 
 
-def cumulative_lengths(lengths: Sequence[int], pad_to: int | None = None) -> torch.Tensor:
-    """Document boundaries (D+1,) int32 on the host: 0, l0, l0+l1, … T.
-
-    `pad_to` repeats T, as empty documents, up to that many documents: a compiled layer then sees
-    one shape for every batch. Raises ValueError if there are more documents than that.
-    """
-    if pad_to is not None and len(lengths) > pad_to:
-        raise ValueError(f"{len(lengths)} documents do not fit in a batch of {pad_to}")
-    bounds = torch.zeros((pad_to or len(lengths)) + 1, dtype=torch.int32)
-    torch.cumsum(torch.tensor(lengths), 0, out=bounds[1 : len(lengths) + 1])
-    bounds[len(lengths) + 1 :] = sum(lengths)
-    return bounds
-
-
 def attention_kwargs(
     cu_seqlens: torch.Tensor,
     lengths: Sequence[int],

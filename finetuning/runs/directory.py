@@ -9,7 +9,6 @@
 import os
 import shutil
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -89,6 +88,16 @@ def lock_output(output_dir: Path) -> FileLock:
             "--output-dir"
         ) from error
     return lock
+
+
+@contextmanager
+def only_writer(output_dir: Path) -> Iterator[None]:
+    """Within it, no other run writes below the output directory; see `lock_output`."""
+    lock = lock_output(output_dir)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _remove_leftovers(output_dir: Path) -> None:
@@ -218,8 +227,3 @@ def shared_run(output_dir: Path, name: str, patience: float = 60.0) -> RunDirect
         if run.logs.parent.is_dir():
             os.listdir(run.logs.parent)  # makes NFS look again
     return run
-
-
-def command_line() -> list[str]:
-    """How this process was started, for the status file."""
-    return [Path(sys.argv[0]).name, *sys.argv[1:]]

@@ -262,10 +262,7 @@ def choose_parallel(
     """Replicas, or shards where a replica does not fit on one of the ranks; and the forecast for it."""
     shape = model_shape(
         inputs.model.path,
-        lora_r=config.lora_r,
-        target_modules=config.target_modules,
-        rank_pattern=config.rank_pattern,
-        use_dora=config.use_dora,
+        config,
         init_adapter=config.init_adapter,
         trust_remote_code=inputs.model.trust_remote_code,
     )

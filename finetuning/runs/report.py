@@ -1,7 +1,7 @@
 """A run as one page for a colleague: curves, alerts, samples, data and settings, offline and without scripts.
 
-uv run python report.py qwen3_4b_thinking_output                        # its newest run
-uv run python report.py qwen3_4b_thinking_output/training_logs/<run>
+uv run python -m finetuning.runs.report qwen3_4b_thinking_output                        # its newest run
+uv run python -m finetuning.runs.report qwen3_4b_thinking_output/training_logs/<run>
 
 The page is report.html among the run's logs. Finished, running and broken-off runs alike.
 """

@@ -1,8 +1,7 @@
 """Bytes on the device at the peak of a training step, before weights are loaded."""
 
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetuning.common.errors import UserError
 from finetuning.common.text import clean_line
+from finetuning.config import LoraSettings
+from finetuning.model.adapters import attach_adapters
 from finetuning.model.flops import ModelDims, dims_from_config
 from finetuning.model.loss import rows_per_chunk
 
@@ -49,16 +50,12 @@ class ModelShape:
 
 
 def model_shape(
-    folder: Path,
-    *,
-    lora_r: int,
-    target_modules: Sequence[str],
-    rank_pattern: Mapping[str, int] | None = None,
-    use_dora: bool = False,
-    init_adapter: str = "",
-    trust_remote_code: bool = False,
+    folder: Path, lora: LoraSettings, *, init_adapter: str = "", trust_remote_code: bool = False
 ) -> ModelShape:
-    """Build the model of `folder` on the meta device, without weights, and count. Raises UserError."""
+    """Build the model of `folder` and its adapters on the meta device, without weights, and count.
+
+    Raises UserError for an architecture that is not known and for adapters that do not fit it.
+    """
     try:
         config = AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code
@@ -71,28 +68,25 @@ def model_shape(
             "check that this version of transformers knows it"
         ) from error
     head = model.get_output_embeddings()
-    linear = {
-        name: module
-        for name, module in model.named_modules()
+    linear = sum(
+        module.weight.numel()
+        for module in model.modules()
         if isinstance(module, torch.nn.Linear) and module is not head
-    }
+    )
     parameters = sum(p.numel() for p in model.parameters())
-    adapter = parameters
+    trainable = parameters
     if init_adapter:
-        adapter = adapter_size(Path(init_adapter).expanduser())
-    elif lora_r:
-        _check_names(linear, target_modules, rank_pattern or {})
-        adapter = sum(
-            _adapter_weights(module, _rank(name, lora_r, rank_pattern or {}), use_dora)
-            for name, module in linear.items()
-            if _is_target(name, target_modules)
-        )
+        trainable = adapter_size(Path(init_adapter).expanduser())
+    elif lora.lora_r:
+        with torch.device("meta"):
+            adapted = attach_adapters(model, lora, str(folder), seed=0)
+        trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     return ModelShape(
         dims=dims_from_config(config),
         parameters=parameters,
-        linear_parameters=sum(m.weight.numel() for m in linear.values()),
-        trainable=adapter,
-        lora=bool(lora_r),
+        linear_parameters=linear,
+        trainable=trainable,
+        lora=bool(lora.lora_r),
     )
 
 
@@ -107,41 +101,6 @@ def adapter_size(folder: Path) -> int:
             f"init_adapter {folder}: {path.name} can't be read ({clean_line(str(error), 200)}); give the "
             "folder of an adapter saved as safetensors"
         ) from error
-
-
-def _check_names(
-    linear: Mapping[str, torch.nn.Linear], wanted: Sequence[str], patterns: Mapping[str, int]
-) -> None:
-    """Every name must fit a layer and every pattern be an expression, or the plan would be another."""
-    unknown = [w for w in wanted if not any(_is_target(name, [w]) for name in linear)]
-    if unknown:
-        known = sorted({name.rpartition(".")[2] for name in linear})
-        raise UserError(
-            f"target_modules: {clean_line(', '.join(unknown))}; this model has {', '.join(known)} (or "
-            "all-linear)"
-        )
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise UserError(f"rank_pattern {clean_line(pattern)}: {error}") from error
-
-
-def _is_target(name: str, wanted: Sequence[str]) -> bool:
-    return list(wanted) == ["all-linear"] or any(
-        name == w or name.endswith(f".{w}") for w in wanted
-    )
-
-
-def _rank(name: str, lora_r: int, pattern: Mapping[str, int]) -> int:
-    """The rank that peft gives a module: of the first pattern that fits the end of its name."""
-    fits = (rank for key, rank in pattern.items() if re.match(rf"(.*\.)?({key})$", name))
-    return next(fits, lora_r)
-
-
-def _adapter_weights(module: torch.nn.Linear, rank: int, dora: bool) -> int:
-    """A (r, in), B (out, r), and DoRA's magnitudes (out)."""
-    return rank * (module.in_features + module.out_features) + dora * module.out_features
 
 
 # -----------------------------------------------------------------------------

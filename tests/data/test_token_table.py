@@ -19,13 +19,6 @@ def test_table(qwen3):
     assert (tokens.segment_counts[:, 1:].sum(1) == tokens.num_targets).all()
     assert tokens.documents_of([21, 20, 3]).tolist() == [20, 3]
     assert tokens.documents_of([]).tolist() == []
-    some = tokens.select([20, 3, 3])
-    assert len(some) == 3
-    assert some[0].index == 21
-    for i, j in enumerate([20, 3, 3]):
-        assert some[i].ids.tolist() == tokens[j].ids.tolist()
-        assert some[i].segments.tolist() == tokens[j].segments.tolist()
-    assert some.num_targets.tolist() == tokens.num_targets[[20, 3, 3]].tolist()
     assert tokens[-1].ids.tolist() == tokens[20].ids.tolist()
     with pytest.raises(IndexError):
         tokens[21]

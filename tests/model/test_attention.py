@@ -12,6 +12,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from finetuning.common.errors import UserError
 from finetuning.model import attention
+from tests.helpers.packed import document_bounds
 
 LENGTHS = (7, 31, 12, 20)
 
@@ -43,7 +44,7 @@ def token_losses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 
 def packed_hidden(model, docs, pad_to=None) -> torch.Tensor:
-    bounds = attention.cumulative_lengths(LENGTHS, pad_to)
+    bounds = document_bounds(LENGTHS, pad_to)
     return model.model(
         input_ids=torch.cat(docs).unsqueeze(0),
         position_ids=torch.cat([torch.arange(len(doc)) for doc in docs]).unsqueeze(0),
@@ -160,14 +161,6 @@ def test_ordinary_attention_ends_after_an_error():
         assert model.config._attn_implementation == "sdpa"
         raise KeyError
     assert model.config._attn_implementation == attention.IMPLEMENTATION
-
-
-def test_cumulative_lengths():
-    assert attention.cumulative_lengths([3, 4]).tolist() == [0, 3, 7]
-    padded = attention.cumulative_lengths([3, 4], pad_to=4)
-    assert padded.tolist() == [0, 3, 7, 7, 7] and padded.dtype == torch.int32
-    with pytest.raises(ValueError, match="3 documents"):
-        attention.cumulative_lengths([1, 2, 3], pad_to=2)
 
 
 # ---------------------------------------------------------------------------
@@ -326,7 +319,7 @@ def test_compiled_layers_share_one_graph(monkeypatch):
     for lengths in ((7, 31, 12, 20), (40, 30), (10, 20, 10, 20, 10)):
         ids = torch.arange(70)[None] % 97
         positions = torch.cat([torch.arange(length) for length in lengths])[None]
-        bounds = attention.cumulative_lengths(lengths, pad_to=6)
+        bounds = document_bounds(lengths, pad_to=6)
         kwargs = attention.attention_kwargs(bounds, lengths, 64)
         embeddings = model.model.embed_tokens(ids).detach().requires_grad_()
         hidden = model.model(

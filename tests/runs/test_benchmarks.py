@@ -22,7 +22,6 @@ CASE = json.dumps({"hidden": 64, "layers": 2, "vocab": 512, "tokens": 512})
 
 # (program and its arguments, what must stand in the last line)
 SHORT = [
-    ("comparison_sources --only flipped-bit", "0 do not hold"),
     ("faults_hf_trainer --only F16", '"F16 a gradient is NaN"'),
     ("forecast_quality FOLDER", "Cost:"),
     ("hardware_monitor", "read() while NVML hangs"),

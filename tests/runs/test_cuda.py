@@ -22,6 +22,7 @@ from finetuning.training.optimizer import (
     update_weights,
 )
 from finetuning.training.step_clock import CudaTimeline, StepClock
+from tests.helpers.packed import document_bounds
 from tests.model.test_packed_model import CLOSE, lora_model, make_documents
 from tests.runs.test_distributed import OPTIONS, SCRIPT, curve, train
 
@@ -72,7 +73,7 @@ def test_the_kernel_equals_attention_per_document(heads: int, kv_heads: int, hea
     rounded = [torch.randn(s, device="cuda", dtype=torch.bfloat16) for s in shapes]
     exact = [t.double().requires_grad_() for t in rounded]
     rounded = [t.requires_grad_() for t in rounded]
-    bounds = attention.cumulative_lengths(LENGTHS, pad_to=9).cuda()
+    bounds = document_bounds(LENGTHS, pad_to=9).cuda()
     module = torch.nn.Module()
     out, _ = attention.packed_attention(
         module, *rounded, None, packed_bounds=bounds, packed_max_length=512

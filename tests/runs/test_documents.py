@@ -7,7 +7,7 @@ a failure. What is changed before it runs: training takes one step of a tiny mod
 /models/… is that model; torchrun starts two ranks on this one machine, whatever numbers of nodes and GPUs
 are written, and HOST is localhost; servers get a free port; the hub of `hf download` is on this machine.
 The flags of benchmarks and of the fault suite are checked here; they run, shortened, in
-tests/runs/test_benchmarks.py and tests/faults, and `docs/screenshots.py` in tests/runs/test_browser.py.
+tests/runs/test_benchmarks.py and test_faults.py, and `docs/screenshots.py` in tests/runs/test_browser.py.
 `uv sync` runs dry, ssh does not connect, `pip install uv` must have been done. pytest does not run in
 pytest: the files and tests that are named must exist.
 """
@@ -271,10 +271,10 @@ class Runner:
         """A program of ours, in this process."""
         if arguments[0] == "-m":
             module = arguments[1].replace(".", "/")
-            package = (ROOT / module).is_dir()
-            return self.knows(f"{module}/__main__.py" if package else f"{module}.py", arguments[2:])
-        if arguments[0].startswith(SLOW):
-            return self.knows(arguments[0], arguments[1:])
+            file = f"{module}/__main__.py" if (ROOT / module).is_dir() else f"{module}.py"
+            if file.startswith(SLOW):
+                return self.knows(file, arguments[2:])
+            arguments = [file, *arguments[2:]]
         if arguments[0] == "docs/screenshots.py":
             return self.pytest(["tests/runs/test_browser.py"])  # which takes all pictures with it
         arguments = self.placed(arguments)
@@ -438,7 +438,7 @@ def test_a_new_command_is_found_and_a_wrong_one_fails(runner: Runner):
         *commands(text),
         *inline_commands(text),
         f"uv run python {TRAINER} --no-such-flag",
-        "uv run python benchmarks/memory.py --no-such-flag",
+        "uv run python -m benchmarks.memory --no-such-flag",
         f"uv run tensorboard --inspect --logdir={OUTPUT}/nothing",
         "uv run pytest tests/test_nothing.py",
     ):

@@ -181,7 +181,7 @@ def test_bad_places_and_files_are_clear_errors(
 ):
     with pytest.raises(UserError, match="no run"):
         find_runs([tmp_path])
-    monkeypatch.setattr("sys.argv", ["report.py", str(tmp_path / "absent")])
+    monkeypatch.setattr("sys.argv", ["finetuning.runs.report", str(tmp_path / "absent")])
     assert exit_code(lambda: tyro.cli(report.main)) == 2
     assert capfd.readouterr().err.startswith("error: ")
     (run.logs / "metrics.jsonl").write_text("{}\n", encoding="utf-8")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from finetuning.config import PROJECTIONS
+from finetuning.config import LoraSettings
 from finetuning.model import packed_model
 from finetuning.model.fused_lora import enable_fast_lora
 from finetuning.model.loss import packed_loss, rows_per_chunk
@@ -31,7 +31,7 @@ from tests.helpers.traced_step import (
 @pytest.mark.parametrize(("tokens", "recompute"), [(8192, False), (8192, True), (2048, True)])
 def test_the_plan_estimates_what_a_step_holds(tmp_path: Path, tokens: int, recompute: bool):
     qwen3_4b().save_pretrained(tmp_path)
-    shape = model_shape(tmp_path, lora_r=16, target_modules=PROJECTIONS)
+    shape = model_shape(tmp_path, LoraSettings(lora_r=16))
     estimate = estimate_memory(shape, Placement("cuda", 2), tokens, checkpointing=recompute)
     held = peak_of_a_step(qwen3_4b(), tokens, recompute=recompute)
     assert estimate.total == pytest.approx(held, rel=0.06)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from finetuning.common.errors import UserError
-from finetuning.config import PROJECTIONS
+from finetuning.config import PROJECTIONS, LoraSettings
 from finetuning.training import memory_estimate
 from finetuning.training.memory_estimate import (
     Placement,
@@ -22,6 +22,7 @@ from finetuning.training.memory_estimate import (
     largest_batch,
     model_shape,
 )
+from tests.helpers import traced_step
 from tests.helpers.units import GIB, KIB
 
 CUDA = Placement("cuda", 2)
@@ -37,18 +38,36 @@ def test_the_published_numbers_of_qwen3_4b(qwen3_4b):
     assert qwen3_4b.trainable == 33_030_144
 
 
+def test_counting_takes_no_memory_of_the_host(tmp_path: Path):
+    """Adapters are made on the meta device: those of Qwen3-4B would take 160 MB."""
+    traced_step.qwen3_4b().save_pretrained(tmp_path)
+    made = []
+
+    class Made(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.device.type != "meta":
+                made.append(result.nbytes)
+            return result
+
+    with Made():
+        shape = model_shape(tmp_path, LoraSettings(rank_pattern={"down_proj": 32}))
+    assert shape.trainable == 40_108_032
+    assert sum(made) < 2**20
+
+
 @pytest.mark.parametrize(
     ("targets", "pattern", "dora"),
     [
         (PROJECTIONS, {}, False),
         (("q_proj", "down_proj"), {"layers.0.self_attn.q_proj": 3}, False),
         (("all-linear",), {}, True),
+        (("q_proj", "o_proj"), {"^.*q_proj": 2, "layers.1.*": 5}, True),
     ],
 )
 def test_adapters_are_counted_as_peft_makes_them(tiny_model: Path, targets, pattern, dora):
-    shape = model_shape(
-        tiny_model, lora_r=8, target_modules=targets, rank_pattern=pattern, use_dora=dora
-    )
+    settings = LoraSettings(lora_r=8, target_modules=targets, rank_pattern=pattern, use_dora=dora)
+    shape = model_shape(tiny_model, settings)
     wanted = "all-linear" if targets == ("all-linear",) else list(targets)
     config = LoraConfig(
         r=8, target_modules=wanted, rank_pattern=pattern, use_dora=dora, task_type="CAUSAL_LM"
@@ -59,27 +78,25 @@ def test_adapters_are_counted_as_peft_makes_them(tiny_model: Path, targets, patt
 
 
 def test_full_fine_tuning_and_a_saved_adapter(tiny_model: Path, tmp_path: Path):
-    full = model_shape(tiny_model, lora_r=0, target_modules=PROJECTIONS)
+    full = model_shape(tiny_model, LoraSettings(lora_r=0))
     assert full.trainable == full.parameters == full.total and not full.lora
     save_file({"a": torch.zeros(3, 5), "b": torch.zeros(7)}, tmp_path / "adapter_model.safetensors")
-    started = model_shape(
-        tiny_model, lora_r=16, target_modules=PROJECTIONS, init_adapter=str(tmp_path)
-    )
+    started = model_shape(tiny_model, LoraSettings(lora_r=16), init_adapter=str(tmp_path))
     assert started.trainable == 22
 
 
 def test_what_cannot_be_counted_is_one_clear_error(tiny_model: Path, tmp_path: Path):
     (tmp_path / "config.json").write_text('{"model_type": "unheard-of"}', encoding="utf-8")
     with pytest.raises(UserError, match="can't be built"):
-        model_shape(tmp_path, lora_r=16, target_modules=PROJECTIONS)
+        model_shape(tmp_path, LoraSettings(lora_r=16))
     with pytest.raises(UserError, match="target_modules: nothing"):
-        model_shape(tiny_model, lora_r=16, target_modules=("q_proj", "nothing"))
+        model_shape(tiny_model, LoraSettings(target_modules=("q_proj", "nothing")))
     with pytest.raises(UserError, match="rank_pattern"):
-        model_shape(tiny_model, lora_r=16, target_modules=PROJECTIONS, rank_pattern={"(": 2})
+        model_shape(tiny_model, LoraSettings(lora_r=16, rank_pattern={"(": 2}))
+    with pytest.raises(UserError, match="no module of this model fits it"):
+        model_shape(tiny_model, LoraSettings(rank_pattern={"layers.99": 2}))
     with pytest.raises(UserError, match="init_adapter"):
-        model_shape(
-            tiny_model, lora_r=16, target_modules=PROJECTIONS, init_adapter=str(tmp_path / "no")
-        )
+        model_shape(tiny_model, LoraSettings(lora_r=16), init_adapter=str(tmp_path / "no"))
 
 
 # -----------------------------------------------------------------------------
@@ -142,7 +159,7 @@ def test_the_activations_are_what_autograd_keeps(tiny_model: Path, tiny_data: Pa
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         packed(batch, len(batch.labels))
-    shape = model_shape(tiny_model, lora_r=4, target_modules=PROJECTIONS)
+    shape = model_shape(tiny_model, LoraSettings(lora_r=4))
     tokens = batch.input_ids.shape[1]
     expected = activation_bytes(shape.dims, Placement("cpu", 4)) * shape.dims.layers * tokens
     assert sum(kept.values()) == pytest.approx(expected, rel=0.15)

@@ -1,9 +1,9 @@
 """The same faults against transformers.Trainer with peft: what the most used loop does with them.
 
-uv run python -m benchmarks.faults_hf_trainer            small counts, some minutes
-uv run python -m benchmarks.faults_hf_trainer --full     200 kills and flips
+uv run python -m benchmarks.faults.faults_hf_trainer            small counts, some minutes
+uv run python -m benchmarks.faults.faults_hf_trainer --full     200 kills and flips
 
-Same model, adapters, records, steps and save interval as `tests/faults`; resume is
+Same model, adapters, records, steps and save interval as `benchmarks/faults`; resume is
 `trainer.train(resume_from_checkpoint=get_last_checkpoint(...))`, the documented way to restart. Trials end
   survived  the same command comes to its end with the uninterrupted run's losses and adapter, bit for bit
   refused   it stops with an error and needs a person
@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.faults import hook
+from benchmarks.faults import hook
 
 NUM_STEPS, SAVE_STEPS = 24, 5
 
@@ -116,7 +116,7 @@ class Peer:
 
     def start(self, output: Path, patch: Callable | None = None, **options: int):
         """Fork a run."""
-        from tests.faults.rig import fork
+        from benchmarks.faults.rig import fork
 
         def action() -> int:
             if patch:
@@ -289,9 +289,9 @@ def main() -> None:
     options = parser.parse_args()
     chosen = [name for name in FAULTS if not options.only or name[:3] in options.only]
     if "FAULTS_WORK" not in os.environ:
-        hook.restart(["-m", "benchmarks.faults_hf_trainer", *sys.argv[1:]])
+        hook.restart(["-m", "benchmarks.faults.faults_hf_trainer", *sys.argv[1:]])
     work = Path(os.environ["FAULTS_WORK"])
-    from tests.faults.rig import Rig
+    from benchmarks.faults.rig import Rig
 
     results = {}
     try:

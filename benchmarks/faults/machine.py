@@ -13,7 +13,7 @@ import pynvml
 import direct_finetuning_with_existing_modules as program
 from finetuning.monitoring import system_monitor
 from finetuning.runs import record
-from tests import fake_nvml
+from tests.helpers import fake_nvml
 
 from .rig import Outcome, Rig, nothing_lost, replaced, strict_json
 from .tally import Row, Tally
@@ -232,7 +232,7 @@ def f19(rig: Rig, tally: Tally, count: int) -> None:
 
 def newest_by_time() -> None:
     """Mutant: run time is taken from the wall clock."""
-    replaced(program.time, "monotonic", lambda: time.time())
+    replaced(time, "monotonic", lambda: time.time())
 
 
 ROWS = [

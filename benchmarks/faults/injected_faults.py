@@ -1,8 +1,8 @@
 """Real runs with a fault put into each: does the monitor find it, name it, and stay silent otherwise?
 
-    uv run python benchmarks/injected_faults.py            table; last line JSON
-    uv run python benchmarks/injected_faults.py --write    also docs/monitoring.md
-    uv run python benchmarks/injected_faults.py --only healthy
+    uv run python -m benchmarks.faults.injected_faults            table; last line JSON
+    uv run python -m benchmarks.faults.injected_faults --write    also docs/monitoring.md
+    uv run python -m benchmarks.faults.injected_faults --only healthy
 
 Every run is the real trainer on a tiny model, a process of its own: one healthy, one whose learning rate
 is multiplied by 300 at step 150, one whose data reader sleeps, one that keeps 4 MB a step.
@@ -11,14 +11,12 @@ is multiplied by 300 at step 150, one whose data reader sleeps, one that keeps 4
 import argparse
 import json
 import multiprocessing
-import sys
 import tempfile
 import time
 from datetime import date
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+ROOT = Path(__file__).resolve().parents[2]
 
 STEPS = 300
 FAULTS = {
@@ -124,7 +122,7 @@ def page(rows: list[dict]) -> str:
     """docs/monitoring.md."""
     parts = [
         INTRODUCTION,
-        "## Injected faults\n\n`uv run python benchmarks/injected_faults.py --write`, "
+        "## Injected faults\n\n`uv run python -m benchmarks.faults.injected_faults --write`, "
         f"{date.today()}: real runs of {STEPS} steps on a tiny model, one logged point a step.\n\n",
         "| fault | alerts | found | false alarms |\n| --- | --- | --- | --- |\n",
     ]

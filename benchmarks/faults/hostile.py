@@ -715,15 +715,15 @@ def f24(rig: Rig, tally: Tally, count: int) -> None:
 
 def pickle_is_loaded() -> None:
     """Mutant: what is no safetensors is tried as pickle."""
-    real = checkpoint.load_safetensors
+    real = checkpoint.load_file
 
-    def either(data):
+    def either(path: Path) -> dict:
         try:
-            return real(data)
+            return real(path)
         except checkpoint.SafetensorError:
-            return pickle.loads(data)
+            return pickle.loads(path.read_bytes())
 
-    replaced(checkpoint, "load_safetensors", either)
+    replaced(checkpoint, "load_file", either)
 
 
 # -----------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """The preloaded C library that counts, logs, fails or kills at the k-th change to files.
 
-`python -m tests.faults` builds it and starts itself again under it; trials arm it in forked children.
+`python -m benchmarks.faults` builds it and starts itself again under it; trials arm it in forked children.
 """
 
 import ctypes

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import direct_finetuning_with_existing_modules as program
+from finetuning.common import process
 from finetuning.runs import directory
 from finetuning.training import checkpoint_manager, engine
 
@@ -244,10 +245,10 @@ def no_handlers() -> None:
     real = signal.signal
 
     def not_ours(number, handler):
-        if getattr(handler, "__name__", "") != "on_signal":
+        if getattr(handler, "__func__", None) is not process.StopSignal._take:
             real(number, handler)
 
-    replaced(program.signal, "signal", not_ours)
+    replaced(process.signal, "signal", not_ours)
 
 
 # -----------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import safetensors.torch
 import torch
 
 from finetuning.training import checkpoint, checkpoint_manager, engine
@@ -455,8 +456,8 @@ def change_adapter(change: Callable[[dict], dict]) -> Callable[[Path], None]:
 
     def apply(path: Path) -> None:
         file = path / "adapter_model.safetensors"
-        tensors = change(checkpoint.load_safetensors(file.read_bytes()))
-        file.write_bytes(checkpoint.save_safetensors(tensors))
+        tensors = change(safetensors.torch.load(file.read_bytes()))
+        file.write_bytes(safetensors.torch.save(tensors))
         resealed(path)
 
     return apply
@@ -511,10 +512,10 @@ def f11(rig: Rig, tally: Tally, count: int) -> None:
 
 def tolerant_loading() -> None:
     """Mutant: tensors that do not fit are passed over, as peft does."""
-    from finetuning.model import adapters, loading
+    from finetuning.model import adapters
 
     def tolerant(model, tensors, source):
-        live = loading._trainable_state(model)
+        live = adapters.adapter_state(model)
         for name in live.keys() & tensors.keys():
             live[name].copy_(tensors[name])
 

@@ -10,16 +10,18 @@ import os
 import shutil
 import sys
 import time
+import traceback
 from pathlib import Path
 
 from . import hook, report
+from .tally import SuiteError
 
 MODULES = ("checkpoints", "interruptions", "numbers", "disks", "machine", "hostile", "peers")
 
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__)
     parser.add_argument("--all", action="store_true", help="every row with full counts")
     parser.add_argument("--quick", action="store_true", help="the rows for CI, small counts")
     parser.add_argument("--only", default="", help="rows, e.g. F01,F06")
@@ -30,7 +32,7 @@ def arguments() -> argparse.Namespace:
         "--report", default="", help="write the table here; --all: docs/reliability.md"
     )
     parser.add_argument(
-        "--peer", default="", help="last line of benchmarks/faults_hf_trainer, a column"
+        "--peer", default="", help="last line of benchmarks.faults.faults_hf_trainer, a column"
     )
     parser.add_argument(
         "--merge", nargs="*", default=[], help="no run: a table of these JSON files"
@@ -74,7 +76,7 @@ def warm_up(rig) -> None:
     if outcome.code:
         raise SystemExit(f"a plain run of the program fails here:\n{outcome.output[-3000:]}")
     for name in names.read_text().split("\n"):
-        if name not in sys.modules and not name.startswith("tests"):
+        if name not in sys.modules and not name.startswith(("tests", "benchmarks")):
             try:
                 importlib.import_module(name)
             except Exception:  # made at run time, or only importable on the way
@@ -146,16 +148,18 @@ def merge(options: argparse.Namespace) -> int:
 
 def all_rows() -> list:
     """Every row of the scorecard."""
-    return [row for name in MODULES for row in importlib.import_module(f"tests.faults.{name}").ROWS]
+    return [
+        row for name in MODULES for row in importlib.import_module(f"benchmarks.faults.{name}").ROWS
+    ]
 
 
 def main() -> int:
-    """0 when nothing was lost, nothing void and every mutant was caught."""
+    """0 when nothing was lost, nothing void and every mutant was caught; 2 for an error of the suite."""
     options = arguments()
     if options.merge:
         return merge(options)
     if "FAULTS_WORK" not in os.environ:
-        hook.restart(["-m", "tests.faults", *sys.argv[1:]])
+        hook.restart(["-m", "benchmarks.faults", *sys.argv[1:]])
     work = Path(os.environ["FAULTS_WORK"])
     from .rig import Rig
 
@@ -181,6 +185,10 @@ def main() -> int:
         totals = report.totals(tallies)
         if options.report:
             write_report(options, tallies)
+    except SuiteError:
+        traceback.print_exc()
+        print("the suite itself is broken: nothing is counted", file=sys.stderr)
+        return 2
     finally:
         shutil.rmtree(work, ignore_errors=True)
     print(json.dumps(totals), flush=True)

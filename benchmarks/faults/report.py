@@ -50,7 +50,7 @@ def markdown(
     parts: int = 1,
 ) -> str:
     """docs/reliability.md. command: options of the run, done in so many parts. peer: what
-    benchmarks/faults_hf_trainer.py found, by names that begin with the row's.
+    benchmarks/faults/faults_hf_trainer.py found, by names that begin with the row's.
     """
     in_parts = f" in {parts} parts of some rows each," if parts > 1 else ""
     sums = totals(tallies)
@@ -58,7 +58,7 @@ def markdown(
     head = f"""\
 # Reliability: what was broken on purpose, and what it cost
 
-{time.strftime("%Y-%m-%d")}, `uv run python -m tests.faults {command}`,{in_parts} Python
+{time.strftime("%Y-%m-%d")}, `uv run python -m benchmarks.faults {command}`,{in_parts} Python
 {platform.python_version()}, {versions}, {platform.system()} without a GPU.
 
 **{sums["tried"]} trials: {sums["survived"]} survived, {sums["lost"]} lost, {sums["void"]} void.**
@@ -97,7 +97,7 @@ def _peer_section(peer: Mapping[str, Mapping[str, int]]) -> str:
         f"""
 ## The same faults on transformers.Trainer with peft
 
-`uv run python -m benchmarks.faults_hf_trainer`: same model, adapters, records, steps and save
+`uv run python -m benchmarks.faults.faults_hf_trainer`: same model, adapters, records, steps and save
 interval, resumed the documented way, `resume_from_checkpoint=get_last_checkpoint(...)`. Survived: the same
 command comes to its end with the uninterrupted run's losses and adapter, bit for bit. Refused: it stops
 with an error and needs a person. Lost: it ends with other losses or another adapter, or steps were lost at

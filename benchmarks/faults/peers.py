@@ -271,7 +271,7 @@ def every_rank_for_itself() -> None:
     """Mutant: ranks do not agree on a signal."""
     from finetuning.common import distributed
 
-    replaced(distributed.Distributed, "any", lambda self, flag: flag)
+    replaced(distributed.Distributed, "any", lambda self, *flags: list(flags))
 
 
 def only_rank_0_notices() -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import direct_finetuning_with_existing_modules as program
 import tb_logger
 from finetuning.events import reading
+from finetuning.runs import record
 from finetuning.training import checkpoint_manager
 
 from . import hook
@@ -138,17 +139,17 @@ def f07(rig: Rig, tally: Tally, count: int) -> None:
             "best model, room for a part",
             {"full": (trainer, "save_model", 1), "leave": 30_000, "code": 3},
         ),
-        ("statistics", {"full": (trainer, "write_summary", 1), "code": 3}),
+        ("statistics", {"full": (record.RunRecord, "write_summary", 1), "code": 3}),
         (
             "statistics, room for a part",
-            {"full": (trainer, "write_summary", 1), "leave": 4096, "code": 3},
+            {"full": (record.RunRecord, "write_summary", 1), "leave": 4096, "code": 3},
         ),
         ("logs and curves for 3 steps", {"full": (*update, 17), "freed": (*update, 20), "code": 0}),
         (
             "final model, room for the adapter",
             {"full": (trainer, "finish", 1), "leave": 60_000, "code": 3},
         ),
-        ("before the run is open", {"full": (trainer, "open_run", 1), "code": 2}),
+        ("before the run is open", {"full": (trainer, "open", 1), "code": 2}),
     ]
     for name, options in cases[:count]:
         tally.attempt(name, lambda o=options: full_disk(rig, **o))

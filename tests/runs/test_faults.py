@@ -1,6 +1,6 @@
-"""A short, representative part of the fault suite; the whole: `uv run python -m tests.faults --all`.
+"""A short, representative part of the fault suite; the whole: `uv run python -m benchmarks.faults --all`.
 
-uv run pytest tests/faults
+uv run pytest tests/runs/test_faults.py
 """
 
 import json
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="the fault suite forks; 
 def run_suite(path: Path, *options: str) -> tuple[list[dict], dict]:
     """Run the suite in a process of its own; its rows' numbers, and its last line."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.faults", *options, "--json", str(path)],
+        [sys.executable, "-m", "benchmarks.faults", *options, "--json", str(path)],
         cwd=ROOT,
         env={k: v for k, v in os.environ.items() if k != "FAULTS_WORK"},
         capture_output=True,
@@ -43,6 +43,7 @@ def tallies(tmp_path_factory) -> dict[str, dict]:
     return {tally["row"]: tally for tally in rows}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", COUNTS)
 def test_nothing_is_lost(tallies: dict[str, dict], row: str):
     tally = tallies[row]
@@ -54,13 +55,42 @@ def test_nothing_is_lost(tallies: dict[str, dict], row: str):
 
 def test_signals_come_at_places_that_exist():
     """The row takes minutes and is run by hand; a function that moved would make it void."""
-    from tests.faults.interruptions import SIGNAL_PLACES
+    from benchmarks.faults.interruptions import SIGNAL_PLACES
 
     assert [
         name for name, owner, function, _ in SIGNAL_PLACES if not hasattr(owner, function)
     ] == []
 
 
+def test_an_error_of_the_suite_itself_ends_it_and_is_no_loss():
+    """A name that the program no longer has would else count as a fault that the program did not survive."""
+    from benchmarks.faults.checkpoints import resealed
+    from benchmarks.faults.rig import replaced
+    from benchmarks.faults.tally import SuiteError, Tally
+
+    tally = Tally("F00")
+    tally.attempt("the program's own", lambda: json.loads(3))
+    assert (tally.tried, tally.lost) == (1, 1)
+    for name, trial in (
+        ("a name that is gone", lambda: replaced(json, "gone", None)),
+        ("a wrong call", lambda: resealed(None)),
+    ):
+        with pytest.raises(SuiteError, match=name):
+            tally.attempt(name, trial)
+    assert tally.tried == 1
+
+
+@pytest.mark.slow
+def test_an_error_of_the_suite_in_a_child_ends_it(tmp_path: Path):
+    from benchmarks.faults.rig import fork, replaced
+    from benchmarks.faults.tally import SuiteError
+
+    with pytest.raises(SuiteError, match=r"json.* has no gone"):
+        fork(tmp_path / "log", lambda: replaced(json, "gone", None)).wait(60)
+    assert fork(tmp_path / "log", lambda: json.loads(3)).wait(60).code == 70
+
+
+@pytest.mark.slow
 def test_the_suite_notices_a_program_without_its_protection(tmp_path: Path):
     """Two mutants end to end: without digests, without seal, damage is loaded and the row says so."""
     rows, _ = run_suite(tmp_path / "tallies.json", "--only", "F10", "--counts", "F10=1")

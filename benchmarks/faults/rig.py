@@ -24,6 +24,8 @@ import direct_finetuning_with_existing_modules as program
 from finetuning.model import demo_model
 from finetuning.training import engine
 
+from .tally import SUITE_ERROR, SuiteError, of_the_suite
+
 NUM_RECORDS, NUM_STEPS, SAVE_STEPS = 64, 24, 5
 LEDGER = "ledger.jsonl"
 _WORDS = list(
@@ -154,6 +156,8 @@ class Child:
         alive = _end_group(self.pid)
         code = -signal.SIGALRM if late else os.waitstatus_to_exitcode(status)
         output = self.log.read_text(encoding="utf-8", errors="replace")
+        if code == SUITE_ERROR:
+            raise SuiteError(output[-3000:])
         return Outcome(code, seconds, output, alive)
 
 
@@ -167,7 +171,10 @@ def _end_group(group: int) -> bool:
 
 
 def fork(log: Path, action: Callable[[], int | None]) -> Child:
-    """Run `action` in a forked child; its return value is the exit code, a traceback is 70."""
+    """Run `action` in a forked child; its return value is the exit code, a traceback is 70.
+
+    An error of the suite's own code ends it with `SUITE_ERROR`, for which `Child.wait` raises SuiteError.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -185,7 +192,8 @@ def fork(log: Path, action: Callable[[], int | None]) -> Child:
         code = action() or 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
-    except BaseException:
+    except BaseException as error:
+        code = SUITE_ERROR if of_the_suite(error) else code
         sys.excepthook(*sys.exc_info())  # what a user sees; the program may have put its own there
     finally:
         with contextlib.suppress(OSError, ValueError):
@@ -297,7 +305,7 @@ def write_ledger(path: Path) -> None:
         sums = torch.stack([s.per_document.double().sum() for _, s in self.pending[-1].sums]).sum()
         random_state = hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest()[:16]
         weights = hashlib.sha256()
-        for parameter in self.model.parameters:
+        for parameter in self.engine.parameters:
             weights.update(parameter.detach().contiguous().numpy().tobytes())
         record = {
             "step": step,
@@ -506,7 +514,8 @@ def status_of(output: Path) -> dict:
 
 def replaced(owner: object, name: str, value: object) -> None:
     """Set an attribute that must exist: a mutant of something renamed would prove nothing."""
-    assert hasattr(owner, name), f"{owner} has no {name}"
+    if not hasattr(owner, name):
+        raise SuiteError(f"{owner} has no {name}")
     setattr(owner, name, value)
 
 

@@ -7,6 +7,22 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+SUITE_ERROR = 71  # exit code of a child in which the suite, not the program, went wrong
+_OWN_MISTAKES = (AttributeError, NameError, ImportError, TypeError)
+
+
+class SuiteError(Exception):
+    """A trial could not be made: it names what the program no longer has, or calls it wrongly."""
+
+
+def of_the_suite(error: BaseException) -> bool:
+    """Whether the suite's own code raised the exception, and not the program that it tries."""
+    if isinstance(error, SuiteError):
+        return True
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = bool(frames) and Path(frames[-1].filename).parent == Path(__file__).parent
+    return isinstance(error, _OWN_MISTAKES) and inside
+
 
 @dataclass
 class Tally:
@@ -36,10 +52,12 @@ class Tally:
             self.survived += 1
 
     def attempt(self, name: str, trial: Callable[[], tuple[bool, list[str]]]) -> None:
-        """Count one trial whose own exception is a loss, too."""
+        """Count one trial. An exception of the program is a loss; one of the suite itself ends the suite."""
         try:
             fired, problems = trial()
-        except Exception:
+        except Exception as error:
+            if of_the_suite(error):
+                raise SuiteError(f"{self.row}, {name}") from error
             fired, problems = True, [traceback.format_exc(limit=-4)]
         self.add(name, fired, problems)
 

@@ -1,0 +1,1 @@
+"""Measurements and fault injection: one file for each claim, run as `python -m benchmarks.<name>`."""
