@@ -47,7 +47,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from finetuning.common.distributed import Distributed
-from finetuning.config import PROJECTIONS
+from finetuning.config import PROJECTIONS, BatchSettings, DataSettings
 from finetuning.data.packing import PackedBatch, StepPlan
 from finetuning.data.token_table import Segment, TokenizedSamples, TruncationReport
 from finetuning.model import attention
@@ -133,9 +133,9 @@ class Work:
 
     def plan(self, tokens: TokenizedSamples) -> StepPlan:
         """One row an update."""
-        return StepPlan(
-            tokens.lengths, tokens.num_targets, row_tokens=self.row_tokens, max_steps=self.steps
-        )
+        data = DataSettings(max_seq_length=self.row_tokens)
+        batch = BatchSettings(max_steps=self.steps)
+        return StepPlan(tokens.lengths, tokens.num_targets, data=data, batch=batch)
 
 
 def config() -> Qwen3Config:

@@ -76,8 +76,17 @@ class _Settings:
     def __post_init__(self) -> None:
         groups = [kind for kind in reversed(type(self).__mro__) if "_faults" in vars(kind)]
         faults = [fault for group in groups for fault in group._faults(self)]
+        faults += self._unknown_choices()
         if faults:
             raise UserError("configuration: " + "; ".join(faults))
+
+    def _unknown_choices(self) -> Iterator[str]:
+        """A fault for each field that has none of the words its type names."""
+        for field_ in dataclasses.fields(self):
+            choices, types = _allowed(field_)
+            if choices and not types:
+                rule = _Rule(lambda value, choices=choices: value in choices, _either(choices))
+                yield from self._breaches(rule, field_.name)
 
     def _breaches(self, rule: _Rule, *names: str) -> Iterator[str]:
         """A fault for each of the named fields that breaks the rule."""
@@ -399,7 +408,7 @@ def _converted(field_: dataclasses.Field, value: Any, faults: list[str]) -> Any:
         field_.default if field_.default is not dataclasses.MISSING else field_.default_factory()  # type: ignore[misc]
     )
     choices, types = _allowed(field_)
-    wanted = " or ".join([*map(repr, choices), *(kind.__name__ for kind in types)])
+    wanted = _either(choices, *types)
     if isinstance(default, tuple):
         items = value if isinstance(value, list) else [value]
         kind = float if field_.name == "data_weights" else str
@@ -424,6 +433,10 @@ def _allowed(field_: dataclasses.Field) -> tuple[list[str], list[type]]:
     literals = [kind for kind in kinds if get_origin(kind) is Literal]
     types = [get_origin(kind) or kind for kind in kinds if kind not in literals]
     return [choice for kind in literals for choice in get_args(kind)], types
+
+
+def _either(choices: Sequence[str], *types: type) -> str:
+    return " or ".join([*map(repr, choices), *(kind.__name__ for kind in types)])
 
 
 def _closest(key: str, names: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from finetuning.config import BatchSettings, DataSettings
 from finetuning.data.token_table import Segment, TokenizedSamples
 
 NUM_THINKING_BUCKETS = 10  # tenths of a chain of thought
@@ -45,13 +46,12 @@ class StepPlan:
         lengths: (n,) tokens of each document of the table.
         num_targets: (n,) supervised tokens of each document of the table.
         documents: (m,) the documents to plan, by index, repeats allowed; none longer than
-            `row_tokens`. None: all.
-        row_tokens: capacity of a row.
-        rows_per_micro_batch: rows that go through the model at once.
-        accumulation: micro-batches of one rank in one update.
-        num_epochs: passes over the data; a fraction is rounded up to whole steps.
-        max_steps: if above zero, exactly so many steps, whatever `num_epochs` says.
-        packing: False puts one document in a row.
+            `max_seq_length`. None: all.
+        data: `max_seq_length` is the capacity of a row; without `packing` there is one document in it.
+        batch: rows that go through the model at once, micro-batches of one rank in one update, passes
+            over the data (a fraction is rounded up to whole steps), or exactly so many steps.
+        seed: of the packing and of each epoch's order.
+        rank, world_size: the micro-batches of a step are dealt to the ranks in turn.
     """
 
     def __init__(
@@ -60,32 +60,29 @@ class StepPlan:
         num_targets: np.ndarray,
         documents: np.ndarray | None = None,
         *,
-        row_tokens: int,
-        rows_per_micro_batch: int = 1,
-        accumulation: int = 1,
-        num_epochs: float = 1,
-        max_steps: int = 0,
+        data: DataSettings,
+        batch: BatchSettings,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        packing: bool = True,
     ) -> None:
         self.documents = np.arange(len(lengths)) if documents is None else np.asarray(documents)
         self._lengths, self._num_targets = np.asarray(lengths), np.asarray(num_targets)
         assert len(self.documents) > 0, "a plan needs at least one document"
         self.num_tokens, longest = _total_and_longest(self._lengths, self.documents)  # of one epoch
-        assert longest <= row_tokens, (longest, row_tokens)
+        assert longest <= data.max_seq_length, (longest, data.max_seq_length)
         self.rank, self.world_size, self.seed = rank, world_size, seed
-        self.row_tokens, self.rows_per_micro_batch = row_tokens, rows_per_micro_batch
+        self.row_tokens, self.rows_per_micro_batch = data.max_seq_length, batch.batch_size
         order = self.documents.astype(_index_type(len(lengths)))
-        if packing:
+        if data.packing:
             np.random.default_rng([seed, 0]).shuffle(order)
-            self._rows = pack_rows(self._lengths, order, row_tokens)
+            self._rows = pack_rows(self._lengths, order, self.row_tokens)
         else:
             self._rows = Rows(order, np.arange(len(order) + 1, dtype=_index_type(len(order))))
-        self.rows_per_step = rows_per_micro_batch * accumulation * world_size
+        self.rows_per_step = batch.batch_size * batch.gradient_accumulation_steps * world_size
         self.steps_per_epoch = math.ceil(len(self._rows) / self.rows_per_step)
-        self.num_steps = max_steps or math.ceil(num_epochs * self.steps_per_epoch - 1e-6)
+        by_epochs = math.ceil(batch.num_epochs * self.steps_per_epoch - 1e-6)
+        self.num_steps = batch.max_steps or by_epochs
         self._epoch_order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int32))
 
     def __len__(self) -> int:

@@ -14,10 +14,10 @@ from finetuning.analysis.statistics import DatasetStatistics, describe
 from finetuning.common.distributed import Distributed
 from finetuning.common.errors import UserError
 from finetuning.common.terminal import Terminal
-from finetuning.config import DirectTrainingConfig
+from finetuning.config import BatchSettings, DirectTrainingConfig
 from finetuning.data.packing import StepPlan
 from finetuning.data.split import split_samples
-from finetuning.data.training_data import TrainingData, prepare_data, read_data
+from finetuning.data.training_data import DataPart, TrainingData, prepare_data, read_data
 from finetuning.evaluation.generation import Probe, choose_probes, token_budget
 from finetuning.model.loading import load_tokenizer
 from finetuning.model.packed_model import compiler_is_there
@@ -154,24 +154,11 @@ def load_data(
     with dist.patience("data"):
         with terminal.working("reading the data") as progress:
             read, eval_read = read_data(
-                config.data_path,
-                columns=config.columns or None,
-                eval_path=config.eval_path,
-                max_broken_fraction=config.max_broken_fraction,
-                cache_dir=config.cache_path,
-                workers=workers,
-                progress=progress,
+                config, workers=workers, cache_dir=config.cache_path, progress=progress
             )
         with terminal.working("looking for near duplicates"):
-            split = split_samples(
-                read,
-                eval_read,
-                eval_fraction=config.eval_fraction,
-                max_eval_samples=config.max_eval_samples,
-                weights=dict(zip(config.data_path, config.data_weights, strict=False)),
-                seed=config.seed,
-                cache_dir=config.cache_path,
-            )
+            options = {"seed": config.seed, "cache_dir": config.cache_path}
+            split = split_samples(read, config, eval_read, **options)
         with terminal.working("getting the tokenizer"):
             model = ensure_local(found, split.training_texts, config.cache_path, config.seed)
             tokenizer = load_tokenizer(model)
@@ -179,11 +166,8 @@ def load_data(
             data = prepare_data(
                 split,
                 tokenizer,
-                config.max_seq_length,
+                config,
                 workers=workers,
-                over_length=config.over_length,
-                loss_on=config.loss_on,
-                control_tokens=config.control_tokens,
                 cache_dir=config.cache_path,
                 progress=progress,
             )
@@ -210,27 +194,21 @@ def plan_steps(
 ) -> tuple[StepPlan, StepPlan | None]:
     """The steps of the training, and those of one pass over the held-out documents."""
     train, held_out = data.train, data.held_out
-    common = {
-        "row_tokens": config.max_seq_length,
-        "rows_per_micro_batch": config.batch_size,
-        "seed": config.seed,
-        "rank": dist.rank,
-        "world_size": dist.world_size,
-        "packing": config.packing,
-    }
-    steps = StepPlan(
-        train.tokens.lengths,
-        train.tokens.num_targets,
-        train.documents,
-        accumulation=config.gradient_accumulation_steps,
-        num_epochs=config.num_epochs,
-        max_steps=config.max_steps,
-        **common,
-    )
-    if not len(held_out):
-        return steps, None
-    tokens = held_out.tokens
-    return steps, StepPlan(tokens.lengths, tokens.num_targets, held_out.documents, **common)
+    once = BatchSettings(batch_size=config.batch_size, num_epochs=1)
+
+    def plan_of(part: DataPart, batch: BatchSettings) -> StepPlan:
+        return StepPlan(
+            part.tokens.lengths,
+            part.tokens.num_targets,
+            part.documents,
+            data=config,
+            batch=batch,
+            seed=config.seed,
+            rank=dist.rank,
+            world_size=dist.world_size,
+        )
+
+    return plan_of(train, config), plan_of(held_out, once) if len(held_out) else None
 
 
 def compiles(

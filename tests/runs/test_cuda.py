@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from finetuning.common.distributed import Distributed
-from finetuning.data.packing import StepPlan, build_batch
+from finetuning.data.packing import build_batch
 from finetuning.data.token_table import Segment, TokenizedSamples, TruncationReport
 from finetuning.model import attention
 from finetuning.model.fused_lora import enable_fast_lora
@@ -23,6 +23,7 @@ from finetuning.training.optimizer import (
 )
 from finetuning.training.step_clock import CudaTimeline, StepClock
 from tests.helpers.packed import document_bounds
+from tests.helpers.settings import step_plan, up_to
 from tests.model.test_packed_model import CLOSE, lora_model, make_documents
 from tests.runs.test_distributed import OPTIONS, SCRIPT, curve, train
 
@@ -163,7 +164,7 @@ def test_compiled_steps_are_one_graph_and_equal_eager_ones(recompute: bool):
     torch._dynamo.utils.counters.clear()
     lengths = (300, 17, 511, 60, 128, 67, 400, 220, 90, 333, 150, 75)
     tokens = table(lengths)
-    plan = StepPlan(tokens.lengths, tokens.num_targets, row_tokens=512, max_steps=5)
+    plan = step_plan(tokens.lengths, tokens.num_targets, data=up_to(512), max_steps=5)
     losses = []
     for compiled in (True, False):
         packed, trainable, optimizer, dist = training(cuda_model(recompute=recompute))
@@ -183,7 +184,13 @@ def test_compiled_steps_are_one_graph_and_equal_eager_ones(recompute: bool):
 
 def test_a_step_never_waits_for_the_gpu():
     tokens = table((300, 17, 511, 60, 128, 67, 400, 220))
-    plan = StepPlan(tokens.lengths, tokens.num_targets, row_tokens=512, accumulation=2, max_steps=6)
+    plan = step_plan(
+        tokens.lengths,
+        tokens.num_targets,
+        data=up_to(512),
+        gradient_accumulation_steps=2,
+        max_steps=6,
+    )
     packed, trainable, optimizer, dist = training(cuda_model())
     clock, results = StepClock(timeline=CudaTimeline()), []
     try:
