@@ -19,8 +19,8 @@ from finetuning.common.distributed import pick_device
 from finetuning.common.errors import RunStopped, UserError, exit_code
 from finetuning.common.terminal import Terminal
 from finetuning.model.merging import TOLERANCE, Agreement, compare, logits_apart, logits_of
-from finetuning.model.resolve import find_trained, is_adapter
-from finetuning.model.saving import export_merged, saved_dtype
+from finetuning.model.resolve import find_trained, is_adapter, saved_dtype
+from finetuning.model.saving import export_merged
 
 
 @dataclass(frozen=True)

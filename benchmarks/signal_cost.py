@@ -43,7 +43,7 @@ WARM_UP = 2  # pairs that are not counted
 
 
 def bare_error(logits, labels, close_id, nll, correct, close, buffer) -> torch.Tensor:
-    """`segment_loss._softmax_error` without correctness and the probability of closing."""
+    """`loss._softmax_error` without correctness and the probability of closing."""
     target = labels.unsqueeze(1)
     top = logits.amax(1)
     probability = torch.softmax(logits, 1, out=buffer[: len(labels)])

@@ -36,6 +36,7 @@ def find_duplicates(
     leaks: Leaks | None,
     clusters: SampleClusters,
 ) -> Duplicates:
+    """Samples that repeat or contradict others, by the keys of their texts and the clusters of near ones."""
     questions, pairs = np.concatenate(facts.question_keys), np.concatenate(facts.answer_keys)
     pairs *= np.uint64(0x9E3779B97F4A7C15)
     pairs ^= questions

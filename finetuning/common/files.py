@@ -24,7 +24,7 @@ def durable_file(path: Path, mode: str = "wb", **options: Any) -> Iterator[IO[An
     options: those of `open`.
     """
     try:
-        with open(path, mode, **options) as file:
+        with path.open(mode, **options) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

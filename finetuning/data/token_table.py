@@ -179,6 +179,7 @@ def _merged(ledgers: Iterable[dict[str, list[str]]]) -> TruncationReport:
 
 
 def tokens_in_memory(parts: Iterator) -> tuple[dict[str, np.ndarray], TruncationReport]:
+    """The arrays of all parts, each joined to one, and the joined report."""
     found = list(parts)
     arrays = {
         name: np.concatenate(

@@ -5,9 +5,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from peft import (
-    PeftModel,
-)
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from finetuning.common.errors import UserError
@@ -62,7 +59,7 @@ def load_model(
     gradient_checkpointing: bool = False,
     seed: int = 0,
     sharded: bool = False,
-) -> PeftModel | PreTrainedModel:
+) -> torch.nn.Module:
     """The model on `device`, base frozen, with fresh fp32 adapters or those of `init_adapter`.
 
     With `lora_r` 0 all parameters train and there is no adapter. `init_adapter` brings rank, alpha
@@ -102,7 +99,7 @@ def recompute_activations(model: torch.nn.Module) -> None:
 
     Under the name that this version of transformers has for it.
     """
-    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
     new = "activation_checkpointing_enable"
     getattr(model, new if hasattr(model, new) else "gradient_checkpointing_enable")(
         {"use_reentrant": False}
@@ -193,7 +190,7 @@ def _check_vocabulary(model: PreTrainedModel, tokenizer: object, folder: Path) -
 
 def load_for_inference(
     folder: Path, *, device: str | torch.device, precision: str = "auto", base_model: str = ""
-) -> tuple[PeftModel | PreTrainedModel, transformers.PreTrainedTokenizerBase]:
+) -> tuple[torch.nn.Module, transformers.PreTrainedTokenizerBase]:
     """A saved adapter on its base, or a whole model folder, ready to generate; and its tokenizer.
 
     `base_model` replaces the base that the adapter's configuration names.

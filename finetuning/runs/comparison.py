@@ -151,6 +151,7 @@ def _first(points: Points) -> float | None:
 
 
 def setting_rows(runs: Sequence[RecordedRun]) -> Rows:
+    """The settings that differ, a row each, with every run's value."""
     found = differences(runs).items()
     rows = [
         (name, [UNKNOWN if v is None else redact(str(v)) for v in values]) for name, values in found
@@ -159,6 +160,7 @@ def setting_rows(runs: Sequence[RecordedRun]) -> Rows:
 
 
 def metric_rows(runs: Sequence[RecordedRun]) -> Rows:
+    """The results, a row each, with every run's number; the best is marked where it can be told."""
     judges = {} if unlike(runs) else BEST
     return [(name, _texts(values, judges.get(name))) for name, values in metrics(runs).items()]
 
@@ -175,6 +177,7 @@ def _number(value: float | None) -> str:
 
 
 def rich_table(title: str, names: Sequence[str], rows: Rows) -> Table:
+    """The rows as a table for the terminal, a column a run."""
     table = Table(title=title, title_justify="left", title_style="bold")
     for name in ("", *names):
         table.add_column(Text(clean_line(name)), overflow="fold")

@@ -35,7 +35,7 @@ ONE = Distributed(0, 1, 0, torch.device("cpu"))
 def part(tiny_model: Path, tiny_data: Path) -> DataPart:
     samples = read_samples([str(tiny_data)]).samples
     tokens = tokenize_samples(samples, AutoTokenizer.from_pretrained(tiny_model), 768)
-    return DataPart(samples, tokens, np.arange(0, 24, 2), {})
+    return DataPart(samples, tokens, np.arange(0, 24, 2))
 
 
 @pytest.fixture(scope="module")
@@ -286,7 +286,7 @@ def test_losses_are_bit_equal_with_and_without_evaluation_probes_and_health(
         probe_max_new_tokens=6,
         **common,
     )
-    records = [read_metrics(t.run.logs / "metrics.jsonl") for t in (plain, probed)]
+    records = [read_metrics(t.record.run.logs / "metrics.jsonl") for t in (plain, probed)]
     losses = [
         [m["metrics"]["Training/Loss"] for m in of_run if "Training/Loss" in m["metrics"]]
         for of_run in records

@@ -211,13 +211,13 @@ def part(tokenizer) -> DataPart:
     samples += [Sample(f"算{i}", "想一想", f"最终答案：{i}", line=i) for i in range(8)]
     samples += [Sample("用工具", "想", "最终答案：9", system="系统", tools=tools)]
     tokens = tokenize_samples(samples, tokenizer, 512)
-    return DataPart(samples, tokens, np.arange(len(samples)), {})
+    return DataPart(samples, tokens, np.arange(len(samples)))
 
 
 def test_probes_are_the_same_whatever_the_order_and_half_have_a_number(part, tokenizer):
     chosen = choose_probes(part, tokenizer, 6)
     order = np.random.default_rng(0).permutation(part.documents)
-    again = choose_probes(DataPart(part.samples, part.tokens, order, {}), tokenizer, 6)
+    again = choose_probes(DataPart(part.samples, part.tokens, order), tokenizer, 6)
     assert [p.sample.id for p in chosen] == [p.sample.id for p in again]
     numbers = [exact_answer(p.sample.answer, "") is not None for p in chosen]
     assert sum(numbers) == 3

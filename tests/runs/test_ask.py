@@ -40,6 +40,10 @@ def place(adapter: Path, target: Path, seconds: float) -> Path:
     return target
 
 
+def reply_to(model, tokenizer, settings: Ask) -> Reply:
+    return generate(model, tokenizer, ask.messages(settings), **ask.sampling_settings(settings))
+
+
 def test_the_newest_adapter_answers(tmp_path, adapter):
     with pytest.raises(UserError, match="train first"):
         find_trained("", str(tmp_path))
@@ -109,7 +113,7 @@ def test_it_streams_what_the_model_says(adapter):
     out = console()
     ask.answer(model, tokenizer, settings, out)
     shown = out.file.getvalue()
-    reply = generate(model, tokenizer, settings)
+    reply = reply_to(model, tokenizer, settings)
     assert reply.num_tokens <= 24
     text = "".join(reply.text.values())
     assert "".join(text.split()) in "".join(shown.split()).replace("─", "").replace("answer", "")
@@ -119,9 +123,9 @@ def test_it_streams_what_the_model_says(adapter):
 def test_the_same_seed_says_the_same_and_the_base_something_else(adapter):
     model, tokenizer = load_for_inference(adapter, device="cpu")
     settings = Ask(QUESTION, max_new_tokens=16, temperature=0.8, seed=3)
-    first, second = (generate(model, tokenizer, settings).text for _ in range(2))
+    first, second = (reply_to(model, tokenizer, settings).text for _ in range(2))
     with model.disable_adapter():
-        base = generate(model, tokenizer, settings).text
+        base = reply_to(model, tokenizer, settings).text
     assert first == second != base
 
 
@@ -143,7 +147,7 @@ def test_a_reply_that_goes_round_in_circles_ends(adapter):
 
     model.get_base_model().lm_head = Circle()
     settings = Ask(QUESTION, max_new_tokens=2000, temperature=0)
-    reply = generate(model, tokenizer, settings)
+    reply = reply_to(model, tokenizer, settings)
     assert evaluation_reply.LOOP_TOKENS <= reply.num_tokens < evaluation_reply.LOOP_TOKENS + 32
     assert "repeats itself" in ask.remark(reply, settings)
 
@@ -168,11 +172,11 @@ def test_compare_shows_the_whole_of_chinese_text(adapter, monkeypatch):
     model, tokenizer = load_for_inference(adapter, device="cpu")
     text = "分组密码把明文分成等长的块逐块加密" * 20
 
-    def say(_model, _tokenizer, _ask, show) -> Reply:
+    def say(_model, _tokenizer, _messages, show, **_sampling) -> Reply:
         show("thinking", text)
         return Reply(tokenizer, chat_format(tokenizer), show)
 
-    monkeypatch.setattr(evaluation_reply, "generate", say)
+    monkeypatch.setattr(ask, "generate", say)
     out = console()
     ask.compare(model, tokenizer, Ask(QUESTION), out)
     shown = out.file.getvalue()

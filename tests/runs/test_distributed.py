@@ -26,6 +26,7 @@ from finetuning.events.reading import read_metrics, read_run
 from finetuning.model.demo_model import train_tokenizer
 from finetuning.runs.identity import check_ranks
 from finetuning.runs.plan import find_model
+from finetuning.training.step_clock import StepClock
 
 SCRIPT = Path(__file__).parents[2] / "direct_finetuning_with_existing_modules.py"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -348,6 +349,7 @@ def test_what_an_alert_of_one_rank_asks_for_is_done_by_all(wish, monkeypatch):
     """Memory and waiting times are a rank's own."""
     trainer = DirectTrainer(DirectTrainingConfig(device="cpu"), quiet=True)
     trainer.record = SimpleNamespace(log=lambda step, metrics: set())
+    trainer.metrics = SimpleNamespace(clock=StepClock())
     monkeypatch.setattr(
         Distributed, "any", lambda self, save, stop: [wish == "save", wish == "stop"]
     )

@@ -142,7 +142,7 @@ def test_a_resumed_run_knows_what_memory_was_left(make, plan, tokens, monkeypatc
     resumed = make(warn=said.append)
     resumed.restore(model.tensors(), state)
     gradients(resumed, plan, tokens, state)
-    assert resumed.recomputes and not said
+    assert resumed.gradient_checkpointing and not said
 
 
 def test_where_there_is_no_less_the_run_ends_with_a_way_on(make, plan, tokens, monkeypatch):
