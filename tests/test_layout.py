@@ -151,11 +151,11 @@ def test_a_file_imports_from_rooms_to_its_left_only():
     assert not wrong
 
 
-def test_no_file_imports_in_a_circle():
+def test_no_import_cycle():
     list(graphlib.TopologicalSorter({file: ours(file) for file in FILES}).static_order())
 
 
-def test_no_file_imports_a_program():
+def test_no_module_imports_a_program():
     programs = {f"{name}.py" for name in PROGRAMS}
     assert not [f"{file} -> {other}" for file in FILES for other in ours(file) & programs]
 
@@ -206,7 +206,7 @@ def test_init_files_are_empty():
     ]
 
 
-def test_libraries_have_rooms():
+def test_a_library_is_imported_in_its_rooms_only():
     wrong = []
     for library, places in LIBRARIES.items():
         users = [f for f in FILES if library in {m.split(".")[0] for m, _ in all_imports(f)}]
@@ -214,7 +214,7 @@ def test_libraries_have_rooms():
     assert not wrong
 
 
-def test_the_whole_configuration_stays_at_the_top():
+def test_the_configuration_travels_into_no_module():
     texts = {name: path.read_text(encoding="utf-8") for name, path in FILES.items()}
     users = [name for name, text in texts.items() if re.search(r"\bDirectTrainingConfig\b", text)]
     assert not [user for user in users if not user.startswith(THE_WHOLE_CONFIGURATION)]
