@@ -14,8 +14,6 @@ Watch it:
 This file is the story of a run; every other file is a module it uses.
 """
 
-from finetuning.runs.directory import open_directory
-
 # ruff: noqa: I001  the order of the imports is on purpose
 
 from finetuning.common import process  # first: it tunes malloc before torch allocates
@@ -36,40 +34,38 @@ if __name__ == "__main__":  # help and wrong settings are answered before the im
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C needs no traceback through these
 
 import dataclasses
-import math
-import os
 from contextlib import nullcontext
 from pathlib import Path
 
-import torch
-
-from finetuning.analysis.data_check import data_faults, is_good, summary
-from finetuning.analysis.report import print_report
+from finetuning.analysis.data_check import check_data
 from finetuning.common.distributed import exit_process, init_distributed, leave
 from finetuning.common.formatting import due
 from finetuning.common.text import redact_values
 from finetuning.data.packing import PlannedStep
-from finetuning.evaluation.evaluator import Evaluator, HeldOut
-from finetuning.model.loading import load_model
 from finetuning.model.resolve import banner
-from finetuning.monitoring.system_monitor import SystemMonitor, gpu_uuid
+from finetuning.runs.build import build_engine, build_evaluator, start_system_monitor
 from finetuning.runs.directory import (
     RUN_NAME,
     RunDirectory,
     check_writable,
     disk_faults_stop_the_run,
-    lock_output,
+    only_writer,
+    open_directory,
     own_models,
 )
 from finetuning.runs.identity import changed_settings, check_identity, settings_of
 from finetuning.runs.metrics import MetricsProcessor
-from finetuning.runs.plan import RunData, load_data, plan_run
+from finetuning.runs.plan import load_data, plan_run
 from finetuning.runs.record import RunRecord
 from finetuning.runs.report import write_report
-from finetuning.runs.summary import epoch_summary, model_size, run_rows
+from finetuning.runs.summary import (
+    model_size,
+    nonfinite_text,
+    preempted_text,
+    run_rows,
+)
 from finetuning.training.checkpoint import Checkpoint
 from finetuning.training.checkpoint_manager import CheckpointManager
-from finetuning.training.engine import TrainingEngine
 from finetuning.training.optimizer import StepResult, learning_rate_at
 from finetuning.training.state import TrainState
 from tb_logger import NullLogger, TensorBoardLogger
@@ -129,15 +125,15 @@ class DirectTrainer:
     def train(self) -> TrainState:
         """The whole run, from data to final model. Returns the state after the last step."""
         output_dir = Path(self.config.output_dir)
-        with lock_output(output_dir) if self.dist.is_main else nullcontext():
+        with only_writer(output_dir) if self.dist.is_main else nullcontext():
             self.plan = plan_run(
                 self.config,
                 self.dist,
                 self.terminal,
                 trust_remote_code=self.trust_remote_code,
             )
-            self.engine = self.build_engine()
-            self.evaluator = self.build_evaluator()
+            self.engine = build_engine(self.config, self.plan, self.dist, self.terminal)
+            self.evaluator = build_evaluator(self.config, self.plan, self.engine, self.dist)
             with self.stop:  # from here on there is something to save
                 with disk_faults_stop_the_run(output_dir):
                     self.open()
@@ -214,29 +210,14 @@ class DirectTrainer:
 
     def learning_rate(self, step: int) -> float:
         """The schedule at this step."""
-        config = self.config
-        return learning_rate_at(
-            step,
-            self.plan.steps.num_steps,
-            peak=config.learning_rate,
-            schedule=config.lr_schedule,
-            warmup_ratio=config.warmup_ratio,
-            min_ratio=config.min_lr_ratio,
-        )
+        return learning_rate_at(step, self.plan.steps.num_steps, self.config)
 
     def advance(self, step: int, planned: PlannedStep) -> None:
         """Count the step. Only numbers that the host knows."""
-        state = self.state
-        state.step = step
-        state.tokens_seen += planned.num_tokens
-        state.samples_seen += planned.num_samples
+        self.state.step = step
         lengths = self.plan.data.train.tokens.lengths[list(planned.documents)]
-        self.metrics.clock.count(
-            tokens=planned.num_tokens,
-            supervised=planned.num_targets,
-            samples=planned.num_samples,
-            flops=self.engine.flops(lengths, planned.num_targets),
-        )
+        flops = self.engine.flops(lengths, planned.num_targets)
+        self.metrics.count(planned, flops, self.state)
 
     def collect(self) -> None:
         """Bring the pending steps' sums to the host; act on a gradient that is not finite."""
@@ -291,17 +272,12 @@ class DirectTrainer:
 
     def show_hardest(self, step: int) -> None:
         """TEXT: the training samples of this epoch with the highest loss."""
-        self.metrics.gather_hardest(self.state)
-        if self.dist.is_main:
-            text = self.metrics.hardest_text(self.state)
-            self.tensorboard_writer.add_text("Training/Hardest_Samples", text, step)
+        text = self.metrics.hardest_text(self.state)
+        self.tensorboard_writer.add_text("Training/Hardest_Samples", text, step)
 
     def epoch_metrics(self, step: int) -> dict[str, float]:
         """Epoch/ tags over the epoch that ends with this step, and its line in TEXT."""
-        epoch = math.ceil(self.plan.steps.fractional_epoch(step))
-        steps = self.metrics.steps_of_epoch(step)
-        metrics = self.metrics.epoch(step, self.state)
-        text = epoch_summary(epoch, steps, metrics)
+        metrics, text = self.metrics.epoch(step, self.state)
         self.tensorboard_writer.add_text("Training/Epoch_Summary", text, step)
         return metrics
 
@@ -376,40 +352,6 @@ class DirectTrainer:
     # -------------------------------------------------------------------------
     # Beginning
 
-    def build_engine(self) -> TrainingEngine:
-        """Weights, adapters, fast kernels, the wrapper of several ranks, optimizer."""
-        config, plan, dist = self.config, self.plan, self.dist
-        with self.terminal.working("loading the model"):
-            model = load_model(
-                plan.inputs.model,
-                plan.inputs.tokenizer,
-                config,
-                config,
-                device=dist.device,
-                gradient_checkpointing=plan.execution.gradient_checkpointing,
-                seed=config.seed,
-                sharded=plan.execution.parallel == "fsdp",
-            )
-        if plan.execution.batch_shape:
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(config.cache_path / "compiled"))
-        close_id = plan.data.train.tokens.close_id
-        return TrainingEngine(model, close_id, dist, plan.execution, config, self.terminal.warn)
-
-    def build_evaluator(self) -> Evaluator:
-        """Held-out data and questions, for the model of the engine."""
-        plan, held_out = self.plan, self.plan.data.held_out
-        evaluator = Evaluator(
-            self.engine.packed,
-            plan.inputs.tokenizer,
-            HeldOut(held_out, plan.evaluation, plan.groups[1]),
-            self.dist,
-            probes=plan.probes,
-            max_new_tokens=plan.answer_tokens,
-            histograms=self.config.log_weight_histograms,
-        )
-        torch.manual_seed(self.config.seed + self.dist.rank)  # dropout differs between ranks
-        return evaluator
-
     def open(self) -> None:
         """The run's directory, its record and its metrics; from a checkpoint where there is one."""
         config, dist = self.config, self.dist
@@ -434,7 +376,6 @@ class DirectTrainer:
         self.record.write_configuration(self.plan, model_size(self.plan, self.engine))
         self.record.status("running", step=self.state.step)
         if checkpoint:
-            self.tell_changes(checkpoint)
             return
         with dist.patience("statistics"), self.terminal.working("describing the data"):
             if dist.is_main:
@@ -449,15 +390,10 @@ class DirectTrainer:
             logger = TensorBoardLogger(
                 run.tensorboard, metrics_path=metrics, resume_step=resume_step, warn=warn
             )
-        on_cuda = dist.device.type == "cuda"
-        gpus = dist.gather_on_node(gpu_uuid(dist.device)) if on_cuda else ()
-        system = SystemMonitor(gpus, run.output_dir, 1.0, dist.rank, warn=warn)  # one GPU a rank
-        if dist.local_rank == 0:
-            system.start()
         return RunRecord(
             run,
             logger,
-            system,
+            start_system_monitor(dist, run.output_dir, warn),
             resume_step=resume_step,
             alert_state=self.state.alerts,
             alert_actions=self.config.alert_actions,
@@ -465,23 +401,18 @@ class DirectTrainer:
         )
 
     def announce(self, checkpoint: Checkpoint | None) -> None:
-        """What was decided, on the terminal."""
-        plan, logs = self.plan, self.record.run.logs
+        """What was decided, on the terminal; settings that differ from the checkpoint's also in TEXT."""
+        plan, run, say = self.plan, self.record.run, self.terminal.say
         if plan.inputs.model.embedded:
-            self.terminal.say(banner(plan.inputs.model), style="bold yellow")
-        self.terminal.table("Run", [*run_rows(plan, self.engine, self.dist), ("run", logs)])
+            say(banner(plan.inputs.model), style="bold yellow")
+        self.terminal.table("Run", [*run_rows(plan, self.engine, self.dist), ("run", run.logs)])
         if checkpoint:
-            self.terminal.say(f"resumed from {checkpoint.path}, step {self.state.step}")
-        logdir = self.record.run.tensorboard.parent
-        self.terminal.say(f"watch it: uv run tensorboard --logdir={logdir}")
-
-    def tell_changes(self, checkpoint: Checkpoint) -> None:
-        """Settings that are others than those of the checkpoint, on the terminal and in TEXT."""
-        settings = redact_values(self.plan.settings)
-        changed = changed_settings(checkpoint.state["config"], settings)
-        if changed:
-            self.terminal.say(f"changed since step {self.state.step}: {', '.join(changed)}")
-            self.record.write_settings(self.plan.settings, self.state.step)
+            say(f"resumed from {checkpoint.path}, step {self.state.step}")
+        say(f"watch it: uv run tensorboard --logdir={run.tensorboard.parent}")
+        before = checkpoint.state["config"] if checkpoint else {}
+        if changed := changed_settings(before, redact_values(plan.settings)):
+            say(f"changed since step {self.state.step}: {', '.join(changed)}")
+            self.record.write_settings(plan.settings, self.state.step)
 
     # -------------------------------------------------------------------------
     # End
@@ -491,27 +422,19 @@ class DirectTrainer:
         state, outcome = self.state, self.outcome
         self.terminal.stop_progress()
         if outcome == "nonfinite":
-            raise RunStopped(
-                f"step {state.nonfinite_steps[-1]}: non-finite gradient, samples "
-                f"{', '.join(self.nonfinite_places[:4])}. No bad update reached the weights; look at these "
-                "samples, lower --learning-rate or use --nonfinite skip, then --resume latest"
-            )
+            raise RunStopped(nonfinite_text(state, self.nonfinite_places))
         if outcome == "preempted":
-            self.terminal.conclude(
-                f"{self.stop.name or 'a signal to another rank'}: saved step {state.step} of "
-                f"{self.plan.steps.num_steps}. Go on with the "
-                "same command and --resume latest"
-            )
+            text = preempted_text(self.stop.name, state.step, self.plan.steps.num_steps)
+            self.terminal.conclude(text)
         else:
             self.save_model(self.record.run.final_model)
             self.metrics.count_seconds(state)
             hardware = self.metrics.hardware(self.record.system.read())  # a collective
             if self.dist.is_main:
                 monitoring = self.metrics.convergence.scalars()
-                model = model_size(self.plan, self.engine)
-                self.terminal.conclude(
-                    self.record.write_summary(self.plan, model, state, monitoring, hardware)
-                )
+                size = model_size(self.plan, self.engine)
+                text = self.record.write_summary(self.plan, size, state, monitoring, hardware)
+                self.terminal.conclude(text)
         self.record.status(outcome, step=state.step, signal=self.stop.name)
 
     def close(self) -> None:
@@ -548,7 +471,8 @@ def run(command: CommandLine) -> int:
     trust = {"trust_remote_code": command.trust_remote_code}
     if command.check_data:
         inputs = load_data(config, trainer.dist, trainer.terminal, **trust)
-        return check_data(inputs, trainer.terminal, quiet=command.quiet or not trainer.dist.is_main)
+        quiet = command.quiet or not trainer.dist.is_main
+        return check_data(inputs.data, inputs.statistics, trainer.terminal, quiet=quiet)
     if command.plan:
         plan = plan_run(config, trainer.dist, trainer.terminal, **trust)
         title = f"Plan for {plan.inputs.model.name}"
@@ -556,16 +480,6 @@ def run(command: CommandLine) -> int:
     else:
         trainer.train()
     return 0
-
-
-def check_data(inputs: RunData, terminal: Terminal, *, quiet: bool) -> int:
-    """Print statistics, unless quiet, and everything that is wrong; 1 if something serious is."""
-    if not quiet:
-        print_report(inputs.statistics.to_json())
-    faults = data_faults(inputs.data, inputs.statistics)
-    count = len(inputs.data.split.read.samples)
-    terminal.conclude("\n".join([*map(str, faults), summary(faults, count)]))
-    return 0 if is_good(faults) else 1
 
 
 def main(arguments: list[str] | None = None) -> int:

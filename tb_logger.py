@@ -233,7 +233,7 @@ class TensorBoardLogger:
         global_step: int | None = None,
         walltime: float | None = None,
     ) -> None:
-        """Markdown. Text by strangers or a model belongs into `safe_text.fenced` first."""
+        """Markdown. Text by strangers or a model belongs into `finetuning.common.text.fenced` first."""
         tag, text = clean_tag(tag), str(text_string)
         build = functools.partial(event_values.text_value, tag, text)
         self._put(global_step, walltime, build, len(text))

@@ -13,6 +13,7 @@ four documents into a row. The last line is JSON; rss_growth_percent compares th
 samples with the smallest.
 """
 
+import finetuning.common.process  # noqa: F401, I001  before torch
 import argparse
 import importlib.metadata
 import json
@@ -23,7 +24,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import finetuning.common.process  # noqa: F401  before torch
 
 HIDDEN, LAYERS, STEPS = 64, 2, 3
 SAMPLES = (1_000, 10_000, 100_000)

@@ -12,6 +12,7 @@ host processor time over threads, which other work on the machine hardly changes
 step that computes shapes only, as a GPU would hold them (`tests/traced_step.py`). The last line is JSON.
 """
 
+import finetuning.common.process  # noqa: F401, I001  before torch
 import argparse
 import json
 import subprocess
@@ -28,7 +29,6 @@ import psutil
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-import finetuning.common.process  # noqa: F401  before torch
 from finetuning.common import distributed
 from finetuning.config import LoraSettings, ModelSettings
 from finetuning.data.packing import build_batch

@@ -10,6 +10,7 @@ that others use, wall time tells more about them than about us: CPU time of the 
 The last line is JSON.
 """
 
+import finetuning.common.process  # noqa: F401, I001  before torch
 import argparse
 import json
 import math
@@ -33,7 +34,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-import finetuning.common.process  # noqa: F401  before torch
 from finetuning.common import distributed
 from finetuning.common.distributed import Distributed
 from finetuning.config import LoraSettings, ModelSettings

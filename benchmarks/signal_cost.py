@@ -12,6 +12,7 @@ the pairs' ratios. Evaluation, probes and adapter health run apart, once per eva
 The last line is JSON.
 """
 
+import finetuning.common.process  # noqa: F401, I001  before torch
 import argparse
 import json
 import os
@@ -25,11 +26,12 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-import finetuning.common.process  # noqa: F401  before torch
-from direct_finetuning_with_existing_modules import DirectTrainer, due
+from direct_finetuning_with_existing_modules import DirectTrainer
+from finetuning.common.formatting import due
 from finetuning.config import DirectTrainingConfig
 from finetuning.evaluation.evaluator import held_out_sums
 from finetuning.model import loss, packed_model
+from finetuning.runs.build import build_engine, build_evaluator
 from finetuning.runs.metrics import MetricsProcessor
 from finetuning.runs.plan import plan_run
 from finetuning.training.optimizer import forward_backward
@@ -41,7 +43,7 @@ WARM_UP = 2  # pairs that are not counted
 
 
 def bare_error(logits, labels, close_id, nll, correct, close, buffer) -> torch.Tensor:
-    """`segment_loss._softmax_error` without correctness and the probability of closing."""
+    """`loss._softmax_error` without correctness and the probability of closing."""
     target = labels.unsqueeze(1)
     top = logits.amax(1)
     probability = torch.softmax(logits, 1, out=buffer[: len(labels)])
@@ -71,8 +73,8 @@ def prepare(folder: str) -> DirectTrainer:
     """A trainer with model and data, at its first step, that writes no run."""
     trainer = DirectTrainer(DirectTrainingConfig(output_dir=folder, device="cpu"), quiet=True)
     trainer.plan = plan_run(trainer.config, trainer.dist, trainer.terminal)
-    trainer.engine = trainer.build_engine()
-    trainer.evaluator = trainer.build_evaluator()
+    trainer.engine = build_engine(trainer.config, trainer.plan, trainer.dist, trainer.terminal)
+    trainer.evaluator = build_evaluator(trainer.config, trainer.plan, trainer.engine, trainer.dist)
     trainer.metrics = MetricsProcessor(trainer.plan, trainer.dist, trainer.state)
     return trainer
 

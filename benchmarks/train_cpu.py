@@ -12,6 +12,7 @@ max_length) are overridden; its token accuracy and entropy metrics cannot be tur
 settings of malloc are the same for everybody: this is one process. The last line is JSON.
 """
 
+import finetuning.common.process  # noqa: F401, I001  before torch
 import argparse
 import importlib.metadata
 import json
@@ -33,7 +34,6 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.utils import clip_grad_norm_
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-import finetuning.common.process  # noqa: F401  before torch
 from finetuning.config import PROJECTIONS
 from finetuning.data.packing import build_batch
 from finetuning.data.token_table import Segment, TokenizedSample

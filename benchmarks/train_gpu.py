@@ -20,6 +20,7 @@ and no gradient may be zero; that the losses are equal step by step is shown by 
 torch, transformers and peft; a peer that is not installed is left out. The last line is JSON.
 """
 
+import finetuning.common.process  # noqa: F401, I001  before torch
 import argparse
 import contextlib
 import importlib.metadata
@@ -45,7 +46,6 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-import finetuning.common.process  # noqa: F401  before torch
 from finetuning.common.distributed import Distributed
 from finetuning.config import PROJECTIONS
 from finetuning.data.packing import PackedBatch, StepPlan

@@ -1,6 +1,7 @@
 """Shared fixtures. Data of others lies beside the checkout and is optional."""
 
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 # Before torch: workers share few cores, and subprocesses inherit it.
@@ -39,3 +40,31 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One cache of tokenized data and models for all tests of a session, none of the user's."""
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_model: Path, tiny_data: Path, cache_dir: Path) -> Callable[..., int]:
+    """`main()` in this process with a tiny model, tiny data and few steps; later arguments win."""
+    from direct_finetuning_with_existing_modules import main
+    from tests.helpers.tiny_model import FAST
+
+    def run(tmp_path: Path, *more: str, first: Sequence[str] = FAST) -> int:
+        inputs = ["--model-name", str(tiny_model), "--data-path", str(tiny_data)]
+        places = ["--output-dir", str(tmp_path / "out"), "--cache-dir", str(cache_dir)]
+        return main([*first, *inputs, *places, *more])
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run(tiny_run: Callable[..., int]) -> Callable[..., int]:
+    """The same by a short name, where a file has no other `run`."""
+    return tiny_run
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_run: Callable[..., int]) -> Path:
+    """The output directory of one whole run, for all tests; who changes it takes a copy."""
+    tmp_path = tmp_path_factory.mktemp("finished")
+    assert tiny_run(tmp_path, "--num-probes", "1", "--probe-max-new-tokens", "8") == 0
+    return tmp_path / "out"

@@ -28,7 +28,8 @@ FAULTS = {
 PAGE = ROOT / "docs" / "monitoring.md"
 INTRODUCTION = """# Monitoring: what is watched, and faults that were found
 
-What is measured and where: `metric_table.py` holds every tag with unit, meaning and source. The guide
+What is measured and where: `finetuning/events/metric_table.py` holds every tag with unit, meaning and source.
+The guide
 ([TENSORBOARD_GUIDE.md](../TENSORBOARD_GUIDE.md)) explains how to read them; the formulas of score and
 forecast are in [convergence.md](convergence.md). Each alert is 0 or 1 in `Alerts/<Name>` at every logged
 step, a row of the cumulative table in TEXT, a line on the terminal and a record in

@@ -4,7 +4,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from finetuning.analysis.report import print_report
 from finetuning.analysis.statistics import DatasetStatistics
+from finetuning.common.terminal import Terminal
 from finetuning.common.text import clean_line
 from finetuning.data.token_table import TruncationReport
 from finetuning.data.training_data import TrainingData
@@ -38,6 +40,18 @@ def data_faults(data: TrainingData, statistics: DatasetStatistics) -> list[Fault
         faults.update(_broken(read.broken), _remarks(read.remarks))
         faults.update(_lengths(read.samples, ledger, data.max_seq_length))
     return sorted(faults)
+
+
+def check_data(
+    data: TrainingData, statistics: DatasetStatistics, terminal: Terminal, *, quiet: bool
+) -> int:
+    """Print statistics, unless quiet, and everything that is wrong; 1 if something serious is, else 0."""
+    if not quiet:
+        print_report(statistics.to_json())
+    faults = data_faults(data, statistics)
+    count = len(data.split.read.samples)
+    terminal.conclude("\n".join([*map(str, faults), summary(faults, count)]))
+    return 0 if is_good(faults) else 1
 
 
 def is_good(faults: Sequence[Fault]) -> bool:

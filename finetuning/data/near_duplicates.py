@@ -1,4 +1,4 @@
-"""Which texts say nearly the same, and a held-out split that no near duplicate crosses.
+"""Which texts say nearly the same.
 
 Near means: Jaccard similarity of the sets of character 5-grams, after NFKC, lower case and without
 punctuation, of at least `threshold`. Up to `EXACT_LIMIT` distinct texts the join is exact (prefix

@@ -1,10 +1,8 @@
 """How far a run has converged, which way its loss is going and where it will end.
 
 A loss curve is squeezed into at most 128 bins (bounded state, the same after an interruption), and
-`saturating_fit.py` reads score and forecast off them. The formulas stand in the docstrings and in
-docs/convergence.md. By itself:
-
-    uv run python convergence.py RUN_DIR|losses.csv|trainer_state.json [--upto 0.5] [--json]
+`curve_fit.py` reads score and forecast off them. The formulas stand in the docstrings and in
+docs/convergence.md.
 """
 
 from __future__ import annotations

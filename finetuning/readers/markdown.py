@@ -1,4 +1,19 @@
-"""Markdown with questions and answers to samples."""
+"""Questions and answers in a Markdown text become `Sample`s.
+
+    ## 难度 2 对称密码            a section heading ends an answer; `难度 k` in it holds for the section
+    ### Q1: 什么是分组密码？       `Q1` with an ASCII or full-width colon, or none
+    难度: 3                       optional, for this question only
+    <thinking>
+    …
+    </thinking>
+
+    A1: …                         the marker may be missing after the thinking
+
+`### q1`, `### 问题1` and `### 问1` are questions too where a reply follows, `a1`, `答案1` and `答1` markers.
+
+White space around a question, a reasoning or an answer is not content and is dropped, as is a rule
+(`---`) that closes an answer; nothing else is.
+"""
 
 import bisect
 import itertools

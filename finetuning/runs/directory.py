@@ -90,6 +90,16 @@ def lock_output(output_dir: Path) -> FileLock:
     return lock
 
 
+@contextmanager
+def only_writer(output_dir: Path) -> Iterator[None]:
+    """Within it, no other run writes below the output directory; see `lock_output`."""
+    lock = lock_output(output_dir)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _remove_leftovers(output_dir: Path) -> None:
     """Temporary files and model folders that were in the making; an old folder that was put aside returns."""
     for pattern in (".probe-*", ".training_statistics.json.*.tmp", "training_logs/*/.*.tmp"):

@@ -8,12 +8,14 @@ import numpy as np
 import torch
 
 from finetuning.common.distributed import Distributed
+from finetuning.data.packing import PlannedStep
 from finetuning.evaluation.hardest_samples import LEVEL_DECAY, hardest, hardest_text, loss_rows
 from finetuning.evaluation.loss_metrics import LossMetrics
 from finetuning.model.flops import peak_flops
 from finetuning.monitoring.convergence import ConvergenceMonitor
 from finetuning.monitoring.system_monitor import gpu_memory
 from finetuning.runs.plan import RunPlan
+from finetuning.runs.summary import epoch_summary
 from finetuning.training.optimizer import StepResult
 from finetuning.training.state import TrainState
 from finetuning.training.step_clock import CudaTimeline, HostTimeline, StepClock, straggler
@@ -54,6 +56,17 @@ class MetricsProcessor:
 
     # -------------------------------------------------------------------------
     # Steps
+
+    def count(self, planned: PlannedStep, flops: float, state: TrainState) -> None:
+        """Add a step's tokens, samples and arithmetic; the host knows them without waiting."""
+        state.tokens_seen += planned.num_tokens
+        state.samples_seen += planned.num_samples
+        self.clock.count(
+            tokens=planned.num_tokens,
+            supervised=planned.num_targets,
+            samples=planned.num_samples,
+            flops=flops,
+        )
 
     def collect(self, pending: Sequence[StepResult], state: TrainState) -> list[StepResult]:
         """Bring the pending steps' sums to the host and add them up over ranks.
@@ -161,24 +174,25 @@ class MetricsProcessor:
         state.hardest = hardest([r for rows in self._dist.gather(state.hardest) for r in rows])
 
     def hardest_text(self, state: TrainState) -> str:
-        """Markdown: the training samples of this epoch with the highest loss."""
+        """Markdown: the training samples of this epoch with the highest loss, of all ranks. A collective."""
+        self.gather_hardest(state)
+        if not self._dist.is_main:
+            return ""
         return hardest_text(self._data.train, state.hardest, training=True)
 
-    def epoch(self, step: int, state: TrainState) -> dict[str, float]:
-        """Epoch/ tags over the epoch that ends with this step; the sums begin anew."""
+    def epoch(self, step: int, state: TrainState) -> tuple[dict[str, float], str]:
+        """Epoch/ tags over the epoch that ends with this step, and its Markdown; the sums begin anew."""
         self.count_seconds(state)
+        steps = (step - 1) % self._plan.steps_per_epoch + 1
         metrics = {
             "Epoch/Average_Loss": self.losses.loss(np.asarray(state.epoch)),
             "Epoch/Duration_Seconds": state.epoch_seconds,
-            "Epoch/Steps_Per_Second": self.steps_of_epoch(step) / state.epoch_seconds,
+            "Epoch/Steps_Per_Second": steps / state.epoch_seconds,
         }
         state.epoch, state.epoch_seconds = self.losses.zeros().tolist(), 0.0
         state.hardest = []
-        return metrics
-
-    def steps_of_epoch(self, step: int) -> int:
-        """Steps of the epoch up to this one."""
-        return (step - 1) % self._plan.steps_per_epoch + 1
+        number = math.ceil(self._plan.fractional_epoch(step))
+        return metrics, epoch_summary(number, steps, metrics)
 
     def count_seconds(self, state: TrainState) -> None:
         """Bring the state's wall times up to now."""

@@ -2,7 +2,7 @@
 
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -213,3 +213,20 @@ def closing_lines(statistics: Mapping[str, Any], run: RunDirectory) -> str:
         f"curves: uv run tensorboard --logdir={run.tensorboard.parent}",
     ]
     return "\n".join(lines)
+
+
+def nonfinite_text(state: TrainState, places: Sequence[str]) -> str:
+    """Why a gradient that is not finite has ended the run, and what to do."""
+    return (
+        f"step {state.nonfinite_steps[-1]}: non-finite gradient, samples {', '.join(places[:4])}. "
+        "No bad update reached the weights; look at these samples, lower --learning-rate or use "
+        "--nonfinite skip, then --resume latest"
+    )
+
+
+def preempted_text(signal_name: str, step: int, num_steps: int) -> str:
+    """What a signal has ended, and how to go on."""
+    return (
+        f"{signal_name or 'a signal to another rank'}: saved step {step} of {num_steps}. Go on with the "
+        "same command and --resume latest"
+    )

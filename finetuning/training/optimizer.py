@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from finetuning.common import distributed
+from finetuning.config import OptimizerSettings
 from finetuning.data.packing import PlannedStep, build_batch, split_micro_batch
 from finetuning.data.token_table import TokenizedSamples
 from finetuning.model import parallel
@@ -113,17 +114,10 @@ def build_optimizer(
     )
 
 
-def learning_rate_at(
-    step: int,
-    num_steps: int,
-    *,
-    peak: float,
-    schedule: str,
-    warmup_ratio: float,
-    min_ratio: float,
-) -> float:
+def learning_rate_at(step: int, num_steps: int, settings: OptimizerSettings) -> float:
     """Linear warmup to the peak, then `cosine`, `linear` or `constant`; step 1 is above zero."""
-    warmup = math.ceil(warmup_ratio * num_steps - 1e-6)
+    peak, lowest = settings.learning_rate, settings.min_lr_ratio
+    warmup = math.ceil(settings.warmup_ratio * num_steps - 1e-6)
     if step <= warmup:
         return peak * step / warmup
     progress = (step - 1 - warmup) / max(1, num_steps - warmup)
@@ -132,7 +126,7 @@ def learning_rate_at(
         "linear": lambda: 1 - progress,
         "constant": lambda: 1.0,
     }
-    return peak * (min_ratio + (1 - min_ratio) * courses[schedule]())
+    return peak * (lowest + (1 - lowest) * courses[settings.lr_schedule]())
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

@@ -1,6 +1,6 @@
 """Held-out sums are exact and touch nothing; the hardest samples; best model and early stopping.
 
-uv run pytest tests/evaluation/test_evaluator.py
+uv run pytest -m "not long" tests/evaluation/test_evaluator.py
 """
 
 import json
@@ -150,6 +150,7 @@ def schooled_model(tmp_path_factory, tiny_model: Path, tiny_data: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_planted_corrupt_samples_rank_first(tmp_path, schooled_model, tiny_data, cache_dir):
     """A model that knows the data meets one training and one held-out sample of noise."""
     held_out = tmp_path / "held_out.jsonl"
@@ -182,6 +183,7 @@ def test_planted_corrupt_samples_rank_first(tmp_path, schooled_model, tiny_data,
     assert step == 2 * steps and "held\\_out.jsonl:11 " in text.splitlines()[2]
 
 
+@pytest.mark.slow
 def test_groups_recombine_to_the_whole_on_training_and_held_out_data(
     tmp_path, tiny_model, tiny_data, cache_dir
 ):
@@ -217,6 +219,7 @@ def test_groups_recombine_to_the_whole_on_training_and_held_out_data(
         assert len([t for t in scalars if t.startswith(f"{prefix}/By_Source/")]) == 2
 
 
+@pytest.mark.slow
 def test_the_best_adapter_is_kept_and_patience_ends_the_run(
     tmp_path, tiny_model, tiny_data, cache_dir
 ):
@@ -257,6 +260,7 @@ def test_a_loss_that_is_not_a_number_is_never_the_best():
     assert state.evals_without_gain == 2
 
 
+@pytest.mark.slow
 def test_losses_are_bit_equal_with_and_without_evaluation_probes_and_health(
     tmp_path, tiny_model, tiny_data, cache_dir
 ):
@@ -293,6 +297,7 @@ def test_losses_are_bit_equal_with_and_without_evaluation_probes_and_health(
     assert [step for step, _ in tables_of(probed)["Eval/Samples"]] == [0, 1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 def test_adapter_health_in_tensorboard(tmp_path, tiny_model, tiny_data, cache_dir):
     trainer = train(tmp_path / "out", tiny_model, tiny_data, cache_dir, max_steps=2, eval_steps=1)
     scalars = read_run(trainer.record.run.tensorboard)

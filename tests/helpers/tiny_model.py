@@ -9,6 +9,11 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from finetuning.model.demo_model import train_tokenizer
 
+# Settings of a run of six steps that logs, evaluates and saves.
+FAST = (
+    *("--max-steps", "6", "--logging-steps", "2", "--eval-steps", "3", "--save-steps", "2"),
+    *("--max-seq-length", "768", "--num-probes", "0", "--quiet"),
+)
 TEXTS = [
     "分组密码SM4的分组长度和密钥长度都是128比特，共32轮。",
     "SM3杂凑算法输出256比特，消息扩展产生132个字。",

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.helpers import fake_hub
-from tests.runs.test_run import SCRIPT, interrupt_in_step, run, strict_json  # noqa: F401  `run` is a fixture
+from tests.runs.test_run import SCRIPT, interrupt_in_step, strict_json
 
 pytestmark = pytest.mark.slow
 
@@ -65,7 +65,7 @@ def test_a_hub_name_is_downloaded_from_the_endpoint(
 
 
 @pytest.fixture(scope="module")
-def full(tmp_path_factory, run) -> Path:  # noqa: F811
+def full(tmp_path_factory, run) -> Path:
     """The output directory of a whole run with lora_r 0."""
     tmp_path = tmp_path_factory.mktemp("full")
     assert run(tmp_path, "--lora-r", "0", "--learning-rate", "1e-3") == 0
@@ -92,7 +92,7 @@ def test_full_fine_tuning_leaves_a_model(full: Path, tiny_model: Path):
     assert training["last_eval_loss"] < training["first_eval_loss"]
 
 
-def test_full_fine_tuning_goes_on_where_it_was(full: Path, tmp_path, run, monkeypatch):  # noqa: F811
+def test_full_fine_tuning_goes_on_where_it_was(full: Path, tmp_path, run, monkeypatch):
     interrupt_in_step(3, monkeypatch)
     same = ["--lora-r", "0", "--learning-rate", "1e-3"]
     assert run(tmp_path, *same) == 0
@@ -129,7 +129,7 @@ def foreign_adapter(tmp_path: Path, tiny_model: Path) -> Path:
     return folder
 
 
-def test_an_adapter_of_another_tool_is_the_start(tmp_path, foreign_adapter, tiny_model, run):  # noqa: F811
+def test_an_adapter_of_another_tool_is_the_start(tmp_path, foreign_adapter, tiny_model, run):
     assert run(tmp_path, "--init-adapter", str(foreign_adapter), "--max-steps", "2") == 0
     final = tmp_path / "out" / "final_model"
     config = json.loads((final / "adapter_config.json").read_text(encoding="utf-8"))
@@ -146,7 +146,7 @@ def test_an_adapter_of_another_tool_is_the_start(tmp_path, foreign_adapter, tiny
     assert PeftModel.from_pretrained(base, final) is not None
 
 
-def test_the_plan_counts_the_adapter_that_is_the_start(foreign_adapter, tmp_path, run, capfd):  # noqa: F811
+def test_the_plan_counts_the_adapter_that_is_the_start(foreign_adapter, tmp_path, run, capfd):
     assert run(tmp_path, "--init-adapter", str(foreign_adapter), "--plan") == 0
     weights = sum(
         tensor.numel()
@@ -155,7 +155,7 @@ def test_the_plan_counts_the_adapter_that_is_the_start(foreign_adapter, tmp_path
     assert f"{weights:,} trainable" in capfd.readouterr().out
 
 
-def test_a_folder_without_an_adapter_is_a_clear_error(tmp_path, run, capfd):  # noqa: F811
+def test_a_folder_without_an_adapter_is_a_clear_error(tmp_path, run, capfd):
     assert run(tmp_path, "--init-adapter", str(tmp_path)) == 2
     assert "adapter" in capfd.readouterr().err
 
@@ -164,7 +164,7 @@ def test_a_folder_without_an_adapter_is_a_clear_error(tmp_path, run, capfd):  # 
 # Configuration of other tools, 4 bits
 
 
-def test_a_run_from_the_settings_of_training_arguments(tmp_path, run):  # noqa: F811
+def test_a_run_from_the_settings_of_training_arguments(tmp_path, run):
     path = tmp_path / "trainer.toml"
     path.write_text(
         "num_train_epochs = 1\nper_device_train_batch_size = 2\nbf16 = false\n"
@@ -178,7 +178,7 @@ def test_a_run_from_the_settings_of_training_arguments(tmp_path, run):  # noqa: 
     assert {name: config[name] for name in expected} == expected
 
 
-def test_training_in_4_bits(tmp_path, run):  # noqa: F811
+def test_training_in_4_bits(tmp_path, run):
     pytest.importorskip("bitsandbytes", reason="the extra qlora is not installed")
     assert run(tmp_path, "--quantization", "4bit", "--max-steps", "2") == 0
     assert (tmp_path / "out" / "final_model" / "adapter_model.safetensors").is_file()

@@ -16,30 +16,13 @@ from transformers import AutoTokenizer
 import ask
 from ask import Ask, main
 from finetuning.common.errors import UserError
-from finetuning.config import LoraSettings, ModelSettings
 from finetuning.data.chat_template import chat_format
 from finetuning.evaluation import reply as evaluation_reply
 from finetuning.evaluation.reply import Reply, generate
-from finetuning.model.loading import load_for_inference, load_model, load_tokenizer
-from finetuning.model.resolve import find_trained, resolve_model
-from finetuning.model.saving import save_adapter
+from finetuning.model.loading import load_for_inference
+from finetuning.model.resolve import find_trained
 
 QUESTION = "SM4的分组长度是多少？"
-
-
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory, tiny_model: Path) -> Path:
-    """An adapter that changes what the tiny model says."""
-    resolved = resolve_model(str(tiny_model), "cpu")
-    tokenizer = load_tokenizer(resolved)
-    model = load_model(resolved, tokenizer, ModelSettings(), LoraSettings(), device="cpu", seed=1)
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data = 0.5 * torch.randn(parameter.shape, generator=generator)
-    folder = tmp_path_factory.mktemp("trained") / "final_model"
-    save_adapter(model, tokenizer, folder)
-    return folder
 
 
 def console() -> Console:

@@ -26,6 +26,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.core.core_plugin import CorePluginLoader
 from torch.distributed.run import get_args_parser
 
@@ -34,8 +35,10 @@ from finetuning.config import parse_command_line, read_config_file
 from finetuning.events.metric_table import METRICS, find_metric
 from finetuning.events.reading import read_histograms, read_metrics, read_run, read_texts
 from finetuning.monitoring import alerts
+from finetuning.monitoring.detectors import AlertLimits
 from finetuning.readers.dataset import read_samples
 from tests.helpers import fake_hub
+from tests.helpers.program import run_program
 from tests.helpers.tensorboard_server import TensorBoardServer
 from tests.helpers.tiny_model import make_tiny_data
 
@@ -158,27 +161,12 @@ def documented_tags() -> list[str]:
 def emitted_tags(sandbox: Path) -> set[str]:
     """Every tag of the run's event files."""
     (run_dir,) = (sandbox / OUTPUT / "tensorboard_logs").iterdir()
-    images = subprocess.run(
-        [sys.executable, "-c", _IMAGE_TAGS, str(run_dir)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    tags = {*read_run(run_dir), *read_texts(run_dir), *read_histograms(run_dir)}
-    return tags | set(images.stdout.split())
+    images = EventAccumulator(str(run_dir)).Reload().Tags()["images"]
+    return {*read_run(run_dir), *read_texts(run_dir), *read_histograms(run_dir), *images}
 
 
-_IMAGE_TAGS = """
-import sys
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-print(*EventAccumulator(sys.argv[1]).Reload().Tags()["images"])
-"""
-
-
-@pytest.mark.slow
-def test_the_guide_is_generated_from_the_metric_table():
-    script = [sys.executable, str(ROOT / "scripts" / "update_guide.py"), "--check"]
-    done = subprocess.run(script, capture_output=True, text=True)
+def test_the_guide_is_generated_from_the_metric_table(tmp_path: Path):
+    done = run_program(ROOT / "scripts" / "update_guide.py", "--check", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert documented_tags() == [metric.tag for metric in METRICS]
 
@@ -231,7 +219,7 @@ LIMITS = {
 
 
 def test_every_alert_is_explained_with_its_limits():
-    parameters = inspect.signature(alerts.AlertMonitor).parameters
+    parameters = inspect.signature(AlertLimits).parameters
     for name in alerts.NAMES:
         (row,) = re.findall(
             rf"^\| `Alerts/{name}` \|(.*\|.*)\|$", TEXT[GUIDE].split("## 公式")[0], re.M
@@ -246,7 +234,7 @@ def test_every_alert_is_explained_with_its_limits():
 # Commands
 
 
-def run_program(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+def start_program(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     """A Python file of ours as if started from the command line; its exit code."""
     path = ROOT / arguments[0]
     assert path.is_file(), f"{arguments[0]} is documented but not there"
@@ -298,7 +286,7 @@ class Runner:
             return self.pin_versions()
         if arguments[0] == "scripts/update_guide.py":
             arguments += ["--check"]  # it must not change the guide while it is tested
-        code = run_program(arguments, self.monkeypatch)
+        code = start_program(arguments, self.monkeypatch)
         assert code == 0, self.capfd.readouterr().err[-2000:]
 
     def placed(self, arguments: list[str]) -> list[str]:
@@ -510,7 +498,7 @@ def _all_help(monkeypatch, capsys) -> str:
     }
     for name in sorted(named):
         if (ROOT / name).is_file():
-            run_program([name, "--help"], monkeypatch)
+            start_program([name, "--help"], monkeypatch)
     return capsys.readouterr().out
 
 

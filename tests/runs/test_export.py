@@ -17,7 +17,6 @@ from finetuning.common.errors import RunStopped
 from finetuning.common.terminal import Terminal
 from finetuning.model.loading import load_for_inference
 from finetuning.model.merging import Agreement
-from tests.runs.test_ask import adapter  # noqa: F401  the fixture
 
 # What transformers and vLLM read.
 FILES = {
@@ -30,7 +29,7 @@ FILES = {
 }
 
 
-def test_the_folder_is_a_plain_model_that_says_the_same(tmp_path, adapter, capsys):  # noqa: F811
+def test_the_folder_is_a_plain_model_that_says_the_same(tmp_path, adapter, capsys):
     output = tmp_path / "new" / "merged"
     assert main(["--adapter", str(adapter), "--output", str(output), "--device", "cpu"]) == 0
     assert "largest difference of a logit" in capsys.readouterr().out
@@ -48,14 +47,14 @@ def test_the_folder_is_a_plain_model_that_says_the_same(tmp_path, adapter, capsy
     assert difference < 1e-4
 
 
-def test_sixteen_bits_pass_with_their_own_tolerance(tmp_path, adapter):  # noqa: F811
+def test_sixteen_bits_pass_with_their_own_tolerance(tmp_path, adapter):
     output = tmp_path / "merged"
     options = ["--adapter", str(adapter), "--output", str(output), "--precision", "bf16"]
     assert main([*options, "--device", "cpu"]) == 0
     assert AutoModelForCausalLM.from_pretrained(output).dtype == torch.bfloat16
 
 
-def test_a_merge_that_is_wrong_leaves_nothing(tmp_path, adapter, monkeypatch, capsys):  # noqa: F811
+def test_a_merge_that_is_wrong_leaves_nothing(tmp_path, adapter, monkeypatch, capsys):
     def base_only(folder: Path, unchecked: Path, **_) -> None:
         """As if the adapter had been forgotten."""
         name = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
@@ -88,7 +87,7 @@ def test_an_adapter_that_is_missing_stops():
         check(Agreement(difference=8.0, effect=8.0), 0.25, Terminal())
 
 
-def test_bad_input_is_one_clear_line(tmp_path, adapter, tiny_model, capsys):  # noqa: F811
+def test_bad_input_is_one_clear_line(tmp_path, adapter, tiny_model, capsys):
     full = tmp_path / "full"
     full.mkdir()
     (full / "file").write_text("mine")

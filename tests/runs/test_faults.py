@@ -1,6 +1,6 @@
 """A short, representative part of the fault suite; the whole: `uv run python -m benchmarks.faults --all`.
 
-uv run pytest tests/runs/test_faults.py
+uv run pytest -m "not long" tests/runs/test_faults.py
 """
 
 import json
@@ -15,7 +15,10 @@ ROOT = Path(__file__).parents[2]
 COUNTS = {"F02": 2, "F03": 1, "F04": 3, "F09": 0, "F10": 20, "F11": 2, "F12": 1, "F16": 1, "F23": 1}
 SECONDS = 900  # on a machine that is busy; about 60 on one that is not
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="the fault suite forks; Windows can't")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(os.name == "nt", reason="the fault suite forks; Windows can't"),
+]
 
 
 def run_suite(path: Path, *options: str) -> tuple[list[dict], dict]:

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import tyro
 
-from direct_finetuning_with_existing_modules import main
 from finetuning.common.errors import UserError, exit_code
 from finetuning.evaluation.generation import Completion, Probe, samples_text
 from finetuning.readers.sample import Sample
@@ -27,18 +26,6 @@ from tests.helpers.html_page import assert_harmless
 sys.path.append(str(Path(__file__).parents[2] / "docs"))  # screenshots
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>"
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, tiny_model, tiny_data, cache_dir) -> Path:
-    """The output directory of a short whole run."""
-    out = tmp_path_factory.mktemp("report") / "out"
-    inputs = ["--model-name", str(tiny_model), "--data-path", str(tiny_data)]
-    places = ["--output-dir", str(out), "--cache-dir", str(cache_dir)]
-    steps = ["--max-steps", "4", "--logging-steps", "1", "--eval-steps", "2"]
-    short = ["--max-seq-length", "768", "--num-probes", "1", "--probe-max-new-tokens", "8"]
-    assert main([*inputs, *places, *steps, *short, "--quiet"]) == 0
-    return out
 
 
 @pytest.fixture
@@ -55,7 +42,7 @@ def test_a_run_leaves_its_page(finished: Path):
     text = path.read_text(encoding="utf-8")
     parsed = assert_harmless(text)
     assert {"svg", "table", "details"} <= parsed.tags
-    for part in ("completed", "4 of 4", "Loss", "Learning rate", "Held-out questions", "torch"):
+    for part in ("completed", "6 of 6", "Loss", "Learning rate", "Held-out questions", "torch"):
         assert part in text, part
     assert "learning_rate" in text and "0.0003" in text, "the configuration"
     assert text.count("<svg") >= 8 and "Lengths" in text
@@ -231,6 +218,7 @@ def chromium():
         browser.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [390, 1400])
 def test_nothing_lies_beside_the_page_and_names_are_whole(finished: Path, chromium, width: int):
     runs = [read_recorded(run) for run in find_runs([finished])]

@@ -7,11 +7,11 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,32 +20,16 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from direct_finetuning_with_existing_modules import main
 from finetuning.config import DirectTrainingConfig
 from finetuning.events.metric_table import find_metric
 from finetuning.events.reading import read_metrics, read_run, read_texts
 from finetuning.runs import plan
 from finetuning.training import engine, optimizer
 from finetuning.training.checkpoint import load_checkpoint, save_checkpoint
+from tests.helpers.tiny_model import FAST
 
 SCRIPT = Path(__file__).parents[2] / "direct_finetuning_with_existing_modules.py"
-FAST = [
-    *("--max-steps", "6", "--logging-steps", "2", "--eval-steps", "3", "--save-steps", "2"),
-    *("--max-seq-length", "768", "--num-probes", "0", "--quiet"),
-]
-Run = Callable[..., int]
-
-
-@pytest.fixture(scope="session")
-def run(tiny_model: Path, tiny_data: Path, cache_dir: Path) -> Run:
-    """`main()` in this process with a tiny model, tiny data and few steps; later arguments win."""
-
-    def run(tmp_path: Path, *more: str, first: list[str] = FAST) -> int:
-        inputs = ["--model-name", str(tiny_model), "--data-path", str(tiny_data)]
-        places = ["--output-dir", str(tmp_path / "out"), "--cache-dir", str(cache_dir)]
-        return main([*first, *inputs, *places, *more])
-
-    return run
+LOUD = [option for option in FAST if option != "--quiet"]
 
 
 def interrupt_in_step(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,14 +63,6 @@ def strict_json(path: Path) -> dict:
         raise AssertionError(f"{constant} in {path}")
 
     return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, run) -> Path:
-    """The output directory of one whole run."""
-    tmp_path = tmp_path_factory.mktemp("finished")
-    assert run(tmp_path, "--num-probes", "1", "--probe-max-new-tokens", "8") == 0
-    return tmp_path / "out"
 
 
 # -----------------------------------------------------------------------------
@@ -248,12 +224,11 @@ def test_saving_the_best_model_is_no_training_time(tmp_path, run, monkeypatch):
 
 @pytest.mark.slow
 def test_changed_settings_of_a_resumed_run_are_said(tmp_path, run, capsys):
-    loud = [option for option in FAST if option != "--quiet"]
     assert run(tmp_path, "--max-steps", "6", "--save-steps", "4") == 0
     checkpoint = str(tmp_path / "out" / "checkpoints" / "checkpoint-4")
     capsys.readouterr()
     command = ["--resume", checkpoint, "--learning-rate", "1e-4", "--save-steps", "4"]
-    assert run(tmp_path, *command, first=loud) == 0
+    assert run(tmp_path, *command, first=LOUD) == 0
     said = capsys.readouterr().out
     assert "changed since step 4: learning_rate 0.0003 -> 0.0001" in said
     (run_dir,) = (tmp_path / "out" / "tensorboard_logs").iterdir()
@@ -304,8 +279,7 @@ def test_what_is_too_long_is_counted_at_the_start(tmp_path, tiny_data, run, caps
         row["answer"] *= 200
     data = tmp_path / "long.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    loud = [option for option in FAST if option != "--quiet"]
-    assert run(tmp_path, "--data-path", str(data), "--max-steps", "1", first=loud) == 0
+    assert run(tmp_path, "--data-path", str(data), "--max-steps", "1", first=LOUD) == 0
     assert re.search(r"too long, left out +7\b", capsys.readouterr().out)
 
 
@@ -318,10 +292,8 @@ def test_a_finished_run_started_again_does_nothing(tmp_path, run):
     assert final.read_bytes() == before and losses_of(tmp_path / "out") == losses
 
 
-@pytest.mark.slow
-def test_resume_with_other_settings_is_refused(tmp_path, run, capfd):
-    assert run(tmp_path) == 0
-    capfd.readouterr()
+def test_resume_with_other_settings_is_refused(tmp_path, finished, run, capfd):
+    shutil.copytree(finished, tmp_path / "out")
     assert run(tmp_path, "--resume", "latest", "--lora-r", "4") == 2
     assert "lora_r is 4, the checkpoint has 16" in capfd.readouterr().err
 

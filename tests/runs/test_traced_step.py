@@ -1,6 +1,6 @@
 """Qwen3-4B at its real size without a GPU: what a step holds, and that its forward pass waits for nothing.
 
-uv run pytest tests/runs/test_traced_step.py
+uv run pytest -m "not long" tests/runs/test_traced_step.py
 """
 
 from pathlib import Path
@@ -27,6 +27,7 @@ from tests.helpers.traced_step import (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tokens", "recompute"), [(8192, False), (8192, True), (2048, True)])
 def test_the_plan_estimates_what_a_step_holds(tmp_path: Path, tokens: int, recompute: bool):
     qwen3_4b().save_pretrained(tmp_path)

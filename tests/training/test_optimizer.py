@@ -5,10 +5,12 @@ uv run pytest tests/training/test_optimizer.py
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from finetuning.config import OptimizerSettings
 from finetuning.training.optimizer import (
     clip_gradients,
     is_compiler_error,
@@ -17,13 +19,12 @@ from finetuning.training.optimizer import (
     update_weights,
 )
 
-COSINE = {"peak": 1.0, "schedule": "cosine", "warmup_ratio": 0.1, "min_ratio": 0.0}
+COSINE = OptimizerSettings(learning_rate=1.0, lr_schedule="cosine", warmup_ratio=0.1)
 
 
 def rates(num_steps: int, **options: object) -> list[float]:
-    return [
-        learning_rate_at(s, num_steps, **{**COSINE, **options}) for s in range(1, num_steps + 1)
-    ]
+    settings = replace(COSINE, **options)
+    return [learning_rate_at(step, num_steps, settings) for step in range(1, num_steps + 1)]
 
 
 def test_warmup_starts_above_zero_and_reaches_the_peak():
@@ -43,9 +44,9 @@ def test_short_runs_have_a_learning_rate(subtests):
 
 
 def test_other_schedules_and_a_floor():
-    assert rates(10, schedule="constant", warmup_ratio=0.0) == [1.0] * 10
-    assert rates(4, schedule="linear", warmup_ratio=0.0) == [1.0, 0.75, 0.5, 0.25]
-    assert min(rates(200, min_ratio=0.1)[20:]) == pytest.approx(0.1, abs=0.001)
+    assert rates(10, lr_schedule="constant", warmup_ratio=0.0) == [1.0] * 10
+    assert rates(4, lr_schedule="linear", warmup_ratio=0.0) == [1.0, 0.75, 0.5, 0.25]
+    assert min(rates(200, min_lr_ratio=0.1)[20:]) == pytest.approx(0.1, abs=0.001)
 
 
 def test_the_norm_is_the_one_before_clipping():

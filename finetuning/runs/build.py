@@ -1,0 +1,67 @@
+"""The parts of a run that hold the model: engine and evaluator, and the hardware monitor beside them."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from finetuning.common.distributed import Distributed
+from finetuning.common.terminal import Terminal
+from finetuning.config import DirectTrainingConfig
+from finetuning.evaluation.evaluator import Evaluator, HeldOut
+from finetuning.model.loading import load_model
+from finetuning.monitoring.system_monitor import SystemMonitor, gpu_uuid
+from finetuning.runs.plan import RunPlan
+from finetuning.training.engine import TrainingEngine
+
+
+def build_engine(
+    config: DirectTrainingConfig, plan: RunPlan, dist: Distributed, terminal: Terminal
+) -> TrainingEngine:
+    """Weights, adapters, fast kernels, the wrapper of several ranks, optimizer."""
+    execution = plan.execution
+    with terminal.working("loading the model"):
+        model = load_model(
+            plan.inputs.model,
+            plan.inputs.tokenizer,
+            config,
+            config,
+            device=dist.device,
+            gradient_checkpointing=execution.gradient_checkpointing,
+            seed=config.seed,
+            sharded=execution.parallel == "fsdp",
+        )
+    if execution.batch_shape:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(config.cache_path / "compiled"))
+    close_id = plan.data.train.tokens.close_id
+    engine = TrainingEngine(model, close_id, dist, execution, config, terminal.warn)
+    torch.manual_seed(config.seed + dist.rank)  # dropout, if any, differs between ranks
+    return engine
+
+
+def build_evaluator(
+    config: DirectTrainingConfig, plan: RunPlan, engine: TrainingEngine, dist: Distributed
+) -> Evaluator:
+    """Held-out data and questions, for the engine's model."""
+    return Evaluator(
+        engine.packed,
+        plan.inputs.tokenizer,
+        HeldOut(plan.data.held_out, plan.evaluation, plan.groups[1]),
+        dist,
+        probes=plan.probes,
+        max_new_tokens=plan.answer_tokens,
+        histograms=config.log_weight_histograms,
+    )
+
+
+def start_system_monitor(
+    dist: Distributed, output_dir: Path, warn: Callable[[str], None]
+) -> SystemMonitor:
+    """The monitor of this node's hardware; it runs on the node's first rank. A collective."""
+    on_cuda = dist.device.type == "cuda"
+    gpus = dist.gather_on_node(gpu_uuid(dist.device)) if on_cuda else ()
+    monitor = SystemMonitor(gpus, output_dir, 1.0, dist.rank, warn=warn)  # one GPU a rank
+    if dist.local_rank == 0:
+        monitor.start()
+    return monitor
