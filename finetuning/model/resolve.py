@@ -282,7 +282,7 @@ def _within(seconds: float, action: Callable[[], None]) -> Exception | None:
 
 
 def download(resolved: ResolvedModel) -> Path:
-    """The folder of a hub model, downloaded where it is not yet in the hub's cache. Raises UserError."""
+    """Fetch what a run needs of a hub model into the hub's cache; its folder. Raises UserError."""
     patterns = _HUB_FILES + (["*.py"] if resolved.trust_remote_code else [])
     try:
         folder = huggingface_hub.snapshot_download(
@@ -411,13 +411,13 @@ def hub_spelling(resolved: ResolvedModel) -> bool:
 
 
 def short_reason(error: Exception) -> str:
-    """What an error says, on one line of at most 300 characters, without secrets."""
+    """What an error says, on one line, without secrets."""
     return clean_line(redact(str(error) or type(error).__name__), 300)
 
 
 @contextmanager
 def as_user_error(what: str, advice: str) -> Iterator[None]:
-    """Within it, an error of loading becomes a UserError that names `what` and says `advice`."""
+    """Turn what the libraries raise when they load `what` into a UserError with `advice`."""
     try:
         yield
     except torch.OutOfMemoryError as error:
