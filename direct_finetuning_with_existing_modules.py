@@ -121,6 +121,7 @@ class DirectTrainer:
         self.state = TrainState()
         self.clock = StepClock()
         self.pending: list[StepResult] = []
+        self.unlogged: StepResult | None = None  # its numbers were left to arrive
         self.stop_signal = ""  # set by a signal, told to all ranks once a step
         self.interrupted = False  # a rank has told so
         self.former_handlers: dict[int, object] = {}
@@ -382,19 +383,23 @@ class DirectTrainer:
                     max_grad_norm=config.max_grad_norm,
                     skip=step in state.skipped_steps,
                 )
-            self.pending.append(StepResult(step, learning_rate, planned, sums, grad_norm))
+            result = StepResult(step, learning_rate, planned, sums, grad_norm)
+            self.pending.append(result)
             self.advance(step, planned)
 
+            saves = self.log_late() or last or self.checkpoints.is_due(step)
             epoch_ends = last or step % plan.steps_per_epoch == 0
             logs = last or due(step, config.logging_steps)
-            saves = last or self.checkpoints.is_due(step)
-            if logs or evaluates or saves or epoch_ends or self.interrupted or self.reads_are_free:
-                self.collect()  # the only place that waits for the device
+            settles = evaluates or saves or epoch_ends or self.interrupted or bool(self.outcome)
+            if settles or self.reads_are_free:
+                self.collect()
+            elif logs:
+                self.unlogged = result  # its numbers are read once the next step is queued
             if self.rollback_from:
                 self.roll_back()
                 continue
             metrics = {}
-            if logs:
+            if logs and not self.unlogged:
                 metrics |= self.training_metrics(step, learning_rate)
             if evaluates:
                 metrics |= self.evaluate(step)
@@ -440,33 +445,44 @@ class DirectTrainer:
             flops=self.model.flops(lengths, planned.num_targets),
         )
 
-    def collect(self) -> None:
-        """Bring the pending steps' sums to the host, add them up over ranks, look at each step."""
+    def log_late(self) -> bool:
+        """Log the step whose numbers came while another was queued; true if that asks for a checkpoint."""
+        if self.unlogged is None:
+            return False
+        result, self.unlogged = self.unlogged, None
+        self.collect(result.step)
+        if self.rollback_from:
+            return False
+        metrics = self.training_metrics(result.step, result.learning_rate)
+        saves = self.log(result.step, metrics)
+        self.terminal.advance(result.step, metrics)
+        return saves
+
+    def collect(self, up_to: float = math.inf) -> None:
+        """Take the sums of the pending steps up to this one, add them up over ranks, look at each step.
+
+        The only place that waits for the device, and for these steps only.
+        """
         state = self.state
-        own = np.zeros((len(self.pending), self.ledger.size))
-        by_document = []
-        for row, result in zip(own, self.pending, strict=True):
-            by_document.append([(d, sums.per_document.cpu().numpy()) for d, sums in result.sums])
-            for (documents, per_document), (_, sums) in zip(
-                by_document[-1], result.sums, strict=True
-            ):
-                row += self.ledger.vector(
-                    documents,
-                    per_document,
-                    sums.thinking_buckets.cpu().numpy(),
-                    sums.premature_close.cpu().numpy(),
-                )
+        results = [result for result in self.pending if result.step <= up_to]
+        self.pending = self.pending[len(results) :]
+        own, by_document, norms = np.zeros((len(results), self.ledger.size)), [], []
+        for row, result in zip(own, results, strict=True):
+            grad_norm, micro_batches = result.read()
+            norms.append(grad_norm)
+            by_document.append([(documents, sums[0]) for documents, sums in micro_batches])
+            for documents, sums in micro_batches:
+                row += self.ledger.vector(documents, *sums)
         vectors = self.dist.sum(torch.from_numpy(own)).numpy()
-        for vector, result, losses in zip(vectors, self.pending, by_document, strict=True):
+        for vector, result, losses, norm in zip(vectors, results, by_document, norms, strict=True):
             state.interval = (np.asarray(state.interval) + vector).tolist()
-            state.grad_norm = float(result.grad_norm)
+            state.grad_norm = norm
             if math.isfinite(state.grad_norm):
                 state.grad_norm_max = max(state.grad_norm_max or 0.0, state.grad_norm)
                 state.epoch = (np.asarray(state.epoch) + vector).tolist()
                 self.rank_hardest(result.step, vector, losses)
             else:
                 self.note_nonfinite(result)
-        self.pending.clear()
 
     def rank_hardest(
         self, step: int, vector: np.ndarray, losses: list[tuple[tuple[int, ...], np.ndarray]]
@@ -505,6 +521,7 @@ class DirectTrainer:
     def training_metrics(self, step: int, learning_rate: float) -> dict[str, float]:
         """What a logged step shows, over the steps since the last logged one."""
         state = self.state
+        queued = sum(result.planned.num_tokens for result in self.pending)  # of later steps
         metrics = self.ledger.training_metrics(np.asarray(state.interval))
         state.last_loss = metrics["Training/Loss"]
         self.convergence.observe(step, state.last_loss, learning_rate)
@@ -513,12 +530,12 @@ class DirectTrainer:
             "Training/Gradient_Norm": state.grad_norm,
             "Training/Epoch": self.plan.fractional_epoch(step),
             "Throughput/Packing_Efficiency_Percent": 100 * self.plan.efficiency,
-            "Throughput/Tokens_Seen": float(state.tokens_seen),
+            "Throughput/Tokens_Seen": float(state.tokens_seen - queued),
             "Monitoring/NonFinite_Steps": float(sum(s <= step for s in state.nonfinite_steps)),
             "Monitoring/Resume_Count": float(state.resume_count),
             **self.convergence.scalars(),
             **self.hardware(),
-            **(gpu_memory(self.dist.device) if self.dist.device.type == "cuda" else {}),
+            **self.device_memory(),
         }
         if state.grad_norm_max is not None:  # a step with a finite one
             metrics["Training/Gradient_Norm_Max"] = state.grad_norm_max
@@ -528,6 +545,16 @@ class DirectTrainer:
         metrics |= self.record.overhead_percent(time.monotonic() - self.started)
         state.interval, state.grad_norm_max = self.ledger.zeros().tolist(), None
         return metrics
+
+    def device_memory(self) -> dict[str, float]:
+        """`Memory/GPU_*`; a graph that is replayed uses what it used when it was recorded."""
+        if self.dist.device.type != "cuda":
+            return {}
+        values, captured = gpu_memory(self.dist.device), self.model.captured
+        if captured is not None:
+            peak = max(values["Memory/GPU_Peak_MB"], captured.peak_bytes / 2**20)
+            values["Memory/GPU_Peak_MB"] = peak
+        return values
 
     def straggler(self) -> dict[str, float]:
         """How far the slowest rank lies behind; an alert about it names the rank."""
@@ -645,6 +672,7 @@ class DirectTrainer:
     def roll_back(self) -> None:
         """Policy `rollback`: the newest checkpoint again, and no update at the step that failed."""
         failed, self.rollback_from = self.rollback_from, 0
+        self.pending, self.unlogged = [], None  # steps behind the failed one
         nonfinite, skipped = self.state.nonfinite_steps, self.state.skipped_steps
         checkpoint = None if failed in skipped else self.checkpoints.newest(self.run.name)
         if checkpoint is None:
@@ -817,6 +845,12 @@ class DirectTrainer:
                 ("packing", f"{plan.num_rows} rows, {plan.efficiency:.1%} full"),
                 ("gradient checkpointing", "on" if model.recomputes else "off"),
                 ("compiled layers", "on" if model.batch_shape else "off"),
+                (
+                    "CUDA graph",
+                    f"no: {model.not_captured}"
+                    if model.not_captured
+                    else "from the second step on",
+                ),
                 *self.forecast.short_rows(),
                 ("run", self.run.logs),
             ],

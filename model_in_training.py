@@ -9,6 +9,7 @@ import torch
 
 import distributed
 import model_loading
+from captured_step import CapturedStep, why_not_captured
 from chat_tokens import TokenizedSamples
 from checkpoint import Tensors, optimizer_tensors, restore_optimizer
 from errors import RunStopped
@@ -25,7 +26,7 @@ from optimization import (
     update_weights,
 )
 from packed_model import PackedLossModel
-from packing import PlannedStep
+from packing import PlannedStep, build_batch
 from throughput import StepClock, dims_from_config, training_flops
 from train_state import TrainState
 
@@ -71,6 +72,15 @@ class ModelInTraining:
         if batch_shape:
             self.packed.compile_layers()
         self.wrapped = distributed.parallelize(self.packed, parallel, dist, dtype).train()
+        self.not_captured = why_not_captured(
+            model,
+            device=dist.device,
+            compiled=bool(batch_shape),
+            alone=self.wrapped is self.packed,
+            sharded=parallel == "fsdp",
+        )
+        self.captured: CapturedStep | None = None
+        self._is_warm = False  # a step has been made kernel by kernel: all are compiled and chosen
         # By the model's own names, whatever wraps it.
         self._named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.parameters = list(self._named.values())
@@ -109,6 +119,8 @@ class ModelInTraining:
         again; the global batch, and so the loss, stays the same. Shards can't agree in the middle of a
         step: there the run ends, to be resumed with other settings. Raises RunStopped.
         """
+        if self._is_warm and not (self.captured or self.not_captured):
+            self._capture(planned, tokens)
         while True:
             full, broken, stuck = "", "", False
             try:
@@ -120,9 +132,10 @@ class ModelInTraining:
                     clock,
                     splits=state.micro_batch_splits,
                     batch_shape=self.batch_shape,
+                    captured=self.captured,
                 )
             except RuntimeError as error:
-                reason = str(error).strip().partition("\n")[0] or type(error).__name__
+                reason = _reason(error)
                 if is_out_of_memory(error):
                     pieces = micro_batch_pieces(planned, tokens.lengths, state.micro_batch_splits)
                     smallest = all(len(documents) == 1 for documents, _ in pieces)
@@ -142,6 +155,7 @@ class ModelInTraining:
                 )
                 if not (too_large or uncompiled):
                     distributed.average_gradients(self.wrapped)
+                    self._is_warm = True
                     return sums, stops
             if stuck:
                 raise _no_way_on(state.step + 1, full, broken)
@@ -170,8 +184,23 @@ class ModelInTraining:
         update_weights(self.optimizer, grad_norm, skip=skip)
         return grad_norm
 
+    def _capture(self, planned: PlannedStep, tokens: TokenizedSamples) -> None:
+        """Make one CUDA graph of a micro-batch's passes; steps go on without where that fails."""
+        example = build_batch(tokens, planned.micro_batches[0], **self.batch_shape)
+        try:
+            self.captured = CapturedStep(self.packed, self.parameters, example, self._dist.device)
+        except RuntimeError as error:
+            self.not_captured = _reason(error)
+            self.optimizer.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+            self._warn(f"no CUDA graph, kernels are launched one by one: {self.not_captured}")
+
     # -------------------------------------------------------------------------
     # Doing with less
+
+    def _release_graph(self, reason: str) -> None:
+        """Launch kernel by kernel from here on; the graph's memory is free for it."""
+        self.captured, self.not_captured = None, self.not_captured or reason
 
     def _make_room(self, state: TrainState) -> None:
         """From here on, on all ranks: activations are made again in the backward pass; then smaller parts."""
@@ -189,6 +218,8 @@ class ModelInTraining:
 
     def do_with_less(self, state: TrainState) -> None:
         """What the state says that lack of memory has taught, now or before a resume."""
+        if state.recomputes or state.micro_batch_splits:
+            self._release_graph("memory was short: micro-batches are made anew or in parts")
         if state.recomputes and self._may_recompute:
             model_loading.recompute_activations(self._model)
             self.recomputes, self._may_recompute = True, False
@@ -201,6 +232,7 @@ class ModelInTraining:
 
     def _stop_compiling(self) -> None:
         """The layers run as they are written from here on."""
+        self._release_graph("layers are not compiled")
         if self.batch_shape:
             self.batch_shape = {}
             torch.compiler.set_stance("force_eager")
@@ -233,6 +265,11 @@ class ModelInTraining:
         distributed.reshard(self.wrapped)
         options = {"run": run, "dtype": self._dtype, "writes": self._dist.is_main}
         model_loading.save_adapter(self._model, tokenizer, directory, **options)
+
+
+def _reason(error: RuntimeError) -> str:
+    """The first line of what it says."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _no_way_on(step: int, full: str, broken: str) -> RunStopped:

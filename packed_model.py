@@ -94,15 +94,19 @@ class PackedLossModel(torch.nn.Module):
             ).last_hidden_state[0]
 
     def forward(
-        self, batch: PackedBatch, num_targets: int, scale: float = 1.0
+        self, batch: PackedBatch, num_targets: int, scale: float | torch.Tensor = 1.0
     ) -> tuple[torch.Tensor, LossSums]:
-        """Scalar `scale * loss sum / num_targets` for backward, and the sums on the device."""
+        """Scalar `scale * loss sum / num_targets` for backward, and the sums on the device.
+
+        A scale that differs from one replay of a CUDA graph to the next is a fp32 scalar on the device.
+        """
         return packed_loss(
             self.hidden_states(batch),
             self._base[0].get_output_embeddings().weight,
             target_positions=batch.target_positions,
             labels=batch.labels,
             segments=batch.segments,
+            padded=batch.padded_targets,
             document=batch.document,
             num_documents=len(batch.documents),
             thinking_bucket=batch.thinking_bucket,
