@@ -8,10 +8,11 @@ uv run pytest tests/test_captured_step.py
 import pytest
 import torch
 from test_packed_model import CLOSE, lora_model, make_documents
+from test_varlen_attention import use_bounds, varlen_2_12
 
 from captured_step import StaticStep, why_not_captured
 from packed_model import PackedLossModel
-from packing import PackedBatch, build_batch
+from packing import build_batch
 
 CPU = torch.device("cpu")
 ROWS = ((0, 1), (2, 3, 4), (5,))  # three micro-batches
@@ -22,14 +23,7 @@ SHAPE = {"pad_to": 128, "pad_documents": 5, "pad_targets": 100, "max_length": 12
 def packed_model() -> tuple[PackedLossModel, list[torch.nn.Parameter]]:
     torch.manual_seed(1)
     model = lora_model()
-    return PackedLossModel(model, CLOSE).train(), [
-        p for p in model.parameters() if p.requires_grad
-    ]
-
-
-def one_length(batch: PackedBatch) -> PackedBatch:
-    """A CPU's attention takes lengths, which a recorded step would not see change."""
-    return batch
+    return PackedLossModel(model, CLOSE).train(), [p for p in model.parameters() if p.requires_grad]
 
 
 def test_padded_targets_change_nothing():
@@ -70,8 +64,12 @@ def test_a_batch_comes_through_one_buffer_unchanged():
 
 
 @pytest.mark.parametrize("rows", [ROWS[:1], ROWS], ids=["one micro-batch", "three"])
-def test_buffers_that_stay_give_the_gradients_and_sums_of_plain_passes(rows):
-    """Two steps, so that the second one meets what the first has left in the buffers."""
+def test_buffers_that_stay_give_the_gradients_and_sums_of_plain_passes(monkeypatch, rows):
+    """Two steps, so that the second one meets what the first has left in the buffers.
+
+    With a stand-in for CUDA's attention: the CPU's takes lengths, which a recorded step can't.
+    """
+    use_bounds(monkeypatch, varlen_2_12)
     packed, parameters = packed_model()
     step = StaticStep(packed, parameters, build_batch(DOCUMENTS, ROWS[0], **SHAPE), CPU)
     for targets in (170, 90):
@@ -85,7 +83,6 @@ def test_buffers_that_stay_give_the_gradients_and_sums_of_plain_passes(rows):
         packed.zero_grad(set_to_none=True)
         for row in rows:
             batch = build_batch(DOCUMENTS, row, **SHAPE)
-            step.set_lengths(batch)
             sums.append(step(batch, targets, 1.0))
         for parameter, gradient in zip(parameters, gradients, strict=True):
             assert torch.equal(parameter.grad, gradient)
