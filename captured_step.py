@@ -55,8 +55,7 @@ class StaticStep:
         assert all(p.grad is None for p in parameters), "gradients would be added to"
         self._model, self._parameters = model, list(parameters)
         self._bytes = example.pinned_bytes().to(device)
-        most = len(example.cu_seqlens) - 1
-        # As many documents as there may be; what lies beyond a batch's own has no target.
+        most = len(example.cu_seqlens) - 1  # documents; those behind a batch's own have no target
         self._batch = replace(example.views(self._bytes), documents=(-1,) * most)
         self._scale = torch.ones((), dtype=torch.float32, device=device)
         self._sums = torch.empty(0)  # those of the last run, flat

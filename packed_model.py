@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 import torch._dynamo
@@ -100,20 +101,21 @@ class PackedLossModel(torch.nn.Module):
 
         A scale that differs from one replay of a CUDA graph to the next is a fp32 scalar on the device.
         """
-        return packed_loss(
+        loss, sums = packed_loss(
             self.hidden_states(batch),
             self._base[0].get_output_embeddings().weight,
             target_positions=batch.target_positions,
             labels=batch.labels,
             segments=batch.segments,
-            padded=batch.padded_targets,
             document=batch.document,
-            num_documents=len(batch.documents),
+            num_documents=len(batch.cu_seqlens) - 1,
             thinking_bucket=batch.thinking_bucket,
             close_id=self.close_id,
             num_targets=num_targets,
             scale=scale,
         )
+        own = sums.per_document[: len(batch.documents)]  # what is behind them is padding
+        return loss, replace(sums, per_document=own)
 
     def generate(self, **kwargs: object) -> torch.Tensor:
         """Token ids (B, T) of the wrapped model's `generate`; call it within `ordinary_attention`."""

@@ -273,7 +273,8 @@ def split_micro_batch(documents: Sequence[int], lengths: np.ndarray) -> list[tup
 class PackedBatch:
     """One micro-batch: D documents end to end, T tokens, N of them predicted. All on the host.
 
-    Targets may end in padding, whose segment is PROMPT, which no real target has; it counts for nothing.
+    B documents have bounds, those of padding and empty ones among them. Targets may end in padding, which
+    belongs to document B.
     """
 
     input_ids: torch.Tensor  # (1, T) int64
@@ -281,13 +282,12 @@ class PackedBatch:
     target_positions: torch.Tensor  # (N,) int64, the position whose hidden state predicts a label
     labels: torch.Tensor  # (N,) int64
     segments: torch.Tensor  # (N,) int64, Segment of the label
-    document: torch.Tensor  # (N,) int64 in [0, D)
+    document: torch.Tensor  # (N,) int64 in [0, D), or B
     thinking_bucket: torch.Tensor  # (N,) int64, tenth of the chain of thought, -1 elsewhere
-    cu_seqlens: torch.Tensor  # (D + 1,) int32, where documents start
-    lengths: tuple[int, ...]  # (D,) the same on the host
+    cu_seqlens: torch.Tensor  # (B + 1,) int32, where documents start
+    lengths: tuple[int, ...]  # the same on the host, without empty ones
     max_length: int
     documents: tuple[int, ...]  # (D,) index of each document among the tokenized samples
-    padded_targets: bool = False  # targets may end in padding
 
     def to(self, device: torch.device) -> "PackedBatch":
         """The same batch on `device`; to CUDA in one copy that nobody waits for."""
@@ -339,8 +339,8 @@ def build_batch(
 
     For compiled kernels, which want one shape: `pad_to` above the number of tokens adds documents of
     padding without targets, none longer than `max_length`; `pad_documents` repeats the end of the
-    last one until there are so many; `pad_targets` adds targets that count for nothing, all at the last
-    position, which predicts nothing; `max_length` is given out as it is.
+    last one until there are so many; `pad_targets` adds targets of no document; `max_length` is given
+    out as it is.
     """
     pieces = [tokens[d] for d in documents]
     lengths = [len(piece.ids) for piece in pieces]
@@ -365,16 +365,15 @@ def build_batch(
     return PackedBatch(
         input_ids=torch.from_numpy(ids)[None],
         position_ids=torch.from_numpy(positions)[None],
-        target_positions=targets(predicted - 1, len(ids) - 1),
+        target_positions=targets(predicted - 1, 0),
         labels=targets(ids[predicted], 0),
         segments=targets(segments[predicted], Segment.PROMPT),
-        document=targets(document, 0),
+        document=targets(document, len(starts) - 1),
         thinking_bucket=targets(buckets[predicted], -1),
         cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
         lengths=tuple(lengths),
         max_length=max_length or max(lengths),
         documents=tuple(int(d) for d in documents),
-        padded_targets=pad_targets > 0,
     )
 
 

@@ -45,8 +45,7 @@ def packed_loss(
     thinking_bucket: torch.Tensor,
     close_id: int,
     num_targets: int,
-    scale: float | torch.Tensor = 1.0,
-    padded: bool = False,
+    scale: float = 1.0,
 ) -> tuple[torch.Tensor, LossSums]:
     """Cross-entropy of N targets: fp32 scalar `scale * sum / num_targets`, and its sums.
 
@@ -54,31 +53,23 @@ def packed_loss(
     document, thinking_bucket: (N,) int64 on the device of `hidden`; positions are distinct, the
     bucket is -1 outside the chain of thought. close_id is the id of `</think>`; -1, if the tokenizer
     has none, leaves premature_close at 0 of 0. num_targets counts the whole optimizer step, on all
-    ranks. With `padded`, targets of segment 0 (PROMPT) are padding: no label, no gradient, in no sum;
-    only they may share a position, where no other target is. Gradients reach `hidden`, and `head_weight`
-    where it is trainable. No host sync.
+    ranks. Gradients reach `hidden`, and `head_weight` where it is trainable. No host sync.
     """
-    factor = scale / num_targets
-    if not isinstance(factor, torch.Tensor):
-        factor = torch.full((), factor, dtype=torch.float32, device=hidden.device)
     loss, nll, correct, close = _HeadLoss.apply(
         hidden,
         head_weight,
         target_positions,
         labels,
-        segments == 0 if padded else None,
         close_id,
-        factor,
+        scale / num_targets,
         torch.is_grad_enabled(),
     )
     with torch.no_grad():
         thinking = segments == THINKING if close_id >= 0 else torch.zeros_like(segments)
-        per_document, buckets = _sums(
-            nll, correct, segments, document, num_documents, thinking_bucket
+        sums = LossSums(
+            *_sums(nll, correct, segments, document, num_documents, thinking_bucket),
+            premature_close=_weighted_sum(close, thinking),
         )
-        if padded:
-            per_document[:, 0] = 0
-        sums = LossSums(per_document, buckets, _weighted_sum(close, thinking))
     return loss, sums
 
 
@@ -93,7 +84,7 @@ class _HeadLoss(torch.autograd.Function):
     """Linear head and cross-entropy; the gradient is computed in the forward pass."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, positions, labels, padding, close_id, factor, with_gradient):
+    def forward(ctx, hidden, weight, positions, labels, close_id, factor, with_gradient):
         needs_hidden, needs_weight = (with_gradient and need for need in ctx.needs_input_grad[:2])
         size = rows_per_chunk(weight.shape[0], hidden.device.type)
         nll = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
@@ -107,35 +98,28 @@ class _HeadLoss(torch.autograd.Function):
             for start in range(0, len(labels), size):
                 part = slice(start, start + size)
                 rows = hidden.index_select(0, positions[part]).to(weight.dtype)
-                beyond = None if padding is None else padding[part].unsqueeze(1)
                 outputs = nll[part], correct[part], close[part], buffer
                 error = _softmax_error(_logits(rows, weight), labels[part], close_id, *outputs)
                 if not (needs_hidden or needs_weight):
                     continue
                 error = error.to(weight.dtype)
                 if needs_hidden:
-                    # Scaled and padding left out after the product: H numbers a row instead of V.
-                    gradient = torch.mm(error, weight).float().mul_(factor).to(hidden.dtype)
-                    if beyond is not None:
-                        gradient.masked_fill_(beyond, 0)
+                    # Scaled after the product: H numbers a row instead of V.
+                    gradient = torch.mm(error, weight).mul_(factor).to(hidden.dtype)
                     grad_hidden.index_copy_(0, positions[part], gradient)
                 if needs_weight:
-                    rows = rows if beyond is None else rows.masked_fill(beyond, 0)
-                    grad_weight.add_(torch.mm(error.t(), rows))
+                    grad_weight.add_(torch.mm(error.t(), rows), alpha=factor)
                 del error  # before the next chunk has its logits
-        if needs_weight:
-            grad_weight.mul_(factor)
         ctx.save_for_backward(
             grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
         )
         ctx.mark_non_differentiable(nll, correct, close)
-        counted = nll if padding is None else nll.masked_fill(padding, 0)
-        return counted.sum(dtype=_wide(nll)).mul(factor).float(), nll, correct, close
+        return nll.sum(dtype=_wide(nll)).mul(factor).float(), nll, correct, close
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
         gradients = (g if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors)
-        return (*gradients, None, None, None, None, None, None)
+        return (*gradients, None, None, None, None, None)
 
 
 def _logits(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
