@@ -151,6 +151,55 @@ def test_without_a_close_token_nothing_is_counted():
     assert sums.per_document[..., 2].sum() == 300
 
 
+def padded(batch: dict, rows: int) -> dict:
+    """The batch with `rows` targets of padding, as constant shapes want it."""
+    beyond = torch.full((rows,), batch["num_documents"])
+    more = {"document": beyond, "thinking_bucket": torch.full((rows,), -1)}
+    zeros = torch.zeros(rows, dtype=torch.int64)
+    names = ("target_positions", "labels", "segments", "document", "thinking_bucket")
+    return {**batch, **{n: torch.cat([batch[n], more.get(n, zeros)]) for n in names}}
+
+
+@pytest.mark.parametrize("rows", [1, 84, 300])
+def test_targets_of_padding_change_nothing(chunk, rows):
+    """Position 0 belongs to a real target as well, and `segments` of padding may say anything."""
+    hidden, weight, batch = problem()
+    batch["target_positions"][0] = 0
+    more = padded(batch, rows)
+    more["segments"][300:] = THINKING
+    loss, sums = packed_loss(hidden, weight, **batch)
+    loss_padded, sums_padded = packed_loss(hidden, weight, **more)
+    torch.testing.assert_close(loss_padded, loss)
+    for name in ("per_document", "thinking_buckets", "premature_close"):
+        torch.testing.assert_close(getattr(sums_padded, name), getattr(sums, name))
+    expected = torch.autograd.grad(loss, (hidden, weight))
+    for mine, plain in zip(
+        torch.autograd.grad(loss_padded, (hidden, weight)), expected, strict=True
+    ):
+        torch.testing.assert_close(mine, plain, atol=1e-7, rtol=1e-5)
+
+
+def test_a_batch_of_padding_alone():
+    hidden, weight, batch = problem(targets=0)
+    loss, sums = packed_loss(hidden, weight, **{**padded(batch, 70), "num_targets": 9})
+    gradients = torch.autograd.grad(loss, (hidden, weight))
+    assert loss == 0 and all(g.eq(0).all() for g in gradients)
+    assert not any(t.any() for t in vars(sums).values())
+
+
+def test_the_number_of_targets_may_be_a_tensor(chunk):
+    """Its quotient with the scale is no number of bf16, to which it must not be rounded."""
+    hidden, weight, batch = problem(dtype=torch.bfloat16)
+    results = []
+    for number in (float, torch.tensor):
+        settings = {"num_targets": number(307.0), "scale": number(1.7)}
+        loss, _ = packed_loss(hidden, weight, **{**batch, **settings})
+        results.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
+    for mine, plain in zip(*results, strict=True):
+        assert mine.dtype == plain.dtype
+        assert abs((mine.double().norm() / plain.double().norm()) - 1) < 2e-4
+
+
 def test_a_micro_batch_without_targets():
     hidden, weight, batch = problem(targets=0)
     loss, sums = packed_loss(hidden, weight, **{**batch, "num_targets": 50})
