@@ -391,10 +391,10 @@ class DirectTrainer:
             epoch_ends = last or step % plan.steps_per_epoch == 0
             logs = last or due(step, config.logging_steps)
             settles = evaluates or saves or epoch_ends or self.interrupted or bool(self.outcome)
-            if settles or self.reads_are_free:
-                self.collect()
-            elif logs:
+            if logs and self.logs_late and not settles:
                 self.unlogged = result  # its numbers are read once the next step is queued
+            elif logs or settles or self.reads_are_free:
+                self.collect()
             if self.rollback_from:
                 self.roll_back()
                 continue
@@ -742,6 +742,7 @@ class DirectTrainer:
         )
         # Nothing waits for the CPU's own results, so there every step is looked at.
         self.reads_are_free = dist.device.type == "cpu"
+        self.logs_late = dist.device.type == "cuda"  # only its clock says when a step was done
         torch.manual_seed(config.seed + dist.rank)  # dropout, if any, differs between ranks
 
     def open_run(self) -> None:

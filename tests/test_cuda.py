@@ -10,15 +10,24 @@ from safetensors.torch import load_file
 from test_distributed import OPTIONS, SCRIPT, curve, train
 from test_packed_model import CLOSE, lora_model, make_documents
 
+import packed_model
 import varlen_attention
 from chat_tokens import Segment, TokenizedSamples, TruncationLedger
 from distributed import Distributed
 from fast_lora import enable_fast_lora
-from optimization import build_optimizer, clip_gradients, forward_backward, update_weights
+from model_in_training import ModelInTraining
+from optimization import (
+    StepResult,
+    build_optimizer,
+    clip_gradients,
+    forward_backward,
+    update_weights,
+)
 from packed_model import PackedLossModel
 from packing import StepPlan, build_batch
 from segment_loss import packed_loss
 from throughput import CudaTimeline, StepClock
+from train_state import TrainState
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -173,6 +182,79 @@ def test_compiled_steps_are_one_graph_and_equal_eager_ones(recompute: bool):
             losses[-1] += [sum(s.per_document[..., 0].sum().item() for _, s in sums)]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     np.testing.assert_allclose(*losses, rtol=0.01)
+
+
+def captured_run(graph: bool, accumulation: int) -> tuple[list[float], list[torch.Tensor], object]:
+    """Losses and norms of five steps, the weights after them, and the model in training."""
+    lengths = (300, 17, 511, 60, 128, 67, 400, 220, 90, 333, 150, 75)
+    tokens = table(lengths)
+    plan = StepPlan(
+        tokens.lengths, tokens.num_targets, row_tokens=512, accumulation=accumulation, max_steps=5
+    )
+    torch.manual_seed(0)
+    training = ModelInTraining(
+        cuda_model(),
+        CLOSE,
+        Distributed(0, 1, 0, torch.device("cuda")),
+        parallel="ddp",
+        dtype=torch.bfloat16,
+        batch_shape=plan.constant_shape,
+        must_compile=True,
+        recomputes=False,
+        may_recompute=False,
+        learning_rate=1e-3,
+        betas=(0.9, 0.999),
+        epsilon=1e-8,
+        weight_decay=0.0,
+        warn=pytest.fail,
+    )
+    training.not_captured = "" if graph else "not wanted"
+    state, numbers = TrainState(), []
+    for step in range(1, len(plan) + 1):
+        clock = StepClock(timeline=CudaTimeline())
+        sums, _ = training.forward_backward(plan[step], tokens, clock, state, lambda: False)
+        norm = training.update(1e-3, max_grad_norm=1.0)
+        numbers += [StepResult(step, 1e-3, plan[step], sums, norm)]
+    values = []
+    for result in numbers:
+        norm, micro_batches = result.read()
+        values += [norm, *(float(part.sum()) for _, parts in micro_batches for part in parts)]
+    return values, [p.detach().clone() for p in training.parameters], training
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_a_replayed_graph_gives_the_numbers_of_its_kernels(accumulation: int):
+    """To the last bit, where attention adds up in a fixed order."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        torch._dynamo.reset()
+        plain, weights, training = captured_run(False, accumulation)
+        assert training.captured is None
+        values, replayed, training = captured_run(True, accumulation)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert training.captured is not None and training.captured.peak_bytes > 0
+    assert values == plain
+    assert all(map(torch.equal, replayed, weights))
+
+
+def test_where_capture_fails_steps_go_on_without(monkeypatch):
+    """Here the loss looks at its own number, which nothing that is recorded may."""
+    said: list[str] = []
+    original = packed_model.packed_loss
+
+    def looks(*args, **kwargs):
+        loss, sums = original(*args, **kwargs)
+        assert loss.item() == loss.item()
+        return loss, sums
+
+    expected, weights, _ = captured_run(False, 1)
+    monkeypatch.setattr(packed_model, "packed_loss", looks)
+    monkeypatch.setattr(pytest, "fail", said.append)
+    values, found, training = captured_run(True, 1)
+    assert training.captured is None and len(said) == 1 and "no CUDA graph" in said[0]
+    assert values == pytest.approx(expected, rel=0.01)
+    assert all((a - b).abs().max() < 0.01 for a, b in zip(found, weights, strict=True))
 
 
 def test_a_step_never_waits_for_the_gpu():

@@ -185,6 +185,56 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path, finished, run, monke
         assert steps == sorted(set(steps)), tag
 
 
+def test_numbers_that_are_read_behind_the_next_step_are_the_same(
+    tmp_path, finished, run, monkeypatch
+):
+    """What a GPU's run does, so that it never stands idle while a step is logged."""
+    original = DirectTrainer.build_model
+    late: list[int] = []
+
+    def build_model(self) -> None:
+        original(self)
+        self.reads_are_free, self.logs_late = False, True
+
+    def log_late(self) -> bool:
+        late.extend([] if self.unlogged is None else [self.unlogged.step])
+        return logs(self)
+
+    logs = DirectTrainer.log_late
+    monkeypatch.setattr(DirectTrainer, "build_model", build_model)
+    monkeypatch.setattr(DirectTrainer, "log_late", log_late)
+    first = [*FAST, "--logging-steps", "1", "--save-steps", "5"]
+    for out, reads_late in (("late", True), ("at once", False)):
+        if not reads_late:
+            monkeypatch.setattr(DirectTrainer, "build_model", original)
+        assert run(tmp_path / out, first=first) == 0
+    assert late == [1, 2, 4], "the other steps are evaluated, saved or the last"
+    timed = (
+        "Throughput/",
+        "System/",
+        "Disk/",
+        "Host/",
+        "Memory/",
+        "GPU_",
+        "Monitoring/Logging",
+        "Epoch/",
+    )
+    records = []
+    for out in ("late", "at once"):
+        lines = read_metrics(logs_of(tmp_path / out / "out") / "metrics.jsonl")
+        kept = ("Throughput/Tokens_Seen",)
+        records.append(
+            [
+                (
+                    r["step"],
+                    {t: v for t, v in r["metrics"].items() if t in kept or not t.startswith(timed)},
+                )
+                for r in lines
+            ]
+        )
+    assert records[0] == records[1] and len(records[0]) == 8
+
+
 def test_automatic_checkpoints_are_rare_where_saving_is_slow(tmp_path, run, monkeypatch):
     def slowly(*args, **kwargs):
         time.sleep(2)  # a twentieth of 40 s, in which a tiny model does far more than 100 steps
