@@ -67,7 +67,7 @@ class ModelInTraining:
         self._model, self._dist, self._parallel, self._dtype = model, dist, parallel, dtype
         self._must_compile, self._may_recompute, self._warn = must_compile, may_recompute, warn
         self.batch_shape, self.recomputes = batch_shape, recomputes
-        enable_fast_lora(model)
+        enable_fast_lora(model, join=False if parallel == "fsdp" else None)
         self.packed = PackedLossModel(model, close_id)
         if batch_shape:
             self.packed.compile_layers()

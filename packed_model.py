@@ -17,6 +17,8 @@ import torch._functorch.config
 import varlen_attention
 from distributed import decoder_layers
 from errors import UserError
+from fast_lora import adapter_copies
+from joined_lora import AdapterCopies
 from packing import PackedBatch
 from segment_loss import LossSums, packed_loss
 
@@ -56,6 +58,7 @@ class PackedLossModel(torch.nn.Module):
         varlen_attention.enable(model)
         # Not as submodules: the parameters stay registered once, under `model`.
         self._base = (base,)
+        self._adapters: AdapterCopies | None = None  # looked up by the first forward pass
         self._compiled = False
 
     def compile_layers(self, backend: str | Callable = "inductor") -> None:
@@ -70,12 +73,16 @@ class PackedLossModel(torch.nn.Module):
         # Outputs of norms and the MLP's product are inputs of a matrix product in the backward pass too, and
         # are made again for it all the same: 78 KiB a token and layer at 4B instead of 107.
         torch._functorch.config.ban_recompute_materialized_backward = False
+        # Joined projections keep outputs for each other while a layer runs, and nothing after it: the
+        # backward pass that makes activations again need not repeat that.
+        torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
         for layer in decoder_layers(self.model):
             layer.compile(backend=backend, fullgraph=True, dynamic=False)
         self._compiled = True
 
     def hidden_states(self, batch: PackedBatch) -> torch.Tensor:
         """(T, H): the decoder's output for all tokens of the batch."""
+        self._write_adapters()
         base = self._base[0]
         decoder = base.get_decoder() if hasattr(base, "get_decoder") else base.model
         embeds = base.get_input_embeddings()(batch.input_ids)
@@ -119,4 +126,11 @@ class PackedLossModel(torch.nn.Module):
 
     def generate(self, **kwargs: object) -> torch.Tensor:
         """Token ids (B, T) of the wrapped model's `generate`; call it within `ordinary_attention`."""
+        self._write_adapters()
         return self.model.generate(**kwargs)
+
+    def _write_adapters(self) -> None:
+        """Into the matrices that hold them; one kernel, which a CUDA graph may capture."""
+        if self._adapters is None:
+            self._adapters = adapter_copies(self.model)
+        self._adapters.write()
