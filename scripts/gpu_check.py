@@ -1,7 +1,7 @@
 """What only a GPU can show, in one command that fits a few minutes of one; the most valuable first.
 
     python scripts/gpu_check.py --out DIR --budget 300             # as much as fits
-    python scripts/gpu_check.py --out DIR --only step bench        # phases by the beginning of their names
+    python scripts/gpu_check.py --out DIR --only facts "step*"     # by name
     python scripts/gpu_check.py --out DIR --small --device cpu     # tries this script, without a GPU
     python scripts/gpu_check.py --keep DIR/result.json             # into benchmarks/results/
 
@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -374,7 +375,7 @@ def main() -> None:
         parser.error("--out is where the results go")
     check = Check(arguments.out, arguments.work, arguments.budget)
     for phase in Phases(check, arguments.device, arguments.small).all():
-        if not arguments.only or phase.name.startswith(tuple(arguments.only)):
+        if any(fnmatch(phase.name, name) for name in arguments.only or ["*"]):
             check.run(phase)
     conclude(check, arguments.commit or commit_of_the_tree())
 

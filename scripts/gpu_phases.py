@@ -225,9 +225,10 @@ def step(arguments: argparse.Namespace) -> dict:
     first = time.perf_counter() - start
     saved = copied(steps.training.tensors())
     plain, again = steps.course(saved), steps.course(saved)
+    name = f"{steps.work.row_tokens}_{arguments.shape.replace('.', '_')}.txt"
     result: dict = {"first_step_s": first, "plain_against_plain": difference(again, plain)}
     if not arguments.deterministic:
-        result["plain"] = steps.timed(6) | steps.profile(arguments.out / "profile_plain.txt")
+        result["plain"] = steps.timed(6) | steps.profile(arguments.out / f"profile_plain_{name}")
     steps.use_graph(True)
     start = time.perf_counter()
     graphed, repeated = steps.course(saved), steps.course(saved)
@@ -240,7 +241,7 @@ def step(arguments: argparse.Namespace) -> dict:
         "graph_against_graph": difference(repeated, graphed),
     }
     if not arguments.deterministic:
-        result["graph"] = steps.timed(6) | steps.profile(arguments.out / "profile_graph.txt")
+        result["graph"] = steps.timed(6) | steps.profile(arguments.out / f"profile_graph_{name}")
     if captured is not None:
         result["peak_gib"] = captured.peak_bytes / 2**30
         result["reserved_gib"] = torch.cuda.memory_reserved() / 2**30
