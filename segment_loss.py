@@ -9,6 +9,7 @@ the device in double precision where it has it.
 from dataclasses import dataclass
 
 import torch
+from torch._subclasses.fake_tensor import is_fake
 
 NUM_SEGMENTS = 5
 THINKING = 1  # the code of a chain-of-thought token among the segments
@@ -99,18 +100,13 @@ class _HeadLoss(torch.autograd.Function):
         grad_rows = hidden.new_zeros(len(hidden) + 1, hidden.shape[1]) if needs_hidden else None
         places = torch.where(real, positions, len(hidden))
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        buffer = torch.empty(
-            (min(size, len(labels)), weight.shape[0]), dtype=torch.float32, device=hidden.device
-        )
+        chunks = _Chunks(weight, min(size, len(labels)), needs_hidden or needs_weight)
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(labels), size):
                 part = slice(start, start + size)
                 rows = hidden.index_select(0, positions[part]).to(weight.dtype)
-                outputs = nll[part], correct[part], close[part], buffer
-                error = _softmax_error(_logits(rows, weight), labels[part], close_id, *outputs)
-                if not (needs_hidden or needs_weight):
-                    continue
-                error = error.to(weight.dtype)
+                outputs = nll[part], correct[part], close[part]
+                error = chunks.error(_logits(rows, weight), labels[part], close_id, outputs)
                 if needs_hidden:
                     # Scaled after the product: H numbers a row instead of V.
                     gradient = _scaled(torch.mm(error, weight), factor)
@@ -131,6 +127,39 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx, grad_loss, *_):
         gradients = (g if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors)
         return (*gradients, None, None, None, None, None, None)
+
+
+class _Chunks:
+    """From logits to the error of the predictions, chunk by chunk, in one buffer for all of them."""
+
+    def __init__(self, weight: torch.Tensor, rows: int, with_gradient: bool) -> None:
+        self._dtype, self._with_gradient = weight.dtype, with_gradient
+        self._by_kernel = _has_kernel(weight)
+        dtype = weight.dtype if self._by_kernel else torch.float32
+        unused = self._by_kernel and not with_gradient
+        shape = (0 if unused else rows, weight.shape[0])
+        self._buffer = torch.empty(shape, dtype=dtype, device=weight.device)
+
+    def error(self, logits, labels, close_id, outputs) -> torch.Tensor:
+        """Fill the three outputs; softmax minus one-hot (C, V), in the weight's type for a gradient."""
+        buffer = self._buffer[: len(labels)]
+        if not self._by_kernel:
+            error = _softmax_error(logits, labels, close_id, *outputs, buffer)
+            return error.to(self._dtype) if self._with_gradient else error
+        from triton_kernels import softmax_error
+
+        softmax_error(logits, labels, close_id, outputs, buffer if self._with_gradient else None)
+        return buffer
+
+
+def _has_kernel(weight: torch.Tensor) -> bool:
+    """Whether the softmax is a kernel of our own: half precision on CUDA, real tensors, Triton there."""
+    half = weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16)
+    if not half or is_fake(weight):
+        return False
+    from torch.utils._triton import has_triton
+
+    return has_triton()
 
 
 def _scaled(product: torch.Tensor, factor: float | torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,11 @@
 uv run pytest tests/test_segment_loss.py
 """
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +16,7 @@ import segment_loss
 from segment_loss import THINKING, packed_loss
 
 CLOSE = 5
+ROOT = Path(__file__).parents[1]
 
 
 def problem(targets=300, tokens=400, hidden_size=24, vocab=203, dtype=torch.float32, seed=0):
@@ -238,6 +244,43 @@ def test_full_logits_never_exist():
         packed_loss(hidden, weight.detach(), **batch)[0].backward()
     rows = segment_loss.rows_per_chunk(4096, "cpu")
     assert largest.elements == rows * 4096 < 2000 * 4096 / 4
+
+
+def test_the_kernel_equals_torchs_operations():
+    """In Triton's interpreter, which has to be chosen before the import."""
+    pytest.importorskip("triton")
+    program = """
+import torch
+from segment_loss import _softmax_error
+from triton_kernels import softmax_error
+torch.manual_seed(0)
+rows, vocab, close_id = 5, 20_011, 7
+logits = 8 * torch.randn(rows, vocab)
+logits[1] *= 40
+logits[2, 100] = logits[2, 19_000] = logits[2].max() + 1  # a tie for the top
+labels = torch.tensor([3, 20_010, 19_000, int(logits[3].argmax()), 0])
+mine, plain = ([torch.full((rows,), 9.0) for _ in range(3)] for _ in range(2))
+expected = _softmax_error(logits, labels, close_id, *plain, torch.empty_like(logits))
+error = torch.full_like(logits, 9)
+softmax_error(logits, labels, close_id, tuple(mine), error)
+torch.testing.assert_close(error, expected, atol=1e-6, rtol=1e-4)  # logits of 1,000
+for got, want in zip(mine, plain):
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-4)
+assert plain[1].tolist() == [0, 0, 1, 1, 0]
+again = [torch.full((rows,), 9.0) for _ in range(3)]
+softmax_error(logits, labels, -1, tuple(again), None)
+assert torch.equal(again[0], mine[0]) and torch.equal(again[1], mine[1])
+logits[4, 5] = float("nan")
+softmax_error(logits, labels, close_id, tuple(again), error)
+assert again[0].isnan().tolist() == [False] * 4 + [True]
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("vocab", [97, 4096, 151_936])
