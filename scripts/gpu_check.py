@@ -168,6 +168,8 @@ class Phases:
             self.bench("bench 8192", 8192, ["ours"], limit=90),
             self.own("facts", "facts", limit=40, needs=12),
             self.own("step 2048 deterministic", "step", "--deterministic", limit=90, needs=45),
+            self.own("attention", "attention", limit=60, needs=25),
+            self.kernels(limit=90),
             self.own("step 8192", "step", "--row-tokens", "8192", limit=110, needs=60),
             self.job("run 8192", "--max-seq-length", "8192", limit=150, needs=70),
             self.job("run again 2048", limit=100, needs=50),
@@ -204,6 +206,12 @@ class Phases:
             return {"sides": found["sides"], **{n: found[n] for n in names}}
 
         return Phase(name, command, limit, 35, read)
+
+    def kernels(self, *, limit: float) -> Phase:
+        """Kernels side by side, benchmarks/gpu_kernels.py."""
+        command = [*PYTHON, str(ROOT / "benchmarks" / "gpu_kernels.py")]
+        command += ["--small", "--device", self.device] if self.small else []
+        return Phase("kernels", command, limit, 30, last_json)
 
     def job(self, name: str, *more: str, limit: float, needs: float) -> Phase:
         """The program itself on the bundled data, from a fresh start; its speed after the warm-up."""

@@ -261,6 +261,117 @@ def waits(steps: Steps) -> str:
     return "nowhere"
 
 
+# -----------------------------------------------------------------------------
+# Attention
+
+
+class PackedAttention:
+    """Queries, keys, values and bounds at the shapes of Qwen3-4B, and the kernels that torch has for them.
+
+    FlashAttention-2 is what `varlen_attn` runs; cuDNN's kernels for documents of different lengths are
+    reached through the operators below it, and their backward pass also takes what the former kept.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        torch.manual_seed(0)
+        work = train_gpu.Work(300, 1500, tokens, 1, 0)
+        lengths = work.documents().lengths.tolist()
+        ends = [
+            sum(lengths[: i + 1]) for i in range(len(lengths)) if sum(lengths[: i + 1]) < tokens
+        ]
+        bounds = [0, *ends, tokens, tokens, tokens]  # the last documents are empty
+        self.bounds = torch.tensor(bounds, device="cuda", dtype=torch.int32)
+        self.tokens, self.scale = tokens, 128**-0.5
+        self.q, self.k, self.v, self.grad = (
+            torch.randn(tokens, heads, 128, device="cuda", dtype=torch.bfloat16)
+            for heads in (32, 8, 8, 32)
+        )
+        self.unused = torch.zeros(2, dtype=torch.uint64, device="cuda")
+
+    def flash(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output (T, heads, 128) and log-sum-exp (heads, T)."""
+        places = (self.bounds, self.bounds, self.tokens, self.tokens)
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(
+            self.q, self.k, self.v, *places, 0.0, True, False, scale=self.scale
+        )
+        return out, lse
+
+    def flash_backward(self, out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        places = (self.bounds, self.bounds, self.tokens, self.tokens)
+        tensors = (self.grad, self.q, self.k, self.v, out, lse)
+        return torch.ops.aten._flash_attention_backward(
+            *tensors, *places, 0.0, True, self.unused, self.unused, scale=self.scale
+        )
+
+    def cudnn(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output as above and log-sum-exp (T, heads, 1)."""
+        places = (self.bounds, self.bounds, self.tokens, self.tokens)
+        out, lse, *_ = torch.ops.aten._cudnn_attention_forward(
+            self.q, self.k, self.v, None, *places, True, 0.0, True, False, scale=self.scale
+        )
+        return out, lse
+
+    def cudnn_backward(self, out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        places = (self.bounds, self.bounds, self.tokens, self.tokens)
+        tensors = (self.grad, self.q, self.k, self.v, out, lse, self.unused, self.unused, None)
+        return torch.ops.aten._cudnn_attention_backward(
+            *tensors, *places, 0.0, True, scale=self.scale
+        )
+
+
+def attention(arguments: argparse.Namespace) -> dict:
+    """Microseconds of the kernels, replayed in a graph, and how far cuDNN's results are from the others."""
+    if not torch.cuda.is_available():
+        return {"not measured": "there is no CUDA device"}
+    found: dict = {"cudnn": torch.backends.cudnn.version()}
+    for tokens in (2048, 8192):
+        case = PackedAttention(tokens)
+        out, lse = case.flash()
+        gradients = case.flash_backward(out, lse)
+        seen = {"flash forward": attempt(case.flash, (out,))}
+        seen["flash backward"] = attempt(
+            lambda c=case, o=out, s=lse: c.flash_backward(o, s), gradients
+        )
+        turned = lse.t().contiguous().unsqueeze(2)
+        seen["cudnn forward"] = attempt(lambda c=case: c.cudnn()[:1], (out,))
+        seen["cudnn backward behind flash"] = attempt(
+            lambda c=case, o=out, s=turned: c.cudnn_backward(o, s), gradients
+        )
+        seen["cudnn forward and backward"] = attempt(
+            lambda c=case: c.cudnn_backward(*c.cudnn()), gradients
+        )
+        found[str(tokens)] = seen
+    return found
+
+
+def attempt(work: Callable[[], tuple], expected: tuple[torch.Tensor, ...]) -> dict:
+    """Largest difference from what is expected, as a share of its norm, and the time; or what it raised."""
+    try:
+        start = time.perf_counter()
+        results = work()
+        torch.cuda.synchronize()
+        first = time.perf_counter() - start
+        start = time.perf_counter()
+        work()
+        host = time.perf_counter() - start
+        shares = [
+            float((a.float() - b.float()).norm() / b.float().norm())
+            for a, b in zip(results, expected, strict=False)
+        ]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            work()
+    except RuntimeError as error:
+        return {"error": str(error)[:300]}
+    return {
+        "difference": max(shares),
+        "finite": all(bool(r.isfinite().all()) for r in results),
+        "us": 1e6 * seconds_of(graph.replay, 50),
+        "first_ms": 1000 * first,
+        "host_ms_a_call": 1000 * host,
+    }
+
+
 def work_of(arguments: argparse.Namespace) -> train_gpu.Work:
     """Documents of 300 to 1,500 tokens, the benchmark's own."""
     if arguments.small:
@@ -276,7 +387,7 @@ def long_row(arguments: argparse.Namespace) -> dict:
     return found | {"row_tokens": tokens}
 
 
-PHASES = {f.__name__: f for f in (facts, model, step, long_row)}
+PHASES = {f.__name__: f for f in (facts, model, step, attention, long_row)}
 
 
 def main() -> None:
