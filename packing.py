@@ -74,8 +74,9 @@ class StepPlan:
         self.documents = np.arange(len(lengths)) if documents is None else np.asarray(documents)
         self._lengths, self._num_targets = np.asarray(lengths), np.asarray(num_targets)
         assert len(self.documents) > 0, "a plan needs at least one document"
-        self.num_tokens, longest = _total_and_longest(self._lengths, self.documents)  # of one epoch
-        assert longest <= row_tokens, (longest, row_tokens)
+        # Of one epoch.
+        self.num_tokens, self._longest = _total_and_longest(self._lengths, self.documents)
+        assert self._longest <= row_tokens, (self._longest, row_tokens)
         self.rank, self.world_size, self.seed = rank, world_size, seed
         self.row_tokens, self.rows_per_micro_batch = row_tokens, rows_per_micro_batch
         order = self.documents.astype(_index_type(len(lengths)))
@@ -126,14 +127,27 @@ class StepPlan:
     @property
     def constant_shape(self) -> dict[str, int]:
         """Arguments of `build_batch` that give every micro-batch of the plan one shape."""
+        # The attention kernel starts a block for every 128 tokens that a document may have, and for every
+        # document that there may be; blocks with nothing to do took a quarter of a step of 8,192 tokens.
+        longest = min(_rounded(self._longest, 128), self.row_tokens)
         return {
             "pad_to": self.constant_tokens,
-            "pad_documents": self._most(np.diff(self._rows.starts)) + self.rows_per_micro_batch,
+            "pad_documents": self._most_documents(longest),
             "pad_targets": min(
                 _rounded(self._most(self._rows.tokens(self._num_targets))), self.constant_tokens
             ),
-            "max_length": self.row_tokens,
+            "max_length": longest,
         }
+
+    def _most_documents(self, longest: int) -> int:
+        """Of a micro-batch in the constant shape, those of padding included, none longer than `longest`."""
+        share = self.constant_tokens / self.rows_per_micro_batch
+        padding = (share - self._rows.tokens(self._lengths)) / longest
+        absent = np.full(
+            self.rows_per_micro_batch - 1, share / longest
+        )  # rows of a last micro-batch
+        documents = np.concatenate([np.diff(self._rows.starts) + padding, absent])
+        return math.ceil(self._most(documents) - 1e-6)
 
     @cached_property
     def constant_tokens(self) -> int:
@@ -157,9 +171,9 @@ class StepPlan:
         """Share of the rows' capacity that holds tokens, in [0, 1]."""
         return self.num_tokens / (len(self._rows) * self.row_tokens)
 
-    def _most(self, of_rows: np.ndarray) -> int:
+    def _most(self, of_rows: np.ndarray) -> float:
         """The largest sum over a micro-batch of what each row has, whichever rows come together."""
-        return int(np.sort(of_rows)[-self.rows_per_micro_batch :].sum())
+        return np.sort(of_rows)[-self.rows_per_micro_batch :].sum().item()
 
     def _rows_of(self, epoch: int) -> np.ndarray:
         """Row indices in this epoch's order; kept for the epoch in progress."""
@@ -236,9 +250,9 @@ def _best_fit(lengths: list[int], row_tokens: int) -> list[int]:
     return rows
 
 
-def _rounded(count: int) -> int:
-    """Up to a multiple of 64, which matrix products like."""
-    return math.ceil(count / 64) * 64
+def _rounded(count: int, multiple: int = 64) -> int:
+    """Up to a multiple, of 64 as matrix products like it."""
+    return math.ceil(count / multiple) * multiple
 
 
 def _index_type(count: int) -> type:

@@ -164,7 +164,25 @@ def test_every_micro_batch_fits_the_constant_shape():
             batch = build_batch(tokens, documents, **shape)
             assert batch.input_ids.shape == (1, shape["pad_to"])
             assert batch.cu_seqlens.shape == (shape["pad_documents"] + 1,)
-            assert max(batch.lengths) <= batch.max_length == 512
+            assert max(batch.lengths) <= batch.max_length == shape["max_length"]
+            assert batch.labels.shape == batch.document.shape == (shape["pad_targets"],)
+            own = batch.document < shape["pad_documents"]
+            assert own.sum() == sum(tokens.num_targets[d] for d in documents)
+
+
+def test_the_attention_kernel_is_told_of_no_longer_and_no_more_documents_than_there_are():
+    """Each that could be costs it as much as a short one, in all of its 128-token steps."""
+    lengths = np.array([300] * 20 + [20] * 3)
+    plan = make_plan(lengths, row_tokens=4096, max_steps=1)
+    assert plan.num_rows == 2
+    assert plan.constant_shape["max_length"] == 384
+    fullest = max(len(plan._rows[row]) for row in range(2))
+    emptiest = min(range(2), key=lambda row: lengths[plan._rows[row]].sum())
+    room = plan.constant_tokens - lengths[plan._rows[emptiest]].sum()
+    padded = len(plan._rows[emptiest]) + math.ceil(room / 384)
+    assert plan.constant_shape["pad_documents"] == max(fullest, padded)
+    assert make_plan(np.array([100, 60]), row_tokens=160).constant_shape["max_length"] == 128
+    assert make_plan(np.array([100, 60]), row_tokens=100).constant_shape["max_length"] == 100
 
 
 @pytest.mark.parametrize(
