@@ -290,6 +290,9 @@ class DirectTrainer:
         )
         if may_shard and self.parallel == "ddp" and any(dist.any(not self.forecast.fits)):
             self.parallel, self.forecast = "fsdp", self.forecast_for("fsdp")
+        if config.precision == "fp8" and (self.parallel == "fsdp" or not self.compiles):
+            reason = "shards" if self.parallel == "fsdp" else "layers that are not compiled"
+            raise UserError(f"precision fp8 does not go with {reason}; use --precision bf16")
         (self.checkpointing,) = dist.any(self.forecast.checkpointing)  # all ranks alike
         return self.forecast
 
@@ -314,6 +317,7 @@ class DirectTrainer:
             compiled=self.compiles,
             fused_lora=plain or not config.lora_r,
             shards=dist.world_size if parallel == "fsdp" else 1,
+            fp8=config.precision == "fp8",
         )
         train, held_out = data.train, data.held_out
         return run_plan.forecast(
@@ -728,6 +732,7 @@ class DirectTrainer:
             betas=(config.adam_beta1, config.adam_beta2),
             epsilon=config.adam_epsilon,
             weight_decay=config.weight_decay,
+            fp8=config.precision == "fp8",
             warn=self.terminal.warn,
         )
         self.evaluator = Evaluator(

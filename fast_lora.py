@@ -18,7 +18,7 @@ SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # they re
 _LARGEST_JOINED_RANK = 192  # in all; above it zeros between the blocks cost more than a product
 
 
-def enable_fast_lora(model: torch.nn.Module, *, join: bool | None = None) -> int:
+def enable_fast_lora(model: torch.nn.Module, *, join: bool | None = None, fp8: bool = False) -> int:
     """Give every plain LoRA layer of the model the fused path; return how many there are.
 
     Plain: an unquantised nn.Linear with a frozen weight, one active adapter, dropout 0, no variant
@@ -27,6 +27,7 @@ def enable_fast_lora(model: torch.nn.Module, *, join: bool | None = None) -> int
 
     join: make adapters part of the matrices, which moves the weights (not for shards) and needs
     `adapter_copies(model).write()` before a forward pass. None: in half precision on CUDA.
+    fp8: joined layers make the products of training in FP8, see `fp8_products`.
     """
     layers = [module for module in model.modules() if _is_plain(module)]
     for layer in layers:
@@ -35,7 +36,7 @@ def enable_fast_lora(model: torch.nn.Module, *, join: bool | None = None) -> int
         join = bool(layers) and _gains_from_joining(layers[0].base_layer.weight)
     if join:
         for parent in list(model.modules()):
-            _join_children(parent)
+            _join_children(parent, fp8)
         adapter_copies(model).write()
     return len(layers)
 
@@ -50,7 +51,7 @@ def _gains_from_joining(weight: torch.Tensor) -> bool:
     return weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16)
 
 
-def _join_children(parent: torch.nn.Module) -> None:
+def _join_children(parent: torch.nn.Module, fp8: bool) -> None:
     """Join the fast layers of one module: siblings together, the others alone."""
     layers = {
         name: child
@@ -62,13 +63,13 @@ def _join_children(parent: torch.nn.Module) -> None:
         rank = sum(len(adapter.a) for adapter in adapters)
         widths = {adapter.base.in_features for adapter in adapters}
         if len(adapters) > 1 and rank <= _LARGEST_JOINED_RANK and len(widths) == 1:
-            _join([layers.pop(name) for name in names if name in layers])
+            _join([layers.pop(name) for name in names if name in layers], fp8)
     for layer in layers.values():
-        _join([layer])
+        _join([layer], fp8)
 
 
-def _join(layers: list[torch.nn.Module]) -> None:
-    group = JoinedProjections([_adapter_of(layer) for layer in layers])
+def _join(layers: list[torch.nn.Module], fp8: bool) -> None:
+    group = JoinedProjections([_adapter_of(layer) for layer in layers], fp8=fp8)
     for place, layer in enumerate(layers):
         layer.__class__ = _fast_class(type(layer).__bases__[1], _JoinedForward)
         layer._group, layer._place, layer._joined_adapter = group, place, _active_adapter(layer)

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fp8_products import Fp8Matrix, add_product, fp8_product, quantized
+
 ALIGNMENT = (
     64  # of R: rows of M then start at multiples of 128 bytes, and tiles of a product are full
 )
@@ -38,7 +40,7 @@ class Adapter:
 class JoinedProjections:
     """The matrix M of projections that read one input; makes their outputs, in one product."""
 
-    def __init__(self, adapters: Sequence[Adapter]) -> None:
+    def __init__(self, adapters: Sequence[Adapter], *, fp8: bool = False) -> None:
         self.adapters = tuple(adapters)
         self.sizes = tuple(adapter.base.out_features for adapter in adapters)
         self.ranks = tuple(len(adapter.a) for adapter in adapters)
@@ -54,6 +56,7 @@ class JoinedProjections:
             view = self.matrix[rows, : self.width]
             view.copy_(adapter.base.weight.detach())
             adapter.base.weight.data = view
+        self._fp8 = Fp8Matrix(self.matrix[: self.height, : self.width]).tensors if fp8 else None
         self._input: torch.Tensor | None = None
         self._outputs: list[torch.Tensor | None] = []
 
@@ -66,7 +69,10 @@ class JoinedProjections:
         if self._input is not x or self._outputs[place] is None:
             masters = [tensor for adapter in self.adapters for tensor in (adapter.a, adapter.b)]
             parts = (self.matrix, self.bias, self.sizes, self.ranks, self.scalings)
-            self._outputs = list(_JoinedLora.apply(x, *parts, *masters))
+            if self._fp8 is None or not torch.is_grad_enabled():
+                self._outputs = list(_JoinedLora.apply(x, *parts, *masters))
+            else:
+                self._outputs = list(_Fp8Lora.apply(x, *parts, self._fp8, *masters))
             self._input = x
         output, self._outputs[place] = self._outputs[place], None
         if place == len(self._outputs) - 1:
@@ -138,6 +144,45 @@ class _JoinedLora(torch.autograd.Function):
             gradients.append(all_b[row : row + size, column : column + r] * scaling)
             row, column = row + size, column + r
         return grad_x, None, None, None, None, None, *gradients
+
+
+class _Fp8Lora(torch.autograd.Function):
+    """W's two products in FP8; the adapters' stay in the type of x and are added to them in place."""
+
+    @staticmethod
+    def forward(ctx, x, matrix, bias, sizes, ranks, scalings, fp8, *masters):
+        """As `_JoinedLora`; fp8: the tensors of an `Fp8Matrix` of W."""
+        width, height, rank = x.shape[-1], sum(sizes), sum(ranks)
+        rows = _one_batch(x)
+        projected = torch.bmm(rows, matrix[height : height + rank, :width].t().unsqueeze(0))
+        out = fp8_product(*quantized([rows]), *fp8[:2], x.dtype)
+        add_product(out, projected[0], matrix[:height, width : width + rank].t())
+        if bias is not None:
+            out = out + bias
+        ctx.save_for_backward(rows, projected, matrix, *fp8[2:])
+        ctx.sizes, ctx.ranks, ctx.scalings = sizes, ranks, scalings
+        ctx.dtype = masters[0].dtype
+        return tuple(part.reshape(*x.shape[:-1], -1) for part in out.split(sizes, 1))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        rows, projected, matrix, *fp8 = ctx.saved_tensors
+        width, height, rank = rows.shape[2], sum(ctx.sizes), sum(ctx.ranks)
+        parts = [_one_batch(grad) for grad in grads]
+        scaled = torch.cat(_through_b(ctx, parts, matrix, width), 2)[0, :, :rank]
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = fp8_product(*quantized(parts), *fp8, rows.dtype)
+            add_product(grad_x, scaled, matrix[height : height + rank, :width])
+            grad_x = grad_x.view(*grads[0].shape[:-1], width)
+        all_a = _product(scaled.t(), rows[0], ctx.dtype)
+        gradients, column = [], 0
+        for part, r, scaling in zip(parts, ctx.ranks, ctx.scalings, strict=True):
+            gradients.append(all_a[column : column + r])
+            own = projected[0, :, column : column + r]
+            gradients.append(_product(part[0].t(), own, ctx.dtype) * scaling)
+            column += r
+        return grad_x, None, None, None, None, None, None, *gradients
 
 
 def _through_b(ctx, parts, matrix, width: int) -> list[torch.Tensor]:

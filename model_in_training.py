@@ -43,6 +43,7 @@ class ModelInTraining:
         recomputes: activations are made again in the backward pass already.
         may_recompute: they may be, once memory runs out.
         learning_rate, betas, epsilon, weight_decay: of AdamW.
+        fp8: products with frozen matrices are made in FP8 in training.
         warn: told what is done about a lack of memory.
     """
 
@@ -62,12 +63,13 @@ class ModelInTraining:
         betas: tuple[float, float],
         epsilon: float,
         weight_decay: float,
+        fp8: bool = False,
         warn: Callable[[str], None],
     ) -> None:
         self._model, self._dist, self._parallel, self._dtype = model, dist, parallel, dtype
         self._must_compile, self._may_recompute, self._warn = must_compile, may_recompute, warn
         self.batch_shape, self.recomputes = batch_shape, recomputes
-        enable_fast_lora(model, join=False if parallel == "fsdp" else None)
+        enable_fast_lora(model, join=False if parallel == "fsdp" else None, fp8=fp8)
         self.packed = PackedLossModel(model, close_id)
         if batch_shape:
             self.packed.compile_layers()

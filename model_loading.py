@@ -36,6 +36,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import embedded_model
 from distributed import full_tensor, placed_like
 from errors import UserError
+from fp8_products import require_fp8
 from run_directory import RUN_NAME
 from safe_text import clean_line, redact, usual_mode, write_json
 
@@ -457,7 +458,13 @@ def recompute_activations(model: torch.nn.Module) -> None:
 
 
 def weight_dtype(device: torch.device, precision: str) -> torch.dtype:
-    """Type of the base's weights: "auto" is bf16 on a CUDA GPU that has it, else fp32. Raises UserError."""
+    """Type of the base's weights: "auto" is bf16 on a CUDA GPU that has it, else fp32. Raises UserError.
+
+    "fp8" is bf16 beside FP8 copies, on a GPU that multiplies them.
+    """
+    if precision == "fp8":
+        require_fp8(device)
+        return torch.bfloat16
     on_gpu = device.type == "cuda"
     fast = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "bf16" and on_gpu and not fast:

@@ -177,6 +177,7 @@ class Placement:
     compiled: bool = False
     fused_lora: bool = True  # adapters with one autograd node each
     shards: int = 1  # devices that share the weights
+    fp8: bool = False  # linear layers lie beside two copies of one byte a weight
 
 
 @dataclass(frozen=True)
@@ -225,7 +226,8 @@ def estimate_memory(
         outside + 2 * shape.linear_parameters / dims.layers
     )
     return MemoryEstimate(
-        weights=(packed * BITS_4 + (shape.parameters - packed) * held) / placement.shards,
+        weights=(packed * BITS_4 + (shape.parameters - packed) * held) / placement.shards
+        + placement.fp8 * 2 * shape.linear_parameters,
         gathered=in_flight if placement.shards > 1 or mixed else 0,
         adapter=adapters * FP32 / placement.shards,
         gradients=shape.trainable * FP32 / placement.shards,

@@ -26,8 +26,9 @@ class DirectTrainingConfig:
     can hold it and its weights are at hand, else the embedded demonstration model."""
     init_adapter: str = ""
     """Folder of a PEFT adapter (ours, TRL's, LLaMA-Factory's) to start from; empty: a fresh one."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Type of the frozen weights and activations; auto: bf16 on CUDA, else fp32. Adapters are fp32."""
+    precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
+    """Type of the frozen weights and activations; auto: bf16 on CUDA, else fp32. Adapters are fp32.
+    fp8: bf16 whose large products are made in FP8 in training (Hopper GPUs and later)."""
     quantization: Literal["none", "4bit"] = "none"
     """4bit: QLoRA through bitsandbytes (optional extra `qlora`)."""
     lora_r: int = 16
@@ -248,6 +249,20 @@ class DirectTrainingConfig:
             (
                 self.quantization == "4bit" and self.parallel == "fsdp",
                 "quantization 4bit can't be sharded: leave parallel at auto, or set it to ddp",
+            ),
+            *(
+                (
+                    self.precision == "fp8" and bad,
+                    f"precision fp8 is for plain adapters of compiled layers: {remedy}",
+                )
+                for bad, remedy in (
+                    (not self.lora_r, "set lora_r above 0"),
+                    (self.quantization != "none", "set quantization to none"),
+                    (self.lora_dropout > 0, "set lora_dropout to 0"),
+                    (self.use_dora, "leave use_dora off"),
+                    (self.compile == "off", "leave compile at auto"),
+                    (self.parallel == "fsdp", "leave parallel at auto, or set it to ddp"),
+                )
             ),
             (
                 self.quantization == "4bit" and not self.lora_r,

@@ -23,7 +23,7 @@ SHORT = [
     ("comparison_sources --only flipped-bit", "0 do not hold"),
     ("faults_hf_trainer --only F16", '"F16 a gradient is NaN"'),
     ("forecast_quality FOLDER", "Cost:"),
-    ("gpu_kernels --small --device cpu", '"gpu_kernels": [{"what": "layer"'),
+    ("gpu_kernels --small --device cpu", '"gpu_kernels": [{"what": "q, k, v, forward"'),
     ("hardware_monitor", "read() while NVML hangs"),
     (
         "injected_faults --only healthy --write FOLDER/page.md",

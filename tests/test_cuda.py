@@ -14,7 +14,7 @@ import packed_model
 import varlen_attention
 from chat_tokens import Segment, TokenizedSamples, TruncationLedger
 from distributed import Distributed
-from fast_lora import enable_fast_lora
+from fast_lora import adapter_copies, enable_fast_lora
 from model_in_training import ModelInTraining
 from optimization import (
     StepResult,
@@ -25,7 +25,7 @@ from optimization import (
 )
 from packed_model import PackedLossModel
 from packing import StepPlan, build_batch
-from segment_loss import packed_loss
+from segment_loss import _softmax_error, packed_loss
 from throughput import CudaTimeline, StepClock
 from train_state import TrainState
 
@@ -350,3 +350,106 @@ def test_recomputation_lowers_the_peak():
         peaks.append(torch.cuda.max_memory_allocated() - before)
         del packed
     assert peaks[1] < 0.5 * peaks[0]
+
+
+# -----------------------------------------------------------------------------
+# Kernels of our own
+
+
+def joined_pair(**options) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """The same adapters in bf16, joined, and in fp64 as the library has them."""
+    exact = cuda_model().double()
+    model = cuda_model()
+    enable_fast_lora(model, join=True, **options)
+    return model, exact
+
+
+def gradients_by_name(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {n: p.grad.double() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def trained_once(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    batch = build_batch(make_documents((300, 17, 511, 60, 128, 8)), range(6))
+    packed = PackedLossModel(model, CLOSE).train()
+    packed(batch.to(torch.device("cuda")), len(batch.labels))[0].backward()
+    return gradients_by_name(model)
+
+
+def test_adapters_are_written_into_the_matrices_by_one_kernel():
+    model, _ = joined_pair()
+    layers = [m for m in model.modules() if hasattr(m, "_group")]
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.mul_(1.25).add_(0.01)
+    copies = adapter_copies(model)
+    assert copies._in_one_kernel()
+    copies.write()
+    for layer in layers:
+        for master, place, scaling in layer._group.copies():
+            assert torch.equal(place, (master * scaling).bfloat16())
+
+
+def test_joined_adapters_have_the_gradients_of_exact_ones():
+    model, exact = joined_pair()
+    wanted = trained_once(exact)
+    for name, gradient in trained_once(model).items():
+        assert (gradient - wanted[name]).norm() < 0.05 * wanted[name].norm(), name
+
+
+def test_a_softmax_in_one_kernel_equals_torchs_operations():
+    from triton_kernels import softmax_error
+
+    torch.manual_seed(0)
+    rows, vocab = 37, 151_936
+    logits = 6 * torch.randn(rows, vocab, device="cuda")
+    logits[3, 7] = logits[3, 9] = 50.0  # a tie for the top
+    labels = torch.randint(vocab, (rows,), device="cuda")
+    labels[3] = 9
+    mine, plain = ([torch.empty(rows, device="cuda") for _ in range(3)] for _ in range(2))
+    expected = _softmax_error(logits, labels, CLOSE, *plain, torch.empty_like(logits))
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 4e-3)):
+        error = torch.full((rows, vocab), 9.0, device="cuda", dtype=dtype)
+        softmax_error(logits, labels, CLOSE, tuple(mine), error)
+        torch.testing.assert_close(error.float(), expected, atol=1e-6, rtol=tolerance)
+    for got, want in zip(mine, plain, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+    assert mine[1][3] == 1
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0),
+    reason="needs a Hopper GPU",
+)
+def test_fp8_products_have_gradients_near_exact_ones():
+    model, exact = joined_pair(fp8=True)
+    wanted, got = trained_once(exact), trained_once(model)
+    for name, gradient in got.items():
+        similarity = torch.nn.functional.cosine_similarity(
+            gradient.flatten(), wanted[name].flatten(), 0
+        )
+        assert similarity > 0.97, (name, similarity)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_joined_layers_compile_to_one_graph_and_equal_eager_ones(fp8: bool, recompute: bool):
+    if fp8 and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    results = []
+    batch = build_batch(make_documents((300, 17, 511, 60, 128, 8)), range(6))
+    for compiled in (True, False):
+        model = cuda_model(recompute=recompute)
+        enable_fast_lora(model, join=True, fp8=fp8)
+        packed = PackedLossModel(model, CLOSE).train()
+        if compiled:
+            packed.compile_layers()
+        loss, _ = packed(batch.to(torch.device("cuda")), len(batch.labels))
+        loss.backward()
+        results.append((loss.item(), gradients_by_name(model)))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert results[0][0] == pytest.approx(results[1][0], rel=0.01)
+    for name, gradient in results[1][1].items():
+        difference = (results[0][1][name] - gradient).norm()
+        assert difference < (0.3 if fp8 else 0.06) * gradient.norm(), name

@@ -176,11 +176,11 @@ def test_the_attention_kernel_is_told_of_no_longer_and_no_more_documents_than_th
     plan = make_plan(lengths, row_tokens=4096, max_steps=1)
     assert plan.num_rows == 2
     assert plan.constant_shape["max_length"] == 384
-    fullest = max(len(plan._rows[row]) for row in range(2))
-    emptiest = min(range(2), key=lambda row: lengths[plan._rows[row]].sum())
-    room = plan.constant_tokens - lengths[plan._rows[emptiest]].sum()
-    padded = len(plan._rows[emptiest]) + math.ceil(room / 384)
-    assert plan.constant_shape["pad_documents"] == max(fullest, padded)
+    documents = [
+        len(row) + math.ceil((plan.constant_tokens - lengths[row].sum()) / 384)
+        for row in (plan._rows[0], plan._rows[1])
+    ]
+    assert plan.constant_shape["pad_documents"] == max(documents)
     assert make_plan(np.array([100, 60]), row_tokens=160).constant_shape["max_length"] == 128
     assert make_plan(np.array([100, 60]), row_tokens=100).constant_shape["max_length"] == 100
 
