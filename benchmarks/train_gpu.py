@@ -256,7 +256,12 @@ class Pieces:
 
 
 def in_training(
-    plan: StepPlan, *, compiled: bool = True, graph: bool = True, checkpointing: bool = False
+    plan: StepPlan,
+    *,
+    compiled: bool = True,
+    graph: bool = True,
+    checkpointing: bool = False,
+    fp8: bool = False,
 ) -> ModelInTraining:
     """The model as a run trains it."""
     training = ModelInTraining(
@@ -269,6 +274,7 @@ def in_training(
         must_compile=True,
         recomputes=checkpointing,
         may_recompute=False,
+        fp8=fp8 and ON_CUDA,
         warn=lambda text: print(text, file=sys.stderr),
         **ADAMW,
     )
@@ -527,6 +533,7 @@ def word_tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 OURS: dict[str, dict] = {
     "ours": {},
+    "ours, FP8": {"fp8": True},
     "ours, no graph": {"graph": False},
     "ours, eager": {"compiled": False},
     "ours, eager, peft's LoRA with fp32 casts": {"fast_lora": False},

@@ -173,6 +173,9 @@ class Phases:
             self.own("step 8192", "step", "--row-tokens", "8192", limit=110, needs=60),
             self.job("run 8192", "--max-seq-length", "8192", limit=150, needs=70),
             self.job("run again 2048", limit=100, needs=50),
+            self.bench("bench FP8 2048", 2048, ["ours, FP8"], limit=80),
+            self.bench("bench FP8 8192", 8192, ["ours, FP8"], limit=90),
+            self.tests("tests of graphs", "replayed or capture_fails", limit=60, needs=30),
             self.tests("tests", "not in_a_group and not all_weights", limit=100),
             self.bench("bench 2048 without graph", 2048, ["ours, no graph"], limit=80),
             self.bench("bench 8192 without graph", 8192, ["ours, no graph"], limit=90),
@@ -246,7 +249,7 @@ class Phases:
         told = [line for line in said.splitlines() if line.startswith(("CUDA graph", "compiled"))]
         return {**run_rates(rows), "losses": losses, "told": told}
 
-    def tests(self, name: str, which: str, *, limit: float) -> Phase:
+    def tests(self, name: str, which: str, *, limit: float, needs: float = 60) -> Phase:
         """Those of test_cuda.py."""
         command = [*PYTHON, "-m", "pytest", "tests/test_cuda.py", "-k", which, "-n", "4", "-q"]
         command += ["-p", "no:cacheprovider", "-rA", "--tb=short", "-m", "long or not long"]
@@ -257,7 +260,7 @@ class Phases:
                 "outcomes": [line[:200] for line in said.splitlines() if line.startswith(kinds)]
             }
 
-        return Phase(name, command, limit, 60, read)
+        return Phase(name, command, limit, needs, read)
 
 
 def run_rates(rows: list[dict]) -> dict:
