@@ -28,6 +28,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+BUNDLED = ROOT / "data" / "raw"
 PYTHON = (sys.executable, "-u")
 # Figures that are compared, by the end of their name, and whether more is better.
 FIGURES = {
@@ -76,6 +77,7 @@ class Check:
     def __init__(self, out: Path, work: Path, budget: float) -> None:
         self.out, self.work, self.start, self.budget = out, work, time.monotonic(), budget
         self.phases: dict[str, dict] = {}
+        self.began = time.time()  # of the phase
         for directory in (out, work):
             directory.mkdir(parents=True, exist_ok=True)
 
@@ -85,7 +87,7 @@ class Check:
 
     def run(self, phase: Phase) -> None:
         """One phase, if time is left for it."""
-        limit = min(phase.limit, self.budget - self.seconds() - 3)
+        limit, self.began = min(phase.limit, self.budget - self.seconds() - 3), time.time()
         if limit < phase.needs:
             self.note(phase.name, f"left out: {limit:.0f} s left of the {phase.needs:.0f} it needs")
             return
@@ -173,6 +175,8 @@ class Phases:
             self.own("step 8192", "step", "--row-tokens", "8192", limit=110, needs=60),
             self.job("run 8192", "--max-seq-length", "8192", limit=150, needs=70),
             self.job("run again 2048", limit=100, needs=50),
+            self.job("run FP8 2048", "--precision", "fp8", limit=120, needs=50),
+            self.job("run bundled 2048", "--data-path", str(BUNDLED), limit=100, needs=50),
             self.bench("bench FP8 2048", 2048, ["ours, FP8"], limit=80),
             self.bench("bench FP8 8192", 8192, ["ours, FP8"], limit=90),
             self.tests("tests of graphs", "replayed or capture_fails", limit=60, needs=30),
@@ -217,25 +221,26 @@ class Phases:
         return Phase("kernels", command, limit, 30, last_json)
 
     def job(self, name: str, *more: str, limit: float, needs: float) -> Phase:
-        """The program itself on the bundled data, from a fresh start; its speed after the warm-up."""
+        """The program itself from a fresh start; its speed after the warm-up."""
         folder = self.check.work / re.sub(r"\W+", "_", name)
         shutil.rmtree(folder, ignore_errors=True)
-        steps = () if "--max-steps" in more else ("--max-steps", "6" if self.small else "60")
         options = {
             "--model-name": str(self.check.work / "model"),
+            "--data-path": str(self.check.work / "documents.jsonl"),
             "--device": self.device,
             "--output-dir": str(folder),
             "--cache-dir": str(self.check.work / "cache"),
             "--eval-steps": "0",
             "--save-steps": "0",
             "--max-eval-samples": "4",
-            "--num-probes": "1",
-            "--probe-max-new-tokens": "8",
+            "--num-probes": "0",
             "--logging-steps": "1" if self.small else "5",
+            "--max-steps": "6" if self.small else "50",
+            **dict(zip(more[::2], more[1::2], strict=True)),
         }
         pairs = [word for pair in options.items() for word in pair]
         program = str(ROOT / "direct_finetuning_with_existing_modules.py")
-        command = [*PYTHON, program, *pairs, *steps, *more]
+        command = [*PYTHON, program, *pairs]
         return Phase(name, command, limit, needs, lambda said: self.read_run(folder, name, said))
 
     def read_run(self, folder: Path, name: str, said: str) -> dict:
@@ -243,11 +248,13 @@ class Phases:
         (lines,) = folder.glob("training_logs/*/metrics.jsonl")
         shutil.copy(lines, self.check.out / f"metrics_{folder.name}.jsonl")
         rows = [json.loads(line) for line in lines.read_text().splitlines()]
+        first = next(row["time"] for row in rows if "Training/Loss" in row["metrics"])
         rows = [row for row in rows if row["metrics"].get("Throughput/Step_Seconds")]
         losses = {row["step"]: row["metrics"]["Training/Loss"] for row in rows}
         assert losses and all(loss is not None for loss in losses.values()), losses
         told = [line for line in said.splitlines() if line.startswith(("CUDA graph", "compiled"))]
-        return {**run_rates(rows), "losses": losses, "told": told}
+        until = {"seconds_to_first_logged_step": first - self.check.began}
+        return {**run_rates(rows), **until, "losses": losses, "told": told}
 
     def tests(self, name: str, which: str, *, limit: float, needs: float = 60) -> Phase:
         """Those of test_cuda.py."""

@@ -17,6 +17,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import random
 import shutil
 import time
 from collections.abc import Callable
@@ -44,6 +45,10 @@ SHAPES = {  # of Qwen3: what differs from 4B
     "8B": {"hidden_size": 4096, "intermediate_size": 12288},
 }
 TINY = train_gpu.SMALL | {"vocab_size": 151936}
+WORDS = (
+    *("密钥", "分组", "杂凑", "签名", "证书", "随机数", "协议", "曲线", "填充"),
+    *("轮函数", "密文", "明文", "认证", "模数", "素数", "置换", "迭代", "摘要"),
+)
 COMPARED = 4  # steps whose losses, gradients and weights are compared
 PROFILED = 2  # steps that are recorded
 
@@ -96,7 +101,7 @@ def seconds_of(work: Callable[[], object], times: int = 20) -> float:
 
 
 def model(arguments: argparse.Namespace) -> dict:
-    """Random weights of real shapes with the real vocabulary, as a folder that a run can load."""
+    """Random weights of real shapes with the real vocabulary, as a folder that a run can load, and data."""
     from qwen3_tokenizer import qwen3_tokenizer
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -118,8 +123,26 @@ def model(arguments: argparse.Namespace) -> dict:
     shutil.rmtree(folder, ignore_errors=True)
     weights.save_pretrained(folder)
     qwen3_tokenizer().save_pretrained(folder)
+    write_documents(arguments.work / "documents.jsonl", 60 if arguments.small else 800)
     size = sum(file.stat().st_size for file in folder.iterdir())
     return {"seconds": time.monotonic() - start, "gib": size / 2**30}
+
+
+def write_documents(path: Path, count: int) -> None:
+    """Samples of 300 to 1,500 tokens, a quarter of them the question, as the benchmark's documents are."""
+    rng = random.Random(0)
+
+    def clauses(number: int) -> str:  # of 7.7 tokens
+        return "，".join(
+            f"{rng.choice(WORDS)}{rng.choice(WORDS)}{rng.randrange(10_000)}" for _ in range(number)
+        )
+
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(count):
+            quarter = rng.randrange(10, 48)
+            parts = {"question": quarter, "thinking": 2 * quarter, "answer": quarter}
+            sample = {name: clauses(number) for name, number in parts.items()}
+            file.write(json.dumps(sample, ensure_ascii=False) + "\n")
 
 
 # -----------------------------------------------------------------------------
