@@ -318,6 +318,7 @@ class DirectTrainer:
             fused_lora=plain or not config.lora_r,
             shards=dist.world_size if parallel == "fsdp" else 1,
             fp8=config.precision == "fp8",
+            captured=self.compiles and plain and parallel == "ddp" and dist.world_size == 1,
         )
         train, held_out = data.train, data.held_out
         return run_plan.forecast(
