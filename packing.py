@@ -127,8 +127,9 @@ class StepPlan:
     @property
     def constant_shape(self) -> dict[str, int]:
         """Arguments of `build_batch` that give every micro-batch of the plan one shape."""
-        # The attention kernel starts a block for every 128 tokens that a document may have, and for every
-        # document that there may be; blocks with nothing to do took a quarter of a step of 8,192 tokens.
+        # The attention kernel starts a block for every 128 tokens that a document may have, of each that
+        # there may be, and padding is attended to like any document. On an H100, 28 documents in 8,192
+        # tokens: 1.23 ms backward where each may fill the row, 1.00 ms where 1,536 tokens are the most.
         longest = min(_rounded(self._longest, 128), self.row_tokens)
         return {
             "pad_to": self.constant_tokens,

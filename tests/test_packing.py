@@ -171,7 +171,7 @@ def test_every_micro_batch_fits_the_constant_shape():
 
 
 def test_the_attention_kernel_is_told_of_no_longer_and_no_more_documents_than_there_are():
-    """Each that could be costs it as much as a short one, in all of its 128-token steps."""
+    """Each 128 tokens that there could be cost it a block that has nothing to do."""
     lengths = np.array([300] * 20 + [20] * 3)
     plan = make_plan(lengths, row_tokens=4096, max_steps=1)
     assert plan.num_rows == 2
