@@ -109,8 +109,9 @@ class ModelSettings(_Settings):
     can hold it and its weights are at hand, else the embedded demonstration model."""
     init_adapter: str = ""
     """Folder of a PEFT adapter (ours, TRL's, LLaMA-Factory's) to start from; empty: a fresh one."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Type of the frozen weights and activations; auto: bf16 on CUDA, else fp32. Adapters are fp32."""
+    precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
+    """Type of the frozen weights and activations; auto: bf16 on CUDA, else fp32. Adapters are fp32.
+    fp8: bf16 whose large products are made in FP8 in training (Hopper GPUs and later)."""
     quantization: Literal["none", "4bit"] = "none"
     """4bit: QLoRA through bitsandbytes (optional extra `qlora`)."""
 
@@ -334,6 +335,16 @@ class DirectTrainingConfig(  # the fields come in the reverse order of the bases
             yield "quantization 4bit can't be sharded: leave parallel at auto, or set it to ddp"
         if self.quantization == "4bit" and not self.lora_r:
             yield "quantization 4bit needs adapters: set lora_r above 0"
+        remedies = {
+            "set lora_r above 0": not self.lora_r,
+            "set quantization to none": self.quantization != "none",
+            "set lora_dropout to 0": self.lora_dropout > 0,
+            "leave use_dora off": self.use_dora,
+            "leave compile at auto": self.compile == "off",
+            "leave parallel at auto, or set it to ddp": self.parallel == "fsdp",
+        }
+        for remedy in [text for text, bad in remedies.items() if bad and self.precision == "fp8"]:
+            yield f"precision fp8 is for plain adapters of compiled layers: {remedy}"
 
 
 # -----------------------------------------------------------------------------

@@ -246,7 +246,8 @@ def test_functions_have_few_parameters():
     counts = {}
     for place, node in functions():
         given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-        counts[place] = len([a for a in given if a.arg not in ("self", "cls")])
+        if not (given and given[0].arg == "ctx"):  # torch.autograd calls those by position
+            counts[place] = len([a for a in given if a.arg not in ("self", "cls")])
     more = {place: n for place, n in counts.items() if n > PARAMETERS}
     assert len(more) <= FUNCTIONS_WITH_MORE, more
 

@@ -20,6 +20,7 @@ from finetuning.common.errors import UserError
 from finetuning.common.files import read_json_object
 from finetuning.common.text import clean_line, redact
 from finetuning.model import demo_model
+from finetuning.model.fp8_products import require_fp8
 
 _CONFIG = "config.json"  # of a whole model, after full fine-tuning
 
@@ -393,7 +394,13 @@ def read_model_json(path: Path, advice: str) -> dict[str, Any]:
 
 
 def weight_dtype(device: torch.device, precision: str) -> torch.dtype:
-    """Type of the base's weights: "auto" is bf16 on a CUDA GPU that has it, else fp32. Raises UserError."""
+    """Type of the base's weights: "auto" is bf16 on a CUDA GPU that has it, else fp32. Raises UserError.
+
+    "fp8" is bf16 beside FP8 copies, on a GPU that multiplies them.
+    """
+    if precision == "fp8":
+        require_fp8(device)
+        return torch.bfloat16
     on_gpu = device.type == "cuda"
     fast = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "bf16" and on_gpu and not fast:

@@ -98,15 +98,7 @@ def plan_run(
     steps, evaluation = plan_steps(config, data, dist)
     probes = choose_probes(data.held_out, inputs.tokenizer, config.num_probes)
     answer_tokens = token_budget(probes, config.probe_max_new_tokens, dist.device)
-    eval_steps = config.eval_steps
-    if eval_steps == "auto":
-        eval_steps = steps_between_evaluations(
-            steps,
-            evaluation.num_tokens if evaluation else 0,
-            answer_tokens,
-            device_type=dist.device.type,
-            lora=bool(config.lora_r),
-        )
+    eval_steps = evaluation_steps(config, steps, evaluation, answer_tokens, dist)
     settings["eval_steps"] = eval_steps
     run_identity = identity(settings, inputs.model.name, data, steps)
     check_ranks(dist.gather(run_identity))
@@ -122,6 +114,7 @@ def plan_run(
         must_compile=config.compile == "on",
         gradient_checkpointing=checkpointing,
         may_checkpoint=config.gradient_checkpointing == "auto" and not checkpointing,
+        fp8=config.precision == "fp8",
     )
     return RunPlan(
         inputs=inputs,
@@ -135,6 +128,25 @@ def plan_run(
         identity=run_identity,
         execution=execution,
         forecast=estimate,
+    )
+
+
+def evaluation_steps(
+    config: DirectTrainingConfig,
+    steps: StepPlan,
+    evaluation: StepPlan | None,
+    answer_tokens: int,
+    dist: Distributed,
+) -> int:
+    """Steps between two evaluations: as set, or as far apart as they cost."""
+    if config.eval_steps != "auto":
+        return config.eval_steps
+    return steps_between_evaluations(
+        steps,
+        evaluation.num_tokens if evaluation else 0,
+        answer_tokens,
+        device_type=dist.device.type,
+        lora=bool(config.lora_r),
     )
 
 
@@ -255,6 +267,8 @@ def choose_parallel(
             compiled=compiled,
             fused_lora=plain or not config.lora_r,
             shards=dist.world_size if parallel == "fsdp" else 1,
+            fp8=config.precision == "fp8",
+            captured=compiled and plain and parallel == "ddp" and dist.world_size == 1,
         )
         return forecast(
             shape,
@@ -276,5 +290,8 @@ def choose_parallel(
     estimate = forecast_for(parallel)
     may_shard = config.parallel == "auto" and config.quantization == "none" and dist.world_size > 1
     if may_shard and parallel == "ddp" and any(dist.any(not estimate.fits)):
-        return "fsdp", forecast_for("fsdp")
+        parallel, estimate = "fsdp", forecast_for("fsdp")
+    if config.precision == "fp8" and (parallel == "fsdp" or not compiled):
+        reason = "shards" if parallel == "fsdp" else "layers that are not compiled"
+        raise UserError(f"precision fp8 does not go with {reason}; use --precision bf16")
     return parallel, estimate

@@ -176,7 +176,25 @@ def test_every_micro_batch_fits_the_constant_shape():
             batch = build_batch(tokens, documents, **shape)
             assert batch.input_ids.shape == (1, shape["pad_to"])
             assert batch.cu_seqlens.shape == (shape["pad_documents"] + 1,)
-            assert max(batch.lengths) <= batch.max_length == 512
+            assert max(batch.lengths) <= batch.max_length == shape["max_length"]
+            assert batch.labels.shape == batch.document.shape == (shape["pad_targets"],)
+            own = batch.document < shape["pad_documents"]
+            assert own.sum() == sum(tokens.num_targets[d] for d in documents)
+
+
+def test_the_attention_kernel_is_told_of_no_longer_and_no_more_documents_than_there_are():
+    """Each 128 tokens that there could be cost it a block that has nothing to do."""
+    lengths = np.array([300] * 20 + [20] * 3)
+    plan = make_plan(lengths, row_tokens=4096, max_steps=1)
+    assert plan.num_rows == 2
+    assert plan.constant_shape["max_length"] == 384
+    documents = [
+        len(row) + math.ceil((plan.constant_tokens - lengths[row].sum()) / 384)
+        for row in (plan._rows[0], plan._rows[1])
+    ]
+    assert plan.constant_shape["pad_documents"] == max(documents)
+    assert make_plan(np.array([100, 60]), row_tokens=160).constant_shape["max_length"] == 128
+    assert make_plan(np.array([100, 60]), row_tokens=100).constant_shape["max_length"] == 100
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,8 @@ def test_bf16_base_with_fp32_adapters_stays_near_fp32():
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_compiled_layers_are_one_graph_for_all_batches(monkeypatch, recompute: bool):
+@pytest.mark.parametrize("join", [False, True])
+def test_compiled_layers_are_one_graph_for_all_batches(monkeypatch, recompute: bool, join: bool):
     """The way of CUDA with a stand-in for its kernel: packed rows that differ, shapes that don't."""
     graphs = []
 
@@ -155,7 +156,7 @@ def test_compiled_layers_are_one_graph_for_all_batches(monkeypatch, recompute: b
     plan = step_plan(lengths, targets, data=up_to(64), max_steps=6)
     model, eager = lora_model(recompute=recompute), lora_model()
     packed, reference = (PackedLossModel(m, CLOSE).train() for m in (model, eager))
-    assert enable_fast_lora(model) and enable_fast_lora(eager)
+    assert enable_fast_lora(model, join=join) and enable_fast_lora(eager)
     packed.compile_layers(backend=count)
     shapes = set()
     for step in range(1, len(plan) + 1):

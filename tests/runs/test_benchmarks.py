@@ -24,6 +24,7 @@ CASE = json.dumps({"hidden": 64, "layers": 2, "vocab": 512, "tokens": 512})
 SHORT = [
     ("faults.faults_hf_trainer --only F16", '"F16 a gradient is NaN"'),
     ("forecast_quality FOLDER", "Cost:"),
+    ("gpu_kernels --small --device cpu", '"gpu_kernels": [{"what": "q, k, v, forward"'),
     ("hardware_monitor", "read() while NVML hangs"),
     (
         "faults.injected_faults --only healthy --write FOLDER/page.md",

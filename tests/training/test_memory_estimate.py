@@ -179,6 +179,8 @@ def test_memory_follows_the_settings(qwen3_4b):
     estimate = estimate_memory(qwen3_4b, CUDA, 8192, checkpointing=False)
     smaller = min(estimate.logits, estimate.workspace)  # they are not there at the same time
     assert estimate.total == sum(vars(estimate).values()) - smaller
+    captured = Placement("cuda", 2, captured=True)  # an evaluation finds what the graph holds taken
+    assert total(captured) - total(CUDA) == max(estimate.logits, estimate.workspace)
     sharded = estimate_memory(qwen3_4b, Placement("cuda", 2, shards=8), 8192, checkpointing=False)
     assert 0.9 * GIB < sharded.gathered < 1.2 * GIB, "embedding and two layers"
     assert estimate.optimizer == 2 * estimate.adapter == 2 * 4 * qwen3_4b.trainable
