@@ -41,30 +41,15 @@ from pathlib import Path
 from finetuning.analysis.data_check import check_data
 from finetuning.common.distributed import exit_process, init_distributed, leave
 from finetuning.common.formatting import due
-from finetuning.common.text import redact_values
 from finetuning.data.packing import PlannedStep
-from finetuning.model.resolve import banner
+from finetuning.runs import directory, summary
 from finetuning.runs.build import build_engine, build_evaluator, start_system_monitor
-from finetuning.runs.directory import (
-    RUN_NAME,
-    RunDirectory,
-    check_writable,
-    disk_faults_stop_the_run,
-    only_writer,
-    open_directory,
-    own_models,
-)
-from finetuning.runs.identity import changed_settings, check_identity, settings_of
+from finetuning.runs.directory import RunDirectory, disk_faults_stop_the_run
+from finetuning.runs.identity import check_identity
 from finetuning.runs.metrics import MetricsProcessor
 from finetuning.runs.plan import load_data, plan_run
-from finetuning.runs.record import RunRecord
+from finetuning.runs.record import RunRecord, announce, tell_resume
 from finetuning.runs.report import write_report
-from finetuning.runs.summary import (
-    model_size,
-    nonfinite_text,
-    preempted_text,
-    run_rows,
-)
 from finetuning.training.checkpoint import Checkpoint
 from finetuning.training.checkpoint_manager import CheckpointManager
 from finetuning.training.optimizer import StepResult, learning_rate_at
@@ -131,7 +116,7 @@ class DirectTrainer:
     def train(self) -> TrainState:
         """The whole run, from data to final model. Returns the state after the last step."""
         output_dir = Path(self.config.output_dir)
-        with only_writer(output_dir) if self.dist.is_main else nullcontext():
+        with directory.only_writer(output_dir) if self.dist.is_main else nullcontext():
             self.plan = plan_run(
                 self.config,
                 self.dist,
@@ -186,7 +171,8 @@ class DirectTrainer:
             if evaluates:
                 metrics |= self.evaluate(step)
             if evaluates or epoch_ends:
-                self.show_hardest(step)
+                text = self.metrics.hardest_text(self.state)
+                self.tensorboard_writer.add_text("Training/Hardest_Samples", text, step)
             if epoch_ends:
                 metrics |= self.epoch_metrics(step)
             if metrics:
@@ -302,11 +288,6 @@ class DirectTrainer:
             self.outcome = "stopped"
         return metrics
 
-    def show_hardest(self, step: int) -> None:
-        """TEXT: the training samples of this epoch with the highest loss."""
-        text = self.metrics.hardest_text(self.state)
-        self.tensorboard_writer.add_text("Training/Hardest_Samples", text, step)
-
     def epoch_metrics(self, step: int) -> dict[str, float]:
         """Epoch/ tags over the epoch that ends with this step, and its line in TEXT."""
         metrics, text = self.metrics.epoch(step, self.state)
@@ -342,20 +323,15 @@ class DirectTrainer:
                 step,
                 self.engine.tensors(),
                 documents=self.engine.documents(),
-                state={
-                    "train_state": settings_of(state),
-                    "identity": self.plan.identity,
-                    "config": redact_values(self.plan.settings),
-                },
+                state=summary.checkpoint_state(self.plan, state),
                 protect=state.best_step,
             )
 
-    def save_model(self, directory: Path) -> None:
+    def save_model(self, folder: Path) -> None:
         """The adapter with its tokenizer, whole or not at all."""
-        with self.metrics.clock.phase("saving"), self.terminal.working(f"saving {directory.name}"):
-            self.engine.save(
-                directory, self.plan.inputs.tokenizer, {RUN_NAME: f"{self.record.run.name}\n"}
-            )
+        with self.metrics.clock.phase("saving"), self.terminal.working(f"saving {folder.name}"):
+            notes = {directory.RUN_NAME: f"{self.record.run.name}\n"}
+            self.engine.save(folder, self.plan.inputs.tokenizer, notes)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Weights, optimizer, random state and counters as they were at the checkpoint."""
@@ -392,27 +368,31 @@ class DirectTrainer:
         if checkpoint:
             self.restore(checkpoint)
             self.state.resume_count += 1
-        if dist.is_main:  # weights and both moments, one more while the old one is still there
-            check_writable(Path(config.output_dir), 6 * 4 * self.engine.num_trainable)
         # By a group that died before its first checkpoint: nobody's work is in what it has shown.
         begun = "" if checkpoint else self.checkpoints.run_before_first_checkpoint()
-        run = open_directory(Path(config.output_dir), dist, checkpoint.run if checkpoint else begun)
+        run = directory.open_directory(
+            Path(config.output_dir),
+            dist,
+            checkpoint.run if checkpoint else begun,
+            # Weights and both moments, one more while the old one is still there.
+            needed_bytes=6 * 4 * self.engine.num_trainable,
+            say=self.terminal.say,
+        )
         if begun:
             self.terminal.say(f"{begun} begins again: it had no checkpoint yet")
-        for model in own_models(run) if dist.is_main else ():
-            self.terminal.say(f"the model of an earlier run is now {model}")
         self.terminal.open_log(run.logs / "training.log")
         resume_step = self.state.step if checkpoint else -1 if begun else None
         self.record = self.open_record(run, resume_step)
         self.metrics = MetricsProcessor(self.plan, dist, self.state)
-        self.announce(checkpoint)
-        self.record.write_configuration(self.plan, model_size(self.plan, self.engine))
-        self.record.status("running", step=self.state.step)
+        announce(self.terminal, self.record, self.plan, self.engine, dist)
         if checkpoint:
-            return
-        with dist.patience("statistics"), self.terminal.working("describing the data"):
-            if dist.is_main:
-                self.record.describe(self.plan)
+            tell_resume(self.terminal, self.record, self.plan, checkpoint)
+        self.record.write_configuration(self.plan, self.engine)
+        self.record.status("running", step=self.state.step)
+        if not checkpoint:
+            with dist.patience("statistics"), self.terminal.working("describing the data"):
+                if dist.is_main:
+                    self.record.describe(self.plan)
 
     def open_record(self, run: RunDirectory, resume_step: int | None) -> RunRecord:
         """Logger and monitors, which go on at this step of an earlier session (None: a fresh run)."""
@@ -433,20 +413,6 @@ class DirectTrainer:
             warn=warn,
         )
 
-    def announce(self, checkpoint: Checkpoint | None) -> None:
-        """What was decided, on the terminal; settings that differ from the checkpoint's also in TEXT."""
-        plan, run, say = self.plan, self.record.run, self.terminal.say
-        if plan.inputs.model.embedded:
-            say(banner(plan.inputs.model), style="bold yellow")
-        self.terminal.table("Run", [*run_rows(plan, self.engine, self.dist), ("run", run.logs)])
-        if checkpoint:
-            say(f"resumed from {checkpoint.path}, step {self.state.step}")
-        say(f"watch it: uv run tensorboard --logdir={run.tensorboard.parent}")
-        before = checkpoint.state["config"] if checkpoint else {}
-        if changed := changed_settings(before, redact_values(plan.settings)):
-            say(f"changed since step {self.state.step}: {', '.join(changed)}")
-            self.record.write_settings(plan.settings, self.state.step)
-
     # -------------------------------------------------------------------------
     # End
 
@@ -455,9 +421,9 @@ class DirectTrainer:
         state, outcome = self.state, self.outcome
         self.terminal.stop_progress()
         if outcome == "nonfinite":
-            raise RunStopped(nonfinite_text(state, self.nonfinite_places))
+            raise RunStopped(summary.nonfinite_text(state, self.nonfinite_places))
         if outcome == "preempted":
-            text = preempted_text(self.stop.name, state.step, self.plan.steps.num_steps)
+            text = summary.preempted_text(self.stop.name, state.step, self.plan.steps.num_steps)
             self.terminal.conclude(text)
         else:
             self.save_model(self.record.run.final_model)
@@ -465,8 +431,9 @@ class DirectTrainer:
             hardware = self.metrics.hardware(self.record.system.read())  # a collective
             if self.dist.is_main:
                 monitoring = self.metrics.convergence.scalars()
-                size = model_size(self.plan, self.engine)
-                text = self.record.write_summary(self.plan, size, state, monitoring, hardware)
+                text = self.record.write_summary(
+                    self.plan, self.engine, state, monitoring, hardware
+                )
                 self.terminal.conclude(text)
         self.record.status(outcome, step=state.step, signal=self.stop.name)
 

@@ -10,7 +10,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -165,11 +165,28 @@ def new_run(output_dir: Path) -> RunDirectory:
             ) from error
 
 
-def open_directory(output_dir: Path, dist: Distributed, known: str) -> RunDirectory:
-    """The directory of the run of this name, or of a new run where it is empty; alike on all ranks."""
+def open_directory(
+    output_dir: Path,
+    dist: Distributed,
+    known: str,
+    *,
+    needed_bytes: int,
+    say: Callable[[str], None],
+) -> RunDirectory:
+    """The directory of the run `known`, or of a new run where that is empty; alike on all ranks.
+
+    Raises UserError where `needed_bytes` are not free. Another run's models are put aside, and told.
+    """
+    if dist.is_main:
+        check_writable(output_dir, needed_bytes)
     name = dist.broadcast(dist.is_main and (known or new_run(output_dir).name))
     dist.note("run", name)
-    return known_run(output_dir, name) if dist.is_main else shared_run(output_dir, name)
+    if not dist.is_main:
+        return shared_run(output_dir, name)
+    run = known_run(output_dir, name)
+    for model in own_models(run):
+        say(f"the model of an earlier run is now {model}")
+    return run
 
 
 def known_run(output_dir: Path, name: str) -> RunDirectory:

@@ -241,6 +241,28 @@ def compiles(
     return steps.constant_efficiency >= MIN_CONSTANT_EFFICIENCY  # padding costs arithmetic
 
 
+def placement_of(
+    config: DirectTrainingConfig,
+    dist: Distributed,
+    dtype: torch.dtype,
+    *,
+    compiled: bool,
+    parallel: str,
+) -> Placement:
+    """How the model would lie on this rank's device."""
+    plain = not (config.lora_dropout or config.use_dora or config.quantization != "none")
+    return Placement(
+        dist.device.type,
+        dtype.itemsize,
+        quantized=config.quantization != "none",
+        compiled=compiled,
+        fused_lora=plain or not config.lora_r,
+        shards=dist.world_size if parallel == "fsdp" else 1,
+        fp8=config.precision == "fp8",
+        captured=compiled and plain and parallel == "ddp" and dist.world_size == 1,
+    )
+
+
 def choose_parallel(
     config: DirectTrainingConfig,
     dist: Distributed,
@@ -256,20 +278,10 @@ def choose_parallel(
         init_adapter=config.init_adapter,
         trust_remote_code=inputs.model.trust_remote_code,
     )
-    plain = not (config.lora_dropout or config.use_dora or config.quantization != "none")
     free = free_memory(dist.device, dist.local_world_size)
 
     def forecast_for(parallel: str) -> RunForecast:
-        placement = Placement(
-            dist.device.type,
-            dtype.itemsize,
-            quantized=config.quantization != "none",
-            compiled=compiled,
-            fused_lora=plain or not config.lora_r,
-            shards=dist.world_size if parallel == "fsdp" else 1,
-            fp8=config.precision == "fp8",
-            captured=compiled and plain and parallel == "ddp" and dist.world_size == 1,
-        )
+        placement = placement_of(config, dist, dtype, compiled=compiled, parallel=parallel)
         return forecast(
             shape,
             placement,

@@ -10,16 +10,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from finetuning.common.distributed import Distributed
 from finetuning.common.files import atomic_write_text, json_text, strict, write_json
+from finetuning.common.terminal import Terminal
 from finetuning.common.text import redact_values
 from finetuning.data.loss_mask import mask_audit
 from finetuning.events.event_file import rewind_lines
+from finetuning.model.resolve import banner
 from finetuning.monitoring.alerts import Alert, AlertMonitor, run_command
 from finetuning.monitoring.system_monitor import SystemMonitor
 from finetuning.readers.sample import BrokenSample
 from finetuning.runs import summary
 from finetuning.runs.directory import RunDirectory
+from finetuning.runs.identity import changed_settings
 from finetuning.runs.plan import RunPlan
+from finetuning.training.checkpoint import Checkpoint
+from finetuning.training.engine import TrainingEngine
 from finetuning.training.state import TrainState
 
 
@@ -122,21 +128,23 @@ class RunRecord:
         table = summary.markdown_table(summary.hparams(settings))
         self.logger.add_text("Config/Training_Settings", table, step)
 
-    def write_configuration(self, plan: RunPlan, model: Mapping[str, Any]) -> None:
+    def write_configuration(self, plan: RunPlan, engine: TrainingEngine) -> None:
         """configuration.json among the run's logs: settings, model, steps and versions."""
         if self.logger:
+            model = summary.model_size(plan, engine)
             record = summary.configuration(plan.settings, model, plan.steps)
             write_json(self.run.logs / "configuration.json", record)
 
     def write_summary(
         self,
         plan: RunPlan,
-        model: Mapping[str, Any],
+        engine: TrainingEngine,
         state: TrainState,
         monitoring: Mapping[str, float],
         hardware: Mapping[str, float],
     ) -> str:
         """Final_* tags, Training/Final_Summary and training_statistics.json; returns the closing lines."""
+        model = summary.model_size(plan, engine)
         final = summary.final_metrics(plan, model, state, monitoring, hardware)
         statistics = summary.training_statistics(plan, model, state, final, self.run.name)
         self.logger.log(state.step, final)
@@ -174,6 +182,27 @@ def _append_line(path: Path, record: Mapping, warn: Callable[[str], None]) -> No
             file.write(line + "\n")
     except OSError as error:  # a full disk must not stop training
         warn(f"{path.name} can't be written: {error.strerror or error}")
+
+
+def announce(
+    terminal: Terminal, record: RunRecord, plan: RunPlan, engine: TrainingEngine, dist: Distributed
+) -> None:
+    """What was decided about the run, on the terminal."""
+    if plan.inputs.model.embedded:
+        terminal.say(banner(plan.inputs.model), style="bold yellow")
+    rows = summary.run_rows(plan, engine, dist)
+    terminal.table("Run", [*rows, ("run", record.run.logs)])
+    terminal.say(f"watch it: uv run tensorboard --logdir={record.run.tensorboard.parent}")
+
+
+def tell_resume(
+    terminal: Terminal, record: RunRecord, plan: RunPlan, checkpoint: Checkpoint
+) -> None:
+    """Where the run goes on, and which settings are others than before, also in TEXT."""
+    terminal.say(f"resumed from {checkpoint.path}, step {checkpoint.step}")
+    if changed := changed_settings(checkpoint.state["config"], redact_values(plan.settings)):
+        terminal.say(f"changed since step {checkpoint.step}: {', '.join(changed)}")
+        record.write_settings(plan.settings, checkpoint.step)
 
 
 def write_broken(path: Path, broken: Sequence[BrokenSample]) -> None:

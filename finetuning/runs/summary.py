@@ -11,6 +11,7 @@ from finetuning.common.formatting import shown
 from finetuning.common.text import redact_values, table_cell
 from finetuning.data.packing import StepPlan
 from finetuning.runs.directory import RunDirectory
+from finetuning.runs.identity import settings_of
 from finetuning.runs.plan import RunPlan
 from finetuning.training.engine import TrainingEngine
 from finetuning.training.state import TrainState
@@ -93,6 +94,15 @@ def model_size(plan: RunPlan, engine: TrainingEngine) -> dict[str, Any]:
 
 # -----------------------------------------------------------------------------
 # The end
+
+
+def checkpoint_state(plan: RunPlan, state: TrainState) -> dict[str, Any]:
+    """What a checkpoint holds besides tensors: counters, the run's identity, settings without secrets."""
+    return {
+        "train_state": settings_of(state),
+        "identity": plan.identity,
+        "config": redact_values(plan.settings),
+    }
 
 
 def final_metrics(
