@@ -354,9 +354,8 @@ class DirectTrainer:
         self.state.nonfinite_steps, self.state.skipped_steps = nonfinite, [*skipped, failed]
         self.metrics.restart(self.state)
         self.record.rewind(self.state.step, self.state.alerts)
-        self.terminal.say(
-            f"went back to {checkpoint.path}; the update of step {failed} will be left out"
-        )
+        text = f"went back to {checkpoint.path}; the update of step {failed} will be left out"
+        self.terminal.say(text)
 
     # -------------------------------------------------------------------------
     # Beginning
@@ -399,10 +398,8 @@ class DirectTrainer:
         dist, warn = self.dist, self.terminal.warn
         logger: TensorBoardLogger | NullLogger = NullLogger()
         if dist.is_main:
-            metrics = run.logs / "metrics.jsonl"
-            logger = TensorBoardLogger(
-                run.tensorboard, metrics_path=metrics, resume_step=resume_step, warn=warn
-            )
+            files = {"run_dir": run.tensorboard, "metrics_path": run.logs / "metrics.jsonl"}
+            logger = TensorBoardLogger(**files, resume_step=resume_step, warn=warn)
         return RunRecord(
             run,
             logger,
