@@ -24,6 +24,7 @@ from finetuning.common.cache import temporary_folder
 from finetuning.common.errors import UserError, exit_code
 from finetuning.common.files import atomic_write_text
 from finetuning.common.text import clean_line
+from finetuning.config import DataSettings
 from finetuning.readers.dataset import SampleSet, read_samples
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def _described(
     def statistics_of(data: SampleSet) -> dict[str, Any]:
         tokens = _exact_tokens(data, tokenizer, workers) if tokenizer else None
         options = {"tokens": tokens, "max_seq_length": max_seq_length, "workers": workers}
-        return compute_statistics(data.samples, broken=data.broken, **options).to_json()
+        return compute_statistics(data, **options).to_json()
 
     data = read_samples(paths, workers=workers)
     result = statistics_of(data)
@@ -106,8 +107,9 @@ def _exact_tokens(data: SampleSet, folder: Path, workers: int) -> "TokenizedSamp
     except (OSError, ValueError) as error:
         place, reason = clean_line(str(folder), 200), clean_line(str(error), 200)
         raise UserError(f"tokenizer: {place} holds none that can be loaded: {reason}") from error
-    options = {"control_tokens": "split", "cache_dir": temporary_folder(), "workers": workers}
-    return tokenize_samples(data, tokenizer, _NO_LIMIT, **options)
+    settings = DataSettings(max_seq_length=_NO_LIMIT, control_tokens="split")
+    options = {"cache_dir": temporary_folder(), "workers": workers}
+    return tokenize_samples(data, tokenizer, settings, **options)
 
 
 if __name__ == "__main__":

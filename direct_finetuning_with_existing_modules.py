@@ -34,6 +34,7 @@ if __name__ == "__main__":  # help and wrong settings are answered before the im
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C needs no traceback through these
 
 import dataclasses
+import math
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -99,7 +100,12 @@ class DirectTrainer:
         self.dist = init_distributed(config.device, config.distributed_timeout)
         self.terminal = Terminal(quiet=quiet, is_main=self.dist.is_main)
         self.state = TrainState()
-        self.pending: list[StepResult] = []  # steps whose numbers are still on the device
+        self.pending: list[StepResult] = []  # steps whose numbers are on their way to the host
+        self.unlogged: StepResult | None = None  # a step that is logged once the next one is queued
+        # Nothing waits for the CPU's own results, so there every step is looked at. On CUDA a step is
+        # logged while the next one runs: only its clock says when a step was done.
+        self.reads_are_free = self.dist.device.type == "cpu"
+        self.logs_late = self.dist.device.type == "cuda"
         self.stop = process.StopSignal()
         self.interrupted = False  # a rank has got a signal
         self.outcome = ""  # why the loop ends: completed, preempted, stopped, nonfinite
@@ -151,45 +157,32 @@ class DirectTrainer:
 
     def loop(self) -> None:
         """Step n is the n-th optimizer update; a resumed run starts at a later n."""
-        config, plan, state = self.config, self.plan.steps, self.state
-        tokens, clock = self.plan.data.train.tokens, self.metrics.clock
-        # Nothing waits for the CPU's own results, so there every step is looked at.
-        reads_are_free = self.dist.device.type == "cpu"
+        plan, state = self.plan.steps, self.state
         self.terminal.start_progress(plan.num_steps, state.step, plan.steps_per_epoch)
         if state.step == 0 and self.checkpoints.step < 0:
             metrics = self.evaluate(0)
             self.log(0, metrics)
             self.terminal.advance(0, metrics)
         while self.state.step < plan.num_steps and not self.outcome:
-            state, step = self.state, self.state.step + 1
-            planned, learning_rate = plan[step], self.learning_rate(step)
-            sums, self.interrupted = self.engine.forward_backward(
-                planned, tokens, clock, state, lambda: bool(self.stop.name)
-            )
+            step = self.state.step + 1
             last = step == plan.num_steps
             evaluates = last or due(step, self.plan.eval_steps)
-            if evaluates:
-                self.evaluator.note_gradients()
-            with clock.phase("optimizer"):
-                grad_norm = self.engine.update(
-                    learning_rate,
-                    max_grad_norm=config.max_grad_norm,
-                    skip=step in state.skipped_steps,
-                )
-            self.pending.append(StepResult(step, learning_rate, planned, sums, grad_norm))
-            self.advance(step, planned)
+            result = self.update(step, evaluates=evaluates)
 
+            saves = self.log_late() or last or self.checkpoints.is_due(step)
             epoch_ends = last or step % plan.steps_per_epoch == 0
-            logs = last or due(step, config.logging_steps)
-            saves = last or self.checkpoints.is_due(step)
-            if logs or evaluates or saves or epoch_ends or self.interrupted or reads_are_free:
+            logs = last or due(step, self.config.logging_steps)
+            settles = evaluates or saves or epoch_ends or self.interrupted or bool(self.outcome)
+            if logs and self.logs_late and not settles:
+                self.unlogged = result  # its numbers are read once the next step is queued
+            elif logs or settles or self.reads_are_free:
                 self.collect()
             if self.rollback_from:
                 self.roll_back()
                 continue
             metrics = {}
-            if logs:
-                metrics |= self.training_metrics(step, learning_rate)
+            if logs and not self.unlogged:
+                metrics |= self.training_metrics(step, result.learning_rate)
             if evaluates:
                 metrics |= self.evaluate(step)
             if evaluates or epoch_ends:
@@ -208,6 +201,30 @@ class DirectTrainer:
     # -------------------------------------------------------------------------
     # One step
 
+    def update(self, step: int, *, evaluates: bool) -> StepResult:
+        """Forward and backward over the step's micro-batches, and the optimizer's update.
+
+        Nothing here waits for the device. evaluates: keep the gradient norms for the evaluation.
+        """
+        state, clock = self.state, self.metrics.clock
+        planned, learning_rate = self.plan.steps[step], self.learning_rate(step)
+        tokens = self.plan.data.train.tokens
+        sums, self.interrupted = self.engine.forward_backward(
+            planned, tokens, clock, state, lambda: bool(self.stop.name)
+        )
+        if evaluates:
+            self.evaluator.note_gradients()
+        with clock.phase("optimizer"):
+            grad_norm = self.engine.update(
+                learning_rate,
+                max_grad_norm=self.config.max_grad_norm,
+                skip=step in state.skipped_steps,
+            )
+        result = StepResult(step, learning_rate, planned, sums, grad_norm)
+        self.pending.append(result)
+        self.advance(step, planned)
+        return result
+
     def learning_rate(self, step: int) -> float:
         """The schedule at this step."""
         return learning_rate_at(step, self.plan.steps.num_steps, self.config)
@@ -219,11 +236,25 @@ class DirectTrainer:
         flops = self.engine.flops(lengths, planned.num_targets)
         self.metrics.count(planned, flops, self.state)
 
-    def collect(self) -> None:
-        """Bring the pending steps' sums to the host; act on a gradient that is not finite."""
-        for result in self.metrics.collect(self.pending, self.state):
+    def log_late(self) -> bool:
+        """Log the step whose numbers came while another was queued; true if that asks for a checkpoint."""
+        if self.unlogged is None:
+            return False
+        result, self.unlogged = self.unlogged, None
+        self.collect(result.step)
+        if self.rollback_from:
+            return False
+        metrics = self.training_metrics(result.step, result.learning_rate)
+        saves = self.log(result.step, metrics)
+        self.terminal.advance(result.step, metrics)
+        return saves
+
+    def collect(self, up_to: float = math.inf) -> None:
+        """Take the sums of the pending steps up to this one; act on a gradient that is not finite."""
+        results = [result for result in self.pending if result.step <= up_to]
+        self.pending = self.pending[len(results) :]
+        for result in self.metrics.collect(results, self.state):
             self.note_nonfinite(result)
-        self.pending.clear()
 
     def note_nonfinite(self, result: StepResult) -> None:
         """A NaN or infinite gradient: its update did not happen; name the samples, follow the policy."""
@@ -246,8 +277,9 @@ class DirectTrainer:
 
     def training_metrics(self, step: int, learning_rate: float) -> dict[str, float]:
         """What a logged step shows, over the steps since the last logged one."""
-        metrics = self.metrics.training(step, learning_rate, self.state)
-        metrics |= self.metrics.hardware(self.record.system.read()) | self.metrics.gpu_memory()
+        metrics = self.metrics.training(step, learning_rate, self.state, self.pending)
+        metrics |= self.metrics.hardware(self.record.system.read())
+        metrics |= self.metrics.gpu_memory(self.engine.captured)
         metrics |= self.metrics.clock.read(metrics)
         straggler, slowest = self.metrics.straggler()
         if slowest is not None:  # an alert about it names the rank
@@ -335,6 +367,7 @@ class DirectTrainer:
     def roll_back(self) -> None:
         """Policy `rollback`: the newest checkpoint again, and no update at the step that failed."""
         failed, self.rollback_from = self.rollback_from, 0
+        self.pending, self.unlogged = [], None  # steps behind the failed one
         nonfinite, skipped = self.state.nonfinite_steps, self.state.skipped_steps
         checkpoint = None if failed in skipped else self.checkpoints.newest(self.record.run.name)
         if checkpoint is None:

@@ -130,10 +130,15 @@ def random_documents(vocabulary: int, length: int):
 
 def one_row(vocabulary: int, length: int) -> None:
     """Train on one row of random documents."""
+    from finetuning.config import BatchSettings, DataSettings
     from finetuning.data.packing import StepPlan
 
     tokens = random_documents(vocabulary, length)
-    plan = StepPlan(tokens.lengths, tokens.num_targets, row_tokens=length, max_steps=STEPS)
+    settings = {
+        "data": DataSettings(max_seq_length=length),
+        "batch": BatchSettings(max_steps=STEPS),
+    }
+    plan = StepPlan(tokens.lengths, tokens.num_targets, **settings)
     train(tokens, plan, build_model(vocabulary), tokens.close_id)
 
 
@@ -153,18 +158,24 @@ def many_samples(count: int, folder: str) -> None:
     """Read, split, tokenize, plan and train on `count` samples of a file written before."""
     from transformers import AutoTokenizer
 
+    from finetuning.config import BatchSettings, DataSettings
     from finetuning.data.packing import StepPlan
     from finetuning.data.split import split_samples
     from finetuning.data.training_data import prepare_data, read_data
 
     cache = Path(folder) / "cache"
-    read, _ = read_data([f"{folder}/samples-{count}.jsonl"], cache_dir=cache)
-    split = split_samples(read, cache_dir=cache)
+    settings = DataSettings(data_path=(f"{folder}/samples-{count}.jsonl",), max_seq_length=512)
+    read, _ = read_data(settings, cache_dir=cache)
+    split = split_samples(read, settings, cache_dir=cache)
     tokenizer = AutoTokenizer.from_pretrained(f"{folder}/model")
-    data = prepare_data(split, tokenizer, 512, workers=1, cache_dir=cache)
+    data = prepare_data(split, tokenizer, settings, cache_dir=cache)
     tokens = data.train.tokens
     plan = StepPlan(
-        tokens.lengths, tokens.num_targets, data.train.documents, row_tokens=512, max_steps=STEPS
+        tokens.lengths,
+        tokens.num_targets,
+        data.train.documents,
+        data=settings,
+        batch=BatchSettings(max_steps=STEPS),
     )
     train(tokens, plan, build_model(len(tokenizer)), tokens.close_id)
 

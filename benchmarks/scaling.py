@@ -36,7 +36,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3Moe
 
 from finetuning.common import distributed
 from finetuning.common.distributed import Distributed
-from finetuning.config import LoraSettings, ModelSettings
+from finetuning.config import BatchSettings, DataSettings, LoraSettings, ModelSettings
 from finetuning.data.packing import StepPlan, build_batch
 from finetuning.data.token_table import Segment, TokenizedSample
 from finetuning.model import adapters as model_adapters
@@ -227,9 +227,8 @@ class Side:
         self.plan = StepPlan(
             self.documents.lengths,
             self.documents.num_targets,
-            row_tokens=ROW,
-            accumulation=accumulation,
-            max_steps=10_000,
+            data=DataSettings(max_seq_length=ROW),
+            batch=BatchSettings(gradient_accumulation_steps=accumulation, max_steps=10_000),
             rank=dist.rank,
             world_size=dist.world_size,
         )
@@ -493,7 +492,9 @@ def plan_costs(count: int) -> dict[str, float]:
     lengths = np.clip(rng.lognormal(6.8, 0.7, count), 32, 8192).astype(np.int64)
     process = psutil.Process()
     before, start = process.memory_info().rss, time.process_time()
-    plan = StepPlan(lengths, lengths // 2, row_tokens=8192, accumulation=16, world_size=8)
+    data = DataSettings(max_seq_length=8192)
+    batch = BatchSettings(gradient_accumulation_steps=16, num_epochs=1)
+    plan = StepPlan(lengths, lengths // 2, data=data, batch=batch, world_size=8)
     made = time.process_time() - start
     size = process.memory_info().rss - before
     start = time.process_time()

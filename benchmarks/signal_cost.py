@@ -54,7 +54,8 @@ def bare_error(logits, labels, close_id, nll, correct, close, buffer) -> torch.T
 
 def bare_loss(hidden, head_weight, *, target_positions, labels, num_targets, scale=1.0, **_):
     """`packed_loss` without sums."""
-    arguments = (hidden, head_weight, target_positions, labels, 0, scale / num_targets, True)
+    real = torch.ones_like(labels, dtype=torch.bool)
+    arguments = (hidden, head_weight, target_positions, labels, real, 0, scale / num_targets, True)
     return loss._HeadLoss.apply(*arguments)[0], None
 
 

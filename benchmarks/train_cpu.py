@@ -34,7 +34,7 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.utils import clip_grad_norm_
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from finetuning.config import PROJECTIONS
+from finetuning.config import PROJECTIONS, DataSettings
 from finetuning.data.packing import build_batch
 from finetuning.data.token_table import Segment, TokenizedSample
 from finetuning.model.fused_lora import enable_fast_lora
@@ -115,7 +115,7 @@ def read_documents(paths: Sequence[str], count: int) -> list[TokenizedSample]:
 
     samples = read_samples(paths).samples
     texts = [f"{s.question}\n{s.thinking}\n{s.answer}" for s in samples]
-    tokens = tokenize_samples(samples, train_tokenizer(texts), 1500)
+    tokens = tokenize_samples(samples, train_tokenizer(texts), DataSettings(max_seq_length=1500))
     documents = [tokens[index % len(tokens)] for index in range(count)]
     assert max(int(document.ids.max()) for document in documents) < VOCAB
     return documents

@@ -20,7 +20,6 @@ and no gradient may be zero; that the losses are equal step by step is shown by 
 torch, transformers and peft; a peer that is not installed is left out. The last line is JSON.
 """
 
-import finetuning.common.process  # noqa: F401, I001  before torch
 import argparse
 import contextlib
 import importlib.metadata
@@ -46,21 +45,27 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+import finetuning.common.process  # noqa: F401  before torch
 from finetuning.common.distributed import Distributed
-from finetuning.config import PROJECTIONS
+from finetuning.config import PROJECTIONS, BatchSettings, DataSettings, OptimizerSettings
 from finetuning.data.packing import PackedBatch, StepPlan
 from finetuning.data.token_table import Segment, TokenizedSamples, TruncationReport
 from finetuning.model import attention
 from finetuning.model.flops import dims_from_config, lora_parameters, peak_flops, training_flops
 from finetuning.model.fused_lora import enable_fast_lora
+from finetuning.model.loading import recompute_activations
 from finetuning.model.loss import LossSums
 from finetuning.model.packed_model import PackedLossModel
+from finetuning.training.captured_step import CapturedStep
+from finetuning.training.engine import Execution, TrainingEngine
 from finetuning.training.optimizer import (
+    MicroBatchSums,
     build_optimizer,
     clip_gradients,
     forward_backward,
     update_weights,
 )
+from finetuning.training.state import TrainState
 from finetuning.training.step_clock import CudaTimeline, HostTimeline, StepClock
 
 ON_CUDA = torch.cuda.is_available()
@@ -133,9 +138,9 @@ class Work:
 
     def plan(self, tokens: TokenizedSamples) -> StepPlan:
         """One row an update."""
-        return StepPlan(
-            tokens.lengths, tokens.num_targets, row_tokens=self.row_tokens, max_steps=self.steps
-        )
+        data = DataSettings(max_seq_length=self.row_tokens)
+        batch = BatchSettings(max_steps=self.steps)
+        return StepPlan(tokens.lengths, tokens.num_targets, data=data, batch=batch)
 
 
 def config() -> Qwen3Config:
@@ -174,15 +179,8 @@ def build_model(checkpointing: bool = False) -> torch.nn.Module:
     """Frozen base, fp32 adapters."""
     base = build_base()
     if checkpointing:
-        recompute(base)
+        recompute_activations(base)
     return get_peft_model(base, lora()).train()
-
-
-def recompute(base: torch.nn.Module) -> None:
-    """Activation checkpointing by layer, under either of its names in transformers."""
-    new = "activation_checkpointing_enable"
-    enable = getattr(base, new if hasattr(base, new) else "gradient_checkpointing_enable")
-    enable({"use_reentrant": False})
 
 
 # -----------------------------------------------------------------------------
@@ -214,43 +212,92 @@ class PaddedAttention(PackedLossModel):
         return torch.cat(list(parts))
 
 
+class Pieces:
+    """The loop's own pieces without what is measured to be missing."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        kind: type[PackedLossModel],
+        fast_lora: bool,
+        dist: Distributed,
+    ) -> None:
+        if fast_lora:
+            enable_fast_lora(model)
+        self.packed, self.dist = kind(model, CLOSE).train(), dist
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = build_optimizer(
+            self.parameters,
+            learning_rate=LEARNING_RATE,
+            betas=(0.9, 0.999),
+            epsilon=1e-8,
+            weight_decay=0.0,
+        )
+        self.captured = None
+
+    def forward_backward(self, planned, tokens, clock, *_) -> tuple[MicroBatchSums, bool]:
+        """As `TrainingEngine` does it."""
+        return forward_backward(self.packed, planned, tokens, self.dist, clock), False
+
+    def update(self, learning_rate: float, *, max_grad_norm: float) -> torch.Tensor:
+        """As `TrainingEngine` does it."""
+        norm = clip_gradients(self.parameters, max_grad_norm)
+        update_weights(self.optimizer, norm)
+        return norm
+
+
+def in_training(
+    plan: StepPlan,
+    *,
+    compiled: bool = True,
+    graph: bool = True,
+    checkpointing: bool = False,
+    fp8: bool = False,
+) -> TrainingEngine:
+    """The model as a run trains it."""
+    training = TrainingEngine(
+        build_model(checkpointing),
+        CLOSE,
+        Distributed(0, 1, 0, DEVICE),
+        Execution(
+            parallel="ddp",
+            dtype=DTYPE,
+            batch_shape=plan.constant_shape if compiled and ON_CUDA else {},
+            must_compile=True,
+            gradient_checkpointing=checkpointing,
+            fp8=fp8 and ON_CUDA,
+        ),
+        OptimizerSettings(learning_rate=LEARNING_RATE),
+        warn=lambda text: print(text, file=sys.stderr),
+    )
+    if not graph:
+        training.not_captured = "not wanted"
+    return training
+
+
 def ours(
     work: Work,
     *,
     kind: type[PackedLossModel] = PackedLossModel,
-    compiled: bool = True,
     fast_lora: bool = True,
-    checkpointing: bool = False,
+    **ways: bool,
 ) -> dict:
-    """The loop's own pieces, without its logging."""
+    """What the loop of a run does, without its logging."""
     tokens = work.documents()
-    plan, dist = work.plan(tokens), Distributed(0, 1, 0, DEVICE)
-    model = build_model(checkpointing)
-    if fast_lora:
-        assert enable_fast_lora(model) == len(TARGETS) * config().num_hidden_layers
-    packed = kind(model, CLOSE).train()
-    compiled = compiled and ON_CUDA
-    if compiled:
-        packed.compile_layers()
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = build_optimizer(
-        trainable, learning_rate=LEARNING_RATE, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.0
-    )
+    plan, state = work.plan(tokens), TrainState()
+    if kind is PackedLossModel and fast_lora:
+        training = in_training(plan, **ways)
+    else:
+        training = Pieces(build_model(), kind, fast_lora, Distributed(0, 1, 0, DEVICE))
     clock = StepClock(timeline=CudaTimeline() if ON_CUDA else HostTimeline())
     record, sums, norms = Record(work), [], []
     for step in range(1, work.steps + 1):
         record.begin(lengths=tokens.lengths[list(plan[step].documents)], step=step)
-        sums += forward_backward(
-            packed,
-            plan[step],
-            tokens,
-            dist,
-            clock,
-            batch_shape=plan.constant_shape if compiled else {},
-        )
-        norms.append(clip_gradients(trainable, MAX_NORM))
-        update_weights(optimizer, norms[-1])
+        of_step, _ = training.forward_backward(plan[step], tokens, clock, state, lambda: False)
+        sums += of_step
+        norms.append(training.update(LEARNING_RATE, max_grad_norm=MAX_NORM))
     record.end()
+    record.captured = training.captured
     totals = sum(s.per_document.sum((0, 1)).cpu() for _, s in sums)
     record.losses = [float(totals[0] / totals[2])]
     record.grad_norms = [float(norm) for norm in norms]
@@ -264,6 +311,7 @@ class Record:
         self.work, self.marks, self.tokens, self.flops = work, [], [], []
         self.losses: list[float] = []
         self.grad_norms: list[float] = []
+        self.captured: CapturedStep | None = None
 
     def begin(self, lengths: Sequence[int] | None = None, step: int = 0) -> None:
         """A step begins; synchronises only at the first, the second and the first timed one."""
@@ -303,10 +351,16 @@ class Record:
             "flops_per_second": sum(self.flops[start:]) / seconds,
             "step_seconds": step,
             "first_step_extra_seconds": self.marks[1] - self.marks[0] - step,
-            "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if ON_CUDA else None,
+            "peak_gib": self.peak_bytes() / 2**30 if ON_CUDA else None,
+            "captured": self.captured is not None,
             "mean_loss": statistics.fmean(self.losses),
             "smallest_grad_norm": min(self.grad_norms),
         }
+
+    def peak_bytes(self) -> int:
+        """Since the warm-up; what is replayed uses what it used when it was recorded."""
+        recorded = self.captured.peak_bytes if self.captured else 0
+        return max(torch.cuda.max_memory_allocated(), recorded)
 
 
 # -----------------------------------------------------------------------------
@@ -471,10 +525,12 @@ def word_tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 OURS: dict[str, dict] = {
     "ours": {},
+    "ours, FP8": {"fp8": True},
+    "ours, no graph": {"graph": False},
     "ours, eager": {"compiled": False},
-    "ours, eager, peft's LoRA with fp32 casts": {"compiled": False, "fast_lora": False},
-    "ours, eager, full logits": {"compiled": False, "kind": FullLogits},
-    "ours, eager, padded SDPA": {"compiled": False, "kind": PaddedAttention},
+    "ours, eager, peft's LoRA with fp32 casts": {"fast_lora": False},
+    "ours, eager, full logits": {"kind": FullLogits},
+    "ours, eager, padded SDPA": {"kind": PaddedAttention},
     "ours, checkpointing": {"checkpointing": True},
     "ours, eager, checkpointing": {"compiled": False, "checkpointing": True},
 }

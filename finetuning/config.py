@@ -76,8 +76,17 @@ class _Settings:
     def __post_init__(self) -> None:
         groups = [kind for kind in reversed(type(self).__mro__) if "_faults" in vars(kind)]
         faults = [fault for group in groups for fault in group._faults(self)]
+        faults += self._unknown_choices()
         if faults:
             raise UserError("configuration: " + "; ".join(faults))
+
+    def _unknown_choices(self) -> Iterator[str]:
+        """A fault for each field that has none of the words its type names."""
+        for field_ in dataclasses.fields(self):
+            choices, types = _allowed(field_)
+            if choices and not types:
+                rule = _Rule(lambda value, choices=choices: value in choices, _either(choices))
+                yield from self._breaches(rule, field_.name)
 
     def _breaches(self, rule: _Rule, *names: str) -> Iterator[str]:
         """A fault for each of the named fields that breaks the rule."""
@@ -100,8 +109,9 @@ class ModelSettings(_Settings):
     can hold it and its weights are at hand, else the embedded demonstration model."""
     init_adapter: str = ""
     """Folder of a PEFT adapter (ours, TRL's, LLaMA-Factory's) to start from; empty: a fresh one."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Type of the frozen weights and activations; auto: bf16 on CUDA, else fp32. Adapters are fp32."""
+    precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
+    """Type of the frozen weights and activations; auto: bf16 on CUDA, else fp32. Adapters are fp32.
+    fp8: bf16 whose large products are made in FP8 in training (Hopper GPUs and later)."""
     quantization: Literal["none", "4bit"] = "none"
     """4bit: QLoRA through bitsandbytes (optional extra `qlora`)."""
 
@@ -325,6 +335,16 @@ class DirectTrainingConfig(  # the fields come in the reverse order of the bases
             yield "quantization 4bit can't be sharded: leave parallel at auto, or set it to ddp"
         if self.quantization == "4bit" and not self.lora_r:
             yield "quantization 4bit needs adapters: set lora_r above 0"
+        remedies = {
+            "set lora_r above 0": not self.lora_r,
+            "set quantization to none": self.quantization != "none",
+            "set lora_dropout to 0": self.lora_dropout > 0,
+            "leave use_dora off": self.use_dora,
+            "leave compile at auto": self.compile == "off",
+            "leave parallel at auto, or set it to ddp": self.parallel == "fsdp",
+        }
+        for remedy in [text for text, bad in remedies.items() if bad and self.precision == "fp8"]:
+            yield f"precision fp8 is for plain adapters of compiled layers: {remedy}"
 
 
 # -----------------------------------------------------------------------------
@@ -399,7 +419,7 @@ def _converted(field_: dataclasses.Field, value: Any, faults: list[str]) -> Any:
         field_.default if field_.default is not dataclasses.MISSING else field_.default_factory()  # type: ignore[misc]
     )
     choices, types = _allowed(field_)
-    wanted = " or ".join([*map(repr, choices), *(kind.__name__ for kind in types)])
+    wanted = _either(choices, *types)
     if isinstance(default, tuple):
         items = value if isinstance(value, list) else [value]
         kind = float if field_.name == "data_weights" else str
@@ -424,6 +444,10 @@ def _allowed(field_: dataclasses.Field) -> tuple[list[str], list[type]]:
     literals = [kind for kind in kinds if get_origin(kind) is Literal]
     types = [get_origin(kind) or kind for kind in kinds if kind not in literals]
     return [choice for kind in literals for choice in get_args(kind)], types
+
+
+def _either(choices: Sequence[str], *types: type) -> str:
+    return " or ".join([*map(repr, choices), *(kind.__name__ for kind in types)])
 
 
 def _closest(key: str, names: Sequence[str]) -> str:

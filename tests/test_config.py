@@ -210,7 +210,7 @@ def test_all_faults_of_values_are_reported_at_once():
 
 def test_all_faults_of_a_file_are_reported_at_once(tmp_path: Path):
     text = (
-        'lerning_rate = 1\nseed = "x"\npacking = 1\nprecision = "fp8"\ntrust_remote_code = true\n'
+        'lerning_rate = 1\nseed = "x"\npacking = 1\nprecision = "fp4"\ntrust_remote_code = true\n'
     )
     with pytest.raises(UserError) as caught:
         read_config_file(toml(tmp_path, text))

@@ -17,6 +17,7 @@ from pathlib import Path
 import direct_finetuning_with_existing_modules as program
 from finetuning.common import text as common_text
 from finetuning.common.errors import UserError
+from finetuning.config import DataSettings
 from finetuning.data.tokenization import tokenize_samples
 from finetuning.readers import dataset
 from finetuning.readers.dataset import read_samples
@@ -336,7 +337,8 @@ def control_tokens(rig: Rig) -> Trial:
         found = read_samples([str(place / "a.jsonl")])
         ends = {}
         for way in ("refuse", "split"):
-            tokens = tokenize_samples(found.samples, tokenizer, 512, control_tokens=way)
+            settings = DataSettings(max_seq_length=512, control_tokens=way)
+            tokens = tokenize_samples(found.samples, tokenizer, settings)
             ends[way] = [int((tokens[i].ids == tokens.end_id).sum()) for i in range(len(tokens))]
         result.write_text(json.dumps(ends))
 

@@ -28,7 +28,7 @@ from finetuning.common.errors import UserError
 from finetuning.common.files import strict
 from finetuning.data.near_duplicates import SampleClusters
 from finetuning.data.training_data import TrainingData
-from finetuning.readers.dataset import map_spans
+from finetuning.readers.dataset import SampleSet, map_spans
 from finetuning.readers.sample import BrokenSample, Sample
 
 if TYPE_CHECKING:
@@ -312,13 +312,12 @@ def describe(data: TrainingData) -> DatasetStatistics:
     if data.cache_dir and read.key:
         folder = Path(data.cache_dir) / "sample_facts" / f"{read.key}-{facts_version()}"
     return compute_statistics(
-        read.samples,
+        read,
         held_out=split.held_out if split.eval_read is None else None,
         leaks=_leaks_into_held_out_files(data),
         tokens=data.train.tokens,
         max_seq_length=data.max_seq_length,
         workers=data.workers,
-        broken=read.broken,
         clusters=split.clusters,
         facts_folder=folder,
     )
@@ -334,19 +333,18 @@ def _leaks_into_held_out_files(data: TrainingData) -> Leaks | None:
 
 
 def compute_statistics(
-    samples: Sequence[Sample],
+    read: Sequence[Sample] | SampleSet,
     *,
     held_out: Sequence[int] | np.ndarray | None = None,
     leaks: Leaks | None = None,
     tokens: "TokenizedSamples | None" = None,
     max_seq_length: int | None = None,
     workers: int = 1,
-    broken: Sequence[BrokenSample] = (),
     clusters: SampleClusters | None = None,
     facts_folder: Path | None = None,
 ) -> DatasetStatistics:
-    """Statistics of all `samples`; those with an index in `held_out` are checked for leaks, or `leaks` says
-    what `find_leaks` has found in held-out files of their own.
+    """Statistics of all samples; those with an index in `held_out` are checked for leaks, or `leaks` says
+    what `find_leaks` has found in held-out files of their own. A `SampleSet` brings its broken records.
     `clusters` are theirs, where they have been looked for already. `facts_folder` is where in the cache
     the facts of these samples are, or are to be kept.
 
@@ -354,6 +352,7 @@ def compute_statistics(
     `scalars`. The result does not depend on the order of the samples or on `workers`.
     Raises UserError without samples.
     """
+    samples, broken = (read.samples, read.broken) if isinstance(read, SampleSet) else (read, ())
     if len(samples) == 0:
         raise UserError("no sample to describe; check the paths and the list of broken records")
     facts = kept_facts(samples, workers, facts_folder)

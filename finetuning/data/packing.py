@@ -9,16 +9,18 @@ communication.
 import math
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import torch
 
+from finetuning.config import BatchSettings, DataSettings
 from finetuning.data.token_table import Segment, TokenizedSamples
 
 NUM_THINKING_BUCKETS = 10  # tenths of a chain of thought
 PACKING_WINDOW = 1 << 14  # documents that are packed together; bounds the time per document
+ALIGNMENT = 256  # bytes, of tensors in one buffer: what CUDA's own allocations have
 
 # -----------------------------------------------------------------------------
 # The plan
@@ -45,13 +47,12 @@ class StepPlan:
         lengths: (n,) tokens of each document of the table.
         num_targets: (n,) supervised tokens of each document of the table.
         documents: (m,) the documents to plan, by index, repeats allowed; none longer than
-            `row_tokens`. None: all.
-        row_tokens: capacity of a row.
-        rows_per_micro_batch: rows that go through the model at once.
-        accumulation: micro-batches of one rank in one update.
-        num_epochs: passes over the data; a fraction is rounded up to whole steps.
-        max_steps: if above zero, exactly so many steps, whatever `num_epochs` says.
-        packing: False puts one document in a row.
+            `max_seq_length`. None: all.
+        data: `max_seq_length` is the capacity of a row; without `packing` there is one document in it.
+        batch: rows that go through the model at once, micro-batches of one rank in one update, passes
+            over the data (a fraction is rounded up to whole steps), or exactly so many steps.
+        seed: of the packing and of each epoch's order.
+        rank, world_size: the micro-batches of a step are dealt to the ranks in turn.
     """
 
     def __init__(
@@ -60,32 +61,30 @@ class StepPlan:
         num_targets: np.ndarray,
         documents: np.ndarray | None = None,
         *,
-        row_tokens: int,
-        rows_per_micro_batch: int = 1,
-        accumulation: int = 1,
-        num_epochs: float = 1,
-        max_steps: int = 0,
+        data: DataSettings,
+        batch: BatchSettings,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        packing: bool = True,
     ) -> None:
         self.documents = np.arange(len(lengths)) if documents is None else np.asarray(documents)
         self._lengths, self._num_targets = np.asarray(lengths), np.asarray(num_targets)
         assert len(self.documents) > 0, "a plan needs at least one document"
-        self.num_tokens, longest = _total_and_longest(self._lengths, self.documents)  # of one epoch
-        assert longest <= row_tokens, (longest, row_tokens)
+        # Of one epoch.
+        self.num_tokens, self._longest = _total_and_longest(self._lengths, self.documents)
+        assert self._longest <= data.max_seq_length, (self._longest, data.max_seq_length)
         self.rank, self.world_size, self.seed = rank, world_size, seed
-        self.row_tokens, self.rows_per_micro_batch = row_tokens, rows_per_micro_batch
+        self.row_tokens, self.rows_per_micro_batch = data.max_seq_length, batch.batch_size
         order = self.documents.astype(_index_type(len(lengths)))
-        if packing:
+        if data.packing:
             np.random.default_rng([seed, 0]).shuffle(order)
-            self._rows = pack_rows(self._lengths, order, row_tokens)
+            self._rows = pack_rows(self._lengths, order, self.row_tokens)
         else:
             self._rows = Rows(order, np.arange(len(order) + 1, dtype=_index_type(len(order))))
-        self.rows_per_step = rows_per_micro_batch * accumulation * world_size
+        self.rows_per_step = batch.batch_size * batch.gradient_accumulation_steps * world_size
         self.steps_per_epoch = math.ceil(len(self._rows) / self.rows_per_step)
-        self.num_steps = max_steps or math.ceil(num_epochs * self.steps_per_epoch - 1e-6)
+        by_epochs = math.ceil(batch.num_epochs * self.steps_per_epoch - 1e-6)
+        self.num_steps = batch.max_steps or by_epochs
         self._epoch_order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int32))
 
     def __len__(self) -> int:
@@ -125,19 +124,34 @@ class StepPlan:
     @property
     def constant_shape(self) -> dict[str, int]:
         """Arguments of `build_batch` that give every micro-batch of the plan one shape."""
-        fullest = np.sort(np.diff(self._rows.starts))[-self.rows_per_micro_batch :]
+        # The attention kernel starts a block for every 128 tokens that a document may have, of each that
+        # there may be, and padding is attended to like any document. On an H100, 28 documents in 8,192
+        # tokens: 1.23 ms backward where each may fill the row, 1.00 ms where 1,536 tokens are the most.
+        longest = min(_rounded(self._longest, 128), self.row_tokens)
         return {
             "pad_to": self.constant_tokens,
-            "pad_documents": int(fullest.sum()) + self.rows_per_micro_batch,
-            "max_length": self.row_tokens,
+            "pad_documents": self._most_documents(longest),
+            "pad_targets": min(
+                _rounded(self._most(self._rows.tokens(self._num_targets))), self.constant_tokens
+            ),
+            "max_length": longest,
         }
+
+    def _most_documents(self, longest: int) -> int:
+        """Of a micro-batch in the constant shape, those of padding included, none longer than `longest`."""
+        share = self.constant_tokens / self.rows_per_micro_batch
+        padding = (share - self._rows.tokens(self._lengths)) / longest
+        absent = np.full(
+            self.rows_per_micro_batch - 1, share / longest
+        )  # rows of a last micro-batch
+        documents = np.concatenate([np.diff(self._rows.starts) + padding, absent])
+        return math.ceil(self._most(documents) - 1e-6)
 
     @cached_property
     def constant_tokens(self) -> int:
         """Tokens of a micro-batch in the constant shape: what the fullest rows hold, rounded up to 64."""
-        fullest = np.sort(self._rows.tokens(self._lengths))[-self.rows_per_micro_batch :]
-        rounded = math.ceil(int(fullest.sum()) / 64) * 64
-        return min(rounded, self.rows_per_micro_batch * self.row_tokens)
+        fullest = _rounded(self._most(self._rows.tokens(self._lengths)))
+        return min(fullest, self.rows_per_micro_batch * self.row_tokens)
 
     @property
     def constant_efficiency(self) -> float:
@@ -154,6 +168,10 @@ class StepPlan:
     def efficiency(self) -> float:
         """Share of the rows' capacity that holds tokens, in [0, 1]."""
         return self.num_tokens / (len(self._rows) * self.row_tokens)
+
+    def _most(self, of_rows: np.ndarray) -> float:
+        """The largest sum over a micro-batch of what each row has, whichever rows come together."""
+        return np.sort(of_rows)[-self.rows_per_micro_batch :].sum().item()
 
     def _rows_of(self, epoch: int) -> np.ndarray:
         """Row indices in this epoch's order; kept for the epoch in progress."""
@@ -230,6 +248,11 @@ def _best_fit(lengths: list[int], row_tokens: int) -> list[int]:
     return rows
 
 
+def _rounded(count: int, multiple: int = 64) -> int:
+    """Up to a multiple, of 64 as matrix products like it."""
+    return math.ceil(count / multiple) * multiple
+
+
 def _index_type(count: int) -> type:
     """The smaller type that counts to `count`."""
     return np.int32 if count < 2**31 else np.int64
@@ -260,33 +283,59 @@ def split_micro_batch(documents: Sequence[int], lengths: np.ndarray) -> list[tup
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """One micro-batch: D documents end to end, T tokens, N of them predicted. All on the host."""
+    """One micro-batch: D documents end to end, T tokens, N of them predicted. All on the host.
+
+    B documents have bounds, those of padding and empty ones among them. Targets may end in padding, which
+    belongs to document B.
+    """
 
     input_ids: torch.Tensor  # (1, T) int64
     position_ids: torch.Tensor  # (1, T) int64, from 0 in every document
-    cu_seqlens: torch.Tensor  # (D + 1,) int32, where documents start
-    lengths: tuple[int, ...]  # (D,) the same on the host
-    max_length: int
     target_positions: torch.Tensor  # (N,) int64, the position whose hidden state predicts a label
     labels: torch.Tensor  # (N,) int64
     segments: torch.Tensor  # (N,) int64, Segment of the label
-    document: torch.Tensor  # (N,) int64 in [0, D)
+    document: torch.Tensor  # (N,) int64 in [0, D), or B
     thinking_bucket: torch.Tensor  # (N,) int64, tenth of the chain of thought, -1 elsewhere
+    cu_seqlens: torch.Tensor  # (B + 1,) int32, where documents start
+    lengths: tuple[int, ...]  # the same on the host, without empty ones
+    max_length: int
     documents: tuple[int, ...]  # (D,) index of each document among the tokenized samples
 
     def to(self, device: torch.device) -> "PackedBatch":
-        """The same batch on `device`, copied without waiting where memory is pinned."""
+        """The same batch on `device`; to CUDA in one copy that nobody waits for."""
         if device.type == "cpu":
             return self
-        moved = {
-            name: value.pin_memory().to(device, non_blocking=True)
-            if isinstance(value, torch.Tensor) and device.type == "cuda"
-            else value.to(device)
-            if isinstance(value, torch.Tensor)
-            else value
-            for name, value in self.__dict__.items()
-        }
-        return PackedBatch(**moved)
+        if device.type == "cuda":
+            return self.views(self.pinned_bytes().to(device, non_blocking=True))
+        return replace(self, **{name: value.to(device) for name, value in self._tensors().items()})
+
+    def pinned_bytes(self) -> torch.Tensor:
+        """(bytes,) uint8 in page-locked memory: all tensors one after the other."""
+        places = self._places()
+        flat = torch.empty(places[-1][-1], dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        for name, start, end in places:
+            tensor = getattr(self, name)
+            flat[start:end].view(tensor.dtype).copy_(tensor.flatten())
+        return flat
+
+    def views(self, flat: torch.Tensor) -> "PackedBatch":
+        """This batch with the tensors that lie in `flat`, a copy of `pinned_bytes` anywhere."""
+        tensors = {}
+        for name, start, end in self._places():
+            tensor = getattr(self, name)
+            tensors[name] = flat[start:end].view(tensor.dtype).view(tensor.shape)
+        return replace(self, **tensors)
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return {n: v for n, v in self.__dict__.items() if isinstance(v, torch.Tensor)}
+
+    def _places(self) -> list[tuple[str, int, int]]:
+        """(name, start, end) of each tensor in the flat bytes; kernels like addresses that are round."""
+        places, start = [], 0
+        for name, tensor in self._tensors().items():
+            places.append((name, start, start + tensor.nbytes))
+            start = math.ceil((start + tensor.nbytes) / ALIGNMENT) * ALIGNMENT
+        return places
 
 
 def build_batch(
@@ -295,13 +344,15 @@ def build_batch(
     *,
     pad_to: int = 0,
     pad_documents: int = 0,
+    pad_targets: int = 0,
     max_length: int = 0,
 ) -> PackedBatch:
     """Put `documents` end to end; a token outside the prompt is predicted from the one before.
 
     For compiled kernels, which want one shape: `pad_to` above the number of tokens adds documents of
     padding without targets, none longer than `max_length`; `pad_documents` repeats the end of the
-    last one until there are so many; `max_length` is given out as it is.
+    last one until there are so many; `pad_targets` adds targets of no document; `max_length` is given
+    out as it is.
     """
     pieces = [tokens[d] for d in documents]
     lengths = [len(piece.ids) for piece in pieces]
@@ -318,17 +369,22 @@ def build_batch(
     ids = np.concatenate([ids, np.zeros(starts[-1] - len(ids), dtype=np.int64)])
     starts = np.append(starts, [starts[-1]] * (pad_documents + 1 - len(starts)))
     positions = np.concatenate([np.arange(length) for length in lengths])
+    padding = max(0, pad_targets - len(predicted))
+
+    def targets(values: np.ndarray, beyond: int) -> torch.Tensor:
+        return torch.from_numpy(np.pad(values, (0, padding), constant_values=beyond))
+
     return PackedBatch(
         input_ids=torch.from_numpy(ids)[None],
         position_ids=torch.from_numpy(positions)[None],
+        target_positions=targets(predicted - 1, 0),
+        labels=targets(ids[predicted], 0),
+        segments=targets(segments[predicted], Segment.PROMPT),
+        document=targets(document, len(starts) - 1),
+        thinking_bucket=targets(buckets[predicted], -1),
         cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
         lengths=tuple(lengths),
         max_length=max_length or max(lengths),
-        target_positions=torch.from_numpy(predicted - 1),
-        labels=torch.from_numpy(ids[predicted]),
-        segments=torch.from_numpy(segments[predicted]),
-        document=torch.from_numpy(document),
-        thinking_bucket=torch.from_numpy(buckets[predicted]),
         documents=tuple(int(d) for d in documents),
     )
 

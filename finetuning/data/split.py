@@ -6,21 +6,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from finetuning.common.errors import UserError
 from finetuning.common.text import clean_line
+from finetuning.config import DataSettings
 from finetuning.data.near_duplicates import SampleClusters, joined_labels
-from finetuning.readers.dataset import ArrowSamples
-from finetuning.readers.sample import (
-    Sample,
-)
-
-if TYPE_CHECKING:
-    pass
-from finetuning.readers.dataset import SampleSet
+from finetuning.readers.dataset import ArrowSamples, SampleSet
+from finetuning.readers.sample import Sample
 
 # ---- weights ----------------------------------------------------------------------------------
 
@@ -165,11 +159,9 @@ class Split:
 
 def split_samples(
     read: SampleSet,
+    settings: DataSettings,
     eval_read: SampleSet | None = None,
     *,
-    eval_fraction: float = 0.1,
-    max_eval_samples: int = 0,
-    weights: dict[str, float] | None = None,
     seed: int = 0,
     cache_dir: Path | None = None,
 ) -> Split:
@@ -178,14 +170,15 @@ def split_samples(
     clusters = SampleClusters(read.samples, read.fingerprint, cache_dir)
     train = np.arange(len(read.samples))
     held_out = train[:0]
-    if eval_read is None and eval_fraction:
+    if eval_read is None and settings.eval_fraction:
         train, held_out = split_held_out(
-            read.samples, eval_fraction, clusters, at_most=max_eval_samples
+            read.samples, settings.eval_fraction, clusters, at_most=settings.max_eval_samples
         )
     if not len(train):
         raise UserError(
             f"data: all of {len(read.samples)} samples are held out; lower --eval-fraction or add others"
         )
-    if weights:
+    if settings.data_weights:
+        weights = dict(zip(settings.data_path, settings.data_weights, strict=True))
         train = weighted_indices(read.samples, train, weights, seed)
     return Split(read, train, held_out, eval_read, clusters)

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from finetuning.common.cache import cached_folder, code_version
 from finetuning.common.errors import UserError
 from finetuning.common.text import clean_line
 from finetuning.common.workers import in_order
+from finetuning.config import DataSettings
 from finetuning.data.chat_template import (
     CLOSE,
     OPEN,
@@ -38,6 +39,7 @@ from finetuning.data.token_table import (
     Segment,
     TokenizedSamples,
     TokenPart,
+    TruncationReport,
     load_tokens,
     tokens_in_memory,
     write_tokens,
@@ -148,12 +150,7 @@ def _has_control(sample: Sample, form: ChatFormat) -> bool:
 # ---- documents → tokens -----------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Options:
-    max_seq_length: int
-    over_length: str
-    loss_on: str
-    control_tokens: str
+_Part = tuple[dict[str, np.ndarray], dict[str, list[str]]]  # arrays and ledger of some samples
 
 
 def _tokenize_range(
@@ -162,23 +159,23 @@ def _tokenize_range(
     stop: int,
     tokenizer: Any,
     form: ChatFormat,
-    options: _Options,
-) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
+    settings: DataSettings,
+) -> _Part:
     """Tokens and ledger of samples[start:stop]; a function of these samples alone."""
     part, documents, owners = TokenPart(), [], []
     for index, sample in enumerate(samples[start:stop], start):
         mark = ""
         if _has_control(sample, form):
             part.ledger["control_tokens"].append(sample.id)
-            if options.control_tokens == "refuse":
+            if settings.control_tokens == "refuse":
                 continue
             mark = unused_mark(_contents(sample))
-        made = _documents(sample, tokenizer, form, options.loss_on == "all_turns", mark)
+        made = _documents(sample, tokenizer, form, settings.loss_on == "all_turns", mark)
         documents += made
         owners += [(index, sample)] * len(made)
     encoded = _encode_documents(documents, tokenizer, form)
     for document, (index, sample), (ids, segments) in zip(documents, owners, encoded, strict=True):
-        fitted = _fit(ids, segments, sample, tokenizer, options, part.ledger)
+        fitted = _fit(ids, segments, sample, tokenizer, settings, part.ledger)
         if fitted is not None:
             part.add(*fitted, index)
             if not document.has_thinking:
@@ -219,14 +216,14 @@ def _fit(
     segments: np.ndarray,
     sample: Sample,
     tokenizer: Any,
-    options: _Options,
+    settings: DataSettings,
     ledger: dict[str, list[str]],
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """The document within max_seq_length, or None; says in the ledger what became of it."""
-    limit = options.max_seq_length
+    limit = settings.max_seq_length
     if len(ids) <= limit:
         return ids, segments
-    if options.over_length == "error":
+    if settings.over_length == "error":
         place = f"{clean_line(sample.source, 200)}:{sample.line}"
         raise UserError(
             f"{place}: {len(ids)} tokens, but max_seq_length is {limit}; raise it, or choose "
@@ -242,7 +239,7 @@ def _fit(
         if lost:
             ledger[name].append(sample.id)
     kept = None
-    if options.over_length == "truncate_thinking":
+    if settings.over_length == "truncate_thinking":
         kept = _without_middle(ids, segments, limit, tokenizer)
     if kept is None:
         ledger["dropped"].append(sample.id)
@@ -302,44 +299,47 @@ def _texts(tokens: list[int], tokenizer: Any) -> list[str]:
 def tokenize_samples(
     samples: Sequence[Sample] | SampleSet,
     tokenizer: Any,
-    max_seq_length: int,
+    settings: DataSettings,
     *,
-    over_length: str = "drop",
-    loss_on: str = "last_turn",
-    control_tokens: str = "refuse",
     cache_dir: Path | None = None,
     workers: int = 1,
     progress: Progress | None = None,
 ) -> TokenizedSamples:
     """Tokenize all samples; the result does not depend on `workers` or on the cache.
 
-    over_length: `drop` leaves longer documents out, `truncate_thinking` takes the middle out of their
-    reasoning (and drops what still doesn't fit), `error` refuses the first one.
-    loss_on: `last_turn`, or `all_turns`: one document per assistant turn, each behind the prompt
+    settings.over_length: `drop` leaves longer documents out, `truncate_thinking` takes the middle out of
+    their reasoning (and drops what still doesn't fit), `error` refuses the first one.
+    settings.loss_on: `last_turn`, or `all_turns`: one document per assistant turn, each behind the prompt
     that the model sees for it, so that earlier turns learn to think as well.
-    control_tokens: samples whose content spells a control token are left out (`refuse`), or kept with
-    the text encoded as ordinary characters (`split`); it never becomes the token itself.
+    settings.control_tokens: samples whose content spells a control token are left out (`refuse`), or kept
+    with the text encoded as ordinary characters (`split`); it never becomes the token itself.
     cache_dir: keep the table there, memory-mapped. `progress(done, total)` counts samples.
-    Raises UserError for an impossible option, a template that can't be used, and an empty result.
+    Raises UserError for a template that can't be used, and an empty result.
     """
-    options = _Options(max_seq_length, over_length, loss_on, control_tokens)
-    _check(options)
     fingerprint = samples.fingerprint if isinstance(samples, SampleSet) else None
     samples = samples.samples if isinstance(samples, SampleSet) else samples
     form = chat_format(tokenizer)
+
+    def parts() -> Iterator[_Part]:
+        return _parts(samples, tokenizer, form, settings, workers, progress)
+
     if cache_dir is None:
-        parts = _parts(samples, tokenizer, form, options, workers, progress)
-        arrays, ledger = tokens_in_memory(parts)
+        arrays, ledger = tokens_in_memory(parts())
     else:
-        key = _cache_key(samples, fingerprint, tokenizer, options)
+        key = _cache_key(samples, fingerprint, tokenizer, settings)
         folder = Path(cache_dir) / "tokens" / key
-
-        def write(building: Path) -> None:
-            write_tokens(building, _parts(samples, tokenizer, form, options, workers, progress))
-
-        arrays, ledger = cached_folder(folder, load_tokens, write)
+        arrays, ledger = cached_folder(
+            folder, load_tokens, lambda building: write_tokens(building, parts())
+        )
         if progress:
             progress(len(samples), len(samples))
+    return _table(arrays, ledger, form, settings.max_seq_length)
+
+
+def _table(
+    arrays: dict[str, np.ndarray], ledger: TruncationReport, form: ChatFormat, limit: int
+) -> TokenizedSamples:
+    """The documents in one table. Raises UserError where there are none."""
     lengths = arrays.pop("lengths")
     offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
     np.cumsum(lengths, out=offsets[1:])
@@ -349,45 +349,32 @@ def tokenize_samples(
         ledger=ledger,
         close_id=form.close_id,
         end_id=form.end_id,
-        max_seq_length=max_seq_length,
+        max_seq_length=limit,
     )
     if not len(tokens):
         raise UserError(
             f"no sample is left to train on: {len(ledger.dropped)} are longer than "
-            f"{max_seq_length} tokens, {len(ledger.control_tokens)} hold control tokens; raise "
+            f"{limit} tokens, {len(ledger.control_tokens)} hold control tokens; raise "
             "max_seq_length or mend the data"
         )
     return tokens
-
-
-def _check(options: _Options) -> None:
-    if not isinstance(options.max_seq_length, int) or options.max_seq_length < 2:
-        raise UserError(f"max_seq_length is {options.max_seq_length}; give at least 2 tokens")
-    for name, known in (
-        ("over_length", ("drop", "truncate_thinking", "error")),
-        ("loss_on", ("last_turn", "all_turns")),
-        ("control_tokens", ("refuse", "split")),
-    ):
-        value = getattr(options, name)
-        if value not in known:
-            raise UserError(f"{name} is {value!r}; choose one of {', '.join(known)}")
 
 
 def _parts(
     samples: Sequence[Sample],
     tokenizer: Any,
     form: ChatFormat,
-    options: _Options,
+    settings: DataSettings,
     workers: int,
     progress: Progress | None,
-) -> Iterator[tuple[dict[str, np.ndarray], dict[str, list[str]]]]:
+) -> Iterator[_Part]:
     """Tokens of the samples, chunk by chunk, in order."""
     ranges = [(i, min(i + _CHUNK, len(samples))) for i in range(0, len(samples), _CHUNK)]
-    state = (samples, tokenizer, form, options)
+    state = (samples, tokenizer, form, settings)
     if workers > 1 and len(samples) >= _POOL_FROM:
         parts = in_order(_work, ranges, workers, _start_worker, state)
     else:
-        parts = (_tokenize_range(samples, *span, tokenizer, form, options) for span in ranges)
+        parts = (_tokenize_range(samples, *span, tokenizer, form, settings) for span in ranges)
     for (_, stop), part in zip(ranges, parts, strict=True):
         yield part
         if progress:
@@ -405,15 +392,19 @@ def _start_worker(*state: Any) -> None:
 
 
 def _work(start: int, stop: int) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
-    samples, tokenizer, form, options = _worker_state
-    return _tokenize_range(samples, start, stop, tokenizer, form, options)
+    samples, tokenizer, form, settings = _worker_state
+    return _tokenize_range(samples, start, stop, tokenizer, form, settings)
 
 
 # ---- cache ------------------------------------------------------------------------------------
 
 
+# The settings that tokens depend on.
+_READ = ("max_seq_length", "over_length", "loss_on", "control_tokens")
+
+
 def _cache_key(
-    samples: Sequence[Sample], fingerprint: str | None, tokenizer: Any, options: _Options
+    samples: Sequence[Sample], fingerprint: str | None, tokenizer: Any, settings: DataSettings
 ) -> str:
     digest = hashlib.blake2b(digest_size=16)
     if fingerprint is None:
@@ -424,7 +415,8 @@ def _cache_key(
     libraries = ("transformers", "tokenizers", "jinja2")
     makers = ("data.tokenization", "data.token_table", "data.chat_template")
     version = code_version(*makers, libraries=libraries)
-    facts = [version, fingerprint, asdict(options), tokenizer.chat_template, tokenizer.eos_token]
+    read = {name: getattr(settings, name) for name in _READ}
+    facts = [version, fingerprint, read, tokenizer.chat_template, tokenizer.eos_token]
     digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
     digest.update(vocabulary.encode("utf-8", "surrogatepass"))
     return digest.hexdigest()

@@ -8,10 +8,11 @@ import numpy as np
 
 from finetuning.common.errors import UserError
 from finetuning.common.text import clean_line
+from finetuning.config import DataSettings
 from finetuning.data.split import Split
 from finetuning.data.token_table import TokenizedSamples
 from finetuning.data.tokenization import tokenize_samples
-from finetuning.readers.dataset import SampleSet, read_samples
+from finetuning.readers.dataset import Progress, SampleSet, read_samples
 from finetuning.readers.sample import Sample
 
 
@@ -49,17 +50,26 @@ class TrainingData:
 
 
 def read_data(
-    data_path: Sequence[str],
+    settings: DataSettings,
     *,
-    eval_path: Sequence[str] = (),
-    max_broken_fraction: float = 0.1,
-    **options: object,
+    workers: int = 1,
+    cache_dir: Path | None = None,
+    progress: Progress | None = None,
 ) -> tuple[SampleSet, SampleSet | None]:
-    """All samples, and those of held-out files of the user's. `options` are those of `read_samples`.
-    Raises UserError where too much is broken."""
-    read = read_samples(data_path, **options)
-    check_broken(read, max_broken_fraction)
-    return read, read_samples(eval_path, **options) if eval_path else None
+    """All samples, and those of held-out files of the user's. Raises UserError where too much is broken."""
+
+    def samples_of(paths: Sequence[str]) -> SampleSet:
+        return read_samples(
+            paths,
+            columns=settings.columns or None,
+            cache_dir=cache_dir,
+            workers=workers,
+            progress=progress,
+        )
+
+    read = samples_of(settings.data_path)
+    check_broken(read, settings.max_broken_fraction)
+    return read, samples_of(settings.eval_path) if settings.eval_path else None
 
 
 def check_broken(read: SampleSet, max_fraction: float) -> None:
@@ -78,26 +88,27 @@ def check_broken(read: SampleSet, max_fraction: float) -> None:
 def prepare_data(
     split: Split,
     tokenizer: object,
-    max_seq_length: int,
+    settings: DataSettings,
     *,
-    workers: int,
+    workers: int = 1,
     cache_dir: Path | None = None,
-    **options: object,
+    progress: Progress | None = None,
 ) -> TrainingData:
-    """Tokenize both parts. `options` are those of `tokenize_samples`."""
-    common = {"workers": workers, "cache_dir": cache_dir}
-    tokens = tokenize_samples(split.read, tokenizer, max_seq_length, **common, **options)
+    """Tokenize both parts. Raises UserError where no training sample is short enough."""
+    options = {"workers": workers, "cache_dir": cache_dir, "progress": progress}
+    tokens = tokenize_samples(split.read, tokenizer, settings, **options)
     train = DataPart(split.read.samples, tokens, tokens.documents_of(split.train))
     if split.eval_read is None:
         documents = tokens.documents_of(split.held_out)
         held_out = DataPart(split.read.samples, tokens, documents)
     else:
         samples = split.eval_read.samples
-        tokens = tokenize_samples(split.eval_read, tokenizer, max_seq_length, **common, **options)
+        tokens = tokenize_samples(split.eval_read, tokenizer, settings, **options)
         held_out = DataPart(samples, tokens, np.arange(len(tokens)))
+    limit = settings.max_seq_length
     if not len(train):
         raise UserError(
-            f"data: none of {len(split.train)} samples fits in max_seq_length {max_seq_length} tokens; "
+            f"data: none of {len(split.train)} samples fits in max_seq_length {limit} tokens; "
             "raise --max-seq-length or use --over-length truncate_thinking"
         )
-    return TrainingData(split, train, held_out, max_seq_length, workers, cache_dir)
+    return TrainingData(split, train, held_out, limit, workers, cache_dir)

@@ -119,7 +119,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, base_name: str) -> PeftMo
 
 
 def read_adapter_config(folder: Path) -> LoraConfig:
-    """The configuration of a saved LoRA adapter. UserError for another kind, or one that changed its base."""
+    """The configuration of a saved adapter. Raises UserError for one that can't be continued."""
     path = folder / ADAPTER_CONFIG
     content = read_model_json(path, "an adapter folder of peft, TRL or LLaMA-Factory has one")
     if content.get("peft_type") != "LORA":

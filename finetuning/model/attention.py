@@ -137,9 +137,10 @@ def _window_mask(length: int, window: int | None, device: torch.device) -> torch
 def _varlen_kernel(q, k, v, bounds, max_length: int, scaling, left_window: int) -> torch.Tensor:
     """(T, heads, d) through torch's variable-length kernel, whatever this torch's signature is.
 
-    Torch 2.10 takes `is_causal`; 2.11 replaced it by `window_size=(-1, 0)`; 2.12 added
-    `enable_gqa`. Without it the key/value heads are repeated. One boundary tensor serves queries
-    and keys: torch 2.15 chooses cuDNN only if both are the same object.
+    Torch 2.10 takes `is_causal`, and its key/value heads are repeated for it; 2.11 takes
+    `window_size=(-1, 0)`, and fewer key/value heads as they are, which 2.12 wants to be told with
+    `enable_gqa`. One boundary tensor serves queries and keys: torch 2.15 chooses cuDNN only if both
+    are the same object.
     """
     options = {"scale": scaling}
     if "window_size" in _VARLEN_PARAMETERS:
@@ -147,11 +148,9 @@ def _varlen_kernel(q, k, v, bounds, max_length: int, scaling, left_window: int) 
     else:
         assert left_window == -1, "a sliding window needs torch 2.11"
         options["is_causal"] = True
-    if q.shape[1] != k.shape[1]:
-        if "enable_gqa" in _VARLEN_PARAMETERS:
-            options["enable_gqa"] = True
-        else:
-            k, v = _repeat_heads(q, k, v)
+        k, v = _repeat_heads(q, k, v)
+    if q.shape[1] != k.shape[1] and "enable_gqa" in _VARLEN_PARAMETERS:
+        options["enable_gqa"] = True
     return varlen_attn(q, k, v, bounds, bounds, max_length, max_length, **options)
 
 

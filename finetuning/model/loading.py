@@ -101,8 +101,10 @@ def recompute_activations(model: torch.nn.Module) -> None:
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     new = "activation_checkpointing_enable"
+    draws = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules())
     getattr(model, new if hasattr(model, new) else "gradient_checkpointing_enable")(
-        {"use_reentrant": False}
+        # What draws no random number needs no random state, which no CUDA graph can set back.
+        {"use_reentrant": False, "preserve_rng_state": draws}
     )
 
 

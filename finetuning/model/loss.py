@@ -9,6 +9,7 @@ the device in double precision where it has it.
 from dataclasses import dataclass
 
 import torch
+from torch._subclasses.fake_tensor import is_fake
 
 NUM_SEGMENTS = 5
 THINKING = 1  # the code of a chain-of-thought token among the segments
@@ -44,8 +45,8 @@ def packed_loss(
     num_documents: int,
     thinking_bucket: torch.Tensor,
     close_id: int,
-    num_targets: int,
-    scale: float = 1.0,
+    num_targets: int | torch.Tensor,
+    scale: float | torch.Tensor = 1.0,
 ) -> tuple[torch.Tensor, LossSums]:
     """Cross-entropy of N targets: fp32 scalar `scale * sum / num_targets`, and its sums.
 
@@ -53,19 +54,25 @@ def packed_loss(
     document, thinking_bucket: (N,) int64 on the device of `hidden`; positions are distinct, the
     bucket is -1 outside the chain of thought. close_id is the id of `</think>`; -1, if the tokenizer
     has none, leaves premature_close at 0 of 0. num_targets counts the whole optimizer step, on all
-    ranks. Gradients reach `hidden`, and `head_weight` where it is trainable. No host sync.
+    ranks; it and scale may be fp32 scalars on the device, as a CUDA graph needs. Gradients reach
+    `hidden`, and `head_weight` where it is trainable. No host sync.
+
+    Targets of document `num_documents` are padding, for a constant N: whatever their label and
+    position, which may repeat, they add nothing to the loss, its gradient and the sums.
     """
+    real = document < num_documents
     loss, nll, correct, close = _HeadLoss.apply(
         hidden,
         head_weight,
         target_positions,
         labels,
+        real,
         close_id,
         scale / num_targets,
         torch.is_grad_enabled(),
     )
     with torch.no_grad():
-        thinking = segments == THINKING if close_id >= 0 else torch.zeros_like(segments)
+        thinking = (segments == THINKING) & real if close_id >= 0 else torch.zeros_like(real)
         sums = LossSums(
             *_sums(nll, correct, segments, document, num_documents, thinking_bucket),
             premature_close=_weighted_sum(close, thinking),
@@ -84,34 +91,34 @@ class _HeadLoss(torch.autograd.Function):
     """Linear head and cross-entropy; the gradient is computed in the forward pass."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, positions, labels, close_id, factor, with_gradient):
+    def forward(ctx, hidden, weight, positions, labels, real, close_id, factor, with_gradient):
         needs_hidden, needs_weight = (with_gradient and need for need in ctx.needs_input_grad[:2])
         size = rows_per_chunk(weight.shape[0], hidden.device.type)
         nll = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
         correct, close = torch.empty_like(nll), torch.empty_like(nll)
-        grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
+        # Padding has a row of its own after the last token, so the others are each written once.
+        grad_rows = hidden.new_zeros(len(hidden) + 1, hidden.shape[1]) if needs_hidden else None
+        places = torch.where(real, positions, len(hidden))
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        buffer = torch.empty(
-            (min(size, len(labels)), weight.shape[0]), dtype=torch.float32, device=hidden.device
-        )
+        chunks = _Chunks(weight, min(size, len(labels)), needs_hidden or needs_weight)
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(labels), size):
                 part = slice(start, start + size)
                 rows = hidden.index_select(0, positions[part]).to(weight.dtype)
-                outputs = nll[part], correct[part], close[part], buffer
-                error = _softmax_error(_logits(rows, weight), labels[part], close_id, *outputs)
-                if not (needs_hidden or needs_weight):
-                    continue
-                error = error.to(weight.dtype)
+                outputs = nll[part], correct[part], close[part]
+                error = chunks.error(_logits(rows, weight), labels[part], close_id, outputs)
                 if needs_hidden:
                     # Scaled after the product: H numbers a row instead of V.
-                    gradient = torch.mm(error, weight).mul_(factor).to(hidden.dtype)
-                    grad_hidden.index_copy_(0, positions[part], gradient)
+                    gradient = _scaled(torch.mm(error, weight), factor)
+                    grad_rows.index_copy_(0, places[part], gradient.to(hidden.dtype))
                 if needs_weight:
-                    grad_weight.add_(torch.mm(error.t(), rows), alpha=factor)
+                    rows = rows * real[part, None]
+                    grad_weight.add_(_scaled(torch.mm(error.t(), rows), factor))
                 del error  # before the next chunk has its logits
+        nll.masked_fill_(~real, 0)
         ctx.save_for_backward(
-            grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
+            None if grad_rows is None else grad_rows[:-1],
+            None if grad_weight is None else grad_weight.to(weight.dtype),
         )
         ctx.mark_non_differentiable(nll, correct, close)
         return nll.sum(dtype=_wide(nll)).mul(factor).float(), nll, correct, close
@@ -119,7 +126,47 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, *_):
         gradients = (g if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors)
-        return (*gradients, None, None, None, None, None)
+        return (*gradients, None, None, None, None, None, None)
+
+
+class _Chunks:
+    """From logits to the error of the predictions, chunk by chunk, in one buffer for all of them."""
+
+    def __init__(self, weight: torch.Tensor, rows: int, with_gradient: bool) -> None:
+        self._dtype, self._with_gradient = weight.dtype, with_gradient
+        self._by_kernel = _has_kernel(weight)
+        dtype = weight.dtype if self._by_kernel else torch.float32
+        unused = self._by_kernel and not with_gradient
+        shape = (0 if unused else rows, weight.shape[0])
+        self._buffer = torch.empty(shape, dtype=dtype, device=weight.device)
+
+    def error(self, logits, labels, close_id, outputs) -> torch.Tensor:
+        """Fill the three outputs; softmax minus one-hot (C, V), in the weight's type for a gradient."""
+        buffer = self._buffer[: len(labels)]
+        if not self._by_kernel:
+            error = _softmax_error(logits, labels, close_id, *outputs, buffer)
+            return error.to(self._dtype) if self._with_gradient else error
+        from finetuning.model.triton_kernels import softmax_error
+
+        softmax_error(logits, labels, close_id, outputs, buffer if self._with_gradient else None)
+        return buffer
+
+
+def _has_kernel(weight: torch.Tensor) -> bool:
+    """Whether the softmax is a kernel of our own: half precision on CUDA, real tensors, Triton there."""
+    half = weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16)
+    if not half or is_fake(weight):
+        return False
+    from torch.utils._triton import has_triton
+
+    return has_triton()
+
+
+def _scaled(product: torch.Tensor, factor: float | torch.Tensor) -> torch.Tensor:
+    """product * factor; a scalar tensor would be rounded to the product's type before."""
+    if isinstance(factor, torch.Tensor):
+        return product.float().mul_(factor)
+    return product.mul_(factor)
 
 
 def _logits(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -150,11 +197,11 @@ def _softmax_error(logits, labels, close_id, nll, correct, close, buffer) -> tor
 def _sums(nll, correct, segments, document, num_documents, thinking_bucket):
     """Sums by document and segment (D, 5, 3) and by thinking bucket (10, 2)."""
     measured = torch.stack((nll, correct, torch.ones_like(nll)), 1).to(_wide(nll))
-    cells = measured.new_zeros(num_documents * NUM_SEGMENTS, 3)
+    cells = measured.new_zeros((num_documents + 1) * NUM_SEGMENTS, 3)  # the last document: padding
     cells.index_add_(0, document * NUM_SEGMENTS + segments, measured)
     buckets = measured.new_zeros(NUM_BUCKETS + 1, 2)  # the last row collects bucket -1
     buckets.index_add_(0, thinking_bucket % (NUM_BUCKETS + 1), measured[:, ::2])
-    return cells.view(num_documents, NUM_SEGMENTS, 3), buckets[:NUM_BUCKETS]
+    return cells.view(-1, NUM_SEGMENTS, 3)[:num_documents], buckets[:NUM_BUCKETS]
 
 
 def _weighted_sum(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

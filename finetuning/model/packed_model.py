@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 import torch._dynamo
@@ -16,6 +17,8 @@ import torch._functorch.config
 from finetuning.common.errors import UserError
 from finetuning.data.packing import PackedBatch
 from finetuning.model import attention
+from finetuning.model.fused_lora import adapter_copies
+from finetuning.model.joined_lora import AdapterCopies
 from finetuning.model.loss import LossSums, packed_loss
 from finetuning.model.parallel import decoder_layers
 
@@ -55,6 +58,7 @@ class PackedLossModel(torch.nn.Module):
         attention.enable(model)
         # Not as submodules: the parameters stay registered once, under `model`.
         self._base = (base,)
+        self._adapters: AdapterCopies | None = None  # looked up by the first forward pass
         self._compiled = False
 
     def compile_layers(self, backend: str | Callable = "inductor") -> None:
@@ -69,12 +73,16 @@ class PackedLossModel(torch.nn.Module):
         # Outputs of norms and the MLP's product are inputs of a matrix product in the backward pass too, and
         # are made again for it all the same: 78 KiB a token and layer at 4B instead of 107.
         torch._functorch.config.ban_recompute_materialized_backward = False
+        # Joined projections keep outputs for each other while a layer runs, and nothing after it: the
+        # backward pass that makes activations again need not repeat that.
+        torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
         for layer in decoder_layers(self.model):
             layer.compile(backend=backend, fullgraph=True, dynamic=False)
         self._compiled = True
 
     def hidden_states(self, batch: PackedBatch) -> torch.Tensor:
         """(T, H): the decoder's output for all tokens of the batch."""
+        self._write_adapters()
         base = self._base[0]
         decoder = base.get_decoder() if hasattr(base, "get_decoder") else base.model
         embeds = base.get_input_embeddings()(batch.input_ids)
@@ -94,23 +102,35 @@ class PackedLossModel(torch.nn.Module):
             ).last_hidden_state[0]
 
     def forward(
-        self, batch: PackedBatch, num_targets: int, scale: float = 1.0
+        self, batch: PackedBatch, num_targets: int, scale: float | torch.Tensor = 1.0
     ) -> tuple[torch.Tensor, LossSums]:
-        """Scalar `scale * loss sum / num_targets` for backward, and the sums on the device."""
-        return packed_loss(
+        """Scalar `scale * loss sum / num_targets` for backward, and the sums on the device.
+
+        A scale that differs from one replay of a CUDA graph to the next is a fp32 scalar on the device.
+        """
+        loss, sums = packed_loss(
             self.hidden_states(batch),
             self._base[0].get_output_embeddings().weight,
             target_positions=batch.target_positions,
             labels=batch.labels,
             segments=batch.segments,
             document=batch.document,
-            num_documents=len(batch.documents),
+            num_documents=len(batch.cu_seqlens) - 1,
             thinking_bucket=batch.thinking_bucket,
             close_id=self.close_id,
             num_targets=num_targets,
             scale=scale,
         )
+        own = sums.per_document[: len(batch.documents)]  # what is behind them is padding
+        return loss, replace(sums, per_document=own)
 
     def generate(self, **kwargs: object) -> torch.Tensor:
         """Token ids (B, T) of the wrapped model's `generate`; call it within `ordinary_attention`."""
+        self._write_adapters()
         return self.model.generate(**kwargs)
+
+    def _write_adapters(self) -> None:
+        """Into the matrices that hold them; one kernel, which a CUDA graph may capture."""
+        if self._adapters is None:
+            self._adapters = adapter_copies(self.model)
+        self._adapters.write()

@@ -20,6 +20,7 @@ from finetuning.common.errors import UserError
 from finetuning.common.files import read_json_object
 from finetuning.common.text import clean_line, redact
 from finetuning.model import demo_model
+from finetuning.model.fp8_products import require_fp8
 
 _CONFIG = "config.json"  # of a whole model, after full fine-tuning
 
@@ -282,7 +283,7 @@ def _within(seconds: float, action: Callable[[], None]) -> Exception | None:
 
 
 def download(resolved: ResolvedModel) -> Path:
-    """The folder of a hub model, downloaded where it is not yet in the hub's cache. Raises UserError."""
+    """Fetch what a run needs of a hub model into the hub's cache; its folder. Raises UserError."""
     patterns = _HUB_FILES + (["*.py"] if resolved.trust_remote_code else [])
     try:
         folder = huggingface_hub.snapshot_download(
@@ -393,7 +394,13 @@ def read_model_json(path: Path, advice: str) -> dict[str, Any]:
 
 
 def weight_dtype(device: torch.device, precision: str) -> torch.dtype:
-    """Type of the base's weights: "auto" is bf16 on a CUDA GPU that has it, else fp32. Raises UserError."""
+    """Type of the base's weights: "auto" is bf16 on a CUDA GPU that has it, else fp32. Raises UserError.
+
+    "fp8" is bf16 beside FP8 copies, on a GPU that multiplies them.
+    """
+    if precision == "fp8":
+        require_fp8(device)
+        return torch.bfloat16
     on_gpu = device.type == "cuda"
     fast = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "bf16" and on_gpu and not fast:
@@ -411,13 +418,13 @@ def hub_spelling(resolved: ResolvedModel) -> bool:
 
 
 def short_reason(error: Exception) -> str:
-    """What an error says, on one line of at most 300 characters, without secrets."""
+    """What an error says, on one line, without secrets."""
     return clean_line(redact(str(error) or type(error).__name__), 300)
 
 
 @contextmanager
 def as_user_error(what: str, advice: str) -> Iterator[None]:
-    """Within it, an error of loading becomes a UserError that names `what` and says `advice`."""
+    """Turn what the libraries raise when they load `what` into a UserError with `advice`."""
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -22,6 +22,20 @@ Z80 = 1.2816  # an 80% interval of the normal distribution is mean +- 1.2816 sig
 
 
 @dataclass(frozen=True)
+class _Run:
+    """What the family is not fitted to, but is judged by. Losses in nats."""
+
+    start_loss: float
+    noise: float  # standard deviation of one logged loss
+    best: float  # lowest mean of three bins in a row
+    decay: float  # the course's: how far the learning rate will still fall
+    future: float  # the drops at epochs still to come, as a factor of the loss
+    unseen: float  # kinds of epoch not yet seen
+    unit: float  # steps of x = 1
+    doublings: float  # of the steps so far, until the run's end
+
+
+@dataclass(frozen=True)
 class Fit:
     """What the fitted family says, now and about the run's last step. Losses in nats."""
 
@@ -75,10 +89,17 @@ def fit_curve(
     x, ends = ((v - origin) / (1 - origin) for v in (x, np.array([1.0, course.end, course.far])))
     keep = x > 0.03 if (x > 0.03).sum() >= 6 else x >= 0
     post = _posterior(x[keep], y[keep], weight[keep], ends)
-    stairs = (future, unseen)
-    unit, doublings = now * (1 - origin), math.log2(total / now)
-    single = noise * math.sqrt(np.median(count))  # of one logged loss
-    return _summary(post, start_loss, single, losses, stairs, course.decay, calm, unit, doublings)
+    run = _Run(
+        start_loss=start_loss,
+        noise=noise * math.sqrt(np.median(count)),
+        best=float(np.min(np.convolve(losses, np.ones(3) / 3, "valid"))),
+        decay=course.decay,
+        future=future,
+        unseen=unseen,
+        unit=now * (1 - origin),
+        doublings=math.log2(total / now),
+    )
+    return _summary(post, run, calm)
 
 
 def _noise(losses) -> float:
@@ -313,26 +334,25 @@ def _fall_certainty(start: float, level: float, error: float) -> float:
     return float(min(1, max(0, relative)) * min(1, max(0, sure)))
 
 
-def _summary(post, start, noise, losses, stairs, decay, calm, unit, doublings) -> Fit:
-    """Score, forecast and intervals of the posterior; `unit` is the steps of x = 1."""
-    future, unseen = stairs
-    best_seen = float(np.min(np.convolve(losses, np.ones(3) / 3, "valid")))
+def _summary(post: _Posterior, run: _Run, calm: float) -> Fit:
+    """Score, forecast and intervals of the posterior."""
+    start = run.start_loss
     level = float(post.weight @ post.now)
     fall = max(start - level, 0.0)
-    gain = ANNEALING_GAIN * decay * fall
-    end = np.maximum(post.end * future - gain, 0)
-    floor = np.minimum(np.maximum(post.floor * future - gain, 0), best_seen)
-    trust = calm * _fall_certainty(start, level, noise / math.sqrt(3))
+    gain = ANNEALING_GAIN * run.decay * fall
+    end = np.maximum(post.end * run.future - gain, 0)
+    floor = np.minimum(np.maximum(post.floor * run.future - gain, 0), run.best)
+    trust = calm * _fall_certainty(start, level, run.noise / math.sqrt(3))
     share = np.clip((start - post.now) / np.maximum(start - floor, 1e-12), 0, 1) * trust
     forecast = float(post.weight @ end)
     spread = math.sqrt(
         float(post.weight @ ((end - forecast) ** 2 + post.sigma**2))
-        + (MODEL_ERROR * fall * max(1.0, doublings)) ** 2
+        + (MODEL_ERROR * fall * max(1.0, run.doublings)) ** 2
         + gain**2
-        + unseen * (UNSEEN_EPOCH * level) ** 2
-        + (0.3 * level * (1 - future)) ** 2
+        + run.unseen * (UNSEEN_EPOCH * level) ** 2
+        + (0.3 * level * (1 - run.future)) ** 2
     )
-    left = (post.reached(start - 0.99 * (start - floor)) - 1) * unit if trust > 0 else None
+    left = (post.reached(start - 0.99 * (start - floor)) - 1) * run.unit if trust > 0 else None
     return Fit(
         score=float(post.weight @ share),
         score_low=_quantile(share, post.weight, 0.1) * (1 - Z80 * MODEL_ERROR),

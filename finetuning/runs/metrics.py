@@ -16,6 +16,7 @@ from finetuning.monitoring.convergence import ConvergenceMonitor
 from finetuning.monitoring.system_monitor import gpu_memory
 from finetuning.runs.plan import RunPlan
 from finetuning.runs.summary import epoch_summary
+from finetuning.training.captured_step import CapturedStep
 from finetuning.training.optimizer import StepResult
 from finetuning.training.state import TrainState
 from finetuning.training.step_clock import CudaTimeline, HostTimeline, StepClock, straggler
@@ -68,29 +69,23 @@ class MetricsProcessor:
             flops=flops,
         )
 
-    def collect(self, pending: Sequence[StepResult], state: TrainState) -> list[StepResult]:
-        """Bring the pending steps' sums to the host and add them up over ranks.
+    def collect(self, results: Sequence[StepResult], state: TrainState) -> list[StepResult]:
+        """Add up the sums of these steps over ranks; returns the steps whose gradient is not finite.
 
-        Returns the steps whose gradient is not finite. This is the only place that waits for the device.
+        The only place that waits for the device, and for these steps only.
         """
-        own = np.zeros((len(pending), self.losses.size))
-        by_document = []
-        for row, result in zip(own, pending, strict=True):
-            by_document.append([(d, sums.per_document.cpu().numpy()) for d, sums in result.sums])
-            for (documents, per_document), (_, sums) in zip(
-                by_document[-1], result.sums, strict=True
-            ):
-                row += self.losses.vector(
-                    documents,
-                    per_document,
-                    sums.thinking_buckets.cpu().numpy(),
-                    sums.premature_close.cpu().numpy(),
-                )
+        own, by_document, norms = np.zeros((len(results), self.losses.size)), [], []
+        for row, result in zip(own, results, strict=True):
+            grad_norm, micro_batches = result.read()
+            norms.append(grad_norm)
+            by_document.append([(documents, sums[0]) for documents, sums in micro_batches])
+            for documents, sums in micro_batches:
+                row += self.losses.vector(documents, *sums)
         vectors = self._dist.sum(torch.from_numpy(own)).numpy()
         nonfinite = []
-        for vector, result, losses in zip(vectors, pending, by_document, strict=True):
+        for vector, result, losses, norm in zip(vectors, results, by_document, norms, strict=True):
             state.interval = (np.asarray(state.interval) + vector).tolist()
-            state.grad_norm = float(result.grad_norm)
+            state.grad_norm = norm
             if math.isfinite(state.grad_norm):
                 state.grad_norm_max = max(state.grad_norm_max or 0.0, state.grad_norm)
                 state.epoch = (np.asarray(state.epoch) + vector).tolist()
@@ -124,8 +119,14 @@ class MetricsProcessor:
     # -------------------------------------------------------------------------
     # Numbers
 
-    def training(self, step: int, learning_rate: float, state: TrainState) -> dict[str, float]:
-        """Losses, gradient norm, convergence and counters since the last logged step."""
+    def training(
+        self, step: int, learning_rate: float, state: TrainState, pending: Sequence[StepResult]
+    ) -> dict[str, float]:
+        """Losses, gradient norm, convergence and counters since the last logged step.
+
+        pending: later steps, which the state's counters hold already.
+        """
+        queued = sum(result.planned.num_tokens for result in pending)
         metrics = self.losses.training_metrics(np.asarray(state.interval))
         state.last_loss = metrics["Training/Loss"]
         self.convergence.observe(step, state.last_loss, learning_rate)
@@ -134,7 +135,7 @@ class MetricsProcessor:
             "Training/Gradient_Norm": state.grad_norm,
             "Training/Epoch": self._plan.fractional_epoch(step),
             "Throughput/Packing_Efficiency_Percent": 100 * self._plan.efficiency,
-            "Throughput/Tokens_Seen": float(state.tokens_seen),
+            "Throughput/Tokens_Seen": float(state.tokens_seen - queued),
             "Monitoring/NonFinite_Steps": float(sum(s <= step for s in state.nonfinite_steps)),
             "Monitoring/Resume_Count": float(state.resume_count),
             **self.convergence.scalars(),
@@ -154,9 +155,15 @@ class MetricsProcessor:
             found |= others
         return found
 
-    def gpu_memory(self) -> dict[str, float]:
-        """Memory of this rank's GPU; nothing without one."""
-        return gpu_memory(self._dist.device) if self._dist.device.type == "cuda" else {}
+    def gpu_memory(self, captured: CapturedStep | None) -> dict[str, float]:
+        """`Memory/GPU_*` of this rank; a graph that is replayed uses what it used when it was recorded."""
+        if self._dist.device.type != "cuda":
+            return {}
+        values = gpu_memory(self._dist.device)
+        if captured is not None:
+            peak = max(values["Memory/GPU_Peak_MB"], captured.peak_bytes / 2**20)
+            values["Memory/GPU_Peak_MB"] = peak
+        return values
 
     def straggler(self) -> tuple[dict[str, float], int | None]:
         """How far the slowest rank lies behind, and which rank it is; nothing with one rank."""

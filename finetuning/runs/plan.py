@@ -14,10 +14,10 @@ from finetuning.analysis.statistics import DatasetStatistics, describe
 from finetuning.common.distributed import Distributed
 from finetuning.common.errors import UserError
 from finetuning.common.terminal import Terminal
-from finetuning.config import DirectTrainingConfig
+from finetuning.config import BatchSettings, DirectTrainingConfig
 from finetuning.data.packing import StepPlan
 from finetuning.data.split import split_samples
-from finetuning.data.training_data import TrainingData, prepare_data, read_data
+from finetuning.data.training_data import DataPart, TrainingData, prepare_data, read_data
 from finetuning.evaluation.generation import Probe, choose_probes, token_budget
 from finetuning.model.loading import load_tokenizer
 from finetuning.model.packed_model import compiler_is_there
@@ -98,15 +98,7 @@ def plan_run(
     steps, evaluation = plan_steps(config, data, dist)
     probes = choose_probes(data.held_out, inputs.tokenizer, config.num_probes)
     answer_tokens = token_budget(probes, config.probe_max_new_tokens, dist.device)
-    eval_steps = config.eval_steps
-    if eval_steps == "auto":
-        eval_steps = steps_between_evaluations(
-            steps,
-            evaluation.num_tokens if evaluation else 0,
-            answer_tokens,
-            device_type=dist.device.type,
-            lora=bool(config.lora_r),
-        )
+    eval_steps = evaluation_steps(config, steps, evaluation, answer_tokens, dist)
     settings["eval_steps"] = eval_steps
     run_identity = identity(settings, inputs.model.name, data, steps)
     check_ranks(dist.gather(run_identity))
@@ -122,6 +114,7 @@ def plan_run(
         must_compile=config.compile == "on",
         gradient_checkpointing=checkpointing,
         may_checkpoint=config.gradient_checkpointing == "auto" and not checkpointing,
+        fp8=config.precision == "fp8",
     )
     return RunPlan(
         inputs=inputs,
@@ -135,6 +128,25 @@ def plan_run(
         identity=run_identity,
         execution=execution,
         forecast=estimate,
+    )
+
+
+def evaluation_steps(
+    config: DirectTrainingConfig,
+    steps: StepPlan,
+    evaluation: StepPlan | None,
+    answer_tokens: int,
+    dist: Distributed,
+) -> int:
+    """Steps between two evaluations: as set, or as far apart as they cost."""
+    if config.eval_steps != "auto":
+        return config.eval_steps
+    return steps_between_evaluations(
+        steps,
+        evaluation.num_tokens if evaluation else 0,
+        answer_tokens,
+        device_type=dist.device.type,
+        lora=bool(config.lora_r),
     )
 
 
@@ -154,24 +166,11 @@ def load_data(
     with dist.patience("data"):
         with terminal.working("reading the data") as progress:
             read, eval_read = read_data(
-                config.data_path,
-                columns=config.columns or None,
-                eval_path=config.eval_path,
-                max_broken_fraction=config.max_broken_fraction,
-                cache_dir=config.cache_path,
-                workers=workers,
-                progress=progress,
+                config, workers=workers, cache_dir=config.cache_path, progress=progress
             )
         with terminal.working("looking for near duplicates"):
-            split = split_samples(
-                read,
-                eval_read,
-                eval_fraction=config.eval_fraction,
-                max_eval_samples=config.max_eval_samples,
-                weights=dict(zip(config.data_path, config.data_weights, strict=False)),
-                seed=config.seed,
-                cache_dir=config.cache_path,
-            )
+            options = {"seed": config.seed, "cache_dir": config.cache_path}
+            split = split_samples(read, config, eval_read, **options)
         with terminal.working("getting the tokenizer"):
             model = ensure_local(found, split.training_texts, config.cache_path, config.seed)
             tokenizer = load_tokenizer(model)
@@ -179,11 +178,8 @@ def load_data(
             data = prepare_data(
                 split,
                 tokenizer,
-                config.max_seq_length,
+                config,
                 workers=workers,
-                over_length=config.over_length,
-                loss_on=config.loss_on,
-                control_tokens=config.control_tokens,
                 cache_dir=config.cache_path,
                 progress=progress,
             )
@@ -210,27 +206,21 @@ def plan_steps(
 ) -> tuple[StepPlan, StepPlan | None]:
     """The steps of the training, and those of one pass over the held-out documents."""
     train, held_out = data.train, data.held_out
-    common = {
-        "row_tokens": config.max_seq_length,
-        "rows_per_micro_batch": config.batch_size,
-        "seed": config.seed,
-        "rank": dist.rank,
-        "world_size": dist.world_size,
-        "packing": config.packing,
-    }
-    steps = StepPlan(
-        train.tokens.lengths,
-        train.tokens.num_targets,
-        train.documents,
-        accumulation=config.gradient_accumulation_steps,
-        num_epochs=config.num_epochs,
-        max_steps=config.max_steps,
-        **common,
-    )
-    if not len(held_out):
-        return steps, None
-    tokens = held_out.tokens
-    return steps, StepPlan(tokens.lengths, tokens.num_targets, held_out.documents, **common)
+    once = BatchSettings(batch_size=config.batch_size, num_epochs=1)
+
+    def plan_of(part: DataPart, batch: BatchSettings) -> StepPlan:
+        return StepPlan(
+            part.tokens.lengths,
+            part.tokens.num_targets,
+            part.documents,
+            data=config,
+            batch=batch,
+            seed=config.seed,
+            rank=dist.rank,
+            world_size=dist.world_size,
+        )
+
+    return plan_of(train, config), plan_of(held_out, once) if len(held_out) else None
 
 
 def compiles(
@@ -277,6 +267,8 @@ def choose_parallel(
             compiled=compiled,
             fused_lora=plain or not config.lora_r,
             shards=dist.world_size if parallel == "fsdp" else 1,
+            fp8=config.precision == "fp8",
+            captured=compiled and plain and parallel == "ddp" and dist.world_size == 1,
         )
         return forecast(
             shape,
@@ -298,5 +290,8 @@ def choose_parallel(
     estimate = forecast_for(parallel)
     may_shard = config.parallel == "auto" and config.quantization == "none" and dist.world_size > 1
     if may_shard and parallel == "ddp" and any(dist.any(not estimate.fits)):
-        return "fsdp", forecast_for("fsdp")
+        parallel, estimate = "fsdp", forecast_for("fsdp")
+    if config.precision == "fp8" and (parallel == "fsdp" or not compiled):
+        reason = "shards" if parallel == "fsdp" else "layers that are not compiled"
+        raise UserError(f"precision fp8 does not go with {reason}; use --precision bf16")
     return parallel, estimate

@@ -61,7 +61,7 @@ def run_rows(plan: RunPlan, engine: TrainingEngine, dist: Distributed) -> list[t
     """What was decided, for the table at the start."""
     data, steps = plan.data, plan.steps
     remarks = len(data.split.read.remarks)
-    parallel = plan.execution.parallel
+    parallel, reason = plan.execution.parallel, engine.not_captured
     ranks = f", {dist.world_size} ranks, {parallel}" if dist.world_size > 1 else ""
     trainable = f"{engine.num_trainable:,} trainable of {engine.num_parameters:,}"
     return [
@@ -77,6 +77,7 @@ def run_rows(plan: RunPlan, engine: TrainingEngine, dist: Distributed) -> list[t
         ("packing", f"{steps.num_rows} rows, {steps.efficiency:.1%} full"),
         ("gradient checkpointing", "on" if engine.gradient_checkpointing else "off"),
         ("compiled layers", "on" if engine.batch_shape else "off"),
+        ("CUDA graph", f"no: {reason}" if reason else "from the second step on"),
         *plan.forecast.short_rows(),
     ]
 

@@ -11,7 +11,7 @@ import torch
 from finetuning.common import distributed
 from finetuning.common.errors import RunStopped
 from finetuning.config import OptimizerSettings
-from finetuning.data.packing import PlannedStep
+from finetuning.data.packing import PlannedStep, build_batch
 from finetuning.data.token_table import TokenizedSamples
 from finetuning.model import adapters as model_adapters
 from finetuning.model import loading, saving
@@ -19,6 +19,7 @@ from finetuning.model import parallel as model_parallel
 from finetuning.model.flops import dims_from_config, training_flops
 from finetuning.model.fused_lora import enable_fast_lora
 from finetuning.model.packed_model import PackedLossModel
+from finetuning.training.captured_step import CapturedStep, why_not_captured
 from finetuning.training.checkpoint import Tensors, optimizer_tensors, restore_optimizer
 from finetuning.training.optimizer import (
     MicroBatchSums,
@@ -47,6 +48,20 @@ class Execution:
     must_compile: bool = False  # layers that can't be compiled end the run
     gradient_checkpointing: bool = False  # it is on already
     may_checkpoint: bool = False  # it may be turned on once memory runs out
+    fp8: bool = False  # products with frozen matrices are made in FP8 in training
+
+
+@dataclass(frozen=True)
+class _Trouble:
+    """What kept a rank from a step's gradients, with the error's words."""
+
+    full: str = ""  # memory ran out
+    broken: str = ""  # layers can't be compiled
+    stuck: bool = False  # no further measure is left
+
+    @property
+    def any(self) -> bool:
+        return bool(self.full or self.broken)
 
 
 class TrainingEngine:
@@ -75,11 +90,21 @@ class TrainingEngine:
         self.batch_shape = execution.batch_shape
         self.gradient_checkpointing = execution.gradient_checkpointing
         self._may_checkpoint = execution.may_checkpoint
-        enable_fast_lora(model)
+        joins = False if parallel == "fsdp" else None
+        enable_fast_lora(model, join=joins, fp8=execution.fp8)
         self.packed = PackedLossModel(model, close_id)
         if self.batch_shape:
             self.packed.compile_layers()
         self.wrapped = model_parallel.parallelize(self.packed, parallel, dist, dtype).train()
+        self.not_captured = why_not_captured(
+            model,
+            device=dist.device,
+            compiled=bool(self.batch_shape),
+            alone=self.wrapped is self.packed,
+            sharded=parallel == "fsdp",
+        )
+        self.captured: CapturedStep | None = None
+        self._is_warm = False  # a step has been made kernel by kernel: all are compiled and chosen
         # By the model's own names, whatever wraps it.
         self._named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.parameters = list(self._named.values())
@@ -118,54 +143,68 @@ class TrainingEngine:
         repeat the step; the global batch, and so the loss, stays the same. Shards can't agree in the middle
         of a step: there the run ends, to be resumed with other settings. Raises RunStopped.
         """
+        if self._is_warm and not (self.captured or self.not_captured):
+            self._capture(planned, tokens)
         while True:
-            full, broken, stuck = "", "", False
-            try:
-                sums = forward_backward(
-                    self.wrapped,
-                    planned,
-                    tokens,
-                    self._dist,
-                    clock,
-                    splits=state.micro_batch_splits,
-                    batch_shape=self.batch_shape,
-                )
-            except RuntimeError as error:
-                reason = str(error).strip().partition("\n")[0] or type(error).__name__
-                if is_out_of_memory(error):
-                    pieces = micro_batch_pieces(planned, tokens.lengths, state.micro_batch_splits)
-                    smallest = all(len(documents) == 1 for documents, _ in pieces)
-                    full, stuck = reason, smallest and not self._may_checkpoint
-                elif is_compiler_error(error):
-                    broken, stuck = reason, self._must_compile
-                else:
-                    raise
-            if self._parallel == "fsdp" and (full or broken):
-                raise _stopped_run(state.step + 1, full, broken)
+            sums, trouble = self._passes(planned, tokens, clock, state)
+            if self._parallel == "fsdp" and trouble.any:
+                raise _stopped_run(state.step + 1, trouble)
             with clock.phase("forward_backward"):
                 if self._dist.world_size > 1 and self._parallel == "ddp":
                     clock.gradients_are_ready()
                 # One message for all that ranks must agree on: a step waits for no other one.
                 too_large, uncompiled, stuck, stops = self._dist.any(
-                    bool(full), bool(broken), stuck, wants_stop()
+                    bool(trouble.full), bool(trouble.broken), trouble.stuck, wants_stop()
                 )
                 if not (too_large or uncompiled):
                     model_parallel.average_gradients(self.wrapped)
+                    self._is_warm = True
                     return sums, stops
             if stuck:
-                raise _stopped_run(state.step + 1, full, broken)
+                raise _stopped_run(state.step + 1, trouble)
             sums = []  # what this rank holds of the step is made anew
             if too_large:
                 self._reduce_memory(state)
             else:
                 self._stop_compiling()
-                reason = broken or "on another rank"
+                reason = trouble.broken or "on another rank"
                 self._warn(f"layers can't be compiled, training goes on without: {reason}")
             self.optimizer.zero_grad(set_to_none=True)
             # A backward pass that broke off leaves a replica unusable.
             self.wrapped = model_parallel.parallelize(self.packed, "ddp", self._dist, self._dtype)
             if self._dist.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+    def _passes(
+        self,
+        planned: PlannedStep,
+        tokens: TokenizedSamples,
+        clock: StepClock,
+        state: TrainState,
+    ) -> tuple[MicroBatchSums, _Trouble]:
+        """This rank's passes over its micro-batches; without sums where there was trouble."""
+        splits = state.micro_batch_splits
+        try:
+            sums = forward_backward(
+                self.wrapped,
+                planned,
+                tokens,
+                self._dist,
+                clock,
+                splits=splits,
+                batch_shape=self.batch_shape,
+                captured=self.captured,
+            )
+            return sums, _Trouble()
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                pieces = micro_batch_pieces(planned, tokens.lengths, splits)
+                smallest = all(len(documents) == 1 for documents, _ in pieces)
+                stuck = smallest and not self._may_checkpoint
+                return [], _Trouble(full=_reason(error), stuck=stuck)
+            if is_compiler_error(error):
+                return [], _Trouble(broken=_reason(error), stuck=self._must_compile)
+            raise
 
     def update(
         self, learning_rate: float, *, max_grad_norm: float, skip: bool = False
@@ -179,8 +218,23 @@ class TrainingEngine:
         update_weights(self.optimizer, grad_norm, skip=skip)
         return grad_norm
 
+    def _capture(self, planned: PlannedStep, tokens: TokenizedSamples) -> None:
+        """Make one CUDA graph of a micro-batch's passes; steps go on without where that fails."""
+        example = build_batch(tokens, planned.micro_batches[0], **self.batch_shape)
+        try:
+            self.captured = CapturedStep(self.packed, self.parameters, example, self._dist.device)
+        except RuntimeError as error:
+            self.not_captured = _reason(error)
+            self.optimizer.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+            self._warn(f"no CUDA graph, kernels are launched one by one: {self.not_captured}")
+
     # -------------------------------------------------------------------------
     # When memory runs out
+
+    def _release_graph(self, reason: str) -> None:
+        """Launch kernel by kernel from here on; the graph's memory is free for it."""
+        self.captured, self.not_captured = None, self.not_captured or reason
 
     def _reduce_memory(self, state: TrainState) -> None:
         """From here on, on all ranks: activations are made again in the backward pass; then smaller parts."""
@@ -198,6 +252,8 @@ class TrainingEngine:
 
     def apply_memory_measures(self, state: TrainState) -> None:
         """Apply the measures that the state names: those of now, or of before a resume."""
+        if state.recomputes or state.micro_batch_splits:
+            self._release_graph("memory was short: micro-batches are made anew or in parts")
         if state.recomputes and self._may_checkpoint:
             loading.recompute_activations(self._model)
             self.gradient_checkpointing, self._may_checkpoint = True, False
@@ -210,6 +266,7 @@ class TrainingEngine:
 
     def _stop_compiling(self) -> None:
         """The layers run as they are written from here on."""
+        self._release_graph("layers are not compiled")
         if self.batch_shape:
             self.batch_shape = {}
             torch.compiler.set_stance("force_eager")
@@ -244,11 +301,16 @@ class TrainingEngine:
         saving.save_adapter(self._model, tokenizer, directory, **options)
 
 
-def _stopped_run(step: int, full: str, broken: str) -> RunStopped:
+def _reason(error: RuntimeError) -> str:
+    """The first line of what it says."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _stopped_run(step: int, trouble: _Trouble) -> RunStopped:
     """The error that ends a run without a further measure, with this rank's reason if it has one."""
-    if broken:
-        return RunStopped(f"the layers can't be compiled: {broken}. Use --compile off")
+    if trouble.broken:
+        return RunStopped(f"the layers can't be compiled: {trouble.broken}. Use --compile off")
     return RunStopped(
-        f"step {step}: out of memory ({full or 'on another rank'}). Lower --batch-size "
+        f"step {step}: out of memory ({trouble.full or 'on another rank'}). Lower --batch-size "
         "or --max-seq-length, or use --gradient-checkpointing on, and go on with --resume latest"
     )

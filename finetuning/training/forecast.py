@@ -196,6 +196,11 @@ class RunForecast:
                 "checkpointing",
             ),
             *([("memory: allocator", size_text(plain.allocator))] if plain.allocator else []),
+            *(
+                [("memory: evaluation", f"{size_text(plain.evaluation)}, beside the CUDA graph's")]
+                if plain.evaluation
+                else []
+            ),
             ("memory without checkpointing", self._against_free(plain)),
             ("memory with checkpointing", self._against_free(checkpointed)),
             ("gradient checkpointing", chosen),

@@ -117,6 +117,8 @@ class Placement:
     compiled: bool = False
     fused_lora: bool = True  # adapters with one autograd node each
     shards: int = 1  # devices that share the weights
+    fp8: bool = False  # linear layers lie beside two copies of one byte a weight
+    captured: bool = False  # a CUDA graph holds the memory of a step's passes between steps
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ class MemoryEstimate:
     logits: float  # in the loss
     workspace: float  # in the backward pass
     allocator: float
+    evaluation: float = 0.0  # beside what a CUDA graph holds
 
     @property
     def total(self) -> float:
@@ -148,8 +151,8 @@ def estimate_memory(
     for AdamW's moments. Shards, and all weights trained in bf16 on one device too, gather what is outside
     the layers, and two layers; if they are trained, with their gradients. Activations: `activation_bytes`
     per token and layer; with checkpointing only each layer's input, and all of one layer while it is
-    recomputed. A GPU's allocator has its share of the memory left free (`USABLE`); a host's malloc is part
-    of the estimate.
+    recomputed. An evaluation uses the memory of the passes again, unless a CUDA graph holds that. A GPU's
+    allocator has its share of the memory left free (`USABLE`); a host's malloc is part of the estimate.
     """
     dims, size = shape.dims, placement.dtype_bytes
     if dims is None:
@@ -164,15 +167,19 @@ def estimate_memory(
     in_flight = (size if shape.lora else 2 * size) * (
         outside + 2 * shape.linear_parameters / dims.layers
     )
+    logits = _logits_bytes(shape, placement, tokens)
+    workspace = _workspace_bytes(shape, placement, tokens)
     return MemoryEstimate(
-        weights=(packed * BITS_4 + (shape.parameters - packed) * held) / placement.shards,
+        weights=(packed * BITS_4 + (shape.parameters - packed) * held) / placement.shards
+        + placement.fp8 * 2 * shape.linear_parameters,
         gathered=in_flight if placement.shards > 1 or mixed else 0,
         adapter=adapters * FP32 / placement.shards,
         gradients=shape.trainable * FP32 / placement.shards,
         optimizer=2 * shape.trainable * FP32 / placement.shards,
         activations=tokens * kept,
-        logits=_logits_bytes(shape, placement, tokens),
-        workspace=_workspace_bytes(shape, placement, tokens) + checkpointing * tokens * layer,
+        logits=logits,
+        workspace=workspace + checkpointing * tokens * layer,
+        evaluation=placement.captured * max(logits, workspace),
         allocator=tokens * HOST_LAYERS * layer + HOST_LIBRARIES if on_host else 0,
     )
 

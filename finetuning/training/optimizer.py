@@ -5,7 +5,6 @@ No function here waits for the device.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from finetuning.data.packing import PlannedStep, build_batch, split_micro_batch
 from finetuning.data.token_table import TokenizedSamples
 from finetuning.model import parallel
 from finetuning.model.loss import LossSums
+from finetuning.training.captured_step import StaticStep
 from finetuning.training.step_clock import StepClock
 
 MicroBatchSums = list[
@@ -26,15 +26,51 @@ MicroBatchSums = list[
 # Gradients
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """What a step leaves behind; its tensors stay on the device until they are collected."""
+class OnTheWay:
+    """Tensors copied to the host behind the work that is queued now; reading waits for no later work."""
 
-    step: int
-    learning_rate: float
-    planned: PlannedStep
-    sums: MicroBatchSums
-    grad_norm: torch.Tensor
+    def __init__(self, *tensors: torch.Tensor) -> None:
+        on_cuda = tensors[0].is_cuda
+        # On CUDA such a copy goes to page-locked memory, and is there once the event is over.
+        self._copies = [tensor.to("cpu", non_blocking=on_cuda) for tensor in tensors]
+        self._event = torch.cuda.Event() if on_cuda else None
+        if self._event is not None:
+            self._event.record()
+
+    def read(self) -> list[np.ndarray]:
+        """The values, once they are there."""
+        if self._event is not None:
+            self._event.synchronize()
+        return [copy.numpy() for copy in self._copies]
+
+
+class StepResult:
+    """What a step leaves behind: its tensors stay on the device, their values are on the way to the host."""
+
+    def __init__(
+        self,
+        step: int,
+        learning_rate: float,
+        planned: PlannedStep,
+        sums: MicroBatchSums,
+        grad_norm: torch.Tensor,
+    ) -> None:
+        self.step, self.learning_rate, self.planned = step, learning_rate, planned
+        self.sums, self.grad_norm = sums, grad_norm
+        parts = [
+            tensor
+            for _, s in sums
+            for tensor in (s.per_document, s.thinking_buckets, s.premature_close)
+        ]
+        self._numbers = OnTheWay(grad_norm, *parts)
+
+    def read(self) -> tuple[float, list[tuple[tuple[int, ...], list[np.ndarray]]]]:
+        """The gradient's norm; documents and (per document, thinking buckets, premature close) of each
+        micro-batch, see `LossSums`. Waits for this step, not for the ones behind it."""
+        grad_norm, *parts = self._numbers.read()
+        return float(grad_norm), [
+            (documents, parts[3 * i : 3 * i + 3]) for i, (documents, _) in enumerate(self.sums)
+        ]
 
 
 def forward_backward(
@@ -46,24 +82,31 @@ def forward_backward(
     *,
     splits: int = 0,
     batch_shape: Mapping[str, int] | None = None,
+    captured: StaticStep | None = None,
 ) -> MicroBatchSums:
     """Gradients of the mean loss over the step's supervised tokens on all ranks.
 
     Forward and backward over this rank's micro-batches, each halved `splits` times; the gradients are
-    summed over ranks in the last one. `batch_shape`: constant sizes for compiled layers.
+    summed over ranks in the last one. `batch_shape`: constant sizes for compiled layers. `captured`: does
+    the same for batches of that shape with less work for the host.
     """
     results = []
     pieces = micro_batch_pieces(planned, tokens.lengths, splits)
     for index, (documents, weight) in enumerate(pieces):
         with clock.phase("data"):
-            batch = build_batch(tokens, documents, **(batch_shape or {})).to(dist.device)
+            batch = build_batch(tokens, documents, **(batch_shape or {}))
+            batch = batch if captured else batch.to(dist.device)
         with (
             clock.phase("forward_backward"),
             parallel.sync_gradients(model, is_last=index == len(pieces) - 1),
         ):
             # DDP and FSDP average over ranks; the loss is a mean over the tokens of all ranks.
-            loss, sums = model(batch, planned.num_targets, weight * dist.world_size)
-            loss.backward()
+            scale = weight * dist.world_size
+            if captured:
+                sums = captured(batch, planned.num_targets, scale)
+            else:
+                loss, sums = model(batch, planned.num_targets, scale)
+                loss.backward()
         if weight:
             results.append((documents, sums))
     return results

@@ -237,7 +237,7 @@ def test_broken_records_are_listed_with_line_and_reason(tmp_path):
     path = tmp_path / "broken.md"
     path.write_text(text, "utf-8")
     data = read_samples([str(path)])
-    stats = compute_statistics(data.samples, broken=data.broken)
+    stats = compute_statistics(data)
     (broken,) = stats.to_json()["broken"]
     assert broken["source"].endswith("broken.md") and "never closed" in broken["reason"]
     assert stats.scalars()["Dataset/Broken_Samples"] == 1
@@ -283,7 +283,7 @@ def _check_forms(real_samples: list[Sample], tmp_path: Path) -> None:
     lines = [json.dumps({k: v for k, v in row.items() if v is not None}) for row in rows]
     path.write_text("\n".join(lines), "utf-8")
     again = read_samples([str(path)])
-    from_json = compute_statistics(again.samples, broken=again.broken).to_json()
+    from_json = compute_statistics(again).to_json()
     from_markdown = compute_statistics(real_samples).to_json()
     assert _without_places(from_json) == _without_places(from_markdown)
     for kind, found in from_markdown["findings"].items():

@@ -14,6 +14,7 @@ import torch
 
 from finetuning.data.packing import StepPlan, build_batch, pack_rows, split_micro_batch
 from finetuning.data.token_table import Segment, TokenizedSamples, TruncationReport
+from tests.helpers.settings import step_plan, up_to
 
 
 def random_lengths(n: int = 200, seed: int = 0) -> np.ndarray:
@@ -21,8 +22,8 @@ def random_lengths(n: int = 200, seed: int = 0) -> np.ndarray:
 
 
 def make_plan(lengths: np.ndarray, **options: object) -> StepPlan:
-    options = {"row_tokens": 512, "accumulation": 2, "seed": 3, **options}
-    return StepPlan(lengths, lengths - 5, **options)
+    defaults = {"data": up_to(512), "gradient_accumulation_steps": 2, "seed": 3}
+    return step_plan(lengths, lengths - 5, **(defaults | options))
 
 
 def table(*documents: list[tuple[int, int]]) -> TokenizedSamples:
@@ -78,10 +79,14 @@ def test_a_step_does_not_depend_on_what_was_asked_before():
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_share_the_step_of_one_rank(world_size: int):
     lengths = random_lengths(150)
-    alone = make_plan(lengths, accumulation=8, num_epochs=2)
+    alone = make_plan(lengths, gradient_accumulation_steps=8, num_epochs=2)
     ranks = [
         make_plan(
-            lengths, accumulation=8 // world_size, num_epochs=2, rank=r, world_size=world_size
+            lengths,
+            gradient_accumulation_steps=8 // world_size,
+            num_epochs=2,
+            rank=r,
+            world_size=world_size,
         )
         for r in range(world_size)
     ]
@@ -102,25 +107,32 @@ def test_ranks_share_the_step_of_one_rank(world_size: int):
 
 def test_the_last_partial_accumulation_counts():
     lengths = np.full(7, 500)
-    plan = make_plan(lengths, row_tokens=512, accumulation=4)
+    plan = make_plan(lengths, gradient_accumulation_steps=4)
     assert plan.steps_per_epoch == 2
     assert [plan[s].num_samples for s in (1, 2)] == [4, 3]
     assert plan[2].num_targets == 3 * 495
 
 
 def test_max_steps_wins_over_epochs_and_goes_on_into_further_epochs():
-    plan = make_plan(np.full(4, 500), accumulation=1, num_epochs=1, max_steps=11)
+    plan = make_plan(np.full(4, 500), gradient_accumulation_steps=1, num_epochs=1, max_steps=11)
     assert plan.num_steps == 11
     assert plan[11].epoch == 2
 
 
 def test_only_chosen_documents_are_planned_and_repeats_repeat():
-    plan = make_plan(random_lengths(20), documents=np.array([3, 3, 5, 9]), accumulation=99)
+    plan = make_plan(
+        random_lengths(20), documents=np.array([3, 3, 5, 9]), gradient_accumulation_steps=99
+    )
     assert Counter(plan[1].documents) == Counter({3: 2, 5: 1, 9: 1})
 
 
 def test_without_packing_a_row_is_a_document():
-    plan = make_plan(random_lengths(9), packing=False, rows_per_micro_batch=2, accumulation=1)
+    plan = make_plan(
+        random_lengths(9),
+        data=up_to(512, packing=False),
+        batch_size=2,
+        gradient_accumulation_steps=1,
+    )
     assert [len(plan[s].micro_batches[0]) for s in range(1, plan.num_steps + 1)] == [2, 2, 2, 2, 1]
 
 
@@ -156,7 +168,7 @@ def test_padding_is_documents_without_targets():
 
 def test_every_micro_batch_fits_the_constant_shape():
     lengths = random_lengths()
-    plan = make_plan(lengths, rows_per_micro_batch=3, num_epochs=2)
+    plan = make_plan(lengths, batch_size=3, num_epochs=2)
     tokens = table(*([(1, 0)] * (n - 1) + [(2, 3)] for n in lengths.tolist()))
     shape = plan.constant_shape
     for step in range(1, plan.num_steps + 1):
@@ -164,7 +176,25 @@ def test_every_micro_batch_fits_the_constant_shape():
             batch = build_batch(tokens, documents, **shape)
             assert batch.input_ids.shape == (1, shape["pad_to"])
             assert batch.cu_seqlens.shape == (shape["pad_documents"] + 1,)
-            assert max(batch.lengths) <= batch.max_length == 512
+            assert max(batch.lengths) <= batch.max_length == shape["max_length"]
+            assert batch.labels.shape == batch.document.shape == (shape["pad_targets"],)
+            own = batch.document < shape["pad_documents"]
+            assert own.sum() == sum(tokens.num_targets[d] for d in documents)
+
+
+def test_the_attention_kernel_is_told_of_no_longer_and_no_more_documents_than_there_are():
+    """Each 128 tokens that there could be cost it a block that has nothing to do."""
+    lengths = np.array([300] * 20 + [20] * 3)
+    plan = make_plan(lengths, row_tokens=4096, max_steps=1)
+    assert plan.num_rows == 2
+    assert plan.constant_shape["max_length"] == 384
+    documents = [
+        len(row) + math.ceil((plan.constant_tokens - lengths[row].sum()) / 384)
+        for row in (plan._rows[0], plan._rows[1])
+    ]
+    assert plan.constant_shape["pad_documents"] == max(documents)
+    assert make_plan(np.array([100, 60]), row_tokens=160).constant_shape["max_length"] == 128
+    assert make_plan(np.array([100, 60]), row_tokens=100).constant_shape["max_length"] == 100
 
 
 @pytest.mark.parametrize(
@@ -173,7 +203,7 @@ def test_every_micro_batch_fits_the_constant_shape():
 def test_the_constant_shape_is_no_larger_than_the_fullest_rows(longest, rows, packing):
     """Short documents without packing, or all data in less than a row, would else be mostly padding."""
     lengths = np.random.default_rng(3).integers(1, longest + 1, 30)
-    plan = make_plan(lengths, rows_per_micro_batch=rows, packing=packing)
+    plan = make_plan(lengths, batch_size=rows, data=up_to(512, packing=packing))
     fullest = np.sort([sum(lengths[d] for d in plan._rows[r]) for r in range(plan.num_rows)])
     needed = fullest[-rows:].sum()
     assert needed <= plan.constant_tokens <= min(needed + 63, rows * 512)
@@ -189,7 +219,7 @@ def test_the_constant_shape_is_no_larger_than_the_fullest_rows(longest, rows, pa
 
 def test_tokens_of_very_many_rows_are_counted_part_by_part():
     lengths = random_lengths(150_000)  # more than two parts of 2^16 rows
-    plan = make_plan(lengths, packing=False)
+    plan = make_plan(lengths, data=up_to(512, packing=False))
     assert (plan._rows.tokens(lengths) == lengths).all()
     packed = make_plan(lengths)
     expected = [lengths[packed._rows[r]].sum() for r in range(packed.num_rows)]
@@ -209,9 +239,9 @@ def test_the_plan_of_given_arguments_stays_what_it_was():
     lengths = np.random.default_rng(7).integers(1, 513, 3000)
     chosen = np.random.default_rng(8).integers(0, 3000, 2000)
     plans = [
-        make_plan(lengths, rows_per_micro_batch=3, num_epochs=2.5, rank=1, world_size=2),
-        make_plan(lengths, documents=chosen, row_tokens=600),
-        make_plan(lengths, documents=chosen, row_tokens=600, packing=False),
+        make_plan(lengths, batch_size=3, num_epochs=2.5, rank=1, world_size=2),
+        make_plan(lengths, documents=chosen, data=up_to(600)),
+        make_plan(lengths, documents=chosen, data=up_to(600, packing=False)),
     ]
     digests = []
     for plan in plans:

@@ -7,6 +7,7 @@ import pytest
 
 from finetuning.data.tokenization import tokenize_samples
 from finetuning.readers.sample import Sample
+from tests.helpers.settings import up_to
 from tests.helpers.tokenized import HOSTILE, LONG, SAMPLE, generated_samples
 
 
@@ -35,7 +36,7 @@ def test_documents_of_a_mapped_table_do_not_stay_in_memory(tmp_path, qwen3):
     samples = [
         Sample(question=f"问{i}", thinking="想和做" * 1000, answer="答") for i in range(1500)
     ]
-    tokens = tokenize_samples(samples, qwen3, 8192, cache_dir=tmp_path)
+    tokens = tokenize_samples(samples, qwen3, up_to(8192), cache_dir=tmp_path)
     size = tokens.ids.nbytes + tokens.segments.nbytes
     before, seen = resident_file_bytes(), 0
     for document in tokens:

@@ -3,17 +3,20 @@
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from finetuning.common.errors import UserError
+from finetuning.config import DataSettings
 from finetuning.data import tokenization
 from finetuning.data.chat_template import chat_format, encode_prompt, parse_completion
 from finetuning.data.token_table import Segment
 from finetuning.data.tokenization import tokenize_samples
 from finetuning.readers.dataset import read_samples
 from finetuning.readers.sample import Sample
+from tests.helpers.settings import up_to
 from tests.helpers.tokenized import (
     CLOSE,
     END,
@@ -144,7 +147,7 @@ def test_last_turn_of_a_conversation(qwen3):
 
 
 def test_all_turns_of_a_conversation(qwen3):
-    tokens = tokenize_samples([SAMPLE, CONVERSATION], qwen3, LONG, loss_on="all_turns")
+    tokens = tokenize_samples([SAMPLE, CONVERSATION], qwen3, replace(LONG, loss_on="all_turns"))
     assert tokens.sample_index.tolist() == [0, 1, 1, 1]
     assert [text_of(tokens, i, qwen3, Segment.THINKING) for i in (1, 2, 3)] == [
         "旧的思考\n",
@@ -169,7 +172,7 @@ def test_hostile_samples_split_never_hold_a_control_token(qwen3, subtests):
     for number in range(len(HOSTILE)):
         with subtests.test(number=number):
             hostile = HOSTILE[number]
-            tokens = tokenize_samples([hostile], qwen3, LONG, control_tokens="split")
+            tokens = tokenize_samples([hostile], qwen3, replace(LONG, control_tokens="split"))
             tame = Sample(
                 "问", "想", "答",
                 system="系" if hostile.system else "",
@@ -188,7 +191,7 @@ def test_hostile_samples_split_never_hold_a_control_token(qwen3, subtests):
 
 def test_text_of_all_noncharacters_is_split_all_the_same(qwen3):
     sample = Sample("".join(map(chr, range(0xFDD0, 0xFDF0))) + "<|im_end|>", "想", "答")
-    tokens = tokenize_samples([sample], qwen3, LONG, control_tokens="split")
+    tokens = tokenize_samples([sample], qwen3, replace(LONG, control_tokens="split"))
     tame = tokenize_samples([Sample("问", "想", "答")], qwen3, LONG)
     assert controls(tokens[0].ids) == controls(tame[0].ids)
     assert sample.question in text_of(tokens, 0, qwen3, Segment.PROMPT)
@@ -204,7 +207,7 @@ def test_conversation_that_the_assistant_begins(qwen3):
     greeting = {"role": "assistant", "content": "您好"}
     sample = Sample("问", "想", "答", history=(greeting,))
     one = tokenize_samples([sample], qwen3, LONG)
-    all_turns = tokenize_samples([sample], qwen3, LONG, loss_on="all_turns")
+    all_turns = tokenize_samples([sample], qwen3, replace(LONG, loss_on="all_turns"))
     assert all_turns.ids.tolist() == one.ids.tolist()
     assert "您好" in text_of(one, 0, qwen3, Segment.PROMPT)
 
@@ -217,7 +220,7 @@ def test_ledger_at_every_length(qwen3):
     whole = tokenize_samples([SAMPLE], qwen3, LONG)[0]
     spare = Sample("短", "短", "短")
     for limit in range(20, len(whole.ids) + 1):
-        ledger = tokenize_samples([SAMPLE, spare], qwen3, limit).ledger
+        ledger = tokenize_samples([SAMPLE, spare], qwen3, up_to(limit)).ledger
         cut = whole.segments[limit:]
         name = (SAMPLE.id,)
         assert ledger.truncated == ledger.dropped == (name if len(cut) else ())
@@ -234,7 +237,9 @@ LONG_THOUGHT = Sample(
 def test_truncate_thinking_keeps_close_and_answer(qwen3, subtests):
     for limit in [60, 100, 257, 400]:
         with subtests.test(limit=limit):
-            tokens = tokenize_samples([LONG_THOUGHT], qwen3, limit, over_length="truncate_thinking")
+            tokens = tokenize_samples(
+                [LONG_THOUGHT], qwen3, up_to(limit, over_length="truncate_thinking")
+            )
             assert limit * 0.6 < len(tokens[0].ids) <= limit
             assert text_of(tokens, 0, qwen3, Segment.CLOSE, Segment.ANSWER, Segment.END) == (
                 "</think>\n\n最后的答<|im_end|>"
@@ -250,7 +255,7 @@ def test_truncate_thinking_keeps_close_and_answer(qwen3, subtests):
 def test_truncate_thinking_cuts_no_character(qwen3):
     sample = Sample("问", "𠮷𡃁🔐" * 200, "答")
     for limit in range(60, 90):
-        tokens = tokenize_samples([sample], qwen3, limit, over_length="truncate_thinking")
+        tokens = tokenize_samples([sample], qwen3, up_to(limit, over_length="truncate_thinking"))
         assert len(tokens[0].ids) <= limit
         assert "\ufffd" not in text_of(tokens, 0, qwen3, Segment.THINKING)
 
@@ -261,7 +266,9 @@ def test_characters_of_several_tokens_do_not_take_all_thinking_along(qwen3, subt
         for limit in [60, 61, 62]:
             with subtests.test(character=character, limit=limit):
                 sample = Sample("问", character * 300, "答")
-                tokens = tokenize_samples([sample], qwen3, limit, over_length="truncate_thinking")
+                tokens = tokenize_samples(
+                    [sample], qwen3, up_to(limit, over_length="truncate_thinking")
+                )
                 kept = text_of(tokens, 0, qwen3, Segment.THINKING)
                 assert limit - 8 <= len(tokens[0].ids) <= limit
                 assert "\ufffd" not in kept
@@ -270,7 +277,7 @@ def test_characters_of_several_tokens_do_not_take_all_thinking_along(qwen3, subt
 
 def test_truncate_thinking_drops_what_cannot_fit(qwen3):
     samples = [Sample("问", "想" * 50, "答" * 300), SAMPLE]
-    tokens = tokenize_samples(samples, qwen3, 64, over_length="truncate_thinking")
+    tokens = tokenize_samples(samples, qwen3, up_to(64, over_length="truncate_thinking"))
     assert tokens.sample_index.tolist() == [1]
     assert tokens.ledger.dropped == (samples[0].id,)
 
@@ -278,12 +285,12 @@ def test_truncate_thinking_drops_what_cannot_fit(qwen3):
 def test_over_length_error(qwen3):
     sample = Sample("问", "想" * 500, "答", source="a.md", line=7)
     with pytest.raises(UserError, match=r"^a.md:7: \d+ tokens, but max_seq_length is 32"):
-        tokenize_samples([sample], qwen3, 32, over_length="error")
+        tokenize_samples([sample], qwen3, up_to(32, over_length="error"))
 
 
 def test_nothing_left(qwen3):
-    with pytest.raises(UserError, match="no sample is left.*1 are longer than 8 tokens, 1 hold"):  # noqa: RUF043
-        tokenize_samples([SAMPLE, HOSTILE[0]], qwen3, 8)
+    with pytest.raises(UserError, match="no sample is left.*1 are longer than 16 tokens, 1 hold"):  # noqa: RUF043
+        tokenize_samples([SAMPLE, HOSTILE[0]], qwen3, up_to(16))
 
 
 # ---- other families of models -----------------------------------------------------------------
@@ -312,14 +319,17 @@ def test_templates_without_reasoning_field(template, way, opens):
 
 
 @pytest.mark.parametrize(
-    "option",
-    [{"over_length": "cut"}, {"loss_on": "none"}, {"control_tokens": "keep"}],
+    ("option", "said"),
+    [
+        ({"over_length": "cut"}, "must be 'drop' or 'truncate_thinking' or 'error'"),
+        ({"loss_on": "none"}, "must be 'last_turn' or 'all_turns'"),
+        ({"control_tokens": "keep"}, "must be 'refuse' or 'split'"),
+        ({"max_seq_length": 0}, "must be at least 16"),
+    ],
 )
-def test_impossible_options(qwen3, option):
-    with pytest.raises(UserError, match="choose one of"):
-        tokenize_samples([SAMPLE], qwen3, 100, **option)
-    with pytest.raises(UserError, match="at least 2"):
-        tokenize_samples([SAMPLE], qwen3, 0)
+def test_impossible_options(option, said):
+    with pytest.raises(UserError, match=said):
+        DataSettings(**option)
 
 
 # ---- workers and the cache --------------------------------------------------------------------
@@ -336,12 +346,12 @@ def test_workers_and_chunks_change_nothing(monkeypatch):
     tokenizer = small_tokenizer(PLAIN_TEMPLATE)
     samples = [*generated_samples(50), *HOSTILE]
     options = {"over_length": "truncate_thinking", "control_tokens": "split"}
-    expected = tokenize_samples(samples, tokenizer, 500, **options)
+    expected = tokenize_samples(samples, tokenizer, up_to(500, **options))
     monkeypatch.setattr(tokenization, "_CHUNK", 7)
     monkeypatch.setattr(tokenization, "_POOL_FROM", 1)
     seen = []
     tokens = tokenize_samples(
-        samples, tokenizer, 500, **options, workers=2, progress=lambda *x: seen.append(x)
+        samples, tokenizer, up_to(500, **options), workers=2, progress=lambda *x: seen.append(x)
     )
     assert same(tokens, expected)
     assert seen[-1] == (len(samples), len(samples))
@@ -362,7 +372,7 @@ def test_cache(tmp_path, monkeypatch):
 
     other = small_tokenizer(PLAIN_TEMPLATE + "\n")
     tokenize_samples(samples, other, LONG, cache_dir=tmp_path)
-    tokenize_samples(samples, tokenizer, 300, cache_dir=tmp_path)
+    tokenize_samples(samples, tokenizer, up_to(300), cache_dir=tmp_path)
     tokenize_samples(samples[:-1], tokenizer, LONG, cache_dir=tmp_path)
     assert len([p for p in tmp_path.glob("tokens/*") if p.is_dir()]) == 4
 
@@ -383,7 +393,9 @@ def test_ranks_that_start_together_tokenize_once(tmp_path, monkeypatch):
     some = [Sample(f"问题 {i}", "", "答案") for i in range(40)]
     with ThreadPoolExecutor(8) as ranks:
         jobs = [
-            ranks.submit(tokenize_samples, some, tokenizer, 256, workers=1, cache_dir=tmp_path)
+            ranks.submit(
+                tokenize_samples, some, tokenizer, up_to(256), workers=1, cache_dir=tmp_path
+            )
             for _ in range(8)
         ]
         tables = [job.result(60) for job in jobs]

@@ -15,11 +15,13 @@ from finetuning.analysis.facts import difficulty
 from finetuning.analysis.sample_groups import groups_of
 from finetuning.analysis.statistics import describe
 from finetuning.common.errors import UserError
+from finetuning.config import DataSettings
 from finetuning.data import near_duplicates
 from finetuning.data.split import split_samples
 from finetuning.data.training_data import TrainingData, prepare_data, read_data
 from finetuning.readers import dataset
 from tests.helpers.qwen3_tokenizer import qwen3_tokenizer
+from tests.helpers.settings import up_to
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +48,10 @@ def write(path: Path, count: int, word: str) -> str:
 def test_groups_tell_what_each_document_is(tmp_path, monkeypatch, qwen3, large_data):
     monkeypatch.setattr(dataset, "LARGE_DATA", large_data)
     paths = [write(tmp_path / "a.jsonl", 30, "SM4"), write(tmp_path / "b.jsonl", 20, "数字证书")]
-    read, _ = read_data(paths, cache_dir=tmp_path / "cache")
-    split = split_samples(read, eval_fraction=0.2)
-    data = prepare_data(split, qwen3, 120, workers=1, cache_dir=tmp_path / "cache")
+    settings = up_to(120, data_path=tuple(paths), eval_fraction=0.2)
+    read, _ = read_data(settings, cache_dir=tmp_path / "cache")
+    split = split_samples(read, settings)
+    data = prepare_data(split, qwen3, settings, cache_dir=tmp_path / "cache")
     assert isinstance(data, TrainingData)
     tokens = data.train.tokens
     assert len(tokens) == 40, "the long ones are left out"
@@ -75,8 +78,9 @@ def test_facts_and_groups_of_large_data_are_made_once(tmp_path, monkeypatch, qwe
     path, cache = write(tmp_path / "a.jsonl", 30, "SM4"), tmp_path / "cache"
 
     def outcome(workers: int = 1) -> tuple[dict, dict]:
-        read, _ = read_data([path], cache_dir=cache)
-        data = prepare_data(split_samples(read), qwen3, 120, workers=workers, cache_dir=cache)
+        settings = up_to(120, data_path=(path,))
+        split = split_samples(read_data(settings, cache_dir=cache)[0], settings)
+        data = prepare_data(split, qwen3, settings, workers=workers, cache_dir=cache)
         groups = {stem: labels.tolist() for stem, (_, labels) in groups_of(data)[0].items()}
         return describe(data).to_json(), groups
 
@@ -106,7 +110,7 @@ def test_facts_and_groups_of_large_data_are_made_once(tmp_path, monkeypatch, qwe
 def test_worker_processes_label_the_same(tmp_path, monkeypatch, qwen3):
     for name, value in (("LARGE_DATA", 1), ("SPAN", 7), ("_ROWS", 5)):
         monkeypatch.setattr(dataset, name, value)
-    read, _ = read_data([write(tmp_path / "a.jsonl", 30, "SM4")])
+    read = dataset.read_samples([write(tmp_path / "a.jsonl", 30, "SM4")])
     sources, every = list(read.samples_per_file), np.arange(30)
     alone = sample_groups.loss_groups(read, every, sources)
     monkeypatch.setattr(sample_groups, "_POOL_FROM", 1)
@@ -117,8 +121,8 @@ def test_worker_processes_label_the_same(tmp_path, monkeypatch, qwen3):
 
 
 def test_the_demonstration_model_learns_from_a_bounded_number_of_texts(tmp_path):
-    read, _ = read_data([write(tmp_path / "a.jsonl", 30, "SM4")])
-    split = split_samples(read, eval_fraction=0)
+    read = dataset.read_samples([write(tmp_path / "a.jsonl", 30, "SM4")])
+    split = split_samples(read, DataSettings(eval_fraction=0))
     texts = split.training_texts()
     assert len(texts) == 30
     some = split.training_texts(at_most=7)
@@ -137,9 +141,10 @@ def test_near_duplicates_are_looked_for_once(tmp_path, monkeypatch, qwen3):
     path, cache = write(tmp_path / "a.jsonl", 30, "SM4"), tmp_path / "cache"
 
     def outcome() -> tuple[list[int], dict]:
-        read, _ = read_data([path], cache_dir=cache)
-        split = split_samples(read, eval_fraction=0.2, cache_dir=cache)
-        data = prepare_data(split, qwen3, 120, workers=1, cache_dir=cache)
+        settings = up_to(120, data_path=(path,), eval_fraction=0.2)
+        read, _ = read_data(settings, cache_dir=cache)
+        split = split_samples(read, settings, cache_dir=cache)
+        data = prepare_data(split, qwen3, settings, cache_dir=cache)
         return split.held_out.tolist(), describe(data).to_json()
 
     first = outcome()
@@ -160,8 +165,9 @@ def test_leaks_into_held_out_files_are_counted(tmp_path, qwen3):
     lines = [Path(p).read_text(encoding="utf-8").splitlines(keepends=True) for p in (train, fresh)]
     (tmp_path / "c.jsonl").write_text("".join(lines[0][:3] + lines[1]), encoding="utf-8")
     for name, leaks in (("a.jsonl", 20), ("b.jsonl", 0), ("c.jsonl", 3)):
-        read, eval_read = read_data([train], eval_path=[str(tmp_path / name)])
-        data = prepare_data(split_samples(read, eval_read), qwen3, 512, workers=1)
+        settings = up_to(512, data_path=(train,), eval_path=(str(tmp_path / name),))
+        read, eval_read = read_data(settings)
+        data = prepare_data(split_samples(read, settings, eval_read), qwen3, settings)
         assert describe(data).scalars()["Dataset/Train_Eval_Leaks"] == leaks, name
         findings = describe(data).to_json()["findings"]["train_eval_leaks"]
         assert [f["line"] for f in findings] == list(range(1, leaks + 1))
@@ -171,6 +177,6 @@ def test_leaks_into_held_out_files_are_counted(tmp_path, qwen3):
 
 
 def test_data_that_are_all_held_out_are_refused(tmp_path):
-    read, _ = read_data([write(tmp_path / "a.jsonl", 5, "SM4")])
+    read = dataset.read_samples([write(tmp_path / "a.jsonl", 5, "SM4")])
     with pytest.raises(UserError, match="all of 5 samples are held out; lower --eval-fraction"):
-        split_samples(read, eval_fraction=0.9999)
+        split_samples(read, DataSettings(eval_fraction=0.9999))

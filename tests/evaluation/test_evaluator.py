@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM
 from direct_finetuning_with_existing_modules import DirectTrainer
 from finetuning.common.distributed import Distributed
 from finetuning.config import DirectTrainingConfig
-from finetuning.data.packing import StepPlan, build_batch
+from finetuning.data.packing import build_batch
 from finetuning.data.token_table import Segment
 from finetuning.data.tokenization import tokenize_samples
 from finetuning.data.training_data import DataPart
@@ -27,6 +27,7 @@ from finetuning.events.reading import read_histograms, read_metrics, read_run, r
 from finetuning.model.packed_model import PackedLossModel
 from finetuning.readers.dataset import read_samples
 from finetuning.training.state import TrainState
+from tests.helpers.settings import step_plan, up_to
 
 ONE = Distributed(0, 1, 0, torch.device("cpu"))
 
@@ -34,7 +35,7 @@ ONE = Distributed(0, 1, 0, torch.device("cpu"))
 @pytest.fixture(scope="module")
 def part(tiny_model: Path, tiny_data: Path) -> DataPart:
     samples = read_samples([str(tiny_data)]).samples
-    tokens = tokenize_samples(samples, AutoTokenizer.from_pretrained(tiny_model), 768)
+    tokens = tokenize_samples(samples, AutoTokenizer.from_pretrained(tiny_model), up_to(768))
     return DataPart(samples, tokens, np.arange(0, 24, 2))
 
 
@@ -43,7 +44,7 @@ def sums(tiny_model: Path, part: DataPart) -> np.ndarray:
     model = Qwen3ForCausalLM.from_pretrained(tiny_model).train()
     tokens = part.tokens
     packed = PackedLossModel(model, tokens.close_id).train()
-    plan = StepPlan(tokens.lengths, tokens.num_targets, part.documents, row_tokens=768)
+    plan = step_plan(tokens.lengths, tokens.num_targets, part.documents, data=up_to(768))
     torch.manual_seed(1)
     state = torch.get_rng_state()
     sums = held_out_sums(packed, tokens, plan, ONE)
@@ -136,7 +137,7 @@ def schooled_model(tmp_path_factory, tiny_model: Path, tiny_data: Path) -> Path:
     """The tiny model after a hundred steps of full training: it knows what the data look like."""
     model = Qwen3ForCausalLM.from_pretrained(tiny_model).train()
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    tokens = tokenize_samples(read_samples([str(tiny_data)]).samples, tokenizer, 768)
+    tokens = tokenize_samples(read_samples([str(tiny_data)]).samples, tokenizer, up_to(768))
     packed, optimizer = PackedLossModel(model, -1), torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(100):
         batch = build_batch(tokens, [(4 * step + i) % len(tokens) for i in range(4)])
@@ -292,7 +293,7 @@ def test_losses_are_bit_equal_with_and_without_evaluation_probes_and_health(
         for of_run in records
     ]
     assert len(losses[0]) == 5 and losses[0] == losses[1]
-    emitted = read_run(probed.run.tensorboard)
+    emitted = read_run(probed.record.run.tensorboard)
     assert [step for step, _ in emitted["Eval/Budget_Hit_Rate"]] == [0, 1, 2, 3, 4, 5]
     assert [step for step, _ in tables_of(probed)["Eval/Samples"]] == [0, 1, 2, 3, 4, 5]
 

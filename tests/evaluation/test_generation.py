@@ -29,6 +29,7 @@ from finetuning.evaluation.generation import (
     token_budget,
 )
 from finetuning.readers.sample import Sample
+from tests.helpers.settings import up_to
 
 CPU = torch.device("cpu")
 
@@ -210,7 +211,7 @@ def part(tokenizer) -> DataPart:
     samples = [Sample(f"第{i}问", "想" * (i + 1), f"答{i}", line=i) for i in range(8)]
     samples += [Sample(f"算{i}", "想一想", f"最终答案：{i}", line=i) for i in range(8)]
     samples += [Sample("用工具", "想", "最终答案：9", system="系统", tools=tools)]
-    tokens = tokenize_samples(samples, tokenizer, 512)
+    tokens = tokenize_samples(samples, tokenizer, up_to(512))
     return DataPart(samples, tokens, np.arange(len(samples)))
 
 

@@ -6,10 +6,11 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from finetuning.config import DataSettings
 from finetuning.readers.sample import Sample
 
 THINK, CLOSE, START, END = 151667, 151668, 151644, 151645
-LONG = 100_000
+LONG = DataSettings(max_seq_length=100_000)
 # No thinking: the content of every turn as it is. A second one takes out what an answer thought.
 PLAIN_TEMPLATE = """\
 {%- for message in messages -%}

@@ -248,7 +248,7 @@ def varlen_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=F
 
 
 def varlen_2_11(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
-    assert window_size == (-1, 0) and q.shape[1] == k.shape[1]
+    assert window_size == (-1, 0) and q.shape[1] == 2 * k.shape[1]
     return reference_kernel(q, k, v, cu_q, scale)
 
 

@@ -3,6 +3,11 @@
 uv run pytest tests/model/test_loss.py
 """
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +15,9 @@ import torch.nn.functional as F
 from finetuning.model import loss as model_loss
 from finetuning.model.loss import THINKING, packed_loss
 
+ROOT = Path(__file__).parents[2]
 CLOSE = 5
+ROOT = Path(__file__).parents[1]
 
 
 def problem(targets=300, tokens=400, hidden_size=24, vocab=203, dtype=torch.float32, seed=0):
@@ -151,6 +158,55 @@ def test_without_a_close_token_nothing_is_counted():
     assert sums.per_document[..., 2].sum() == 300
 
 
+def padded(batch: dict, rows: int) -> dict:
+    """The batch with `rows` targets of padding, as constant shapes want it."""
+    beyond = torch.full((rows,), batch["num_documents"])
+    more = {"document": beyond, "thinking_bucket": torch.full((rows,), -1)}
+    zeros = torch.zeros(rows, dtype=torch.int64)
+    names = ("target_positions", "labels", "segments", "document", "thinking_bucket")
+    return {**batch, **{n: torch.cat([batch[n], more.get(n, zeros)]) for n in names}}
+
+
+@pytest.mark.parametrize("rows", [1, 84, 300])
+def test_targets_of_padding_change_nothing(chunk, rows):
+    """Position 0 belongs to a real target as well, and `segments` of padding may say anything."""
+    hidden, weight, batch = problem()
+    batch["target_positions"][0] = 0
+    more = padded(batch, rows)
+    more["segments"][300:] = THINKING
+    loss, sums = packed_loss(hidden, weight, **batch)
+    loss_padded, sums_padded = packed_loss(hidden, weight, **more)
+    torch.testing.assert_close(loss_padded, loss)
+    for name in ("per_document", "thinking_buckets", "premature_close"):
+        torch.testing.assert_close(getattr(sums_padded, name), getattr(sums, name))
+    expected = torch.autograd.grad(loss, (hidden, weight))
+    for mine, plain in zip(
+        torch.autograd.grad(loss_padded, (hidden, weight)), expected, strict=True
+    ):
+        torch.testing.assert_close(mine, plain, atol=1e-7, rtol=1e-5)
+
+
+def test_a_batch_of_padding_alone():
+    hidden, weight, batch = problem(targets=0)
+    loss, sums = packed_loss(hidden, weight, **{**padded(batch, 70), "num_targets": 9})
+    gradients = torch.autograd.grad(loss, (hidden, weight))
+    assert loss == 0 and all(g.eq(0).all() for g in gradients)
+    assert not any(t.any() for t in vars(sums).values())
+
+
+def test_the_number_of_targets_may_be_a_tensor(chunk):
+    """Its quotient with the scale is no number of bf16, to which it must not be rounded."""
+    hidden, weight, batch = problem(dtype=torch.bfloat16)
+    results = []
+    for number in (float, torch.tensor):
+        settings = {"num_targets": number(307.0), "scale": number(1.7)}
+        loss, _ = packed_loss(hidden, weight, **{**batch, **settings})
+        results.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
+    for mine, plain in zip(*results, strict=True):
+        assert mine.dtype == plain.dtype
+        assert abs((mine.double().norm() / plain.double().norm()) - 1) < 2e-4
+
+
 def test_a_micro_batch_without_targets():
     hidden, weight, batch = problem(targets=0)
     loss, sums = packed_loss(hidden, weight, **{**batch, "num_targets": 50})
@@ -189,6 +245,43 @@ def test_full_logits_never_exist():
         packed_loss(hidden, weight.detach(), **batch)[0].backward()
     rows = model_loss.rows_per_chunk(4096, "cpu")
     assert largest.elements == rows * 4096 < 2000 * 4096 / 4
+
+
+def test_the_kernel_equals_torchs_operations():
+    """In Triton's interpreter, which has to be chosen before the import."""
+    pytest.importorskip("triton")
+    program = """
+import torch
+from finetuning.model.loss import _softmax_error
+from finetuning.model.triton_kernels import softmax_error
+torch.manual_seed(0)
+rows, vocab, close_id = 5, 20_011, 7
+logits = 8 * torch.randn(rows, vocab)
+logits[1] *= 40
+logits[2, 100] = logits[2, 19_000] = logits[2].max() + 1  # a tie for the top
+labels = torch.tensor([3, 20_010, 19_000, int(logits[3].argmax()), 0])
+mine, plain = ([torch.full((rows,), 9.0) for _ in range(3)] for _ in range(2))
+expected = _softmax_error(logits, labels, close_id, *plain, torch.empty_like(logits))
+error = torch.full_like(logits, 9)
+softmax_error(logits, labels, close_id, tuple(mine), error)
+torch.testing.assert_close(error, expected, atol=1e-6, rtol=1e-4)  # logits of 1,000
+for got, want in zip(mine, plain):
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-4)
+assert plain[1].tolist() == [0, 0, 1, 1, 0]
+again = [torch.full((rows,), 9.0) for _ in range(3)]
+softmax_error(logits, labels, -1, tuple(again), None)
+assert torch.equal(again[0], mine[0]) and torch.equal(again[1], mine[1])
+logits[4, 5] = float("nan")
+softmax_error(logits, labels, close_id, tuple(again), error)
+assert again[0].isnan().tolist() == [False] * 4 + [True]
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_chunk_size_is_bounded(subtests):

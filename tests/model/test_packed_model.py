@@ -14,13 +14,14 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from finetuning.common.errors import UserError
 from finetuning.config import PROJECTIONS
-from finetuning.data.packing import StepPlan, build_batch
+from finetuning.data.packing import build_batch
 from finetuning.data.token_table import Segment, TokenizedSample
 from finetuning.model.flops import dims_from_config
 from finetuning.model.fused_lora import enable_fast_lora
 from finetuning.model.packed_model import PackedLossModel
 from finetuning.model.parallel import Replica
 from finetuning.training.memory_estimate import Placement, activation_bytes
+from tests.helpers.settings import step_plan, up_to
 from tests.model.test_attention import reference_kernel, use_bounds, varlen_2_12
 
 TARGETS = list(PROJECTIONS)
@@ -138,7 +139,8 @@ def test_bf16_base_with_fp32_adapters_stays_near_fp32():
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_compiled_layers_are_one_graph_for_all_batches(monkeypatch, recompute: bool):
+@pytest.mark.parametrize("join", [False, True])
+def test_compiled_layers_are_one_graph_for_all_batches(monkeypatch, recompute: bool, join: bool):
     """The way of CUDA with a stand-in for its kernel: packed rows that differ, shapes that don't."""
     graphs = []
 
@@ -151,10 +153,10 @@ def test_compiled_layers_are_one_graph_for_all_batches(monkeypatch, recompute: b
     lengths = np.array([21, 40, 9, 33, 50, 12, 17, 38, 5, 44, 29, 36])
     documents = make_documents(tuple(lengths))
     targets = np.array([(d.segments != Segment.PROMPT).sum() for d in documents])
-    plan = StepPlan(lengths, targets, row_tokens=64, max_steps=6)
+    plan = step_plan(lengths, targets, data=up_to(64), max_steps=6)
     model, eager = lora_model(recompute=recompute), lora_model()
     packed, reference = (PackedLossModel(m, CLOSE).train() for m in (model, eager))
-    assert enable_fast_lora(model) and enable_fast_lora(eager)
+    assert enable_fast_lora(model, join=join) and enable_fast_lora(eager)
     packed.compile_layers(backend=count)
     shapes = set()
     for step in range(1, len(plan) + 1):

@@ -22,11 +22,12 @@ CASE = json.dumps({"hidden": 64, "layers": 2, "vocab": 512, "tokens": 512})
 
 # (program and its arguments, what must stand in the last line)
 SHORT = [
-    ("faults_hf_trainer --only F16", '"F16 a gradient is NaN"'),
+    ("faults.faults_hf_trainer --only F16", '"F16 a gradient is NaN"'),
     ("forecast_quality FOLDER", "Cost:"),
+    ("gpu_kernels --small --device cpu", '"gpu_kernels": [{"what": "q, k, v, forward"'),
     ("hardware_monitor", "read() while NVML hangs"),
     (
-        "injected_faults --only healthy --write FOLDER/page.md",
+        "faults.injected_faults --only healthy --write FOLDER/page.md",
         '{"healthy": {"found": true, "false": []}}',
     ),
     ("logger_cost --quick --tables histogram", '"histogram_10m_caller_ms"'),
@@ -42,7 +43,7 @@ SHORT = [
     ("train_gpu --sides ours --steps 3", '"faults": []'),
 ]
 LONG = {  # programs
-    *("faults_hf_trainer", "injected_faults", "memory", "memory_estimate"),
+    *("faults.faults_hf_trainer", "faults.injected_faults", "memory", "memory_estimate"),
     *("signal_cost", "startup", "train_gpu"),
 }
 NEEDS = {"train_cpu": "trl", "logger_cost": "tensorboardX"}  # of the group `bench`
@@ -67,7 +68,7 @@ def test_a_benchmark_runs_to_its_end(words: str, last: str, folder: Path):
     name, *arguments = words.replace("FOLDER", str(folder)).split()
     if name in NEEDS and importlib.util.find_spec(NEEDS[name]) is None:
         pytest.skip(f"{NEEDS[name]} is not installed: uv run --group bench pytest")
-    if name == "faults_hf_trainer" and os.name == "nt":
+    if name == "faults.faults_hf_trainer" and os.name == "nt":
         pytest.skip("the fault suite forks; Windows can't")
     done = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{name}", *arguments],
@@ -83,4 +84,6 @@ def test_a_benchmark_runs_to_its_end(words: str, last: str, folder: Path):
 
 def test_no_benchmark_is_left_out():
     programs = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - {"__init__"}
+    # The fault suite itself runs, shortened, in tests/runs/test_faults.py.
+    programs |= {"faults.faults_hf_trainer", "faults.injected_faults"}
     assert programs == {words.split()[0] for words, _ in SHORT}

@@ -11,18 +11,22 @@ from safetensors.torch import load_file
 from finetuning.common.distributed import Distributed
 from finetuning.data.packing import StepPlan, build_batch
 from finetuning.data.token_table import Segment, TokenizedSamples, TruncationReport
-from finetuning.model import attention
-from finetuning.model.fused_lora import enable_fast_lora
-from finetuning.model.loss import packed_loss
+from finetuning.model import attention, packed_model
+from finetuning.model.fused_lora import adapter_copies, enable_fast_lora
+from finetuning.model.loss import _softmax_error, packed_loss
 from finetuning.model.packed_model import PackedLossModel
+from finetuning.training.engine import TrainingEngine
 from finetuning.training.optimizer import (
+    StepResult,
     build_optimizer,
     clip_gradients,
     forward_backward,
     update_weights,
 )
+from finetuning.training.state import TrainState
 from finetuning.training.step_clock import CudaTimeline, StepClock
 from tests.helpers.packed import document_bounds
+from tests.helpers.settings import step_plan, up_to
 from tests.model.test_packed_model import CLOSE, lora_model, make_documents
 from tests.runs.test_distributed import OPTIONS, SCRIPT, curve, train
 
@@ -163,7 +167,7 @@ def test_compiled_steps_are_one_graph_and_equal_eager_ones(recompute: bool):
     torch._dynamo.utils.counters.clear()
     lengths = (300, 17, 511, 60, 128, 67, 400, 220, 90, 333, 150, 75)
     tokens = table(lengths)
-    plan = StepPlan(tokens.lengths, tokens.num_targets, row_tokens=512, max_steps=5)
+    plan = step_plan(tokens.lengths, tokens.num_targets, data=up_to(512), max_steps=5)
     losses = []
     for compiled in (True, False):
         packed, trainable, optimizer, dist = training(cuda_model(recompute=recompute))
@@ -181,9 +185,90 @@ def test_compiled_steps_are_one_graph_and_equal_eager_ones(recompute: bool):
     np.testing.assert_allclose(*losses, rtol=0.01)
 
 
+def captured_run(graph: bool, accumulation: int) -> tuple[list[float], list[torch.Tensor], object]:
+    """Losses and norms of five steps, the weights after them, and the model in training."""
+    lengths = (300, 17, 511, 60, 128, 67, 400, 220, 90, 333, 150, 75)
+    tokens = table(lengths)
+    plan = StepPlan(
+        tokens.lengths, tokens.num_targets, row_tokens=512, accumulation=accumulation, max_steps=5
+    )
+    torch.manual_seed(0)
+    training = TrainingEngine(
+        cuda_model(),
+        CLOSE,
+        Distributed(0, 1, 0, torch.device("cuda")),
+        parallel="ddp",
+        dtype=torch.bfloat16,
+        batch_shape=plan.constant_shape,
+        must_compile=True,
+        recomputes=False,
+        may_recompute=False,
+        learning_rate=1e-3,
+        betas=(0.9, 0.999),
+        epsilon=1e-8,
+        weight_decay=0.0,
+        warn=pytest.fail,
+    )
+    training.not_captured = "" if graph else "not wanted"
+    state, numbers = TrainState(), []
+    for step in range(1, len(plan) + 1):
+        clock = StepClock(timeline=CudaTimeline())
+        sums, _ = training.forward_backward(plan[step], tokens, clock, state, lambda: False)
+        norm = training.update(1e-3, max_grad_norm=1.0)
+        numbers += [StepResult(step, 1e-3, plan[step], sums, norm)]
+    values = []
+    for result in numbers:
+        norm, micro_batches = result.read()
+        values += [norm, *(float(part.sum()) for _, parts in micro_batches for part in parts)]
+    return values, [p.detach().clone() for p in training.parameters], training
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_a_replayed_graph_gives_the_numbers_of_its_kernels(monkeypatch, accumulation: int):
+    """To the last bit, where attention adds up in a fixed order."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    try:
+        torch._dynamo.reset()
+        plain, weights, training = captured_run(False, accumulation)
+        assert training.captured is None
+        values, replayed, training = captured_run(True, accumulation)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert training.captured is not None and training.captured.peak_bytes > 0
+    assert values == plain
+    assert all(map(torch.equal, replayed, weights))
+
+
+def test_where_capture_fails_steps_go_on_without(monkeypatch):
+    """Here the loss looks at its own number, which nothing that is recorded may."""
+    said: list[str] = []
+    original = packed_model.packed_loss
+
+    def looks(*args, **kwargs):
+        loss, sums = original(*args, **kwargs)
+        assert loss.item() == loss.item()
+        return loss, sums
+
+    expected, weights, _ = captured_run(False, 1)
+    monkeypatch.setattr(packed_model, "packed_loss", looks)
+    monkeypatch.setattr(pytest, "fail", said.append)
+    values, found, training = captured_run(True, 1)
+    assert training.captured is None and len(said) == 1 and "no CUDA graph" in said[0]
+    assert torch.randn(3, device="cuda").isfinite().all(), "the generator waits for the capture"
+    assert values == pytest.approx(expected, rel=0.01)
+    assert all((a - b).abs().max() < 0.01 for a, b in zip(found, weights, strict=True))
+
+
 def test_a_step_never_waits_for_the_gpu():
     tokens = table((300, 17, 511, 60, 128, 67, 400, 220))
-    plan = StepPlan(tokens.lengths, tokens.num_targets, row_tokens=512, accumulation=2, max_steps=6)
+    plan = step_plan(
+        tokens.lengths,
+        tokens.num_targets,
+        data=up_to(512),
+        gradient_accumulation_steps=2,
+        max_steps=6,
+    )
     packed, trainable, optimizer, dist = training(cuda_model())
     clock, results = StepClock(timeline=CudaTimeline()), []
     try:
@@ -274,3 +359,106 @@ def test_recomputation_lowers_the_peak():
         peaks.append(torch.cuda.max_memory_allocated() - before)
         del packed
     assert peaks[1] < 0.5 * peaks[0]
+
+
+# -----------------------------------------------------------------------------
+# Kernels of our own
+
+
+def joined_pair(**options) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """The same adapters in bf16, joined, and in fp64 as the library has them."""
+    exact = cuda_model().double()
+    model = cuda_model()
+    enable_fast_lora(model, join=True, **options)
+    return model, exact
+
+
+def gradients_by_name(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {n: p.grad.double() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def trained_once(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    batch = build_batch(make_documents((300, 17, 511, 60, 128, 8)), range(6))
+    packed = PackedLossModel(model, CLOSE).train()
+    packed(batch.to(torch.device("cuda")), len(batch.labels))[0].backward()
+    return gradients_by_name(model)
+
+
+def test_adapters_are_written_into_the_matrices_by_one_kernel():
+    model, _ = joined_pair()
+    layers = [m for m in model.modules() if hasattr(m, "_group")]
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.mul_(1.25).add_(0.01)
+    copies = adapter_copies(model)
+    assert copies._in_one_kernel()
+    copies.write()
+    for layer in layers:
+        for master, place, scaling in layer._group.copies():
+            assert torch.equal(place, (master * scaling).bfloat16())
+
+
+def test_joined_adapters_have_the_gradients_of_exact_ones():
+    model, exact = joined_pair()
+    wanted = trained_once(exact)
+    for name, gradient in trained_once(model).items():
+        assert (gradient - wanted[name]).norm() < 0.05 * wanted[name].norm(), name
+
+
+def test_a_softmax_in_one_kernel_equals_torchs_operations():
+    from finetuning.model.triton_kernels import softmax_error
+
+    torch.manual_seed(0)
+    rows, vocab = 37, 151_936
+    logits = 6 * torch.randn(rows, vocab, device="cuda")
+    logits[3, 7] = logits[3, 9] = 50.0  # a tie for the top
+    labels = torch.randint(vocab, (rows,), device="cuda")
+    labels[3] = 9
+    mine, plain = ([torch.empty(rows, device="cuda") for _ in range(3)] for _ in range(2))
+    expected = _softmax_error(logits, labels, CLOSE, *plain, torch.empty_like(logits))
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 4e-3)):
+        error = torch.full((rows, vocab), 9.0, device="cuda", dtype=dtype)
+        softmax_error(logits, labels, CLOSE, tuple(mine), error)
+        torch.testing.assert_close(error.float(), expected, atol=1e-6, rtol=tolerance)
+    for got, want in zip(mine, plain, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+    assert mine[1][3] == 1
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0),
+    reason="needs a Hopper GPU",
+)
+def test_fp8_products_have_gradients_near_exact_ones():
+    model, exact = joined_pair(fp8=True)
+    wanted, got = trained_once(exact), trained_once(model)
+    for name, gradient in got.items():
+        similarity = torch.nn.functional.cosine_similarity(
+            gradient.flatten(), wanted[name].flatten(), 0
+        )
+        assert similarity > 0.97, (name, similarity)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_joined_layers_compile_to_one_graph_and_equal_eager_ones(fp8: bool, recompute: bool):
+    if fp8 and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    results = []
+    batch = build_batch(make_documents((300, 17, 511, 60, 128, 8)), range(6))
+    for compiled in (True, False):
+        model = cuda_model(recompute=recompute)
+        enable_fast_lora(model, join=True, fp8=fp8)
+        packed = PackedLossModel(model, CLOSE).train()
+        if compiled:
+            packed.compile_layers()
+        loss, _ = packed(batch.to(torch.device("cuda")), len(batch.labels))
+        loss.backward()
+        results.append((loss.item(), gradients_by_name(model)))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert results[0][0] == pytest.approx(results[1][0], rel=0.01)
+    for name, gradient in results[1][1].items():
+        difference = (results[0][1][name] - gradient).norm()
+        assert difference < (0.3 if fp8 else 0.06) * gradient.norm(), name

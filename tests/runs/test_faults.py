@@ -46,7 +46,6 @@ def tallies(tmp_path_factory) -> dict[str, dict]:
     return {tally["row"]: tally for tally in rows}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("row", COUNTS)
 def test_nothing_is_lost(tallies: dict[str, dict], row: str):
     tally = tallies[row]
@@ -83,7 +82,6 @@ def test_an_error_of_the_suite_itself_ends_it_and_is_no_loss():
     assert tally.tried == 1
 
 
-@pytest.mark.slow
 def test_an_error_of_the_suite_in_a_child_ends_it(tmp_path: Path):
     from benchmarks.faults.rig import fork, replaced
     from benchmarks.faults.tally import SuiteError
@@ -93,7 +91,6 @@ def test_an_error_of_the_suite_in_a_child_ends_it(tmp_path: Path):
     assert fork(tmp_path / "log", lambda: json.loads(3)).wait(60).code == 70
 
 
-@pytest.mark.slow
 def test_the_suite_notices_a_program_without_its_protection(tmp_path: Path):
     """Two mutants end to end: without digests, without seal, damage is loaded and the row says so."""
     rows, _ = run_suite(tmp_path / "tallies.json", "--only", "F10", "--counts", "F10=1")

@@ -20,6 +20,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from direct_finetuning_with_existing_modules import DirectTrainer
 from finetuning.config import DirectTrainingConfig
 from finetuning.events.metric_table import find_metric
 from finetuning.events.reading import read_metrics, read_run, read_texts
@@ -335,6 +336,57 @@ def test_out_of_memory_recomputes_then_halves_the_micro_batches_and_keeps_the_lo
     (run_dir,) = (tmp_path / "out" / "tensorboard_logs").iterdir()
     rows = read_run(run_dir)["Config/Batch_Size"]
     assert rows == [(0, 1.0), *((step, 1 / parts) for step in losses)]
+
+
+@pytest.mark.slow
+def test_numbers_that_are_read_behind_the_next_step_are_the_same(
+    tmp_path, finished, run, monkeypatch
+):
+    """What a GPU's run does, so that it never stands idle while a step is logged."""
+    original = DirectTrainer.open
+    late: list[int] = []
+
+    def open_late(self) -> None:
+        original(self)
+        self.reads_are_free, self.logs_late = False, True
+
+    def log_late(self) -> bool:
+        late.extend([] if self.unlogged is None else [self.unlogged.step])
+        return logs(self)
+
+    logs = DirectTrainer.log_late
+    monkeypatch.setattr(DirectTrainer, "open", open_late)
+    monkeypatch.setattr(DirectTrainer, "log_late", log_late)
+    first = [*FAST, "--logging-steps", "1", "--save-steps", "5"]
+    for out, reads_late in (("late", True), ("at once", False)):
+        if not reads_late:
+            monkeypatch.setattr(DirectTrainer, "open", original)
+        assert run(tmp_path / out, first=first) == 0
+    assert late == [1, 2, 4], "the other steps are evaluated, saved or the last"
+    timed = (
+        "Throughput/",
+        "System/",
+        "Disk/",
+        "Host/",
+        "Memory/",
+        "GPU_",
+        "Monitoring/Logging",
+        "Epoch/",
+    )
+    records = []
+    for out in ("late", "at once"):
+        lines = read_metrics(logs_of(tmp_path / out / "out") / "metrics.jsonl")
+        kept = ("Throughput/Tokens_Seen",)
+        records.append(
+            [
+                (
+                    r["step"],
+                    {t: v for t, v in r["metrics"].items() if t in kept or not t.startswith(timed)},
+                )
+                for r in lines
+            ]
+        )
+    assert records[0] == records[1] and len(records[0]) == 8
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
     uv run pytest tests/runs/test_scaling_formulas.py
 
-`benchmarks/scaling.py --check` compares them with what torch gives to its collectives.
+`python -m benchmarks.scaling --check` compares them with what torch gives to its collectives.
 """
 
 import pytest

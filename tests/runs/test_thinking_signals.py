@@ -23,6 +23,7 @@ from finetuning.events.reading import read_metrics, read_texts
 from finetuning.model.loss import packed_loss
 from finetuning.model.packed_model import PackedLossModel
 from finetuning.readers.dataset import read_samples
+from tests.helpers.settings import up_to
 
 SCRIPT = Path(__file__).parents[2] / "direct_finetuning_with_existing_modules.py"
 CLOSE, END, VOCAB = 1, 2, 8
@@ -151,7 +152,7 @@ def test_a_long_chain_of_thought_weighs_by_its_tokens():
 @pytest.fixture(scope="module")
 def tokens(tiny_model: Path, tiny_data: Path):
     samples = read_samples([str(tiny_data)]).samples
-    return tokenize_samples(samples, AutoTokenizer.from_pretrained(tiny_model), 768)
+    return tokenize_samples(samples, AutoTokenizer.from_pretrained(tiny_model), up_to(768))
 
 
 def test_packed_alone_accumulated_and_padded_agree(tiny_model, tokens):

@@ -26,6 +26,7 @@ from finetuning.training import engine
 from finetuning.training.engine import Execution, TrainingEngine
 from finetuning.training.state import TrainState
 from finetuning.training.step_clock import StepClock
+from tests.helpers.settings import step_plan, up_to
 
 ONE = Distributed(0, 1, 0, torch.device("cpu"))
 RATE = 1e-2
@@ -35,12 +36,12 @@ Make = Callable[..., TrainingEngine]
 @pytest.fixture(scope="module")
 def tokens(tiny_model: Path, tiny_data: Path) -> TokenizedSamples:
     samples = read_samples([str(tiny_data)]).samples
-    return tokenize_samples(samples, AutoTokenizer.from_pretrained(tiny_model), 768)
+    return tokenize_samples(samples, AutoTokenizer.from_pretrained(tiny_model), up_to(768))
 
 
 @pytest.fixture(scope="module")
 def plan(tokens: TokenizedSamples) -> StepPlan:
-    return StepPlan(tokens.lengths, tokens.num_targets, row_tokens=768, max_steps=100)
+    return step_plan(tokens.lengths, tokens.num_targets, data=up_to(768), max_steps=100)
 
 
 @pytest.fixture

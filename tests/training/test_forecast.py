@@ -14,13 +14,13 @@ import torch
 
 from direct_finetuning_with_existing_modules import main
 from finetuning.config import OutputSettings
-from finetuning.data.packing import StepPlan
 from finetuning.training import forecast as training_forecast
 from finetuning.training import memory_estimate
 from finetuning.training.forecast import steps_between_evaluations
 from finetuning.training.memory_estimate import (
     Placement,
 )
+from tests.helpers.settings import step_plan, up_to
 from tests.helpers.units import GIB
 
 SPEED = training_forecast.Speed(1e12, 2e12, "as the test says")
@@ -32,7 +32,7 @@ SPEED = training_forecast.Speed(1e12, 2e12, "as the test says")
 
 def forecast(shape, tmp_path: Path, **changes) -> training_forecast.RunForecast:
     lengths = np.full(40, 500)
-    plan = StepPlan(lengths, lengths // 2, row_tokens=2048, num_epochs=2)
+    plan = step_plan(lengths, lengths // 2, data=up_to(2048), num_epochs=2)
     options = {
         "device": torch.device("cpu"),
         "free": 8 * GIB,
@@ -126,7 +126,7 @@ def test_answers_take_time(qwen3_4b, tmp_path, monkeypatch):
 def steps_between(samples: int, held_out: int, answer_tokens: int = 0, **changes) -> tuple:
     """(steps between evaluations, how many there are, what they add to the training)"""
     lengths = np.full(samples, 500)
-    plan = StepPlan(lengths, lengths // 2, row_tokens=2048, num_epochs=3)
+    plan = step_plan(lengths, lengths // 2, data=up_to(2048), num_epochs=3)
     options = {"device_type": "cpu", "lora": True} | changes
     steps = steps_between_evaluations(plan, 500 * held_out, answer_tokens, **options)
     number = training_forecast.number_of_evaluations(plan.num_steps, steps, held_out)
@@ -165,7 +165,13 @@ def test_every_rank_writes_all_answers():
     lengths = np.full(20_000, 500)
     one, two = (
         steps_between_evaluations(
-            StepPlan(lengths, lengths, row_tokens=2048, accumulation=2 // ranks, world_size=ranks),
+            step_plan(
+                lengths,
+                lengths,
+                data=up_to(2048),
+                gradient_accumulation_steps=2 // ranks,
+                world_size=ranks,
+            ),
             0,
             100,
             device_type="cuda",

@@ -23,6 +23,7 @@ from finetuning.training.memory_estimate import (
     model_shape,
 )
 from tests.helpers import traced_step
+from tests.helpers.settings import up_to
 from tests.helpers.units import GIB, KIB
 
 CUDA = Placement("cuda", 2)
@@ -142,8 +143,9 @@ def test_the_activations_are_what_autograd_keeps(tiny_model: Path, tiny_data: Pa
 
     resolved = resolve_model(str(tiny_model), "cpu")
     tokenizer = load_tokenizer(resolved)
-    split = split_samples(*read_data([str(tiny_data)]))
-    data = prepare_data(split, tokenizer, 768, workers=1, cache_dir=tmp_path)
+    settings = up_to(768, data_path=(str(tiny_data),))
+    split = split_samples(read_data(settings)[0], settings)
+    data = prepare_data(split, tokenizer, settings, cache_dir=tmp_path)
     model = load_model(resolved, tokenizer, ModelSettings(), LoraSettings(lora_r=4), device="cpu")
     enable_fast_lora(model)
     packed = PackedLossModel(model, data.train.tokens.close_id).train()
@@ -177,6 +179,8 @@ def test_memory_follows_the_settings(qwen3_4b):
     estimate = estimate_memory(qwen3_4b, CUDA, 8192, checkpointing=False)
     smaller = min(estimate.logits, estimate.workspace)  # they are not there at the same time
     assert estimate.total == sum(vars(estimate).values()) - smaller
+    captured = Placement("cuda", 2, captured=True)  # an evaluation finds what the graph holds taken
+    assert total(captured) - total(CUDA) == max(estimate.logits, estimate.workspace)
     sharded = estimate_memory(qwen3_4b, Placement("cuda", 2, shards=8), 8192, checkpointing=False)
     assert 0.9 * GIB < sharded.gathered < 1.2 * GIB, "embedding and two layers"
     assert estimate.optimizer == 2 * estimate.adapter == 2 * 4 * qwen3_4b.trainable
