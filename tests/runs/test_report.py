@@ -61,7 +61,7 @@ def test_every_pattern_of_the_charts_fits_a_known_tag():
 def test_every_rate_of_the_probes_is_in_their_chart():
     from finetuning.events.metric_table import METRICS
 
-    rates = [m.tag for m in METRICS if m.source == "generation_probes" and m.unit == "fraction"]
+    rates = [m.tag for m in METRICS if m.source == "evaluation.generation" and m.unit == "fraction"]
     patterns = "|".join(report.CHARTS["Answers of the probes"])
     assert len(rates) >= 5 and all(re.fullmatch(patterns, tag) for tag in rates)
 
