@@ -71,6 +71,14 @@ def last_json(said: str) -> dict:
 # Running
 
 
+def stop_group(process: subprocess.Popen) -> None:
+    """End a process and its children; without POSIX only the process."""
+    if hasattr(os, "killpg") and hasattr(signal, "SIGKILL"):
+        os.killpg(process.pid, signal.SIGKILL)
+    else:
+        process.kill()
+
+
 class Check:
     """Runs phases one after the other and keeps the record."""
 
@@ -119,10 +127,10 @@ class Check:
             code = process.returncode
             verdict = f"exit code {code}" if code else "ok"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            stop_group(process)
             said, wrong = process.communicate()
             verdict = f"not done within {limit:.0f} s"
-        with (self.out / "log.txt").open("a") as log:
+        with (self.out / "log.txt").open("a", encoding="utf-8") as log:
             log.write(
                 f"\n===== {' '.join(command)}\n{said[-60_000:]}\n--- stderr\n{wrong[-30_000:]}\n"
             )
@@ -146,7 +154,7 @@ class Check:
     def write(self, record: dict) -> None:
         """result.json, whole or not at all."""
         part = self.out / "result.json.part"
-        part.write_text(json.dumps(record, indent=1))
+        part.write_text(json.dumps(record, indent=1), encoding="utf-8")
         part.replace(self.out / "result.json")
 
 
@@ -247,7 +255,7 @@ class Phases:
         """Rates by the run's own metrics, without the steps of the first third and the last one."""
         (lines,) = folder.glob("training_logs/*/metrics.jsonl")
         shutil.copy(lines, self.check.out / f"metrics_{folder.name}.jsonl")
-        rows = [json.loads(line) for line in lines.read_text().splitlines()]
+        rows = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
         first = next(row["time"] for row in rows if "Training/Loss" in row["metrics"])
         rows = [row for row in rows if row["metrics"].get("Throughput/Step_Seconds")]
         losses = {row["step"]: row["metrics"]["Training/Loss"] for row in rows}
@@ -333,13 +341,13 @@ def gpu_name() -> str:
 
 def keep(path: Path) -> None:
     """Put a result's figures in the place of the last ones; what was not measured stays."""
-    record = json.loads(path.read_text())
+    record = json.loads(path.read_text(encoding="utf-8"))
     target = kept_file(record["gpu"])
-    kept = json.loads(target.read_text()) if target.exists() else {"figures": {}}
+    kept = json.loads(target.read_text(encoding="utf-8")) if target.exists() else {"figures": {}}
     kept["figures"] |= {place: value for place, value in sorted(record["figures"].items())}
     kept |= {name: record[name] for name in ("gpu", "versions", "commit", "date")}
     RESULTS.mkdir(exist_ok=True)
-    target.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
+    target.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     print(f"{len(record['figures'])} figures of {record['gpu']} are now in {target}")
 
 
@@ -349,7 +357,11 @@ def conclude(check: Check, commit: str) -> None:
     versions = check.phases.get("facts", {}).get("versions")
     date = time.strftime("%Y-%m-%d", time.gmtime())
     record = {"gpu": gpu, "commit": commit, "date": date, "versions": versions}
-    before = json.loads(kept_file(gpu).read_text())["figures"] if kept_file(gpu).exists() else {}
+    before = (
+        json.loads(kept_file(gpu).read_text(encoding="utf-8"))["figures"]
+        if kept_file(gpu).exists()
+        else {}
+    )
     slower = worse(now, before)
     check.write(
         {

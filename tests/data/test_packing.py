@@ -185,7 +185,7 @@ def test_every_micro_batch_fits_the_constant_shape():
 def test_the_attention_kernel_is_told_of_no_longer_and_no_more_documents_than_there_are():
     """Each 128 tokens that there could be cost it a block that has nothing to do."""
     lengths = np.array([300] * 20 + [20] * 3)
-    plan = make_plan(lengths, row_tokens=4096, max_steps=1)
+    plan = make_plan(lengths, data=up_to(4096), max_steps=1)
     assert plan.num_rows == 2
     assert plan.constant_shape["max_length"] == 384
     documents = [
@@ -193,8 +193,8 @@ def test_the_attention_kernel_is_told_of_no_longer_and_no_more_documents_than_th
         for row in (plan._rows[0], plan._rows[1])
     ]
     assert plan.constant_shape["pad_documents"] == max(documents)
-    assert make_plan(np.array([100, 60]), row_tokens=160).constant_shape["max_length"] == 128
-    assert make_plan(np.array([100, 60]), row_tokens=100).constant_shape["max_length"] == 100
+    assert make_plan(np.array([100, 60]), data=up_to(160)).constant_shape["max_length"] == 128
+    assert make_plan(np.array([100, 60]), data=up_to(100)).constant_shape["max_length"] == 100
 
 
 @pytest.mark.parametrize(

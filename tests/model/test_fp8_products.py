@@ -7,7 +7,6 @@ import copy
 
 import pytest
 import torch
-from test_fast_lora import IDS, TARGETS, adapter_copies, enable_fast_lora, lora_model
 from torch import nn
 
 from finetuning.common.errors import UserError
@@ -21,6 +20,7 @@ from finetuning.model.fp8_products import (
     require_fp8,
 )
 from finetuning.model.resolve import weight_dtype
+from tests.model.test_fused_lora import IDS, TARGETS, adapter_copies, enable_fast_lora, lora_model
 
 # Four significant bits: an error of 2.5% in each operand, and by the root of two more in a product.
 EXPECTED_ERROR = 0.036

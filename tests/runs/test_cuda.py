@@ -9,13 +9,14 @@ import torch
 from safetensors.torch import load_file
 
 from finetuning.common.distributed import Distributed
-from finetuning.data.packing import StepPlan, build_batch
+from finetuning.config import OptimizerSettings
+from finetuning.data.packing import build_batch
 from finetuning.data.token_table import Segment, TokenizedSamples, TruncationReport
 from finetuning.model import attention, packed_model
 from finetuning.model.fused_lora import adapter_copies, enable_fast_lora
 from finetuning.model.loss import _softmax_error, packed_loss
 from finetuning.model.packed_model import PackedLossModel
-from finetuning.training.engine import TrainingEngine
+from finetuning.training.engine import Execution, TrainingEngine
 from finetuning.training.optimizer import (
     StepResult,
     build_optimizer,
@@ -189,24 +190,20 @@ def captured_run(graph: bool, accumulation: int) -> tuple[list[float], list[torc
     """Losses and norms of five steps, the weights after them, and the model in training."""
     lengths = (300, 17, 511, 60, 128, 67, 400, 220, 90, 333, 150, 75)
     tokens = table(lengths)
-    plan = StepPlan(
-        tokens.lengths, tokens.num_targets, row_tokens=512, accumulation=accumulation, max_steps=5
+    plan = step_plan(
+        tokens.lengths,
+        tokens.num_targets,
+        data=up_to(512),
+        gradient_accumulation_steps=accumulation,
+        max_steps=5,
     )
     torch.manual_seed(0)
     training = TrainingEngine(
         cuda_model(),
         CLOSE,
         Distributed(0, 1, 0, torch.device("cuda")),
-        parallel="ddp",
-        dtype=torch.bfloat16,
-        batch_shape=plan.constant_shape,
-        must_compile=True,
-        recomputes=False,
-        may_recompute=False,
-        learning_rate=1e-3,
-        betas=(0.9, 0.999),
-        epsilon=1e-8,
-        weight_decay=0.0,
+        Execution("ddp", torch.bfloat16, plan.constant_shape, must_compile=True),
+        OptimizerSettings(learning_rate=1e-3),
         warn=pytest.fail,
     )
     training.not_captured = "" if graph else "not wanted"

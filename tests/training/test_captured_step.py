@@ -7,12 +7,12 @@ uv run pytest tests/test_captured_step.py
 
 import pytest
 import torch
-from test_packed_model import CLOSE, lora_model, make_documents
-from test_varlen_attention import use_bounds, varlen_2_12
 
 from finetuning.data.packing import build_batch
 from finetuning.model.packed_model import PackedLossModel
 from finetuning.training.captured_step import StaticStep, why_not_captured
+from tests.model.test_attention import use_bounds, varlen_2_12
+from tests.model.test_packed_model import CLOSE, lora_model, make_documents
 
 CPU = torch.device("cpu")
 ROWS = ((0, 1), (2, 3, 4), (5,))  # three micro-batches
