@@ -58,7 +58,7 @@ from generation_probes import choose_probes, token_budget
 from hardest_samples import LEVEL_DECAY, hardest, hardest_text, loss_rows
 from loss_ledger import LossLedger
 from model_in_training import ModelInTraining
-from optimization import StepResult, learning_rate_at
+from optimization import StepResult, is_out_of_memory, learning_rate_at
 from packed_model import compiler_is_there
 from packing import PlannedStep, StepPlan
 from report import write_report
@@ -580,7 +580,16 @@ class DirectTrainer:
         """Held-out losses, answers and adapter health; keeps the best model."""
         state, writer = self.state, self.tensorboard_writer
         with self.clock.phase("evaluation"), self.terminal.working("evaluation") as progress:
-            metrics = self.evaluator.measure(step, writer, progress)
+            metrics = None
+            try:
+                metrics = self.evaluator.measure(step, writer, progress)
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or self.model.captured is None:
+                    raise
+            if metrics is None:  # behind the handler, whose error keeps what was there
+                # A graph holds what the passes of a step use, also in between.
+                self.model.release_graph()
+                metrics = self.evaluator.measure(step, writer, progress)
         if "Eval/Loss" in metrics and state.note_evaluation(step, metrics["Eval/Loss"]) and step:
             self.save_model(self.run.best_model)
         patience = self.config.early_stopping_patience

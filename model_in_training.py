@@ -189,10 +189,12 @@ class ModelInTraining:
     def _capture(self, planned: PlannedStep, tokens: TokenizedSamples) -> None:
         """Make one CUDA graph of a micro-batch's passes; steps go on without where that fails."""
         example = build_batch(tokens, planned.micro_batches[0], **self.batch_shape)
+        device = self._dist.device
         try:
-            self.captured = CapturedStep(self.packed, self.parameters, example, self._dist.device)
+            self.captured = CapturedStep(self.packed, self.parameters, example, device)
         except RuntimeError as error:
             self.not_captured = _reason(error)
+        if self.not_captured:
             self.optimizer.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
             self._warn(f"no CUDA graph, kernels are launched one by one: {self.not_captured}")
@@ -200,9 +202,16 @@ class ModelInTraining:
     # -------------------------------------------------------------------------
     # Doing with less
 
-    def _release_graph(self, reason: str) -> None:
-        """Launch kernel by kernel from here on; the graph's memory is free for it."""
-        self.captured, self.not_captured = None, self.not_captured or reason
+    def release_graph(self, reason: str = "") -> bool:
+        """Let go of the graph and the memory it holds; true if there was one.
+
+        With a reason kernels are launched one by one from here on; without, the next step makes it anew.
+        """
+        had_one, self.captured = self.captured is not None, None
+        self.not_captured = self.not_captured or reason
+        if had_one:
+            torch.cuda.empty_cache()
+        return had_one
 
     def _make_room(self, state: TrainState) -> None:
         """From here on, on all ranks: activations are made again in the backward pass; then smaller parts."""
@@ -221,7 +230,7 @@ class ModelInTraining:
     def do_with_less(self, state: TrainState) -> None:
         """What the state says that lack of memory has taught, now or before a resume."""
         if state.recomputes or state.micro_batch_splits:
-            self._release_graph("memory was short: micro-batches are made anew or in parts")
+            self.release_graph("memory was short: micro-batches are made anew or in parts")
         if state.recomputes and self._may_recompute:
             model_loading.recompute_activations(self._model)
             self.recomputes, self._may_recompute = True, False
@@ -234,7 +243,7 @@ class ModelInTraining:
 
     def _stop_compiling(self) -> None:
         """The layers run as they are written from here on."""
-        self._release_graph("layers are not compiled")
+        self.release_graph("layers are not compiled")
         if self.batch_shape:
             self.batch_shape = {}
             torch.compiler.set_stance("force_eager")
