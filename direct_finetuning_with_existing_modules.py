@@ -274,12 +274,11 @@ class DirectTrainer:
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Held-out losses, answers and adapter health; keeps the best model."""
-        state, writer = self.state, self.tensorboard_writer
-        with (
-            self.metrics.clock.phase("evaluation"),
-            self.terminal.working("evaluation") as progress,
-        ):
-            metrics = self.evaluator.measure(step, writer, progress)
+        state, writer, clock = self.state, self.tensorboard_writer, self.metrics.clock
+        with clock.phase("evaluation"), self.terminal.working("evaluation") as progress:
+            metrics = self.engine.beside_graph(
+                lambda: self.evaluator.measure(step, writer, progress)
+            )
         if "Eval/Loss" in metrics and state.note_evaluation(step, metrics["Eval/Loss"]) and step:
             self.save_model(self.record.run.best_model)
         patience = self.config.early_stopping_patience

@@ -243,7 +243,7 @@ class Phases:
             "--max-eval-samples": "4",
             "--num-probes": "0",
             "--logging-steps": "1" if self.small else "5",
-            "--max-steps": "6" if self.small else "50",
+            "--max-steps": "6" if self.small else "40",
             **dict(zip(more[::2], more[1::2], strict=True)),
         }
         pairs = [word for pair in options.items() for word in pair]
@@ -256,13 +256,18 @@ class Phases:
         (lines,) = folder.glob("training_logs/*/metrics.jsonl")
         shutil.copy(lines, self.check.out / f"metrics_{folder.name}.jsonl")
         rows = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
+        held_out = {
+            row["step"]: row["metrics"]["Eval/Loss"]
+            for row in rows
+            if "Eval/Loss" in row["metrics"]
+        }
         first = next(row["time"] for row in rows if "Training/Loss" in row["metrics"])
         rows = [row for row in rows if row["metrics"].get("Throughput/Step_Seconds")]
         losses = {row["step"]: row["metrics"]["Training/Loss"] for row in rows}
         assert losses and all(loss is not None for loss in losses.values()), losses
         told = [line for line in said.splitlines() if line.startswith(("CUDA graph", "compiled"))]
         until = {"seconds_to_first_logged_step": first - self.check.began}
-        return {**run_rates(rows), **until, "losses": losses, "told": told}
+        return {**run_rates(rows), **until, "losses": losses, "held_out": held_out, "told": told}
 
     def tests(self, name: str, which: str, *, limit: float, needs: float = 60) -> Phase:
         """Those of test_cuda.py."""

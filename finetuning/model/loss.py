@@ -6,6 +6,7 @@ predictions (correctness, the probability of closing the chain of thought), and 
 the device in double precision where it has it.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ NUM_SEGMENTS = 5
 THINKING = 1  # the code of a chain-of-thought token among the segments
 NUM_BUCKETS = 10
 
-_CHUNK_BYTES = {"cuda": 512 << 20}  # of fp32 logits: large products on an accelerator,
+_CHUNK_BYTES = {"cuda": 1 << 30}  # of fp32 logits: large products on an accelerator,
 _CACHE_BYTES = 2 << 20  # near the size of a core's cache elsewhere
 
 
@@ -93,17 +94,16 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, positions, labels, real, close_id, factor, with_gradient):
         needs_hidden, needs_weight = (with_gradient and need for need in ctx.needs_input_grad[:2])
-        size = rows_per_chunk(weight.shape[0], hidden.device.type)
+        chunks = _Chunks(weight, len(labels), needs_hidden or needs_weight)
         nll = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
         correct, close = torch.empty_like(nll), torch.empty_like(nll)
         # Padding has a row of its own after the last token, so the others are each written once.
         grad_rows = hidden.new_zeros(len(hidden) + 1, hidden.shape[1]) if needs_hidden else None
         places = torch.where(real, positions, len(hidden))
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        chunks = _Chunks(weight, min(size, len(labels)), needs_hidden or needs_weight)
         with torch.autocast(hidden.device.type, enabled=False):
-            for start in range(0, len(labels), size):
-                part = slice(start, start + size)
+            for start in range(0, len(labels), chunks.rows):
+                part = slice(start, start + chunks.rows)
                 rows = hidden.index_select(0, positions[part]).to(weight.dtype)
                 outputs = nll[part], correct[part], close[part]
                 error = chunks.error(_logits(rows, weight), labels[part], close_id, outputs)
@@ -130,26 +130,30 @@ class _HeadLoss(torch.autograd.Function):
 
 
 class _Chunks:
-    """From logits to the error of the predictions, chunk by chunk, in one buffer for all of them."""
+    """From logits to the error of the predictions, chunk by chunk."""
 
-    def __init__(self, weight: torch.Tensor, rows: int, with_gradient: bool) -> None:
+    def __init__(self, weight: torch.Tensor, targets: int, with_gradient: bool) -> None:
         self._dtype, self._with_gradient = weight.dtype, with_gradient
         self._by_kernel = _has_kernel(weight)
-        dtype = weight.dtype if self._by_kernel else torch.float32
-        unused = self._by_kernel and not with_gradient
-        shape = (0 if unused else rows, weight.shape[0])
-        self._buffer = torch.empty(shape, dtype=dtype, device=weight.device)
+        most = rows_per_chunk(weight.shape[0], weight.device.type)
+        if weight.is_cuda and not self._by_kernel:
+            most = max(most // 128 * 64, 64)  # probabilities lie beside the logits
+        # Chunks of about equal size: products with few rows are slow ones.
+        number = max(1, math.ceil(targets / most))
+        self.rows = min(most, max(64, math.ceil(targets / number / 64) * 64))
+        shape = (0 if self._by_kernel else min(self.rows, targets), weight.shape[0])
+        self._buffer = torch.empty(shape, dtype=torch.float32, device=weight.device)
 
     def error(self, logits, labels, close_id, outputs) -> torch.Tensor:
         """Fill the three outputs; softmax minus one-hot (C, V), in the weight's type for a gradient."""
-        buffer = self._buffer[: len(labels)]
-        if not self._by_kernel:
-            error = _softmax_error(logits, labels, close_id, *outputs, buffer)
-            return error.to(self._dtype) if self._with_gradient else error
-        from finetuning.model.triton_kernels import softmax_error
+        if self._by_kernel:
+            from finetuning.model.triton_kernels import softmax_error
 
-        softmax_error(logits, labels, close_id, outputs, buffer if self._with_gradient else None)
-        return buffer
+            dtype = self._dtype if self._with_gradient else None
+            return softmax_error(logits, labels, close_id, outputs, dtype)
+        error = _softmax_error(logits, labels, close_id, *outputs, self._buffer[: len(labels)])
+        del logits  # before there is a third tensor of their size
+        return error.to(self._dtype) if self._with_gradient else error
 
 
 def _has_kernel(weight: torch.Tensor) -> bool:

@@ -38,23 +38,26 @@ def softmax_error(
     labels: torch.Tensor,
     close_id: int,
     outputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    error: torch.Tensor | None,
-) -> None:
+    dtype: torch.dtype | None,
+) -> torch.Tensor:
     """Two passes over a chunk of logits (C, V), fp32, where torch's own operations take eight.
 
     outputs: (C,) fp32 each: loss in nats, whether the label's logit is the largest, probability of
-    close_id. error: (C, V), any float type, becomes softmax minus one-hot; None: not wanted.
+    close_id. Returns softmax minus one-hot (C, V) in `dtype`, in the place of the logits; with None
+    they stay as they are.
     """
     rows, vocab = logits.shape
-    assert logits.is_contiguous() and (error is None or error.is_contiguous())
-    wanted = error is not None
-    arguments = (logits, labels, *outputs, error if wanted else logits, vocab, max(close_id, 0))
+    assert logits.is_contiguous()
+    error = logits if dtype is None else logits.view(dtype)[:, :vocab]
+    arguments = (logits, labels, *outputs, error, vocab, error.stride(0), max(close_id, 0))
+    wanted = dtype is not None
     _softmax_error[(rows,)](*arguments, WANTED=wanted, BLOCK=_ROW_BLOCK, num_warps=16)
+    return error
 
 
 @triton.jit
 def _softmax_error(
-    logits, labels, nll, correct, close, error, vocab, close_id,
+    logits, labels, nll, correct, close, error, vocab, error_stride, close_id,
     WANTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -76,10 +79,11 @@ def _softmax_error(
     tl.store(correct + row, (label_logit == largest).to(tl.float32))
     tl.store(close + row, tl.exp(tl.load(start + close_id) - normaliser))
     if WANTED:
-        target = error + row.to(tl.int64) * vocab
-        blocks = tl.cdiv(vocab, BLOCK)
-        for block in range(0, blocks):  # backwards: the end of the row is still in the cache
-            at = (blocks - 1 - block) * BLOCK + lanes
+        target = error + row.to(tl.int64) * error_stride
+        for first in range(0, vocab, BLOCK):
+            at = first + lanes
             x = tl.load(start + at, mask=at < vocab, other=-float("inf"))
+            # Narrower numbers in the same place fall behind what is read; only this block must be read.
+            tl.debug_barrier()
             difference = tl.exp(x - normaliser) - (at == label).to(tl.float32)
             tl.store(target + at, difference.to(error.dtype.element_ty), mask=at < vocab)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +34,8 @@ from finetuning.training.optimizer import (
 )
 from finetuning.training.state import TrainState
 from finetuning.training.step_clock import StepClock
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -221,10 +223,12 @@ class TrainingEngine:
     def _capture(self, planned: PlannedStep, tokens: TokenizedSamples) -> None:
         """Make one CUDA graph of a micro-batch's passes; steps go on without where that fails."""
         example = build_batch(tokens, planned.micro_batches[0], **self.batch_shape)
+        device = self._dist.device
         try:
-            self.captured = CapturedStep(self.packed, self.parameters, example, self._dist.device)
+            self.captured = CapturedStep(self.packed, self.parameters, example, device)
         except RuntimeError as error:
             self.not_captured = _reason(error)
+        if self.not_captured:
             self.optimizer.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
             self._warn(f"no CUDA graph, kernels are launched one by one: {self.not_captured}")
@@ -232,9 +236,29 @@ class TrainingEngine:
     # -------------------------------------------------------------------------
     # When memory runs out
 
-    def _release_graph(self, reason: str) -> None:
-        """Launch kernel by kernel from here on; the graph's memory is free for it."""
-        self.captured, self.not_captured = None, self.not_captured or reason
+    def release_graph(self, reason: str = "") -> bool:
+        """Let go of the graph and the memory it holds; true if there was one.
+
+        With a reason kernels are launched one by one from here on; without, the next step makes it anew.
+        """
+        had_one, self.captured = self.captured is not None, None
+        self.not_captured = self.not_captured or reason
+        if had_one:
+            torch.cuda.empty_cache()
+        return had_one
+
+    def beside_graph(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns; where its memory runs out it is done again with what the graph held.
+
+        A graph holds what the passes of a step use, also in between.
+        """
+        try:
+            return work()
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or self.captured is None:
+                raise
+        self.release_graph()  # behind the handler, whose error keeps what was there
+        return work()
 
     def _reduce_memory(self, state: TrainState) -> None:
         """From here on, on all ranks: activations are made again in the backward pass; then smaller parts."""
@@ -253,7 +277,7 @@ class TrainingEngine:
     def apply_memory_measures(self, state: TrainState) -> None:
         """Apply the measures that the state names: those of now, or of before a resume."""
         if state.recomputes or state.micro_batch_splits:
-            self._release_graph("memory was short: micro-batches are made anew or in parts")
+            self.release_graph("memory was short: micro-batches are made anew or in parts")
         if state.recomputes and self._may_checkpoint:
             loading.recompute_activations(self._model)
             self.gradient_checkpointing, self._may_checkpoint = True, False
@@ -266,7 +290,7 @@ class TrainingEngine:
 
     def _stop_compiling(self) -> None:
         """The layers run as they are written from here on."""
-        self._release_graph("layers are not compiled")
+        self.release_graph("layers are not compiled")
         if self.batch_shape:
             self.batch_shape = {}
             torch.compiler.set_stance("force_eager")

@@ -211,11 +211,11 @@ def activation_bytes(dims: ModelDims, placement: Placement) -> int:
 
 
 def _logits_bytes(shape: ModelShape, placement: Placement, tokens: int) -> int:
-    """A chunk of logits and one of probabilities, both fp32; the head's gradient if it is trained."""
+    """A chunk of logits, fp32, and off CUDA one of probabilities; the head's gradient if it is trained."""
     vocab = shape.dims.vocab
     rows = min(rows_per_chunk(vocab, placement.device_type), tokens)
     head = 0 if shape.lora else vocab * shape.dims.hidden * FP32
-    return rows * vocab * 2 * FP32 + head
+    return rows * vocab * (1 if placement.device_type == "cuda" else 2) * FP32 + head
 
 
 def _workspace_bytes(shape: ModelShape, placement: Placement, tokens: int) -> int:

@@ -339,6 +339,38 @@ def test_out_of_memory_recomputes_then_halves_the_micro_batches_and_keeps_the_lo
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("enough", [True, False])
+def test_an_evaluation_that_needs_the_memory_of_the_graph_gets_it(
+    tmp_path, run, monkeypatch, enough: bool
+):
+    """The graph is a stand-in. Where its memory is not enough either, that is no secret."""
+    short: list[int] = []
+    original = DirectTrainer.evaluate
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        measure = self.evaluator.measure
+
+        def needs_memory(*args):
+            if self.engine.captured is not None or not enough:
+                short.append(step)
+                raise torch.OutOfMemoryError("CUDA out of memory (injected)")
+            return measure(*args)
+
+        if step == 3:
+            monkeypatch.setattr(self.evaluator, "measure", needs_memory)
+            self.engine.captured = SimpleNamespace(peak_bytes=0)
+        return original(self, step)
+
+    monkeypatch.setattr(DirectTrainer, "evaluate", evaluate)
+    if enough:
+        assert run(tmp_path) == 0 and short == [3]
+        return
+    with pytest.raises(torch.OutOfMemoryError):
+        run(tmp_path)
+    assert short == [3, 3]
+
+
+@pytest.mark.slow
 def test_numbers_that_are_read_behind_the_next_step_are_the_same(
     tmp_path, finished, run, monkeypatch
 ):
