@@ -26,7 +26,7 @@ def test_what_is_sharded_before_memory_decides(subtests):
 def test_shards_take_no_divided_micro_batches():
     """A checkpoint of replicas may ask for them; ranks would gather weights unequally often."""
     model, state = object.__new__(TrainingEngine), TrainState(micro_batch_splits=2)
-    model._parallel, model.not_captured = "fsdp", "sharded"
+    model._parallel, model.captured, model.not_captured = "fsdp", None, "sharded"
     model.apply_memory_measures(state)
     assert state.micro_batch_splits == 0
 

@@ -243,14 +243,14 @@ def test_changed_settings_of_a_resumed_run_are_said(tmp_path, run, capsys):
 @pytest.mark.parametrize("while_it", ["imports", "reads"])
 def test_ctrl_c_before_the_run_is_one_line(tmp_path, tiny_data, cache_dir, while_it):
     """The first seconds are imports; then data are read. There is nothing to save yet."""
-    reads = "prepare_data" if while_it == "reads" else ""
+    reads = while_it == "reads"
     script = tmp_path / "script.py"
     # What happens at some moment in the real program: the signal comes within an import, or within a call.
     interrupt = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
     source = SCRIPT.read_text(encoding="utf-8")
     if reads:
-        place = '        """Samples and tokens, from the files or the cache."""\n'
-        source = source.replace(place, f"{place}        {interrupt}\n")
+        place = "            self.plan = plan_run("
+        source = source.replace(place, f"            {interrupt}\n{place}")
     else:
         source = source.replace("import dataclasses\n", f"import dataclasses\n{interrupt}\n", 1)
     assert interrupt in source
@@ -270,7 +270,7 @@ def test_ctrl_c_before_the_run_is_one_line(tmp_path, tiny_data, cache_dir, while
     )
     assert done.returncode in (130, -signal.SIGINT)
     assert "Traceback" not in done.stderr and done.stderr.count("\n") <= 1, done.stderr
-    assert ("interrupted before the first step" in done.stderr) == bool(reads)
+    assert ("interrupted before the first step" in done.stderr) == reads
 
 
 @pytest.mark.slow
