@@ -101,8 +101,8 @@ class DirectTrainer:
             self.dist,
             save_steps=config.save_steps,
             keep=config.save_total_limit,
-            say=self.terminal.say,
-            warn=self.terminal.warn,
+            say=self.terminal.info,
+            warn=self.terminal.warning,
         )
 
     @property
@@ -249,7 +249,7 @@ class DirectTrainer:
             state.nonfinite_steps.append(result.step)
         places = self.metrics.nonfinite_places(result)
         self.record.evidence["samples"] = self.nonfinite_places = places
-        self.terminal.warn(
+        self.terminal.warning(
             f"step {result.step}: the gradient is not finite; its update was left out. Samples: "
             + ", ".join(places[:8])
         )
@@ -283,7 +283,7 @@ class DirectTrainer:
             self.save_model(self.record.run.best_model)
         patience = self.config.early_stopping_patience
         if patience and state.evals_without_gain >= patience:
-            self.terminal.say(f"early stopping: no better held-out loss in {patience} evaluations")
+            self.terminal.info(f"early stopping: no better held-out loss in {patience} evaluations")
             self.outcome = "stopped"
         return metrics
 
@@ -354,7 +354,7 @@ class DirectTrainer:
         self.metrics.restart(self.state)
         self.record.rewind(self.state.step, self.state.alerts)
         text = f"went back to {checkpoint.path}; the update of step {failed} will be left out"
-        self.terminal.say(text)
+        self.terminal.info(text)
 
     # -------------------------------------------------------------------------
     # Beginning
@@ -374,10 +374,10 @@ class DirectTrainer:
             checkpoint.run if checkpoint else begun,
             # Weights and both moments, one more while the old one is still there.
             needed_bytes=6 * 4 * self.engine.num_trainable,
-            say=self.terminal.say,
+            say=self.terminal.info,
         )
         if begun:
-            self.terminal.say(f"{begun} begins again: it had no checkpoint yet")
+            self.terminal.info(f"{begun} begins again: it had no checkpoint yet")
         self.terminal.open_log(run.logs / "training.log")
         resume_step = self.state.step if checkpoint else -1 if begun else None
         self.record = self.open_record(run, resume_step)
@@ -388,13 +388,13 @@ class DirectTrainer:
         self.record.write_configuration(self.plan, self.engine)
         self.record.status("running", step=self.state.step)
         if not checkpoint:
-            with dist.patience("statistics"), self.terminal.working("describing the data"):
+            with dist.wait_alive("statistics"), self.terminal.working("describing the data"):
                 if dist.is_main:
                     self.record.describe(self.plan)
 
     def open_record(self, run: RunDirectory, resume_step: int | None) -> RunRecord:
         """Logger and monitors, which go on at this step of an earlier session (None: a fresh run)."""
-        dist, warn = self.dist, self.terminal.warn
+        dist, warn = self.dist, self.terminal.warning
         logger: TensorBoardLogger | NullLogger = NullLogger()
         if dist.is_main:
             files = {"run_dir": run.tensorboard, "metrics_path": run.logs / "metrics.jsonl"}
@@ -420,7 +420,7 @@ class DirectTrainer:
             raise RunStopped(summary.nonfinite_text(state, self.nonfinite_places))
         if outcome == "preempted":
             text = summary.preempted_text(self.stop.name, state.step, self.plan.steps.num_steps)
-            self.terminal.conclude(text)
+            self.terminal.final(text)
         else:
             self.save_model(self.record.run.final_model)
             self.metrics.count_seconds(state)
@@ -430,7 +430,7 @@ class DirectTrainer:
                 text = self.record.write_summary(
                     self.plan, self.engine, state, monitoring, hardware
                 )
-                self.terminal.conclude(text)
+                self.terminal.final(text)
         self.record.status(outcome, step=state.step, signal=self.stop.name)
 
     def close(self) -> None:
@@ -443,9 +443,9 @@ class DirectTrainer:
         try:  # a disk that is full or a file that somebody broke ends no run
             with self.terminal.working("writing the report"):
                 path = write_report(self.record.run)
-            self.terminal.say(f"report: {path}")
+            self.terminal.info(f"report: {path}")
         except (OSError, UserError) as error:
-            self.terminal.warn(f"no report.html: {error}")
+            self.terminal.warning(f"no report.html: {error}")
 
 
 # -----------------------------------------------------------------------------

@@ -53,7 +53,7 @@ def export(settings: Export, terminal: Terminal) -> Agreement:
     if not is_adapter(adapter):
         raise UserError(f"--adapter {adapter}: a whole model already; use it as it is")
     device = pick_device(settings.device)
-    terminal.say(f"merging {adapter}")
+    terminal.info(f"merging {adapter}")
     trained, base = logits_apart(adapter, device, settings.base_model)
     unchecked = output.absolute().with_name(f".{output.name}-unchecked")
     try:
@@ -69,7 +69,7 @@ def export(settings: Export, terminal: Terminal) -> Agreement:
         unchecked.rename(output)
     finally:
         shutil.rmtree(unchecked, ignore_errors=True)
-    terminal.conclude(f"model: {output}")
+    terminal.final(f"model: {output}")
     return agreement
 
 
@@ -77,7 +77,7 @@ def check(agreement: Agreement, tolerance: float, terminal: Terminal) -> None:
     """Say how well the logits agree. RunStopped where they don't."""
     difference, effect = agreement.difference, agreement.effect
     limit = tolerance * max(1.0, effect)
-    terminal.say(
+    terminal.info(
         f"merged against apart: largest difference of a logit {difference:.2g} standard deviations "
         f"(at most {limit:.2g}); the adapter itself moves them by {effect:.2g}"
     )
@@ -87,7 +87,7 @@ def check(agreement: Agreement, tolerance: float, terminal: Terminal) -> None:
             "nothing was written. Try --precision fp32"
         )
     if difference > 0.5 * effect > 0:
-        terminal.warn(
+        terminal.warning(
             "rounding the merged weights changes the logits by half as much as the adapter does, or "
             "more; --precision fp32 keeps what it has learned"
         )

@@ -121,7 +121,7 @@ def random_documents(vocabulary: int, length: int):
         offsets=np.arange(5) * (length // 4),
         sample_index=np.arange(4),
         num_targets=(segments != Segment.PROMPT).sum(1),
-        ledger=TruncationReport(),
+        truncation=TruncationReport(),
         close_id=2,
         end_id=1,
         max_seq_length=length,

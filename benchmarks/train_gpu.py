@@ -130,7 +130,7 @@ class Work:
             offsets=offsets,
             sample_index=np.arange(count),
             num_targets=targets,
-            ledger=TruncationReport(),
+            truncation=TruncationReport(),
             close_id=CLOSE,
             end_id=END,
             max_seq_length=self.longest,

@@ -308,8 +308,8 @@ def damaged(rig: Rig, damage: Callable[[Path], bool], resume: bool) -> tuple[boo
     """Damage the newest of two checkpoints; the one before must be used, the bad one kept aside."""
     output = rig.place("damaged") / "out"
     shutil.copytree(two_checkpoints(rig), output)
-    ledger = two_checkpoints(rig).with_name("out.ledger.jsonl")
-    shutil.copy(ledger, output.with_name(ledger.name))
+    truncation = two_checkpoints(rig).with_name("out.truncation.jsonl")
+    shutil.copy(truncation, output.with_name(truncation.name))
     newest = output / "checkpoints" / "checkpoint-12"
     fired = damage(newest)
     warnings: list[str] = []

@@ -422,8 +422,8 @@ def torn(rig: Rig, cut: int) -> Trial:
 
     output = rig.place("f21") / "out"
     shutil.copytree(two_checkpoints(rig), output)
-    ledger = two_checkpoints(rig).with_name("out.ledger.jsonl")
-    shutil.copy(ledger, output.with_name(ledger.name))
+    truncation = two_checkpoints(rig).with_name("out.truncation.jsonl")
+    shutil.copy(truncation, output.with_name(truncation.name))
     file = max((output / "tensorboard_logs").glob("*/*tfevents*"), key=os.path.getsize)
     size = file.stat().st_size
     with open(file, "ab") as handle:

@@ -82,7 +82,7 @@ def f01(rig: Rig, tally: Tally, count: int) -> None:
 
 
 def _ledger(output: Path) -> Path:
-    return output.with_name(output.name + ".ledger.jsonl")
+    return output.with_name(output.name + ".truncation.jsonl")
 
 
 def no_random_state() -> None:
@@ -105,15 +105,15 @@ def chain(rig: Rig, stops: list[int]) -> list[tuple[int, bool, list[str]]]:
     results = []
     for stop in stops:
         outcome = rig.run(output, patch=lambda s=stop: stop_at(s), limit=120)
-        ledger = read_ledger(output)[0]
+        truncation = read_ledger(output)[0]
         faults = [f"exit {outcome.code}: {outcome.output[-300:]}"] if outcome.code else []
-        fired = max(ledger, default=0) == stop
+        fired = max(truncation, default=0) == stop
         status = status_of(output)
         if (status.get("status"), status.get("step")) != ("preempted", stop):
             faults.append(f"status file says {status}")
         if stop not in set(steps_of(output)):
             faults.append(f"no checkpoint of step {stop}")
-        faults += _different(rig, ledger)
+        faults += _different(rig, truncation)
         results.append((stop, fired, faults))
     last = nothing_lost(output, rig.reference, rig.run(output, limit=120))
     again = read_ledger(output)[1]
@@ -123,8 +123,8 @@ def chain(rig: Rig, stops: list[int]) -> list[tuple[int, bool, list[str]]]:
     return results
 
 
-def _different(rig: Rig, ledger: dict[int, dict]) -> list[str]:
-    wrong = [s for s, record in ledger.items() if rig.reference.ledger[s] != record]
+def _different(rig: Rig, truncation: dict[int, dict]) -> list[str]:
+    wrong = [s for s, record in truncation.items() if rig.reference.truncation[s] != record]
     return [f"step {wrong[0]} is not bit-equal"] if wrong else []
 
 

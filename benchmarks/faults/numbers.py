@@ -97,10 +97,10 @@ def finite_checkpoints(output: Path) -> list[str]:
 
 def kept_weights(output: Path, step: int) -> list[str]:
     """The update of `step` did not happen."""
-    ledger = read_ledger(output)[0]
-    if step == 1 or step not in ledger:
+    truncation = read_ledger(output)[0]
+    if step == 1 or step not in truncation:
         return []
-    same = ledger[step]["weights"] == ledger[step - 1]["weights"]
+    same = truncation[step]["weights"] == truncation[step - 1]["weights"]
     return [] if same else [f"the update of step {step} reached the weights"]
 
 
@@ -166,9 +166,9 @@ def too_many(rig: Rig) -> tuple[bool, list[str]]:
 
     options = ("--nonfinite", "skip", "--max-nonfinite-steps", "3")
     outcome = rig.run(output, *options, patch=patch, limit=60)
-    ledger = read_ledger(output)[0]
+    truncation = read_ledger(output)[0]
     problems = [] if outcome.code == 3 else [f"exit {outcome.code}: {outcome.output[-300:]}"]
-    problems += [f"went on to step {max(ledger)}"] if max(ledger) > 6 else []
+    problems += [f"went on to step {max(truncation)}"] if max(truncation) > 6 else []
     return marker.exists(), problems + finite_checkpoints(output)
 
 
@@ -278,10 +278,10 @@ def memory(rig: Rig, error: Callable, step: int, tokens: int, ends: bool) -> tup
 def _same_within(rig: Rig, found: Reference, relative: float = 0.02) -> list[str]:
     """Same documents per step; losses close (dropout falls otherwise when the parts are smaller)."""
     problems = []
-    for step, record in rig.reference.ledger.items():
-        if found.ledger.get(step, {}).get("documents") != record["documents"]:
+    for step, record in rig.reference.truncation.items():
+        if found.truncation.get(step, {}).get("documents") != record["documents"]:
             problems.append(f"step {step} has other documents")
-        loss, wanted = (float.fromhex(r["loss"]) for r in (found.ledger[step], record))
+        loss, wanted = (float.fromhex(r["loss"]) for r in (found.truncation[step], record))
         if abs(loss - wanted) > relative * abs(wanted):
             problems.append(f"step {step}: loss {loss}, uninterrupted {wanted}")
     return problems[:2]

@@ -68,7 +68,7 @@ def start_ranks(
 
 
 def notes(output: Path, rank: int) -> Path:
-    """Where a rank's ledger lies beside the output."""
+    """Where a rank's truncation lies beside the output."""
     return output if rank == 0 else output.with_name(f"{output.name}.rank{rank}")
 
 
@@ -141,8 +141,8 @@ def other_world(rig: Rig, tally: Tally, worlds: tuple[int, int, int]) -> tuple[b
     found, wanted = Reference.read(output), Reference.read(whole)
     documents = [
         s
-        for s, r in wanted.ledger.items()
-        if sorted(found.ledger[s]["documents"]) != sorted(r["documents"])
+        for s, r in wanted.truncation.items()
+        if sorted(found.truncation[s]["documents"]) != sorted(r["documents"])
     ]
     problems = [f"step {documents[0]} has other documents"] if documents else []
     curves = found.curves["Training/Loss"], wanted.curves["Training/Loss"]
@@ -167,9 +167,9 @@ def f05(rig: Rig, tally: Tally, count: int) -> None:
 
 
 def _steps(output: Path, rank: int) -> dict[int, dict]:
-    ledger = notes(output, rank)
-    exists = ledger.with_name(f"{ledger.name}.{LEDGER}").exists()
-    return read_ledger(ledger)[0] if exists else {}
+    truncation = notes(output, rank)
+    exists = truncation.with_name(f"{truncation.name}.{LEDGER}").exists()
+    return read_ledger(truncation)[0] if exists else {}
 
 
 def killed_peer(rig: Rig, rank: int, step: int, delay: float) -> tuple[bool, list[str], float]:

@@ -27,7 +27,7 @@ from finetuning.training import engine
 from .tally import SUITE_ERROR, SuiteError, of_the_suite
 
 NUM_RECORDS, NUM_STEPS, SAVE_STEPS = 64, 24, 5
-LEDGER = "ledger.jsonl"
+LEDGER = "truncation.jsonl"
 _WORDS = list(
     [
         "密钥",
@@ -247,7 +247,7 @@ class Rig:
     ) -> Child:
         """Fork a run of the program writing below `output`; `patch` is called in the child first.
 
-        Console and ledger are written beside `notes` (the output directory, unless it is said).
+        Console and truncation are written beside `notes` (the output directory, unless it is said).
         """
         notes = notes or output
 
@@ -331,7 +331,7 @@ def write_ledger(path: Path) -> None:
 class Reference:
     """What an uninterrupted run left behind."""
 
-    ledger: dict[int, dict]
+    truncation: dict[int, dict]
     curves: dict[str, dict[int, float]]
     adapter: str
     totals: dict
@@ -341,7 +341,7 @@ class Reference:
     def read(cls, output: Path) -> "Reference":
         """Read a finished run."""
         return cls(
-            ledger=read_ledger(output)[0],
+            truncation=read_ledger(output)[0],
             curves=read_curves(output),
             adapter=adapter_hash(output),
             totals=totals(output),
@@ -441,13 +441,13 @@ def nothing_lost(
     if outcome.code != 0:
         return [f"the last run ended with {outcome.code}: {outcome.output[-400:]}"]
     faults = ["a process was left running"] if outcome.left_alive else []
-    ledger, _ = read_ledger(notes or output)
-    for step, record in reference.ledger.items():
-        if ledger.get(step) != record:
-            keys = [k for k in record if ledger.get(step, {}).get(k) != record[k]]
+    truncation, _ = read_ledger(notes or output)
+    for step, record in reference.truncation.items():
+        if truncation.get(step) != record:
+            keys = [k for k in record if truncation.get(step, {}).get(k) != record[k]]
             faults.append(f"step {step} differs from the uninterrupted run in {', '.join(keys)}")
             break
-    faults += epoch_faults(ledger, reference.ledger)
+    faults += epoch_faults(truncation, reference.truncation)
     if adapter_hash(output) != reference.adapter:
         faults.append("the final adapter differs")
     for tag, curve in read_curves(output).items():
@@ -462,10 +462,10 @@ def nothing_lost(
     return faults
 
 
-def epoch_faults(ledger: dict[int, dict], reference: dict[int, dict]) -> list[str]:
+def epoch_faults(truncation: dict[int, dict], reference: dict[int, dict]) -> list[str]:
     """Every document exactly once per whole epoch."""
     epochs: dict[int, list[int]] = {}
-    for record in ledger.values():
+    for record in truncation.values():
         epochs.setdefault(record["epoch"], []).extend(record["documents"])
     everything = sorted(d for r in reference.values() if r["epoch"] == 0 for d in r["documents"])
     whole = [e for e in epochs if e < max(epochs)]

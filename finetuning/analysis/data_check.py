@@ -32,13 +32,13 @@ class Fault:
 def data_faults(data: TrainingData, statistics: DatasetStatistics) -> list[Fault]:
     """All faults by place. Duplicates, conflicts and leaks: the first 200 of each kind."""
     split = data.split
-    parts = [(split.read, data.train.tokens.ledger)]
+    parts = [(split.read, data.train.tokens.truncation)]
     if split.eval_read is not None:
-        parts.append((split.eval_read, data.held_out.tokens.ledger))
+        parts.append((split.eval_read, data.held_out.tokens.truncation))
     faults = {fault for fault in _repetitions(statistics)}
-    for read, ledger in parts:
+    for read, truncation in parts:
         faults.update(_broken(read.broken), _remarks(read.remarks))
-        faults.update(_lengths(read.samples, ledger, data.max_seq_length))
+        faults.update(_lengths(read.samples, truncation, data.max_seq_length))
     return sorted(faults)
 
 
@@ -50,7 +50,7 @@ def check_data(
         print_report(statistics.to_json())
     faults = data_faults(data, statistics)
     count = len(data.split.read.samples)
-    terminal.conclude("\n".join([*map(str, faults), summary(faults, count)]))
+    terminal.final("\n".join([*map(str, faults), summary(faults, count)]))
     return 0 if is_good(faults) else 1
 
 
@@ -78,16 +78,18 @@ def _remarks(remarks: Sequence[Remark]) -> Iterator[Fault]:
         yield Fault(remark.source, remark.line, "remark", remark.text)
 
 
-def _lengths(samples: Sequence[Sample], ledger: TruncationReport, limit: int) -> Iterator[Fault]:
+def _lengths(
+    samples: Sequence[Sample], truncation: TruncationReport, limit: int
+) -> Iterator[Fault]:
     """What the tokens tell less of than the file."""
     kinds = {
-        "dropped": (ledger.dropped, f"longer than max_seq_length {limit}; left out"),
+        "dropped": (truncation.dropped, f"longer than max_seq_length {limit}; left out"),
         "shortened": (
-            ledger.shortened,
+            truncation.shortened,
             f"longer than max_seq_length {limit}; the middle of its thinking is left out",
         ),
-        "control token": (ledger.control_tokens, "its text spells a control token"),
-        "no thinking": (ledger.without_thinking, "teaches to answer without thinking"),
+        "control token": (truncation.control_tokens, "its text spells a control token"),
+        "no thinking": (truncation.without_thinking, "teaches to answer without thinking"),
     }
     of_id = {kind: set(ids) for kind, (ids, _) in kinds.items()}
     if not any(of_id.values()):

@@ -54,7 +54,9 @@ class TokenLengths:
 
     exact: bool
     tallies: dict[str, Tally]  # prompt, thinking, answer, total
-    ledger: dict[str, int] = field(default_factory=dict)  # samples, by what truncation did to them
+    truncation: dict[str, int] = field(
+        default_factory=dict
+    )  # samples, by what truncation did to them
     limit: int | None = None  # above which the lengths of truncated or dropped samples are unknown
 
 
@@ -131,11 +133,11 @@ class DatasetStatistics:
         result["Advised_Max_Seq_Length"] = self.advised_max_seq_length()
         if self.max_seq_length:
             result["Packing_Efficiency_Percent"] = self.packing_forecast().get(self.max_seq_length)
-        if ledger := self.tokens.ledger:
-            documents = len(self.tokens.tallies["total"]) + ledger["dropped"]
-            result["Truncated_Percent"] = 100 * ledger["truncated"] / max(1, documents)
+        if truncation := self.tokens.truncation:
+            documents = len(self.tokens.tallies["total"]) + truncation["dropped"]
+            result["Truncated_Percent"] = 100 * truncation["truncated"] / max(1, documents)
             names = ("lost_think_close", "lost_answer", "lost_eos", "dropped", "control_tokens")
-            result |= {_tag(name): ledger[name] for name in names}
+            result |= {_tag(name): truncation[name] for name in names}
         return result
 
     def _tally(self, name: str) -> Tally:
@@ -152,8 +154,8 @@ class DatasetStatistics:
     def exceeding(self) -> dict[int, float]:
         """Percent of the samples longer than each length of `SEQUENCE_LENGTHS`, in tokens; a
         length is absent where truncation hid how many there were."""
-        lengths, ledger = self.tokens.tallies["total"], self.tokens.ledger
-        dropped, truncated = ledger.get("dropped", 0), ledger.get("truncated", 0)
+        lengths, truncation = self.tokens.tallies["total"], self.tokens.truncation
+        dropped, truncated = truncation.get("dropped", 0), truncation.get("truncated", 0)
         limit = self.tokens.limit if truncated else None
         result = {}
         for length in SEQUENCE_LENGTHS:
@@ -233,7 +235,7 @@ class DatasetStatistics:
                 "tokens": {k: tally.summary() for k, tally in self.tokens.tallies.items()},
                 "tokens_are_exact": self.tokens.exact,
                 "token_histogram": _binned(self.tokens.tallies),
-                "truncation": self.tokens.ledger,
+                "truncation": self.tokens.truncation,
                 "max_seq_length": self.max_seq_length,
                 "exceeding_percent": self.exceeding(),
                 "packing_efficiency_percent_by_length": self.packing_forecast(),
@@ -400,8 +402,8 @@ def _exact_lengths(tokens: "TokenizedSamples") -> TokenLengths:
     for number, name in _SEGMENTS.items():
         tallies[name] = _tally_of(tokens.segment_counts[:, number])
         del tallies[name].counts[0]
-    ledger = {name: len(ids) for name, ids in asdict(tokens.ledger).items()}
-    return TokenLengths(True, tallies, ledger, tokens.max_seq_length)
+    truncation = {name: len(ids) for name, ids in asdict(tokens.truncation).items()}
+    return TokenLengths(True, tallies, truncation, tokens.max_seq_length)
 
 
 def _tally_of(values: np.ndarray) -> Tally:
@@ -444,7 +446,7 @@ def _warnings(stats: DatasetStatistics) -> Iterator[str]:
 
 def _length_warnings(stats: DatasetStatistics) -> Iterator[str]:
     limit, lengths = stats.max_seq_length, stats.tokens.tallies["total"]
-    over = stats.tokens.ledger.get("truncated", 0)
+    over = stats.tokens.truncation.get("truncated", 0)
     over = over or (lengths.above(limit) if limit else 0)
     about = "" if stats.tokens.exact else "about "
     if over:

@@ -82,42 +82,42 @@ class Distributed:
         if self.world_size > 1:
             torch_distributed.barrier()
 
-    def note(self, key: str, value: str) -> None:
-        """Rank 0 leaves a word for the groups that torchrun may start after this one."""
+    def put(self, key: str, value: str) -> None:
+        """Keep a value for the groups that torchrun may start after this one; only rank 0 writes it."""
         if self.is_main and self.job_store is not None:
             self.job_store.set(f"note/{key}", value)
 
-    def noted(self, key: str) -> str:
-        """What rank 0 of this or an earlier group has noted; nothing if it has not."""
+    def get(self, key: str) -> str:
+        """The value that rank 0 of this or an earlier group has put; empty if there is none."""
         known = self.job_store is not None and self.job_store.check([f"note/{key}"])
         return self.job_store.get(f"note/{key}").decode() if known else ""
 
     @contextmanager
-    def patience(self, what: str) -> Iterator[None]:
-        """Work that may take some ranks hours: whoever is through waits for the others while they live.
+    def wait_alive(self, what: str) -> Iterator[None]:
+        """Within it, a rank may work for hours; a rank that is done waits for the others while they live.
 
-        The timeout of collectives would end the wait for a rank that is merely slow. Here only silence
-        does: each rank gives a sign of life every few seconds, and listens to the one after it.
+        The timeout of collectives would end the wait for a rank that is only slow. Here only silence ends
+        it: each rank sends a heartbeat every few seconds, and listens to the rank after it.
         `what` names the work, once a run. Raises RuntimeError if that rank is silent for the timeout.
         """
         if self.world_size == 1:
             yield
             return
-        sign, through = f"sign/{self.rank}", threading.Event()
-        beat = min(5.0, self.timeout_seconds / 4)
+        heartbeat, done = f"heartbeat/{self.rank}", threading.Event()
+        interval = min(5.0, self.timeout_seconds / 4)
 
-        def give_signs() -> None:
-            while not through.wait(beat):
-                self.group_store.add(sign, 1)
+        def beat() -> None:
+            while not done.wait(interval):
+                self.group_store.add(heartbeat, 1)
 
-        signs = threading.Thread(target=give_signs, daemon=True)
-        signs.start()
+        beats = threading.Thread(target=beat, daemon=True)
+        beats.start()
         try:
             yield
-            self._wait_for_all(f"through/{what}")
+            self._wait_for_all(f"done/{what}")
         finally:
-            through.set()
-            signs.join()
+            done.set()
+            beats.join()
 
     def _wait_for_all(self, counter: str) -> None:
         """Until every rank is here, or the next one gives no sign any more."""
@@ -126,10 +126,10 @@ class Distributed:
         last, since = 0, time.monotonic()
         while arrived < self.world_size:
             time.sleep(_POLL_SECONDS)
-            arrived, sign = store.add(counter, 0), store.add(f"sign/{neighbour}", 0)
+            arrived, beats = store.add(counter, 0), store.add(f"heartbeat/{neighbour}", 0)
             now = time.monotonic()
-            if sign != last:
-                last, since = sign, now
+            if beats != last:
+                last, since = beats, now
             elif now - since > self.timeout_seconds:
                 raise RuntimeError(
                     f"rank {neighbour} gave no sign of life for {self.timeout_seconds:g} s"

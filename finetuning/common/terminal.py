@@ -62,19 +62,19 @@ class Terminal:
         if self._is_main:
             self._log = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
 
-    def say(self, text: str, style: str = "") -> None:
+    def info(self, text: str, style: str = "") -> None:
         """One line, or several."""
         self._write_log(text)
         if self._shows:
             _print(self._console, text, style)
 
-    def conclude(self, text: str) -> None:
+    def final(self, text: str) -> None:
         """A closing line; shown even when quiet."""
         self._write_log(text)
         if self._is_main:
             _print(self._console, text)
 
-    def warn(self, text: str) -> None:
+    def warning(self, text: str) -> None:
         """Something that a person should look at; training goes on."""
         self._write_log(f"warning: {text}")
         if self._is_main:
@@ -122,7 +122,7 @@ class Terminal:
             yield _ignore
         seconds = time.monotonic() - started
         if seconds >= PLAIN_LINE_SECONDS:
-            self.say(f"{what}: {seconds:.0f} s")
+            self.info(f"{what}: {seconds:.0f} s")
 
     @contextmanager
     def _bar(self, what: str) -> Iterator[Report]:
@@ -178,7 +178,7 @@ class Terminal:
             self._log.write(f"{stamp} {clean(redact(text))}\n")
         except OSError as error:  # a full disk must not stop training
             self._log = None
-            self.warn(f"training.log can't be written any more: {error}")
+            self.warning(f"training.log can't be written any more: {error}")
 
 
 class RunPanel:

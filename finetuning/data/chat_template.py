@@ -36,7 +36,7 @@ _MARKUP = re.compile(r"<\|.*\|>|</?(?:think|thinking|tools?|tool_call|tool_respo
 
 
 def chat_format(tokenizer: Any) -> ChatFormat:
-    """Probe a tokenizer. UserError where it has no usable chat template or no end of turn."""
+    """EvalPrompt a tokenizer. UserError where it has no usable chat template or no end of turn."""
     template = getattr(tokenizer, "chat_template", None)
     if not template:
         raise UserError("the tokenizer has no chat template; use a chat model, or set one")

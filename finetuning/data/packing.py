@@ -31,7 +31,7 @@ class PlannedStep:
     """What one rank does in one optimizer update, and what all ranks together do."""
 
     micro_batches: tuple[tuple[int, ...], ...]  # document indices, this rank
-    num_fillers: int  # the last ones repeat another rank's documents and carry no loss
+    num_padding_batches: int  # the last ones repeat another rank's documents and carry no loss
     num_targets: int  # supervised tokens, all ranks
     num_tokens: int  # all tokens, all ranks
     num_samples: int  # documents, all ranks
@@ -104,11 +104,11 @@ class StepPlan:
         documents = np.concatenate(in_rows)
         # Every rank goes through the model equally often, as sharded parameters demand.
         mine = micro_batches[self.rank :: self.world_size]
-        num_fillers = math.ceil(len(micro_batches) / self.world_size) - len(mine)
-        mine += [micro_batches[0]] * num_fillers
+        num_padding_batches = math.ceil(len(micro_batches) / self.world_size) - len(mine)
+        mine += [micro_batches[0]] * num_padding_batches
         return PlannedStep(
             micro_batches=tuple(mine),
-            num_fillers=num_fillers,
+            num_padding_batches=num_padding_batches,
             num_targets=int(self._num_targets[documents].sum()),
             num_tokens=int(self._lengths[documents].sum()),
             num_samples=len(documents),

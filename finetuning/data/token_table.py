@@ -75,7 +75,7 @@ class TokenizedSamples(Sequence):
     """int64 (n,): the sample each document was made from, ascending."""
     num_targets: np.ndarray
     """int64 (n,): tokens that carry loss."""
-    ledger: TruncationReport
+    truncation: TruncationReport
     close_id: int
     """Id of `</think>`, -1 where the tokenizer has no single token for it."""
     end_id: int
@@ -133,11 +133,11 @@ def _segment_counts(segments: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 class TokenPart:
-    """Arrays of one chunk of samples, and its lines of the ledger."""
+    """Arrays of one chunk of samples, and its part of the truncation report."""
 
     def __init__(self) -> None:
         self.ids, self.segments, self.lengths, self.sample_index = [], [], [], []
-        self.ledger = {field.name: [] for field in fields(TruncationReport)}
+        self.truncation = {field.name: [] for field in fields(TruncationReport)}
 
     def add(self, ids: np.ndarray, segments: np.ndarray, index: int) -> None:
         self.ids.append(ids)
@@ -170,10 +170,10 @@ _DTYPES = {
 _WIDTHS = {"segment_counts": (len(Segment),)}  # of the arrays with more than one axis
 
 
-def _merged(ledgers: Iterable[dict[str, list[str]]]) -> TruncationReport:
+def _merged(reports: Iterable[dict[str, list[str]]]) -> TruncationReport:
     merged = {field.name: [] for field in fields(TruncationReport)}
-    for ledger in ledgers:
-        for name, items in ledger.items():
+    for truncation in reports:
+        for name, items in truncation.items():
             merged[name] += items
     return TruncationReport(**{name: tuple(items) for name, items in merged.items()})
 
@@ -187,21 +187,21 @@ def tokens_in_memory(parts: Iterator) -> tuple[dict[str, np.ndarray], Truncation
         )
         for name, dtype in _DTYPES.items()
     }
-    return arrays, _merged(ledger for _, ledger in found)
+    return arrays, _merged(truncation for _, truncation in found)
 
 
 def write_tokens(folder: Path, parts: Iterator) -> None:
     """Append all parts to raw files, then give them the .npy form; memory holds one part at a time,
     and none of the files is mapped, as what is looked at would count as this process's memory."""
-    ledgers = []
-    for arrays, ledger in parts:
-        ledgers.append(ledger)
+    reports = []
+    for arrays, truncation in parts:
+        reports.append(truncation)
         for name in _DTYPES:
             with open(folder / f"{name}.raw", "ab") as file:
                 arrays[name].tofile(file)
     for name, dtype in _DTYPES.items():
         _as_npy(folder, name, dtype)
-    write_json(folder / "ledger.json", asdict(_merged(ledgers)))
+    write_json(folder / "truncation.json", asdict(_merged(reports)))
 
 
 def _as_npy(folder: Path, name: str, dtype: type) -> None:
@@ -219,8 +219,8 @@ def _as_npy(folder: Path, name: str, dtype: type) -> None:
 def load_tokens(folder: Path) -> tuple[dict[str, np.ndarray], TruncationReport] | None:
     """The cached table, None where it isn't there or isn't whole."""
     try:
-        stored = json.loads((folder / "ledger.json").read_text(encoding="utf-8"))
-        ledger = TruncationReport(**{name: tuple(items) for name, items in stored.items()})
+        stored = json.loads((folder / "truncation.json").read_text(encoding="utf-8"))
+        truncation = TruncationReport(**{name: tuple(items) for name, items in stored.items()})
         arrays = {
             name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
             for name in _DTYPES
@@ -230,4 +230,4 @@ def load_tokens(folder: Path) -> tuple[dict[str, np.ndarray], TruncationReport] 
     total, n = int(arrays["lengths"].sum()), len(arrays["lengths"])
     whole = len(arrays["ids"]) == len(arrays["segments"]) == total
     whole = whole and len(arrays["sample_index"]) == len(arrays["segment_counts"]) == n
-    return (arrays, ledger) if whole else None
+    return (arrays, truncation) if whole else None

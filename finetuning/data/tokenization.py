@@ -5,7 +5,7 @@ loss; what the template puts behind it does: reasoning, `</think>`, answer, end 
 completion are encoded apart, so that no token reaches across their border.
 
 A sample without reasoning gets what the template writes for it; Qwen3's writes an empty think block,
-which teaches a thinking model not to think. Such samples are kept, and listed in the ledger.
+which teaches a thinking model not to think. Such samples are kept, and listed in the truncation report.
 """
 
 import hashlib
@@ -150,7 +150,7 @@ def _has_control(sample: Sample, form: ChatFormat) -> bool:
 # ---- documents → tokens -----------------------------------------------------------------------
 
 
-_Part = tuple[dict[str, np.ndarray], dict[str, list[str]]]  # arrays and ledger of some samples
+_Part = tuple[dict[str, np.ndarray], dict[str, list[str]]]  # arrays and report of some samples
 
 
 def _tokenize_range(
@@ -161,12 +161,12 @@ def _tokenize_range(
     form: ChatFormat,
     settings: DataSettings,
 ) -> _Part:
-    """Tokens and ledger of samples[start:stop]; a function of these samples alone."""
+    """Tokens and truncation report of samples[start:stop]; a function of these samples alone."""
     part, documents, owners = TokenPart(), [], []
     for index, sample in enumerate(samples[start:stop], start):
         mark = ""
         if _has_control(sample, form):
-            part.ledger["control_tokens"].append(sample.id)
+            part.truncation["control_tokens"].append(sample.id)
             if settings.control_tokens == "refuse":
                 continue
             mark = unused_mark(_contents(sample))
@@ -175,12 +175,12 @@ def _tokenize_range(
         owners += [(index, sample)] * len(made)
     encoded = _encode_documents(documents, tokenizer, form)
     for document, (index, sample), (ids, segments) in zip(documents, owners, encoded, strict=True):
-        fitted = _fit(ids, segments, sample, tokenizer, settings, part.ledger)
+        fitted = _fit(ids, segments, sample, tokenizer, settings, part.truncation)
         if fitted is not None:
             part.add(*fitted, index)
             if not document.has_thinking:
-                part.ledger["without_thinking"].append(sample.id)
-    return part.arrays(), part.ledger
+                part.truncation["without_thinking"].append(sample.id)
+    return part.arrays(), part.truncation
 
 
 def _encode_documents(
@@ -217,9 +217,9 @@ def _fit(
     sample: Sample,
     tokenizer: Any,
     settings: DataSettings,
-    ledger: dict[str, list[str]],
+    truncation: dict[str, list[str]],
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """The document within max_seq_length, or None; says in the ledger what became of it."""
+    """The document within max_seq_length, or None; the report says what became of it."""
     limit = settings.max_seq_length
     if len(ids) <= limit:
         return ids, segments
@@ -230,21 +230,21 @@ def _fit(
             "over_length drop or truncate_thinking"
         )
     beyond = segments[limit:]
-    ledger["truncated"].append(sample.id)
+    truncation["truncated"].append(sample.id)
     for name, lost in (
         ("lost_think_close", Segment.CLOSE in beyond),
         ("lost_answer", Segment.ANSWER in beyond),
         ("lost_eos", Segment.END in beyond),
     ):
         if lost:
-            ledger[name].append(sample.id)
+            truncation[name].append(sample.id)
     kept = None
     if settings.over_length == "truncate_thinking":
         kept = _without_middle(ids, segments, limit, tokenizer)
     if kept is None:
-        ledger["dropped"].append(sample.id)
+        truncation["dropped"].append(sample.id)
         return None
-    ledger["shortened"].append(sample.id)
+    truncation["shortened"].append(sample.id)
     return ids[kept], segments[kept]
 
 
@@ -324,20 +324,20 @@ def tokenize_samples(
         return _parts(samples, tokenizer, form, settings, workers, progress)
 
     if cache_dir is None:
-        arrays, ledger = tokens_in_memory(parts())
+        arrays, truncation = tokens_in_memory(parts())
     else:
         key = _cache_key(samples, fingerprint, tokenizer, settings)
         folder = Path(cache_dir) / "tokens" / key
-        arrays, ledger = cached_folder(
+        arrays, truncation = cached_folder(
             folder, load_tokens, lambda building: write_tokens(building, parts())
         )
         if progress:
             progress(len(samples), len(samples))
-    return _table(arrays, ledger, form, settings.max_seq_length)
+    return _table(arrays, truncation, form, settings.max_seq_length)
 
 
 def _table(
-    arrays: dict[str, np.ndarray], ledger: TruncationReport, form: ChatFormat, limit: int
+    arrays: dict[str, np.ndarray], truncation: TruncationReport, form: ChatFormat, limit: int
 ) -> TokenizedSamples:
     """The documents in one table. Raises UserError where there are none."""
     lengths = arrays.pop("lengths")
@@ -346,15 +346,15 @@ def _table(
     tokens = TokenizedSamples(
         **arrays,
         offsets=offsets,
-        ledger=ledger,
+        truncation=truncation,
         close_id=form.close_id,
         end_id=form.end_id,
         max_seq_length=limit,
     )
     if not len(tokens):
         raise UserError(
-            f"no sample is left to train on: {len(ledger.dropped)} are longer than "
-            f"{limit} tokens, {len(ledger.control_tokens)} hold control tokens; raise "
+            f"no sample is left to train on: {len(truncation.dropped)} are longer than "
+            f"{limit} tokens, {len(truncation.control_tokens)} hold control tokens; raise "
             "max_seq_length or mend the data"
         )
     return tokens

@@ -62,7 +62,7 @@ class Histogram:
     sum_squares: float
 
 
-class LoraHealth:
+class AdapterHealth:
     """Measures one model; keeps the norms of its frozen weights after the first measurement."""
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -241,8 +241,8 @@ def find_lora_modules(model: torch.nn.Module) -> list[LoraModule]:
 
 
 def update_ratios(model: torch.nn.Module) -> dict[str, float]:
-    """One measurement of a model; hold a LoraHealth to measure again and again."""
-    return LoraHealth(model).update_ratios()
+    """One measurement of a model; hold a AdapterHealth to measure again and again."""
+    return AdapterHealth(model).update_ratios()
 
 
 def ratio_map(

@@ -16,8 +16,8 @@ from finetuning.common.distributed import Distributed
 from finetuning.data.packing import StepPlan, build_batch
 from finetuning.data.token_table import TokenizedSamples
 from finetuning.data.training_data import DataPart
-from finetuning.evaluation.adapter_health import LoraHealth
-from finetuning.evaluation.generation import Probe, complete, probe_metrics, samples_text
+from finetuning.evaluation.adapter_health import AdapterHealth
+from finetuning.evaluation.generation import EvalPrompt, complete, probe_metrics, samples_text
 from finetuning.evaluation.hardest_samples import hardest, hardest_text, loss_rows
 from finetuning.evaluation.loss_metrics import LossMetrics
 from finetuning.model.loss import NUM_SEGMENTS
@@ -51,7 +51,7 @@ class Evaluator:
         held_out: HeldOut,
         dist: Distributed,
         *,
-        probes: Sequence[Probe],
+        probes: Sequence[EvalPrompt],
         max_new_tokens: int,
         histograms: bool,
     ) -> None:
@@ -60,7 +60,7 @@ class Evaluator:
         self._losses = LossMetrics(held_out.groups)
         self._probes, self._max_new_tokens = probes, max_new_tokens
         self._histograms = histograms
-        self.health = LoraHealth(packed.model)
+        self.health = AdapterHealth(packed.model)
         self._gradient_norms: dict[str, float] = {}
 
     def note_gradients(self) -> None:
@@ -144,7 +144,7 @@ def held_out_sums(
     sums = torch.zeros(len(plan.documents), NUM_SEGMENTS, 3, dtype=torch.float64)
     for step in range(1, plan.num_steps + 1):
         planned = plan[step]
-        own = len(planned.micro_batches) - planned.num_fillers
+        own = len(planned.micro_batches) - planned.num_padding_batches
         for index, documents in enumerate(planned.micro_batches):
             _, result = model(build_batch(tokens, documents).to(dist.device), 1)
             if index < own:

@@ -31,7 +31,7 @@ _FINAL_ANSWER = re.compile(r"最终答案[：:]\s*(.+)")
 
 
 @dataclass(frozen=True)
-class Probe:
+class EvalPrompt:
     """A held-out question with its reference."""
 
     sample: Sample
@@ -57,7 +57,7 @@ class Completion:
         return self.closed and bool(self.answer.strip()) and self.ended
 
 
-def choose_probes(part: DataPart, tokenizer: object, count: int) -> list[Probe]:
+def choose_probes(part: DataPart, tokenizer: object, count: int) -> list[EvalPrompt]:
     """`count` held-out samples in the order of their ids, half of them with a number to compute.
 
     So the choice does not depend on the order of the files and does not change between runs.
@@ -76,10 +76,10 @@ def choose_probes(part: DataPart, tokenizer: object, count: int) -> list[Probe]:
     return [_probe(part, tokenizer, document) for document in chosen]
 
 
-def _probe(part: DataPart, tokenizer: object, document: int) -> Probe:
+def _probe(part: DataPart, tokenizer: object, document: int) -> EvalPrompt:
     sample, segments = part.sample(document), part.tokens[document].segments
     tools = json.loads(sample.tools) if sample.tools else None
-    return Probe(
+    return EvalPrompt(
         sample,
         tuple(encode_prompt(tokenizer, sample.messages()[:-1], tools)),
         thinking_tokens=int((segments == Segment.THINKING).sum()),
@@ -87,7 +87,7 @@ def _probe(part: DataPart, tokenizer: object, document: int) -> Probe:
     )
 
 
-def token_budget(probes: Sequence[Probe], wanted: int, device: torch.device) -> int:
+def token_budget(probes: Sequence[EvalPrompt], wanted: int, device: torch.device) -> int:
     """Tokens a completion may take: `wanted`, or, if that is 0, what the device can afford; 0 without probes.
 
     An accelerator gets a quarter more than the longest reference, so that a good completion ends; a
@@ -186,7 +186,7 @@ def read_completion(
 
 
 def probe_metrics(
-    probes: Sequence[Probe], completions: Sequence[Completion], max_new_tokens: int
+    probes: Sequence[EvalPrompt], completions: Sequence[Completion], max_new_tokens: int
 ) -> dict[str, float]:
     """Eval/ tags, means over the probes for which they are defined; absent where for none.
 
@@ -256,13 +256,13 @@ def _known(values: Iterable[float | None]) -> list[float]:
 # TEXT
 
 
-def samples_text(probes: Sequence[Probe], completions: Sequence[Completion]) -> str:
+def samples_text(probes: Sequence[EvalPrompt], completions: Sequence[Completion]) -> str:
     """Each question, and below it the model's thinking and answer beside the reference's."""
     pairs = zip(probes, completions, strict=True)
     return "\n\n".join(_sample_text(probe, completion) for probe, completion in pairs)
 
 
-def _sample_text(probe: Probe, completion: Completion) -> str:
+def _sample_text(probe: EvalPrompt, completion: Completion) -> str:
     sample = probe.sample
     verdict = {
         "valid": completion.valid,

@@ -35,7 +35,7 @@ def build_engine(
     if execution.batch_shape:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(config.cache_path / "compiled"))
     close_id = plan.data.train.tokens.close_id
-    engine = TrainingEngine(model, close_id, dist, execution, config, terminal.warn)
+    engine = TrainingEngine(model, close_id, dist, execution, config, terminal.warning)
     torch.manual_seed(config.seed + dist.rank)  # dropout, if any, differs between ranks
     return engine
 

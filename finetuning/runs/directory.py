@@ -180,7 +180,7 @@ def open_directory(
     if dist.is_main:
         check_writable(output_dir, needed_bytes)
     name = dist.broadcast(dist.is_main and (known or new_run(output_dir).name))
-    dist.note("run", name)
+    dist.put("run", name)
     if not dist.is_main:
         return shared_run(output_dir, name)
     run = known_run(output_dir, name)

@@ -18,7 +18,7 @@ from finetuning.config import BatchSettings, DirectTrainingConfig
 from finetuning.data.packing import StepPlan
 from finetuning.data.split import split_samples
 from finetuning.data.training_data import DataPart, TrainingData, prepare_data, read_data
-from finetuning.evaluation.generation import Probe, choose_probes, token_budget
+from finetuning.evaluation.generation import EvalPrompt, choose_probes, token_budget
 from finetuning.model.loading import load_tokenizer
 from finetuning.model.packed_model import compiler_is_there
 from finetuning.model.parallel import parallel_mode
@@ -69,7 +69,7 @@ class RunPlan:
     steps: StepPlan
     evaluation: StepPlan | None  # one pass over the held-out documents; None where there are none
     groups: tuple[Groups, Groups]  # of the training and of the held-out documents
-    probes: tuple[Probe, ...]
+    probes: tuple[EvalPrompt, ...]
     answer_tokens: int  # longest answer to a probe
     eval_steps: int  # steps between evaluations; 0: only before the first step and at the end
     identity: Mapping[str, Any]
@@ -163,7 +163,7 @@ def load_data(
     """
     found = find_model(config, dist, trust_remote_code)
     workers = config.workers or os.cpu_count() or 1
-    with dist.patience("data"):
+    with dist.wait_alive("data"):
         with terminal.working("reading the data") as progress:
             read, eval_read = read_data(
                 config, workers=workers, cache_dir=config.cache_path, progress=progress

@@ -105,7 +105,7 @@ class RunRecord:
         logger, statistics, logs = self.logger, plan.inputs.statistics, self.run.logs
         write_json(logs / "dataset_statistics.json", statistics.to_json())
         write_broken(logs / "broken_samples.jsonl", plan.data.split.read.broken)
-        write_json(logs / "truncation.json", asdict(plan.data.train.tokens.ledger))
+        write_json(logs / "truncation.json", asdict(plan.data.train.tokens.truncation))
         logger.add_hparams(summary.hparams(plan.settings))
         self.write_settings(plan.settings, 0)
         logger.add_text("Dataset/Summary", statistics.summary_markdown(), 0)
@@ -189,19 +189,19 @@ def announce(
 ) -> None:
     """What was decided about the run, on the terminal."""
     if plan.inputs.model.embedded:
-        terminal.say(banner(plan.inputs.model), style="bold yellow")
+        terminal.info(banner(plan.inputs.model), style="bold yellow")
     rows = summary.run_rows(plan, engine, dist)
     terminal.table("Run", [*rows, ("run", record.run.logs)])
-    terminal.say(f"watch it: uv run tensorboard --logdir={record.run.tensorboard.parent}")
+    terminal.info(f"watch it: uv run tensorboard --logdir={record.run.tensorboard.parent}")
 
 
 def tell_resume(
     terminal: Terminal, record: RunRecord, plan: RunPlan, checkpoint: Checkpoint
 ) -> None:
     """Where the run goes on, and which settings are others than before, also in TEXT."""
-    terminal.say(f"resumed from {checkpoint.path}, step {checkpoint.step}")
+    terminal.info(f"resumed from {checkpoint.path}, step {checkpoint.step}")
     if changed := changed_settings(checkpoint.state["config"], redact_values(plan.settings)):
-        terminal.say(f"changed since step {checkpoint.step}: {', '.join(changed)}")
+        terminal.info(f"changed since step {checkpoint.step}: {', '.join(changed)}")
         record.write_settings(plan.settings, checkpoint.step)
 
 

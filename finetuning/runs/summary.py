@@ -71,7 +71,7 @@ def run_rows(plan: RunPlan, engine: TrainingEngine, dist: Distributed) -> list[t
         ("parameters", trainable),
         ("samples", f"{len(data.train)} train, {len(data.held_out)} held out"),
         ("broken, left out", len(data.split.read.broken)),
-        ("too long, left out", len(data.train.tokens.ledger.dropped)),
+        ("too long, left out", len(data.train.tokens.truncation.dropped)),
         *([("remarks", f"{remarks}; --check-data lists them")] if remarks else []),
         ("tokens per epoch", f"{steps.num_tokens:,}"),
         ("steps", f"{steps.num_steps} ({steps.steps_per_epoch} per epoch)"),

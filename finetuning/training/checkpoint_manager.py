@@ -133,7 +133,7 @@ class CheckpointManager:
 
     def _is_there(self, step: int) -> None:
         self.step = step
-        self._dist.note("saved", str(step))
+        self._dist.put("saved", str(step))
 
     # -------------------------------------------------------------------------
     # Going on
@@ -144,7 +144,7 @@ class CheckpointManager:
         if self._dist.is_main:
             remove_leftovers(self.directory)
             # A group that torchrun has restarted goes on with its run, whatever --resume says.
-            run = self._dist.noted("run") or None
+            run = self._dist.get("run") or None
             if run or resume in ("latest", "auto"):
                 path = self._newest(run)
             if path is None and resume not in ("", "latest", "auto"):
@@ -163,7 +163,7 @@ class CheckpointManager:
 
     def run_before_first_checkpoint(self) -> str:
         """Name of the run that an earlier group of this torchrun began and died before it saved anything."""
-        return "" if self._dist.noted("saved") else self._dist.noted("run")
+        return "" if self._dist.get("saved") else self._dist.get("run")
 
     def load_rng(self, checkpoint: Checkpoint) -> None:
         """This rank's generators as they were there; a rank that did not exist then starts from the seed."""

@@ -116,7 +116,7 @@ def micro_batch_pieces(
     planned: PlannedStep, lengths: np.ndarray, splits: int
 ) -> list[tuple[tuple[int, ...], float]]:
     """(documents, weight) of this rank's micro-batches, halved `splits` times; fillers weigh 0."""
-    own = len(planned.micro_batches) - planned.num_fillers
+    own = len(planned.micro_batches) - planned.num_padding_batches
     pieces = [(m, float(i < own)) for i, m in enumerate(planned.micro_batches)]
     for _ in range(splits):
         pieces = [(half, w) for m, w in pieces for half in split_micro_batch(m, lengths)]

@@ -436,7 +436,7 @@ def test_search_for_duplicates_takes_few_bytes_a_sample(monkeypatch):
 # ---- tokens ------------------------------------------------------------------------------------
 
 
-def _tokens(lengths: list[tuple[int, int, int]], ledger=None, limit=4096) -> TokenizedSamples:
+def _tokens(lengths: list[tuple[int, int, int]], truncation=None, limit=4096) -> TokenizedSamples:
     """Documents of (prompt, thinking, answer) tokens, each with a close and an end token."""
     counts = [(p, t, 1, a, 1) for p, t, a in lengths]
     segments = [np.repeat(np.arange(5, dtype=np.uint8), c) for c in counts]
@@ -448,7 +448,7 @@ def _tokens(lengths: list[tuple[int, int, int]], ledger=None, limit=4096) -> Tok
         offsets=np.concatenate([[0], np.cumsum(totals)]).astype(np.int64),
         sample_index=np.arange(len(lengths)),
         num_targets=np.array([n - c[0] for n, c in zip(totals, counts, strict=True)]),
-        ledger=ledger or TruncationReport(),
+        truncation=truncation or TruncationReport(),
         close_id=1,
         end_id=2,
         max_seq_length=limit,
@@ -477,10 +477,10 @@ def test_token_lengths_equal_numpy():
 
 
 def test_truncation_is_reported_and_unknown_lengths_are_absent():
-    ledger = TruncationReport(
+    truncation = TruncationReport(
         truncated=("a", "b", "c"), lost_answer=("a",), dropped=("b", "c"), shortened=("a",)
     )
-    tokens = _tokens([(10, 600, 10), (10, 1012, 0), *[(5, 20, 5)] * 6], ledger, limit=1024)
+    tokens = _tokens([(10, 600, 10), (10, 1012, 0), *[(5, 20, 5)] * 6], truncation, limit=1024)
     stats = compute_statistics(SAMPLES, tokens=tokens, max_seq_length=1024)
     scalars = stats.scalars()
     assert scalars["Dataset/Truncated_Percent"] == pytest.approx(30.0)  # of 8 + 2 documents

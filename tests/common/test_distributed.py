@@ -49,7 +49,7 @@ def test_a_slow_rank_is_waited_for_and_a_silent_one_is_not():
     order = []
 
     def work(dist: Distributed, seconds: float) -> None:
-        with dist.patience("data"):
+        with dist.wait_alive("data"):
             time.sleep(seconds)
             order.append(dist.rank)
         order.append("together")
@@ -62,7 +62,7 @@ def test_a_slow_rank_is_waited_for_and_a_silent_one_is_not():
     assert order == [0, 1, "together", "together"]
     begin = time.monotonic()
     silence = pytest.raises(RuntimeError, match="rank 1 gave no sign of life")
-    with silence, first.patience("statistics"):
+    with silence, first.wait_alive("statistics"):
         pass
     assert time.monotonic() - begin < 10
 
@@ -89,14 +89,14 @@ def test_a_rank_that_starts_before_rank_0_does_not_join_the_group_that_is_gone()
 
 def test_what_rank_0_has_noted_is_known_to_the_next_group():
     first, second = two_ranks(torch.distributed.HashStore(), timeout=1.0)
-    assert first.noted("run") == ""
-    second.note("run", "of rank 1")
-    assert first.noted("run") == ""
-    first.note("run", "of rank 0")
-    assert first.noted("run") == second.noted("run") == "of rank 0"
+    assert first.get("run") == ""
+    second.put("run", "of rank 1")
+    assert first.get("run") == ""
+    first.put("run", "of rank 0")
+    assert first.get("run") == second.get("run") == "of rank 0"
     alone = Distributed(0, 1, 0, torch.device("cpu"))
-    alone.note("run", "x")
-    assert alone.noted("run") == ""
+    alone.put("run", "x")
+    assert alone.get("run") == ""
 
 
 def test_a_node_is_the_ranks_with_one_first_rank(monkeypatch):

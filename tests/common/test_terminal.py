@@ -27,17 +27,17 @@ t = Terminal(quiet="quiet" in sys.argv)
 with t.working("reading") as report:
     report(1, 2)
     time.sleep(0.3)
-t.say("a line\\x1b[2J of ours")
+t.info("a line\\x1b[2J of ours")
 t.start_progress(20, 0, 10)
 for step in range(1, 13):
     t.advance(step, {"Training/Loss": 1.5, "Monitoring/Loss_Trend": -0.4,
                      "GPU_0/Utilization_Percent": 97.0, "GPU_0/Temperature_C": 61.0})
 with t.working("evaluating") as report:
     report(3, 4)
-    t.warn("Loss_Spike at step 12: look at it")
+    t.warning("Loss_Spike at step 12: look at it")
     time.sleep(1.2)
 t.stop_progress()
-t.conclude("the end")
+t.final("the end")
 """
 
 
@@ -98,7 +98,7 @@ def test_text_is_broken_between_words_and_a_path_is_whole():
     scene = f"""
 from finetuning.common.terminal import Terminal
 t = Terminal()
-t.say({words!r})
+t.info({words!r})
 t.table("Run", [("estimate", {words!r}), ("run", {path!r})])
 """
     shown = re.sub(r"\x1b\[[\d;]*m", "", on_a_pty(scene=scene))
@@ -136,7 +136,7 @@ def test_without_a_terminal_there_are_few_plain_lines():
 
 @pytest.mark.slow
 def test_a_console_that_lacks_a_character_ends_no_run():
-    code = "from finetuning.common.terminal import Terminal; Terminal().say('密码 ↘')"
+    code = "from finetuning.common.terminal import Terminal; Terminal().info('密码 ↘')"
     environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict"}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, env=environment)
@@ -147,7 +147,7 @@ def test_other_ranks_are_silent(capfd):
     other = Terminal(is_main=False)
     with other.working("reading") as report:
         report(1, 2)
-    other.say("x"), other.warn("x"), other.conclude("x"), other.table("x", [("a", 1)])
+    other.info("x"), other.warning("x"), other.final("x"), other.table("x", [("a", 1)])
     other.start_progress(2, 0, 2)
     other.advance(1, LOGGED)
     captured = capfd.readouterr()
@@ -176,7 +176,7 @@ def test_long_work_leaves_a_line(capfd, monkeypatch):
 def test_the_log_has_the_lines_without_secrets(tmp_path, capfd):
     term = Terminal()
     term.open_log(tmp_path / "training.log")
-    term.say("token=hf_abcdefghijklmnopqrstuvwxyz0123456789")
+    term.info("token=hf_abcdefghijklmnopqrstuvwxyz0123456789")
     term.advance(3, LOGGED)
     text = (tmp_path / "training.log").read_text(encoding="utf-8")
     assert "hf_abc" not in text + capfd.readouterr().out and "loss 1.5000" in text

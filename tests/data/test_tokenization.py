@@ -95,8 +95,8 @@ def test_round_trip_of_a_thousand_samples(qwen3):
 def test_round_trip_of_real_samples(qwen3, shared_data):
     samples = read_samples([str(shared_data / "crypto_qa"), str(shared_data / "formats")]).samples
     tokens = tokenize_samples(samples, qwen3, LONG)
-    assert len(tokens) + len(tokens.ledger.control_tokens) == len(samples) == 1298
-    assert len(tokens.ledger.control_tokens) == 2  # two stray </think> in typed text parts
+    assert len(tokens) + len(tokens.truncation.control_tokens) == len(samples) == 1298
+    assert len(tokens.truncation.control_tokens) == 2  # two stray </think> in typed text parts
     for document in tokens:
         completion = qwen3.decode(document.ids[document.segments != Segment.PROMPT])
         sample = samples[document.index]
@@ -107,11 +107,11 @@ def test_round_trip_of_real_samples(qwen3, shared_data):
 
 
 def test_sample_without_thinking(qwen3):
-    """The template writes an empty block, and the ledger names the sample."""
+    """The template writes an empty block, and the truncation names the sample."""
     sample = Sample("问", "", "答")
     tokens = tokenize_samples([sample, SAMPLE], qwen3, LONG)
     assert text_of(tokens, 0, qwen3, Segment.THINKING, Segment.CLOSE) == "\n</think>"
-    assert tokens.ledger.without_thinking == (sample.id,)
+    assert tokens.truncation.without_thinking == (sample.id,)
 
 
 # ---- several turns ----------------------------------------------------------------------------
@@ -165,7 +165,7 @@ def test_all_turns_of_a_conversation(qwen3):
 def test_hostile_samples_are_refused(qwen3):
     tokens = tokenize_samples([*HOSTILE, SAMPLE], qwen3, LONG)
     assert tokens.sample_index.tolist() == [len(HOSTILE)]
-    assert tokens.ledger.control_tokens == tuple(sample.id for sample in HOSTILE)
+    assert tokens.truncation.control_tokens == tuple(sample.id for sample in HOSTILE)
 
 
 def test_hostile_samples_split_never_hold_a_control_token(qwen3, subtests):
@@ -186,7 +186,7 @@ def test_hostile_samples_split_never_hold_a_control_token(qwen3, subtests):
             prompt = text_of(tokens, 0, qwen3, Segment.PROMPT)
             assert hostile.question in prompt
             assert hostile.system in prompt
-            assert tokens.ledger.control_tokens == (hostile.id,)
+            assert tokens.truncation.control_tokens == (hostile.id,)
 
 
 def test_text_of_all_noncharacters_is_split_all_the_same(qwen3):
@@ -199,7 +199,7 @@ def test_text_of_all_noncharacters_is_split_all_the_same(qwen3):
 
 def test_blank_thinking_is_none(qwen3):
     blank = Sample("问", " \n\u3000", "答")
-    assert tokenize_samples([blank], qwen3, LONG).ledger.without_thinking == (blank.id,)
+    assert tokenize_samples([blank], qwen3, LONG).truncation.without_thinking == (blank.id,)
 
 
 def test_conversation_that_the_assistant_begins(qwen3):
@@ -220,13 +220,13 @@ def test_ledger_at_every_length(qwen3):
     whole = tokenize_samples([SAMPLE], qwen3, LONG)[0]
     spare = Sample("短", "短", "短")
     for limit in range(20, len(whole.ids) + 1):
-        ledger = tokenize_samples([SAMPLE, spare], qwen3, up_to(limit)).ledger
+        truncation = tokenize_samples([SAMPLE, spare], qwen3, up_to(limit)).truncation
         cut = whole.segments[limit:]
         name = (SAMPLE.id,)
-        assert ledger.truncated == ledger.dropped == (name if len(cut) else ())
-        assert ledger.lost_think_close == (name if Segment.CLOSE in cut else ())
-        assert ledger.lost_answer == (name if Segment.ANSWER in cut else ())
-        assert ledger.lost_eos == (name if Segment.END in cut else ())
+        assert truncation.truncated == truncation.dropped == (name if len(cut) else ())
+        assert truncation.lost_think_close == (name if Segment.CLOSE in cut else ())
+        assert truncation.lost_answer == (name if Segment.ANSWER in cut else ())
+        assert truncation.lost_eos == (name if Segment.END in cut else ())
 
 
 LONG_THOUGHT = Sample(
@@ -248,8 +248,8 @@ def test_truncate_thinking_keeps_close_and_answer(qwen3, subtests):
             lines = thinking.rstrip("\n").split("\n")
             assert set(lines) <= set(LONG_THOUGHT.thinking.split("\n"))  # whole lines, in order
             assert (lines[0], lines[-1]) == ("第0步：考虑密钥0。", "完")
-            assert tokens.ledger.shortened == tokens.ledger.truncated == (LONG_THOUGHT.id,)
-            assert tokens.ledger.dropped == ()
+            assert tokens.truncation.shortened == tokens.truncation.truncated == (LONG_THOUGHT.id,)
+            assert tokens.truncation.dropped == ()
 
 
 def test_truncate_thinking_cuts_no_character(qwen3):
@@ -279,7 +279,7 @@ def test_truncate_thinking_drops_what_cannot_fit(qwen3):
     samples = [Sample("问", "想" * 50, "答" * 300), SAMPLE]
     tokens = tokenize_samples(samples, qwen3, up_to(64, over_length="truncate_thinking"))
     assert tokens.sample_index.tolist() == [1]
-    assert tokens.ledger.dropped == (samples[0].id,)
+    assert tokens.truncation.dropped == (samples[0].id,)
 
 
 def test_over_length_error(qwen3):
@@ -338,7 +338,7 @@ def test_impossible_options(option, said):
 def same(left, right) -> bool:
     arrays = ("ids", "segments", "offsets", "sample_index", "num_targets")
     equal = all(np.array_equal(getattr(left, name), getattr(right, name)) for name in arrays)
-    return equal and left.ledger == right.ledger
+    return equal and left.truncation == right.truncation
 
 
 @pytest.mark.slow

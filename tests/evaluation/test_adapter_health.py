@@ -14,7 +14,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from finetuning.evaluation import adapter_health
 from finetuning.evaluation.adapter_health import (
-    LoraHealth,
+    AdapterHealth,
     effective_rank,
     find_lora_modules,
     ratio_map,
@@ -29,7 +29,7 @@ def dense_update(module) -> torch.Tensor:
 
 def test_ratios_and_ranks_equal_the_dense_product():
     model = lora_model()
-    health = LoraHealth(model)
+    health = AdapterHealth(model)
     ratios, scalars = health.update_ratios(), health.scalars()
     assert len(ratios) == 14 and "layers.1.mlp.down_proj" in ratios
     for module in health.modules:
@@ -44,7 +44,7 @@ def test_ratios_and_ranks_equal_the_dense_product():
 
 
 def test_zero_at_the_start():
-    health = LoraHealth(lora_model(random_b=False))
+    health = AdapterHealth(lora_model(random_b=False))
     assert set(health.update_ratios().values()) == {0.0}
     assert not any("Effective_Rank" in tag for tag in health.scalars())
 
@@ -54,14 +54,14 @@ def test_a_rank_one_update_has_effective_rank_one():
     for module in find_lora_modules(model):
         column = torch.randn(len(module.b), 1)
         module.b.data = column @ torch.randn(1, module.b.shape[1])
-    ranks = [v for tag, v in LoraHealth(model).scalars().items() if "Effective_Rank" in tag]
+    ranks = [v for tag, v in AdapterHealth(model).scalars().items() if "Effective_Rank" in tag]
     assert len(ranks) == 14
     assert ranks == pytest.approx([1.0] * 14, rel=1e-4)
 
 
 def test_ranks_and_scaling_that_differ_by_module():
     model = lora_model(rank_pattern={"q_proj": 2, "up_proj": 6}, alpha_pattern={"o_proj": 3})
-    health = LoraHealth(model)
+    health = AdapterHealth(model)
     for module in health.modules:
         expected = (dense_update(module).norm() / module.base.weight.norm()).item()
         assert health.update_ratios()[module.name] == pytest.approx(expected, rel=1e-4)
@@ -77,7 +77,7 @@ def test_effective_rank_of_known_values():
 
 def test_gradient_norms():
     model = lora_model()
-    health = LoraHealth(model)
+    health = AdapterHealth(model)
     assert health.gradient_norms() == {}
     _, gradients = loss_and_gradients(model)
     norms = health.gradient_norms()
@@ -90,7 +90,7 @@ def test_gradient_norms():
 
 def test_nan_in_an_adapter_stays_visible():
     model = lora_model()
-    health = LoraHealth(model)
+    health = AdapterHealth(model)
     health.modules[3].b.data[0, 0] = torch.nan
     scalars = health.scalars()
     assert math.isnan(scalars[f"LoRA/{health.names[3]}/Update_Ratio"])
@@ -99,7 +99,7 @@ def test_nan_in_an_adapter_stays_visible():
 
 def test_ratio_map():
     model = lora_model(layers_pattern="layers", layers_to_transform=[1])
-    health = LoraHealth(model)
+    health = AdapterHealth(model)
     ratios = health.update_ratios()
     grid, layers, projections = ratio_map(health.modules, ratios)
     assert grid.shape == (1, 7) and layers == [1] and projections[0] == "q_proj"
@@ -113,7 +113,7 @@ def test_ratio_map():
 def test_histograms_equal_numpy(monkeypatch):
     monkeypatch.setattr(adapter_health, "MAX_HISTOGRAM_ELEMENTS", 300)  # several blocks
     model = lora_model(modules_to_save=["norm"])
-    health = LoraHealth(model)
+    health = AdapterHealth(model)
     histograms = health.weight_histograms()
     assert set(histograms) == {"LoRA/A", "LoRA/B", "Model/Weights_Distribution"}
     trainable = [p.detach() for p in model.parameters() if p.requires_grad]
@@ -136,7 +136,7 @@ def test_histograms_equal_numpy(monkeypatch):
 
 
 def test_zero_weights_are_counted_beside_zero():
-    histogram = LoraHealth(lora_model(random_b=False)).weight_histograms()["LoRA/B"]
+    histogram = AdapterHealth(lora_model(random_b=False)).weight_histograms()["LoRA/B"]
     (bin_index,) = np.flatnonzero(histogram.counts)
     assert histogram.edges[bin_index] <= 0 <= histogram.edges[bin_index + 1]
     assert histogram.minimum == histogram.maximum == histogram.sum == 0
@@ -144,7 +144,7 @@ def test_zero_weights_are_counted_beside_zero():
 
 def test_a_nan_weight_does_not_stop_the_histogram():
     model = lora_model()
-    health = LoraHealth(model)
+    health = AdapterHealth(model)
     before = health.weight_histograms()["LoRA/A"].counts.sum()
     health.modules[0].a.data[0, 0] = torch.nan
     after = health.weight_histograms()["LoRA/A"]
@@ -165,7 +165,7 @@ def test_the_frozen_base_is_read_once_and_never_copied():
 
     model = lora_model()
     loss_and_gradients(model)
-    health = LoraHealth(model)
+    health = AdapterHealth(model)
     bases = {module.base.weight.data_ptr() for module in health.modules}
     readings = []
     for _ in range(2):
@@ -195,7 +195,7 @@ def test_a_model_without_adapters():
             head_dim=8,
         )
     )
-    health = LoraHealth(model)
+    health = AdapterHealth(model)
     assert health.scalars() == health.gradient_norms() == health.update_ratios() == {}
     histogram = health.weight_histograms()["Model/Weights_Distribution"]
     assert histogram.counts.sum() == sum(p.numel() for p in model.parameters())
@@ -203,15 +203,15 @@ def test_a_model_without_adapters():
 
 def test_wrapped_models_give_the_same_names():
     model = lora_model()
-    names = LoraHealth(model).names
-    assert LoraHealth(torch.nn.ModuleDict({"module": model})).names == names
+    names = AdapterHealth(model).names
+    assert AdapterHealth(torch.nn.ModuleDict({"module": model})).names == names
 
 
 def test_lora_on_the_head():
     model = get_peft_model(
         lora_model().unload(), LoraConfig(r=2, target_modules=["lm_head", "q_proj"])
     )
-    health = LoraHealth(model)
+    health = AdapterHealth(model)
     ratios = health.update_ratios()
     assert "lm_head" in ratios and len(ratios) == 3
     assert ratio_map(health.modules, ratios)[2] == ["q_proj"]

@@ -17,7 +17,7 @@ from finetuning.data.tokenization import tokenize_samples
 from finetuning.data.training_data import DataPart
 from finetuning.evaluation import generation
 from finetuning.evaluation.generation import (
-    Probe,
+    EvalPrompt,
     choose_probes,
     complete,
     exact_answer,
@@ -77,9 +77,9 @@ SCRIPT = {
 }
 
 
-def probe_of(sample: Sample, tokenizer) -> Probe:
+def probe_of(sample: Sample, tokenizer) -> EvalPrompt:
     thinking = len(tokenizer.encode(sample.thinking, add_special_tokens=False))
-    return Probe(sample, (1, 2, 3), thinking, reference_tokens=2 * thinking)
+    return EvalPrompt(sample, (1, 2, 3), thinking, reference_tokens=2 * thinking)
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +236,7 @@ def test_the_prompt_is_the_prefix_of_training_tools_and_all(part, tokenizer):
 
 
 def test_the_budget_is_what_the_device_affords(tokenizer):
-    probes = [Probe(REFERENCE, (1,), 10, reference_tokens=n) for n in (100, 800)]
+    probes = [EvalPrompt(REFERENCE, (1,), 10, reference_tokens=n) for n in (100, 800)]
     assert token_budget(probes, 0, torch.device("cuda")) == 1000
     assert token_budget(probes, 0, CPU) == generation.CPU_BUDGET
     assert token_budget(probes[:1], 0, CPU) == 125

@@ -14,7 +14,7 @@ from finetuning.evaluation.loss_metrics import LossMetrics
 LABELS = np.array([0, 1, 1, 2])
 
 
-def ledger() -> LossMetrics:
+def truncation() -> LossMetrics:
     return LossMetrics({"By_Difficulty_": (("1", "2", "3"), LABELS)})
 
 
@@ -28,7 +28,7 @@ def sums(seed: int = 0, documents: int = 4) -> np.ndarray:
 
 def test_segments_and_groups_recombine_to_the_loss():
     per_document = sums()
-    book = ledger()
+    book = truncation()
     metrics = book.training_metrics(book.vector(range(4), per_document))
     total = per_document.sum(axis=(0, 1))
     assert metrics["Training/Loss"] == pytest.approx(total[0] / total[2], rel=1e-12)
@@ -48,7 +48,7 @@ def test_segments_and_groups_recombine_to_the_loss():
 
 
 def test_a_mean_over_two_batches_is_over_their_tokens_not_of_their_means():
-    book, a, b = ledger(), sums(1), sums(2) * 10
+    book, a, b = truncation(), sums(1), sums(2) * 10
     together = book.vector(range(4), a) + book.vector(range(4), b)
     both = np.concatenate([a, b]).sum(axis=(0, 1))
     assert book.loss(together) == pytest.approx(both[0] / both[2], rel=1e-12)
@@ -57,7 +57,7 @@ def test_a_mean_over_two_batches_is_over_their_tokens_not_of_their_means():
 
 
 def test_what_had_no_token_is_absent_and_a_nan_is_shown():
-    book = ledger()
+    book = truncation()
     per_document = sums()
     per_document[:, Segment.THINKING] = 0
     per_document[0] = 0
@@ -73,7 +73,7 @@ def test_what_had_no_token_is_absent_and_a_nan_is_shown():
 
 
 def test_positions_and_premature_close_are_means_over_their_tokens():
-    book = ledger()
+    book = truncation()
     buckets = np.zeros((10, 2))
     buckets[0], buckets[9] = (6.0, 3.0), (1.0, 4.0)
     vector = book.vector(range(4), sums(), buckets, np.array([0.5, 5.0]))
@@ -85,7 +85,7 @@ def test_positions_and_premature_close_are_means_over_their_tokens():
 
 
 def test_eval_metrics_have_their_own_tags():
-    book = ledger()
+    book = truncation()
     metrics = book.eval_metrics(book.vector(range(4), sums()))
     assert {"Eval/Loss", "Eval/Thinking_Loss", "Eval/Answer_Loss", "Eval/By_Difficulty_2"} <= set(
         metrics

@@ -47,7 +47,7 @@ def table(lengths: tuple[int, ...]) -> TokenizedSamples:
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
         sample_index=np.arange(len(lengths)),
         num_targets=np.array([(d.segments != Segment.PROMPT).sum() for d in documents]),
-        ledger=TruncationReport(),
+        truncation=TruncationReport(),
         close_id=CLOSE,
         end_id=1,
         max_seq_length=max(lengths),

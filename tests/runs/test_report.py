@@ -14,7 +14,7 @@ import pytest
 import tyro
 
 from finetuning.common.errors import UserError, exit_code
-from finetuning.evaluation.generation import Completion, Probe, samples_text
+from finetuning.evaluation.generation import Completion, EvalPrompt, samples_text
 from finetuning.readers.sample import Sample
 from finetuning.runs import comparison, report
 from finetuning.runs.directory import RUN_PREFIX, RunDirectory
@@ -121,7 +121,7 @@ def test_the_answers_of_the_model_have_lines():
     sample = Sample("问", "想一\n想二", "答一\n\n答二", source="a.md", line=3)
     text = "先\n后 <br> <b>"
     completion = Completion((1,), True, text, "一\n二", True, 1)
-    shown = markdown(samples_text([Probe(sample, (1,), 2, 4)], [completion]))
+    shown = markdown(samples_text([EvalPrompt(sample, (1,), 2, 4)], [completion]))
     assert re.search(r"想一<br ?/?>\s*想二", shown) and re.search(
         r"先<br ?/?>\s*后 &lt;br&gt; &lt;b&gt;", shown
     )

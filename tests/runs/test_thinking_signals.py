@@ -30,13 +30,13 @@ CLOSE, END, VOCAB = 1, 2, 8
 GROUPS = ("Training/By_", "Thinking/", "Answer/", "Boundary/", "Training/Loss", "Training/Token")
 
 
-def metrics_of(parts, ledger: LossMetrics) -> dict[str, float]:
+def metrics_of(parts, truncation: LossMetrics) -> dict[str, float]:
     """Metrics of (documents, LossSums) pairs, as a step collects them."""
-    vector = ledger.zeros()
+    vector = truncation.zeros()
     for documents, sums in parts:
         arrays = (sums.per_document, sums.thinking_buckets, sums.premature_close)
-        vector += ledger.vector(documents, *(array.numpy() for array in arrays))
-    return ledger.training_metrics(vector)
+        vector += truncation.vector(documents, *(array.numpy() for array in arrays))
+    return truncation.training_metrics(vector)
 
 
 def recombined(metrics: dict[str, float], counts: np.ndarray) -> float:
@@ -81,8 +81,8 @@ def hand_made(documents: list[TokenizedSample], probabilities) -> dict[str, floa
         close_id=CLOSE,
         num_targets=len(batch.labels),
     )
-    ledger = LossMetrics({"By_Difficulty_": (("1", "2"), np.arange(len(documents)) % 2)})
-    return metrics_of([(range(len(documents)), sums)], ledger)
+    truncation = LossMetrics({"By_Difficulty_": (("1", "2"), np.arange(len(documents)) % 2)})
+    return metrics_of([(range(len(documents)), sums)], truncation)
 
 
 def spread(given: dict[int, float]) -> list[float]:
@@ -158,14 +158,14 @@ def tokens(tiny_model: Path, tiny_data: Path):
 def test_packed_alone_accumulated_and_padded_agree(tiny_model, tokens):
     """Eight documents in one row, one by one, in four micro-batches, and padded through transformers."""
     model = Qwen3ForCausalLM.from_pretrained(tiny_model).eval()
-    ledger = LossMetrics({"By_Source/": (("a", "b"), np.arange(len(tokens)) % 2)})
+    truncation = LossMetrics({"By_Source/": (("a", "b"), np.arange(len(tokens)) % 2)})
     packed = PackedLossModel(model, tokens.close_id)
 
     def measured(size: int) -> dict[str, float]:
         cuts = [tuple(range(start, start + size)) for start in range(0, 8, size)]
         with torch.no_grad():
             parts = [(cut, packed(build_batch(tokens, cut), 1)[1]) for cut in cuts]
-        return metrics_of(parts, ledger)
+        return metrics_of(parts, truncation)
 
     whole = measured(8)
     counts = np.bincount(np.concatenate([tokens[d].segments for d in range(8)]), minlength=5)

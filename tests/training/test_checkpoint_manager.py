@@ -150,7 +150,7 @@ def test_a_restarted_group_goes_on_with_its_run_whatever_resume_says(make):
     group = dataclasses.replace(ONE, job_store=HashStore())
     first = make(group)
     assert first.resolve_resume("") is None and first.run_before_first_checkpoint() == ""
-    group.note("run", "run")
+    group.put("run", "run")
     second = make(group)  # the first one died before it saved anything
     assert second.resolve_resume("") is None and second.run_before_first_checkpoint() == "run"
     save(second, 3)
