@@ -45,7 +45,7 @@ TOLERATED = 0.001  # share of samples that the advised sequence length may excee
 _POOL_FROM = 2_000  # samples from which on worker processes pay for their start
 _FORECAST_SAMPLES = 50_000  # lengths that the packing forecast looks at
 _SHOWN_VALUES = 100_000  # values of one histogram
-_SEGMENTS = {0: "prompt", 1: "thinking", 3: "answer"}  # of chat_tokens.Segment
+_SEGMENTS = {0: "prompt", 1: "thinking", 3: "answer"}  # codes of token_table.Segment
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,13 @@ import numpy as np
 import torch
 
 from finetuning.config import BatchSettings, DataSettings
-from finetuning.data.token_table import Segment, TokenizedSamples
+from finetuning.data.token_table import (
+    NUM_THINKING_BUCKETS,
+    Segment,
+    TokenizedSamples,
+    carries_loss,
+)
 
-NUM_THINKING_BUCKETS = 10  # tenths of a chain of thought
 PACKING_WINDOW = 1 << 14  # documents that are packed together; bounds the time per document
 ALIGNMENT = 256  # bytes, of tensors in one buffer: what CUDA's own allocations have
 
@@ -361,7 +365,7 @@ def build_batch(
     buckets = np.concatenate([_thinking_buckets(piece.segments) for piece in pieces])
     starts = np.concatenate([[0], np.cumsum(lengths)])
     assert (segments[starts[:-1]] == Segment.PROMPT).all(), "a document starts with its prompt"
-    predicted = np.flatnonzero(segments != Segment.PROMPT)
+    predicted = np.flatnonzero(carries_loss(segments))
     document = np.repeat(np.arange(len(pieces)), lengths)[predicted]
     for start in range(len(ids), pad_to, max_length or pad_to or 1):
         lengths.append(min(max_length or pad_to, pad_to - start))

@@ -14,9 +14,11 @@ import numpy as np
 from finetuning.common.files import write_json
 from finetuning.readers.dataset import give_back_pages
 
+NUM_THINKING_BUCKETS = 10  # tenths of a chain of thought
+
 
 class Segment(IntEnum):
-    """What a token is part of. Every token but those of the prompt carries loss."""
+    """What a token is part of; `carries_loss` says which segments are learnt."""
 
     PROMPT = 0
     THINKING = 1
@@ -26,6 +28,14 @@ class Segment(IntEnum):
     """From behind `</think>` on, the template's blank line included."""
     END = 4
     """The token that ends the turn, `<|im_end|>` for Qwen3."""
+
+
+NUM_SEGMENTS = len(Segment)
+
+
+def carries_loss(segments: np.ndarray | int) -> np.ndarray | bool:
+    """The loss mask: every token carries loss but those of the prompt."""
+    return segments != Segment.PROMPT
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,7 +164,7 @@ class TokenPart:
             "segments": segments,
             "lengths": lengths,
             "sample_index": np.array(self.sample_index, dtype=np.int64),
-            "num_targets": counts[:, 1:].sum(axis=1, dtype=np.int64),
+            "num_targets": counts[:, carries_loss(np.arange(NUM_SEGMENTS))].sum(1, np.int64),
             "segment_counts": counts,
         }
 

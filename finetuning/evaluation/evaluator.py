@@ -14,13 +14,12 @@ import torch
 from finetuning.analysis.sample_groups import Groups
 from finetuning.common.distributed import Distributed
 from finetuning.data.packing import StepPlan, build_batch
-from finetuning.data.token_table import TokenizedSamples
+from finetuning.data.token_table import NUM_SEGMENTS, TokenizedSamples
 from finetuning.data.training_data import DataPart
 from finetuning.evaluation.adapter_health import AdapterHealth
 from finetuning.evaluation.generation import EvalPrompt, complete, probe_metrics, samples_text
 from finetuning.evaluation.hardest_samples import hardest, hardest_text, loss_rows
 from finetuning.evaluation.loss_metrics import LossMetrics
-from finetuning.model.loss import NUM_SEGMENTS
 from finetuning.model.packed_model import PackedLossModel
 
 

@@ -17,7 +17,7 @@ import torch
 from finetuning.analysis.crypto_terms import find_terms
 from finetuning.common.text import fenced, table_cell
 from finetuning.data.chat_template import encode_prompt, parse_completion
-from finetuning.data.token_table import Segment
+from finetuning.data.token_table import Segment, carries_loss
 from finetuning.data.training_data import DataPart
 from finetuning.model.attention import ordinary_attention
 from finetuning.readers.sample import Sample
@@ -83,7 +83,7 @@ def _probe(part: DataPart, tokenizer: object, document: int) -> EvalPrompt:
         sample,
         tuple(encode_prompt(tokenizer, sample.messages()[:-1], tools)),
         thinking_tokens=int((segments == Segment.THINKING).sum()),
-        reference_tokens=int((segments != Segment.PROMPT).sum()),
+        reference_tokens=int(carries_loss(segments).sum()),
     )
 
 

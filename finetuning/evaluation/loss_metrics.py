@@ -10,10 +10,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from finetuning.data.packing import NUM_THINKING_BUCKETS
-from finetuning.data.token_table import Segment
+from finetuning.data.token_table import NUM_SEGMENTS, NUM_THINKING_BUCKETS, Segment
 
-NUM_SEGMENTS = len(Segment)
 _SEGMENT_END = NUM_SEGMENTS * 3  # (segment, [loss, correct, count])
 _BUCKET_END = _SEGMENT_END + NUM_THINKING_BUCKETS * 2  # (tenth, [loss, count])
 _CLOSE_END = _BUCKET_END + 2  # [sum of p(</think>), count]

@@ -332,7 +332,7 @@ LoRA/Gradient_Norm | | evaluation after step 0 | evaluation.adapter_health
 _TEXTS = """
 Dataset/Summary | Markdown | always | analysis.statistics
     The data set in tables.
-Dataset/Mask_Audit | Markdown | always | data.loss_mask
+Dataset/Mask_Audit | Markdown | always | data.mask_audit
     Samples with every token's segment, to see what is trained.
 Training/Epoch_Summary | Markdown | always | runs.metrics
     An epoch in a table.

@@ -12,9 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch._subclasses.fake_tensor import is_fake
 
-NUM_SEGMENTS = 5
-THINKING = 1  # the code of a chain-of-thought token among the segments
-NUM_BUCKETS = 10
+from finetuning.data.token_table import NUM_SEGMENTS, NUM_THINKING_BUCKETS, Segment
 
 _CHUNK_BYTES = {"cuda": 1 << 30}  # of fp32 logits: large products on an accelerator,
 _CACHE_BYTES = 2 << 20  # near the size of a core's cache elsewhere
@@ -73,7 +71,9 @@ def packed_loss(
         torch.is_grad_enabled(),
     )
     with torch.no_grad():
-        thinking = (segments == THINKING) & real if close_id >= 0 else torch.zeros_like(real)
+        thinking = (
+            (segments == Segment.THINKING) & real if close_id >= 0 else torch.zeros_like(real)
+        )
         sums = LossSums(
             *_sums(nll, correct, segments, document, num_documents, thinking_bucket),
             premature_close=_weighted_sum(close, thinking),
@@ -203,9 +203,9 @@ def _sums(nll, correct, segments, document, num_documents, thinking_bucket):
     measured = torch.stack((nll, correct, torch.ones_like(nll)), 1).to(_wide(nll))
     cells = measured.new_zeros((num_documents + 1) * NUM_SEGMENTS, 3)  # the last document: padding
     cells.index_add_(0, document * NUM_SEGMENTS + segments, measured)
-    buckets = measured.new_zeros(NUM_BUCKETS + 1, 2)  # the last row collects bucket -1
-    buckets.index_add_(0, thinking_bucket % (NUM_BUCKETS + 1), measured[:, ::2])
-    return cells.view(-1, NUM_SEGMENTS, 3)[:num_documents], buckets[:NUM_BUCKETS]
+    buckets = measured.new_zeros(NUM_THINKING_BUCKETS + 1, 2)  # the last row collects bucket -1
+    buckets.index_add_(0, thinking_bucket % (NUM_THINKING_BUCKETS + 1), measured[:, ::2])
+    return cells.view(-1, NUM_SEGMENTS, 3)[:num_documents], buckets[:NUM_THINKING_BUCKETS]
 
 
 def _weighted_sum(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

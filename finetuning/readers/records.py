@@ -259,7 +259,7 @@ def _turn(turn: Any) -> dict:
 def _assistant(turn: dict) -> dict:
     """An assistant turn: text, reasoning (inline, beside, or a typed part) and tool calls."""
     text, reasoning, calls = _parts(turn)
-    # Where a part says which text is reasoning, a tag in another part is just text: `chat_tokens`
+    # Where a part says which text is reasoning, a tag in another part is just text: `tokenization.py`
     # keeps it from becoming a real control token.
     thinking, answer = (reasoning, text.strip()) if reasoning else _reasoned(text, turn)
     for key in ("tool_calls", "function_call"):

@@ -14,7 +14,7 @@ from finetuning.common.distributed import Distributed
 from finetuning.common.files import atomic_write_text, json_text, strict, write_json
 from finetuning.common.terminal import Terminal
 from finetuning.common.text import redact_values
-from finetuning.data.loss_mask import mask_audit
+from finetuning.data.mask_audit import mask_audit
 from finetuning.events.event_file import rewind_lines
 from finetuning.model.resolve import banner
 from finetuning.monitoring.alerts import Alert, AlertMonitor, run_command

@@ -12,8 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from finetuning.data.token_table import Segment
 from finetuning.model import loss as model_loss
-from finetuning.model.loss import THINKING, packed_loss
+from finetuning.model.loss import packed_loss
 
 ROOT = Path(__file__).parents[2]
 CLOSE = 5
@@ -34,7 +35,7 @@ def problem(targets=300, tokens=400, hidden_size=24, vocab=203, dtype=torch.floa
             segments=segments,
             document=torch.randint(0, 3, (targets,), **random),
             num_documents=4,
-            thinking_bucket=torch.where(segments == THINKING, bucket, -1),
+            thinking_bucket=torch.where(segments == Segment.THINKING, bucket, -1),
             close_id=CLOSE,
             num_targets=targets,
         ),
@@ -71,7 +72,7 @@ def test_sums_equal_a_loop_over_the_targets(chunk):
         cells[batch["document"][row], segment] += torch.tensor([nll, right, 1.0])
         if bucket >= 0:
             buckets[bucket] += torch.tensor([nll, 1.0])
-        if segment == THINKING:
+        if segment == Segment.THINKING:
             premature += torch.tensor([log_p[row, CLOSE].exp(), 1.0])
     torch.testing.assert_close(sums.per_document, cells, atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(sums.thinking_buckets, buckets, atol=1e-4, rtol=1e-5)
@@ -87,7 +88,7 @@ def test_exact_values_on_hand_made_logits():
         torch.eye(4),
         target_positions=torch.tensor([1, 2]),
         labels=torch.tensor([1, 1]),
-        segments=torch.tensor([THINKING, 3]),
+        segments=torch.tensor([Segment.THINKING, 3]),
         document=torch.tensor([0, 0]),
         num_documents=1,
         thinking_bucket=torch.tensor([9, -1]),
@@ -109,7 +110,7 @@ def test_parts_recombine_to_the_loss():
     total, _, count = sums.per_document.sum((0, 1))
     assert count == 300
     assert abs(total / count - loss.double()) < 1e-6
-    thinking = sums.per_document[:, THINKING].sum(0)
+    thinking = sums.per_document[:, Segment.THINKING].sum(0)
     torch.testing.assert_close(sums.thinking_buckets.sum(0), thinking[::2])
 
 
@@ -173,7 +174,7 @@ def test_targets_of_padding_change_nothing(chunk, rows):
     hidden, weight, batch = problem()
     batch["target_positions"][0] = 0
     more = padded(batch, rows)
-    more["segments"][300:] = THINKING
+    more["segments"][300:] = Segment.THINKING
     loss, sums = packed_loss(hidden, weight, **batch)
     loss_padded, sums_padded = packed_loss(hidden, weight, **more)
     torch.testing.assert_close(loss_padded, loss)

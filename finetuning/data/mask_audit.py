@@ -1,4 +1,4 @@
-"""Which tokens carry loss, shown token by token."""
+"""The loss mask shown token by token; `token_table.carries_loss` decides it."""
 
 import itertools
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from finetuning.common.text import clean, fenced
-from finetuning.data.token_table import Segment, TokenizedSample, TokenizedSamples
+from finetuning.data.token_table import Segment, TokenizedSample, TokenizedSamples, carries_loss
 
 # ---- mask audit -------------------------------------------------------------------------------
 
@@ -40,7 +40,7 @@ def _audit_lines(document: TokenizedSample, tokenizer: Any, per_line: int = 16) 
     bounds = [0, *edges.tolist(), len(document.ids)]
     for start, stop in itertools.pairwise(bounds):
         segment = Segment(int(document.segments[start]))
-        sign = "-" if segment == Segment.PROMPT else "+"
+        sign = "+" if carries_loss(segment) else "-"
         spans = [(start, stop)]
         if stop - start > _AUDIT_RUN:
             spans = [(start, start + _AUDIT_RUN // 2), (stop - _AUDIT_RUN // 2, stop)]

@@ -1,6 +1,6 @@
 """The audit shows of every token whether it carries loss."""
 
-from finetuning.data.loss_mask import mask_audit
+from finetuning.data.mask_audit import mask_audit
 from finetuning.data.token_table import Segment
 from finetuning.data.tokenization import tokenize_samples
 from finetuning.readers.sample import Sample
