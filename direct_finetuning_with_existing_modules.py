@@ -107,7 +107,7 @@ class DirectTrainer:
 
     @property
     def tensorboard_writer(self) -> TensorBoardLogger | NullLogger:
-        """The run's logger, with SummaryWriter's methods; false in a condition on ranks other than 0."""
+        """The run's logger, with SummaryWriter's methods; a NullLogger, which is false, on other ranks."""
         return self.record.logger
 
     # -------------------------------------------------------------------------
@@ -180,7 +180,7 @@ class DirectTrainer:
             if self.interrupted and not self.outcome:
                 self.outcome = "preempted"
             if (saves or self.outcome) and self.outcome != "nonfinite":
-                self.save(step)  # a step that failed is to be done again, not to be resumed behind
+                self.save(step)  # not a step that failed: a resume must repeat it
             self.terminal.advance(step, metrics)
         self.outcome = self.outcome or "completed"
 
@@ -297,7 +297,7 @@ class DirectTrainer:
         """A step to TensorBoard, metrics.jsonl and the alerts; true if these ask for a checkpoint."""
         with self.metrics.clock.phase("logging"):
             wishes = self.record.log(step, metrics)
-        # Some of what alerts look at is a rank's own, and all must do the same.
+        # Alerts may differ between ranks, as some numbers are a rank's own: what one asks for, all do.
         save, stop = self.dist.any("save" in wishes, "stop" in wishes)
         if stop:
             self.outcome = "stopped"
@@ -366,7 +366,7 @@ class DirectTrainer:
         if checkpoint:
             self.restore(checkpoint)
             self.state.resume_count += 1
-        # By a group that died before its first checkpoint: nobody's work is in what it has shown.
+        # A run that crashed before its first checkpoint begins again: its points may be removed.
         begun = "" if checkpoint else self.checkpoints.run_before_first_checkpoint()
         run = directory.open_directory(
             Path(config.output_dir),
