@@ -229,8 +229,6 @@ class ModelInTraining:
 
     def do_with_less(self, state: TrainState) -> None:
         """What the state says that lack of memory has taught, now or before a resume."""
-        if state.recomputes or state.micro_batch_splits:
-            self.release_graph("memory was short: micro-batches are made anew or in parts")
         if state.recomputes and self._may_recompute:
             model_loading.recompute_activations(self._model)
             self.recomputes, self._may_recompute = True, False
@@ -238,6 +236,8 @@ class ModelInTraining:
             self._parallel == "fsdp"
         ):  # parts are not of equal number on all ranks, gathering must be
             state.micro_batch_splits = 0
+        if state.recomputes or state.micro_batch_splits:
+            self.release_graph("memory was short: activations are made again, or parts are smaller")
         if state.micro_batch_splits:  # their shapes are not the compiled one, each is its own
             self._stop_compiling()
 
