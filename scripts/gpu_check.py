@@ -82,8 +82,13 @@ def stop_group(process: subprocess.Popen) -> None:
 class Check:
     """Runs phases one after the other and keeps the record."""
 
-    def __init__(self, out: Path, work: Path, budget: float) -> None:
+    def __init__(self, out: Path, work: Path, budget: float, commit: str = "") -> None:
         self.out, self.work, self.start, self.budget = out, work, time.monotonic(), budget
+        self.what = {
+            "gpu": gpu_name(),
+            "commit": commit,
+            "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        }
         self.phases: dict[str, dict] = {}
         self.began = time.time()  # of the phase
         for directory in (out, work):
@@ -149,10 +154,18 @@ class Check:
         """Into the record, and onto the terminal."""
         self.phases[name] = {"verdict": verdict, **facts}
         print(f"[{self.seconds():6.1f} s] {name}: {verdict}", flush=True)
-        self.write({"phases": self.phases, "seconds": round(self.seconds(), 1)})
+        self.write()
 
-    def write(self, record: dict) -> None:
+    def write(self, **more: object) -> None:
         """result.json, whole or not at all."""
+        record = {
+            **self.what,
+            "versions": self.phases.get("facts", {}).get("versions"),
+            "seconds": round(self.seconds(), 1),
+            "figures": figures(self.phases),
+            **more,
+            "phases": self.phases,
+        }
         part = self.out / "result.json.part"
         part.write_text(json.dumps(record, indent=1), encoding="utf-8")
         part.replace(self.out / "result.json")
@@ -187,7 +200,12 @@ class Phases:
             self.job("run bundled 2048", "--data-path", str(BUNDLED), limit=100, needs=50),
             self.bench("bench FP8 2048", 2048, ["ours, FP8"], limit=80),
             self.bench("bench FP8 8192", 8192, ["ours, FP8"], limit=90),
-            self.tests("tests of graphs", "replayed or capture_fails", limit=60, needs=30),
+            self.tests(
+                "tests of kernels",
+                "replayed or capture_fails or softmax or written",
+                limit=65,
+                needs=30,
+            ),
             self.tests("tests", "not in_a_group and not all_weights", limit=100),
             self.bench("bench 2048 without graph", 2048, ["ours, no graph"], limit=80),
             self.bench("bench 8192 without graph", 8192, ["ours, no graph"], limit=90),
@@ -338,45 +356,38 @@ def kept_file(gpu: str) -> Path:
 
 
 def gpu_name() -> str:
-    """Of the first GPU, or "none"."""
-    import torch
-
-    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
+    """Of the first GPU, by the driver's own program, or "none"."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return "none"
+    command = [program, "--query-gpu=name", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return (done.stdout.splitlines() or ["none"])[0].strip()
 
 
 def keep(path: Path) -> None:
     """Put a result's figures in the place of the last ones; what was not measured stays."""
     record = json.loads(path.read_text(encoding="utf-8"))
     target = kept_file(record["gpu"])
-    kept = json.loads(target.read_text(encoding="utf-8")) if target.exists() else {"figures": {}}
-    kept["figures"] |= {place: value for place, value in sorted(record["figures"].items())}
-    kept |= {name: record[name] for name in ("gpu", "versions", "commit", "date")}
+    kept = (
+        json.loads(target.read_text(encoding="utf-8"))
+        if target.exists()
+        else {"figures": {}, "commits": {}}
+    )
+    kept["figures"] |= record["figures"]
+    kept["commits"] |= dict.fromkeys(record["figures"], record["commit"])
+    kept |= {name: record[name] for name in ("gpu", "versions", "date") if record[name]}
     RESULTS.mkdir(exist_ok=True)
     target.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     print(f"{len(record['figures'])} figures of {record['gpu']} are now in {target}")
 
 
-def conclude(check: Check, commit: str) -> None:
-    """Figures, what they are worse than, and what was left out."""
-    gpu, now = gpu_name(), figures(check.phases)
-    versions = check.phases.get("facts", {}).get("versions")
-    date = time.strftime("%Y-%m-%d", time.gmtime())
-    record = {"gpu": gpu, "commit": commit, "date": date, "versions": versions}
-    before = (
-        json.loads(kept_file(gpu).read_text(encoding="utf-8"))["figures"]
-        if kept_file(gpu).exists()
-        else {}
-    )
+def conclude(check: Check) -> None:
+    """Print the figures, beside the last ones kept, and name what got worse."""
+    now, kept = figures(check.phases), kept_file(check.what["gpu"])
+    before = json.loads(kept.read_text(encoding="utf-8"))["figures"] if kept.exists() else {}
     slower = worse(now, before)
-    check.write(
-        {
-            **record,
-            "seconds": check.seconds(),
-            "figures": now,
-            "worse": slower,
-            "phases": check.phases,
-        }
-    )
+    check.write(worse=slower)
     for place, value in now.items():
         was = f" (was {before[place]:.6g})" if place in before else ""
         print(f"{place} = {value:.6g}{was}")
@@ -408,11 +419,12 @@ def main() -> None:
         return
     if arguments.out is None:
         parser.error("--out is where the results go")
-    check = Check(arguments.out, arguments.work, arguments.budget)
+    commit = arguments.commit or commit_of_the_tree()
+    check = Check(arguments.out, arguments.work, arguments.budget, commit)
     for phase in Phases(check, arguments.device, arguments.small).all():
         if any(fnmatch(phase.name, name) for name in arguments.only or ["*"]):
             check.run(phase)
-    conclude(check, arguments.commit or commit_of_the_tree())
+    conclude(check)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ neighbours write x and g into the wider rows themselves, which a GPU needs for i
 Adapters stay fp32 masters; `AdapterCopies` writes them into the matrices, for all layers at once.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -120,12 +121,17 @@ class _JoinedLora(torch.autograd.Function):
         rows = _one_batch(x)
         projected = _small_product(rows, matrix[height:, :width].t())
         wide = torch.cat([rows, projected], 2)[0]
-        weight = matrix[:height].t()
-        out = wide @ weight if bias is None else torch.addmm(bias, wide, weight)
+        outputs = []
+        # Queries get a tensor of their own: torch 2.11 makes slow kernels for norms of a wider one's columns.
+        for start, run in _equal_runs(sizes):
+            rows_of = slice(start, start + sum(run))
+            weight = matrix[rows_of].t()
+            out = wide @ weight if bias is None else torch.addmm(bias[rows_of], wide, weight)
+            outputs += out.split(run, 1)
         ctx.save_for_backward(rows, projected, matrix)
         ctx.sizes, ctx.ranks, ctx.scalings = sizes, ranks, scalings
         ctx.dtype = masters[0].dtype
-        return tuple(part.reshape(*x.shape[:-1], -1) for part in out.split(sizes, 1))
+        return tuple(part.reshape(*x.shape[:-1], -1) for part in outputs)
 
     @staticmethod
     def backward(ctx, *grads):
@@ -155,14 +161,17 @@ class _Fp8Lora(torch.autograd.Function):
         width, height, rank = x.shape[-1], sum(sizes), sum(ranks)
         rows = _one_batch(x)
         projected = _small_product(rows, matrix[height : height + rank, :width].t())
-        out = fp8_product(*quantized([rows]), *fp8[:2], x.dtype)
-        add_product(out, projected[0], matrix[:height, width : width + rank].t())
-        if bias is not None:
-            out = out + bias
+        small, scale = quantized([rows])
+        outputs = []
+        for start, run in _equal_runs(sizes):
+            rows_of = slice(start, start + sum(run))
+            out = fp8_product(small, scale, fp8[0][rows_of], fp8[1][:, rows_of], x.dtype)
+            add_product(out, projected[0], matrix[rows_of, width : width + rank].t())
+            outputs += (out if bias is None else out + bias[rows_of]).split(run, 1)
         ctx.save_for_backward(rows, projected, matrix, *fp8[2:])
         ctx.sizes, ctx.ranks, ctx.scalings = sizes, ranks, scalings
         ctx.dtype = masters[0].dtype
-        return tuple(part.reshape(*x.shape[:-1], -1) for part in out.split(sizes, 1))
+        return tuple(part.reshape(*x.shape[:-1], -1) for part in outputs)
 
     @staticmethod
     def backward(ctx, *grads):
@@ -183,6 +192,16 @@ class _Fp8Lora(torch.autograd.Function):
             gradients.append(_product(part[0].t(), own, ctx.dtype) * scaling)
             column += r
         return grad_x, None, None, None, None, None, None, *gradients
+
+
+def _equal_runs(sizes: Sequence[int]) -> list[tuple[int, list[int]]]:
+    """(start, sizes) of neighbours of equal size."""
+    runs, start = [], 0
+    for _, run in itertools.groupby(sizes):
+        run = list(run)
+        runs.append((start, run))
+        start += sum(run)
+    return runs
 
 
 def _through_b(ctx, parts, matrix, width: int) -> list[torch.Tensor]:

@@ -276,8 +276,6 @@ class TrainingEngine:
 
     def apply_memory_measures(self, state: TrainState) -> None:
         """Apply the measures that the state names: those of now, or of before a resume."""
-        if state.recomputes or state.micro_batch_splits:
-            self.release_graph("memory was short: micro-batches are made anew or in parts")
         if state.recomputes and self._may_checkpoint:
             loading.recompute_activations(self._model)
             self.gradient_checkpointing, self._may_checkpoint = True, False
@@ -285,6 +283,10 @@ class TrainingEngine:
             self._parallel == "fsdp"
         ):  # parts are not of equal number on all ranks, gathering must be
             state.micro_batch_splits = 0
+        if state.recomputes or state.micro_batch_splits:
+            self.release_graph("memory was short: activations are made again, or parts are smaller")
+        if state.recomputes or state.micro_batch_splits:
+            self.release_graph("memory was short: activations are made again, or parts are smaller")
         if state.micro_batch_splits:  # their shapes are not the compiled one, each is its own
             self._stop_compiling()
 

@@ -60,13 +60,15 @@ def test_a_kind_of_gpu_has_a_file_of_its_own(gpu: str, file: str):
 
 def test_keeping_replaces_what_was_measured_and_leaves_the_rest(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "RESULTS", tmp_path / "results")
-    record = {"gpu": "NVIDIA H100", "versions": {}, "commit": "a", "date": "2026-11-26"}
+    record = {"gpu": "NVIDIA H100", "versions": {"torch": "2"}, "date": "2026-11-26"}
     for commit, figures in (("a", KEPT), ("b", {"step 2048: graph: step_ms": 70.0})):
         path = tmp_path / "result.json"
         path.write_text(json.dumps(record | {"commit": commit, "figures": figures}))
         gpu_check.keep(path)
+        record["versions"] = None  # the phase that tells them was left out
     kept = json.loads((tmp_path / "results" / "h100.json").read_text())
-    assert kept["commit"] == "b"
+    assert kept["versions"] == {"torch": "2"}
+    assert kept["commits"] == dict.fromkeys(KEPT, "a") | {"step 2048: graph: step_ms": "b"}
     assert kept["figures"] == KEPT | {"step 2048: graph: step_ms": 70.0}
 
 

@@ -174,6 +174,8 @@ def test_memory_follows_the_settings(qwen3_4b):
     assert 45 * GIB < total(CUDA) < 55 * GIB
     assert total(CUDA, checkpointing=True) < 14 * GIB
     assert total(Placement("cuda", 2, quantized=True)) < total(CUDA) - 4 * GIB
+    beside = total(Placement("cuda", 2, fp8=True)) - total(CUDA)  # two copies of a byte a weight
+    assert beside == 2 * qwen3_4b.linear_parameters
     assert total(Placement("cuda", 2, shards=4)) < total(CUDA) - 4 * GIB
     assert total(CUDA, tokens=4096) < total(CUDA, tokens=8192)
     estimate = estimate_memory(qwen3_4b, CUDA, 8192, checkpointing=False)
