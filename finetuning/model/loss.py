@@ -106,7 +106,7 @@ class _HeadLoss(torch.autograd.Function):
                 part = slice(start, start + chunks.rows)
                 rows = hidden.index_select(0, positions[part]).to(weight.dtype)
                 outputs = nll[part], correct[part], close[part]
-                error = chunks.error(_logits(rows, weight), labels[part], close_id, outputs)
+                error = chunks.error(rows, labels[part], close_id, outputs)
                 if needs_hidden:
                     # Scaled after the product: H numbers a row instead of V.
                     gradient = _scaled(torch.mm(error, weight), factor)
@@ -133,7 +133,7 @@ class _Chunks:
     """From logits to the error of the predictions, chunk by chunk."""
 
     def __init__(self, weight: torch.Tensor, targets: int, with_gradient: bool) -> None:
-        self._dtype, self._with_gradient = weight.dtype, with_gradient
+        self._weight, self._dtype, self._with_gradient = weight, weight.dtype, with_gradient
         self._by_kernel = _has_kernel(weight)
         most = rows_per_chunk(weight.shape[0], weight.device.type)
         if weight.is_cuda and not self._by_kernel:
@@ -144,8 +144,12 @@ class _Chunks:
         shape = (0 if self._by_kernel else min(self.rows, targets), weight.shape[0])
         self._buffer = torch.empty(shape, dtype=torch.float32, device=weight.device)
 
-    def error(self, logits, labels, close_id, outputs) -> torch.Tensor:
-        """Fill the three outputs; softmax minus one-hot (C, V), in the weight's type for a gradient."""
+    def error(self, rows, labels, close_id, outputs) -> torch.Tensor:
+        """Fill the three outputs; softmax minus one-hot (C, V), in the weight's type for a gradient.
+
+        The logits are made here, so that no caller's frame holds them when they are to go.
+        """
+        logits = _logits(rows, self._weight)
         if self._by_kernel:
             from finetuning.model.triton_kernels import softmax_error
 
