@@ -23,7 +23,8 @@ import sys
 
 from finetuning.common.errors import RunStopped, UserError
 from finetuning.common.terminal import Terminal, show_crash
-from finetuning.config import CommandLine, DirectTrainingConfig, parse_command_line
+from finetuning.command_line import CommandLine, parse_command_line
+from finetuning.config import DirectTrainingConfig
 
 if __name__ == "__main__":  # help and wrong settings are answered before the imports that take long
     try:

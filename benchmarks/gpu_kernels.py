@@ -33,6 +33,7 @@ from finetuning.model import attention
 from finetuning.model import loss as model_loss
 from finetuning.model.fused_lora import enable_fast_lora
 from finetuning.model.packed_model import PackedLossModel
+from tests.helpers.packed import document_bounds
 
 RANK, HEAD_DIM, CLOSE, DOCUMENT = 16, 128, 5, 1024
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -162,7 +163,7 @@ def attention_cases(shapes: Shapes) -> Iterator[Case]:
         heads = (shapes.heads, shapes.kv_heads, shapes.kv_heads)
         states = [shapes.random(1, h, rows, HEAD_DIM).requires_grad_() for h in heads]
         lengths = [min(DOCUMENT, rows)] * max(1, rows // DOCUMENT)
-        bounds = attention.cumulative_lengths(lengths).to(shapes.device)
+        bounds = document_bounds(lengths).to(shapes.device)
         kwargs = attention.attention_kwargs(bounds, lengths, lengths[0])
         upstream = shapes.random(1, rows, shapes.heads, HEAD_DIM)
 
@@ -253,7 +254,7 @@ def layer_cases(shapes: Shapes) -> Iterator[Case]:
             if shapes.device.type == "cuda":
                 packed.compile_layers()
             lengths = [min(DOCUMENT, rows)] * max(1, rows // DOCUMENT)
-            bounds = attention.cumulative_lengths(lengths).to(shapes.device)
+            bounds = document_bounds(lengths).to(shapes.device)
             kwargs = attention.attention_kwargs(bounds, lengths, lengths[0])
             position = torch.arange(rows, device=shapes.device)[None] % lengths[0]
             decoder = model.get_base_model().model

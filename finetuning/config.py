@@ -1,4 +1,4 @@
-"""What a user can set: seven groups of settings, their checks, the command line and the TOML file.
+"""What a user can set: seven groups of settings and their checks.
 
 A function takes the group that it reads. `DirectTrainingConfig` is all seven, so it can be handed to
 each of them.
@@ -6,17 +6,13 @@ each of them.
 
 import dataclasses
 import math
-import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
-
-import tyro
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from finetuning.common.errors import UserError
-from finetuning.foreign_names import known_names, our_arguments, translated
 
 # The linear layers of a decoder block; "all-linear" means all that a model has.
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -83,9 +79,9 @@ class _Settings:
     def _unknown_choices(self) -> Iterator[str]:
         """A fault for each field that has none of the words its type names."""
         for field_ in dataclasses.fields(self):
-            choices, types = _allowed(field_)
+            choices, types = allowed_values(field_)
             if choices and not types:
-                rule = _Rule(lambda value, choices=choices: value in choices, _either(choices))
+                rule = _Rule(lambda value, choices=choices: value in choices, either(choices))
                 yield from self._breaches(rule, field_.name)
 
     def _breaches(self, rule: _Rule, *names: str) -> Iterator[str]:
@@ -307,7 +303,7 @@ class OutputSettings(_Settings):
         yield from self._breaches(_FROM_ZERO, *not_negative)
         for name in self.alert_actions:
             if name not in ALERT_NAMES:
-                near, known = _closest(name, ALERT_NAMES), ", ".join(ALERT_NAMES)
+                near, known = closest(name, ALERT_NAMES), ", ".join(ALERT_NAMES)
                 yield f"alert_actions: no alert {name!r}{near}; there are {known}"
 
     @property
@@ -347,97 +343,7 @@ class DirectTrainingConfig(  # the fields come in the reverse order of the bases
             yield f"precision fp8 is for plain adapters of compiled layers: {remedy}"
 
 
-# -----------------------------------------------------------------------------
-# Command line
-
-
-@dataclass(frozen=True)
-class CommandLine:
-    """LoRA fine-tuning of a thinking model, watched in TensorBoard."""
-
-    training: Annotated[DirectTrainingConfig, tyro.conf.arg(name="")]
-    resume: str = ""
-    """latest: continue from the newest checkpoint, or fail; auto: continue, or start fresh; or a
-    checkpoint directory."""
-    plan: bool = False
-    """Say what the run would do, need and take, without loading weights, and end."""
-    check_data: bool = False
-    """Read and tokenize everything, list what is wrong with it, and end with 0 (good) or 1."""
-    quiet: bool = False
-    """Only warnings and the closing lines on the terminal."""
-    trust_remote_code: bool = False
-    """Let the model folder run its own code. There is no such key in a configuration file."""
-    config: str = ""
-    """TOML file with any of the other settings; the command line wins."""
-
-
-def parse_command_line(arguments: list[str]) -> CommandLine:
-    """Defaults, then the TOML file of --config, then the command line. Raises UserError for the file."""
-    path = _value_of("--config", arguments)
-    defaults = CommandLine(
-        training=read_config_file(Path(path)) if path else DirectTrainingConfig()
-    )
-    own = {f.name for kind in (DirectTrainingConfig, CommandLine) for f in dataclasses.fields(kind)}
-    arguments = our_arguments(arguments, own)
-    return tyro.cli(CommandLine, args=arguments, default=defaults, use_underscores=False)
-
-
-def read_config_file(path: Path) -> DirectTrainingConfig:
-    """A configuration from TOML, `key = value` lines; all faults in one UserError."""
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # Notepad writes a mark
-    except OSError as error:
-        raise UserError(f"--config {path}: can't be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"--config {path}: not UTF-8; save it so (iconv -f GB18030 -t UTF-8)"
-        ) from error
-    except (ValueError, RecursionError) as error:  # syntax, endless digits, depth
-        raise UserError(f"--config {path}: not valid TOML ({error})") from error
-    fields = {f.name: f for f in dataclasses.fields(DirectTrainingConfig)}
-    settings, faults = {}, []
-    for key, value in values.items():
-        meant = translated(key, value)
-        if isinstance(meant, str):
-            faults.append(meant)
-            continue
-        for name, setting in meant.items():
-            if name not in fields:
-                faults.append(f"unknown key {key!r}{_closest(key, [*fields, *known_names()])}")
-            elif name in settings:
-                faults.append(f"{key!r} sets {name} a second time")
-            else:
-                settings[name] = _converted(fields[name], setting, faults)
-    if faults:
-        raise UserError(f"--config {path}: " + "; ".join(faults))
-    return DirectTrainingConfig(**settings)
-
-
-def _converted(field_: dataclasses.Field, value: Any, faults: list[str]) -> Any:
-    """The TOML value in the field's type, or a fault."""
-    default = (
-        field_.default if field_.default is not dataclasses.MISSING else field_.default_factory()  # type: ignore[misc]
-    )
-    choices, types = _allowed(field_)
-    wanted = _either(choices, *types)
-    if isinstance(default, tuple):
-        items = value if isinstance(value, list) else [value]
-        kind = float if field_.name == "data_weights" else str
-        if all(isinstance(item, (kind, int) if kind is float else kind) for item in items):
-            return tuple(kind(item) for item in items)
-        wanted = "a list of numbers" if kind is float else "a text, or a list of texts"
-    elif isinstance(default, bool) or isinstance(value, bool):
-        if isinstance(default, bool) and isinstance(value, bool):
-            return value
-    elif isinstance(default, float) and isinstance(value, int):
-        return float(value)
-    elif value in choices or type(value) in types:
-        return value
-    faults.append(f"{field_.name} is {value!r}, must be {wanted}")
-    return value
-
-
-def _allowed(field_: dataclasses.Field) -> tuple[list[str], list[type]]:
+def allowed_values(field_: dataclasses.Field) -> tuple[list[str], list[type]]:
     """Values that a field names itself, and types of which any value will do."""
     of_several = get_origin(field_.type) in (Union, UnionType)
     kinds = get_args(field_.type) if of_several else (field_.type,)
@@ -446,21 +352,14 @@ def _allowed(field_: dataclasses.Field) -> tuple[list[str], list[type]]:
     return [choice for kind in literals for choice in get_args(kind)], types
 
 
-def _either(choices: Sequence[str], *types: type) -> str:
+def either(choices: Sequence[str], *types: type) -> str:
+    """The choices and types in words."""
     return " or ".join([*map(repr, choices), *(kind.__name__ for kind in types)])
 
 
-def _closest(key: str, names: Sequence[str]) -> str:
+def closest(key: str, names: Sequence[str]) -> str:
+    """A question that names the most similar name; empty if none is."""
     from difflib import get_close_matches
 
     match = get_close_matches(key, names, n=1)
     return f" (did you mean {match[0]!r}?)" if match else ""
-
-
-def _value_of(flag: str, arguments: list[str]) -> str:
-    for i, argument in enumerate(arguments):
-        if argument == flag and i + 1 < len(arguments):
-            return arguments[i + 1]
-        if argument.startswith(flag + "="):
-            return argument.partition("=")[2]
-    return ""

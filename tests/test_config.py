@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from finetuning import config as config_module
+from finetuning import config
+from finetuning.command_line import parse_command_line, read_config_file
 from finetuning.common.errors import UserError
 from finetuning.config import (
     ALERT_NAMES,
@@ -21,8 +22,6 @@ from finetuning.config import (
     ModelSettings,
     OptimizerSettings,
     OutputSettings,
-    parse_command_line,
-    read_config_file,
 )
 from finetuning.events.metric_table import METRICS
 from finetuning.foreign_names import FOREIGN, Absent, Values
@@ -264,7 +263,7 @@ def test_numbers_that_are_none_are_refused(value: float):
 
 
 def test_every_field_has_its_line_of_help():
-    source = Path(config_module.__file__).read_text(encoding="utf-8")
+    source = Path(config.__file__).read_text(encoding="utf-8")
     for field in dataclasses.fields(DirectTrainingConfig):
         pattern = rf'\n    {field.name}: [^"]*?(?:"[^"\n]*"[^"]*?)*\n    """'
         assert re.search(pattern, source), field.name

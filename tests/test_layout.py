@@ -44,7 +44,7 @@ LIBRARIES = {
     "peft": tuple(f"finetuning/model/{name}.py" for name in ("adapters", "saving", "fused_lora")),
     "tensorboard": ("finetuning/events/",),
     "pynvml": ("finetuning/monitoring/",),
-    "tyro": ("finetuning/config.py", "finetuning/runs/report.py", *AT_THE_ROOT),
+    "tyro": ("finetuning/command_line.py", "finetuning/runs/report.py", *AT_THE_ROOT),
     "rich": (
         "finetuning/common/terminal.py",
         "finetuning/analysis/report.py",
@@ -52,7 +52,15 @@ LIBRARIES = {
         *AT_THE_ROOT,
     ),
 }
-THE_WHOLE_CONFIGURATION = ("finetuning/config.py", "finetuning/runs/", *AT_THE_ROOT)
+THE_WHOLE_CONFIGURATION = (
+    *("finetuning/config.py", "finetuning/command_line.py", "finetuning/runs/"),
+    *AT_THE_ROOT,
+)
+    "finetuning/config.py",
+    "finetuning/command_line.py",
+    "finetuning/runs/",
+    *AT_THE_ROOT,
+)
 # Sizes.
 LINES_OF_A_FILE = 500
 TABLES = ("finetuning/events/metric_table.py",)  # data, of any length

@@ -31,7 +31,7 @@ from tensorboard.plugins.core.core_plugin import CorePluginLoader
 from torch.distributed.run import get_args_parser
 
 from direct_finetuning_with_existing_modules import main
-from finetuning.config import parse_command_line, read_config_file
+from finetuning.command_line import parse_command_line, read_config_file
 from finetuning.events.metric_table import METRICS, find_metric
 from finetuning.events.reading import read_histograms, read_metrics, read_run, read_texts
 from finetuning.monitoring import alerts

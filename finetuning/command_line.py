@@ -1,0 +1,108 @@
+"""The command line of the main program and its TOML file: both become a `DirectTrainingConfig`."""
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from finetuning.common.errors import UserError
+from finetuning.config import DirectTrainingConfig, allowed_values, closest, either
+from finetuning.foreign_names import known_names, our_arguments, translated
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """LoRA fine-tuning of a thinking model, watched in TensorBoard."""
+
+    training: Annotated[DirectTrainingConfig, tyro.conf.arg(name="")]
+    resume: str = ""
+    """latest: continue from the newest checkpoint, or fail; auto: continue, or start fresh; or a
+    checkpoint directory."""
+    plan: bool = False
+    """Say what the run would do, need and take, without loading weights, and end."""
+    check_data: bool = False
+    """Read and tokenize everything, list what is wrong with it, and end with 0 (good) or 1."""
+    quiet: bool = False
+    """Only warnings and the closing lines on the terminal."""
+    trust_remote_code: bool = False
+    """Let the model folder run its own code. There is no such key in a configuration file."""
+    config: str = ""
+    """TOML file with any of the other settings; the command line wins."""
+
+
+def parse_command_line(arguments: list[str]) -> CommandLine:
+    """Defaults, then the TOML file of --config, then the command line. Raises UserError for the file."""
+    path = _value_of("--config", arguments)
+    defaults = CommandLine(
+        training=read_config_file(Path(path)) if path else DirectTrainingConfig()
+    )
+    own = {f.name for kind in (DirectTrainingConfig, CommandLine) for f in dataclasses.fields(kind)}
+    arguments = our_arguments(arguments, own)
+    return tyro.cli(CommandLine, args=arguments, default=defaults, use_underscores=False)
+
+
+def read_config_file(path: Path) -> DirectTrainingConfig:
+    """A configuration from TOML, `key = value` lines; all faults in one UserError."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # Notepad writes a mark
+    except OSError as error:
+        raise UserError(f"--config {path}: can't be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"--config {path}: not UTF-8; save it so (iconv -f GB18030 -t UTF-8)"
+        ) from error
+    except (ValueError, RecursionError) as error:  # syntax, endless digits, depth
+        raise UserError(f"--config {path}: not valid TOML ({error})") from error
+    fields = {f.name: f for f in dataclasses.fields(DirectTrainingConfig)}
+    settings, faults = {}, []
+    for key, value in values.items():
+        meant = translated(key, value)
+        if isinstance(meant, str):
+            faults.append(meant)
+            continue
+        for name, setting in meant.items():
+            if name not in fields:
+                faults.append(f"unknown key {key!r}{closest(key, [*fields, *known_names()])}")
+            elif name in settings:
+                faults.append(f"{key!r} sets {name} a second time")
+            else:
+                settings[name] = _converted(fields[name], setting, faults)
+    if faults:
+        raise UserError(f"--config {path}: " + "; ".join(faults))
+    return DirectTrainingConfig(**settings)
+
+
+def _converted(field_: dataclasses.Field, value: Any, faults: list[str]) -> Any:
+    """The TOML value in the field's type, or a fault."""
+    default = (
+        field_.default if field_.default is not dataclasses.MISSING else field_.default_factory()  # type: ignore[misc]
+    )
+    choices, types = allowed_values(field_)
+    wanted = either(choices, *types)
+    if isinstance(default, tuple):
+        items = value if isinstance(value, list) else [value]
+        kind = float if field_.name == "data_weights" else str
+        if all(isinstance(item, (kind, int) if kind is float else kind) for item in items):
+            return tuple(kind(item) for item in items)
+        wanted = "a list of numbers" if kind is float else "a text, or a list of texts"
+    elif isinstance(default, bool) or isinstance(value, bool):
+        if isinstance(default, bool) and isinstance(value, bool):
+            return value
+    elif isinstance(default, float) and isinstance(value, int):
+        return float(value)
+    elif value in choices or type(value) in types:
+        return value
+    faults.append(f"{field_.name} is {value!r}, must be {wanted}")
+    return value
+
+
+def _value_of(flag: str, arguments: list[str]) -> str:
+    for i, argument in enumerate(arguments):
+        if argument == flag and i + 1 < len(arguments):
+            return arguments[i + 1]
+        if argument.startswith(flag + "="):
+            return argument.partition("=")[2]
+    return ""
