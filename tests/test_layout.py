@@ -56,11 +56,6 @@ THE_WHOLE_CONFIGURATION = (
     *("finetuning/config.py", "finetuning/command_line.py", "finetuning/runs/"),
     *AT_THE_ROOT,
 )
-    "finetuning/config.py",
-    "finetuning/command_line.py",
-    "finetuning/runs/",
-    *AT_THE_ROOT,
-)
 # Sizes.
 LINES_OF_A_FILE = 500
 TABLES = ("finetuning/events/metric_table.py",)  # data, of any length
