@@ -17,7 +17,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -25,6 +24,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -116,18 +117,20 @@ class Check:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            encoding="utf-8",
             errors="replace",
-            start_new_session=True,
         )
         try:
             said, wrong = process.communicate(timeout=limit)
             code = process.returncode
             verdict = f"exit code {code}" if code else "ok"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            started = psutil.Process(process.pid)
+            for one in (*started.children(recursive=True), started):
+                one.kill()
             said, wrong = process.communicate()
             verdict = f"not done within {limit:.0f} s"
-        with (self.out / "log.txt").open("a") as log:
+        with (self.out / "log.txt").open("a", encoding="utf-8") as log:
             log.write(
                 f"\n===== {' '.join(command)}\n{said[-60_000:]}\n--- stderr\n{wrong[-30_000:]}\n"
             )
@@ -159,7 +162,7 @@ class Check:
             "phases": self.phases,
         }
         part = self.out / "result.json.part"
-        part.write_text(json.dumps(record, indent=1))
+        part.write_text(json.dumps(record, indent=1), encoding="utf-8")
         part.replace(self.out / "result.json")
 
 
@@ -265,7 +268,7 @@ class Phases:
         """Rates by the run's own metrics, without the steps of the first third and the last one."""
         (lines,) = folder.glob("training_logs/*/metrics.jsonl")
         shutil.copy(lines, self.check.out / f"metrics_{folder.name}.jsonl")
-        rows = [json.loads(line) for line in lines.read_text().splitlines()]
+        rows = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
         held_out = {
             row["step"]: row["metrics"]["Eval/Loss"]
             for row in rows
@@ -359,21 +362,25 @@ def gpu_name() -> str:
 
 def keep(path: Path) -> None:
     """Put a result's figures in the place of the last ones; what was not measured stays."""
-    record = json.loads(path.read_text())
+    record = json.loads(path.read_text(encoding="utf-8"))
     target = kept_file(record["gpu"])
-    kept = json.loads(target.read_text()) if target.exists() else {"figures": {}, "commits": {}}
+    kept = (
+        json.loads(target.read_text(encoding="utf-8"))
+        if target.exists()
+        else {"figures": {}, "commits": {}}
+    )
     kept["figures"] |= record["figures"]
     kept["commits"] |= dict.fromkeys(record["figures"], record["commit"])
     kept |= {name: record[name] for name in ("gpu", "versions", "date") if record[name]}
     RESULTS.mkdir(exist_ok=True)
-    target.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
+    target.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     print(f"{len(record['figures'])} figures of {record['gpu']} are now in {target}")
 
 
 def conclude(check: Check) -> None:
     """Print the figures, beside the last ones kept, and name what got worse."""
     now, kept = figures(check.phases), kept_file(check.what["gpu"])
-    before = json.loads(kept.read_text())["figures"] if kept.exists() else {}
+    before = json.loads(kept.read_text(encoding="utf-8"))["figures"] if kept.exists() else {}
     slower = worse(now, before)
     check.write(worse=slower)
     for place, value in now.items():
