@@ -17,7 +17,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -25,6 +24,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -69,14 +70,6 @@ def last_json(said: str) -> dict:
 
 # -----------------------------------------------------------------------------
 # Running
-
-
-def stop_group(process: subprocess.Popen) -> None:
-    """End a process and its children; without POSIX only the process."""
-    if hasattr(os, "killpg") and hasattr(signal, "SIGKILL"):
-        os.killpg(process.pid, signal.SIGKILL)
-    else:
-        process.kill()
 
 
 class Check:
@@ -124,15 +117,17 @@ class Check:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            encoding="utf-8",
             errors="replace",
-            start_new_session=True,
         )
         try:
             said, wrong = process.communicate(timeout=limit)
             code = process.returncode
             verdict = f"exit code {code}" if code else "ok"
         except subprocess.TimeoutExpired:
-            stop_group(process)
+            started = psutil.Process(process.pid)
+            for one in (*started.children(recursive=True), started):
+                one.kill()
             said, wrong = process.communicate()
             verdict = f"not done within {limit:.0f} s"
         with (self.out / "log.txt").open("a", encoding="utf-8") as log:

@@ -207,9 +207,8 @@ class Steps:
             train_gpu.Record.synchronize()
         averages = profiler.key_averages()
         order = "self_device_time_total" if train_gpu.ON_CUDA else "self_cpu_time_total"
-        out.write_text(
-            averages.table(sort_by=order, row_limit=70, max_name_column_width=90), encoding="utf-8"
-        )
+        table = averages.table(sort_by=order, row_limit=70, max_name_column_width=90)
+        out.write_text(table, encoding="utf-8")
         kernels = [e for e in profiler.events() if "CUDA" in str(e.device_type)]
         busy = sum(event.time_range.elapsed_us() for event in kernels)
         return {"kernels": len(kernels) / PROFILED, "gpu_busy_ms": busy / 1000 / PROFILED}
