@@ -150,10 +150,6 @@ def held_out_leaks(
     return len(leaking), sorted(found)
 
 
-# -----------------------------------------------------------------------------
-# Command line
-
-
 class _Both(Sequence):
     """The samples of one data set followed by those of another."""
 

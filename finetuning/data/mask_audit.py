@@ -9,8 +9,6 @@ import numpy as np
 from finetuning.common.text import clean, fenced
 from finetuning.data.token_table import Segment, TokenizedSample, TokenizedSamples, carries_loss
 
-# ---- mask audit -------------------------------------------------------------------------------
-
 _AUDIT_RUN = 400  # tokens of one segment that are shown whole; of longer ones both ends
 
 

@@ -16,64 +16,52 @@ from finetuning.data.near_duplicates import SampleClusters, joined_labels
 from finetuning.readers.dataset import ArrowSamples, SampleSet
 from finetuning.readers.sample import Sample
 
-# ---- weights ----------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Split:
+    """All samples that were read, and which of them train and which are held out."""
+
+    read: SampleSet
+    train: np.ndarray  # (n,) indices; a weighted source may appear several times
+    held_out: np.ndarray  # (m,) indices, empty when the held-out data are files of their own
+    eval_read: SampleSet | None  # held-out files of the user's
+    clusters: SampleClusters  # of all samples: for the split, and for the statistics after it
+
+    def training_texts(self, at_most: int = 20_000) -> list[str]:
+        """Plain text of the distinct training samples, of many evenly spaced ones, for the
+        demonstration model."""
+        chosen = np.unique(self.train)
+        if len(chosen) > at_most:
+            chosen = chosen[np.linspace(0, len(chosen) - 1, at_most).astype(np.int64)]
+        samples = (self.read.samples[int(i)] for i in chosen)
+        return ["\n".join(filter(None, (s.question, s.thinking, s.answer))) for s in samples]
 
 
-def weighted_indices(
-    samples: Sequence[Sample], indices: Sequence[int], weights: dict[str, float], seed: int
-) -> np.ndarray:
-    """`indices` with those of a source repeated or thinned out by its weight; int64, same order.
-
-    A weight's key is a source or a glob of sources; the first that fits counts, others weigh 1.
-    Weight 2.5 takes every sample twice and a random half of them a third time. Raises UserError
-    for a weight that is negative or not finite, a key that fits nothing, and nothing left.
-    """
-    indices = np.asarray(indices, dtype=np.int64)
-    names, codes = source_numbers(samples)
-    codes = codes[indices]
-    by_source = {names[code]: code for code in np.unique(codes).tolist()}
-    chosen = _weight_of_sources(list(by_source), weights)
-    counts = np.ones(len(indices), dtype=np.int64)
-    for name, code in sorted(by_source.items()):
-        places = np.flatnonzero(codes == code)
-        whole, part = divmod(chosen[name], 1.0)
-        counts[places] = int(whole)
-        # Its own generator per source: a new source must not change the draw of another one.
-        words = hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=8).digest()
-        generator = np.random.default_rng(int.from_bytes(words, "little"))
-        extra = generator.permutation(places)[: round(part * len(places))]
-        counts[extra] += 1
-    if len(indices) and not counts.any():
-        raise UserError("source weights leave no sample; raise one above 0")
-    return np.repeat(indices, counts)
-
-
-def source_numbers(samples: Sequence[Sample]) -> tuple[list[str], np.ndarray]:
-    """All sources in the order of their first samples, and the number (n,) of each sample's."""
-    numbers: dict[str, int] = {}
-    lazy = isinstance(samples, ArrowSamples)
-    sources = samples.sources() if lazy else (sample.source for sample in samples)
-    codes = (numbers.setdefault(source, len(numbers)) for source in sources)
-    found = np.fromiter(codes, np.int32, len(samples))
-    return [*numbers], found
-
-
-def _weight_of_sources(sources: list[str], weights: dict[str, float]) -> dict[str, float]:
-    for key, weight in weights.items():
-        shown = clean_line(key, 200)
-        if not math.isfinite(weight) or not 0 <= weight <= 1000:
-            raise UserError(f"source weight of {shown} is {weight}; give one from 0 to 1000")
-        if not any(_fits(source, key) for source in sources):
-            known = clean_line(", ".join(sources), 300)
-            raise UserError(f"source weight: nothing was read from {shown}; sources are {known}")
-    return {
-        source: next((float(w) for key, w in weights.items() if _fits(source, key)), 1.0)
-        for source in sources
-    }
-
-
-def _fits(source: str, key: str) -> bool:
-    return source == key or fnmatch.fnmatchcase(source, key)
+def split_samples(
+    read: SampleSet,
+    settings: DataSettings,
+    eval_read: SampleSet | None = None,
+    *,
+    seed: int = 0,
+    cache_dir: Path | None = None,
+) -> Split:
+    """Split off the held-out share where there are no held-out files; the rest is repeated or thinned
+    out by the weight of its source. Raises UserError where nothing is left for training."""
+    clusters = SampleClusters(read.samples, read.fingerprint, cache_dir)
+    train = np.arange(len(read.samples))
+    held_out = train[:0]
+    if eval_read is None and settings.eval_fraction:
+        train, held_out = split_held_out(
+            read.samples, settings.eval_fraction, clusters, at_most=settings.max_eval_samples
+        )
+    if not len(train):
+        raise UserError(
+            f"data: all of {len(read.samples)} samples are held out; lower --eval-fraction or add others"
+        )
+    if settings.data_weights:
+        weights = dict(zip(settings.data_path, settings.data_weights, strict=True))
+        train = weighted_indices(read.samples, train, weights, seed)
+    return Split(read, train, held_out, eval_read, clusters)
 
 
 def split_held_out(
@@ -137,48 +125,58 @@ def _fallback_cluster(position: np.ndarray, sizes: np.ndarray, eligible: np.ndar
     return int(order[0])
 
 
-@dataclass(frozen=True)
-class Split:
-    """All samples that were read, and which of them train and which are held out."""
+def weighted_indices(
+    samples: Sequence[Sample], indices: Sequence[int], weights: dict[str, float], seed: int
+) -> np.ndarray:
+    """`indices` with those of a source repeated or thinned out by its weight; int64, same order.
 
-    read: SampleSet
-    train: np.ndarray  # (n,) indices; a weighted source may appear several times
-    held_out: np.ndarray  # (m,) indices, empty when the held-out data are files of their own
-    eval_read: SampleSet | None  # held-out files of the user's
-    clusters: SampleClusters  # of all samples: for the split, and for the statistics after it
+    A weight's key is a source or a glob of sources; the first that fits counts, others weigh 1.
+    Weight 2.5 takes every sample twice and a random half of them a third time. Raises UserError
+    for a weight that is negative or not finite, a key that fits nothing, and nothing left.
+    """
+    indices = np.asarray(indices, dtype=np.int64)
+    names, codes = source_numbers(samples)
+    codes = codes[indices]
+    by_source = {names[code]: code for code in np.unique(codes).tolist()}
+    chosen = _weight_of_sources(list(by_source), weights)
+    counts = np.ones(len(indices), dtype=np.int64)
+    for name, code in sorted(by_source.items()):
+        places = np.flatnonzero(codes == code)
+        whole, part = divmod(chosen[name], 1.0)
+        counts[places] = int(whole)
+        # Its own generator per source: a new source must not change the draw of another one.
+        words = hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=8).digest()
+        generator = np.random.default_rng(int.from_bytes(words, "little"))
+        extra = generator.permutation(places)[: round(part * len(places))]
+        counts[extra] += 1
+    if len(indices) and not counts.any():
+        raise UserError("source weights leave no sample; raise one above 0")
+    return np.repeat(indices, counts)
 
-    def training_texts(self, at_most: int = 20_000) -> list[str]:
-        """Plain text of the distinct training samples, of many evenly spaced ones, for the
-        demonstration model."""
-        chosen = np.unique(self.train)
-        if len(chosen) > at_most:
-            chosen = chosen[np.linspace(0, len(chosen) - 1, at_most).astype(np.int64)]
-        samples = (self.read.samples[int(i)] for i in chosen)
-        return ["\n".join(filter(None, (s.question, s.thinking, s.answer))) for s in samples]
+
+def source_numbers(samples: Sequence[Sample]) -> tuple[list[str], np.ndarray]:
+    """All sources in the order of their first samples, and the number (n,) of each sample's."""
+    numbers: dict[str, int] = {}
+    lazy = isinstance(samples, ArrowSamples)
+    sources = samples.sources() if lazy else (sample.source for sample in samples)
+    codes = (numbers.setdefault(source, len(numbers)) for source in sources)
+    found = np.fromiter(codes, np.int32, len(samples))
+    return [*numbers], found
 
 
-def split_samples(
-    read: SampleSet,
-    settings: DataSettings,
-    eval_read: SampleSet | None = None,
-    *,
-    seed: int = 0,
-    cache_dir: Path | None = None,
-) -> Split:
-    """Split off the held-out share where there are no held-out files; the rest is repeated or thinned
-    out by the weight of its source. Raises UserError where nothing is left for training."""
-    clusters = SampleClusters(read.samples, read.fingerprint, cache_dir)
-    train = np.arange(len(read.samples))
-    held_out = train[:0]
-    if eval_read is None and settings.eval_fraction:
-        train, held_out = split_held_out(
-            read.samples, settings.eval_fraction, clusters, at_most=settings.max_eval_samples
-        )
-    if not len(train):
-        raise UserError(
-            f"data: all of {len(read.samples)} samples are held out; lower --eval-fraction or add others"
-        )
-    if settings.data_weights:
-        weights = dict(zip(settings.data_path, settings.data_weights, strict=True))
-        train = weighted_indices(read.samples, train, weights, seed)
-    return Split(read, train, held_out, eval_read, clusters)
+def _weight_of_sources(sources: list[str], weights: dict[str, float]) -> dict[str, float]:
+    for key, weight in weights.items():
+        shown = clean_line(key, 200)
+        if not math.isfinite(weight) or not 0 <= weight <= 1000:
+            raise UserError(f"source weight of {shown} is {weight}; give one from 0 to 1000")
+        if not any(_fits(source, key) for source in sources):
+            known = clean_line(", ".join(sources), 300)
+            raise UserError(f"source weight: nothing was read from {shown}; sources are {known}")
+    return {
+        source: next((float(w) for key, w in weights.items() if _fits(source, key)), 1.0)
+        for source in sources
+    }
+
+
+def _fits(source: str, key: str) -> bool:
+    return source == key or fnmatch.fnmatchcase(source, key)

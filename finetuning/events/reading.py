@@ -6,8 +6,6 @@ from typing import Any
 
 from finetuning.events.event_file import event_files, surviving_events
 
-# --- reading back ------------------------------------------------------------------------------
-
 
 def _values(run_dir: str | Path):
     for event in surviving_events(event_files(Path(run_dir))):

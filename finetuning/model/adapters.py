@@ -32,9 +32,6 @@ from finetuning.model.resolve import (
 # Initialisations that change the base weights, so that the saved adapter alone is not the model.
 BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
-# -----------------------------------------------------------------------------
-# Adapters
-
 
 def attach_adapters(
     model: PreTrainedModel, lora: LoraSettings, base_name: str, seed: int

@@ -6,8 +6,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# ---- arithmetic ---------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True, slots=True)
 class ModelDims:

@@ -9,6 +9,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 
+TRANSIENT_ERRORS_ALLOWED = 5  # in a row, of one metric, before it is given up
+THROTTLE_REASONS = {  # nvml.h, nvmlClocksEventReason*; idle and user-set clocks are no throttling
+    "SW_Power_Cap": 0x04,
+    "HW_Slowdown": 0x08,
+    "SW_Thermal": 0x20,
+    "HW_Thermal": 0x40,
+    "Power_Brake": 0x80,
+}
+Values = dict[str, float]
+Readings = dict[str, float | None]
+Problem = Callable[[str], None]
+
 
 @dataclass(frozen=True, slots=True)
 class PhysicalGpu:
@@ -110,22 +122,7 @@ def _mig_uuids(nvml: ModuleType, board: object) -> tuple[str, ...]:
     return tuple(uuids)
 
 
-TRANSIENT_ERRORS_ALLOWED = 5  # in a row, of one metric, before it is given up
-THROTTLE_REASONS = {  # nvml.h, nvmlClocksEventReason*; idle and user-set clocks are no throttling
-    "SW_Power_Cap": 0x04,
-    "HW_Slowdown": 0x08,
-    "SW_Thermal": 0x20,
-    "HW_Thermal": 0x40,
-    "Power_Brake": 0x80,
-}
-
-Values = dict[str, float]
-Readings = dict[str, float | None]
-Problem = Callable[[str], None]
-
 # ---- one NVML call each: (nvml, handle) -> readings, None where NVML says "not available" --------
-
-
 def _number(raw: int, divisor: int = 1) -> float | None:
     unknown = raw in (2**32 - 1, 2**64 - 1)  # NVML_VALUE_NOT_AVAILABLE of both widths
     return None if unknown else raw / divisor
@@ -213,9 +210,8 @@ _BOARD_READERS = {
     "ECC_Uncorrected": (_ecc_uncorrected,),
 }
 
+
 # ---- devices ------------------------------------------------------------------------------------
-
-
 def gpu_samples(
     uuids: Sequence[str] | None, first_index: int, problem: Problem
 ) -> Iterator[Values]:

@@ -7,6 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+MAX_DEPTH = 64
+# ---- reasoning inside a text ------------------------------------------------------------------
+THINK_TAG = re.compile(r"<(/?)(think(?:ing)?)\s*>", re.IGNORECASE)
+WIDE_TAG = re.compile(r"＜[/／]?(?:think|THINK|Think)")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -91,12 +97,6 @@ class BrokenRecordError(ValueError):
     """Why a record can't become a sample; readers turn it into a `BrokenSample`."""
 
 
-# ---- reasoning inside a text ------------------------------------------------------------------
-
-THINK_TAG = re.compile(r"<(/?)(think(?:ing)?)\s*>", re.IGNORECASE)
-WIDE_TAG = re.compile(r"＜[/／]?(?:think|THINK|Think)")
-
-
 def split_thinking(text: str) -> tuple[str, str]:
     """(thinking, rest) of a text that may open with one `<think>` or `<thinking>` block.
 
@@ -121,10 +121,7 @@ def split_thinking(text: str) -> tuple[str, str]:
     return text[opening.end() : closing.start()].strip(), text[closing.end() :].strip()
 
 
-MAX_DEPTH = 64
 """Levels of lists and objects within tools and tool calls; more is not data but an attack."""
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def checked(sample: Sample) -> Sample:
