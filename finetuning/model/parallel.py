@@ -10,7 +10,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from finetuning.common.distributed import BACKENDS, Distributed, in_group
 from finetuning.common.errors import UserError
 
-
 _DDP = inspect.signature(torch.nn.parallel.DistributedDataParallel).parameters
 # Buffers hold no state of the training; torch 2.14 has a new name for not sending them at every step.
 _CONSTANT_BUFFERS = {
