@@ -109,7 +109,8 @@ class DirectTrainer:
     @property
     def tensorboard_writer(self) -> TensorBoardLogger | NullLogger:
         """The run's logger, with SummaryWriter's methods; a NullLogger, which is false, on other ranks."""
-        return self.record.logger
+        record = getattr(self, "record", None)  # there is none before `train()` has opened the run
+        return record.logger if record else NullLogger()
 
     # -------------------------------------------------------------------------
     # The story
@@ -158,10 +159,10 @@ class DirectTrainer:
             saves = self.log_late() or last or self.checkpoints.is_due(step)
             epoch_ends = last or step % plan.steps_per_epoch == 0
             logs = last or due(step, self.config.logging_steps)
-            settles = evaluates or saves or epoch_ends or self.interrupted or bool(self.outcome)
-            if logs and self.logs_late and not settles:
+            must_collect = evaluates or saves or epoch_ends or self.interrupted or self.outcome
+            if logs and self.logs_late and not must_collect:
                 self.unlogged = result  # its numbers are read once the next step is queued
-            elif logs or settles or self.reads_are_free:
+            elif logs or must_collect or self.reads_are_free:
                 self.collect()
             if self.rollback_from:
                 self.roll_back()
