@@ -124,6 +124,11 @@ class StaticStep:
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             parameter.grad = gradient
 
+    def _let_go(self) -> None:
+        """Free what the last run left: the parameters' gradients and the sums."""
+        self._hand_out([None] * len(self._parameters))
+        self._gradients, self._sums = [], torch.empty(0)
+
     def _sums_of(self, num_documents: int) -> LossSums:
         """A copy that the next run leaves alone."""
         parts = self._sums.clone().split([shape.numel() for shape in self._shapes])
@@ -163,8 +168,7 @@ class CapturedStep(StaticStep):
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self.passes()
-        self._hand_out([None] * len(self._parameters))
-        self._gradients, self._sums = [], torch.empty(0)
+        self._let_go()
         torch.cuda.current_stream().wait_stream(stream)
 
     def _run(self) -> None:
