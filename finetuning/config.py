@@ -135,6 +135,8 @@ class LoraSettings(_Settings):
         yield from self._breaches(_FROM_ZERO, "lora_r")
         yield from self._breaches(_BELOW_ONE, "lora_dropout")
         yield from self._breaches(_Rule(_ABOVE_ZERO.holds, "above 0"), "lora_alpha")
+        ranks = _Rule(lambda value: all(rank >= 1 for rank in value.values()), "ranks of 1 or more")
+        yield from self._breaches(ranks, "rank_pattern")
         if self.lora_r:
             yield from self._breaches(_NOT_EMPTY, "target_modules")
 

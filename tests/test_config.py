@@ -6,6 +6,7 @@ uv run pytest tests/test_config.py
 import dataclasses
 import re
 from pathlib import Path
+from typing import Union, get_args, get_origin
 
 import pytest
 
@@ -260,6 +261,75 @@ def test_a_missing_file_is_a_clear_error(tmp_path: Path):
 def test_numbers_that_are_none_are_refused(value: float):
     with pytest.raises(UserError, match="learning_rate"):
         DirectTrainingConfig(learning_rate=value)
+
+
+JUST_ABOVE_ZERO, LARGE, NEVER = 1e-12, 10**6, float("nan")
+# Smallest and largest value that is taken, then one below and one above that are refused; None: none is.
+BOUNDS = {
+    "lora_r": (0, LARGE, -1, None),
+    "lora_alpha": (JUST_ABOVE_ZERO, LARGE, 0.0, NEVER),
+    "lora_dropout": (0.0, 0.999, -0.001, 1.0),
+    "eval_fraction": (0.0, 0.999, -0.001, 1.0),
+    "max_eval_samples": (0, LARGE, -1, None),
+    "max_seq_length": (16, LARGE, 15, None),
+    "max_broken_fraction": (0.0, 1.0, -0.001, 1.001),
+    "batch_size": (1, LARGE, 0, None),
+    "gradient_accumulation_steps": (1, LARGE, 0, None),
+    "num_epochs": (JUST_ABOVE_ZERO, LARGE, 0.0, NEVER),
+    "max_steps": (0, LARGE, -1, None),
+    "learning_rate": (JUST_ABOVE_ZERO, 1.0, 0.0, NEVER),
+    "warmup_ratio": (0.0, 0.999, -0.001, 1.0),
+    "min_lr_ratio": (0.0, 1.0, -0.001, 1.001),
+    "weight_decay": (0.0, 1.0, -0.001, NEVER),
+    "adam_beta1": (0.0, 0.999, -0.001, 1.0),
+    "adam_beta2": (0.0, 0.9999, -0.001, 1.0),
+    "adam_epsilon": (JUST_ABOVE_ZERO, 1.0, 0.0, NEVER),
+    "max_grad_norm": (0.0, LARGE, -0.001, NEVER),
+    "max_nonfinite_steps": (0, LARGE, -1, None),
+    "seed": (0, LARGE, -1, None),
+    "distributed_timeout": (JUST_ABOVE_ZERO, LARGE, 0.0, NEVER),
+    "logging_steps": (1, LARGE, 0, None),
+    "save_steps": (0, LARGE, -1, "often"),
+    "eval_steps": (0, LARGE, -1, "often"),
+    "save_total_limit": (1, LARGE, 0, None),
+    "early_stopping_patience": (0, LARGE, -1, None),
+    "num_probes": (0, LARGE, -1, None),
+    "probe_max_new_tokens": (0, LARGE, -1, None),
+    "workers": (0, LARGE, -1, None),
+}
+
+
+def test_every_number_has_bounds_that_hold(subtests):
+    numbers = {
+        field.name
+        for field in dataclasses.fields(DirectTrainingConfig)
+        if field.type in (int, float)
+        or (get_origin(field.type) is Union and int in get_args(field.type))
+    }
+    assert numbers == set(BOUNDS), "a new number needs its row"
+    for name, (smallest, largest, below, above) in BOUNDS.items():
+        for good in (smallest, largest):
+            with subtests.test(name=name, taken=good):
+                assert getattr(DirectTrainingConfig(**{name: good}), name) == good
+        for bad in (value for value in (below, above) if value is not None):
+            with subtests.test(name=name, refused=bad), pytest.raises(UserError, match=name):
+                DirectTrainingConfig(**{name: bad})
+
+
+@pytest.mark.parametrize("ranks", [{"q_proj": 0}, {"q_proj": 8, "v_proj": -1}])
+def test_ranks_of_modules_are_ranks(ranks: dict[str, int]):
+    assert LoraSettings(rank_pattern={"q_proj": 1}).rank_pattern == {"q_proj": 1}
+    with pytest.raises(UserError, match="rank_pattern"):
+        LoraSettings(rank_pattern=ranks)
+
+
+@pytest.mark.parametrize(
+    "weights", [(1.0,), (1.0, 2.0, 3.0), (1.0, -0.1), (0.0, 0.0), (1.0, NEVER)]
+)
+def test_weights_are_one_for_each_path(weights: tuple[float, ...]):
+    assert DataSettings(data_path=("a", "b"), data_weights=(0.0, 0.5)).data_weights == (0.0, 0.5)
+    with pytest.raises(UserError, match="data_weights"):
+        DataSettings(data_path=("a", "b"), data_weights=weights)
 
 
 def test_every_field_has_its_line_of_help():

@@ -119,6 +119,20 @@ def test_difficulty_rises_with_what_makes_it_hard():
     assert [difficulty_level(s) for s in (0.24, 0.25, 0.42, 0.52)] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize(
+    ("question", "answer", "terms", "expected"),
+    [
+        ("什么是它？", "", (), 0.0),
+        ("为什么是它？", "", (), 0.7),
+        ("什么是它？", "甲" * 400, (), 0.5),
+        ("什么是它？", "甲" * 900, (), 1.0),
+        ("什么是它？", "", ("SM9", "SM9"), 1.2 * complexity(["SM9"])),
+    ],
+)
+def test_each_part_of_the_difficulty_has_its_weight(question, answer, terms, expected):
+    assert difficulty_score(question, answer, terms) == pytest.approx(expected / 3.4)
+
+
 def test_citations(subtests):
     for text, expected in [
         ("依据GB/T 39786-2021和GM/T0002—2012", ["GB/T 39786", "GM/T 0002"]),

@@ -32,6 +32,13 @@ def test_weighted_indices():
             weighted_indices(data, indices, weights, seed=1)
 
 
+def test_a_part_of_a_source_is_rounded_to_the_nearest_number():
+    data = [Sample(f"q{i}", "", "a", source="a.md") for i in range(100)]
+    for weight in (0.29, 0.57, 0.58, 1.14):  # times 100, each is a little below a whole number
+        picked = weighted_indices(data, np.arange(100), {"a.md": weight}, seed=1)
+        assert len(picked) == round(100 * weight), weight
+
+
 def _samples(questions: list[str]) -> list[Sample]:
     return [Sample(question=q, thinking="", answer=f"答{q[::-1]}") for q in questions]
 

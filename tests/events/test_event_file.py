@@ -170,6 +170,32 @@ print(len(list(event_file.read_records(path))))
     assert run_limited(script, tmp_path).split() == ["27", "0", "2"]
 
 
+def test_a_disk_that_recovers_has_room_for_all_that_waits(tmp_path, monkeypatch):
+    """What was written leaves the backlog: many megabytes later, a short fault still loses nothing."""
+    monkeypatch.setattr(event_file, "BACKLOG_BYTES", 1000)
+    monkeypatch.setattr(event_file, "RETRY_SECONDS", 0.0)
+    path, record, faults = tmp_path / "f", scalars_event(1, a=1), []
+
+    def open_file() -> event_file.AppendFile:
+        if faults:
+            raise OSError(28, "No space left on device")
+        return event_file.AppendFile(path)
+
+    file = event_file.RetryingFile(open_file, lambda kind, text: None)
+    for _ in range(3 * 1000 // len(record)):
+        file.write(record, 1)
+    before = path.stat().st_size
+    faults.append(True)
+    file._release()
+    waiting = 1000 // len(record)
+    for _ in range(waiting + 2):
+        file.write(record, 1)
+    assert file.dropped == 2, "the bound is the bytes that wait, not all that ever passed"
+    faults.clear()
+    file.drain(now=True)
+    assert path.stat().st_size == before + waiting * len(record)
+
+
 @pytest.mark.slow
 def test_rewind_without_space_for_a_copy(tmp_path):
     """Every file is cut at its first event beyond the checkpoint; no reader sees the dead branch."""

@@ -154,6 +154,28 @@ def test_interrupted_and_uninterrupted_runs_agree(cut):
     assert second.scalars() == pytest.approx(whole.scalars(), abs=1e-9)
 
 
+def test_a_resumed_run_remembers_its_spikes():
+    losses = noisy(1 + 2 * np.exp(-STEPS / 100))
+    losses[[150, 200, 250]] *= 4
+    first = watch(losses[:300], total=600)
+    assert first.calm() == pytest.approx(1 / (1 + ((151 + 201 + 251) / 300 / 3) ** 2))
+    second = ConvergenceMonitor(600, state=json.loads(json.dumps(first.state_dict())))
+    for i in range(300, 400):
+        second.observe(i + 1, losses[i])
+    assert second.calm() == pytest.approx(1 / (1 + ((151 + 201 + 251) / 400 / 3) ** 2))
+
+
+def test_at_least_four_of_five_forecasts_hold_what_comes():
+    """The interval is one of 80%, as wide below as above; it is counted over 60 noises, 3 deviations."""
+    curve = 1 + 2 * np.exp(-STEPS / 100)
+    fits = [watch(noisy(curve, 0.05, seed)[:250], total=600).fit() for seed in range(60)]
+    share = np.mean([fit.forecast_low <= curve[-1] <= fit.forecast_high for fit in fits])
+    assert share >= 0.8 - 3 * math.sqrt(0.8 * 0.2 / 60)
+    for fit in fits:
+        assert fit.forecast - fit.forecast_low == pytest.approx(fit.forecast_high - fit.forecast)
+        assert fit.forecast_high - fit.forecast_low < 0.1 * (curve[0] - curve[-1]) * 2
+
+
 def test_a_saved_state_does_not_change_when_the_run_goes_on():
     monitor = watch(noisy(np.full(50, 2.0)), total=600)
     state = monitor.state_dict()

@@ -180,6 +180,16 @@ def test_cache(large, tmp_path, monkeypatch):
     assert not list(cache.glob("samples/.building*"))
 
 
+def test_cached_samples_are_those_of_the_same_columns(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "LARGE_DATA", 1)
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"问题": "一", "别问": "二", "answer": "答"}\n', encoding="utf-8")
+    for column, question in [("问题", "一"), ("别问", "二"), ("问题", "一")]:
+        columns = {"question": column}
+        read = read_samples([str(path)], columns=columns, cache_dir=tmp_path / "cache")
+        assert [sample.question for sample in read.samples] == [question]
+
+
 def test_unwritable_cache(large, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="can't write the cache"):

@@ -3,6 +3,7 @@
 uv run pytest tests/runs/test_compare_runs.py
 """
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -12,8 +13,17 @@ import tyro
 
 import compare_runs
 from finetuning.common.errors import exit_code
+from finetuning.config import DataSettings, DirectTrainingConfig
 from finetuning.runs import comparison
-from finetuning.runs.comparison import as_json, differences, labels, metrics, page, sparkline
+from finetuning.runs.comparison import (
+    as_json,
+    differences,
+    labels,
+    metrics,
+    page,
+    sparkline,
+    unlike,
+)
 from finetuning.runs.directory import RUN_PREFIX, RunDirectory
 from finetuning.runs.recorded import find_runs, read_recorded
 from tests.helpers.html_page import assert_harmless
@@ -77,6 +87,35 @@ def test_no_run_is_the_best_where_the_held_out_samples_differ(output, capfd):
     said = capfd.readouterr().out
     assert "*" not in said and "no best: held out is not the same, by seed" in said
     assert "*" not in page(recorded(output)).partition("</style>")[2]
+
+
+HELD_OUT_OTHERWISE = {
+    "model_name": "another",
+    "data_path": ["b"],
+    "columns": {"question": "q"},
+    "eval_path": ["held_out"],
+    "eval_fraction": 0.2,
+    "max_eval_samples": 7,
+    "max_seq_length": 4096,
+    "over_length": "error",
+    "loss_on": "all_turns",
+    "control_tokens": "split",
+    "seed": 2,
+}
+
+
+@pytest.mark.parametrize(("name", "value"), HELD_OUT_OTHERWISE.items())
+def test_each_setting_of_what_is_held_out_makes_no_run_the_best(tmp_path, name, value):
+    for stamp, loss, settings in [("1", 2.0, {}), ("2", 1.0, {name: value})]:
+        config = dataclasses.asdict(DirectTrainingConfig()) | settings
+        make_run(tmp_path, f"2025010{stamp}_000000", [loss], **config)
+    assert {found.partition(".")[0] for found in unlike(recorded(tmp_path))} == {name}
+
+
+def test_every_setting_of_the_data_is_among_them_or_moves_no_held_out_token():
+    trains_only = {"data_weights", "packing", "max_broken_fraction"}
+    names = {field.name for field in dataclasses.fields(DataSettings)}
+    assert names - trains_only == set(HELD_OUT_OTHERWISE) - {"model_name", "seed"}
 
 
 def test_the_speed_is_the_median(output):

@@ -49,6 +49,26 @@ def test_other_schedules_and_a_floor():
     assert min(rates(200, min_lr_ratio=0.1)[20:]) == pytest.approx(0.1, abs=0.001)
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize(
+    ("num_steps", "warmup_ratio"), [(10, 0.0), (10, 0.25), (7, 0.3), (40, 0.1)]
+)
+def test_each_step_has_the_rate_of_the_formula(schedule: str, num_steps: int, warmup_ratio: float):
+    """A share that is no whole number of steps is rounded up; the course ends at the lowest rate."""
+    lowest, warmup = 0.2, -(-round(warmup_ratio * num_steps * 1000) // 1000)
+    courses = {
+        "cosine": lambda share: (1 + math.cos(math.pi * share)) / 2,
+        "linear": lambda share: 1 - share,
+        "constant": lambda share: 1.0,
+    }
+    expected = [(step + 1) / warmup for step in range(warmup)]
+    for step in range(num_steps - warmup):
+        course = courses[schedule](step / (num_steps - warmup))
+        expected.append(lowest + (1 - lowest) * course)
+    got = rates(num_steps, lr_schedule=schedule, warmup_ratio=warmup_ratio, min_lr_ratio=lowest)
+    assert got == pytest.approx(expected, abs=1e-12)
+
+
 def test_the_norm_is_the_one_before_clipping():
     weight = torch.nn.Parameter(torch.zeros(2))
     weight.grad = torch.tensor([3.0, 4.0])
