@@ -12,7 +12,7 @@ import pynvml
 
 import direct_finetuning_with_existing_modules as program
 from finetuning.monitoring import system_monitor
-from finetuning.runs import record
+from finetuning.runs import build, record
 from tests.helpers import fake_nvml
 
 from .rig import Outcome, Rig, nothing_lost, replaced, strict_json
@@ -51,12 +51,12 @@ def under_driver(library: Path, state: Path, lines: dict[str, int], later: dict[
         fake = fake_nvml.installed(library, state)
         changing = fake.__enter__()  # the child ends with the run
         changing.set({"count": 2, **lines})
-    monitor = record.SystemMonitor
+    monitor = build.SystemMonitor
 
     def watching(uuids, disk_path, interval, first, **options):
         return monitor(None, disk_path, 0.02, first, **options)
 
-    replaced(record, "SystemMonitor", watching)
+    replaced(build, "SystemMonitor", watching)
     if later:
         advance = program.DirectTrainer.advance
 
@@ -256,4 +256,4 @@ ROWS = [
         mutant_count=1,
     ),
 ]
-assert system_monitor.SystemMonitor is record.SystemMonitor
+assert system_monitor.SystemMonitor is build.SystemMonitor
