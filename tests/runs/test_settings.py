@@ -31,6 +31,7 @@ from finetuning.common.distributed import init_distributed
 from finetuning.common.errors import UserError
 from finetuning.common.terminal import Terminal
 from finetuning.config import DirectTrainingConfig, allowed_values
+from finetuning.data.token_table import Segment
 from finetuning.model.resolve import weight_dtype
 from finetuning.runs import plan as run_plan
 from finetuning.runs.build import build_engine, build_evaluator
@@ -243,6 +244,14 @@ def held_out(world: World, config: Config) -> int:
 
 def documents(world: World, config: Config) -> int:
     return len(world.plan(config).data.train.tokens)
+
+
+def taught_answers(world: World, config: Config) -> Counter:
+    """The last signs of the answers that carry loss: 答 in a first turn, 好 in a last one."""
+    plan = world.plan(config)
+    tokens, decode = plan.data.train.tokens, plan.inputs.tokenizer.decode
+    answers = (piece.ids[piece.segments == Segment.ANSWER] for piece in tokens)
+    return Counter(decode(ids)[-1] for ids in answers)
 
 
 def shortened(world: World, config: Config) -> bool:
@@ -466,6 +475,7 @@ class Row:
     look: Callable[[World, Config], Any]
     arrives: Any  # or a function of what is seen
     beside: Mapping[str, Any] = field(default_factory=dict)  # other settings, with it and without
+    otherwise: Any = None  # what is seen without it, where that is worth a look
     slow: bool = False  # looks at a whole run, which all slow rows share
 
     def __str__(self) -> str:
@@ -520,7 +530,7 @@ ROWS = [
     Row("quantization", "4bit", four_bits, lambda seen: "bitsandbytes" in seen or "4bit" in seen),
     # The adapters
     Row("lora_r", 4, ranks, dict.fromkeys(PROJECTIONS, 4)),
-    Row("lora_alpha", 8.0, scales, {0.5}),
+    Row("lora_alpha", 8.0, scales, {0.5}, otherwise={2.0}),
     Row("lora_dropout", 0.25, dropouts, {0.25}),
     Row("target_modules", ("q_proj", "up_proj"), ranks, {"q_proj": 16, "up_proj": 16}),
     Row("rank_pattern", {"v_proj": 3}, ranks, dict.fromkeys(PROJECTIONS, 16) | {"v_proj": 3}),
@@ -536,8 +546,15 @@ ROWS = [
     Row("max_seq_length", 200, capacity, (200, True)),
     Row("over_length", "truncate_thinking", shortened, True, beside=NARROW),
     Row("over_length", "error", refused_plan, says("max_seq_length is 200"), beside=NARROW),
-    Row("loss_on", "all_turns", documents, 12, beside=only("talks")),
-    Row("control_tokens", "split", documents, 12, beside=only("control")),
+    Row(
+        "loss_on",
+        "all_turns",
+        taught_answers,
+        {"答": 6, "好": 6},
+        beside=only("talks"),
+        otherwise={"好": 6},
+    ),
+    Row("control_tokens", "split", documents, 12, beside=only("control"), otherwise=9),
     Row(
         "packing",
         False,
@@ -637,9 +654,9 @@ ROWS = [
     Row("save_steps", 2, forecast_row("checkpoints"), says("3;"), beside=SHORT_RUN),
     Row("eval_steps", 3, curve("Eval/Loss"), [0, 3, 6, 7], slow=True),
     Row("eval_steps", 3, forecast_row("evaluations"), "3, every 3 steps", beside=SHORT_RUN),
-    Row("save_total_limit", 2, checkpoints_kept, 2),
+    Row("save_total_limit", 2, checkpoints_kept, 2, otherwise=3),
     Row("log_weight_histograms", True, histograms, True),
-    Row("early_stopping_patience", 2, evaluations_until_the_end, 2),
+    Row("early_stopping_patience", 2, evaluations_until_the_end, 2, otherwise=-1),
     Row("num_probes", 2, questions, lambda seen: seen[0] == 2),
     Row("probe_max_new_tokens", 7, questions, (2, 7), beside={"num_probes": 2}),
     Row("alert_actions", {"NonFinite": "save"}, after_an_alert, (True, "")),
@@ -665,6 +682,7 @@ def test_a_setting_arrives(row: Row, world: World):
     assert row.has_arrived(seen), seen
     seen = row.look(world, without)
     assert not row.has_arrived(seen), f"the same is seen without it: {seen}"
+    assert row.otherwise is None or seen == row.otherwise, seen
 
 
 def default(name: str) -> Any:
