@@ -7,8 +7,11 @@ uv run pytest -m "not long" tests/runs/test_reference.py
 """
 
 import contextlib
+import itertools
 import json
 import math
+import os
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -118,22 +121,31 @@ class Run:
         return [[self.texts[d] for d in self.plan[n].documents] for n in numbers]
 
 
-def do(config: DirectTrainingConfig, folder: Path) -> Run:
-    """The real program, from files to final model, started in this folder."""
-    updates: list[dict[str, float]] = []
+def train(
+    config: DirectTrainingConfig, folder: Path, *, resume: str = "", stop_after: int = 0
+) -> tuple[DirectTrainer, list[dict]]:
+    """A session in this folder, and what its optimizer was told; a SIGTERM comes with that update."""
+    updates: list[dict] = []
 
     def note(optimizer: torch.optim.Optimizer, *_: object) -> None:
         (group,) = optimizer.param_groups
-        names = ("lr", "betas", "eps", "weight_decay")
-        updates.append({name: group[name] for name in names})
+        updates.append({name: group[name] for name in ("lr", "betas", "eps", "weight_decay")})
+        if len(updates) == stop_after:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     hook = register_optimizer_step_pre_hook(note)
     try:
         with contextlib.chdir(folder):
-            trainer = DirectTrainer(config, quiet=True)
+            trainer = DirectTrainer(config, resume=resume, quiet=True)
             trainer.train()
     finally:
         hook.remove()
+    return trainer, updates
+
+
+def do(config: DirectTrainingConfig, folder: Path, **session: str) -> Run:
+    """The real program, from files to final model, started in this folder."""
+    trainer, updates = train(config, folder, **session)
     out = folder / config.output_dir
     part = trainer.plan.data.train
     places = {int(d): part.sample(int(d)) for d in part.documents}
@@ -434,26 +446,31 @@ def test_the_optimizer_uses_the_rate_that_is_logged(run: Run, reference: Referen
         assert update["weight_decay"] == DECAY
 
 
-def test_the_trained_adapter(run: Run, reference: Reference):
+def assert_same_adapter(run: Run, reference: Reference) -> None:
     assert run.adapter.keys() == reference.adapter.keys()
     for name, weight in reference.adapter.items():
         assert torch.allclose(run.adapter[name], weight, rtol=0, atol=1e-5), name
         assert weight.abs().max() > 1e-3, "nothing was learnt"
 
 
-def test_epochs_and_counters(run: Run, reference: Reference):
+def test_the_trained_adapter(run: Run, reference: Reference):
+    assert_same_adapter(run, reference)
+
+
+def assert_epochs_and_counters(run: Run, reference: Reference) -> None:
     size = run.plan.steps_per_epoch
     epochs = [sum(reference.steps[i : i + size], Sums()) for i in (0, size)]
     means = {size: epochs[0].mean(), 2 * size: epochs[1].mean()}
     assert_curve(run, "Epoch/Average_Loss", means)
-    seen, total = [], 0
-    for sums in reference.steps:
-        total += sums.tokens
-        seen.append(total)
+    seen = list(itertools.accumulate(sums.tokens for sums in reference.steps))
     assert run.points["Throughput/Tokens_Seen"] == by_step(seen)
     assert_curve(run, "Training/Epoch", {n: n / size for n in range(1, 2 * size + 1)})
-    assert run.statistics["throughput"]["tokens"] == total
+    assert run.statistics["throughput"]["tokens"] == seen[-1]
     assert run.statistics["throughput"]["samples"] == sum(map(len, run.steps())) == 2 * 23
+
+
+def test_epochs_and_counters(run: Run, reference: Reference):
+    assert_epochs_and_counters(run, reference)
 
 
 def test_held_out_losses(run: Run, reference: Reference):
@@ -506,3 +523,21 @@ def test_longer_intervals_are_the_means_of_their_steps(config, folder, run, refe
             run.points["Training/Loss"][m] * reference.steps[m - 1].targets for m in (n - 1, n)
         )
         assert other.points["Training/Loss"][n] == pytest.approx((one + two) / sums.targets)
+
+
+def test_a_run_in_three_sessions_has_the_numbers_of_one(config, folder, reference):
+    """Stopped in the first epoch and in the second: nothing is lost, and nothing is counted twice."""
+    config = replace(config, output_dir="stopped")
+    train(config, folder, stop_after=2)
+    train(config, folder, resume="latest", stop_after=3)
+    run = do(config, folder, resume="latest")
+    resumes = run.points["Monitoring/Resume_Count"]
+    assert list(resumes.values()) == [0] * 3 + [1] * 4 + [2] * 3
+    assert_curve(run, "Training/Loss", by_step([sums.mean() for sums in reference.steps]))
+    assert_curve(run, "Training/Gradient_Norm", by_step(reference.norms), rel=1e-4)
+    assert_curve(run, "Training/Learning_Rate", by_step(reference.rates), rel=1e-9)
+    assert_curve(run, "Eval/Loss", {n: s.mean() for n, s in reference.held_out.items()})
+    first = {run.plan.num_steps: reference.held_out[0].mean()}
+    assert_curve(run, "Final_Model/First_Eval_Loss", first)
+    assert_epochs_and_counters(run, reference)
+    assert_same_adapter(run, reference)
