@@ -279,12 +279,8 @@ class TrainingEngine:
         if state.recomputes and self._may_checkpoint:
             loading.recompute_activations(self._model)
             self.gradient_checkpointing, self._may_checkpoint = True, False
-        if (
-            self._parallel == "fsdp"
-        ):  # parts are not of equal number on all ranks, gathering must be
+        if self._parallel == "fsdp":  # its ranks gather weights as often as one another
             state.micro_batch_splits = 0
-        if state.recomputes or state.micro_batch_splits:
-            self.release_graph("memory was short: activations are made again, or parts are smaller")
         if state.recomputes or state.micro_batch_splits:
             self.release_graph("memory was short: activations are made again, or parts are smaller")
         if state.micro_batch_splits:  # their shapes are not the compiled one, each is its own
