@@ -108,7 +108,7 @@ class DirectTrainer:
 
     @property
     def tensorboard_writer(self) -> TensorBoardLogger | NullLogger:
-        """The run's logger, with SummaryWriter's methods; a NullLogger, which is false, on other ranks."""
+        """The run's logger; a NullLogger, which is false, on other ranks."""
         record = getattr(self, "record", None)  # there is none before `train()` has opened the run
         return record.logger if record else NullLogger()
 

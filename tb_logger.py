@@ -2,7 +2,7 @@
 
     logger = TensorBoardLogger(run_dir, metrics_path=logs / "metrics.jsonl")
     logger.log(step, {"Training/Loss": 1.25, "Training/Learning_Rate": 2e-4})
-    logger.add_scalar("Custom/My_Metric", value, step)      # and the rest of SummaryWriter's methods
+    logger.add_scalar("Custom/My_Metric", value, step)      # add_text, add_image, ... as SummaryWriter has them
     logger.close("success")
 
 A call copies its arguments into a queue; a daemon thread encodes and writes. Nothing raises into training
@@ -60,7 +60,7 @@ def _harmless(method: Callable) -> Callable:
 
 
 class TensorBoardLogger:
-    """The one writer of a run; methods have the signatures of torch's SummaryWriter.
+    """The one writer of a run; its `add_` methods have the signatures of torch's SummaryWriter.
 
     `run_dir` is new, or belongs to the run that is resumed. `metrics_path` is a JSON-lines file with the
     same numbers. `warn(text)` is told of every kind of fault once. Without `global_step` a call belongs to
@@ -193,7 +193,7 @@ class TensorBoardLogger:
                 self._refuse("number", f"{tag}: {error}")
         return numbers
 
-    # --- SummaryWriter's methods -----------------------------------------------------------------
+    # --- methods with SummaryWriter's signatures -------------------------------------------------
 
     @_harmless
     def log(self, step: int, scalars: Mapping[str, Any]) -> None:

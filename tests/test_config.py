@@ -316,6 +316,21 @@ def test_every_number_has_bounds_that_hold(subtests):
                 DirectTrainingConfig(**{name: bad})
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("target_modules", ()),
+        ("data_path", ()),
+        ("output_dir", " "),
+        ("output_dir", "a\0b"),
+        ("alert_actions", {"Noise": "stop"}),
+    ],
+)
+def test_what_is_no_number_and_can_not_be_right_is_refused(name: str, value: object):
+    with pytest.raises(UserError, match=name):
+        DirectTrainingConfig(**{name: value})
+
+
 @pytest.mark.parametrize("ranks", [{"q_proj": 0}, {"q_proj": 8, "v_proj": -1}])
 def test_ranks_of_modules_are_ranks(ranks: dict[str, int]):
     assert LoraSettings(rank_pattern={"q_proj": 1}).rank_pattern == {"q_proj": 1}

@@ -11,7 +11,7 @@ which teaches a thinking model not to think. Such samples are kept, and listed i
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,13 +44,12 @@ from finetuning.data.token_table import (
     tokens_in_memory,
     write_tokens,
 )
-from finetuning.readers.dataset import SampleSet
+from finetuning.readers.dataset import Progress, SampleSet
 from finetuning.readers.sample import Sample, strings_of
 
 _CHUNK = 500  # samples encoded together: more only costs memory
 _POOL_FROM = 2_000  # samples from which on worker processes pay for their start
 
-Progress = Callable[[int, int], None]
 
 # ---- one sample → documents -------------------------------------------------------------------
 
