@@ -2,7 +2,7 @@
 
     logger = TensorBoardLogger(run_dir, metrics_path=logs / "metrics.jsonl")
     logger.log(step, {"Training/Loss": 1.25, "Training/Learning_Rate": 2e-4})
-    logger.add_scalar("Custom/My_Metric", value, step)      # add_text, add_image, ... as SummaryWriter has them
+    logger.add_scalar("Custom/My_Metric", value, step)  # add_text, add_image, ... as SummaryWriter has them
     logger.close("success")
 
 A call copies its arguments into a queue; a daemon thread encodes and writes. Nothing raises into training
