@@ -34,6 +34,20 @@ ALERT_NAMES = (
     "Slow_Rank",
 )
 
+# What records may show of a text. Of a text that stands in neither they show nothing.
+NAMES_AND_PATHS = (
+    "model_name",
+    "init_adapter",
+    "target_modules",
+    "data_path",
+    "eval_path",
+    "columns",
+    "device",
+    "output_dir",
+    "cache_dir",
+)
+COMMANDS = ("alert_actions",)  # with arguments that may hold secrets: only the program is shown
+
 # -----------------------------------------------------------------------------
 # Checks
 

@@ -1,7 +1,7 @@
 """What a person sees while a run goes on: lines, warnings, one live panel; and the lines in a log file.
 
 On a terminal rich draws the panel; elsewhere (a file, a scheduler's log) rare plain lines appear.
-Everything passes `clean` and `redact`, so neither control characters of the data nor secrets get out.
+Everything passes `redact`, so neither control characters of the data nor secrets get out.
 """
 
 import math
@@ -26,7 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from finetuning.common.formatting import duration
-from finetuning.common.text import clean, clean_line, redact
+from finetuning.common.text import clean_line, redact
 
 PLAIN_LINE_SECONDS = 5.0  # between progress lines where there is no terminal
 REFRESHES_PER_SECOND = 2
@@ -92,7 +92,7 @@ class Terminal:
         self, title: str, rows: Iterable[tuple[str, object]], *, always: bool = False
     ) -> None:
         """Name and value, line by line; `always`: even when quiet."""
-        rows = [(name, clean(redact(str(value)))) for name, value in rows]
+        rows = [(name, redact(str(value))) for name, value in rows]
         for name, value in rows:
             self._write_log(f"{name}: {value}")
         if self._is_main and (always or not self._quiet):
@@ -175,7 +175,7 @@ class Terminal:
             return
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
         try:
-            self._log.write(f"{stamp} {clean(redact(text))}\n")
+            self._log.write(f"{stamp} {redact(text)}\n")
         except OSError as error:  # a full disk must not stop training
             self._log = None
             self.warning(f"training.log can't be written any more: {error}")
@@ -258,7 +258,7 @@ class RunPanel:
 
 
 def _print(console: Console, text: str, style: str = "") -> None:
-    console.print(Text(_wrapped(console, clean(redact(text))), style=style))
+    console.print(Text(_wrapped(console, redact(text)), style=style))
 
 
 def _wrapped(console: Console, text: str, indent: int = 0) -> str:
@@ -330,4 +330,4 @@ def show_crash(
 ) -> None:
     """`sys.excepthook`: the usual traceback without secrets and control characters."""
     text = "".join(traceback.format_exception(kind, error, trace))
-    sys.stderr.write(clean(redact(text)))
+    sys.stderr.write(redact(text))

@@ -27,6 +27,7 @@ _KEY_VALUE = (
     )
 )
 REDACTED = "[redacted]"
+SHORTEST_SECRET = 6  # characters; a shorter word is too common to be searched for
 
 
 def clean(text: str, limit: int | None = None) -> str:
@@ -43,12 +44,15 @@ def clean_line(text: str, limit: int | None = None) -> str:
 
 
 def redact(text: str) -> str:
-    """Replace secrets: by shape, as value of a telling name, in a URL, or equal to one in the environment."""
-    text = _URL_USERINFO.sub(REDACTED, text)
+    """Text cleaned and without secrets: by shape, under a telling name, in a URL, or of the environment.
+
+    Cleaned first: a character that nobody sees would otherwise split a secret and hide it from the search.
+    """
+    text = _URL_USERINFO.sub(REDACTED, clean(text))
     text = _SECRET_SHAPE.sub(REDACTED, text)
     text = _KEY_VALUE.sub(lambda match: match[1] + REDACTED, text)
     for name, value in os.environ.items():
-        if _SECRET_KEY.search(name) and len(value) >= 6:
+        if _SECRET_KEY.search(name) and len(value) >= SHORTEST_SECRET:
             text = text.replace(value, REDACTED)
     return text
 
@@ -65,12 +69,25 @@ def redact_values(value: Any, key: str = "") -> Any:
 
 
 def fenced(text: str) -> str:
-    """`text` in a Markdown code fence that is longer than any run of backticks inside."""
+    """`text` in a Markdown code fence that is longer than any run of backticks inside.
+
+    Redacted before they are counted: what is taken out between two backticks makes one run of them.
+    """
+    text = redact(text)
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
-    return f"{fence}\n{clean(text)}\n{fence}"
+    return f"{fence}\n{text}\n{fence}"
 
 
 def table_cell(text: str, limit: int | None = None) -> str:
-    """`text` as one cell of a Markdown table: one line, markup characters escaped."""
-    return re.sub(r"([\\|`*_<>\[\]!#~])", r"\\\1", clean_line(text, limit))
+    """`text` as one cell of a Markdown table, or in a line: on one line, and none of it is markup."""
+    shown = clean_line(redact(text), limit)
+    # A backslash does not make these plain in every renderer, a character reference does.
+    shown = re.sub("[&<>~]", lambda match: f"&#{ord(match[0])};", shown)
+    return re.sub(r"([\\|`*_\[\]!])|(?<!&)#", lambda match: "\\" + match[0], shown)
+
+
+def table_cell_of_lines(text: str, limit: int | None = None) -> str:
+    """The same of a text whose lines stay lines."""
+    cut = text if limit is None or len(text) <= limit else text[:limit] + "…"
+    return "<br>".join(table_cell(line) for line in cut.splitlines())

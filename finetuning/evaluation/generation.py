@@ -5,6 +5,7 @@ judged from its tokens: does it close its thinking once, answer, and end; how lo
 loop; does it name the terms of the reference, and the number where the reference has one.
 """
 
+import functools
 import json
 import re
 import unicodedata
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from finetuning.analysis.crypto_terms import find_terms
-from finetuning.common.text import fenced, table_cell
+from finetuning.common.text import fenced, table_cell, table_cell_of_lines
 from finetuning.data.chat_template import encode_prompt, parse_completion
 from finetuning.data.token_table import Segment, carries_loss
 from finetuning.data.training_data import DataPart
@@ -270,6 +271,7 @@ def _sample_text(probe: EvalPrompt, completion: Completion) -> str:
         "ended": completion.ended,
     }
     facts = ", ".join(f"{name} {'yes' if good else 'NO'}" for name, good in verdict.items())
+    lines = functools.partial(table_cell_of_lines, limit=SHOWN_CHARACTERS)
     lengths = f"{completion.thinking_tokens} | {probe.thinking_tokens}"
     # A table, since only a table stands side by side; its cells take no code fences.
     return "\n".join(
@@ -278,14 +280,8 @@ def _sample_text(probe: EvalPrompt, completion: Completion) -> str:
             fenced(sample.question[:SHOWN_CHARACTERS]) + "\n",
             f"| | model ({facts}) | reference |",
             "| --- | --- | --- |",
-            f"| thinking | {_cell(completion.thinking)} | {_cell(sample.thinking)} |",
-            f"| answer | {_cell(completion.answer)} | {_cell(sample.answer)} |",
+            f"| thinking | {lines(completion.thinking)} | {lines(sample.thinking)} |",
+            f"| answer | {lines(completion.answer)} | {lines(sample.answer)} |",
             f"| thinking tokens | {lengths} |",
         ]
     )
-
-
-def _cell(text: str) -> str:
-    """Untrusted text of several lines as one cell."""
-    cut = text[:SHOWN_CHARACTERS] + ("…" if len(text) > SHOWN_CHARACTERS else "")
-    return "<br>".join(table_cell(line).replace("&", "&amp;") for line in cut.splitlines())

@@ -48,7 +48,7 @@ def string_tensor(data: bytes) -> TensorProto:
 
 def text_value(tag: str, text: str) -> Summary.Value:
     """Markdown for the TEXT tab: controls removed, secrets replaced, otherwise as given."""
-    safe = common_text.redact(common_text.clean(str(text)))
+    safe = common_text.redact(str(text))
     metadata = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"))
     return Summary.Value(tag=tag, metadata=metadata, tensor=string_tensor(safe.encode()))
 

@@ -8,16 +8,19 @@ hands the alert to a command of the user's (`run_command`).
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 from finetuning.common.errors import UserError
 from finetuning.common.files import strict
 from finetuning.common.formatting import four_digits
+from finetuning.common.text import REDACTED, SHORTEST_SECRET, clean_line, redact, table_cell
 from finetuning.monitoring.detectors import (
     DETECTORS,
     KEEP,
@@ -148,7 +151,7 @@ class AlertMonitor:
                 _facts(row["evidence"]),
                 row["advice"],
             )
-            lines.append("| " + " | ".join(cells) + " |")
+            lines.append("| " + " | ".join(map(table_cell, cells)) + " |")
         return "\n".join(lines)
 
     def state_dict(self) -> dict:
@@ -164,17 +167,15 @@ def _step_list(steps: Sequence[int], times: int) -> str:
 
 
 def _facts(evidence: Mapping) -> str:
-    """Evidence in one table cell: nothing of it may break the table or pass for markup."""
-    text = "; ".join(f"{key}: {_cell(value)}" for key, value in evidence.items())
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+    """Evidence in words."""
+    return "; ".join(f"{key}: {_words_of(value)}" for key, value in evidence.items())
 
 
-def _cell(value) -> str:
+def _words_of(value: object) -> str:
     if isinstance(value, (list, tuple)):
         more = f" and {len(value) - 8} more" if len(value) > 8 else ""
-        return ", ".join(_cell(v) for v in value[:8]) + more
-    text = four_digits(value) if isinstance(value, float) else str(value)
-    return " ".join(text.split())[:200]
+        return ", ".join(_words_of(v) for v in value[:8]) + more
+    return clean_line(four_digits(value) if isinstance(value, float) else str(value), 200)
 
 
 def run_command(
@@ -197,7 +198,7 @@ def _words(command: str | Sequence[str]) -> list[str]:
     try:
         words = shlex.split(command) if isinstance(command, str) else list(command)
     except ValueError as error:
-        raise UserError(f"alert command {command!r}: {error}; check its quotes") from error
+        raise UserError(f"an alert's command: {error}; check its quotes") from error
     if not words:
         raise UserError("the alert command is empty; name a program or leave the option out")
     return words
@@ -213,9 +214,29 @@ def _feed(words: list[str], payload: bytes, timeout_s: float) -> None:
             timeout=timeout_s,
             check=False,
         )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        print(f"alert command {words[0]!r} failed: {error}", file=sys.stderr)
-        return
-    if done.returncode:
-        reason = " ".join(done.stderr.decode(errors="replace").split())[-200:]
-        print(f"alert command {words[0]!r} exited {done.returncode}: {reason}", file=sys.stderr)
+    except OSError as error:
+        _tell(words, f"failed: {error.strerror or error}")
+    except subprocess.TimeoutExpired:
+        _tell(words, f"was ended after {timeout_s:g} s")
+    else:
+        if done.returncode:
+            _tell(words, f"exited {done.returncode}: {done.stderr.decode(errors='replace')}")
+
+
+def _tell(words: list[str], what: str) -> None:
+    """One line on stderr that shows none of the command's arguments, which may hold a secret."""
+    for argument in sorted(words[1:], key=len, reverse=True):
+        for part in (argument, *re.split(r"[^\w.-]+", argument)):
+            if len(part) >= SHORTEST_SECRET:
+                what = what.replace(part, REDACTED)
+    line = clean_line(redact(f"alert command {Path(words[0]).name!r} {what}"), 300)
+    print(line, file=sys.stderr)
+
+
+def program_of(command: str) -> str:
+    """What records show of an action: the word, or a command's program; its arguments may hold secrets."""
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        return REDACTED
+    return Path(words[0]).name if words else ""

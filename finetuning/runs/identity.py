@@ -7,8 +7,11 @@ from typing import Any
 
 from finetuning.common.errors import UserError
 from finetuning.common.files import strict
+from finetuning.common.text import REDACTED, redact
+from finetuning.config import COMMANDS, NAMES_AND_PATHS, DirectTrainingConfig, allowed_values
 from finetuning.data.packing import StepPlan
 from finetuning.data.training_data import TrainingData
+from finetuning.monitoring.alerts import program_of
 
 
 def identity(
@@ -64,6 +67,24 @@ def check_ranks(identities: Sequence[Mapping[str, Any]]) -> None:
             )
 
 
-def settings_of(config: object) -> dict[str, Any]:
-    """A configuration dataclass as plain values."""
-    return dataclasses.asdict(config)  # type: ignore[call-overload]
+def recorded_settings(config: DirectTrainingConfig) -> dict[str, Any]:
+    """Every setting as records show it. What a setting is decides, not how its value looks.
+
+    Numbers, switches and words of a choice are shown; a text only where the setting is a name or a path, and
+    then without what looks like a secret; of a command its program. Any other text is hidden.
+    """
+    return {f.name: _recorded(f, getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def _recorded(setting: dataclasses.Field, value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _recorded(setting, entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_recorded(setting, entry) for entry in value]
+    if not isinstance(value, str) or value in allowed_values(setting)[0]:
+        return value
+    if setting.name in COMMANDS:
+        return program_of(value)
+    if setting.name in NAMES_AND_PATHS:
+        return redact(value)
+    return REDACTED if value else value

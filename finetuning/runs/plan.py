@@ -29,7 +29,7 @@ from finetuning.model.resolve import (
     resolve_model,
     weight_dtype,
 )
-from finetuning.runs.identity import check_ranks, identity, settings_of
+from finetuning.runs.identity import check_ranks, identity, recorded_settings
 from finetuning.training.engine import Execution
 from finetuning.training.forecast import (
     RunForecast,
@@ -94,7 +94,7 @@ def plan_run(
     No weights are loaded. Raises UserError on all ranks where a rank has other data or settings.
     """
     inputs = load_data(config, dist, terminal, trust_remote_code=trust_remote_code)
-    data, settings = inputs.data, settings_of(config)
+    data, settings = inputs.data, recorded_settings(config)
     steps, evaluation = plan_steps(config, data, dist)
     probes = choose_probes(data.held_out, inputs.tokenizer, config.num_probes)
     answer_tokens = token_budget(probes, config.probe_max_new_tokens, dist.device)

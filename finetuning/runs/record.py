@@ -200,7 +200,7 @@ def tell_resume(
 ) -> None:
     """Where the run goes on, and which settings are others than before, also in TEXT."""
     terminal.info(f"resumed from {checkpoint.path}, step {checkpoint.step}")
-    if changed := changed_settings(checkpoint.state["config"], redact_values(plan.settings)):
+    if changed := changed_settings(checkpoint.state["config"], plan.settings):
         terminal.info(f"changed since step {checkpoint.step}: {', '.join(changed)}")
         record.write_settings(plan.settings, checkpoint.step)
 

@@ -24,7 +24,7 @@ from finetuning.common.errors import exit_code
 from finetuning.common.files import atomic_write_text
 from finetuning.common.formatting import UNKNOWN, duration, shown
 from finetuning.common.html import Points, cell, html_page, line_chart, table
-from finetuning.common.text import clean, clean_line, redact, redact_values
+from finetuning.common.text import clean_line, redact, redact_values
 from finetuning.runs.directory import RunDirectory
 from finetuning.runs.recorded import RecordedRun, find_runs, read_recorded
 from finetuning.runs.summary import flat
@@ -192,7 +192,7 @@ def markdown(text: str) -> str:
     parser = MarkdownIt("js-default", {"html": False, "linkify": False})
     parser.disable(["image", "link", "autolink", "reference"])
     parser.inline.ruler.before("html_inline", "line_break", _line_break)
-    return parser.render(clean(redact(text)))
+    return parser.render(redact(text))
 
 
 def _line_break(state: StateInline, silent: bool) -> bool:

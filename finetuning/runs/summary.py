@@ -1,5 +1,6 @@
 """The texts and records about a whole run: what was set, what was resolved, how it ended."""
 
+import dataclasses
 import platform
 import sys
 from collections.abc import Mapping, Sequence
@@ -8,10 +9,9 @@ from typing import Any
 
 from finetuning.common.distributed import Distributed
 from finetuning.common.formatting import shown
-from finetuning.common.text import redact_values, table_cell
+from finetuning.common.text import table_cell
 from finetuning.data.packing import StepPlan
 from finetuning.runs.directory import RunDirectory
-from finetuning.runs.identity import settings_of
 from finetuning.runs.plan import RunPlan
 from finetuning.training.engine import TrainingEngine
 from finetuning.training.state import TrainState
@@ -49,8 +49,8 @@ def flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def hparams(settings: Mapping[str, Any]) -> dict[str, bool | float | str]:
-    """Settings as the HPARAMS table takes them; secrets redacted."""
-    values = flat(redact_values(dict(settings)))
+    """Recorded settings as the HPARAMS table takes them."""
+    values = flat(settings)
     return {k: v if isinstance(v, (bool, int, float)) else str(v) for k, v in values.items()}
 
 
@@ -99,9 +99,9 @@ def model_size(plan: RunPlan, engine: TrainingEngine) -> dict[str, Any]:
 def checkpoint_state(plan: RunPlan, state: TrainState) -> dict[str, Any]:
     """What a checkpoint holds besides tensors: counters, the run's identity, settings without secrets."""
     return {
-        "train_state": settings_of(state),
+        "train_state": dataclasses.asdict(state),
         "identity": plan.identity,
-        "config": redact_values(plan.settings),
+        "config": dict(plan.settings),
     }
 
 
@@ -146,7 +146,7 @@ def training_statistics(
     seconds = state.training_seconds
     return {
         "run": run,
-        "config": redact_values(dict(plan.settings)),
+        "config": dict(plan.settings),
         "dataset": {
             "training_samples": len(data.train),
             "held_out_samples": len(data.held_out),
@@ -181,9 +181,9 @@ def training_statistics(
 def configuration(
     settings: Mapping[str, Any], model: Mapping[str, Any], plan: StepPlan
 ) -> dict[str, Any]:
-    """The content of configuration.json; secrets redacted."""
+    """The content of configuration.json."""
     return {
-        "config": redact_values(dict(settings)),
+        "config": dict(settings),
         "model": dict(model),
         "steps": plan.num_steps,
         "steps_per_epoch": plan.steps_per_epoch,

@@ -3,9 +3,21 @@
 uv run pytest tests/common/test_text.py
 """
 
-import pytest
+from html.parser import HTMLParser
 
-from finetuning.common.text import REDACTED, clean, fenced, redact, redact_values, table_cell
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finetuning.common.text import (
+    REDACTED,
+    clean,
+    fenced,
+    redact,
+    redact_values,
+    table_cell,
+    table_cell_of_lines,
+)
 
 
 def test_clean(subtests):
@@ -65,6 +77,59 @@ def test_a_fence_is_longer_than_any_run_inside():
     fence = fenced(text).split("\n")[0]
     assert fence == "`" * 5
     assert fenced(text).endswith(fence)
+
+
+def test_a_character_that_nobody_sees_hides_no_secret():
+    secret = "hf_" + "a1B2" * 8
+    for invisible in ("\u200b", "\x00", "\u2060", "\x1b[0m", "\ufeff"):
+        text = redact(f"a {secret[:12]}{invisible}{secret[12:]} b tok{invisible}en=abcdef123")
+        assert text == f"a {REDACTED} b token={REDACTED}"
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page: its elements, and the text that is seen."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.elements: set[str] = set()
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self.elements.add(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def tensorboard_page(markdown: str) -> Page:
+    from tensorboard.plugin_util import markdown_to_safe_html
+
+    return Page(markdown_to_safe_html(markdown))
+
+
+MARKS = r"""` `` ``` ~~~ | || \ \\ < > <b> </td> <script> <img&#32;src=x> & &lt; &#91; [a](http://x) ![b](y)
+[c]: <http://z> * ** _ # ## - + 1. = --- : :--- $ ^ ! ( ) { } http://x.y www.x.y a@b.c 密 x"""
+BLANKS = [" ", "    ", "\t", "\n", "\n\n", "\r", "\x00", "\x02", "\u200b", "\u2028", "\x1b[1m"]
+PIECES = st.one_of(st.sampled_from(MARKS.split()), st.sampled_from(BLANKS), st.characters())
+TROUBLE = st.lists(PIECES, max_size=30).map("".join)
+CELL_ELEMENTS = {"table", "thead", "tbody", "tr", "th", "td", "br"}
+
+
+@settings(max_examples=400, deadline=None)
+@given(TROUBLE)
+def test_no_text_is_markup_in_tensorboard(text: str):
+    """TensorBoard's own renderer makes no link, no picture, no element but ours, and shows every word."""
+    fence = tensorboard_page(f"before\n\n{fenced(text)}\n\nafter")
+    assert fence.elements <= {"p", "pre", "code"}
+    assert "".join(clean(text).split()) in "".join(fence.text.split()) or REDACTED in redact(text)
+    for cell in (table_cell, table_cell_of_lines):
+        page = tensorboard_page(f"| a | b |\n| --- | --- |\n| {cell(text)} | x |")
+        assert page.elements <= CELL_ELEMENTS, page.elements
+        assert "".join(clean(text).split()) in "".join(page.text.split()) or REDACTED in redact(
+            text
+        )
+        assert page.text.split()[-1:] == ["x"]
 
 
 def test_a_table_cell_stays_one_cell():
