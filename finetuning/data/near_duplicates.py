@@ -2,15 +2,17 @@
 
 Near means: Jaccard similarity of the sets of character 5-grams, after NFKC, lower case and without
 punctuation, of at least `threshold`. Up to `EXACT_LIMIT` distinct texts the join is exact (prefix
-filtering, Bayardo et al. 2007); beyond, MinHash bands propose pairs and the exact similarity
-decides. Clusters are the connected components of that relation.
+filtering, Bayardo et al. 2007) where that proposes at most `PAIRS_A_TEXT` pairs a text. Form letters,
+whose rare shingles are shared by many, would propose all pairs: there, and beyond the limit, MinHash
+bands propose pairs, a bounded number for each text, and the exact similarity decides. Clusters are the
+connected components of that relation.
 """
 
 import hashlib
 import itertools
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -29,11 +31,13 @@ if TYPE_CHECKING:
 
 SHINGLE = 5  # characters
 EXACT_LIMIT = 10_000  # distinct texts up to which every pair above the threshold is found
+PAIRS_A_TEXT = 32  # proposals up to which the exact join costs no more than reading the texts does
 _LABELS = "labels.npy"
 _NUM_PERM = 125  # MinHash values per text
 _WINDOW = 8  # neighbours compared within a bucket of equal MinHash bands
+_IN_VAIN = 8  # comparisons of a text that found nothing, after which only likely ones are made
 _CHUNK = 500  # texts whose shingles are in memory together
-_SHORT = 256  # shingles of a text up to which they wait in a file
+_KEPT_BYTES = 1 << 30  # of sets of shingles that wait in a file; others are made anew
 _HASH_SEED = np.uint64(0x9E3779B97F4A7C15)
 _HASH_STEP = np.uint64(0xD6E8FEB86659FD93)
 
@@ -81,9 +85,7 @@ def shingles(text: str) -> np.ndarray:
 
 def jaccard(first: str, second: str) -> float:
     """Similarity of two texts in [0, 1]: common shingles / all shingles."""
-    a, b = shingles(first), shingles(second)
-    common = len(np.intersect1d(a, b, assume_unique=True))
-    return common / (len(a) + len(b) - common)
+    return _similarity(shingles(first), shingles(second))
 
 
 def near_duplicate_clusters(
@@ -99,10 +101,11 @@ def near_duplicate_clusters(
     keys = np.fromiter(map(text_key, texts), np.uint64, len(texts))
     same = smallest_of_equal(keys)
     first = np.flatnonzero(_is_first(same)).astype(same.dtype)  # of each distinct text
-    if len(first) <= exact_limit:
-        labels = _join_exact(texts, first, threshold)
-    else:
-        labels = _join_minhash(texts, first, keys[first], threshold)
+    with tempfile.TemporaryFile() as file:
+        sets = _Sets(texts, first, file)
+        labels = _join_exact(sets, threshold) if len(first) <= exact_limit else None
+        if labels is None:
+            labels = _join_minhash(sets, keys[first], threshold)
     return first[smallest_of_equal(labels)][np.searchsorted(first, same)]
 
 
@@ -171,36 +174,62 @@ def _chosen(texts: Sequence[str], chosen: np.ndarray) -> Iterator[str]:
     return itertools.compress(texts, wanted)
 
 
-def _join_exact(texts: Sequence[str], chosen: np.ndarray, threshold: float) -> np.ndarray:
-    """Component label per chosen text. Two sets can only be near when their prefixes, the rarest
-    `size - ceil(threshold * size) + 1` shingles, have one in common. The sets wait in a file."""
-    labels = np.arange(len(chosen), dtype=np.int32)
-    with tempfile.TemporaryFile() as file:
-        sets = _StoredSets(file, map(shingles, _chosen(texts, chosen)))
-        prefixes = _prefixes(sets, threshold)
-        by_shingle = prefixes.T.tocsr()
-        for start in range(0, len(chosen), 256):
-            shared = (prefixes[start : start + 256] @ by_shingle).tocoo()
-            left, right = shared.coords[0] + start, shared.coords[1]
-            for block in _candidate_blocks(left, right, sets.sizes, threshold):
-                labels = _joined_if_near(sets, left[block], right[block], labels, threshold)
+class _Sets:
+    """Sorted sets of shingles of the chosen texts: [i] is one, (k,) uint64; `sizes` (n,) once all were made.
+
+    They wait in a file as far as it may grow: form letters are compared again and again. Going through
+    them for the first time reads the texts in order.
+    """
+
+    def __init__(self, texts: Sequence[str], chosen: np.ndarray, file: BinaryIO) -> None:
+        self._texts, self._chosen, self._file = texts, chosen, file
+        self.sizes = np.zeros(len(chosen), np.int32)
+        self._starts = np.full(len(chosen), -1, np.int64)  # -1: not in the file
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        if self._starts[i] < 0:
+            return shingles(self._texts[int(self._chosen[i])])
+        self._file.seek(int(self._starts[i]))
+        return np.frombuffer(self._file.read(8 * int(self.sizes[i])), np.uint64)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        if self.sizes.all():
+            yield from map(self.__getitem__, range(len(self)))
+            return
+        end = 0
+        for i, text in enumerate(_chosen(self._texts, self._chosen)):
+            made = shingles(text)
+            self.sizes[i] = len(made)
+            if end + made.nbytes <= _KEPT_BYTES:
+                self._file.seek(end)
+                self._starts[i], end = end, end + self._file.write(made.tobytes())
+            yield made
+
+
+def _join_exact(sets: _Sets, threshold: float) -> np.ndarray | None:
+    """Component label per text; None where too many pairs would have to be compared.
+
+    Two sets can only be near when their prefixes, the rarest `size - ceil(threshold * size) + 1` shingles,
+    have one in common.
+    """
+    labels = np.arange(len(sets), dtype=np.int32)
+    prefixes = _prefixes(sets, threshold)
+    sharing = np.bincount(prefixes.indices).astype(np.int64)  # texts for each shingle of a prefix
+    if (sharing * (sharing - 1) // 2).sum() > PAIRS_A_TEXT * len(sets):
+        return None
+    by_shingle = prefixes.T.tocsr()
+    for start in range(0, len(sets), 256):
+        shared = (prefixes[start : start + 256] @ by_shingle).tocoo()
+        left, right = shared.coords[0] + start, shared.coords[1]
+        for block in _candidate_blocks(left, right, sets.sizes, threshold):
+            labels, _ = _joined_if_near(sets, left[block], right[block], labels, threshold)
     return labels
 
 
-class _StoredSets:
-    """Sorted sets of shingles in a file: [i] reads one, (sizes[i],) uint64."""
-
-    def __init__(self, file: BinaryIO, sets: Iterable[np.ndarray]) -> None:
-        self._file = file
-        self.sizes = np.array([file.write(s.tobytes()) // 8 for s in sets], np.int64)
-        self._starts = np.cumsum(self.sizes) - self.sizes
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        self._file.seek(8 * int(self._starts[i]))
-        return np.frombuffer(self._file.read(8 * int(self.sizes[i])), np.uint64)
-
-
-def _prefixes(sets: _StoredSets, threshold: float) -> "csr_array":
+def _prefixes(sets: _Sets, threshold: float) -> "csr_array":
     """Texts x shingles, 0/1: the rarest shingles of each text, but none that occurs only once.
 
     How rare a shingle is, is counted by 20 bits of it; any order that all texts share will do.
@@ -208,8 +237,8 @@ def _prefixes(sets: _StoredSets, threshold: float) -> "csr_array":
     from scipy.sparse import csr_array
 
     counts = np.zeros(1 << 20, np.int32)
-    for i in range(len(sets.sizes)):
-        np.add.at(counts, _buckets(sets[i]), 1)
+    for made in sets:
+        np.add.at(counts, _buckets(made), 1)
     lengths = sets.sizes - np.ceil(threshold * sets.sizes - 1e-9).astype(np.int64) + 1
     prefixes = []
     for i, length in enumerate(lengths.tolist()):
@@ -238,21 +267,21 @@ def _candidate_blocks(
         yield allowed[start : start + 4096]
 
 
-def _join_minhash(
-    texts: Sequence[str], chosen: np.ndarray, keys: np.ndarray, threshold: float
-) -> np.ndarray:
-    """Component label per chosen text: pairs with one equal MinHash band, verified exactly.
+def _join_minhash(sets: _Sets, keys: np.ndarray, threshold: float) -> np.ndarray:
+    """Component label per text: pairs with one equal MinHash band, verified exactly. keys: (n,) of the texts.
 
-    Within a bucket a text meets its next `_WINDOW` neighbours only; larger buckets are joined
-    through chains. MinHash values and the shingles of short texts wait in temporary files; of the bands
-    one at a time, 4 bytes per text, is in memory.
+    Within a bucket a text meets its next `_WINDOW` neighbours only; larger buckets are joined through
+    chains. A text that was compared in vain `_IN_VAIN` times, as each of a family of form letters is, is
+    then compared only where the values agree nearly as often as at the threshold, so that the number of
+    comparisons grows with that of the texts. MinHash values wait in a temporary file; of the bands one at
+    a time, 4 bytes per text, is in memory.
     """
-    labels = np.arange(len(chosen), dtype=np.int32)
+    labels = np.arange(len(sets), dtype=np.int32)
+    in_vain = np.zeros(len(sets), np.uint8)
     by_key = np.argsort(keys).astype(np.int32)  # so that the order of the texts changes nothing
     rows = _rows_per_band(threshold)
-    with tempfile.TemporaryFile() as stored, tempfile.TemporaryFile() as short:
-        sets = _SetsOf(texts, chosen, short)
-        spans = _store_signatures(stored, sets, _chosen(texts, chosen), len(chosen), rows)
+    with tempfile.TemporaryFile() as stored:
+        spans = _store_signatures(stored, sets, rows)
         for number in range(_NUM_PERM // rows):
             band = _band(stored, spans, number, rows)
             order = by_key[np.argsort(band[by_key], kind="stable")]
@@ -260,8 +289,11 @@ def _join_minhash(
             for distance in range(1, min(_WINDOW, len(order) - 1) + 1):
                 candidates = np.flatnonzero(band[:-distance] == band[distance:])
                 left, right = order[candidates], order[candidates + distance]
-                for pairs in _likely_pairs(stored, spans, left, right, labels, threshold):
-                    labels = _joined_if_near(sets, *pairs, labels, threshold)
+                for a, b, likely in _likely_pairs(stored, spans, left, right, labels, threshold):
+                    worth = likely | ((in_vain[a] < _IN_VAIN) & (in_vain[b] < _IN_VAIN))
+                    labels, failed = _joined_if_near(sets, a[worth], b[worth], labels, threshold)
+                    met, times = np.unique(failed, return_counts=True)
+                    in_vain[met] = np.minimum(in_vain[met] + times, _IN_VAIN)
     return labels
 
 
@@ -276,16 +308,13 @@ def _rows_per_band(threshold: float) -> int:
 Spans = list[tuple[int, int]]  # texts from, to: what was stored together
 
 
-def _store_signatures(
-    stored: BinaryIO, sets: "_SetsOf", texts: Iterator[str], count: int, rows: int
-) -> Spans:
+def _store_signatures(stored: BinaryIO, sets: _Sets, rows: int) -> Spans:
     """For each span of texts: (bands, n) uint32 hashes, then (n, values) uint8, the low bytes of
     all MinHash values."""
-    spans = [(i, min(i + _CHUNK, count)) for i in range(0, count, _CHUNK)]
+    spans = [(i, min(i + _CHUNK, len(sets))) for i in range(0, len(sets), _CHUNK)]
+    made = iter(sets)
     for start, stop in spans:
-        made = [shingles(text) for text in itertools.islice(texts, stop - start)]
-        sets.keep_short(start, made)
-        values = _minhash(made)
+        values = _minhash(list(itertools.islice(made, stop - start)))
         stored.write(_band_hashes(values, rows).tobytes())
         stored.write(values.astype(np.uint8).tobytes())
     return spans
@@ -329,11 +358,13 @@ def _likely_pairs(
     right: np.ndarray,
     labels: np.ndarray,
     threshold: float,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Of the candidates that are not joined yet those whose MinHash values agree as often as at the
-    threshold, less five standard deviations. Reading the texts themselves takes 30 times as long."""
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(left, right, likely) of the candidates that are not joined yet and whose MinHash values agree as often
+    as at the threshold, less 3.3 standard deviations, which one pair at the threshold in 2,000 does not;
+    likely: less one deviation. Reading the texts instead takes 30 times as long."""
     expected = _NUM_PERM * threshold
-    least = expected - 5 * math.sqrt(expected * (1 - threshold))
+    deviation = math.sqrt(expected * (1 - threshold))
+    least = expected - 3.3 * deviation
     bytes_a_text = 4 * (_NUM_PERM // _rows_per_band(threshold)) + _NUM_PERM
     apart = labels[left] != labels[right]
     left, right = left[apart], right[apart]
@@ -346,69 +377,38 @@ def _likely_pairs(
             stored.seek(stop * bytes_a_text - (stop - text) * _NUM_PERM)
             values[i] = np.frombuffer(stored.read(_NUM_PERM), np.uint8)
         agree = (values[place[: len(a)]] == values[place[len(a) :]]).sum(axis=1)
-        yield a[agree >= least], b[agree >= least]
-
-
-class _SetsOf:
-    """Sorted sets of shingles of the chosen texts: [i] is one, (k,) uint64.
-
-    Short texts, as questions are, are compared dozens of times: theirs wait in a file. Others are made
-    anew: they would take gigabytes, and few are alike enough to be compared.
-    """
-
-    def __init__(self, texts: Sequence[str], chosen: np.ndarray, file: BinaryIO) -> None:
-        self._texts, self._chosen, self._file = texts, chosen, file
-        self._sizes = np.zeros(len(chosen), np.uint16)  # 0: not in the file
-        self._starts = np.zeros(len(chosen), np.int64)
-
-    def keep_short(self, first: int, sets: list[np.ndarray]) -> None:
-        """Store those of the texts from `first` on that are short."""
-        for i, made in enumerate(sets, first):
-            if len(made) <= _SHORT:
-                self._sizes[i], self._starts[i] = len(made), self._file.tell()
-                self._file.write(made.tobytes())
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        if not self._sizes[i]:
-            return shingles(self._texts[int(self._chosen[i])])
-        self._file.seek(int(self._starts[i]))
-        return np.frombuffer(self._file.read(8 * int(self._sizes[i])), np.uint64)
+        kept = agree >= least
+        yield a[kept], b[kept], agree[kept] >= expected - deviation
 
 
 def _joined_if_near(
-    sets: "_StoredSets | _SetsOf",
+    sets: _Sets,
     left: np.ndarray,
     right: np.ndarray,
     labels: np.ndarray,
     threshold: float,
-) -> np.ndarray:
-    """Labels after the candidate pairs that are truly near are joined; each set is read once a chunk."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Labels after the candidate pairs that are truly near are joined, and the texts of all other pairs that
+    were compared; each set is read once a chunk."""
     apart = labels[left] != labels[right]
     left, right = left[apart], right[apart]
+    failed = []
     for start in range(0, len(left), _CHUNK):
         a, b = left[start : start + _CHUNK], right[start : start + _CHUNK]
-        used, place = np.unique(np.concatenate([a, b]), return_inverse=True)
-        first, second = place[: len(a)], place[len(a) :]
-        matrix = _set_matrix([sets[i] for i in used.tolist()])
-        common = matrix[first].multiply(matrix[second]).sum(axis=1)
-        sizes = np.diff(matrix.indptr)
-        near = _is_near(common, sizes[first], sizes[second], threshold)
+        read = {i: sets[i] for i in np.unique(np.concatenate([a, b])).tolist()}
+        pairs = zip(a.tolist(), b.tolist(), strict=True)
+        near = np.array([_similarity(read[i], read[j]) >= threshold - 1e-9 for i, j in pairs], bool)
         labels = joined_labels(labels, a[near], b[near])
-    return labels
+        failed += [a[~near], b[~near]]
+    return labels, np.concatenate(failed) if failed else left
 
 
-def _set_matrix(sets: list[np.ndarray]) -> "csr_array":
-    """Sets x elements, 0/1."""
-    from scipy.sparse import csr_array
-
-    starts = np.cumsum([0, *map(len, sets)])
-    elements, columns = np.unique(np.concatenate(sets), return_inverse=True)
-    shape = (len(sets), len(elements))
-    return csr_array((np.ones(len(columns), np.int32), columns, starts), shape)
-
-
-def _is_near(common, first_size, second_size, threshold: float):
-    return common >= threshold * (first_size + second_size - common) - 1e-9
+def _similarity(a: np.ndarray, b: np.ndarray) -> float:
+    """Jaccard similarity of two sorted sets."""
+    small, large = (a, b) if len(a) <= len(b) else (b, a)
+    place = np.minimum(np.searchsorted(large, small), len(large) - 1)
+    common = int(np.count_nonzero(large[place] == small))
+    return common / (len(a) + len(b) - common)
 
 
 def joined_labels(labels: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:

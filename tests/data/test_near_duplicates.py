@@ -1,5 +1,7 @@
 """Near duplicates against a brute-force Jaccard join over all pairs."""
 
+import random
+
 import numpy as np
 import pytest
 
@@ -85,7 +87,7 @@ def test_band_width_keeps_the_recall():
         assert 1 - (1 - threshold**rows) ** (near_duplicates._NUM_PERM // rows) >= 0.999
 
 
-def test_short_texts_are_cut_into_shingles_once(monkeypatch):
+def test_texts_are_cut_into_shingles_once_as_far_as_the_file_may_grow(monkeypatch):
     """Questions of one pattern meet in many bands; cut anew each time they took five times as long."""
     made, cut = [], near_duplicates.shingles
 
@@ -101,8 +103,45 @@ def test_short_texts_are_cut_into_shingles_once(monkeypatch):
     monkeypatch.setattr(near_duplicates, "shingles", counted)
     near_duplicate_clusters(texts, exact_limit=0)
     assert len(made) == 300
-    monkeypatch.setattr(near_duplicates, "_SHORT", 10)
+    monkeypatch.setattr(near_duplicates, "_KEPT_BYTES", 10_000)
     made.clear()
     labels = near_duplicate_clusters(texts, exact_limit=0)
-    assert len(made) > 300, "longer ones are made anew"
+    assert len(made) > 300, "those that are not kept are made anew"
     np.testing.assert_array_equal(labels, expected)
+
+
+def form_letters(count: int, slots: int = 20) -> list[str]:
+    """One letter with three phrases to choose from in each slot: rare shingles are shared, few pairs are near."""
+    drawn = random.Random(5)
+    words = [
+        "".join(drawn.choices("密钥分组杂凑签名证书随机数协议曲线填充轮函数明文密文算法安全", k=12))
+        for _ in range(4 * slots)
+    ]
+    fixed, phrases = words[:slots], words[slots:]
+    return [
+        "".join(fixed[i] + drawn.choice(phrases[3 * i : 3 * i + 3]) for i in range(slots))
+        for _ in range(count)
+    ]
+
+
+def test_the_work_for_form_letters_grows_with_their_number(monkeypatch):
+    compared = []
+    similarity = near_duplicates._similarity
+    monkeypatch.setattr(
+        near_duplicates, "_similarity", lambda a, b: (compared.append(1), similarity(a, b))[1]
+    )
+    a_text = {}
+    for count in (300, 1200):
+        compared.clear()
+        near_duplicate_clusters(form_letters(count))
+        a_text[count] = len(compared) / count
+    assert a_text[1200] < 1.5 * a_text[300] < 30, a_text
+
+
+def test_near_ones_are_found_among_form_letters():
+    """A letter with one character changed has its partner found, whatever the family around it."""
+    letters = form_letters(600)
+    changed = [text[:-1] + "改" for text in letters[:100]]
+    labels = near_duplicate_clusters([*letters, *changed])
+    found = sum(labels[i] == labels[600 + i] for i in range(100))
+    assert found >= 99, found
