@@ -110,32 +110,30 @@ def test_texts_are_cut_into_shingles_once_as_far_as_the_file_may_grow(monkeypatc
     np.testing.assert_array_equal(labels, expected)
 
 
+SIGNS = "密钥分组杂凑签名证书随机数协议曲线填充轮函数明文密文算法安全国家标准加密解密认证完整性"
+
+
 def form_letters(count: int, slots: int = 20) -> list[str]:
-    """One letter with three phrases to choose from in each slot: rare shingles are shared, few pairs are near."""
+    """One letter, three phrases to choose from in each slot: all share rare shingles, few are near."""
     drawn = random.Random(5)
-    words = [
-        "".join(drawn.choices("密钥分组杂凑签名证书随机数协议曲线填充轮函数明文密文算法安全", k=12))
-        for _ in range(4 * slots)
-    ]
-    fixed, phrases = words[:slots], words[slots:]
+    fixed = ["".join(drawn.choices(SIGNS, k=20)) for _ in range(slots)]
+    phrases = [["".join(drawn.choices(SIGNS, k=12)) for _ in range(3)] for _ in range(slots)]
     return [
-        "".join(fixed[i] + drawn.choice(phrases[3 * i : 3 * i + 3]) for i in range(slots))
+        "".join(text + drawn.choice(choices) for text, choices in zip(fixed, phrases, strict=True))
         for _ in range(count)
     ]
 
 
 def test_the_work_for_form_letters_grows_with_their_number(monkeypatch):
-    compared = []
-    similarity = near_duplicates._similarity
+    """Every pair of them would be compared, 600 for each of 1,200 texts."""
+    compared, similarity = [], near_duplicates._similarity
     monkeypatch.setattr(
         near_duplicates, "_similarity", lambda a, b: (compared.append(1), similarity(a, b))[1]
     )
-    a_text = {}
-    for count in (300, 1200):
+    for count in (600, 1200):
         compared.clear()
         near_duplicate_clusters(form_letters(count))
-        a_text[count] = len(compared) / count
-    assert a_text[1200] < 1.5 * a_text[300] < 30, a_text
+        assert 1 < len(compared) / count < 20, count
 
 
 def test_near_ones_are_found_among_form_letters():
