@@ -1,12 +1,17 @@
 """What is made of data once and kept in a cache: folders that are whole or absent, shared by processes.
 
 Each is named by what it was made from, and by the code that made it (`code_version`), so that nothing old
-is found by a program that would make something else.
+is found by a program that would make something else. Each has the digests of its files, and belongs to
+the user who reads it: what a disk or somebody else has changed is made anew.
 """
 
 import atexit
+import contextlib
 import hashlib
+import json
+import os
 import shutil
+import stat
 import tempfile
 import unicodedata
 from collections.abc import Callable, Iterable
@@ -15,13 +20,15 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from finetuning.common.errors import UserError
-from finetuning.common.files import publish_folder, staging_folder
+from finetuning.common.files import atomic_write_text, publish_folder, staging_folder
 
 T = TypeVar("T")
 PACKAGE = Path(__file__).parents[1]
+_DIGESTS = "digests.json"
+_BUILDING = ".building-"
 
 
 def cached_folder(
@@ -30,28 +37,119 @@ def cached_folder(
     """What `load` finds in a folder of the cache, which `write` fills if it finds nothing.
 
     One process at a time writes; others that want the same wait, and find it there. The folder appears
-    under its name when all is written, or never. Raises UserError if the cache can't be written, or not
-    be read back.
+    under its name when all is written, or never. Raises UserError if the cache can't be written, not be
+    read back, or belongs to somebody else.
     """
-    found = load(folder)
+    found = _verified(folder, load)
     if found is not None:
         return found
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            found = load(folder)
+        _make_parents(folder.parent)
+        with FileLock(f"{folder}.lock", mode=0o660 if _shared(folder.parent) else 0o600):
+            found = _verified(folder, load)
             if found is None:
-                with staging_folder(folder.parent, ".building-") as building:
+                _remove_leftovers(folder.parent)
+                with staging_folder(folder.parent, _BUILDING, folder.name) as building:
                     write(building)
+                    _seal(building)
                     publish_folder(building, folder)  # in place of a damaged one
-                found = load(folder)
+                found = _verified(folder, load)
     except OSError as error:
-        raise UserError(f"can't write the cache {folder}: {error.strerror or error}") from error
+        raise UserError(
+            f"can't write the cache {folder}: {error.strerror or error}; give --cache-dir a folder that "
+            "you may write"
+        ) from error
     if found is None:
         raise UserError(
             f"the cache {folder} can't be read back; remove it, or choose another cache_dir"
         )
     return found
+
+
+# -----------------------------------------------------------------------------
+# Whole, and ours
+
+
+def _verified(folder: Path, load: Callable[[Path], T | None]) -> T | None:
+    """What `load` finds in a folder whose files are as they were written, and ours; else None."""
+    try:
+        digests = json.loads((folder / _DIGESTS).read_bytes())
+        _check_owner(folder)
+        if digests != _digests(folder):
+            return None
+    except (OSError, ValueError):
+        return None
+    return load(folder)
+
+
+def _check_owner(folder: Path) -> None:
+    """Raise UserError for a folder of another user. A group shares a cache on purpose by a root folder that
+    it may write and whose group new files get: `chmod g+rws FOLDER`."""
+    if not hasattr(os, "getuid") or folder.stat().st_uid in (os.getuid(), 0):
+        return
+    if _shared(folder.parent) and folder.parent.stat().st_gid in os.getgroups():
+        return
+    raise UserError(
+        f"the cache {folder} belongs to another user, who could change it; choose another --cache-dir, or "
+        "share it with a group: chmod g+rws on the cache folder before it is used"
+    )
+
+
+def _shared(folder: Path) -> bool:
+    mode = folder.stat().st_mode
+    return bool(mode & stat.S_ISGID and mode & stat.S_IWGRP)
+
+
+def _make_parents(folder: Path) -> None:
+    """Make the folder and those above it; below a shared one they are shared too."""
+    if not folder.is_dir():
+        _make_parents(folder.parent)
+        folder.mkdir(exist_ok=True)
+        if _shared(folder.parent):
+            folder.chmod(folder.parent.stat().st_mode)
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file in a folder, its digests aside."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _DIGESTS)
+    found = {}
+    for path in files:
+        with path.open("rb") as file:
+            found[path.relative_to(folder).as_posix()] = hashlib.file_digest(
+                file, "sha256"
+            ).hexdigest()
+    return found
+
+
+def _seal(building: Path) -> None:
+    """Write the digests; in a shared cache the group may read all of it."""
+    atomic_write_text(building / _DIGESTS, json.dumps(_digests(building)))
+    if _shared(building.parent):
+        for path in (building, *building.rglob("*")):
+            path.chmod(path.stat().st_mode | (0o050 if path.is_dir() else 0o040))
+
+
+def _remove_leftovers(parent: Path) -> None:
+    """Remove what dead processes were building: the lock of its name is free."""
+    for building in parent.glob(f"{_BUILDING}*"):
+        name = building.name.removeprefix(_BUILDING)
+        with contextlib.suppress(Timeout, OSError), FileLock(parent / f"{name}.lock", timeout=0):
+            shutil.rmtree(building, ignore_errors=True)
+
+
+def private_folder(folder: Path) -> Path:
+    """A folder whose content runs as code, for its owner only. Raises UserError where others may write it."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    found = folder.stat()
+    if hasattr(os, "getuid") and (found.st_uid != os.getuid() or found.st_mode & 0o022):
+        raise UserError(
+            f"{folder} holds compiled code and others may write it; remove it, or choose another --cache-dir"
+        )
+    return folder
+
+
+# -----------------------------------------------------------------------------
+# What it holds
 
 
 def kept_array(path: Path, *, mapped: bool = False) -> np.ndarray | None:

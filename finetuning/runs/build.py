@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from finetuning.common.cache import private_folder
 from finetuning.common.distributed import Distributed
 from finetuning.common.terminal import Terminal
 from finetuning.config import DirectTrainingConfig
@@ -33,7 +34,9 @@ def build_engine(
             sharded=execution.parallel == "fsdp",
         )
     if execution.batch_shape:
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(config.cache_path / "compiled"))
+        user = os.getuid() if hasattr(os, "getuid") else "user"
+        compiled = private_folder(config.cache_path / f"compiled-{user}")
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))
     close_id = plan.data.train.tokens.close_id
     engine = TrainingEngine(model, close_id, dist, execution, config, terminal.warning)
     torch.manual_seed(config.seed + dist.rank)  # dropout, if any, differs between ranks

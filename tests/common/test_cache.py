@@ -4,14 +4,22 @@ uv run pytest -m "not long" tests/common/test_cache.py
 """
 
 import multiprocessing
+import os
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from finetuning.common import cache
-from finetuning.common.cache import cached_folder, code_version, kept_array, temporary_folder
+from finetuning.common.cache import (
+    cached_folder,
+    code_version,
+    kept_array,
+    private_folder,
+    temporary_folder,
+)
 from finetuning.common.errors import UserError
 
 
@@ -39,8 +47,59 @@ def test_what_was_written_is_found_and_what_is_damaged_made_anew(tmp_path: Path)
     for size in (0, 40, numbers.stat().st_size - 1):
         numbers.write_bytes(numbers.read_bytes()[:size])
         assert fetch(folder) == 10, size
-    assert (tmp_path / "cache" / "written").read_text() == "xxxx"
+    damaged = bytearray(numbers.read_bytes())
+    damaged[-1] ^= 1  # no reader of arrays would notice
+    numbers.write_bytes(damaged)
+    assert fetch(folder) == 10
+    (folder / "another.npy").touch()
+    assert fetch(folder) == 10
+    assert (tmp_path / "cache" / "written").read_text() == "xxxxxx"
     assert not list((tmp_path / "cache").glob(".building-*"))
+
+
+def test_what_dead_processes_were_building_is_removed_and_what_lives_stays(tmp_path: Path):
+    dead, alive = tmp_path / ".building-dead", tmp_path / ".building-alive"
+    for folder in (dead, alive):
+        (folder / "part").mkdir(parents=True)
+    with FileLock(tmp_path / "alive.lock"):
+        assert fetch(tmp_path / "a") == 10
+        assert not dead.exists() and alive.exists()
+    assert fetch(tmp_path / "b") == 10
+    assert not alive.exists()
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "getuid") or os.getuid() != 0, reason="needs root to change owners"
+)
+def test_a_folder_of_another_user_is_refused_unless_the_cache_is_shared_on_purpose(
+    tmp_path: Path, monkeypatch
+):
+    assert fetch(tmp_path / "a") == 10
+    os.chown(tmp_path / "a", 54321, -1)
+    with pytest.raises(UserError, match="belongs to another user"):
+        fetch(tmp_path / "a")
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    os.chown(shared, -1, 4321)
+    shared.chmod(0o2770)
+    assert fetch(shared / "kind" / "a") == 10
+    assert (shared / "kind").stat().st_mode & 0o7777 == 0o2770
+    made = shared / "kind" / "a"
+    assert all(path.stat().st_mode & 0o040 for path in (made, *made.iterdir()))
+    os.chown(made, 54321, -1)
+    with pytest.raises(UserError, match="belongs to another user"):
+        fetch(made)
+    monkeypatch.setattr(os, "getgroups", lambda: [4321])
+    assert fetch(made) == 10
+
+
+def test_a_folder_of_code_is_its_owners_alone(tmp_path: Path):
+    folder = private_folder(tmp_path / "cache" / "compiled")
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert private_folder(folder) == folder
+    folder.chmod(0o777)
+    with pytest.raises(UserError, match="others may write it"):
+        private_folder(folder)
 
 
 @pytest.mark.slow
