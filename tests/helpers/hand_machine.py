@@ -100,6 +100,7 @@ class HandMonitor(SystemMonitor):
         return self
 
     def read(self) -> dict[str, float]:
+        self._machine.reads += 1
         for reading in next(self._looks):
             self._machine.look(reading)
             for sampler in self._samplers:
@@ -113,6 +114,7 @@ class HandMachine:
     def __init__(self, looks: Sequence[Sequence[Reading]], nvml: State | None = None) -> None:
         self._looks, self._nvml = iter(looks), nvml
         self.host, self.time = HandHost(), HandTime()
+        self.reads = 0
 
     def look(self, reading: Reading) -> None:
         self.time.spend(reading.seconds)
