@@ -104,6 +104,10 @@ class Values:
         """Tags of this run that belong to a row with `<name>`, `<k>` or `<i>`."""
         return {tag for k, tag in self._found if k == kind and _row(k, tag) == row}
 
+    def beginning(self, prefix: str) -> set[str]:
+        """Scalars of this run that begin so."""
+        return {tag for kind, tag in self._found if kind == "scalar" and tag.startswith(prefix)}
+
     def last(self, tag: str) -> float:
         """The newest value of a scalar, for what follows from it."""
         return list(self._points("scalar", tag).values())[-1]

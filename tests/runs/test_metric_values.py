@@ -23,6 +23,7 @@ from itertools import accumulate, combinations
 from pathlib import Path
 from statistics import fmean, median
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -37,10 +38,12 @@ from finetuning.config import DirectTrainingConfig
 from finetuning.evaluation.evaluator import Evaluator
 from finetuning.events import event_values
 from finetuning.model.packed_model import PackedLossModel
+from finetuning.monitoring.system_monitor import SystemMonitor
 from finetuning.runs import metrics as run_metrics
 from finetuning.runs.directory import new_run
 from finetuning.runs.metrics import MetricsProcessor
 from finetuning.runs.plan import plan_run
+from finetuning.runs.record import RunRecord
 from finetuning.training import optimizer, step_clock
 from finetuning.training.checkpoint_manager import CheckpointManager
 from finetuning.training.engine import TrainingEngine
@@ -68,8 +71,8 @@ def check(function: Callable) -> Callable:
     return function
 
 
-def by_step(values: Sequence[float]) -> dict[int, float]:
-    return dict(enumerate(values, start=1))
+def by_step(values: Sequence[float], first: int = 1) -> dict[int, float]:
+    return dict(enumerate(values, start=first))
 
 
 # -----------------------------------------------------------------------------
@@ -1058,7 +1061,8 @@ def do_gpu_run(ledger: Ledger, folder: Path, model: Path, cache: Path, library: 
         cache_dir=str(cache),
     )
     trainer = program.DirectTrainer(config, quiet=True)
-    trainer.plan = plan_run(config, trainer.dist, trainer.terminal)
+    with mock.patch("finetuning.training.forecast.matmul_rate", return_value=1e9):  # 0.2 s
+        trainer.plan = plan_run(config, trainer.dist, trainer.terminal)
     assert trainer.plan.steps.num_steps == trainer.plan.steps.steps_per_epoch == LAST
     trainer.dist, trainer.logs_late, trainer.reads_are_free = two_ranks(), True, False
     device, run = Device(), new_run(folder / "out")
@@ -1180,7 +1184,7 @@ def gpu_gauges(gpu: int, read: int) -> dict[str, float]:
         "Throttle_Reasons": max((look["throttle"] & ~1).bit_count() for look in looks),
     }
     for name, bit in THROTTLED.items():
-        found[f"Throttle_{name}"] = any(look["throttle"] & bit for look in looks)
+        found[f"Throttle_{name}"] = float(any(look["throttle"] & bit for look in looks))
     return found
 
 
@@ -1210,7 +1214,7 @@ def convergence_on_a_known_curve(gpus: GpuRun) -> None:
     rises = sum(SPIKES) / LAST
     calm = (start - curve(LAST)) / (start - FLOOR) / (1 + (rises / 3) ** 2)
     assert calm < 0.7
-    values.scalars_at("Monitoring/Convergence_Score", {LAST: calm}, rel=0.005)
+    values.scalars_at("Monitoring/Convergence_Score", {LAST: calm}, rel=0.01)
     # Of every fit 3% is unknown.
     ends = {"Low": score * (1 - 1.2816 * 0.03), "High": min(1.0, score * (1 + 1.2816 * 0.03))}
     for end, value in ends.items():
@@ -1254,6 +1258,505 @@ def monitoring_at_the_end(gpus: GpuRun) -> None:
 
 
 # -----------------------------------------------------------------------------
+# A data set with known faults
+
+THOUGHTS = [
+    "首先应当了解问题的背景，然后逐步分析各个部分的作用，最后得出结论。",
+    "我们需要考虑不同的情况，比较它们的优点和缺点，再选择合适的方法。",
+    "这个问题涉及许多方面，应当先从基本概念开始，再讨论具体的例子。",
+]
+ADMIN = "数据库管理员负责备份数据、检查性能，并且处理用户提出的各种问题。"
+SERVER = "服务器需要定期检查，因为设备长时间运行以后容易出现故障，影响工作。"
+READING = "阅读程序的时候，应当先了解整体结构，再研究重要的函数和数据。"
+BLOCKS = "SM4是一种分组密码，它的分组长度和密钥长度都是一百二十八比特。"
+LIBRARY = "图书馆每天早上八点开放，晚上九点关闭，周末开放时间有所不同。"
+MAIL = "SM9主要用于电子邮件和移动通信，能够简化系统的各种管理工作。"
+BAD = "图书馆（每天早上八点开放,晚上九点关闭,周末开放时间有所不同"
+HANDBOOK = "这本手册引用GM/T 0002标准，内容是关于数据库管理员的日常工作安排。"
+DUTIES = "请说明数据库管理员每{}需要完成的主要工作内容是什么？"
+WHY = "为什么服务器需要定期检查，应当怎样安排？"
+LONG = "".join([*THOUGHTS, ADMIN, SERVER, READING, LIBRARY, MAIL])
+# Question, thinking, answer, difficulty.
+FAULTY = [
+    ("什么是分组密码算法，它有什么特点？", THOUGHTS[0], BLOCKS, 1),
+    ("什么是分组密码算法，它有什么特点？", THOUGHTS[0], BLOCKS, 1),  # once more
+    (DUTIES.format("天"), THOUGHTS[1], ADMIN, 2),
+    (DUTIES.format("日"), THOUGHTS[1], ADMIN, 2),  # nearly
+    (WHY, THOUGHTS[2], SERVER, 3),
+    (WHY, THOUGHTS[2], READING, 3),  # another answer
+    ("SM9的主要用途是什么，请举出例子。", "", MAIL, 4),  # no thinking
+    ("软件工程师怎样阅读别人写的程序，应当注意什么？", THOUGHTS[0] + READING, READING, 4),  # copied
+    ("请介绍这本手册的主要内容，说明它的用途？", THOUGHTS[1], HANDBOOK, 2),  # a wrong citation
+    ("学校图书馆的开放时间是怎样规定的？", THOUGHTS[2], BAD, 1),  # damaged
+    ("怎样整理会议记录，有哪些步骤？", LONG, LIBRARY, 2),  # too long in the thinking
+    ("怎样学习一门新的课程，有哪些步骤？", THOUGHTS[0], LONG, 2),  # too long in the answer
+    ("请解释<|im_end|>的作用是什么？", THOUGHTS[1], LIBRARY, 1),  # a control token
+]
+CONTROL, TOO_LONG = 12, (10, 11)
+BROKEN = {"question": "没有答案的问题"}
+SHORT, WIDE = 512, 2048  # max_seq_length
+PLACES = ("mean", "p50", "p90", "p99", "max")
+
+
+@dataclass
+class Described:
+    """A data set as a run describes it, with rows of at most `limit` tokens."""
+
+    values: Values
+    limit: int
+    documents: list[Document]  # of all that can be tokenized, in the order of FAULTY
+    figures: dict[str, list]
+
+    @property
+    def left_out(self) -> list[Document]:
+        return [d for d in self.documents if len(d.ids) > self.limit]
+
+    def lengths(self, part: str) -> list[int]:
+        """Tokens of each kept document that has this part."""
+        kept = [d for d in self.documents if len(d.ids) <= self.limit]
+        if part == "total":
+            return [len(d.ids) for d in kept]
+        counts = [d.parts.count("" if part == "prompt" else part) for d in kept]
+        return [count for count in counts if count]
+
+
+def describe(ledger: Ledger, folder: Path, model: Path, cache: Path, limit: int) -> Described:
+    rows = [{"question": q, "thinking": t, "answer": a, "difficulty": d} for q, t, a, d in FAULTY]
+    held_out = [
+        dict(rows[4]),
+        {"question": "天气怎么样？", "answer": "今天天气很好，适合出去散步。"},
+    ]
+    config = DirectTrainingConfig(
+        model_name=str(model),
+        data_path=(str(folder / write(folder, "data.jsonl", [*rows, BROKEN])),),
+        eval_path=(str(folder / write(folder, "held.jsonl", held_out)),),
+        max_seq_length=limit,
+        num_probes=0,
+        device="cpu",
+        cache_dir=str(cache),
+    )
+    trainer, run = program.DirectTrainer(config, quiet=True), new_run(folder / f"out-{limit}")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    with kept_figures() as figures, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program, "start_system_monitor", lambda *_: SystemMonitor((), folder))
+        patch.setattr("finetuning.training.forecast.matmul_rate", lambda *_: 1e9)  # 0.2 s
+        plan = plan_run(config, trainer.dist, trainer.terminal)
+        record = trainer.open_record(run, None)
+        record.describe(plan)
+        record.close(None)
+    documents = [tokens_of(tokenizer, row) for row in rows if row is not rows[CONTROL]]
+    return Described(Values(ledger, run.tensorboard), limit, documents, figures)
+
+
+def check_numbers(data: Described, numbers: dict[str, float], **tolerance: float) -> None:
+    for name, value in numbers.items():
+        data.values.scalars(f"Dataset/{name}", {0: value}, **tolerance)
+
+
+@check
+def samples_of_a_data_set(data: list[Described]) -> None:
+    count = len(FAULTY)
+    lengths = [tuple(map(len, row[:3])) for row in FAULTY]
+    ratios = sorted(round(t / a, 2) for _, t, a in lengths if t)
+    levels = Counter(row[3] for row in FAULTY)
+    numbers = {
+        "Total_Samples": count,
+        "Broken_Samples": 1,
+        "Avg_Instruction_Length": sum(q for q, _, _ in lengths) / count,
+        "Avg_Output_Length": sum(t + a for _, t, a in lengths) / count,
+        "Avg_Thinking_Length": sum(t for _, t, _ in lengths) / (count - 1),
+        "Avg_Answer_Length": sum(a for _, _, a in lengths) / count,
+        "Thinking_Samples_Percent": 100 * (count - 1) / count,
+        "Thinking_Answer_Ratio_P50": median(ratios),
+        "Answer_Copied_Into_Thinking": 1,
+        "Citation_Conflicts": 1,
+        "Exact_Duplicates": 1,
+        "Near_Duplicates": 1,
+        "Conflicting_Answers": 1,
+        "Train_Eval_Leaks": 1,
+        "Control_Tokens": 1,
+    }
+    for level in range(1, 5):
+        numbers[f"Difficulty_{level}_Count"] = levels[level]
+        numbers[f"Difficulty_{level}_Percent"] = 100 * levels[level] / count
+    for found in data:
+        check_numbers(found, numbers)
+
+
+# Weights of the parts of the quality; of a thinking without the end, of a question without what is behind it.
+PARTS_OF_QUALITY = {
+    **{"segmentation": 2, "garbling": 2, "charset": 1.5, "script_mix": 1, "cjk_share": 1},
+    **{"repetition": 1, "sentence_repetition": 1, "punctuation_width": 1, "brackets": 0.5},
+    **{"terminal": 1.5, "punctuation": 1, "clause_length": 0.5, "length": 0.5},
+}
+
+
+def quality_of_bad() -> float:
+    """It stops within a sentence, one of its brackets is open, and its commas are half as wide."""
+    flaws = {"terminal": 0.25, "brackets": 0.02, "punctuation_width": 0.02}  # 0 counts as 0.02
+    logs = sum(PARTS_OF_QUALITY[name] * math.log(value) for name, value in flaws.items())
+    return math.exp(logs / sum(PARTS_OF_QUALITY.values()))
+
+
+@check
+def quality_and_terms_of_a_data_set(data: list[Described]) -> None:
+    """All texts are flawless but BAD."""
+    count, bad = len(FAULTY), quality_of_bad()
+    assert 0.5 < bad < 0.75
+    texts = 2 * count - 1  # rated besides the questions
+    numbers = {
+        "Avg_Instruction_Quality": 1,
+        "Avg_Output_Quality": (count - 1 + bad) / count,
+        **{
+            f"Quality_Level_{k}_Count": n
+            for k, n in zip(range(1, 5), (0, 1, 0, count - 1), strict=True)
+        },
+        **{
+            f"Quality_Level_{k}_Percent": 100 * n / count
+            for k, n in ((1, 0), (2, 1), (4, count - 1))
+        },
+        "Quality_Level_3_Percent": 0,
+    }
+    for name in PARTS_OF_QUALITY:
+        flaw = {"terminal": 0.75 / count, "brackets": 1 / texts, "punctuation_width": 1 / texts}
+        numbers[f"Quality_{name.title()}"] = 1 - flaw.get(name, 0)
+    # 分组密码, SM4, 分组长度 and 密钥长度 in the first two; SM9 in the seventh and in LONG.
+    weights = {"SM4": 1.0, "分组密码": 1.0, "分组长度": 0.0, "密钥长度": 0.0}
+    blocks = sum(weights.values())
+    numbers["Avg_Crypto_Complexity"] = (2 * blocks / (blocks + 8) + 2 * 2.5 / (2.5 + 8)) / count
+    terms = Counter({4: 2, 1: 2, 0: count - 4})
+    numbers |= {f"Crypto_Terms_{k}_Count": terms[k] for k in range(11)}
+    for found in data:
+        check_numbers(found, numbers, abs=1e-4)
+
+
+def packed_rows(lengths: list[int], capacity: int) -> int:
+    """Longest first, each into the fullest row that has room."""
+    free: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [room for room in free if room >= length]
+        if fitting:
+            free.remove(min(fitting))
+        free.append((min(fitting) if fitting else capacity) - length)
+    return len(free)
+
+
+@check
+def tokens_of_a_data_set(data: list[Described]) -> None:
+    for found in data:
+        total, dropped = found.lengths("total"), len(found.left_out)
+        numbers = {}
+        for part in ("prompt", "thinking", "answer", "total"):
+            counts = found.lengths(part)
+            values = [np.mean(counts), *np.quantile(counts, [0.5, 0.9, 0.99]), max(counts)]
+            for place, value in zip(PLACES, values, strict=True):
+                numbers[f"{part.title()}_Tokens_{place.title()}"] = value
+        rows = packed_rows(total, found.limit)
+        numbers |= {
+            "Packing_Efficiency_Percent": 100 * sum(total) / (rows * found.limit),
+            "Truncated_Percent": 100 * dropped / (len(total) + dropped),
+            "Dropped": dropped,
+            # A cut behind SHORT tokens: of the long thinking it takes all that follows.
+            "Lost_Think_Close": sum(close_at(d) >= found.limit for d in found.left_out),
+            "Lost_Answer": dropped,
+            "Lost_EOS": dropped,
+        }
+        every = [len(d.ids) for d in found.documents]
+        for length in (512, 1024) if found.limit == WIDE else (512,):
+            longer = sum(n > length for n in every)
+            numbers[f"Exceeding_{length}_Percent"] = 100 * longer / len(every)
+        for length in (2048, 4096, 8192, 16384, 32768) if found.limit == WIDE else ():
+            numbers[f"Exceeding_{length}_Percent"] = 0
+        if found.limit == WIDE:
+            numbers["Advised_Max_Seq_Length"] = 1024
+        check_numbers(found, numbers)
+    short, wide = data
+    assert [len(d.left_out) for d in data] == [2, 0]
+    assert [close_at(d) >= SHORT for d in short.left_out] == [True, False]
+    assert 512 < max(len(d.ids) for d in wide.documents) < 1024
+
+
+def close_at(document: Document) -> int:
+    return document.parts.index("close")
+
+
+@check
+def histograms_of_a_data_set(data: list[Described]) -> None:
+    bad, count = quality_of_bad(), len(FAULTY)
+    blocks, mail = 2 / 10, 2.5 / 10.5
+    texts = {
+        "Question_Chars": [len(row[0]) for row in FAULTY],
+        "Thinking_Chars": [len(row[1]) for row in FAULTY if row[1]],
+        "Answer_Chars": [len(row[2]) for row in FAULTY],
+        "Question_Quality": [1] * count,
+        "Output_Quality": [round(bad, 4), *[1] * (count - 1)],
+        "Complexity": [blocks, blocks, round(mail, 4), round(mail, 4), *[0] * (count - 4)],
+        "Distinct_Terms": [4, 4, 1, 1, *[0] * (count - 4)],
+    }
+    for found in data:
+        tokens = {
+            f"{part.title()}_Tokens": found.lengths(part)
+            for part in ("prompt", "thinking", "answer", "total")
+        }
+        for name, values in (texts | tokens).items():
+            found.values.histograms(f"Dataset/{name}_Histogram", {0: values})
+
+
+@check
+def pictures_of_a_data_set(data: list[Described]) -> None:
+    terms = {"SM4": 2, "分组密码": 2, "分组长度": 2, "密钥长度": 2, "SM9": 2}
+    # Besides question and answer, the thinking counts: SM9 stands in that of the long one, too.
+    terms["SM9"] += 1
+    for found in data:
+        (lengths,), (names,) = (
+            found.figures[f"Dataset/{name}_Distribution"] for name in ("Length", "Term")
+        )
+        bins = {
+            bars.get_label(): [b.get_height() for b in bars] for bars in lengths.axes[0].containers
+        }
+        ends = [int(label.get_text()) for label in lengths.axes[0].get_xticklabels()]
+        for part, heights in bins.items():
+            counts = found.lengths(part)
+            expected = [sum(end / 2 < n <= end for n in counts) for end in ends]
+            assert heights == expected and sum(heights) == len(counts), part
+        assert set(bins) == {"prompt", "thinking", "answer", "total"}
+        (bars,) = names.axes[0].containers
+        assert sorted(b.get_width() for b in bars) == sorted(terms.values())
+        for name, figure in (("Length", lengths), ("Term", names)):
+            pixels = np.asarray(figure.canvas.buffer_rgba())
+            found.values.images(f"Dataset/{name}_Distribution", {0: pixels})
+
+
+@check
+def the_summary_of_a_data_set(data: list[Described]) -> None:
+    count, bad = len(FAULTY), quality_of_bad()
+    complexity = (2 * 2 / 10 + 2 * 2.5 / 10.5) / count
+    for found in data:
+        advised = "1,024" if found.limit == WIDE else "–"
+        expected = {
+            "Samples": str(count),
+            "Records that could not be read": "1",
+            "With thinking": f"{count - 1} ({100 * (count - 1) / count:.1f} %)",
+            "Quality of the questions": "1",
+            "Quality of the outputs": f"{(count - 1 + bad) / count:.3f}",
+            "Complexity by terms": f"{complexity:.3f}",
+            "Held-out samples seen in training": "1",
+            "Exact duplicates": "1",
+            "Near duplicates": "1",
+            "Questions with several answers": "1",
+            "Citation conflicts": "1",
+            "Answers copied into the thinking": "1",
+            "Advised max_seq_length": advised,
+            "1": f"{3 + 1} ({100 * 4 / count:.1f} %)",
+        }
+
+        def rows(text: str, names=tuple(expected)) -> dict[str, str]:
+            found: dict[str, str] = {}
+            for name, value, *_ in table_rows(text):
+                found.setdefault(name, value)
+            return {name: found[name] for name in names}
+
+        found.values.texts("Dataset/Summary", {0: expected}, rows)
+
+
+# -----------------------------------------------------------------------------
+# One trouble after the other
+
+LIMIT_OF_LOSS_SPIKE = 2.5
+
+
+@dataclass
+class Scene:
+    """Values of some tags, step after step, and the alert that they raise; other tags are absent."""
+
+    rows: list[dict[str, float]]
+    raised: dict[str, list[int]]  # alert -> 0 or 1 at each step
+
+
+def of(tag: str, *values: float) -> list[dict[str, float]]:
+    return [{tag: float(value)} for value in values]
+
+
+def plain_scenes() -> list[Scene]:
+    """Where each step says by itself, or with a few before it, what is wrong."""
+    parts = ("Data", "Forward_Backward")
+    starved = [
+        {f"Throughput/Step_Seconds_{part}": s for part, s in zip(parts, pair, strict=True)}
+        for pair in [(0.4, 0.6)] * 5 + [(0.0, 1.0)] * 5
+    ]
+    memory = "Memory/GPU_"
+    return [
+        Scene(
+            of("GPU_3/Temperature_C", 84, 86, 83, 81, 86, 79, 84),
+            {"GPU_Overheat": [0, 1, 1, 1, 1, 0, 0]},  # until it is below 80
+        ),
+        Scene(
+            [
+                *of(f"{memory}Utilization_Percent", 94, 96, 93, 91),
+                *of("Memory/Host_Percent", 96, 50),
+                {f"{memory}Peak_MB": 77.0, f"{memory}Total_MB": 80.0},
+                {f"{memory}Peak_MB": 40.0, f"{memory}Total_MB": 80.0},
+            ],
+            {"OOM_Risk": [0, 1, 1, 0, 1, 0, 1, 0]},  # until it is below 92
+        ),
+        Scene(
+            of("Throughput/Straggler_Percent", *[30] * 5, *[10] * 3),
+            {"Slow_Rank": [0, 0, 0, 0, 1, 1, 1, 0]},  # the median of five
+        ),
+        Scene(
+            of("GPU_1/Utilization_Percent", *[70] * 10, *[100] * 4),
+            {"Low_GPU_Utilization": [0] * 9 + [1, 1, 1, 1, 0]},  # the mean of ten
+        ),
+        Scene(starved, {"Data_Starvation": [0, 0, 0, 0, 1, 1, 1, 1, 1, 0]}),  # the median of ten
+        Scene(
+            [
+                *of("Monitoring/NonFinite_Steps", 0, 2, 2),
+                *of("Training/Gradient_Norm", math.inf, *[1] * 10, 4.9, 5.1, 1),
+            ],
+            {
+                "NonFinite": [0, 1, 0, 1, *[0] * 13],
+                "Gradient_Explosion": [0] * 15 + [1, 0],  # five times the usual
+            },
+        ),
+        Scene(
+            of("Eval/Think_Length_Ratio", 1, 1.2, 1, 0.61, 0.59, 0.7),
+            {"Thinking_Collapse": [0, 0, 0, 0, 1, 0]},
+        ),
+    ]
+
+
+def scene_of_losses() -> Scene:
+    """A spike; a jump that is a spike at first and a divergence later; no progress for 200 losses; then some,
+    while the held-out loss rises."""
+    losses = [*[2.0] * 20, 2.49, 2.51, *[2.0] * 38, *[2.7] * 12, *[2.0] * 128]
+    assert len(losses) == 200
+    rows = of("Training/Loss", *losses, *[1.9] * 15, *[1.8] * 15)
+    spike, divergence, stagnation = ([0] * len(rows) for _ in range(3))
+    spike[21] = 1
+    spike[60:64] = [1] * 4  # until half of the last seven losses are as high
+    divergence[67:79] = [1] * 12  # half of the last 15 are
+    stagnation[199:207] = [1] * 8  # until half of the last 15 are better
+    rows[210]["Eval/Loss"] = 1.0
+    for at in (224, 226):  # twice more than 2% above the best, and the training loss has fallen
+        rows[at]["Eval/Loss"] = 1.03
+    rows[228]["Eval/Loss"] = 1.01
+    overfitting = [0] * 226 + [1, 1] + [0] * 2
+    return Scene(
+        rows,
+        {
+            "Loss_Spike": spike,
+            "Divergence": divergence,
+            "Stagnation": stagnation,
+            "Overfitting": overfitting,
+        },
+    )
+
+
+def scene_of_a_leak() -> Scene:
+    """4 MB more at each step; a hundred steps are enough to be sure."""
+    rows = of("Memory/Host_RSS_MB", *(1000 + 4 * i for i in range(110)))
+    return Scene(rows, {"Memory_Leak": [0] * 99 + [1] * 11})
+
+
+# What is told once an episode: alert, its times, last value and limit.
+TOLD = {
+    "GPU_Overheat": (1, 86, 85),
+    "OOM_Risk": (1, 96, 95),
+    "Slow_Rank": (1, 30, 20),
+    "Low_GPU_Utilization": (1, 70, 80),
+    "Data_Starvation": (1, 0.4, 0.3),
+    "NonFinite": (1, 2, 0),
+    "Gradient_Explosion": (1, 5.1, 5),
+    "Thinking_Collapse": (1, 0.59, 0.6),
+    "Loss_Spike": (2, 2.7, LIMIT_OF_LOSS_SPIKE),
+    "Divergence": (1, 2.7, 2.6),
+    "Stagnation": (1, 0, 0.01),
+    "Overfitting": (1, 1.03, 1.02),
+    "Memory_Leak": (1, 192, 50),  # over the 24 pairs of the last half
+}
+
+
+@dataclass
+class Troubles:
+    """The scenes one after the other, as a run records them."""
+
+    values: Values
+    scenes: list[Scene]
+
+    def steps(self) -> Iterator[tuple[int, Scene]]:
+        """The first step of each scene."""
+        first = 1
+        for scene in self.scenes:
+            yield first, scene
+            first += len(scene.rows)
+
+
+def do_troubles(ledger: Ledger, folder: Path) -> Troubles:
+    run = new_run(folder)
+    scenes = [*plain_scenes(), scene_of_losses(), scene_of_a_leak()]
+    record = RunRecord(
+        run,
+        tb_logger.TensorBoardLogger(run.tensorboard),
+        SystemMonitor((), folder),
+        resume_step=None,
+        alert_state={},
+        alert_actions={},
+        warn=lambda text: None,
+    )
+    for step, row in enumerate((row for scene in scenes for row in scene.rows), start=1):
+        record.log(step, row)
+    record.close("success")
+    return Troubles(Values(ledger, run.tensorboard), scenes)
+
+
+@check
+def alerts_at_every_step(troubles: Troubles) -> None:
+    total = sum(len(scene.rows) for scene in troubles.scenes)
+    for name in TOLD:
+        expected = dict.fromkeys(range(1, total + 1), 0.0)
+        for first, scene in troubles.steps():
+            expected |= by_step(scene.raised.get(name, []), first)
+        troubles.values.scalars(f"Alerts/{name}", expected)
+    assert set(TOLD) == {t.partition("/")[2] for t in troubles.values.beginning("Alerts/")}
+
+
+@check
+def the_table_of_alerts(troubles: Troubles) -> None:
+    """A row a kind, in the order of their first steps; what ends for less than ten steps is told once."""
+    begun = {}
+    for first, scene in troubles.steps():
+        for name, raised in scene.raised.items():
+            starts = [
+                first + i for i, now in enumerate(raised) if now and not (i and raised[i - 1])
+            ]
+            begun[name] = starts[: TOLD[name][0]]
+    expected, rows = {}, {}
+    for step, name in sorted((s, n) for n, starts in begun.items() for s in starts):
+        rows[name] = [s for s in begun[name] if s <= step]
+        times, value, limit = TOLD[name]
+        if len(rows[name]) < times:
+            value = LIMIT_OF_LOSS_SPIKE + 0.01
+        rows[name] = (name, rows[name], value, limit)
+        expected[step] = list(rows.values())
+    assert len(expected) == 14
+
+    def table(text: str) -> list[tuple]:
+        return [
+            (name, [int(step) for step in steps.split(", ")], float(value), float(limit))
+            for name, times, steps, value, limit, *_ in table_rows(text)
+            if int(times) == len(steps.split(", "))
+        ]
+
+    troubles.values.texts("Alerts/Table", expected, table, nearly_told)
+
+
+def nearly_told(rows: list[tuple]) -> list[tuple]:
+    return [
+        (n, s, *(pytest.approx(x, rel=1e-3, abs=1e-9) for x in numbers)) for n, s, *numbers in rows
+    ]
+
+
+# -----------------------------------------------------------------------------
 # As tests
 
 
@@ -1272,6 +1775,17 @@ def cpu(ledger, tmp_path_factory, tiny_model, cache_dir) -> CpuRun:
 def gpus(ledger, tmp_path_factory, tiny_model, cache_dir) -> GpuRun:
     folder = tmp_path_factory.mktemp("gpus")
     return do_gpu_run(ledger, folder, tiny_model, cache_dir, fake_nvml.build(folder))
+
+
+@pytest.fixture(scope="module")
+def data(ledger, tmp_path_factory, tiny_model, cache_dir) -> list[Described]:
+    folder = tmp_path_factory.mktemp("described")
+    return [describe(ledger, folder, tiny_model, cache_dir, limit) for limit in (SHORT, WIDE)]
+
+
+@pytest.fixture(scope="module")
+def troubles(ledger, tmp_path_factory) -> Troubles:
+    return do_troubles(ledger, tmp_path_factory.mktemp("troubles"))
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
