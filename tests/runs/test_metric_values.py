@@ -1368,7 +1368,7 @@ def samples_of_a_data_set(data: list[Described]) -> None:
         "Avg_Answer_Length": sum(a for _, _, a in lengths) / count,
         "Thinking_Samples_Percent": 100 * (count - 1) / count,
         "Thinking_Answer_Ratio_P50": median(ratios),
-        "Answer_Copied_Into_Thinking": 1,
+        "Answer_Copied_Into_Thinking": 2,  # and that of the long thinking
         "Citation_Conflicts": 1,
         "Exact_Duplicates": 1,
         "Near_Duplicates": 1,
@@ -1398,6 +1398,12 @@ def quality_of_bad() -> float:
     return math.exp(logs / sum(PARTS_OF_QUALITY.values()))
 
 
+def complexities() -> list[float]:
+    """S / (S + 8) of each sample: a term of level 2 gives 1 to S, of level 3 2.5, of level 1 nothing. In the
+    first two SM4, 分组密码, 分组长度 (2) and 密钥长度 (1); SM9 (3) in the seventh and in LONG."""
+    return [3 / 11, 3 / 11, 2.5 / 10.5, 2.5 / 10.5, *[0] * (len(FAULTY) - 4)]
+
+
 @check
 def quality_and_terms_of_a_data_set(data: list[Described]) -> None:
     """All texts are flawless but BAD."""
@@ -1420,10 +1426,7 @@ def quality_and_terms_of_a_data_set(data: list[Described]) -> None:
     for name in PARTS_OF_QUALITY:
         flaw = {"terminal": 0.75 / count, "brackets": 1 / texts, "punctuation_width": 1 / texts}
         numbers[f"Quality_{name.title()}"] = 1 - flaw.get(name, 0)
-    # 分组密码, SM4, 分组长度 and 密钥长度 in the first two; SM9 in the seventh and in LONG.
-    weights = {"SM4": 1.0, "分组密码": 1.0, "分组长度": 0.0, "密钥长度": 0.0}
-    blocks = sum(weights.values())
-    numbers["Avg_Crypto_Complexity"] = (2 * blocks / (blocks + 8) + 2 * 2.5 / (2.5 + 8)) / count
+    numbers["Avg_Crypto_Complexity"] = fmean(complexities())
     terms = Counter({4: 2, 1: 2, 0: count - 4})
     numbers |= {f"Crypto_Terms_{k}_Count": terms[k] for k in range(11)}
     for found in data:
@@ -1483,14 +1486,13 @@ def close_at(document: Document) -> int:
 @check
 def histograms_of_a_data_set(data: list[Described]) -> None:
     bad, count = quality_of_bad(), len(FAULTY)
-    blocks, mail = 2 / 10, 2.5 / 10.5
     texts = {
         "Question_Chars": [len(row[0]) for row in FAULTY],
         "Thinking_Chars": [len(row[1]) for row in FAULTY if row[1]],
         "Answer_Chars": [len(row[2]) for row in FAULTY],
         "Question_Quality": [1] * count,
         "Output_Quality": [round(bad, 4), *[1] * (count - 1)],
-        "Complexity": [blocks, blocks, round(mail, 4), round(mail, 4), *[0] * (count - 4)],
+        "Complexity": [round(value, 4) for value in complexities()],
         "Distinct_Terms": [4, 4, 1, 1, *[0] * (count - 4)],
     }
     for found in data:
@@ -1517,7 +1519,7 @@ def pictures_of_a_data_set(data: list[Described]) -> None:
         ends = [int(label.get_text()) for label in lengths.axes[0].get_xticklabels()]
         for part, heights in bins.items():
             counts = found.lengths(part)
-            expected = [sum(end / 2 < n <= end for n in counts) for end in ends]
+            expected = [sum((end > 16) * end / 2 < n <= end for n in counts) for end in ends]
             assert heights == expected and sum(heights) == len(counts), part
         assert set(bins) == {"prompt", "thinking", "answer", "total"}
         (bars,) = names.axes[0].containers
@@ -1530,7 +1532,6 @@ def pictures_of_a_data_set(data: list[Described]) -> None:
 @check
 def the_summary_of_a_data_set(data: list[Described]) -> None:
     count, bad = len(FAULTY), quality_of_bad()
-    complexity = (2 * 2 / 10 + 2 * 2.5 / 10.5) / count
     for found in data:
         advised = "1,024" if found.limit == WIDE else "–"
         expected = {
@@ -1539,13 +1540,13 @@ def the_summary_of_a_data_set(data: list[Described]) -> None:
             "With thinking": f"{count - 1} ({100 * (count - 1) / count:.1f} %)",
             "Quality of the questions": "1",
             "Quality of the outputs": f"{(count - 1 + bad) / count:.3f}",
-            "Complexity by terms": f"{complexity:.3f}",
+            "Complexity by terms": f"{fmean(complexities()):.3f}",
             "Held-out samples seen in training": "1",
             "Exact duplicates": "1",
             "Near duplicates": "1",
             "Questions with several answers": "1",
             "Citation conflicts": "1",
-            "Answers copied into the thinking": "1",
+            "Answers copied into the thinking": "2",
             "Advised max_seq_length": advised,
             "1": f"{3 + 1} ({100 * 4 / count:.1f} %)",
         }
