@@ -6,6 +6,7 @@ uv run pytest -m "not long" tests/evaluation/test_evaluator.py
 import json
 import math
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -67,6 +68,42 @@ def test_sums_equal_the_dense_loss_of_each_document(tiny_model, part, sums):
             assert row[segment, 0] == pytest.approx(wanted, rel=1e-5)
             if segment != Segment.PROMPT:
                 assert row[segment, 2] == of_segment.sum()
+
+
+class SecondOfTwo(Distributed):
+    """A rank that notes what it would send to the other one."""
+
+    sent: ClassVar[list[torch.Tensor]] = []
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.sent.append(tensor.clone())
+        return tensor
+
+
+class FirstOfTwo(Distributed):
+    """A rank that gets what the second one has sent."""
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor + SecondOfTwo.sent.pop(0)
+
+
+def test_two_ranks_that_share_the_documents_get_the_sums_of_all(tiny_model, part, sums):
+    model = PackedLossModel(Qwen3ForCausalLM.from_pretrained(tiny_model), part.tokens.close_id)
+    tokens, shares = part.tokens, []
+    for rank, kind in ((1, SecondOfTwo), (0, FirstOfTwo)):
+        plan = step_plan(
+            tokens.lengths,
+            tokens.num_targets,
+            part.documents,
+            data=up_to(768),
+            rank=rank,
+            world_size=2,
+        )
+        dist = kind(rank, 2, rank, torch.device("cpu"))
+        shares.append(held_out_sums(model, tokens, plan, dist))
+    counts = [share[:, :, 2].sum() for share in (shares[0], sums)]
+    assert 0 < counts[0] < counts[1], "each rank has a part of its own"
+    np.testing.assert_allclose(shares[1], sums, rtol=1e-6)
 
 
 # -----------------------------------------------------------------------------
