@@ -4,9 +4,10 @@ A row of the metric table is in the ledger only after a value of its tag, read f
 with an expected one.
 """
 
+import contextlib
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from finetuning.events import event_values
 from finetuning.events.event_file import event_files, surviving_events
 from finetuning.events.metric_table import METRICS, find_metric
 
@@ -128,7 +130,7 @@ class Values:
         assert expected, f"nothing is expected of {tag}"
         assert list(points) == list(expected), f"{tag} is at the steps {list(points)}"
         for step, value in expected.items():
-            assert points[step] == close(value), f"{tag} at step {step}"
+            assert points[step] == close(value), f"{tag}, {step}: {points[step]}, not {value}"
         self._note(kind, tag)
 
     def _note(self, kind: str, tag: str) -> None:
@@ -184,3 +186,25 @@ def table_rows(text: str) -> list[list[str]]:
         cells = re.split(r"(?<!\\) ?\|", line)[1:-1]
         rows.append([re.sub(r"\\(.)", r"\1", cell.strip()) for cell in cells])
     return rows
+
+
+def by_step(values: Sequence[float], first: int = 1) -> dict[int, float]:
+    """One value a step, from this step on."""
+    return dict(enumerate(values, start=first))
+
+
+@contextlib.contextmanager
+def kept_figures() -> Iterator[dict[str, list]]:
+    """The figures that are drawn for events, by tag."""
+    figures: dict[str, list] = {}
+    original = event_values.figure_value
+
+    def kept(tag: str, figure: Callable) -> object:
+        drawn = figure()
+        value = original(tag, drawn)
+        figures.setdefault(tag, []).append(drawn)
+        return value
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(event_values, "figure_value", kept)
+        yield figures
