@@ -5,8 +5,8 @@ uv run pytest -m "not long" tests/evaluation/test_evaluator.py
 
 import json
 import math
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -70,27 +70,23 @@ def test_sums_equal_the_dense_loss_of_each_document(tiny_model, part, sums):
                 assert row[segment, 2] == of_segment.sum()
 
 
-class SecondOfTwo(Distributed):
-    """A rank that notes what it would send to the other one."""
+@dataclass(frozen=True)
+class OneOfTwo(Distributed):
+    """A rank of two in one process: the second goes first, and leaves its sums to the first."""
 
-    sent: ClassVar[list[torch.Tensor]] = []
+    left: list[torch.Tensor] = field(default_factory=list)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        self.sent.append(tensor.clone())
+        if self.is_main:
+            return tensor + self.left.pop()
+        self.left.append(tensor.clone())
         return tensor
-
-
-class FirstOfTwo(Distributed):
-    """A rank that gets what the second one has sent."""
-
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor + SecondOfTwo.sent.pop(0)
 
 
 def test_two_ranks_that_share_the_documents_get_the_sums_of_all(tiny_model, part, sums):
     model = PackedLossModel(Qwen3ForCausalLM.from_pretrained(tiny_model), part.tokens.close_id)
-    tokens, shares = part.tokens, []
-    for rank, kind in ((1, SecondOfTwo), (0, FirstOfTwo)):
+    tokens, shares, left = part.tokens, [], []
+    for rank in (1, 0):
         plan = step_plan(
             tokens.lengths,
             tokens.num_targets,
@@ -99,7 +95,7 @@ def test_two_ranks_that_share_the_documents_get_the_sums_of_all(tiny_model, part
             rank=rank,
             world_size=2,
         )
-        dist = kind(rank, 2, rank, torch.device("cpu"))
+        dist = OneOfTwo(rank, 2, rank, torch.device("cpu"), left=left)
         shares.append(held_out_sums(model, tokens, plan, dist))
     counts = [share[:, :, 2].sum() for share in (shares[0], sums)]
     assert 0 < counts[0] < counts[1], "each rank has a part of its own"

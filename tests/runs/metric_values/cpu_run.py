@@ -93,7 +93,7 @@ def looks_of(reads: int) -> list[list[Reading]]:
     return [[host_reading(read, look) for look in range(3)] for read in range(reads)]
 
 
-SPENT = {  # seconds by hand: (of each document, or at once)
+SPENT = {  # seconds by hand; the first two for each document
     "data": 1 / 64,
     "forward_backward": 1 / 8,
     "optimizer": 1 / 4,
