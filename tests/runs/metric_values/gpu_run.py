@@ -32,7 +32,7 @@ from tests.helpers.tiny_model import make_tiny_data
 from tests.runs.metric_values.cpu_run import host_reading
 
 GPUS = [f"GPU-{n:08x}-0000-0000-0000-000000000000" for n in (1, 2)]
-LAST, HALF = 240, 160  # steps; every second is logged. At HALF the forecast is read
+LAST, HALF, ROW = 240, 160, 768  # steps; every second is logged. At HALF the forecast is read
 FLOOR, FALL = 1.0, 2.0
 # The curve's time in steps. At HALF 78 bins of the loss make one unit of the fit, in which the member of
 # its family that is this curve has a tau of 0.05 * 120 ** (6 / 15).
@@ -131,7 +131,7 @@ def do_gpu_run(ledger: Ledger, folder: Path, model: Path, cache: Path, library: 
         model_name=str(model),
         data_path=(str(data),),
         eval_fraction=0.0,
-        max_seq_length=768,
+        max_seq_length=ROW,
         packing=False,
         num_epochs=1,
         logging_steps=2,
@@ -179,6 +179,8 @@ def losses_of_two_ranks(gpus: GpuRun) -> None:
     gpus.values.scalars("Epoch/Average_Loss", {LAST: fmean(finite)})
     seen = list(accumulate(gpus.tokens))
     gpus.values.scalars("Throughput/Tokens_Seen", gpus.logged(lambda step: seen[step - 1]))
+    full = 100 * sum(gpus.tokens) / (LAST * ROW)  # a document a row
+    gpus.values.scalars("Throughput/Packing_Efficiency_Percent", gpus.logged(lambda _: full))
 
 
 def steps_without_a_finite_gradient(gpus: GpuRun) -> None:
