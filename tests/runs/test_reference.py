@@ -1,7 +1,6 @@
 """A run's numbers equal those of plain transformers, peft and torch, computed one sample at a time.
 
-The reference takes one thing from the program: which documents a step trains on. Tokens, masks, losses,
-gradients, schedule, clipping, updates and all means are made here.
+The reference (`tests/helpers/reference.py`) takes one thing from the program: the samples of each step.
 
 uv run pytest -m "not long" tests/runs/test_reference.py
 """
@@ -13,20 +12,18 @@ import math
 import os
 import signal
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from direct_finetuning_with_existing_modules import DirectTrainer
 from finetuning.config import DirectTrainingConfig
 from finetuning.data.packing import StepPlan
+from tests.helpers.reference import PlainTraining, Reference, Sums
 
 pytestmark = pytest.mark.slow
 
@@ -34,7 +31,6 @@ PEAK, WARMUP, LOWEST, DECAY, CLIP = 2e-2, 0.23, 0.2, 0.5, 0.14
 BETAS, EPSILON, SEED, RANK, ALPHA = (0.8, 0.95), 1e-5, 11, 4, 12.0
 EVAL_STEPS = 4
 PROJECTIONS = ["q_proj", "v_proj", "down_proj"]
-PARTS = ("thinking", "close", "answer", "end")
 CLOSE_TO = {"rel": 2e-5, "abs": 2e-6}
 
 
@@ -178,180 +174,9 @@ def run(config: DirectTrainingConfig, folder: Path) -> Run:
 # The reference
 
 
-@dataclass(frozen=True)
-class Document:
-    """Tokens of a sample, and the part of each token, "" for the prompt; the name of its file."""
-
-    ids: list[int]
-    parts: list[str]
-    file: str
-
-
-def tokens_of(tokenizer, record: dict[str, str], file: str) -> Document:
-    """The chat template's own text: the generation prompt, and what stands behind it in the whole turn."""
-    question = {"role": "user", "content": record["question"]}
-    turn = {
-        "role": "assistant",
-        "content": record["answer"],
-        "reasoning_content": record["thinking"],
-    }
-    prompt = tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template([question, turn], tokenize=False)
-    assert whole.startswith(prompt)
-    before = tokenizer.encode(prompt, add_special_tokens=False)
-    behind = tokenizer.encode(whole[len(prompt) :], add_special_tokens=False)
-    close = behind.index(tokenizer.convert_tokens_to_ids("</think>"))
-    end = behind.index(tokenizer.convert_tokens_to_ids("<|im_end|>"))
-    parts = ["thinking"] * close + ["close"] + ["answer"] * (end - close - 1) + ["end"]
-    return Document(before + behind[: end + 1], [""] * len(before) + parts, file)
-
-
-@dataclass
-class Sums:
-    """Loss, correct predictions and targets by part, tenth of the thinking and file; all tokens with the
-    prompts; p(</think>) in the thinking."""
-
-    loss: Counter = field(default_factory=Counter)
-    correct: Counter = field(default_factory=Counter)
-    count: Counter = field(default_factory=Counter)
-    tokens: int = 0
-    closing: float = 0.0
-
-    def __add__(self, other: "Sums") -> "Sums":
-        return Sums(
-            self.loss + other.loss,
-            self.correct + other.correct,
-            self.count + other.count,
-            self.tokens + other.tokens,
-            self.closing + other.closing,
-        )
-
-    def mean(self, *parts: str) -> float:
-        names = parts or PARTS
-        return sum(self.loss[p] for p in names) / sum(self.count[p] for p in names)
-
-    def accuracy(self, *parts: str) -> float:
-        names = parts or PARTS
-        return sum(self.correct[p] for p in names) / sum(self.count[p] for p in names)
-
-    @property
-    def targets(self) -> int:
-        return sum(self.count[part] for part in PARTS)
-
-
-def losses_of(model, document: Document, close_id: int) -> tuple[torch.Tensor, Sums]:
-    """The summed loss of one sample, and its sums."""
-    ids = torch.tensor([document.ids])
-    logits = model(input_ids=ids).logits[0, :-1].float()
-    labels, parts = ids[0, 1:], document.parts[1:]
-    chances = torch.log_softmax(logits, dim=-1)
-    nll = -chances[torch.arange(len(labels)), labels]
-    hits = logits.argmax(dim=-1) == labels
-    sums, thought = Sums(tokens=len(document.ids)), 0
-    for i, part in enumerate(parts):
-        names = [part, document.file] if part else []
-        if part == "thinking":
-            names.append(f"tenth {1 + 10 * thought // parts.count(part)}")
-            sums.closing += chances[i, close_id].exp().item()
-            thought += 1
-        for name in names:
-            sums.loss[name] += nll[i].item()
-            sums.correct[name] += int(hits[i])
-            sums.count[name] += 1
-    carries = torch.tensor([bool(part) for part in parts])
-    return nll[carries].sum(), sums
-
-
-def rate_at(step: int, num_steps: int) -> float:
-    """Up in equal parts over the share of warmup, then half a cosine from the peak to a fifth of it."""
-    rising = math.ceil(WARMUP * num_steps)
-    if step <= rising:
-        return PEAK * step / rising
-    way = (step - rising - 1) / (num_steps - rising)
-    floor = PEAK * LOWEST
-    return floor + (PEAK - floor) * (1 + math.cos(math.pi * way)) / 2
-
-
-@dataclass
-class Reference:
-    """Sums and gradient norm of every step, held-out sums by step, and the trained adapter."""
-
-    steps: list[Sums]
-    norms: list[float]
-    rates: list[float]
-    held_out: dict[int, Sums]
-    adapter: dict[str, torch.Tensor]
-
-
-class PlainTraining:
-    """One sample after the other through peft's model, and torch's AdamW."""
-
-    def __init__(self, folder: Path, paths: list[Path], held_out: Path) -> None:
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.close_id = self.tokenizer.convert_tokens_to_ids("</think>")
-        self.documents = {
-            (path.name, i): document
-            for path in paths
-            for i, document in enumerate(self.read(path), start=1)
-        }
-        self.held_out = list(self.read(held_out))
-        lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=PROJECTIONS)
-        torch.manual_seed(SEED)
-        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        torch.manual_seed(SEED)
-        self.model = get_peft_model(base, lora)
-        self.weights = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(
-            self.weights.values(), lr=PEAK, betas=BETAS, eps=EPSILON, weight_decay=DECAY
-        )
-
-    def read(self, path: Path) -> Iterator[Document]:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            yield tokens_of(self.tokenizer, json.loads(line), path.name)
-
-    def train(self, steps: list[list[tuple[str, int]]]) -> Reference:
-        found = Reference([], [], [], {0: self.evaluate()}, {})
-        for number, samples in enumerate(steps, start=1):
-            rate = rate_at(number, len(steps))
-            sums, norm = self.update([self.documents[s] for s in samples], rate)
-            found.steps.append(sums)
-            found.norms.append(norm)
-            found.rates.append(rate)
-            if number % EVAL_STEPS == 0 or number == len(steps):
-                found.held_out[number] = self.evaluate()
-        found.adapter = {
-            name.replace(".default", ""): weight.detach() for name, weight in self.weights.items()
-        }
-        return found
-
-    def update(self, documents: list[Document], rate: float) -> tuple[Sums, float]:
-        """The gradient of the mean over all supervised tokens of the step, clipped, and one update."""
-        targets = sum(bool(part) for document in documents for part in document.parts)
-        total = Sums()
-        self.optimizer.zero_grad()
-        for document in documents:
-            loss, sums = losses_of(self.model, document, self.close_id)
-            (loss / targets).backward()
-            total += sums
-        gradients = [weight.grad for weight in self.weights.values()]
-        norm = math.sqrt(sum(g.double().square().sum().item() for g in gradients))
-        for gradient in gradients:
-            gradient.mul_(min(1.0, CLIP / norm))
-        self.optimizer.param_groups[0]["lr"] = rate
-        self.optimizer.step()
-        return total, norm
-
-    @torch.no_grad()
-    def evaluate(self) -> Sums:
-        found = [losses_of(self.model, d, self.close_id)[1] for d in self.held_out]
-        return sum(found, Sums())
-
-
 @pytest.fixture(scope="module")
 def reference(config: DirectTrainingConfig, folder: Path, run: Run) -> Reference:
-    files = [folder / name for name in config.data_path]
-    plain = PlainTraining(Path(config.model_name), files, folder / config.eval_path[0])
-    return plain.train(run.steps())
+    return PlainTraining(config, folder).train(run.steps())
 
 
 # -----------------------------------------------------------------------------
