@@ -207,8 +207,9 @@ class PlainTraining:
     """One sample after the other through peft's model, and torch's AdamW."""
 
     def __init__(
-        self, folder: Path, paths: Sequence[Path], held_out: Path, *, dropout: float = 0.0
+        self, folder: Path, paths: Sequence[Path], held_out: Path, *, clip: float, dropout: float
     ) -> None:
+        self.clip = clip
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.close_id = self.tokenizer.convert_tokens_to_ids("</think>")
         self.documents = {
@@ -276,7 +277,7 @@ class PlainTraining:
         norm = math.sqrt(sum(g.double().square().sum().item() for g in gradients))
         step = Step(seen, [g.clone() for g in gradients], gradients, norm, rate)
         for gradient in gradients:
-            gradient.mul_(min(1.0, CLIP / norm))
+            gradient.mul_(min(1.0, self.clip / norm))
         self.optimizer.param_groups[0]["lr"] = rate
         if updates:
             self.optimizer.step()

@@ -89,9 +89,9 @@ def settings(folder: Path, model: Path, cache_dir: Path, **changes: object) -> D
 def plain_training(config: DirectTrainingConfig, folder: Path) -> plain.PlainTraining:
     """The reference for these settings, untrained."""
     paths = [folder / name for name in config.data_path]
-    held_out = folder / config.eval_path[0]
+    options = {"clip": config.max_grad_norm, "dropout": config.lora_dropout}
     return plain.PlainTraining(
-        Path(config.model_name), paths, held_out, dropout=config.lora_dropout
+        Path(config.model_name), paths, folder / config.eval_path[0], **options
     )
 
 
@@ -116,6 +116,7 @@ class Session:
     updates: list[Update] = field(default_factory=list)
     masks: list[torch.Tensor] = field(default_factory=list)  # of dropout, in order
     plan: StepPlan | None = None
+    held_out: StepPlan | None = None
     texts: dict[int, plain.Sample] = field(default_factory=dict)  # document -> its sample
     weights: list[torch.Tensor] = field(default_factory=list)  # what is trained, at the end
     seconds: float = 0.0
@@ -181,7 +182,8 @@ def train(
         trainer = DirectTrainer(config, resume=resume, quiet=True)
         trainer.train()
     session.seconds = time.monotonic() - begin
-    session.plan, part = trainer.plan.steps, trainer.plan.data.train
+    session.plan, session.held_out = trainer.plan.steps, trainer.plan.evaluation
+    part = trainer.plan.data.train
     samples = {int(d): part.sample(int(d)) for d in part.documents}
     session.texts = {d: (Path(s.source).name, s.line) for d, s in samples.items()}
     session.weights = [whole(p) for p in trainer.engine.parameters]
