@@ -47,12 +47,16 @@ def results_of(ranks: Sequence[Ended]) -> list:
 
 
 def on_ranks(
-    world_size: int, work: Callable, *arguments: object, timeout: float = 240.0
+    world_size: int,
+    work: Callable,
+    *arguments: object,
+    timeout: float = 240.0,
+    grace: float = GRACE_SECONDS,
 ) -> list[Ended]:
     """`work(*arguments)` in so many processes of one group, in rank order; 0: in one that knows no group.
 
     `work` is a function of a module's own, with arguments and a result that pickle takes. Ranks that hang
-    are killed, and their exit code says so.
+    are killed, and their exit code says so: after the timeout, or `grace` seconds after one has failed.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory() as folder:
@@ -66,7 +70,7 @@ def on_ranks(
         for rank in ranks:
             rank.start()
         try:
-            _wait(ranks, time.monotonic() + timeout)
+            _wait(ranks, time.monotonic() + timeout, grace)
         finally:
             for rank in ranks:
                 rank.kill()
@@ -99,7 +103,7 @@ def _environment(rank: int, world_size: int, store: TCPStore) -> dict[str, str]:
     return {name: str(value) for name, value in {**numbers, **local, **names}.items()}
 
 
-def _wait(ranks: Sequence[multiprocessing.Process], deadline: float) -> None:
+def _wait(ranks: Sequence[multiprocessing.Process], deadline: float, grace: float) -> None:
     """Until all have ended, or the time is over; it is short once one has failed."""
     running = {rank.sentinel: rank for rank in ranks}
     while running and (left := deadline - time.monotonic()) > 0:
@@ -107,7 +111,7 @@ def _wait(ranks: Sequence[multiprocessing.Process], deadline: float) -> None:
             rank = running.pop(sentinel)
             rank.join()
             if rank.exitcode:
-                deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+                deadline = min(deadline, time.monotonic() + grace)
 
 
 def _rank(files: Path, environment: dict[str, str], work: Callable, arguments: tuple) -> None:

@@ -295,7 +295,8 @@ def points_of(out: Path) -> dict[str, dict[int, float]]:
     for line in path.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         for tag, value in record["metrics"].items():
-            points.setdefault(tag, {})[record["step"]] = value
+            assert record["step"] not in points.setdefault(tag, {}), (tag, record["step"])
+            points[tag][record["step"]] = value
     return points
 
 
