@@ -343,20 +343,20 @@ class DirectTrainer:
 
     def roll_back(self) -> None:
         """Policy `rollback`: the newest checkpoint again, and no update at the step that failed."""
-        failed, self.rollback_from = self.rollback_from, 0
-        self.pending, self.unlogged = [], None  # steps behind the failed one
-        later = self.state
-        self.metrics.count_seconds(later)
-        checkpoint = None
-        if failed not in later.skipped_steps:
-            checkpoint = self.checkpoints.newest(self.record.run.name)
+        failed, later = self.rollback_from, self.state
+        self.rollback_from, self.pending, self.unlogged = (
+            0,
+            [],
+            None,
+        )  # no step behind the failed one
+        checkpoint = self.checkpoints.newest(self.record.run.name)
         if checkpoint is None:
             self.outcome = "nonfinite"
             return
+        self.metrics.count_seconds(later)
         with self.metrics.clock.phase("saving"):  # no training time
             self.restore(checkpoint)
-        self.state.go_on_from(later)
-        self.state.skipped_steps = [*later.skipped_steps, failed]
+        self.state.go_on_from(later, failed)
         self.metrics.restart(self.state)
         self.record.rewind(self.state.step, self.state.alerts)
         text = f"went back to {checkpoint.path}; the update of step {failed} will be left out"

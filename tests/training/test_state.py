@@ -12,7 +12,9 @@ def test_a_rollback_keeps_what_going_back_does_not_undo():
     later = TrainState(**{f.name: f"later {f.name}" for f in fields(TrainState)})
     later.training_seconds, later.epoch_seconds = 16.0, 1.0  # another epoch
     before = dict(vars(earlier))
-    earlier.go_on_from(later)
-    kept = {"resume_count", "nonfinite_steps", "skipped_steps", "recomputes", "micro_batch_splits"}
+    later.skipped_steps = [3]
+    earlier.go_on_from(later, 8)
+    kept = {"resume_count", "nonfinite_steps", "recomputes", "micro_batch_splits"}
     wanted = {name: f"later {name}" if name in kept else old for name, old in before.items()}
-    assert vars(earlier) == wanted | {"training_seconds": 16.0, "epoch_seconds": 10.0}
+    wanted |= {"training_seconds": 16.0, "epoch_seconds": 10.0, "skipped_steps": [3, 8]}
+    assert vars(earlier) == wanted
