@@ -344,11 +344,7 @@ class DirectTrainer:
     def roll_back(self) -> None:
         """Policy `rollback`: the newest checkpoint again, and no update at the step that failed."""
         failed, later = self.rollback_from, self.state
-        self.rollback_from, self.pending, self.unlogged = (
-            0,
-            [],
-            None,
-        )  # no step behind the failed one
+        self.rollback_from, self.pending, self.unlogged = 0, [], None  # none behind the failed one
         checkpoint = self.checkpoints.newest(self.record.run.name)
         if checkpoint is None:
             self.outcome = "nonfinite"
