@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -23,6 +24,7 @@ from finetuning.common.distributed import leave
 from finetuning.config import DirectTrainingConfig
 from finetuning.data.packing import StepPlan
 from finetuning.events.reading import read_texts
+from finetuning.runs import metrics
 from tests.helpers import reference as plain
 from tests.helpers.ranks import Ended, on_ranks, results_of
 
@@ -175,10 +177,16 @@ def train(
     resume: str = "",
     before_update: Work = nothing,
     after_backward: Callable = nothing,
+    tick: float = 0.0,
 ) -> Session:
-    """A session in this folder."""
+    """A session in this folder; with a `tick`, the seconds of its updates are so many, and no others pass."""
     session, begin = Session(), time.monotonic()
-    with watched(session, before_update, after_backward), contextlib.chdir(folder):
+    clock = SimpleNamespace(monotonic=lambda: tick * len(session.updates)) if tick else time
+    with (
+        watched(session, before_update, after_backward),
+        contextlib.chdir(folder),
+        mock.patch.object(metrics, "time", clock),
+    ):
         trainer = DirectTrainer(config, resume=resume, quiet=True)
         trainer.train()
     session.seconds = time.monotonic() - begin
