@@ -124,37 +124,37 @@ def assert_monitors(run: Run, reference: Reference) -> None:
 
 @pytest.mark.parametrize(("ranks", "again"), [(0, False), (0, True), (2, True)])
 def test_a_rollback_in_a_resumed_epoch(config, folder, reference_of, ranks, again):
-    """Stopped after step 6. Then step 8 has no finite gradient: back to step 6, and step 8 without an update,
-    its gradient finite now, or not `again`."""
+    """Stopped after step 6. Then step 9 has no finite gradient: back to step 6, and step 9 without an update,
+    its gradient finite now, or not `again`. Two steps were logged, and one evaluated, that are done again."""
     accumulation = 1 if ranks else 3
     changes = {"nonfinite": "rollback", "gradient_accumulation_steps": accumulation}
     config = replace(config, output_dir=f"back-{ranks}-{again}", **changes)
     results_of(train_on_ranks(ranks, config, folder, before_update=stop_at(5), tick=TICK))
-    spoil = spoil_at(*((2, 4) if again else (2,)))
+    spoil = spoil_at(*((3, 6) if again else (3,)))
     run, sessions = do_on_ranks(
         ranks, config, folder, after_backward=spoil, resume="latest", tick=TICK
     )
     last = run.plan.num_steps
-    assert [len(s.updates) for s in sessions] == [last - 6 + 2] * max(ranks, 1)
-    reference, spoilt = reference_of(run, (8,)), (8,) if again else ()
+    assert [len(s.updates) for s in sessions] == [last - 6 + 3] * max(ranks, 1)
+    reference, spoilt = reference_of(run, (9,)), (9,) if again else ()
     known = {n: norm for n, norm in by_step(reference.norms).items() if n not in spoilt}
     assert_curve(run, "Training/Loss", by_step([sums.mean() for sums in reference.steps]))
     assert_curve(run, "Training/Gradient_Norm_Max", known, rel=1e-4)
     assert_curve(run, "Training/Learning_Rate", by_step(reference.rates), rel=1e-9)
     steps = range(1, last + 1)
-    assert run.points["Monitoring/NonFinite_Steps"] == {n: int(n >= 8) for n in steps}
+    assert run.points["Monitoring/NonFinite_Steps"] == {n: int(n >= 9) for n in steps}
     assert run.points["Monitoring/Resume_Count"] == {n: int(n > 6) for n in steps}
     assert run.points["Throughput/Tokens_Seen"] == by_step(reference.tokens_seen())
-    assert run.statistics["training"]["nonfinite_steps"] == [8]
+    assert run.statistics["training"]["nonfinite_steps"] == [9]
     assert run.statistics["training"]["resume_count"] == 1
     assert_curve(run, "Eval/Loss", {n: s.mean() for n, s in reference.held_out.items()})
     assert_epochs(run, reference, without=spoilt)
     assert_hardest(run, reference, spoilt=spoilt)
     assert_same_adapter(run, reference)
     assert_monitors(run, reference)
-    # The lost updates of steps 7 and 8 belong to the epoch of step 6.
-    size, total = run.plan.steps_per_epoch, TICK * (last + 2)
-    lost = 2 * TICK if size > 6 else 0
+    # The lost updates of steps 7 to 9 belong to the epoch of step 6.
+    size, total = run.plan.steps_per_epoch, TICK * (last + 3)
+    lost = 3 * TICK if size > 6 else 0
     epochs = {size: TICK * size + lost, 2 * size: total - TICK * size - lost}
     assert run.points["Epoch/Duration_Seconds"] == epochs
     assert run.statistics["throughput"]["training_seconds"] == total
