@@ -1,12 +1,13 @@
-"""Training by plain transformers, peft and torch, one sample at a time: what a run's numbers must be.
+"""A training run without a line of the program: plain transformers, peft and torch, one sample at a time.
 
-It takes settings, files and the samples of every step. Tokens, masks, losses, gradients, schedule, clipping,
-updates and all means are made here.
+It takes settings, files and the samples of every step (and the masks of dropout, where there is any).
+Tokens, masks, losses, gradients, schedule, clipping, updates and all means are made here.
 """
 
+import itertools
 import json
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from finetuning.config import DirectTrainingConfig
 
 PARTS = ("thinking", "close", "answer", "end")
-Key = tuple[str, int]  # name of the file and line of a sample
+LEVEL_DECAY, HARDEST = 0.9, 10  # of the table of the hardest samples
+
+Sample = tuple[str, int]  # name of its file, line
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,17 @@ def rate_at(step: int, num_steps: int, config: DirectTrainingConfig) -> float:
     return floor + (peak - floor) * (1 + math.cos(math.pi * way)) / 2
 
 
+class GivenDropout(torch.nn.Module):
+    """Dropout whose masks are given, one a call: true where an input stays."""
+
+    def __init__(self, share: float, masks: deque) -> None:
+        super().__init__()
+        self.share, self.masks = share, masks
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.masks.popleft() / (1 - self.share) if self.training else x
+
+
 @dataclass
 class Adapters:
     """The adapters at an evaluation: by layer the size of the update against its weight, and its rank; the
@@ -141,19 +155,79 @@ class Evaluation:
 
 
 @dataclass
-class Reference:
-    """Sums and gradient norm of every step, evaluations by step, and the trained adapter."""
+class Step:
+    """One step: sums of each sample, the gradient of each weight before and after clipping, its norm."""
 
-    steps: list[Sums]
-    samples: list[list[tuple[Key, Sums]]]  # of every step, sample by sample
-    norms: list[float]
-    rates: list[float]
+    samples: list[tuple[Sample, Sums]]
+    gradients: list[torch.Tensor]
+    clipped: list[torch.Tensor]
+    norm: float
+    rate: float
+
+    @property
+    def sums(self) -> Sums:
+        return sum((sums for _, sums in self.samples), Sums())
+
+
+@dataclass
+class Reference:
+    """All steps, evaluations by step, and the trained adapter."""
+
+    training: list[Step]
     evaluations: dict[int, Evaluation]
     adapter: dict[str, torch.Tensor]
 
     @property
     def held_out(self) -> dict[int, Sums]:
         return {step: found.sums for step, found in self.evaluations.items()}
+
+    @property
+    def steps(self) -> list[Sums]:
+        return [step.sums for step in self.training]
+
+    @property
+    def norms(self) -> list[float]:
+        return [step.norm for step in self.training]
+
+    @property
+    def rates(self) -> list[float]:
+        return [step.rate for step in self.training]
+
+    def tokens_seen(self) -> list[int]:
+        return list(itertools.accumulate(sums.tokens for sums in self.steps))
+
+    def samples_seen(self) -> list[int]:
+        return list(itertools.accumulate(len(step.samples) for step in self.training))
+
+    def best(self) -> dict[int, tuple[int, float, int]]:
+        """After each evaluation: step and loss of the best one so far, and how many came after it."""
+        found: dict[int, tuple[int, float, int]] = {}
+        for number, step in enumerate(self.held_out):
+            losses = [sums.mean() for sums in list(self.held_out.values())[: number + 1]]
+            place = losses.index(min(losses))
+            found[step] = list(self.held_out)[place], losses[place], number - place
+        return found
+
+    def hardest(
+        self, begin: int, end: int, spoilt: Sequence[int] = ()
+    ) -> list[tuple[Sample, int, float, float]]:
+        """(sample, step, loss above the level, loss) of the ten hardest in the steps begin … end.
+
+        The level is the mean loss of a token, in which a step weighs 0.9 of what the next one does; a
+        `spoilt` step, without a finite gradient, counts nowhere.
+        """
+        total = count = 0.0
+        best: dict[Sample, tuple[Sample, int, float, float]] = {}
+        for number, step in enumerate(self.training[:end], start=1):
+            if number in spoilt:
+                continue
+            total = LEVEL_DECAY * total + sum(step.sums.loss[part] for part in PARTS)
+            count = LEVEL_DECAY * count + step.sums.targets
+            for name, sums in step.samples:
+                above = sums.mean() - total / count
+                if number >= begin and (name not in best or above > best[name][2]):
+                    best[name] = name, number, above, sums.mean()
+        return sorted(best.values(), key=lambda row: -row[2])[:HARDEST]
 
 
 class PlainTraining:
@@ -180,11 +254,17 @@ class PlainTraining:
             r=config.lora_r,
             lora_alpha=config.lora_alpha,
             target_modules=list(config.target_modules),
+            lora_dropout=config.lora_dropout,
         )
         torch.manual_seed(config.seed)
         base = AutoModelForCausalLM.from_pretrained(config.model_name, dtype=torch.float32)
         torch.manual_seed(config.seed)
         self.model = get_peft_model(base, lora)
+        self.masks: deque = deque()  # of the passes to come
+        for module in list(self.model.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, torch.nn.Dropout):
+                    module[name] = GivenDropout(config.lora_dropout, self.masks)
         self.weights = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
             self.weights.values(),
@@ -200,45 +280,60 @@ class PlainTraining:
             record = json.loads(line)
             yield tokens_of(self.tokenizer, record, path.name, *self.groups(record))
 
-    def train(self, steps: Sequence[Sequence[Key]]) -> Reference:
-        found = Reference([], [], [], [], {0: self.evaluate()}, {})
+    def train(
+        self,
+        steps: Sequence[Sequence[Sample]],
+        *,
+        eval_steps: int = 0,
+        left_out: Sequence[int] = (),
+        masks: Mapping[int, Sequence[torch.Tensor]] | None = None,
+    ) -> Reference:
+        """`eval_steps`: otherwise than in the settings. `left_out`: steps without an update. `masks`: of
+        dropout, those of a step in the order of its samples and of the model's layers."""
+        found = Reference([], {0: self.evaluate()}, {})
+        every = eval_steps or self.config.eval_steps
         for number, samples in enumerate(steps, start=1):
+            self.masks.extend(masks[number] if masks else ())
             rate = rate_at(number, len(steps), self.config)
-            sums, norm = self.update([self.documents[s] for s in samples], rate)
-            found.steps.append(sum(sums, Sums()))
-            found.samples.append(list(zip(samples, sums, strict=True)))
-            found.norms.append(norm)
-            found.rates.append(rate)
-            if number % self.config.eval_steps == 0 or number == len(steps):
+            found.training.append(self.update(samples, rate, updates=number not in left_out))
+            assert not self.masks, "each mask belongs to one pass"
+            if number % every == 0 or number == len(steps):
                 found.evaluations[number] = self.evaluate()
         found.adapter = {
             name.replace(".default", ""): weight.detach() for name, weight in self.weights.items()
         }
         return found
 
-    def update(self, documents: list[Document], rate: float) -> tuple[list[Sums], float]:
+    def update(self, samples: Sequence[Sample], rate: float, *, updates: bool) -> Step:
         """The gradient of the mean over all supervised tokens of the step, clipped, and one update."""
+        documents = [self.documents[sample] for sample in samples]
         targets = sum(bool(part) for document in documents for part in document.parts)
-        found = []
+        self.model.train()
         self.optimizer.zero_grad()
-        for document in documents:
+        seen = []
+        for sample, document in zip(samples, documents, strict=True):
             loss, sums = losses_of(self.model, document, self.close_id)
             (loss / targets).backward()
-            found.append(sums)
+            seen.append((sample, sums))
         gradients = {name: weight.grad for name, weight in self.weights.items()}
         squares = {n: g.double().square().sum().item() for n, g in gradients.items()}
         norm = math.sqrt(sum(squares.values()))
         self.gradients = {
             name: math.sqrt(squares[a] + squares[b]) for name, a, b in self.layers()
         } | {"": norm}
-        for gradient in gradients.values():
+        whole = [gradient.clone() for gradient in gradients.values()]
+        step = Step(seen, whole, list(gradients.values()), norm, rate)
+        for gradient in step.clipped:
             gradient.mul_(min(1.0, self.config.max_grad_norm / norm))
         self.optimizer.param_groups[0]["lr"] = rate
-        self.optimizer.step()
-        return found, norm
+        if updates:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return step
 
     @torch.no_grad()
     def evaluate(self) -> Evaluation:
+        self.model.eval()
         samples = [losses_of(self.model, d, self.close_id)[1] for d in self.held_out]
         return Evaluation(samples, self.adapters())
 

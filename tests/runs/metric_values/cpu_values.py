@@ -492,7 +492,7 @@ def the_hardest_training_samples(cpu: CpuRun) -> None:
     total = tokens = 0.0
     best: dict[tuple[str, int], list[float]] = {}
     expected = {}
-    for step, samples in enumerate(cpu.reference.samples, start=1):
+    for step, samples in enumerate((s.samples for s in cpu.reference.training), start=1):
         whole = cpu.reference.steps[step - 1]
         total = 0.9 * total + whole.mean() * whole.targets
         tokens = 0.9 * tokens + whole.targets
