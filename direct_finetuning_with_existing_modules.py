@@ -343,16 +343,16 @@ class DirectTrainer:
 
     def roll_back(self) -> None:
         """Policy `rollback`: the newest checkpoint again, and no update at the step that failed."""
-        failed, self.rollback_from = self.rollback_from, 0
-        self.pending, self.unlogged = [], None  # steps behind the failed one
-        nonfinite, skipped = self.state.nonfinite_steps, self.state.skipped_steps
-        checkpoint = None if failed in skipped else self.checkpoints.newest(self.record.run.name)
+        failed, later = self.rollback_from, self.state
+        self.rollback_from, self.pending, self.unlogged = 0, [], None  # none behind the failed one
+        checkpoint = self.checkpoints.newest(self.record.run.name)
         if checkpoint is None:
             self.outcome = "nonfinite"
             return
+        self.metrics.count_seconds(later)
         with self.metrics.clock.phase("saving"):  # no training time
             self.restore(checkpoint)
-        self.state.nonfinite_steps, self.state.skipped_steps = nonfinite, [*skipped, failed]
+        self.state.go_on_from(later, failed)
         self.metrics.restart(self.state)
         self.record.rewind(self.state.step, self.state.alerts)
         text = f"went back to {checkpoint.path}; the update of step {failed} will be left out"

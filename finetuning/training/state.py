@@ -48,3 +48,17 @@ class TrainState:
             return True
         self.evals_without_gain += 1
         return False
+
+    def go_on_from(self, later: "TrainState", failed: int) -> None:
+        """This state is that of a rollback: keep what the later one knows and going back doesn't undo.
+
+        The time since then belongs to the run, and to the epoch that it goes back to. The update of the
+        step that failed will be left out.
+        """
+        lost = later.training_seconds - self.training_seconds
+        self.training_seconds += lost
+        self.epoch_seconds += lost
+        self.resume_count = later.resume_count
+        self.nonfinite_steps = later.nonfinite_steps
+        self.skipped_steps = [*later.skipped_steps, failed]
+        self.recomputes, self.micro_batch_splits = later.recomputes, later.micro_batch_splits

@@ -5,6 +5,7 @@ uv run pytest -m "not long" tests/evaluation/test_evaluator.py
 
 import json
 import math
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,38 @@ def test_sums_equal_the_dense_loss_of_each_document(tiny_model, part, sums):
             assert row[segment, 0] == pytest.approx(wanted, rel=1e-5)
             if segment != Segment.PROMPT:
                 assert row[segment, 2] == of_segment.sum()
+
+
+@dataclass(frozen=True)
+class OneOfTwo(Distributed):
+    """A rank of two in one process: the second goes first, and leaves its sums to the first."""
+
+    left: list[torch.Tensor] = field(default_factory=list)
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.is_main:
+            return tensor + self.left.pop()
+        self.left.append(tensor.clone())
+        return tensor
+
+
+def test_two_ranks_that_share_the_documents_get_the_sums_of_all(tiny_model, part, sums):
+    model = PackedLossModel(Qwen3ForCausalLM.from_pretrained(tiny_model), part.tokens.close_id)
+    tokens, shares, left = part.tokens, [], []
+    for rank in (1, 0):
+        plan = step_plan(
+            tokens.lengths,
+            tokens.num_targets,
+            part.documents,
+            data=up_to(768),
+            rank=rank,
+            world_size=2,
+        )
+        dist = OneOfTwo(rank, 2, rank, torch.device("cpu"), left=left)
+        shares.append(held_out_sums(model, tokens, plan, dist))
+    counts = [share[:, :, 2].sum() for share in (shares[0], sums)]
+    assert 0 < counts[0] < counts[1], "each rank has a part of its own"
+    np.testing.assert_allclose(shares[1], sums, rtol=1e-6)
 
 
 # -----------------------------------------------------------------------------

@@ -10,8 +10,11 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -19,14 +22,19 @@ import torch
 from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from direct_finetuning_with_existing_modules import DirectTrainer, DirectTrainingConfig
+import direct_finetuning_with_existing_modules as program
+from direct_finetuning_with_existing_modules import DirectTrainer, DirectTrainingConfig, main
 from finetuning.common.distributed import Distributed
 from finetuning.common.errors import UserError
 from finetuning.events.reading import read_metrics, read_run
 from finetuning.model.demo_model import train_tokenizer
+from finetuning.model.packed_model import PackedLossModel
+from finetuning.runs import plan
 from finetuning.runs.identity import check_ranks
 from finetuning.runs.plan import find_model
 from finetuning.training.step_clock import StepClock
+from tests.helpers.program import Done
+from tests.helpers.ranks import GRACE_SECONDS, on_ranks
 
 SCRIPT = Path(__file__).parents[2] / "direct_finetuning_with_existing_modules.py"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -37,21 +45,47 @@ OPTIONS = [
 
 
 @pytest.fixture(scope="module")
-def command(tiny_model: Path, tiny_data: Path, cache_dir: Path) -> list[str]:
-    """The script with a tiny model and data; without interpreter or launcher."""
+def arguments(tiny_model: Path, tiny_data: Path, cache_dir: Path) -> list[str]:
+    """The command line of a tiny model and data."""
     inputs = ["--model-name", str(tiny_model), "--data-path", str(tiny_data)]
-    return [str(SCRIPT), *OPTIONS, *inputs, "--cache-dir", str(cache_dir)]
+    return [*OPTIONS, *inputs, "--cache-dir", str(cache_dir)]
+
+
+def nothing() -> None:
+    """What goes wrong in most runs."""
+
+
+def run_program(arguments: list[str], fault: Callable[[], None]) -> int:
+    """In a rank: the whole program; its exit code."""
+    fault()
+    return main(arguments)
 
 
 def train(
-    command: list[str], out: Path, ranks: int, accumulation: int, *more: str, launch: tuple = ()
-) -> subprocess.CompletedProcess:
-    """The whole run with `ranks` processes under torchrun; 0: one without it."""
-    launcher = [*TORCHRUN, "--nproc-per-node", str(ranks), *launch] if ranks else [sys.executable]
+    arguments: list[str],
+    out: Path,
+    ranks: int,
+    accumulation: int,
+    *more: str,
+    fault: Callable[[], None] = nothing,
+    grace: float = GRACE_SECONDS,
+) -> Done:
+    """The whole run with `ranks` processes of one group, see `on_ranks`; 0: one without it."""
     batch = ["--gradient-accumulation-steps", str(accumulation), "--output-dir", str(out)]
-    return subprocess.run(
-        [*launcher, *command, *batch, *more], capture_output=True, text=True, timeout=300
-    )
+    ended = on_ranks(ranks, run_program, [*arguments, *batch, *more], fault, grace=grace)
+    codes = [rank.exit_code or rank.result for rank in ended]
+    said = ["".join(rank.stdout for rank in ended), "".join(rank.stderr for rank in ended)]
+    return Done(next(filter(None, codes), 0), *said)
+
+
+def launch(
+    script: Path, arguments: list[str], out: Path, ranks: int, accumulation: int, *launcher: str
+) -> subprocess.CompletedProcess:
+    """The same under torchrun."""
+    batch = ["--gradient-accumulation-steps", str(accumulation), "--output-dir", str(out)]
+    group = [*TORCHRUN, "--nproc-per-node", str(ranks), *launcher]
+    command = [*group, str(script), *arguments, *batch]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def curve(out: Path, tag: str = "Training/Loss") -> np.ndarray:
@@ -61,9 +95,9 @@ def curve(out: Path, tag: str = "Training/Loss") -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def one_rank(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def one_rank(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("one") / "out"
-    done = train(command, out, ranks=0, accumulation=4)
+    done = train(arguments, out, ranks=0, accumulation=4)
     assert done.returncode == 0, done.stderr[-2000:]
     return out
 
@@ -83,8 +117,12 @@ LONG = pytest.mark.long
         pytest.param(4, "fsdp", marks=LONG),
     ],
 )
-def test_the_same_global_batch_gives_the_same_losses(command, one_rank, tmp_path, ranks, mode):
-    done = train(command, tmp_path / "out", ranks, 4 // ranks, "--parallel", mode)
+def test_the_same_global_batch_gives_the_same_losses(arguments, one_rank, tmp_path, ranks, mode):
+    out, more = tmp_path / "out", ["--parallel", mode]
+    if (ranks, mode) == (2, "ddp"):  # one of them as people start it
+        done = launch(SCRIPT, [*arguments, *more], out, ranks, 4 // ranks)
+    else:
+        done = train(arguments, out, ranks, 4 // ranks, *more)
     assert done.returncode == 0, done.stderr[-3000:]
     alone, together = curve(one_rank), curve(tmp_path / "out")
     assert len(alone) == 8
@@ -104,18 +142,18 @@ def test_a_mean_of_means_would_be_noticed(one_rank):
 
 
 @pytest.mark.slow
-def test_two_ranks_resume_on_one_and_on_two(command, one_rank, tmp_path):
+def test_two_ranks_resume_on_one_and_on_two(arguments, one_rank, tmp_path):
     out = tmp_path / "out"
-    assert train(command, out, 2, 2, "--max-steps", "8").returncode == 0
+    assert train(arguments, out, 2, 2, "--max-steps", "8").returncode == 0
     checkpoint = out / "checkpoints" / "checkpoint-6"
     for ranks in (0, 2):
-        done = train(command, out, ranks, 2 if ranks else 4, "--resume", str(checkpoint))
+        done = train(arguments, out, ranks, 2 if ranks else 4, "--resume", str(checkpoint))
         assert done.returncode == 0, done.stderr[-2000:]
         np.testing.assert_allclose(curve(out), curve(one_rank), rtol=1e-6)
 
 
 @pytest.mark.slow
-def test_a_killed_rank_is_restarted_and_nothing_is_lost(command, one_rank, tmp_path):
+def test_a_killed_rank_is_restarted_and_nothing_is_lost(arguments, one_rank, tmp_path):
     """Two nodes: only the one whose rank dies counts a restart. Without --resume, and still one run."""
     out = tmp_path / "out"
     nodes = ["--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "2"]
@@ -128,7 +166,7 @@ def test_a_killed_rank_is_restarted_and_nothing_is_lost(command, one_rank, tmp_p
             [
                 *(sys.executable, "-m", "torch.distributed.run", *nodes, *place),
                 *("--rdzv-conf", f"is_host={int(node == 0)}", "--local-addr", "127.0.0.1"),
-                *(*command, *batch, "--distributed-timeout", "60"),
+                *(str(SCRIPT), *arguments, *batch, "--distributed-timeout", "60"),
             ],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -156,46 +194,30 @@ def test_a_killed_rank_is_restarted_and_nothing_is_lost(command, one_rank, tmp_p
     np.testing.assert_allclose(curve(out), curve(one_rank), rtol=1e-6)
 
 
-FAULTS = {
-    "exception": "raise RuntimeError('injected fault on rank 1')",
-    "stopped": "os.kill(os.getpid(), signal.SIGSTOP)",
-}
-WRAPPER = """
-import os, signal, sys
-sys.path.insert(0, {root!r})
-import direct_finetuning_with_existing_modules as program
+def fail() -> NoReturn:
+    raise RuntimeError("injected fault on rank 1")
 
-def fault(*arguments, **options):
-    {fault}
 
-if os.environ["RANK"] == "1":
-    program.learning_rate_at = fault
-sys.exit(program.main())
-"""
+def stand_still() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def fault_on_rank_1(fault: Callable[[], None]) -> None:
+    if os.environ["RANK"] == "1":
+        program.learning_rate_at = lambda *_: fault()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_on_one_rank_ends_all_in_time(command, tmp_path, fault):
-    wrapper = tmp_path / "wrapper.py"
-    wrapper.write_text(WRAPPER.format(root=str(SCRIPT.parent), fault=FAULTS[fault]))
+@pytest.mark.parametrize("fault", [fail, stand_still])
+def test_a_fault_on_one_rank_ends_all_in_time(arguments, tmp_path, fault):
+    """Nobody but the program ends the other rank."""
     options = ["--output-dir", str(tmp_path / "out"), "--distributed-timeout", "10"]
-    group = subprocess.Popen(
-        [*TORCHRUN, "--nproc-per-node", "2", str(wrapper), *command[1:], *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        said, _ = group.communicate(timeout=240)
-    finally:
-        if group.poll() is None:
-            os.killpg(group.pid, signal.SIGKILL)
-    assert group.returncode != 0
-    assert ("injected fault on rank 1" if fault == "exception" else "imed out") in said, said[
-        -3000:
-    ]
+    command, spoil = [*arguments, *options], partial(fault_on_rank_1, fault)
+    first, second = on_ranks(2, run_program, command, spoil, grace=20 if fault is fail else 1)
+    assert first.exit_code == 1, first.stderr[-3000:]
+    assert second.exit_code == (1 if fault is fail else -signal.SIGKILL)
+    said = first.stderr + second.stderr
+    assert ("injected fault on rank 1" if fault is fail else "imed out") in said, said[-3000:]
 
 
 DIES_EARLY = """
@@ -217,13 +239,12 @@ sys.exit(program.main())
 
 
 @pytest.mark.slow
-def test_a_run_that_died_before_its_first_checkpoint_begins_again(command, tmp_path):
+def test_a_run_that_died_before_its_first_checkpoint_begins_again(arguments, tmp_path):
     """Not as a second run beside the first."""
     wrapper, out = tmp_path / "wrapper.py", tmp_path / "out"
     wrapper.write_text(DIES_EARLY.format(root=str(SCRIPT.parent)))
     short = ["--max-steps", "4", "--save-steps", "0", "--eval-steps", "0"]
-    launch = ("--max-restarts", "1")
-    done = train([str(wrapper), *command[1:], *short], out, 1, 1, launch=launch)
+    done = launch(wrapper, [*arguments, *short], out, 1, 1, "--max-restarts", "1")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "exitcode: -9" in done.stderr, "nobody died"
     (run,) = (out / "tensorboard_logs").iterdir()
@@ -235,41 +256,35 @@ def test_a_run_that_died_before_its_first_checkpoint_begins_again(command, tmp_p
     assert len(curve(out)) == 4 and len(curve(out, "Eval/Loss")) == 2
 
 
-SHORT_OF_MEMORY = """
-import os, sys
-sys.path.insert(0, {root!r})
-import torch
-import direct_finetuning_with_existing_modules as program
-from finetuning.model import packed_model
-
-forward, calls = packed_model.PackedLossModel.forward, [0]
-
-def full(*arguments):
+def no_memory() -> NoReturn:
     print("injected: no memory", flush=True)
     raise torch.OutOfMemoryError("CUDA out of memory (injected)")
 
-def short_forward(self, batch, *rest):
-    mine = os.environ["RANK"] == "1" and torch.is_grad_enabled()
-    calls[0] += mine
-    if mine and ({always} or calls[0] == 3):  # the first of the two micro-batches of step 2
-        full()
-    loss, sums = forward(self, batch, *rest)
-    if mine and calls[0] == 5:  # the second one, after the first was done again
-        weight = next(p for n, p in self.named_parameters() if "lora_B" in n)
-        handle = weight.register_hook(lambda gradient: (handle.remove(), full()))
-    return loss, sums
 
-packed_model.PackedLossModel.forward = short_forward
-sys.exit(program.main())
-"""
+def rank_1_is_short_of_memory(*, always: bool) -> None:
+    """In step 2, first in a forward pass, then in a backward pass; or in every pass."""
+    forward, calls = PackedLossModel.forward, [0]
+
+    def short_forward(self, batch, *rest):
+        mine = os.environ["RANK"] == "1" and torch.is_grad_enabled()
+        calls[0] += mine
+        if mine and (always or calls[0] == 3):  # the first of the two micro-batches of step 2
+            no_memory()
+        loss, sums = forward(self, batch, *rest)
+        if mine and calls[0] == 5:  # the second one, after the first was done again
+            weight = next(p for n, p in self.named_parameters() if "lora_B" in n)
+            handle = weight.register_hook(lambda gradient: (handle.remove(), no_memory()))
+        return loss, sums
+
+    PackedLossModel.forward = short_forward
 
 
 @pytest.mark.slow
-def test_out_of_memory_on_one_rank_is_met_on_all(command, one_rank, tmp_path):
+def test_out_of_memory_on_one_rank_is_met_on_all(arguments, one_rank, tmp_path):
     """Also where the other rank is through with its part already."""
-    wrapper, out = tmp_path / "wrapper.py", tmp_path / "out"
-    wrapper.write_text(SHORT_OF_MEMORY.format(root=str(SCRIPT.parent), always=False))
-    done = train([str(wrapper), *command[1:]], out, 2, 2)
+    out = tmp_path / "out"
+    fault = partial(rank_1_is_short_of_memory, always=False)
+    done = train(arguments, out, 2, 2, fault=fault)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 ranks, ddp" in done.stdout
     assert done.stdout.count("injected: no memory") == done.stderr.count("out of memory") == 2
@@ -285,40 +300,35 @@ def test_out_of_memory_on_one_rank_is_met_on_all(command, one_rank, tmp_path):
 
 
 @pytest.mark.slow
-def test_out_of_memory_without_a_way_out_ends_all_ranks(command, tmp_path):
-    wrapper, out = tmp_path / "wrapper.py", tmp_path / "out"
-    wrapper.write_text(SHORT_OF_MEMORY.format(root=str(SCRIPT.parent), always=True))
-    done = train([str(wrapper), *command[1:]], out, 2, 2)
+def test_out_of_memory_without_a_way_out_ends_all_ranks(arguments, tmp_path):
+    out = tmp_path / "out"
+    done = train(arguments, out, 2, 2, fault=partial(rank_1_is_short_of_memory, always=True))
     said = done.stdout + done.stderr
-    assert done.returncode != 0
+    assert done.returncode == 3
     assert "step 1: out of memory (on another rank). Lower --batch-size" in said, said[-3000:]
     assert "Traceback" not in done.stdout
     (logs,) = (out / "training_logs").iterdir()
     assert json.loads((logs / "status.json").read_text())["status"] == "stopped"
 
 
+def little_is_free() -> None:
+    plan.free_memory = lambda *_: 2**20
+
+
 @pytest.mark.slow
-def test_auto_shards_what_does_not_fit(command, tmp_path):
-    wrapper = tmp_path / "wrapper.py"
-    wrapper.write_text(
-        f"import sys\nsys.path.insert(0, {str(SCRIPT.parent)!r})\n"
-        "import direct_finetuning_with_existing_modules as program\n"
-        "from finetuning.runs import plan\n"
-        "plan.free_memory = lambda *_: 2**20\n"
-        "sys.exit(program.main())\n"
-    )
+def test_auto_shards_what_does_not_fit(arguments, tmp_path):
     few = ["--max-steps", "1", "--eval-steps", "0"]
-    done = train([str(wrapper), *command[1:], *few], tmp_path / "out", 2, 1)
+    done = train(arguments, tmp_path / "out", 2, 1, *few, fault=little_is_free)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 ranks, fsdp" in done.stdout, done.stdout
 
 
 @pytest.mark.slow
-def test_all_weights_trained_in_bf16_are_kept_in_fp32(command, tmp_path):
+def test_all_weights_trained_in_bf16_are_kept_in_fp32(arguments, tmp_path):
     """On one process without torchrun and on two ranks; whole in a checkpoint, and in bf16 in the model."""
     bf16, exact = ["--lora-r", "0", "--precision", "bf16"], ["--lora-r", "0"]
     for name, ranks, options in (("exact", 0, exact), ("one", 0, bf16), ("two", 2, bf16)):
-        done = train(command, tmp_path / name, ranks, 4 // max(ranks, 1), *options)
+        done = train(arguments, tmp_path / name, ranks, 4 // max(ranks, 1), *options)
         assert done.returncode == 0, done.stderr[-3000:]
     assert "2 ranks, fsdp" in done.stdout
     for name in ("one", "two"):
@@ -332,7 +342,7 @@ def test_all_weights_trained_in_bf16_are_kept_in_fp32(command, tmp_path):
         assert config["dtype"] == "bfloat16"
     whole = curve(tmp_path / "two")
     checkpoint = tmp_path / "two" / "checkpoints" / "checkpoint-6"
-    done = train(command, tmp_path / "two", 2, 2, *bf16, "--resume", str(checkpoint))
+    done = train(arguments, tmp_path / "two", 2, 2, *bf16, "--resume", str(checkpoint))
     assert done.returncode == 0, done.stderr[-3000:]
     assert curve(tmp_path / "two").tolist() == whole.tolist()
 
@@ -400,28 +410,20 @@ def test_all_ranks_take_the_embedded_model_if_one_must(elsewhere, tiny_model, mo
     assert found.reason == (elsewhere or "local folder")
 
 
-SLOW_RANK = """
-import os, sys, time
-sys.path.insert(0, {root!r})
-import direct_finetuning_with_existing_modules as program
-from finetuning.model import packed_model
+def rank_1_is_slow() -> None:
+    forward = PackedLossModel.forward
 
-forward = packed_model.PackedLossModel.forward
+    def slow_forward(*arguments):
+        time.sleep(0.5 * (os.environ["RANK"] == "1"))
+        return forward(*arguments)
 
-def slow_forward(*arguments):
-    time.sleep(0.5 * (os.environ["RANK"] == "1"))
-    return forward(*arguments)
-
-packed_model.PackedLossModel.forward = slow_forward
-sys.exit(program.main())
-"""
+    PackedLossModel.forward = slow_forward
 
 
 @pytest.mark.slow
-def test_a_slow_rank_is_seen_and_named(command, tmp_path):
-    wrapper, out = tmp_path / "wrapper.py", tmp_path / "out"
-    wrapper.write_text(SLOW_RANK.format(root=str(SCRIPT.parent)))
-    done = train([str(wrapper), *command[1:]], out, 2, 2, "--eval-steps", "0")
+def test_a_slow_rank_is_seen_and_named(arguments, tmp_path):
+    out = tmp_path / "out"
+    done = train(arguments, out, 2, 2, "--eval-steps", "0", fault=rank_1_is_slow)
     assert done.returncode == 0, done.stderr[-3000:]
     percent = curve(out, "Throughput/Straggler_Percent")
     assert len(percent) == 8

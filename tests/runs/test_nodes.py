@@ -101,13 +101,13 @@ def end_all(agents: list[subprocess.Popen]) -> None:
 
 def test_two_nodes_give_the_losses_of_one_rank(nodes, tiny_model, tiny_data, cache_dir, tmp_path):
     inputs = ["--model-name", str(tiny_model), "--data-path", str(tiny_data)]
-    command = [str(SCRIPT), *OPTIONS, *STEPS, *inputs, "--cache-dir", str(cache_dir)]
-    alone = train(command, tmp_path / "alone", ranks=1, accumulation=2)
+    arguments = [*OPTIONS, *STEPS, *inputs, "--cache-dir", str(cache_dir)]
+    alone = train(arguments, tmp_path / "alone", ranks=1, accumulation=2)
     assert alone.returncode == 0, alone.stderr[-2000:]
 
     together = tmp_path / "together"
     batch = ["--gradient-accumulation-steps", "1", "--output-dir", str(together)]
-    agents = [start_agent(node, nodes, [*command, *batch]) for node in (0, 1)]
+    agents = [start_agent(node, nodes, [str(SCRIPT), *arguments, *batch]) for node in (0, 1)]
     try:
         said = [agent.communicate(timeout=120)[0] for agent in agents]
     finally:

@@ -158,6 +158,17 @@ def test_the_speed_is_that_of_most_steps(run: RunDirectory):
     assert report.headline(read_recorded(run))["tokens per second, median"] == "101"
 
 
+def test_the_losses_to_read_first(run: RunDirectory):
+    losses = {"Eval/Loss": [3.0, 1.5, None, 2.0], "Training/Loss": [2.5, 1.25, 1.0, 2.25]}
+    rows = [dict(zip(losses, pair, strict=True)) for pair in zip(*losses.values(), strict=True)]
+    lines = [{"step": i, "time": 1.0 * i, "metrics": row} for i, row in enumerate(rows)]
+    text = "".join(json.dumps(record) + "\n" for record in lines)
+    (run.logs / "metrics.jsonl").write_text(text, encoding="utf-8")
+    numbers = report.headline(read_recorded(run))
+    assert numbers["held-out loss"] == "3 → 2" and numbers["lowest held-out loss"] == "1.5"
+    assert numbers["training loss"] == "2.25" and numbers["steps"] == "3"
+
+
 def test_a_later_record_of_a_step_wins(run: RunDirectory):
     lines = [{"step": 1, "time": 1.0, "metrics": {"a": v}} for v in (1.0, 2.0)]
     text = "".join(json.dumps(record) + "\n" for record in lines)

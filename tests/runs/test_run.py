@@ -297,6 +297,9 @@ def test_resume_with_other_settings_is_refused(tmp_path, finished, run, capfd):
     shutil.copytree(finished, tmp_path / "out")
     assert run(tmp_path, "--resume", "latest", "--lora-r", "4") == 2
     assert "lora_r is 4, the checkpoint has 16" in capfd.readouterr().err
+    # As many steps, but of other samples.
+    assert run(tmp_path, "--resume", "latest", "--gradient-accumulation-steps", "2") == 2
+    assert "rows_per_step is 2, the checkpoint has 1" in capfd.readouterr().err
 
 
 @pytest.mark.slow

@@ -3,9 +3,6 @@
 uv run pytest -m "not long" tests/runs/test_thinking_signals.py
 """
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +20,9 @@ from finetuning.events.reading import read_metrics, read_texts
 from finetuning.model.loss import packed_loss
 from finetuning.model.packed_model import PackedLossModel
 from finetuning.readers.dataset import read_samples
+from tests.helpers.ranks import on_ranks, results_of
 from tests.helpers.settings import up_to
 
-SCRIPT = Path(__file__).parents[2] / "direct_finetuning_with_existing_modules.py"
 CLOSE, END, VOCAB = 1, 2, 8
 GROUPS = ("Training/By_", "Thinking/", "Answer/", "Boundary/", "Training/Loss", "Training/Token")
 
@@ -224,20 +221,8 @@ def runs(tmp_path_factory, tiny_model, tiny_data, cache_dir) -> dict[str, Path]:
         if ranks == 1:
             assert main(arguments) == 0
         else:
-            torchrun(ranks, arguments)
+            assert results_of(on_ranks(ranks, main, arguments)) == [0] * ranks
     return {name: folder / name for name in cuts}
-
-
-def torchrun(ranks: int, arguments: list[str]) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*launcher, "--nproc-per-node", str(ranks), str(SCRIPT), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def signals_of(output: Path) -> dict[int, dict[str, float]]:

@@ -74,6 +74,17 @@ def test_automatic_checkpoints_take_a_twentieth_of_the_time(
     assert not checkpoints.is_due(99)
 
 
+def test_the_wait_begins_anew_with_every_checkpoint(make, monkeypatch):
+    checkpoints = make()
+    begin = time.monotonic()
+    for saved in (1000, 2000):  # seconds after the beginning, of which each save takes 5
+        clock(monkeypatch, begin + saved - 5, begin + saved)
+        save(checkpoints, 50 * saved // 1000)
+        for waited, due in ((99, False), (101, True)):
+            clock(monkeypatch, begin + saved + waited)
+            assert checkpoints.is_due(100) is due, (saved, waited)
+
+
 @pytest.mark.parametrize(("waited", "due"), [(14 * 60, False), (16 * 60, True)])
 def test_slow_steps_do_not_wait_for_fifty_of_them(make, monkeypatch, waited, due):
     checkpoints = make()

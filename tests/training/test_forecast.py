@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from direct_finetuning_with_existing_modules import main
-from finetuning.config import OutputSettings
+from finetuning.config import LoraSettings, OutputSettings
 from finetuning.training import forecast as training_forecast
 from finetuning.training import memory_estimate
 from finetuning.training.forecast import steps_between_evaluations
 from finetuning.training.memory_estimate import (
     Placement,
 )
+from tests.helpers import traced_step
 from tests.helpers.settings import step_plan, up_to
 from tests.helpers.units import GIB
 
@@ -109,6 +110,21 @@ def test_more_arithmetic_takes_more_time(qwen3_4b, tmp_path, monkeypatch):
     for way in (once, again):
         assert way[1] == pytest.approx(2 * way[0], rel=0.01)  # at half the speed
     assert 1.3 * once[1] < again[1] < 1.5 * once[1]
+
+
+@pytest.mark.parametrize(("lora_r", "close"), [(0, 1e-9), (16, 0.02)])
+def test_a_forward_pass_is_two_operations_a_weight_and_token(tmp_path, lora_r, close):
+    """Counted by hand; adapters are counted together with what they are added to."""
+    config = traced_step.qwen3_4b()
+    config.save_pretrained(tmp_path)
+    shape = memory_estimate.model_shape(tmp_path, LoraSettings(lora_r=lora_r))
+    lengths, targets = [300, 500, 200], 600
+    queries, keys = 32 * 128, 8 * 128
+    layer = 2560 * (2 * queries + 2 * keys + 3 * 9728)
+    products = 2 * 36 * layer * sum(lengths) + 2 * 2560 * config.vocab_size * targets
+    attention = 2 * 36 * queries * sum(n * n for n in lengths)  # both products, half of the pairs
+    found = training_forecast.forward_flops(shape, lengths, targets)
+    assert found == pytest.approx(products + attention, rel=close)
 
 
 def test_answers_take_time(qwen3_4b, tmp_path, monkeypatch):

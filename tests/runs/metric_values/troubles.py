@@ -1,0 +1,211 @@
+"""One trouble after the other, each with the alert that it raises and the step at which it does."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import tb_logger
+from finetuning.monitoring.system_monitor import SystemMonitor
+from finetuning.runs.directory import new_run
+from finetuning.runs.record import RunRecord
+from tests.helpers.checked_values import Ledger, Values, by_step, table_rows
+
+LIMIT_OF_LOSS_SPIKE = 2.5
+
+
+@dataclass
+class Scene:
+    """Values of some tags, step after step, and the alert that they raise; other tags are absent."""
+
+    rows: list[dict[str, float]]
+    raised: dict[str, list[int]]  # alert -> 0 or 1 at each step
+
+
+def of(tag: str, *values: float) -> list[dict[str, float]]:
+    return [{tag: float(value)} for value in values]
+
+
+def plain_scenes() -> list[Scene]:
+    """Where each step says by itself, or with a few before it, what is wrong."""
+    parts = ("Data", "Forward_Backward")
+    starved = [
+        {f"Throughput/Step_Seconds_{part}": s for part, s in zip(parts, pair, strict=True)}
+        for pair in [(0.4, 0.6)] * 5 + [(0.0, 1.0)] * 5
+    ]
+    memory = "Memory/GPU_"
+    return [
+        Scene(
+            of("GPU_3/Temperature_C", 84, 86, 83, 81, 86, 79, 84),
+            {"GPU_Overheat": [0, 1, 1, 1, 1, 0, 0]},  # until it is below 80
+        ),
+        Scene(
+            [
+                *of(f"{memory}Utilization_Percent", 94, 96, 93, 91),
+                *of("Memory/Host_Percent", 96, 50),
+                {f"{memory}Peak_MB": 77.0, f"{memory}Total_MB": 80.0},
+                {f"{memory}Peak_MB": 40.0, f"{memory}Total_MB": 80.0},
+            ],
+            {"OOM_Risk": [0, 1, 1, 0, 1, 0, 1, 0]},  # until it is below 92
+        ),
+        Scene(
+            of("Throughput/Straggler_Percent", *[30] * 5, *[10] * 3),
+            {"Slow_Rank": [0, 0, 0, 0, 1, 1, 1, 0]},  # the median of five
+        ),
+        Scene(
+            of("GPU_1/Utilization_Percent", *[70] * 10, *[100] * 4),
+            {"Low_GPU_Utilization": [0] * 9 + [1, 1, 1, 1, 0]},  # the mean of ten
+        ),
+        Scene(starved, {"Data_Starvation": [0, 0, 0, 0, 1, 1, 1, 1, 1, 0]}),  # the median of ten
+        Scene(
+            [
+                *of("Monitoring/NonFinite_Steps", 0, 2, 2),
+                *of("Training/Gradient_Norm", math.inf, *[1] * 10, 4.9, 5.1, 1),
+            ],
+            {
+                "NonFinite": [0, 1, 0, 1, *[0] * 13],
+                "Gradient_Explosion": [0] * 15 + [1, 0],  # five times the usual
+            },
+        ),
+        Scene(
+            of("Eval/Think_Length_Ratio", 1, 1.2, 1, 0.61, 0.59, 0.7),
+            {"Thinking_Collapse": [0, 0, 0, 0, 1, 0]},
+        ),
+    ]
+
+
+def scene_of_losses() -> Scene:
+    """A spike; a jump that is a spike at first and a divergence later; no progress for 200 losses; then some,
+    while the held-out loss rises."""
+    losses = [*[2.0] * 20, 2.49, 2.51, *[2.0] * 38, *[2.7] * 12, *[2.0] * 128]
+    assert len(losses) == 200
+    rows = of("Training/Loss", *losses, *[1.9] * 15, *[1.8] * 15)
+    spike, divergence, stagnation = ([0] * len(rows) for _ in range(3))
+    spike[21] = 1
+    spike[60:64] = [1] * 4  # until half of the last seven losses are as high
+    divergence[67:79] = [1] * 12  # half of the last 15 are
+    stagnation[199:207] = [1] * 8  # until half of the last 15 are better
+    rows[210]["Eval/Loss"] = 1.0
+    for at in (224, 226):  # twice more than 2% above the best, and the training loss has fallen
+        rows[at]["Eval/Loss"] = 1.03
+    rows[228]["Eval/Loss"] = 1.01
+    overfitting = [0] * 226 + [1, 1] + [0] * 2
+    return Scene(
+        rows,
+        {
+            "Loss_Spike": spike,
+            "Divergence": divergence,
+            "Stagnation": stagnation,
+            "Overfitting": overfitting,
+        },
+    )
+
+
+def scene_of_a_leak() -> Scene:
+    """4 MB more at each step; a hundred steps are enough to be sure."""
+    rows = of("Memory/Host_RSS_MB", *(1000 + 4 * i for i in range(110)))
+    return Scene(rows, {"Memory_Leak": [0] * 99 + [1] * 11})
+
+
+# What is told once an episode: alert, its times, last value and limit.
+TOLD = {
+    "GPU_Overheat": (1, 86, 85),
+    "OOM_Risk": (1, 96, 95),
+    "Slow_Rank": (1, 30, 20),
+    "Low_GPU_Utilization": (1, 70, 80),
+    "Data_Starvation": (1, 0.4, 0.3),
+    "NonFinite": (1, 2, 0),
+    "Gradient_Explosion": (1, 5.1, 5),
+    "Thinking_Collapse": (1, 0.59, 0.6),
+    "Loss_Spike": (2, 2.7, LIMIT_OF_LOSS_SPIKE),
+    "Divergence": (1, 2.7, 2.6),
+    "Stagnation": (1, 0, 0.01),
+    "Overfitting": (1, 1.03, 1.02),
+    "Memory_Leak": (1, 192, 50),  # over the 24 pairs of the last half
+}
+
+
+@dataclass
+class Troubles:
+    """The scenes one after the other, as a run records them."""
+
+    values: Values
+    scenes: list[Scene]
+
+    def steps(self) -> Iterator[tuple[int, Scene]]:
+        """The first step of each scene."""
+        first = 1
+        for scene in self.scenes:
+            yield first, scene
+            first += len(scene.rows)
+
+
+def do_troubles(ledger: Ledger, folder: Path) -> Troubles:
+    run = new_run(folder)
+    scenes = [*plain_scenes(), scene_of_losses(), scene_of_a_leak()]
+    record = RunRecord(
+        run,
+        tb_logger.TensorBoardLogger(run.tensorboard),
+        SystemMonitor((), folder),
+        resume_step=None,
+        alert_state={},
+        alert_actions={},
+        warn=lambda text: None,
+    )
+    for step, row in enumerate((row for scene in scenes for row in scene.rows), start=1):
+        record.log(step, row)
+    record.close("success")
+    return Troubles(Values(ledger, run.tensorboard), scenes)
+
+
+def alerts_at_every_step(troubles: Troubles) -> None:
+    total = sum(len(scene.rows) for scene in troubles.scenes)
+    for name in TOLD:
+        expected = dict.fromkeys(range(1, total + 1), 0.0)
+        for first, scene in troubles.steps():
+            expected |= by_step(scene.raised.get(name, []), first)
+        troubles.values.scalars(f"Alerts/{name}", expected)
+    assert set(TOLD) == {t.partition("/")[2] for t in troubles.values.beginning("Alerts/")}
+
+
+def the_table_of_alerts(troubles: Troubles) -> None:
+    """A row a kind, in the order of their first steps; what ends for less than ten steps is told once."""
+    begun = {}
+    for first, scene in troubles.steps():
+        for name, raised in scene.raised.items():
+            starts = [
+                first + i for i, now in enumerate(raised) if now and not (i and raised[i - 1])
+            ]
+            begun[name] = starts[: TOLD[name][0]]
+    expected, rows = {}, {}
+    for step, name in sorted((s, n) for n, starts in begun.items() for s in starts):
+        rows[name] = [s for s in begun[name] if s <= step]
+        times, value, limit = TOLD[name]
+        if len(rows[name]) < times:
+            value = LIMIT_OF_LOSS_SPIKE + 0.01
+        rows[name] = (name, rows[name], value, limit)
+        expected[step] = list(rows.values())
+    assert len(expected) == 14
+
+    def table(text: str) -> list[tuple]:
+        return [
+            (name, [int(step) for step in steps.split(", ")], float(value), float(limit))
+            for name, times, steps, value, limit, *_ in table_rows(text)
+            if int(times) == len(steps.split(", "))
+        ]
+
+    troubles.values.texts("Alerts/Table", expected, table, nearly_told)
+
+
+def nearly_told(rows: list[tuple]) -> list[tuple]:
+    return [
+        (n, s, *(pytest.approx(x, rel=1e-3, abs=1e-9) for x in numbers)) for n, s, *numbers in rows
+    ]
+
+
+CHECKS = (
+    alerts_at_every_step,
+    the_table_of_alerts,
+)
