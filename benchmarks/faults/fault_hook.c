@@ -29,10 +29,10 @@ static long first, count, seen, fired;
 static long delay;
 static int action, number, log_handle = -1;
 
-void fault_arm(const char *below, const char *with, unsigned ops, long from, long times, int what, int value,
+void fault_arm(const char *place, const char *with, unsigned ops, long from, long times, int what, int value,
                long nanoseconds, int handle) {
     wanted = 0;
-    snprintf(prefix, sizeof prefix, "%s", below);
+    snprintf(prefix, sizeof prefix, "%s", place);
     snprintf(contains, sizeof contains, "%s", with);
     first = from, count = times, action = what, number = value, delay = nanoseconds, log_handle = handle;
     seen = fired = 0;
@@ -85,11 +85,16 @@ static void raise_signal(void) {
         kill(getpid(), number);
 }
 
+/* Whether the path is the prefix or below it. */
+static int below(const char *path) {
+    size_t n = strlen(prefix);
+    return !strncmp(path, prefix, n) && (!path[n] || path[n] == '/' || (n && prefix[n - 1] == '/'));
+}
+
 /* 0: go on. 1: fail with errno set. 2: write half, then die. 3: die afterwards. */
 static int meets(unsigned op, const char *name, const char *path, const char *target) {
-    size_t n = strlen(prefix);
     if (!(wanted & op)) return 0;
-    if (strncmp(path, prefix, n) && strncmp(target, prefix, n)) return 0;
+    if (!below(path) && !below(target)) return 0;
     if (*contains && !strstr(path, contains) && !strstr(target, contains)) return 0;
     long turn = __sync_add_and_fetch(&seen, 1);
     int hit = action != ONLY_LOG && turn >= first && turn < first + count;

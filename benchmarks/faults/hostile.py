@@ -320,7 +320,7 @@ def mutated_batch(rig: Rig, seed: int, count: int) -> list[tuple[str, bool, list
     if outcome.code:
         data = (place / "current").read_bytes()
         problems = [f"exit {outcome.code}: {outcome.output[-600:]} on {data!r:.300}"]
-        return [("batch", True, problems)]
+        return [("batch", bool(data), problems)]
     results = json.loads((place / "results.json").read_text())
     shutil.rmtree(place)
     return results
@@ -349,7 +349,7 @@ def control_tokens(rig: Rig) -> Trial:
 
     outcome = fork(place / "console.txt", action).wait()
     if outcome.code:
-        return True, [outcome.output[-400:]]
+        return result.exists(), [outcome.output[-400:]]
     ends = json.loads(result.read_text())
     problems = [] if len(ends["refuse"]) == 1 else [f"refuse: {ends['refuse']}"]
     same = len(ends["split"]) == 2 and ends["split"][0] == ends["split"][1]
@@ -458,7 +458,7 @@ def endless(path: Path) -> None:
 NO_FILE = "no regular file"
 # Option, its value, words that the message must hold. A trial is named by what it does.
 BAD_VALUES: list[tuple[str, str, tuple[str, ...]]] = [
-    ("--data-path", "../../../../nowhere.jsonl", ("nowhere.jsonl", "no such")),
+    ("--data-path", "../../../../nowhere.jsonl", ("nowhere.jsonl", "there is no")),
     ("--data-path", "/etc/passwd", ("passwd", "can't read")),
     ("--data-path", "~nobody-here/x.jsonl", ("x.jsonl",)),
     ("--data-path", "d" * 300 + ".jsonl", ("ddd", "too long")),
@@ -466,7 +466,7 @@ BAD_VALUES: list[tuple[str, str, tuple[str, ...]]] = [
     ("--data-path", "$HOME/x.jsonl", ("x.jsonl",)),
     ("--data-path", "a\x1b[31mred\r.jsonl", ("red",)),
     ("--data-path", "", ("data",)),
-    ("--data-path", "a\0b.jsonl", ("null",)),
+    ("--data-path", "a\0b.jsonl", ("is no path",)),
     ("--data-path", "https://127.0.0.1:9/a.jsonl", ("127.0.0.1",)),
     ("--eval-path", "/dev/zero", ("/dev/zero", NO_FILE)),
     ("--model-name", "../../nowhere", ("nowhere",)),

@@ -1,5 +1,6 @@
 """F18, F19: a driver and a clock that lie."""
 
+import contextlib
 import datetime
 import json
 import os
@@ -15,7 +16,7 @@ from finetuning.runs import build, directory, record
 from tests.helpers import fake_nvml
 
 from .checkpoints import stop_at
-from .rig import Rig, after_step, nothing_lost, replaced, steps_done, strict_json
+from .rig import Rig, after_step, nothing_lost, replaced, steps_done, strict_json, wait_until
 from .tally import Row, Tally, Trial
 
 # -----------------------------------------------------------------------------
@@ -30,13 +31,17 @@ CODES = {
     999: "unknown",
 }
 CALLS = {
-    "nvmlInit_v2": "",
+    "nvmlInitWithFlags": "",
     "nvmlDeviceGetHandleByIndex_v2": "",
     "nvmlDeviceGetUtilizationRates": "Utilization_Percent",
     "nvmlDeviceGetMemoryInfo": "Memory_Usage_Percent",
     "nvmlDeviceGetTemperatureV": "",
     "nvmlDeviceGetPowerUsage": "Power_W",
 }
+
+
+READINGS = [call for call in CALLS if call.startswith("nvmlDeviceGet") and "Handle" not in call]
+_INSTALLED = contextlib.ExitStack()  # of a child; a fake that nobody holds is gone at once
 
 
 def under_driver(library: Path, state: Path, lines: dict[str, int], later: dict[str, int]) -> None:
@@ -50,15 +55,16 @@ def under_driver(library: Path, state: Path, lines: dict[str, int], later: dict[
         replaced(pynvml, "nvmlInit", absent)
     else:
         os.environ["FAKE_NVML_TOLD"] = str(state.with_name("told"))
-        fake = fake_nvml.installed(library, state)
-        changing = fake.__enter__()  # the child ends with the run
+        changing = _INSTALLED.enter_context(fake_nvml.installed(library, state))
         changing.set({"count": 2, **lines})
         if later:
             after_step(7, lambda: changing.set(later))
+    wanted = as_told({**lines, **later})
+    after_step(20, lambda: wait_until(lambda: wanted <= told(state), 60))
     monitor = build.SystemMonitor
 
     def watching(gpu_uuids, disk_path, interval_s, first_gpu_index, **options):
-        return monitor(None, disk_path, 0.02, first_gpu_index, **options)
+        return monitor(None, disk_path, 0.05, first_gpu_index, **options)
 
     replaced(build, "SystemMonitor", watching)
 
@@ -72,6 +78,11 @@ def gpu_tags(output: Path) -> dict[str, set[str]]:
                 if tag.startswith("GPU_"):
                     found.setdefault(tag.partition("/")[0], set()).add(tag.partition("/")[2])
     return found
+
+
+def as_told(lines: dict[str, int]) -> set[str]:
+    """Lines of the state file as the fake driver tells them."""
+    return {f"{key} {value}" for key, value in lines.items()}
 
 
 def told(state: Path) -> set[str]:
@@ -90,7 +101,7 @@ def driver(
     outcome = rig.run(output, patch=patch)
     problems = nothing_lost(output, rig.reference, outcome)
     tags = gpu_tags(output)
-    faults = {f"{key} {value}" for key, value in {**lines, **(later or {})}.items()}
+    faults = as_told({**lines, **(later or {})})
     fired = faults <= told(state) and (bool(tags) or bool(faults))
     if absent and any(absent in of_one for of_one in tags.values()) and not later:
         problems.append(f"{absent} has a value")
@@ -111,7 +122,7 @@ def f18(rig: Rig, tally: Tally, count: int) -> None:
         ("no library", {"missing": 1}, "Utilization_Percent", None),
         ("a call hangs", {"hang.nvmlDeviceGetPowerUsage": 1}, "Power_W", None),
         ("MIG", {"mig.0": 2}, "", None),
-        ("a board goes", {}, "", {"count": 1}),
+        ("a board goes", {}, "", {f"error.{call}.1": 15 for call in READINGS}),
         ("lost in the run", {}, "", {"error.nvmlDeviceGetUtilizationRates": 15}),
     ]
     cases += [

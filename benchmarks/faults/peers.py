@@ -43,13 +43,15 @@ def start_ranks(
 
     def action(rank: int) -> int:
         if world > 1:
-            os.environ |= {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(world),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            }
+            os.environ.update(
+                {
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(world),
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port),
+                }
+            )
         patch = (patches or {}).get(rank)
         return rig.main(output, *more, patch=patch, notes=notes(output, rank))
 
