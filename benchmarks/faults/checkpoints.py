@@ -413,8 +413,8 @@ def overwrite_damaged() -> None:
     """Mutant: a damaged checkpoint is deleted."""
     rename = os.rename
 
-    def delete(src, dst):
-        shutil.rmtree(src) if str(dst).endswith(".damaged") else rename(src, dst)
+    def delete(src, dst, **places):
+        shutil.rmtree(src) if str(dst).endswith(".damaged") else rename(src, dst, **places)
 
     replaced(os, "rename", delete)
 

@@ -777,11 +777,11 @@ def pickle_is_loaded() -> None:
     """Mutant: what is no safetensors is tried as pickle."""
     real = checkpoint.load_file
 
-    def either(path: Path) -> dict:
+    def either(filename, *rest, **options) -> dict:
         try:
-            return real(path)
+            return real(filename, *rest, **options)
         except checkpoint.SafetensorError:
-            return pickle.loads(path.read_bytes())
+            return pickle.loads(filename.read_bytes())
 
     replaced(checkpoint, "load_file", either)
 
@@ -942,7 +942,7 @@ def nothing_is_redacted() -> None:
     for module in (terminal, runs_record, summary):
         for name in ("redact", "redact_values", "clean"):
             if hasattr(module, name):
-                replaced(module, name, lambda value, *_: value)
+                replaced(module, name, lambda text, *_, **__: text)
 
 
 ROWS = [

@@ -50,7 +50,7 @@ def f01(rig: Rig, tally: Tally, count: int) -> None:
     """kill -9 anywhere, the same command again until the run is done; a trial is a kill.
 
     It comes when the process has computed for a drawn part of a step after a drawn change to a file:
-    the first of a run anywhere in it, the next ones soon after a start.
+    the second of a run behind its first checkpoint, the others soon after a start.
     """
     if not hook.preloaded():
         tally.skip("needs a C compiler and LD_PRELOAD")
@@ -61,7 +61,8 @@ def f01(rig: Rig, tally: Tally, count: int) -> None:
         killed: list[tuple[str, bool, list[str]]] = []
         before = 0
         for number in range(kills):
-            first = draw.randrange(1, len(rig.changes) - 80 if not number else 60)
+            behind = range(len(rig.changes) // 3, len(rig.changes) - 80)
+            first = draw.choice(behind if number == 1 else range(1, 60))
             later = draw.uniform(0.0, rig.cpu_seconds / NUM_STEPS)
             log.unlink(missing_ok=True)
 
@@ -358,7 +359,7 @@ ENDINGS = {  # of a short run: options, exit code, what it says then
     "ok": ((), 0, "done: 2 steps"),
     "bad": (("--learning-rate", "-1"), 2, "learning_rate"),
     "missing": (("--data-path", "/nowhere/no.jsonl"), 2, "no.jsonl"),
-    "interrupted": ((), 0, "interrupted"),
+    "interrupted": ((), 0, "SIGINT: saved step"),
 }
 
 
