@@ -190,7 +190,7 @@ def f13(rig: Rig, tally: Tally, count: int) -> None:
         return
     draw = random.Random(13)
     for number in range(count):
-        step = draw.randrange(1, NUM_STEPS - 3)
+        step = draw.randrange(1, NUM_STEPS - 8)
         later = draw.uniform(0, rig.cpu_seconds / NUM_STEPS)
         tally.attempt(
             f"rank {number % 2}, {later * 1000:.0f} ms after step {step}",
