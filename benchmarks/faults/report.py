@@ -78,9 +78,15 @@ A trial survives when nothing is lost: the newest announced checkpoint loads, ev
 learning rate, random state and the final adapter's SHA-256 equal those of an uninterrupted run to the last
 bit, every document was trained once per epoch, TensorBoard shows each step once,
 `training_statistics.json` is strict JSON with the same totals, no temporary file and no process is left.
-A trial is void unless something shows that its fault came: the call that fired, the file that is another, the
-process that died there. A mutant is the program with one protection removed; its trials must fail, else the
-row proves nothing.
+A trial is void unless something shows that its fault came: the call that fired, the file that is another,
+the process that died there. A mutant is the program with one protection removed; its trials must fail,
+else the row proves nothing.
+
+`--quick` has every row, every kind of trial and every mutant, and CI runs it whole. What it leaves to
+`--all`: of crash points that differ in numbers only it takes one; of steps, kills, bits, bytes and error
+codes some, drawn with a fixed seed; one case of a kind (a jump of the clock, a full disk in a place)
+instead of all; no soak.
+CPU s: processor time of the row's trials and mutants.
 
 | | fault | tried | survived | lost | void | mutants caught | CPU s | Trainer + peft survived |
 |---|---|---|---|---|---|---|---|---|
