@@ -466,7 +466,7 @@ def refusals_end_with_0() -> None:
 ROWS = [
     Row(
         "F01",
-        "kill -9 at random times, the same command again",
+        "kill -9 anywhere, the same command again",
         f01,
         full=200,
         quick=8,
