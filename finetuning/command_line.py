@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from finetuning.common.errors import UserError
+from finetuning.common.files import regular
 from finetuning.config import DirectTrainingConfig, allowed_values, closest, either
 from finetuning.foreign_names import known_names, our_arguments, translated
 
@@ -47,7 +48,8 @@ def parse_command_line(arguments: list[str]) -> CommandLine:
 def read_config_file(path: Path) -> DirectTrainingConfig:
     """A configuration from TOML, `key = value` lines; all faults in one UserError."""
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # Notepad writes a mark
+        text = regular(path).read_text(encoding="utf-8-sig")  # Notepad writes a mark
+        values = tomllib.loads(text)
     except OSError as error:
         raise UserError(f"--config {path}: can't be read ({error.strerror})") from error
     except UnicodeDecodeError as error:

@@ -4,6 +4,7 @@ uv run pytest tests/test_config.py
 """
 
 import dataclasses
+import os
 import re
 from pathlib import Path
 from typing import Union, get_args, get_origin
@@ -223,6 +224,15 @@ def test_all_faults_of_a_file_are_reported_at_once(tmp_path: Path):
 def test_a_broken_file_is_one_clear_error(tmp_path: Path, text: str):
     with pytest.raises(UserError, match="not valid TOML"):
         read_config_file(toml(tmp_path, text))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX special files")
+def test_a_pipe_or_a_device_is_refused_at_once(tmp_path: Path):
+    """Reading them would wait for ever, or fill the memory."""
+    os.mkfifo(tmp_path / "run.toml")
+    for path in (tmp_path / "run.toml", Path("/dev/zero")):
+        with pytest.raises(UserError, match=f"{path.name} is no regular file"):
+            read_config_file(path)
 
 
 def test_a_mark_at_the_beginning_is_no_fault(tmp_path: Path):

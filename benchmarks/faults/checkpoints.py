@@ -1,8 +1,12 @@
 """F02, F03, F09 to F12: checkpoints under crashes, cuts, flipped bits, strangers and rotation."""
 
+import contextlib
+import errno
+import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -11,11 +15,22 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from finetuning.training import checkpoint, checkpoint_manager, engine
+from finetuning.common.files import json_text
+from finetuning.training import checkpoint
 
 from . import hook
-from .rig import Rig, announced_is_kept, fork, leftovers, nothing_lost, replaced
-from .tally import Row, Tally
+from .rig import (
+    Rig,
+    announced_is_kept,
+    before_step,
+    fingerprint,
+    fork,
+    ledger_of,
+    nothing_lost,
+    replaced,
+    steps_of,
+)
+from .tally import Row, SuiteError, Tally, Trial
 
 RUN = "qwen3_4b_thinking_20260101_000000"
 
@@ -59,7 +74,7 @@ def story(directory: Path, said: Path) -> None:
         prune(directory)
 
 
-def crash_point(rig: Rig, k: int, action: int) -> tuple[bool, list[str]]:
+def crash_point(rig: Rig, k: int, action: int) -> Trial:
     """Die at the k-th change of the story; what was announced, or newer, must load and go on."""
     place = rig.place("f02")
     directory, said, log = place / "checkpoints", place / "said", place / "hook.log"
@@ -68,9 +83,8 @@ def crash_point(rig: Rig, k: int, action: int) -> tuple[bool, list[str]]:
         hook.arm(directory, action=action, first=k, log=log)
         story(directory, said)
 
-    outcome = fork(place / "console.txt", crash).wait(30)
-    if outcome.code != -signal.SIGKILL:
-        return False, []
+    outcome = fork(place / "console.txt", crash).wait()
+    fired = hook.fired(log) and outcome.code == -signal.SIGKILL
     problems = []
     announced = int(said.read_text().split()[-1]) if said.exists() else 0
     checkpoint.remove_leftovers(directory)
@@ -88,95 +102,74 @@ def crash_point(rig: Rig, k: int, action: int) -> tuple[bool, list[str]]:
     if names != ["checkpoint-10", "checkpoint-15"]:
         problems.append(f"after going on there is {names}")
     shutil.rmtree(place)
-    return hook.fired(log) or outcome.code == -signal.SIGKILL, problems
+    return fired, problems
 
 
-def number_of_changes(rig: Rig) -> int:
-    """How many changes to files the story makes."""
+def changes_of_the_story(rig: Rig) -> list[tuple[str, str]]:
+    """The changes to files that the story makes."""
     place = rig.place("f02")
 
     def count() -> None:
         hook.arm(place / "checkpoints", action=hook.ONLY_LOG, log=place / "hook.log")
         story(place / "checkpoints", place / "said")
 
-    fork(place / "console.txt", count).wait(30)
-    return len(hook.lines(place / "hook.log"))
+    fork(place / "console.txt", count).wait()
+    return hook.changes(place / "hook.log")
 
 
-def run_crash_point(rig: Rig, k: int, action: int) -> tuple[bool, list[str]]:
+def kinds_of_change(changes: list[tuple[str, str]], draw: random.Random) -> list[int]:
+    """Of changes that differ in numbers only, one; their places, from 1."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for k, (call, path) in enumerate(changes, 1):
+        found.setdefault((call, re.sub(r"\d+", "0", path)), []).append(k)
+    return sorted(draw.choice(places) for places in found.values())
+
+
+def run_crash_point(rig: Rig, k: int, action: int) -> Trial:
     """A whole run dies at its k-th change below the output directory; the same command ends it."""
     output = rig.place("f02run") / "out"
     log = output.with_name("hook.log")
-    first = rig.run(
-        output, patch=lambda: hook.arm(output, action=action, first=k, log=log), limit=120
-    )
+    first = rig.run(output, patch=lambda: hook.arm(output, action=action, first=k, log=log))
     fired = first.code == -signal.SIGKILL and hook.fired(log)
     problems = announced_is_kept(output) if (output / "checkpoints").is_dir() else []
-    second = rig.run(output, limit=120)
+    second = rig.run(output)
     problems += nothing_lost(output, rig.reference, second)
     shutil.rmtree(output.parent, ignore_errors=True)
     return fired, problems
 
 
-def changes_of_a_run(rig: Rig) -> int:
-    """How many changes to files a whole run makes; about, since the event file has its own thread."""
-    output = rig.place("f02run") / "out"
-    log = output.with_name("hook.log")
-    rig.run(output, patch=lambda: hook.arm(output, action=hook.ONLY_LOG, log=log), limit=120)
-    return len(hook.lines(log))
-
-
 def f02(rig: Rig, tally: Tally, count: int) -> None:
-    """All crash points of save and rotation, before and within each; `count` of whole runs."""
+    """Crash points of save and rotation, before each change and within each write; `count` of whole runs.
+
+    200 or more: all crash points; fewer: one of those that differ in numbers only, of a step or a process.
+    """
     if not hook.preloaded():
         tally.skip("needs a C compiler and LD_PRELOAD")
         return
-    total = number_of_changes(rig)
-    tally.measures["changes in save and rotation"] = total
-    for k in range(1, total + 1, 1 if count else 4):
-        for name, action in (("before", hook.KILL_BEFORE), ("half", hook.KILL_IN_HALF)):
-            tally.attempt(f"{name} change {k}", lambda k=k, a=action: crash_point(rig, k, a))
-    if not count:
-        return
-    total = changes_of_a_run(rig)
-    tally.measures["changes in a run"] = total
-    draw = random.Random(2)
-    points = sorted(draw.sample(range(1, total - 1), min(count, total - 2)))
-    for k in points:
+    changes, draw = changes_of_the_story(rig), random.Random(2)
+    tally.measures["changes in save and rotation"] = len(changes)
+    all_places = range(1, len(changes) + 1)
+    for k in all_places if count >= 200 else kinds_of_change(changes, draw):
+        tally.attempt(f"before change {k}", lambda k=k: crash_point(rig, k, hook.KILL_BEFORE))
+        if "write" in changes[k - 1][0]:
+            tally.attempt(f"half of {k}", lambda k=k: crash_point(rig, k, hook.KILL_IN_HALF))
+    tally.measures["changes in a run"] = len(rig.changes)
+    # Its last ones may be fewer in another run: the event file has a thread of its own.
+    for k in sorted(draw.sample(range(1, len(rig.changes) - 40), count)):
         action = draw.choice([hook.KILL_BEFORE, hook.KILL_IN_HALF, hook.KILL_AFTER])
         tally.attempt(f"run, change {k}", lambda k=k, a=action: run_crash_point(rig, k, a))
 
 
 def no_staging() -> None:
-    """Mutant: files are written where they will stay, the manifest among them."""
+    """Mutant: files are written under the name of a checkpoint from the first one on."""
 
-    def write_in_place(directory, step, *, run, tensors, documents, state):
-        directory.mkdir(parents=True, exist_ok=True)
-        target = directory / f"checkpoint-{step}"
-        target.mkdir(exist_ok=True)
-        manifest = {
-            "format": checkpoint.FORMAT,
-            "step": step,
-            "run": run,
-            "sequence": 1
-            + max((m["sequence"] for _, m in checkpoint._manifests(directory)), default=0),
-        }
-        files = {f"{n}.safetensors": checkpoint.save_safetensors(t) for n, t in tensors.items()} | {
-            n: checkpoint._json_bytes(d) for n, d in {**documents, "state.json": state}.items()
-        }
-        manifest["files"] = {
-            n: {"bytes": len(d), "sha256": checkpoint.hashlib.sha256(d).hexdigest()}
-            for n, d in files.items()
-        }
-        checkpoint._write(
-            target / "manifest.json", checkpoint._json_bytes(checkpoint._sealed(manifest))
-        )
-        for name, data in files.items():
-            checkpoint._write(target / name, data)
-        return target
+    @contextlib.contextmanager
+    def in_the_open(parent, prefix, name=""):
+        folder = parent / f"checkpoint-{name.partition('-')[0]}.1"
+        folder.mkdir(parents=True)
+        yield folder
 
-    replaced(checkpoint, "save_checkpoint", write_in_place)
-    replaced(checkpoint_manager, "save_checkpoint", write_in_place)
+    replaced(checkpoint, "staging_folder", in_the_open)
 
 
 def delete_before_saving() -> None:
@@ -235,7 +228,7 @@ def _removes(call: str, path: str, target: str) -> bool:
 
 
 def f03(rig: Rig, tally: Tally, count: int) -> None:
-    """The order of system calls, seen by the preloaded library and by strace."""
+    """The order of system calls, seen by the preloaded library."""
     if hook.preloaded():
         _order_of_the_story(rig, tally)
         _order_of_a_run(rig, tally)
@@ -251,7 +244,7 @@ def _order_of_the_story(rig: Rig, tally: Tally) -> None:
         hook.arm(place, action=hook.ONLY_LOG, log=log)
         story(place / "checkpoints", place / "said")
 
-    fork(place / "console.txt", watched).wait(30)
+    fork(place / "console.txt", watched).wait()
     publishes, faults = order_faults(hook.lines(log), place / "checkpoints")
     for number in range(3):
         tally.add(f"publish {number + 1}", publishes == 3, faults)
@@ -260,7 +253,7 @@ def _order_of_the_story(rig: Rig, tally: Tally) -> None:
 def _order_of_a_run(rig: Rig, tally: Tally) -> None:
     output = rig.place("f03run") / "out"
     log = output.with_name("hook.log")
-    rig.run(output, patch=lambda: hook.arm(output, action=hook.ONLY_LOG, log=log), limit=120)
+    rig.run(output, patch=lambda: hook.arm(output, action=hook.ONLY_LOG, log=log))
     lines = [
         line for line in hook.lines(log) if "/checkpoints" in line or line.endswith("training.log")
     ]
@@ -271,7 +264,7 @@ def _order_of_a_run(rig: Rig, tally: Tally) -> None:
 
 def no_fsync() -> None:
     """Mutant: files are written, not synced."""
-    replaced(checkpoint.os, "fsync", lambda descriptor: None)
+    replaced(checkpoint.os, "fsync", lambda fd: None)
 
 
 def no_parent_fsync() -> None:
@@ -287,31 +280,32 @@ def two_checkpoints(rig: Rig) -> Path:
     """A run that was asked to stop at step 12: its checkpoints are of steps 10 and 12."""
     output = rig.root / "stopped" / "out"
     if not output.exists():
-        outcome = rig.run(output, patch=lambda: stop_at(12), limit=180)
-        assert outcome.code == 0, outcome.output
+        outcome = rig.run(output, patch=lambda: stop_at(12))
+        if outcome.code or sorted(steps_of(output)) != [10, 12]:
+            raise SuiteError(f"no run stopped at step 12: {outcome.output}")
+    return output
+
+
+def copy_of_stopped(rig: Rig, name: str) -> Path:
+    """The same, with its ledger, to be damaged."""
+    output, stopped = rig.place(name) / "out", two_checkpoints(rig)
+    shutil.copytree(stopped, output)
+    shutil.copy(ledger_of(stopped), ledger_of(output))
     return output
 
 
 def stop_at(step: int, number: int = signal.SIGTERM) -> None:
     """In a child: a real signal to itself in `step`, which is the last one then."""
-    gradients = engine.TrainingEngine.forward_backward
-
-    def with_signal(self, planned, tokens, clock, state, wants_stop):
-        if state.step + 1 == step:
-            os.kill(os.getpid(), number)
-        return gradients(self, planned, tokens, clock, state, wants_stop)
-
-    engine.TrainingEngine.forward_backward = with_signal
+    before_step(step, lambda: os.kill(os.getpid(), number))
 
 
-def damaged(rig: Rig, damage: Callable[[Path], bool], resume: bool) -> tuple[bool, list[str]]:
+def damaged(rig: Rig, damage: Callable[[Path], object], resume: bool) -> Trial:
     """Damage the newest of two checkpoints; the one before must be used, the bad one kept aside."""
-    output = rig.place("damaged") / "out"
-    shutil.copytree(two_checkpoints(rig), output)
-    truncation = two_checkpoints(rig).with_name("out.truncation.jsonl")
-    shutil.copy(truncation, output.with_name(truncation.name))
+    output = copy_of_stopped(rig, "damaged")
     newest = output / "checkpoints" / "checkpoint-12"
-    fired = damage(newest)
+    whole = fingerprint(newest)
+    damage(newest)
+    fired = fingerprint(newest) != whole
     warnings: list[str] = []
     problems = []
     found = checkpoint.newest_checkpoint(output / "checkpoints", warn=warnings.append)
@@ -322,7 +316,7 @@ def damaged(rig: Rig, damage: Callable[[Path], bool], resume: bool) -> tuple[boo
     if not list((output / "checkpoints").glob("checkpoint-12*.damaged")):
         problems.append("the damaged checkpoint was not kept aside")
     if resume and not problems:
-        problems = nothing_lost(output, rig.reference, rig.run(output, limit=120))
+        problems = nothing_lost(output, rig.reference, rig.run(output))
     shutil.rmtree(output.parent, ignore_errors=True)
     return fired, problems
 
@@ -333,42 +327,38 @@ def checkpoint_files(rig: Rig) -> list[str]:
     return sorted(p.name for p in newest.iterdir())
 
 
-def cut(name: str, where: str) -> Callable[[Path], bool]:
+def cut(name: str, where: str) -> Callable[[Path], None]:
     """Truncate one file."""
 
-    def damage(path: Path) -> bool:
-        file = path / name
-        size = file.stat().st_size
+    def damage(path: Path) -> None:
+        size = (path / name).stat().st_size
         left = {"0": 0, "1": 1, "8": 8, "half": size // 2, "-1": size - 1}[where]
-        os.truncate(file, left)
-        return left != size
+        os.truncate(path / name, left)
 
     return damage
 
 
-def flip(draw: random.Random) -> Callable[[Path], bool]:
+def flip(draw: random.Random) -> Callable[[Path], None]:
     """Flip one random bit of one random byte of all files."""
 
-    def damage(path: Path) -> bool:
+    def damage(path: Path) -> None:
         files = sorted(path.iterdir())
         file = draw.choices(files, weights=[f.stat().st_size for f in files])[0]
         data = bytearray(file.read_bytes())
         data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
         file.write_bytes(data)
-        return True
 
     return damage
 
 
-def flip_sequence(bit: int) -> Callable[[Path], bool]:
+def flip_sequence(bit: int) -> Callable[[Path], None]:
     """Flip one bit of the number by which the manifest says how new it is."""
 
-    def damage(path: Path) -> bool:
+    def damage(path: Path) -> None:
         data = bytearray((path / checkpoint.MANIFEST).read_bytes())
         place = data.index(b'"sequence": ') + len(b'"sequence": ')
         data[place] ^= 1 << bit
         (path / checkpoint.MANIFEST).write_bytes(data)
-        return True
 
     return damage
 
@@ -394,51 +384,53 @@ def f10(rig: Rig, tally: Tally, count: int) -> None:
 
 def no_digests() -> None:
     """Mutant: files are read without looking at their digest."""
-    replaced(checkpoint, "_verify", lambda file, entry: None)
+
+    def careless(path):
+        manifest = json.loads((path / checkpoint.MANIFEST).read_bytes())
+        state = json.loads((path / checkpoint.STATE).read_bytes())
+        tensors = {
+            file.stem: safetensors.torch.load_file(file) for file in path.glob("*.safetensors")
+        }
+        return checkpoint.Checkpoint(path, manifest["step"], manifest["run"], tensors, state)
+
+    replaced(checkpoint, "load_checkpoint", careless)
 
 
 def no_seal() -> None:
     """Mutant: the manifest is believed as it stands."""
-    read = checkpoint._read_manifest
+    real = checkpoint.newest_checkpoint
 
-    def believed(path):
-        try:
-            return read(path)
-        except checkpoint.DamagedCheckpoint:
-            return json.loads((path / checkpoint.MANIFEST).read_bytes())
+    def believes(directory, *, warn, run=None):
+        for path in directory.glob("checkpoint-*"):
+            with contextlib.suppress(ValueError, OSError):
+                sealed(path, json.loads((path / checkpoint.MANIFEST).read_bytes()))
+        return real(directory, warn=warn, run=run)
 
-    replaced(checkpoint, "_read_manifest", believed)
+    replaced(checkpoint, "newest_checkpoint", believes)
 
 
 def overwrite_damaged() -> None:
     """Mutant: a damaged checkpoint is deleted."""
-    replaced(checkpoint, "_put_aside", lambda path: shutil.rmtree(path) or path)
+    rename = os.rename
+
+    def delete(src, dst, **places):
+        shutil.rmtree(src) if str(dst).endswith(".damaged") else rename(src, dst, **places)
+
+    replaced(os, "rename", delete)
 
 
 # -----------------------------------------------------------------------------
 # F11: missing, swapped, foreign
 
 
-def missing(name: str) -> Callable[[Path], bool]:
+def missing(name: str) -> Callable[[Path], None]:
     """One file is gone."""
-
-    def damage(path: Path) -> bool:
-        (path / name).unlink()
-        return True
-
-    return damage
+    return lambda path: (path / name).unlink()
 
 
-def swapped(name: str) -> Callable[[Path], bool]:
+def swapped(name: str) -> Callable[[Path], None]:
     """One file is that of the older checkpoint."""
-
-    def damage(path: Path) -> bool:
-        other = path.with_name("checkpoint-10") / name
-        differs = other.read_bytes() != (path / name).read_bytes()
-        shutil.copy(other, path / name)
-        return differs
-
-    return damage
+    return lambda path: shutil.copy(path.with_name("checkpoint-10") / name, path / name)
 
 
 def resealed(path: Path) -> None:
@@ -446,9 +438,16 @@ def resealed(path: Path) -> None:
     manifest = json.loads((path / checkpoint.MANIFEST).read_bytes())
     for name in manifest["files"]:
         data = (path / name).read_bytes()
-        digest = checkpoint.hashlib.sha256(data).hexdigest()
-        manifest["files"][name] = {"bytes": len(data), "sha256": digest}
-    (path / checkpoint.MANIFEST).write_bytes(checkpoint._json_bytes(checkpoint._sealed(manifest)))
+        manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    sealed(path, manifest)
+
+
+def sealed(path: Path, manifest: dict) -> None:
+    """Write a manifest with the digest of its other entries, as the format has it."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    digest = hashlib.sha256((json_text(content, indent=1) + "\n").encode()).hexdigest()
+    text = json_text({**content, "sha256": digest}, indent=1) + "\n"
+    (path / checkpoint.MANIFEST).write_text(text, encoding="utf-8", newline="\n")
 
 
 def change_adapter(change: Callable[[dict], dict]) -> Callable[[Path], None]:
@@ -465,22 +464,38 @@ def change_adapter(change: Callable[[dict], dict]) -> Callable[[Path], None]:
 
 def foreign(
     rig: Rig, change: Callable[[Path], None] | None, *options: str, words: tuple[str, ...]
-) -> tuple[bool, list[str]]:
+) -> Trial:
     """A whole checkpoint that does not belong to this run: refused with exit code 2, by name."""
-    output = rig.place("foreign") / "out"
-    shutil.copytree(two_checkpoints(rig), output)
+    output = copy_of_stopped(rig, "foreign")
+    whole = fingerprint(output)
     if change:
         for name in ("checkpoint-12", "checkpoint-10"):
             change(output / "checkpoints" / name)
-    outcome = rig.run(output, *options, limit=60)
+    outcome = rig.run(output, *options)
     problems = []
     if outcome.code != 2:
         problems.append(f"exit code {outcome.code} instead of 2: {outcome.output[-300:]}")
     problems += [f"the message does not say {w}" for w in words if w not in outcome.output]
     if "Traceback" in outcome.output:
         problems.append("a traceback instead of a message")
+    fired = bool(options) or fingerprint(output / "checkpoints") != {
+        name.removeprefix("checkpoints/"): digest
+        for name, digest in whole.items()
+        if name.startswith("checkpoints/")
+    }
     shutil.rmtree(output.parent, ignore_errors=True)
-    return True, problems
+    return fired, problems
+
+
+def as_it_is(rig: Rig) -> Trial:
+    """The same checkpoint with none of these changes goes on: it is they that are refused."""
+    output = copy_of_stopped(rig, "foreign")
+    for path in (output / "checkpoints").glob("checkpoint-*"):
+        resealed(path)
+    outcome = rig.run(output)
+    problems = nothing_lost(output, rig.reference, outcome)
+    shutil.rmtree(output.parent, ignore_errors=True)
+    return "resumed" in outcome.output, problems
 
 
 def _without_one(tensors: dict) -> dict:
@@ -508,131 +523,134 @@ def f11(rig: Rig, tally: Tally, count: int) -> None:
     for name, change, options, words in cases[:count]:
         trial = lambda c=change, o=options, w=words: foreign(rig, c, *o, words=w)  # noqa: E731
         tally.attempt(name, trial)
+    tally.attempt("none of these", lambda: as_it_is(rig))
 
 
 def tolerant_loading() -> None:
     """Mutant: tensors that do not fit are passed over, as peft does."""
     from finetuning.model import adapters
 
-    def tolerant(model, tensors, source):
+    def tolerant(model, tensors):
         live = adapters.adapter_state(model)
         for name in live.keys() & tensors.keys():
             live[name].copy_(tensors[name])
 
-    replaced(adapters, "_load_exactly", tolerant)
+    replaced(adapters, "load_adapter_state", tolerant)
 
 
 # -----------------------------------------------------------------------------
 # F12: rotation
 
 
-def rotation(rig: Rig) -> Iterator[tuple[str, Callable[[], tuple[bool, list[str]]]]]:
+def saved(rig: Rig, *steps: int, run: str = RUN) -> list[Path]:
+    """Small checkpoints of these steps, saved in this order."""
+    place = rig.place("f12") / "checkpoints"
+    return [save(place, step, run) for step in steps]
+
+
+def rotated(paths: list[Path], trap: Callable[[], bool], gone: str, stays: str, **how) -> Trial:
+    """Rotation with a trap in its way: the steps that must go, those that must stay; whether it stood."""
+    place = paths[0].parent
+    stood = trap() and all(
+        (place / f"checkpoint-{s}").exists() for s in (gone + " " + stays).split()
+    )
+    prune(place, **how)
+    left = sorted(path.name for path in place.iterdir())
+    problems = [f"{s} is still there" for s in gone.split() if f"checkpoint-{s}" in left]
+    problems += [f"{s} was removed" for s in stays.split() if f"checkpoint-{s}" not in left]
+    problems += ["the trap was changed"] if stood and not trap() else []
+    return stood, [f"{'; '.join(problems)}; left {left}"] if problems else []
+
+
+def _stale(rig: Rig) -> Trial:
+    paths = saved(rig, 9999, run=RUN.replace("2026", "2025"))
+    place = paths[0].parent
+    for step in (5, 10, 15):
+        save(place, step)
+
+    def newest_is_15() -> bool:
+        return checkpoint.newest_checkpoint(place, warn=quiet).step == 15
+
+    fired, problems = rotated(paths, lambda: True, "5 10", "15 9999", keep=1)
+    return fired, problems + ([] if newest_is_15() else ["15 is not the newest"])
+
+
+def _link_inside(rig: Rig) -> Trial:
+    paths = saved(rig, 5, 10, 15, 20)
+    outside = paths[0].parent.with_name("outside")
+    outside.mkdir()
+    (outside / "file").write_text("mine")
+    (paths[0] / "link").symlink_to(outside)
+    return rotated(paths, (outside / "file").is_file, "5 10 15", "20", keep=1)
+
+
+def _linked(rig: Rig) -> Trial:
+    paths = saved(rig, 5, 10, 15, 20)
+    elsewhere = paths[0].parent.with_name("elsewhere")
+    shutil.move(paths[0], elsewhere)
+    paths[0].symlink_to(elsewhere)
+    whole = fingerprint(elsewhere)
+
+    def untouched() -> bool:
+        return paths[0].is_symlink() and bool(whole) and fingerprint(elsewhere) == whole
+
+    return rotated(paths, untouched, "10 15", "5 20", keep=1)
+
+
+def _strangers(rig: Rig) -> Trial:
+    paths = saved(rig, 5, 10, 15, 20)
+    for name in ("checkpoint-7", "checkpoint-3.damaged"):
+        (paths[0].with_name(name)).mkdir()
+    mine = paths[0].with_name("checkpoint-7") / "mine.txt"
+    mine.write_text("mine")
+    return rotated(paths, mine.is_file, "5 10 15", "7 3.damaged 20", keep=1)
+
+
+def _undeletable(rig: Rig) -> Trial:
+    paths = saved(rig, 5, 10, 15, 20)
+    place, said, log = paths[0].parent, paths[0].parent.with_name("said"), rig.place("f12") / "log"
+
+    def action() -> None:
+        hook.arm(
+            place,
+            action=hook.FAIL,
+            number=errno.EPERM,
+            count=hook.FOREVER,
+            operations=hook.UNLINK | hook.RENAME,
+            contains="checkpoint-5",
+            log=log,
+        )
+        warnings: list[str] = []
+        checkpoint.prune_checkpoints(place, run=RUN, keep=1, protect=None, warn=warnings.append)
+        hook.disarm()
+        said.write_text("\n".join(warnings))
+
+    outcome = fork(place.with_name("console.txt"), action).wait()
+    problems = [f"exit {outcome.code}: {outcome.output}"] if outcome.code else []
+    problems += [] if said.exists() and "checkpoint-5" in said.read_text() else ["not told"]
+    left = {path.name for path in place.iterdir()}
+    problems += ["the others were not removed"] if "checkpoint-10" in left else []
+    return hook.fired(log), problems + ([] if "checkpoint-20" in left else ["20 was removed"])
+
+
+def rotation(rig: Rig) -> Iterator[tuple[str, Callable[[], Trial]]]:
     """Traps for the code that removes old checkpoints: name and trial."""
 
-    def directory(steps=(5, 10, 15, 20)) -> tuple[Path, list[Path]]:
-        place = rig.place("f12") / "checkpoints"
-        return place, [save(place, step) for step in steps]
+    def plain(gone: str, stays: str, *steps: int, best: int = 0, keep: int = 1) -> Trial:
+        paths = saved(rig, *(steps or (5, 10, 15, 20)))
+        protect = paths[0].with_name(f"checkpoint-{best}") if best else None
+        return rotated(paths, lambda: True, gone, stays, keep=keep, protect=protect)
 
-    def left(place: Path) -> set[str]:
-        return {p.name for p in place.iterdir()}
-
-    def expect(place: Path, *names: str) -> list[str]:
-        missing = [n for n in names if n not in left(place)]
-        return [f"{', '.join(missing)} removed; left {sorted(left(place))}"] if missing else []
-
-    def stale() -> tuple[bool, list[str]]:
-        place = rig.place("f12") / "checkpoints"
-        save(place, 9999, run=RUN.replace("2026", "2025"))
-        for step in (5, 10, 15):
-            save(place, step)
-        prune(place, keep=1)
-        found = checkpoint.newest_checkpoint(place, warn=quiet)
-        problems = expect(place, "checkpoint-9999", "checkpoint-15")
-        problems += [f"newest is {found.step}"] if found.step != 15 else []
-        return True, problems
-
-    def best() -> tuple[bool, list[str]]:
-        place, paths = directory()
-        prune(place, keep=1, protect=paths[0])
-        gone = [] if "checkpoint-10" not in left(place) else ["nothing was removed"]
-        return True, expect(place, "checkpoint-5", "checkpoint-20") + gone
-
-    def one() -> tuple[bool, list[str]]:
-        place, _ = directory()
-        prune(place, keep=1)
-        return True, [] if left(place) == {"checkpoint-20"} else [str(left(place))]
-
-    def none() -> tuple[bool, list[str]]:
-        place, _ = directory()
-        prune(place, keep=0)
-        return True, expect(place, "checkpoint-20")
-
-    def lower_step_newer() -> tuple[bool, list[str]]:
-        place, _ = directory((15, 20, 5))  # went back by hand to an early step
-        prune(place, keep=1)
-        return True, expect(place, "checkpoint-5")
-
-    def linked() -> tuple[bool, list[str]]:
-        place, paths = directory()
-        elsewhere = place.parent / "elsewhere"
-        shutil.move(paths[0], elsewhere)
-        paths[0].symlink_to(elsewhere)
-        prune(place, keep=1)
-        kept = (elsewhere / "manifest.json").is_file() and (elsewhere / "state.json").is_file()
-        return True, [] if kept and paths[0].is_symlink() else ["a link was followed or removed"]
-
-    def link_inside() -> tuple[bool, list[str]]:
-        place, paths = directory()
-        outside = place.parent / "outside"
-        outside.mkdir()
-        (outside / "file").write_text("mine")
-        (paths[0] / "link").symlink_to(outside)
-        prune(place, keep=1)
-        return True, [] if (outside / "file").is_file() else ["a link inside was followed"]
-
-    def strangers() -> tuple[bool, list[str]]:
-        place, _ = directory()
-        (place / "checkpoint-7").mkdir()
-        (place / "checkpoint-7" / "mine.txt").write_text("mine")
-        (place / "checkpoint-3.damaged").mkdir()
-        prune(place, keep=1)
-        return True, expect(place, "checkpoint-7", "checkpoint-3.damaged", "checkpoint-20")
-
-    def undeletable() -> tuple[bool, list[str]]:
-        place, _ = directory()
-        result = place.parent / "warnings"
-
-        def action() -> None:
-            hook.arm(
-                place,
-                action=hook.FAIL,
-                error=1,
-                count=hook.FOREVER,
-                operations=hook.UNLINK | hook.RENAME,
-                contains="checkpoint-5",
-                log=place.parent / "hook.log",
-            )
-            said: list[str] = []
-            checkpoint.prune_checkpoints(place, run=RUN, keep=1, protect=None, warn=said.append)
-            hook.disarm()
-            result.write_text("\n".join(said))
-
-        outcome = fork(place.parent / "console.txt", action).wait(20)
-        problems = [f"exit {outcome.code}: {outcome.output}"] if outcome.code else []
-        problems += [] if "checkpoint-5" in result.read_text() else ["no warning names it"]
-        problems += ["the others were not removed"] if "checkpoint-10" in left(place) else []
-        return hook.fired(place.parent / "hook.log"), problems + expect(place, "checkpoint-20")
-
-    yield "stale checkpoint-9999 of an older run", stale
-    yield "best is not last", best
-    yield "keep 1", one
-    yield "keep 0 keeps the newest", none
-    yield "lower step is newer", lower_step_newer
-    yield "old checkpoint is a link", linked
-    yield "link inside an old checkpoint", link_inside
-    yield "directories of others", strangers
+    yield "stale checkpoint-9999 of an older run", lambda: _stale(rig)
+    yield "best is not last", lambda: plain("10 15", "5 20", best=5)
+    yield "keep 1", lambda: plain("5 10 15", "20")
+    yield "keep 0 keeps the newest", lambda: plain("5 10 15", "20", keep=0)
+    yield "lower step is newer", lambda: plain("15 20", "5", 15, 20, 5)
+    yield "old checkpoint is a link", lambda: _linked(rig)
+    yield "link inside an old checkpoint", lambda: _link_inside(rig)
+    yield "directories of others", lambda: _strangers(rig)
     if hook.preloaded():
-        yield "an old checkpoint can't be removed", undeletable
+        yield "an old checkpoint can't be removed", lambda: _undeletable(rig)
 
 
 def f12(rig: Rig, tally: Tally, count: int) -> None:
@@ -666,11 +684,6 @@ def prune_unprotected() -> None:
     )
 
 
-def leftovers_of(output: Path) -> list[str]:
-    """Temporary files."""
-    return leftovers(output)
-
-
 ROWS = [
     Row(
         "F02",
@@ -678,7 +691,6 @@ ROWS = [
         f02,
         full=200,
         quick=4,
-        in_quick=True,
         mutants={"no staging": no_staging, "old one removed first": delete_before_saving},
         mutant_count=0,
     ),
@@ -688,7 +700,6 @@ ROWS = [
         f03,
         full=1,
         quick=1,
-        in_quick=True,
         mutants={"no fsync": no_fsync, "no fsync of directories": no_parent_fsync},
     ),
     Row(
@@ -697,9 +708,9 @@ ROWS = [
         f09,
         full=30,
         quick=1,
-        in_quick=True,
         mutants={"digests not looked at": no_digests, "damaged ones deleted": overwrite_damaged},
         mutant_count=0,
+        needs=(two_checkpoints,),
     ),
     Row(
         "F10",
@@ -707,9 +718,9 @@ ROWS = [
         f10,
         full=200,
         quick=60,
-        in_quick=True,
         mutants={"digests not looked at": no_digests, "manifest without a seal": no_seal},
         mutant_count=10,
+        needs=(two_checkpoints,),
     ),
     Row(
         "F11",
@@ -717,9 +728,9 @@ ROWS = [
         f11,
         full=4,
         quick=4,
-        in_quick=True,
         mutants={"tensors that do not fit are passed over": tolerant_loading},
         mutant_count=4,
+        needs=(two_checkpoints,),
     ),
     Row(
         "F12",
@@ -727,7 +738,6 @@ ROWS = [
         f12,
         full=1,
         quick=1,
-        in_quick=True,
         mutants={"by step number": prune_by_step, "best not protected": prune_unprotected},
     ),
 ]

@@ -1,9 +1,9 @@
-/* Preloaded before libc: counts, logs, fails or kills at the k-th change to files below a directory.
+/* Preloaded before libc: counts, logs, fails or signals at the k-th change to files below a directory.
  *
- * cc -shared -fPIC -o fault_hook.so fault_hook.c -ldl
+ * cc -shared -fPIC -o fault_hook.so fault_hook.c -ldl -lrt
  *
- * Idle until fault_arm() is called (ctypes) or FAULT_HOOK="prefix|contains|ops|first|count|action|errno|logfile"
- * is in the environment. Path names of descriptors come from /proc/self/fd.
+ * Idle until fault_arm() is called (ctypes) or FAULT_HOOK="prefix|contains|ops|first|count|action|number|nanoseconds|logfile"
+ * is in the environment. READ, files that are opened to be read, is no change and has to be asked for. Path names of descriptors come from /proc/self/fd.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -17,22 +17,24 @@
 #include <sys/syscall.h>
 #include <sys/types.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
-enum { OPEN = 1, WRITE = 2, SYNC = 4, RENAME = 8, UNLINK = 16, MKDIR = 32, TRUNCATE = 64, LINK = 128 };
-enum { ONLY_LOG = 0, KILL_BEFORE = 1, FAIL = 2, KILL_IN_HALF = 3, KILL_AFTER = 4 };
+enum { OPEN = 1, WRITE = 2, SYNC = 4, RENAME = 8, UNLINK = 16, MKDIR = 32, TRUNCATE = 64, LINK = 128, READ = 256 };
+enum { ONLY_LOG = 0, KILL_BEFORE = 1, FAIL = 2, KILL_IN_HALF = 3, KILL_AFTER = 4, SIGNAL = 5 };
 
 static char prefix[4096], contains[256];
 static unsigned wanted;
 static long first, count, seen, fired;
-static int action, error_number, log_handle = -1;
+static long delay;
+static int action, number, log_handle = -1;
 
-void fault_arm(const char *below, const char *with, unsigned ops, long from, long times, int what, int error,
-               int handle) {
+void fault_arm(const char *place, const char *with, unsigned ops, long from, long times, int what, int value,
+               long nanoseconds, int handle) {
     wanted = 0;
-    snprintf(prefix, sizeof prefix, "%s", below);
+    snprintf(prefix, sizeof prefix, "%s", place);
     snprintf(contains, sizeof contains, "%s", with);
-    first = from, count = times, action = what, error_number = error, log_handle = handle;
+    first = from, count = times, action = what, number = value, delay = nanoseconds, log_handle = handle;
     seen = fired = 0;
     wanted = ops;
 }
@@ -41,13 +43,13 @@ long fault_seen(void) { return seen; }
 long fault_fired(void) { return fired; }
 
 __attribute__((constructor)) static void from_environment(void) {
-    char *text = getenv("FAULT_HOOK"), *field[8];
+    char *text = getenv("FAULT_HOOK"), *field[9];
     if (!text || !(text = strdup(text))) return;
-    for (int i = 0; i < 8; i++)
+    for (int i = 0; i < 9; i++)
         if (!(field[i] = strsep(&text, "|"))) return;
-    int handle = open(field[7], O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
+    int handle = open(field[8], O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
     fault_arm(field[0], field[1], atoi(field[2]), atol(field[3]), atol(field[4]), atoi(field[5]), atoi(field[6]),
-              handle);
+              atol(field[7]), handle);
 }
 
 static void name_of(int fd, char *out) {
@@ -74,11 +76,25 @@ static void note(const char *verb, const char *name, const char *path, const cha
     syscall(SYS_write, log_handle, line, length);
 }
 
+/* A signal to this process, at once or when it has computed for `delay` nanoseconds more. */
+static void raise_signal(void) {
+    timer_t timer;
+    struct sigevent event = {.sigev_notify = SIGEV_SIGNAL, .sigev_signo = number};
+    struct itimerspec when = {.it_value = {delay / 1000000000, delay % 1000000000}};
+    if (!delay || timer_create(CLOCK_PROCESS_CPUTIME_ID, &event, &timer) || timer_settime(timer, 0, &when, NULL))
+        kill(getpid(), number);
+}
+
+/* Whether the path is the prefix or below it. */
+static int below(const char *path) {
+    size_t n = strlen(prefix);
+    return !strncmp(path, prefix, n) && (!path[n] || path[n] == '/' || (n && prefix[n - 1] == '/'));
+}
+
 /* 0: go on. 1: fail with errno set. 2: write half, then die. 3: die afterwards. */
 static int meets(unsigned op, const char *name, const char *path, const char *target) {
-    size_t n = strlen(prefix);
     if (!(wanted & op)) return 0;
-    if (strncmp(path, prefix, n) && strncmp(target, prefix, n)) return 0;
+    if (!below(path) && !below(target)) return 0;
     if (*contains && !strstr(path, contains) && !strstr(target, contains)) return 0;
     long turn = __sync_add_and_fetch(&seen, 1);
     int hit = action != ONLY_LOG && turn >= first && turn < first + count;
@@ -88,7 +104,11 @@ static int meets(unsigned op, const char *name, const char *path, const char *ta
     if (action == KILL_BEFORE || (action == KILL_IN_HALF && op != WRITE)) kill(getpid(), SIGKILL);
     if (action == KILL_IN_HALF) return 2;
     if (action == KILL_AFTER) return 3;
-    errno = error_number;
+    if (action == SIGNAL) {
+        raise_signal();
+        return 0;
+    }
+    errno = number;
     return 1;
 }
 
@@ -175,8 +195,8 @@ int renameat2(int a, const char *old, int b, const char *new, unsigned flags) {
             mode = va_arg(rest, mode_t);                                                                               \
             va_end(rest);                                                                                              \
         }                                                                                                              \
-        if ((wanted & OPEN) && (flags & (O_CREAT | O_TRUNC)))                                                          \
-            join(directory, path, full), what = meets(OPEN, "open", full, "");                                         \
+        int op = flags & (O_CREAT | O_TRUNC) ? OPEN : (flags & O_ACCMODE) == O_RDONLY ? READ : 0;                      \
+        if (wanted & op) join(directory, path, full), what = meets(op, op == OPEN ? "open" : "read", full, "");        \
         if (what == 1) return -1;                                                                                      \
         DIE_AFTER(call);                                                                                               \
     }

@@ -20,7 +20,6 @@ import random
 import shutil
 import signal
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -112,7 +111,7 @@ class Peer:
         self.rig = rig
         self.reference = self.finished(self.run("reference"))
         self.stopped = rig.place("peer") / "out"
-        self.start(self.stopped, patch=None, stop_step=12).wait(200)
+        self.start(self.stopped, patch=None, stop_step=12).wait()
 
     def start(self, output: Path, patch: Callable | None = None, **options: int):
         """Fork a run."""
@@ -128,7 +127,7 @@ class Peer:
     def run(self, name: str) -> Path:
         """A whole run."""
         output = self.rig.place(name) / "out"
-        self.seconds = (done := self.start(output).wait(300)).seconds
+        self.cpu_seconds = (done := self.start(output).wait()).cpu_seconds
         assert done.code == 0, done.output
         return output
 
@@ -147,7 +146,7 @@ class Peer:
 
     def again(self, output: Path) -> str:
         """The same command until its end."""
-        return self.verdict(output, self.start(output).wait(300).code)
+        return self.verdict(output, self.start(output).wait().code)
 
     def copy_of_stopped(self) -> Path:
         """Two checkpoints and the losses so far, as a run killed at step 12 leaves them."""
@@ -163,11 +162,12 @@ def kills(peer: Peer, count: int) -> Counter:
     draw, found = random.Random(1), Counter()
     for _ in range(count):
         output = peer.rig.place("kill") / "out"
-        child = peer.start(output)
-        time.sleep(draw.uniform(0.3, 1.0) * peer.seconds)
-        child.kill(signal.SIGKILL)
-        child.wait()
-        found[peer.again(output)] += 1
+        later = draw.uniform(0.0, 0.7) * peer.cpu_seconds  # after its first change to a file
+        kill = lambda o=output, t=later: hook.arm(  # noqa: E731
+            o, action=hook.SIGNAL, number=signal.SIGKILL, computing=t
+        )
+        fired = peer.start(output, kill).wait().code == -signal.SIGKILL
+        found[peer.again(output) if fired else "void"] += 1
     return found
 
 
@@ -177,14 +177,14 @@ def crashes(peer: Peer, count: int) -> Counter:
     output = peer.rig.place("count") / "out"
     log = output.with_name("hook.log")
     count_only = lambda: hook.arm(output, action=hook.ONLY_LOG, contains="checkpoint-", log=log)  # noqa: E731
-    peer.start(output, count_only).wait(300)
+    peer.start(output, count_only).wait()
     total = len(hook.lines(log))
     for k in sorted(draw.sample(range(1, total + 1), min(count, total))):
         output = peer.rig.place("crash") / "out"
         kill = lambda k=k, o=output: hook.arm(  # noqa: E731
             o, action=hook.KILL_IN_HALF, first=k, contains="checkpoint-"
         )
-        fired = peer.start(output, kill).wait(300).code == -signal.SIGKILL
+        fired = peer.start(output, kill).wait().code == -signal.SIGKILL
         found[peer.again(output) if fired else "void"] += 1
     return found
 
@@ -194,7 +194,7 @@ def stops(peer: Peer, count: int) -> Counter:
     found = Counter()
     for step in random.Random(6).sample(range(1, NUM_STEPS), count):
         output = peer.rig.place("term") / "out"
-        peer.start(output, stop_step=step).wait(300)
+        peer.start(output, stop_step=step).wait()
         saved = max((int(p.name.split("-")[1]) for p in output.glob("checkpoint-*")), default=0)
         verdict = peer.again(output)
         found["lost" if saved < step and verdict == "survived" else verdict] += 1
@@ -238,14 +238,14 @@ def full_disks(peer: Peer, count: int) -> Counter:
         full = lambda f=first, o=output, log=log: hook.arm(  # noqa: E731
             o,
             action=hook.FAIL,
-            error=errno.ENOSPC,
+            number=errno.ENOSPC,
             operations=hook.WRITE,
             first=f,
             count=hook.FOREVER,
             contains="checkpoint-",
             log=log,
         )
-        peer.start(output, full).wait(300)
+        peer.start(output, full).wait()
         found[peer.again(output) if hook.fired(log) else "void"] += 1
     return found
 
@@ -258,7 +258,7 @@ def poisons(peer: Peer, count: int) -> Counter:
     found = Counter()
     for step in (10, 7, 12, 20)[:count]:
         output = peer.rig.place("nan") / "out"
-        outcome = peer.start(output, poison_step=step).wait(300)
+        outcome = peer.start(output, poison_step=step).wait()
         if outcome.code:
             found["refused"] += 1
             continue

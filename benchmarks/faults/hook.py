@@ -1,4 +1,4 @@
-"""The preloaded C library that counts, logs, fails or kills at the k-th change to files.
+"""The preloaded C library that counts, logs, fails or signals at the k-th change to files.
 
 `python -m benchmarks.faults` builds it and starts itself again under it; trials arm it in forked children.
 """
@@ -11,9 +11,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-OPEN, WRITE, SYNC, RENAME, UNLINK, MKDIR, TRUNCATE, LINK = (1 << i for i in range(8))
-ALL = 255
-ONLY_LOG, KILL_BEFORE, FAIL, KILL_IN_HALF, KILL_AFTER = range(5)
+OPEN, WRITE, SYNC, RENAME, UNLINK, MKDIR, TRUNCATE, LINK, READ = (1 << i for i in range(9))
+ALL = 255  # changes
+ONLY_LOG, KILL_BEFORE, FAIL, KILL_IN_HALF, KILL_AFTER, SIGNAL = range(6)
 _SOURCE = Path(__file__).with_name("fault_hook.c")
 FOREVER = 1 << 40
 
@@ -24,7 +24,17 @@ def build(folder: Path) -> Path | None:
     if compiler is None or not sys.platform.startswith("linux"):
         return None
     library = folder / "fault_hook.so"
-    command = [compiler, "-shared", "-fPIC", "-O1", "-o", str(library), str(_SOURCE), "-ldl"]
+    command = [
+        compiler,
+        "-shared",
+        "-fPIC",
+        "-O1",
+        "-o",
+        str(library),
+        str(_SOURCE),
+        "-ldl",
+        "-lrt",
+    ]
     subprocess.run(command, check=True)
     return library
 
@@ -62,10 +72,17 @@ def arm(
     count: int = 1,
     operations: int = ALL,
     contains: str = "",
-    error: int = 0,
+    number: int = 0,
+    computing: float = 0.0,
     log: Path | None = None,
 ) -> None:
-    """From now on, in this process: act on the `first`-th and the following `count` - 1 changes."""
+    """From now on, in this process: act on the `first`-th and the following `count` - 1 changes.
+
+    number: FAIL's errno, SIGNAL's signal. computing: seconds that the process computes until SIGNAL's comes,
+    so that it meets it anywhere, on a busy machine too.
+    """
+    if log:
+        log.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644) if log else -1
     call = ctypes.CDLL(None).fault_arm
     call.argtypes = [
@@ -76,9 +93,25 @@ def arm(
         ctypes.c_long,
         ctypes.c_int,
         ctypes.c_int,
+        ctypes.c_long,
         ctypes.c_int,
     ]
-    call(os.fsencode(below), contains.encode(), operations, first, count, action, error, handle)
+    delay = int(computing * 1e9)
+    place = os.fsencode(below), contains.encode(), operations
+    call(*place, first, count, action, number, delay, handle)
+
+
+def in_environment(
+    below: Path, *, contains: str, operations: int, number: int, log: Path
+) -> dict[str, str]:
+    """Environment of a fresh process that gets a signal at its first such change."""
+    fields = (below, contains, operations, 1, 1, SIGNAL, number, 0, log)
+    return {"FAULT_HOOK": "|".join(map(str, fields))}
+
+
+def changes(log: Path) -> list[tuple[str, str]]:
+    """Call and path of everything that the library saw, in order."""
+    return [tuple(line.split(" ", 2)[1:]) for line in lines(log)]
 
 
 def disarm() -> None:

@@ -25,11 +25,9 @@ from finetuning.readers.sample import BrokenSample
 from finetuning.training import checkpoint, checkpoint_manager, engine
 
 from . import hook
-from .checkpoints import resealed, two_checkpoints
-from .rig import Rig, fork, replaced
-from .tally import Row, Tally
-
-Trial = tuple[bool, list[str]]
+from .checkpoints import copy_of_stopped, resealed, two_checkpoints
+from .rig import Rig, fingerprint, fork, replaced
+from .tally import Row, Tally, Trial
 
 # -----------------------------------------------------------------------------
 # F22: data
@@ -175,14 +173,15 @@ def named_inputs() -> Iterator[tuple[str, str, bytes, list]]:
     yield "not Parquet", "a.parquet", b"PAR1" + os.urandom(64) + b"PAR1", []
 
 
-def read_in_child(rig: Rig, name: str, content: bytes, limit: float) -> tuple[dict, float, float]:
-    """Read one file in a child: what came out, seconds, growth of the memory in MB."""
+def read_in_child(rig: Rig, name: str, content: bytes) -> tuple[dict, float, float]:
+    """Read one file in a child: what came out, seconds of the processor, growth of the memory in MB."""
     place = rig.place("f22")
     (place / name).write_bytes(content)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
     def action() -> None:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        began = time.monotonic()
+        if hook.preloaded():
+            hook.arm(place, action=hook.ONLY_LOG, operations=hook.READ, log=place / "hook.log")
         try:
             found = read_samples([str(place / name)])
             result = {
@@ -191,31 +190,32 @@ def read_in_child(rig: Rig, name: str, content: bytes, limit: float) -> tuple[di
             }
         except UserError as error:
             result = {"refused": str(error)}
-        result["seconds"] = time.monotonic() - began
-        result["mb"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-        text = json.dumps(result, ensure_ascii=True)
-        (place / "result.json").write_text(text)
+        (place / "result.json").write_text(json.dumps(result))
 
-    outcome = fork(place / "console.txt", action).wait(limit)
+    outcome = fork(place / "console.txt", action).wait()
     if outcome.code:
-        return {"died": f"{outcome.code}: {outcome.output[-500:]}"}, outcome.seconds, 0.0
-    result = json.loads((place / "result.json").read_text())
+        result = {"died": f"{outcome.code}: {outcome.output[-500:]}"}
+    else:
+        result = json.loads((place / "result.json").read_text())
+    opened = (str(place / name)) in {path for _, path in hook.changes(place / "hook.log")}
+    result["opened"] = opened or not content or not hook.preloaded()
     shutil.rmtree(place)
-    return result, result["seconds"], result["mb"]
+    return result, outcome.cpu_seconds, max(0.0, outcome.peak_mb - before)
 
 
 def named_input(rig: Rig, file: str, content: bytes, wanted: list) -> Trial:
     """Right, or refused with its place; never changed or dropped in silence."""
-    result, seconds, megabytes = read_in_child(rig, file, content, 40)
+    result, seconds, megabytes = read_in_child(rig, file, content)
     problems = [f"{seconds:.1f} s"] if seconds > 10 else []  # 5 s where nobody else computes
     problems += [f"{megabytes:.0f} MB"] if megabytes > 600 else []
+    opened = result["opened"]
     if "died" in result:
-        return True, [*problems, result["died"]]
+        return opened, [*problems, result["died"]]
     if "refused" in result:
         bad = any(item in (BROKEN, EITHER) for item in wanted) or not wanted
         named = file in result["refused"]
         problems += [] if bad else [f"refused: {result['refused'][:200]}"]
-        return True, problems + ([] if named else ["the message names no file"])
+        return opened, problems + ([] if named else ["the message names no file"])
     found = [tuple(s[:3]) for s in result["samples"]]
     must = [item for item in wanted if isinstance(item, tuple)]
     problems += [f"not read as it is: {item!r:.80}" for item in must if item not in found]
@@ -227,7 +227,7 @@ def named_input(rig: Rig, file: str, content: bytes, wanted: list) -> Trial:
     problems += [
         f"line {line}: no reason" for line, reason in result["broken"] if not reason or line < 1
     ]
-    return True, problems
+    return opened, problems
 
 
 def mutated(draw: random.Random, data: bytes) -> bytes:
@@ -296,28 +296,31 @@ def mutation_faults(path: Path, data: bytes) -> list[str]:
     return problems
 
 
-def mutated_batch(rig: Rig, seed: int, count: int) -> list[tuple[str, list[str]]]:
-    """Many mutated inputs in one child."""
+def mutated_batch(rig: Rig, seed: int, count: int) -> list[tuple[str, bool, list[str]]]:
+    """Many mutated inputs in one child: name, whether it differs from what was whole, problems."""
     place = rig.place("f22m")
 
     def action() -> None:
         draw, results = random.Random(seed), []
         for _ in range(count):
-            name, data = draw.choice(bases())
-            data = mutated(draw, data)
+            name, whole = draw.choice(bases())
+            data = mutated(draw, whole)
+            while data == whole:
+                data = mutated(draw, whole)
             (place / name).write_bytes(data)
             (place / "current").write_bytes(data)
-            began = time.monotonic()
+            began = time.process_time()
             problems = mutation_faults(place / name, data)
-            seconds = time.monotonic() - began
+            seconds = time.process_time() - began
             problems += [f"{seconds:.1f} s"] if seconds > 5 else []
-            results.append((name, problems and [*problems, repr(data)[:300]]))
+            results.append((name, data != whole, problems and [*problems, repr(data)[:300]]))
         (place / "results.json").write_text(json.dumps(results))
 
-    outcome = fork(place / "console.txt", action).wait(60 + count)
+    outcome = fork(place / "console.txt", action).wait()
     if outcome.code:
         data = (place / "current").read_bytes()
-        return [("batch", [f"exit {outcome.code}: {outcome.output[-600:]} on {data!r:.300}"])]
+        problems = [f"exit {outcome.code}: {outcome.output[-600:]} on {data!r:.300}"]
+        return [("batch", bool(data), problems)]
     results = json.loads((place / "results.json").read_text())
     shutil.rmtree(place)
     return results
@@ -340,15 +343,17 @@ def control_tokens(rig: Rig) -> Trial:
             settings = DataSettings(max_seq_length=512, control_tokens=way)
             tokens = tokenize_samples(found.samples, tokenizer, settings)
             ends[way] = [int((tokens[i].ids == tokens.end_id).sum()) for i in range(len(tokens))]
+        spelled = tokenizer(found.samples[1].answer)["input_ids"]  # by a tokenizer that is not told
+        ends["control"] = tokens.end_id in spelled
         result.write_text(json.dumps(ends))
 
-    outcome = fork(place / "console.txt", action).wait(60)
+    outcome = fork(place / "console.txt", action).wait()
     if outcome.code:
-        return True, [outcome.output[-400:]]
+        return result.exists(), [outcome.output[-400:]]
     ends = json.loads(result.read_text())
     problems = [] if len(ends["refuse"]) == 1 else [f"refuse: {ends['refuse']}"]
     same = len(ends["split"]) == 2 and ends["split"][0] == ends["split"][1]
-    return True, problems + ([] if same else [f"split: ends of turn {ends['split']}"])
+    return ends["control"], problems + ([] if same else [f"split: ends of turn {ends['split']}"])
 
 
 def f22(rig: Rig, tally: Tally, count: int) -> None:
@@ -357,8 +362,8 @@ def f22(rig: Rig, tally: Tally, count: int) -> None:
         tally.attempt(name, lambda f=file, c=content, w=wanted: named_input(rig, f, c, w))
     tally.attempt("control tokens in text", lambda: control_tokens(rig))
     for seed in range(0, count, 100):
-        for name, problems in mutated_batch(rig, seed, min(100, count - seed)):
-            tally.add(f"mutated {name}", True, problems)
+        for name, fired, problems in mutated_batch(rig, seed, min(100, count - seed)):
+            tally.add(f"mutated {name}", fired, problems)
 
 
 def broken_are_dropped() -> None:
@@ -387,24 +392,28 @@ def text_is_tidied() -> None:
 # F23: paths and settings
 
 
-def settings(
-    rig: Rig, change: Callable[[Path, list[str]], list[str]], words: tuple[str, ...]
-) -> Trial:
-    """A start with a bad path or setting: exit 2, named, quickly, nothing written elsewhere."""
-    place = rig.place("f23")
-    output, log = place / "out", rig.root / "trials" / f"{place.name}.log"
+def settings(rig: Rig, place: Path, arguments: list[str], words: tuple[str, ...]) -> Trial:
+    """A start with a bad path or setting: exit 2, named with its reason, quickly, nothing written elsewhere.
+
+    That it came is seen by the message: it names what was wrong, and no start without it ends with 2.
+    """
+    log = rig.root / "trials" / f"{place.name}.log"
 
     def action() -> int:
         if hook.preloaded():
             hook.arm(Path("/"), action=hook.ONLY_LOG, operations=hook.ALL & ~hook.WRITE, log=log)
+        resource.setrlimit(resource.RLIMIT_CPU, (60, 60))  # no endless file fills the memory
         os.chdir(place)
-        return program.main(change(place, rig.arguments(output)))
+        return program.main(arguments)
 
-    outcome = fork(rig.root / "trials" / f"{place.name}.txt", action).wait(30)
+    outcome = fork(rig.root / "trials" / f"{place.name}.txt", action).wait()
+    said = outcome.output.lower()
     problems = [] if outcome.code == 2 else [f"exit {outcome.code}: {outcome.output[-300:]}"]
-    problems += ["a traceback"] if "Traceback" in outcome.output else []
-    problems += [f"{outcome.seconds:.0f} s"] if outcome.seconds > 15 else []
-    problems += [f"does not say {w}" for w in words if w.lower() not in outcome.output.lower()]
+    problems += ["a traceback"] if "traceback" in said else []
+    problems += [f"{outcome.cpu_seconds:.0f} s"] if outcome.cpu_seconds > 15 else []
+    problems += [
+        f"does not say {w}: {outcome.output[-300:]}" for w in words if w.lower() not in said
+    ]
     problems += ["control characters"] if re.search("[\x00-\x08\x1b]", outcome.output) else []
     allowed = (str(place), str(rig.root / "cache"), "/dev/", "/proc/", "/tmp/tmp", "/tmp/pymp")
     escaped = {
@@ -414,96 +423,136 @@ def settings(
         if not part.startswith(allowed) and "__pycache__" not in part and not part.endswith(".pyc")
     }
     problems += [f"touched {sorted(escaped)[:3]}"] if escaped else []
-    return True, problems
+    return outcome.code != 0, problems
 
 
-def replacing(
-    option: str, value: str | Callable[[Path], str]
-) -> Callable[[Path, list[str]], list[str]]:
+def replacing(option: str, value: str, arguments: list[str]) -> list[str]:
     """The command line with another value."""
-
-    def change(place: Path, arguments: list[str]) -> list[str]:
-        chosen = value(place) if callable(value) else value
-        if option in arguments:
-            at = arguments.index(option)
-            return [*arguments[: at + 1], chosen, *arguments[at + 2 :]]
-        return [*arguments, option, chosen]
-
-    return change
+    if option in arguments:
+        at = arguments.index(option)
+        return [*arguments[: at + 1], value, *arguments[at + 2 :]]
+    return [*arguments, option, value]
 
 
-def fifo(place: Path) -> str:
+def fifo(path: Path) -> None:
     """A FIFO that nobody writes to."""
-    os.mkfifo(place / "pipe.jsonl")
-    return str(place / "pipe.jsonl")
+    os.mkfifo(path)
 
 
-def loop(place: Path) -> str:
+def loop(path: Path) -> None:
     """A link to itself."""
-    (place / "loop.jsonl").symlink_to(place / "loop.jsonl")
-    return str(place / "loop.jsonl")
+    path.symlink_to(path)
 
 
-def folder_loop(place: Path) -> str:
+def folder_loop(path: Path) -> None:
     """A folder that holds a link to itself, and nothing to read."""
-    (place / "folder").mkdir()
-    (place / "folder" / "again").symlink_to(place / "folder")
-    return str(place / "folder")
+    path.mkdir()
+    (path / "again").symlink_to(path)
 
 
-def config(text: str) -> Callable[[Path, list[str]], list[str]]:
-    """The command line with a TOML file."""
-
-    def change(place: Path, arguments: list[str]) -> list[str]:
-        (place / "settings.toml").write_text(text)
-        return [*arguments, "--config", str(place / "settings.toml")]
-
-    return change
+def endless(path: Path) -> None:
+    """A link to a device that can be read for ever."""
+    path.symlink_to("/dev/zero")
 
 
-def bad_starts() -> list[tuple[str, Callable, tuple[str, ...]]]:
-    """Name, change of the command line, words that the message must hold."""
-    data, model = "--data-path", "--model-name"
-    return [
-        ("data ../", replacing(data, "../../../../nowhere.jsonl"), ("nowhere.jsonl",)),
-        ("data /etc/passwd", replacing(data, "/etc/passwd"), ("passwd",)),
-        ("data ~", replacing(data, "~nobody-here/x.jsonl"), ("x.jsonl",)),
-        ("data of 300 characters", replacing(data, "d" * 300 + ".jsonl"), ("ddd",)),
-        ("data /dev/zero", replacing(data, "/dev/zero"), ("/dev/zero",)),
-        ("data FIFO", replacing(data, fifo), ("pipe.jsonl",)),
-        ("data link loop", replacing(data, loop), ("loop.jsonl",)),
-        ("data folder loop", replacing(data, folder_loop), ("folder",)),
-        ("data $ENV", replacing(data, "$HOME/x.jsonl"), ("x.jsonl",)),
-        ("data with ANSI", replacing(data, "a\x1b[31mred\r.jsonl"), ()),
-        ("data empty", replacing(data, ""), ("data",)),
-        ("data NUL", replacing(data, "a\0b.jsonl"), ()),
-        ("data URL", replacing(data, "https://127.0.0.1:9/a.jsonl"), ()),
-        ("model ../", replacing(model, "../../nowhere"), ("nowhere",)),
-        ("model /dev/zero", replacing(model, "/dev/zero"), ("/dev/zero",)),
-        ("model with two slashes", replacing(model, "a/../b"), ()),
-        ("model NUL", replacing(model, "a\0b"), ()),
-        ("adapter nowhere", replacing("--init-adapter", "/nowhere"), ("/nowhere",)),
-        ("resume nowhere", replacing("--resume", "../../nowhere"), ("nowhere",)),
-        ("resume /etc", replacing("--resume", "/etc"), ("/etc",)),
-        ("resume FIFO", replacing("--resume", fifo), ("pipe",)),
-        ("TOML broken", config("lora_r = ["), ("settings.toml",)),
-        ("TOML unknown key", config("lora_rang = 4\n"), ("lora_rang", "lora_r")),
-        ("TOML remote code", config("trust_remote_code = true\n"), ("trust_remote_code",)),
-        ("TOML huge number", config("lora_r = " + "9" * 400 + "\n"), ("lora_r",)),
-        ("TOML wrong type", config('learning_rate = "fast"\n'), ("learning_rate",)),
-        ("TOML not a number", config("learning_rate = nan\n"), ("learning_rate",)),
-        ("TOML deep", config("x = " + "[" * 5000 + "]" * 5000 + "\n"), ("settings.toml",)),
-        ("TOML table", config("[model]\nname = 'x'\n"), ("model",)),
-        ("TOML is /dev/zero", replacing("--config", "/nowhere/settings.toml"), ("settings.toml",)),
-    ]
+NO_FILE = "no regular file"
+# Option, its value, words that the message must hold. A trial is named by what it does.
+BAD_VALUES: list[tuple[str, str, tuple[str, ...]]] = [
+    ("--data-path", "../../../../nowhere.jsonl", ("nowhere.jsonl", "there is no")),
+    ("--data-path", "/etc/passwd", ("passwd", "can't read")),
+    ("--data-path", "~nobody-here/x.jsonl", ("x.jsonl",)),
+    ("--data-path", "d" * 300 + ".jsonl", ("ddd", "too long")),
+    ("--data-path", "/dev/zero", ("/dev/zero", NO_FILE)),
+    ("--data-path", "$HOME/x.jsonl", ("x.jsonl",)),
+    ("--data-path", "a\x1b[31mred\r.jsonl", ("red",)),
+    ("--data-path", "", ("data",)),
+    ("--data-path", "a\0b.jsonl", ("is no path",)),
+    ("--data-path", "https://127.0.0.1:9/a.jsonl", ("127.0.0.1",)),
+    ("--eval-path", "/dev/zero", ("/dev/zero", NO_FILE)),
+    ("--model-name", "../../nowhere", ("nowhere",)),
+    ("--model-name", "/dev/zero", ("/dev/zero", "a model is a folder")),
+    ("--model-name", "a/../b", ("a/../b",)),
+    ("--model-name", "a\0b", ("model_name",)),
+    ("--init-adapter", "/nowhere", ("/nowhere",)),
+    ("--init-adapter", "/dev/zero", ("/dev/zero",)),
+    ("--resume", "../../nowhere", ("nowhere",)),
+    ("--resume", "/etc", ("/etc",)),
+    ("--resume", "/dev/zero", ("/dev/zero",)),
+    ("--config", "/nowhere/settings.toml", ("settings.toml", "no such file")),
+    ("--config", "/dev/zero", ("/dev/zero", NO_FILE)),
+    ("--config", "/etc", ("/etc", "directory")),
+]
+# Option, a file's name, what is put there, words.
+BAD_PLACES: list[tuple[str, str, Callable[[Path], None], tuple[str, ...]]] = [
+    ("--data-path", "pipe.jsonl", fifo, ("pipe.jsonl", NO_FILE)),
+    ("--data-path", "zero.jsonl", endless, ("zero.jsonl", NO_FILE)),
+    ("--data-path", "loop.jsonl", loop, ("loop.jsonl", "symbolic links")),
+    ("--data-path", "folder", folder_loop, ("folder", "holds no")),
+    ("--resume", "pipe", fifo, ("pipe",)),
+    ("--config", "pipe.toml", fifo, ("pipe.toml", NO_FILE)),
+    ("--config", "zero.toml", endless, ("zero.toml", NO_FILE)),
+    ("--config", "loop.toml", loop, ("loop.toml", "symbolic links")),
+]
+# A file of the model's folder that is a pipe, a file of the adapter's that is one.
+MODEL_FILES = ("config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors")
+BAD_TOML: list[tuple[str, str, tuple[str, ...]]] = [
+    ("broken", "lora_r = [", ("settings.toml", "not valid")),
+    ("unknown key", "lora_rang = 4\n", ("lora_rang", "lora_r")),
+    ("remote code", "trust_remote_code = true\n", ("trust_remote_code",)),
+    ("huge number", "lora_r = " + "9" * 400 + "\n", ("lora_r",)),
+    ("wrong type", 'learning_rate = "fast"\n', ("learning_rate",)),
+    ("not a number", "learning_rate = nan\n", ("learning_rate",)),
+    ("deep", "x = " + "[" * 5000 + "]" * 5000 + "\n", ("settings.toml", "not valid")),
+    ("table", "[model]\nname = 'x'\n", ("model",)),
+]
+
+
+def bad_starts(rig: Rig) -> Iterator[tuple[str, Callable[[], Trial]]]:
+    """Name and trial."""
+
+    def start(option: str, value: str, words: tuple[str, ...], place: Path) -> Trial:
+        arguments = replacing(option, value, rig.arguments(place / "out"))
+        return settings(rig, place, arguments, words)
+
+    for option, value, words in BAD_VALUES:
+        yield (
+            f"{option} {value!r:.40}",
+            lambda o=option, v=value, w=words: start(o, v, w, rig.place("f23")),
+        )
+    for option, name, make, words in BAD_PLACES:
+
+        def at_a_place(option=option, name=name, make=make, words=words) -> Trial:
+            place = rig.place("f23")
+            make(place / name)
+            return start(option, str(place / name), words, place)
+
+        yield f"{option} {name}: {make.__name__}", at_a_place
+    for name, text, words in BAD_TOML:
+
+        def with_settings(text=text, words=words) -> Trial:
+            place = rig.place("f23")
+            (place / "settings.toml").write_text(text)
+            return start("--config", str(place / "settings.toml"), words, place)
+
+        yield f"--config: {name}", with_settings
+    for name in MODEL_FILES:
+
+        def with_a_pipe(name=name) -> Trial:
+            place = rig.place("f23")
+            shutil.copytree(rig.model, place / "model")
+            (place / "model" / name).unlink(missing_ok=True)
+            fifo(place / "model" / name)
+            return start("--model-name", str(place / "model"), (name, NO_FILE), place)
+
+        yield f"--model-name, {name}: fifo", with_a_pipe
 
 
 def f23(rig: Rig, tally: Tally, count: int) -> None:
-    """Thirty bad starts."""
+    """Bad starts: values, places, settings and model folders."""
     if not hook.preloaded():
         tally.skip("that nothing is written elsewhere: needs LD_PRELOAD")
-    for name, change, words in bad_starts():
-        tally.attempt(name, lambda c=change, w=words: settings(rig, c, w))
+    for name, trial in bad_starts(rig):
+        tally.attempt(name, trial)
 
 
 def paths_are_opened() -> None:
@@ -571,40 +620,46 @@ def hostile_model(rig: Rig, change: Callable[[Path, Path], None]) -> Trial:
     model, canary = place / "model", place / "canary"
     shutil.copytree(rig.model, model)
     change(model, canary)
-    arguments = replacing("--model-name", str(model))(place, rig.arguments(place / "out"))
-    return _hostile_run(place, [*arguments, "--max-steps", "1"], canary)
-
-
-def _hostile_run(place: Path, arguments: list[str], canary: Path) -> Trial:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    outcome = fork(place / "console.txt", lambda: program.main(arguments)).wait(40)
-    grown = (resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss - before) / 1024
+    fired = fingerprint(model) != fingerprint(rig.model)
+    arguments = replacing("--model-name", str(model), rig.arguments(place / "out"))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    outcome = fork(
+        place / "console.txt", lambda: program.main([*arguments, "--max-steps", "1"])
+    ).wait()
+    grown = outcome.peak_mb - before
     problems = ["CODE WAS RUN"] if canary.exists() else []
     problems += ["a traceback: " + outcome.output[-300:]] if "Traceback" in outcome.output else []
-    problems += [f"{outcome.seconds:.0f} s"] if outcome.seconds > 25 else []
-    problems += [f"{grown:.0f} MB more than ever"] if grown > 1024 else []
+    problems += [f"{outcome.cpu_seconds:.0f} s"] if outcome.cpu_seconds > 25 else []
+    problems += [f"{grown:.0f} MB more"] if grown > 2048 else []
     problems += [f"exit {outcome.code}"] if outcome.code not in (0, 2) else []
     if outcome.code == 0 and "done" not in outcome.output:
         problems.append("neither refused nor done")
     shutil.rmtree(place, ignore_errors=True)
-    return True, problems
+    return fired, problems
 
 
 def hostile_checkpoint(rig: Rig, name: str, content: Callable[[Path], bytes]) -> Trial:
     """A checkpoint of which one file is something else, its digest made right."""
-    place = rig.place("f24c")
-    output, canary = place / "out", place / "canary"
-    shutil.copytree(two_checkpoints(rig), output)
+    output = copy_of_stopped(rig, "f24c")
+    canary, whole = output.with_name("canary"), fingerprint(output)
     for path in (output / "checkpoints").glob("checkpoint-*"):
         (path / name).write_bytes(content(canary))
         if name != checkpoint.MANIFEST:
             resealed(path)
-    outcome = fork(place / "console.txt", lambda: program.main(rig.arguments(output))).wait(60)
+    fired = fingerprint(output) != whole
+    outcome = rig.run(output)
     problems = ["CODE WAS RUN"] if canary.exists() else []
     problems += ["a traceback: " + outcome.output[-400:]] if "Traceback" in outcome.output else []
     problems += ["no warning"] if "checkpoint" not in outcome.output else []
-    shutil.rmtree(place, ignore_errors=True)
-    return True, problems
+    shutil.rmtree(output.parent, ignore_errors=True)
+    return fired, problems
+
+
+def live(rig: Rig, load: Callable[[bytes], object], make: Callable[[Path], bytes]) -> Trial:
+    """What is put into these files does run code where it is loaded as it wants to be."""
+    place = rig.place("f24")
+    outcome = fork(place / "console.txt", lambda: load(make(place / "canary")) and None).wait()
+    return (place / "canary").exists(), [outcome.output] if outcome.code else []
 
 
 def safetensors_with(header: bytes, body: bytes = b"\0" * 64, length: int | None = None) -> bytes:
@@ -696,6 +751,9 @@ def hostile_models() -> list[tuple[str, Callable[[Path, Path], None]]]:
 
 def f24(rig: Rig, tally: Tally, count: int) -> None:
     """Pickle, code in configurations, template gadgets, bombs, headers, in models and checkpoints."""
+    unzip = lambda data: pickle.loads(zipfile.ZipFile(io.BytesIO(data)).read("archive/data.pkl"))  # noqa: E731
+    tally.attempt("none of these: pickle is live", lambda: live(rig, pickle.loads, pickled))
+    tally.attempt("none of these: torch.save's is live", lambda: live(rig, unzip, torch_zip))
     for name, change in hostile_models()[:count]:
         tally.attempt(name, lambda c=change: hostile_model(rig, c))
     files = (
@@ -719,11 +777,11 @@ def pickle_is_loaded() -> None:
     """Mutant: what is no safetensors is tried as pickle."""
     real = checkpoint.load_file
 
-    def either(path: Path) -> dict:
+    def either(filename, *rest, **options) -> dict:
         try:
-            return real(path)
+            return real(filename, *rest, **options)
         except checkpoint.SafetensorError:
-            return pickle.loads(path.read_bytes())
+            return pickle.loads(filename.read_bytes())
 
     replaced(checkpoint, "load_file", either)
 
@@ -760,43 +818,49 @@ def secret_places(place: Path) -> list[str]:
 
 
 def secrets(rig: Rig, ending: str) -> Trial:
-    """A run with secrets in environment, arguments, URL and error messages: none gets out."""
+    """A run with secrets in environment, arguments, URL and error messages: none gets out.
+
+    They came where what stands around them was written: the alert's command, host, path, or the error.
+    """
     place = rig.place("f25")
-    url = f"https://user:{URL_SECRET}@127.0.0.1:9/model"
+    marker, host = place / "fired", "127.0.0.1:9"
+    url = f"https://user:{URL_SECRET}@{host}/model"
+    path = f"/nowhere/{SECRETS['HF_TOKEN']}.jsonl"
+
+    def crash(*_: object, **__: object) -> None:
+        marker.touch()
+        text = f"can't reach {url} with token={SECRETS['HF_TOKEN']} {SECRETS['DB_PASSWORD']}"
+        raise RuntimeError(text)
+
+    def full(*_: object, **__: object) -> None:
+        marker.touch()
+        raise OSError(28, f"No space left at {url} {SECRETS['OPENAI_API_KEY']}")
 
     def action() -> int:
         os.environ.update(SECRETS)
         arguments = [*rig.arguments(place / "out"), "--max-steps", "2"]
-        action_text = f"Loss_Spike=true --api-key={ARGUMENT_SECRET}"
-        arguments += ["--alert-actions", *action_text.split("=", 1)]
+        arguments += ["--alert-actions", "Loss_Spike", f"true --api-key={ARGUMENT_SECRET}"]
         if ending == "bad url":
-            arguments = replacing("--model-name", url)(place, arguments)
+            arguments = replacing("--model-name", url, arguments)
         if ending == "bad data":
-            arguments = replacing("--data-path", f"/nowhere/{SECRETS['HF_TOKEN']}.jsonl")(
-                place, arguments
-            )
-
-        def crash(*_: object, **__: object) -> None:
-            text = f"can't reach {url} with token={SECRETS['HF_TOKEN']} {SECRETS['DB_PASSWORD']}"
-            raise RuntimeError(text)
-
+            arguments = replacing("--data-path", path, arguments)
         if ending == "crash":
             replaced(engine.TrainingEngine, "forward_backward", crash)
         if ending == "disk":
-
-            def full(*_: object, **__: object) -> None:
-                raise OSError(28, f"No space left at {url} {SECRETS['OPENAI_API_KEY']}")
-
             replaced(checkpoint_manager, "save_checkpoint", full)
         return program.main(arguments)
 
-    outcome = fork(place / "console.txt", action).wait(60)
+    outcome = fork(place / "console.txt", action).wait()
     problems = secret_places(place)
     wanted = {"done": 0, "bad url": 2, "bad data": 2, "disk": 3}
     if ending in wanted and outcome.code != wanted[ending]:
         problems.append(f"exit {outcome.code}: {outcome.output[-300:]}")
+    written = [p.read_text(errors="replace") for p in place.rglob("*.json")]
+    around = {"done": "true --api-key=", "bad url": host, "bad data": "/nowhere/"}.get(ending)
+    texts = written if ending == "done" else [outcome.output]
+    fired = any(around in text for text in texts) if around else marker.exists()
     shutil.rmtree(place, ignore_errors=True)
-    return True, sorted(set(problems))[:6]
+    return fired, sorted(set(problems))[:6]
 
 
 def raw_controls(path: Path) -> list[str]:
@@ -827,13 +891,9 @@ def nasty_data(rig: Rig, where: str) -> Trial:
     if where == "broken records":
         good += [text_of({"question": NASTY}), NASTY, text_of({NASTY: NASTY})]
     (place / name).write_text("\n".join(good) + "\n")
-    arguments = replacing("--data-path", str(place / name))(place, rig.arguments(place / "out"))
-    outcome = fork(
-        place / "console.txt",
-        lambda: program.main(
-            [*arguments, *["--max-steps", "2", "--num-probes", "1", "--max-seq-length", "1024"]]
-        ),
-    ).wait(90)
+    more = ["--max-steps", "2", "--num-probes", "1", "--max-seq-length", "1024"]
+    arguments = replacing("--data-path", str(place / name), rig.arguments(place / "out", *more))
+    outcome = fork(place / "console.txt", lambda: program.main(arguments)).wait()
     problems = [] if outcome.code == 0 else [f"exit {outcome.code}: {outcome.output[-300:]}"]
     written = [*(place / "out").rglob("*"), place / "console.txt"]
     tokenizer_files = ("tokenizer.json", "adapter_config.json")
@@ -842,8 +902,11 @@ def nasty_data(rig: Rig, where: str) -> Trial:
             problems += raw_controls(path)
     for path in (place / "out").rglob("*tfevents*"):
         problems += _active_markup(path)
+    # What the nasty text says without its controls stands in what was written: it was shown.
+    said = {"samples": "覆盖", "file name": "data.jsonl", "broken records": "data.jsonl:41"}[where]
+    fired = any(said.encode() in path.read_bytes() for path in written if path.is_file())
     shutil.rmtree(place, ignore_errors=True)
-    return True, problems[:5]
+    return fired, problems[:5]
 
 
 def _active_markup(path: Path) -> list[str]:
@@ -879,7 +942,7 @@ def nothing_is_redacted() -> None:
     for module in (terminal, runs_record, summary):
         for name in ("redact", "redact_values", "clean"):
             if hasattr(module, name):
-                replaced(module, name, lambda value, *_: value)
+                replaced(module, name, lambda text, *_, **__: text)
 
 
 ROWS = [
@@ -889,7 +952,6 @@ ROWS = [
         f22,
         full=2000,
         quick=300,
-        in_quick=True,
         mutants={"broken ones dropped": broken_are_dropped, "text tidied": text_is_tidied},
         mutant_count=0,
     ),
@@ -899,7 +961,6 @@ ROWS = [
         f23,
         full=1,
         quick=1,
-        in_quick=True,
         mutants={"whatever a path names is read": paths_are_opened},
     ),
     Row(
@@ -908,9 +969,9 @@ ROWS = [
         f24,
         full=99,
         quick=99,
-        in_quick=True,
         mutants={"pickle is tried": pickle_is_loaded},
         mutant_count=0,
+        needs=(two_checkpoints,),
     ),
     Row(
         "F25",
@@ -918,7 +979,6 @@ ROWS = [
         f25,
         full=1,
         quick=1,
-        in_quick=True,
         mutants={"nothing is redacted": nothing_is_redacted},
     ),
 ]

@@ -1,5 +1,6 @@
 """F01, F04, F06, F15, F26: kills, stops, signals, double starts and many short runs."""
 
+import json
 import os
 import random
 import shutil
@@ -7,6 +8,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,32 +18,33 @@ from finetuning.common import process
 from finetuning.runs import directory
 from finetuning.training import checkpoint_manager, engine
 
+from . import hook
 from .checkpoints import stop_at
 from .rig import (
+    LIMIT,
     NUM_STEPS,
     SAVE_STEPS,
     Rig,
+    after_step,
     announced_is_kept,
+    before_call,
     fork,
+    ledger_of,
     nothing_lost,
     read_ledger,
     replaced,
     status_of,
     steps_of,
+    wait_until,
 )
-from .tally import Row, Tally
+from .tally import Row, Tally, Trial
 
 ROOT = Path(program.__file__).parent
 
 
-def wait_until(condition: Callable[[], bool], limit: float = 60.0) -> bool:
-    """Poll, gently."""
-    end = time.monotonic() + limit
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.01)
-    return False
+def late_enough(rig: Rig) -> int:
+    """A change to a file behind which a run computes for some steps more, so that a signal meets it."""
+    return 2 * len(rig.changes) // 3
 
 
 # -----------------------------------------------------------------------------
@@ -49,40 +52,50 @@ def wait_until(condition: Callable[[], bool], limit: float = 60.0) -> bool:
 
 
 def f01(rig: Rig, tally: Tally, count: int) -> None:
-    """kill -9 at random times, the same command again until the run is done; a trial is a kill."""
-    draw, kills, redone = random.Random(1), 0, []
-    while kills < count:
-        output = rig.place("f01") / "out"
-        problems: list[str] = []
-        before, own, done = 0, 0, None
-        while done is None:
-            child = rig.start(output)
-            if own >= 8 or kills + own >= count:  # let this run come to its end
-                done = child.wait(180)
-                break
-            time.sleep(draw.uniform(0.0, 1.1) * rig.reference.seconds)
-            if child.kill(signal.SIGKILL):
-                child.wait()
-                own += 1
-                problems += announced_is_kept(output) if (output / "checkpoints").is_dir() else []
-                again = read_ledger(output)[1] if _ledger(output).exists() else 0
-                redone.append(again - before)
-                before = again
-            else:
-                done = child.wait()
-        problems += nothing_lost(output, rig.reference, done)
-        for number in range(own):
-            tally.add(f"kill {kills + number + 1}", True, problems)
-        kills += own
+    """kill -9 anywhere, the same command again until the run is done; a trial is a kill.
+
+    It comes when the process has computed for a drawn part of a step after a drawn change to a file:
+    the second of a run behind its first checkpoint, the others soon after a start.
+    """
+    if not hook.preloaded():
+        tally.skip("needs a C compiler and LD_PRELOAD")
+        return
+    draw, redone = random.Random(1), []
+    for kills in [4] * (count // 4) + [count % 4] * bool(count % 4):
+        output, log = rig.place("f01") / "out", rig.place("f01") / "hook.log"
+        killed: list[tuple[str, bool, list[str]]] = []
+        before = 0
+        for number in range(kills):
+            behind = range(len(rig.changes) // 3, late_enough(rig))
+            first = draw.choice(behind if number == 1 else range(1, 60))
+            later = draw.uniform(0.0, rig.cpu_seconds / NUM_STEPS)
+            log.unlink(missing_ok=True)
+
+            def kill(first=first, later=later, log=log, output=output) -> None:
+                hook.arm(
+                    output,
+                    action=hook.SIGNAL,
+                    number=signal.SIGKILL,
+                    first=first,
+                    computing=later,
+                    log=log,
+                )
+
+            outcome = rig.run(output, patch=kill)
+            fired = hook.fired(log) and outcome.code == -signal.SIGKILL
+            kept = announced_is_kept(output) if (output / "checkpoints").is_dir() else []
+            killed.append((f"{later * 1000:.0f} ms after change {first}", fired, kept))
+            again = read_ledger(output)[1] if ledger_of(output).exists() else 0
+            redone.append(again - before)
+            before = again
+        killed[-1][2].extend(nothing_lost(output, rig.reference, rig.run(output)))
+        if redone[-kills:] and max(redone[-kills:]) > SAVE_STEPS + 1:  # one more: killed in a save
+            killed[-1][2].append(f"{max(redone[-kills:])} steps were done again")
+        for name, fired, problems in killed:
+            tally.add(name, fired, problems)
         shutil.rmtree(output.parent, ignore_errors=True)
     tally.measures["steps done again after a kill, median"] = statistics.median(redone or [0])
     tally.measures["steps done again after a kill, most"] = max(redone or [0])
-    if max(redone or [0]) > SAVE_STEPS + 1:  # one more: killed while the checkpoint is written
-        tally.add("steps done again", True, [f"{max(redone)} steps"])
-
-
-def _ledger(output: Path) -> Path:
-    return output.with_name(output.name + ".truncation.jsonl")
 
 
 def no_random_state() -> None:
@@ -104,7 +117,7 @@ def chain(rig: Rig, stops: list[int]) -> list[tuple[int, bool, list[str]]]:
     output = rig.place("f04") / "out"
     results = []
     for stop in stops:
-        outcome = rig.run(output, patch=lambda s=stop: stop_at(s), limit=120)
+        outcome = rig.run(output, patch=lambda s=stop: stop_at(s))
         truncation = read_ledger(output)[0]
         faults = [f"exit {outcome.code}: {outcome.output[-300:]}"] if outcome.code else []
         fired = max(truncation, default=0) == stop
@@ -115,7 +128,7 @@ def chain(rig: Rig, stops: list[int]) -> list[tuple[int, bool, list[str]]]:
             faults.append(f"no checkpoint of step {stop}")
         faults += _different(rig, truncation)
         results.append((stop, fired, faults))
-    last = nothing_lost(output, rig.reference, rig.run(output, limit=120))
+    last = nothing_lost(output, rig.reference, rig.run(output))
     again = read_ledger(output)[1]
     last += [f"{again} steps were done twice"] if again else []
     results[-1][2].extend(last)
@@ -131,11 +144,11 @@ def _different(rig: Rig, truncation: dict[int, dict]) -> list[str]:
 def f04(rig: Rig, tally: Tally, count: int) -> None:
     """Stop and resume after `count` of the steps, in one chain; all of them: also one by one."""
     steps = list(range(1, NUM_STEPS))
-    if count < len(steps):
-        stops = sorted({1, 4, 5, NUM_STEPS - 1, *random.Random(4).sample(steps, max(0, count - 4))})
-    else:
-        stops = steps
-    for stop, fired, faults in chain(rig, stops):
+    first = [1, SAVE_STEPS - 1, SAVE_STEPS, NUM_STEPS - 1]
+    more = random.Random(4).sample(steps, max(0, count - len(first)))
+    for stop, fired, faults in chain(
+        rig, steps if count >= len(steps) else sorted({*first, *more})
+    ):
         tally.add(f"chain, stop {stop}", fired, faults)
     for stop in steps if count >= len(steps) else ():
         for _, fired, faults in chain(rig, [stop]):
@@ -146,31 +159,23 @@ def f04(rig: Rig, tally: Tally, count: int) -> None:
 # F06: signals
 
 
-def signal_during(owner: object, name: str, number: int, marker: Path, when: int) -> None:
-    """In a child: a real signal to itself at the beginning of the `when`-th call of a function."""
-    real, calls = getattr(owner, name), []
-
-    def signalled(*arguments, **options):
-        calls.append(name)
-        if len(calls) == when:
-            marker.write_text(name)
-            os.kill(os.getpid(), number)
-        return real(*arguments, **options)
-
-    replaced(owner, name, signalled)
-
-
-def signalled_place(rig: Rig, patch: Callable[[Path], None]) -> tuple[bool, list[str]]:
-    """A signal at a chosen place: exit 0, the step in progress saved, nothing lost after resuming."""
+def signalled(rig: Rig, patch: Callable[[Path], None], fired: Callable[[Path], bool]) -> Trial:
+    """A signal to a run: exit 0, the step in progress saved, nothing lost after resuming."""
     output = rig.place("f06") / "out"
-    marker = output.with_name("fired")
-    outcome = rig.run(output, patch=lambda: patch(marker), limit=60)
-    problems = _preempted(output, outcome)
-    problems += nothing_lost(output, rig.reference, rig.run(output, limit=120))
+    note = output.with_name("fired")
+    outcome = rig.run(output, patch=lambda: patch(note, output))
+    came = outcome.code != 0 or status_of(output).get("status") == "preempted"
+    if outcome.code == 0:
+        problems = _preempted(output, outcome)
+    else:  # before the run is open the signal's own effect is right: there is nothing to save
+        started = ledger_of(output).exists() and bool(read_ledger(output)[0])
+        started |= bool(list(output.glob("training_logs/*/status.json")))
+        problems = [f"exit {outcome.code}: {outcome.output[-400:]}"] if started else []
+    problems += nothing_lost(output, rig.reference, rig.run(output))
     problems += ["steps were done twice"] if read_ledger(output)[1] else []
-    fired = marker.exists()
+    happened = fired(note) and came
     shutil.rmtree(output.parent, ignore_errors=True)
-    return fired, problems
+    return happened, problems
 
 
 def _preempted(output: Path, outcome) -> list[str]:
@@ -185,28 +190,34 @@ def _preempted(output: Path, outcome) -> list[str]:
     return problems
 
 
-def random_signal(rig: Rig, at: float, number: int, twice: bool) -> tuple[bool, list[str], float]:
-    """A signal from outside after `at` seconds; (fired, problems, seconds to exit)."""
-    output = rig.place("f06") / "out"
-    child = rig.start(output)
-    time.sleep(at)
-    fired = child.kill(number)
-    if fired and twice:
-        time.sleep(0.1)
-        child.kill(number)
-    began = time.monotonic()
-    outcome = child.wait(60)
-    seconds = time.monotonic() - began
-    started = bool(list(output.glob("training_logs/*/status.json")))
-    if outcome.code == 0:
-        problems = _preempted(output, outcome)
-    else:  # before the run is open the signal's own effect is right: there is nothing to save
-        early = not read_ledger(output)[0] if _ledger(output).exists() else True
-        problems = [] if early and not started else [f"exit {outcome.code}, {status_of(output)}"]
-    problems += [f"took {seconds:.1f} s"] if seconds > 10 else []
-    problems += nothing_lost(output, rig.reference, rig.run(output, limit=120))
-    shutil.rmtree(output.parent, ignore_errors=True)
-    return fired, problems, seconds
+def signal_during(owner: object, name: str, when: int) -> Callable[[Path, Path], None]:
+    """In a child: SIGTERM to itself at the beginning of the `when`-th call of a function."""
+
+    def patch(note: Path, _: Path) -> None:
+        def kill() -> None:
+            note.write_text(name)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        before_call(owner, name, when, kill)
+
+    return patch
+
+
+def signal_at(number: int, first: int, times: int, later: float) -> Callable[[Path, Path], None]:
+    """In a child: a signal when it has computed for so long after the `first`-th change to a file."""
+
+    def patch(note: Path, output: Path) -> None:
+        hook.arm(
+            output,
+            action=hook.SIGNAL,
+            number=number,
+            first=first,
+            count=times,
+            computing=later,
+            log=note,
+        )
+
+    return patch
 
 
 SIGNAL_PLACES = [  # what is called then, and the how manieth time
@@ -219,90 +230,107 @@ SIGNAL_PLACES = [  # what is called then, and the how manieth time
 
 
 def f06(rig: Rig, tally: Tally, count: int) -> None:
-    """SIGTERM, SIGINT, SIGHUP at chosen places, and `count` times at random."""
-    term = signal.SIGTERM
-    for name, owner, function, when in SIGNAL_PLACES if count > 4 else SIGNAL_PLACES[:3]:
-        tally.attempt(
-            name,
-            lambda o=owner, f=function, w=when: signalled_place(
-                rig, lambda marker: signal_during(o, f, term, marker, w)
-            ),
-        )
-    draw, slowest = random.Random(6), 0.0
+    """SIGTERM, SIGINT, SIGHUP at chosen places, and `count` times anywhere."""
+    for name, owner, function, when in SIGNAL_PLACES:
+        patch = signal_during(owner, function, when)
+        tally.attempt(name, lambda p=patch: signalled(rig, p, Path.exists))
+    if not hook.preloaded():
+        tally.skip("signals anywhere: need a C compiler and LD_PRELOAD")
+        return
+    draw = random.Random(6)
     kinds = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
     for number in range(count):
-        at = draw.uniform(0.3, 0.95) * rig.reference.seconds
-        kind, twice = kinds[number % 3], number % 4 == 3
-        fired, problems, seconds = random_signal(rig, at, kind, twice)
-        if fired:  # else the run was faster than the clock
-            tally.add(f"{kind.name} after {at:.2f} s", fired, problems)
-        slowest = max(slowest, seconds)
-    tally.measures["slowest exit after a signal, s"] = round(slowest, 2)
+        first = draw.randrange(1, late_enough(rig))
+        kind, times = kinds[number % 3], 1 + (number % 4 == 1)
+        later = draw.uniform(0.0, rig.cpu_seconds / NUM_STEPS) if number % 2 else 0.0
+        patch = signal_at(kind, first, times, later)
+        name = f"{kind.name} after change {first}{', and again' * (times - 1)}"
+        tally.attempt(name, lambda p=patch: signalled(rig, p, hook.fired))
 
 
 def no_handlers() -> None:
     """Mutant: signals have their default effect."""
-    real = signal.signal
-
-    def not_ours(number, handler):
-        if getattr(handler, "__func__", None) is not process.StopSignal._take:
-            real(number, handler)
-
-    replaced(process.signal, "signal", not_ours)
+    replaced(process.StopSignal, "__enter__", lambda self: self)
 
 
 # -----------------------------------------------------------------------------
 # F15: two starts
 
 
-def two_at_once(rig: Rig, kill_first: bool) -> tuple[bool, list[str]]:
-    """A second start in the same directory: refused while the first lives, free when it was killed."""
-    output = rig.place("f15") / "out"
-    first = rig.start(output)
-    training = wait_until(lambda: bool(list(output.glob("checkpoints/checkpoint-*"))), 60)
+def two_at_once(rig: Rig) -> Trial:
+    """A second start in the same directory while the first lives, and stands still: refused."""
+    output, log = rig.place("f15") / "out", rig.place("f15") / "hook.log"
+
+    def stand_still() -> None:
+        hook.arm(
+            output,
+            action=hook.SIGNAL,
+            number=signal.SIGSTOP,
+            operations=hook.RENAME,
+            contains="checkpoint-5",
+            log=log,
+        )
+
+    first = rig.start(output, patch=stand_still)
+    fired = first.stopped() and hook.fired(log)
+    second = fork(
+        output.with_name("second.txt"), lambda: program.main(rig.arguments(output))
+    ).wait()
     problems = []
-    second_log = output.with_name("second.txt")
-    if kill_first:
-        first.kill(signal.SIGKILL)
-        first.wait()
-        problems += nothing_lost(output, rig.reference, rig.run(output, limit=120))
-    else:
-        second = fork(second_log, lambda: program.main(rig.arguments(output))).wait(60)
-        if second.code != 2 or "another run" not in second.output:
-            problems.append(f"the second start: exit {second.code}: {second.output[-300:]}")
-        problems += nothing_lost(output, rig.reference, first.wait(120))
+    if second.code != 2 or "another run" not in second.output:
+        problems.append(f"the second start: exit {second.code}: {second.output[-300:]}")
+    first.kill(signal.SIGCONT)
+    problems += nothing_lost(output, rig.reference, first.wait())
+    return fired, problems + _one_run(output)
+
+
+def _one_run(output: Path) -> list[str]:
     runs = len(list((output / "tensorboard_logs").iterdir()))
-    problems += [f"{runs} run directories"] if runs != 1 else []
     shutil.rmtree(output.parent, ignore_errors=True)
-    return training, problems
+    return [f"{runs} run directories"] if runs != 1 else []
 
 
-def same_second(rig: Rig, starts: int) -> tuple[bool, list[str]]:
+def after_a_kill(rig: Rig) -> Trial:
+    """The owner of a directory was killed: it is free."""
+    output = rig.place("f15") / "out"
+    killed = rig.run(
+        output, patch=lambda: after_step(7, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    )
+    locked = (output / directory.LOCK_NAME).exists()
+    problems = nothing_lost(output, rig.reference, rig.run(output))
+    return killed.code == -signal.SIGKILL and locked, problems + _one_run(output)
+
+
+def same_second(rig: Rig, starts: int) -> Trial:
     """Many processes make their run directory at one frozen time: all different."""
     place = rig.place("f15s")
     gate = place / "go"
 
     def start(number: int) -> None:
-        directory.time.strftime = lambda form: "20260101_000000"
-        wait_until(gate.exists, 30)
+        replaced(time, "strftime", lambda form, moment=None: "20260101_000000")
+        (place / f"ready{number}").touch()
+        wait_until(gate.exists)
         (place / f"name{number}").write_text(directory.new_run(place / "out").name)
 
     children = [fork(place / f"{n}.txt", lambda n=n: start(n)) for n in range(starts)]
+    wait_until(lambda: len(list(place.glob("ready*"))) == starts)
     gate.touch()
-    outcomes = [child.wait(60) for child in children]
+    outcomes = [child.wait() for child in children]
     names = [path.read_text() for path in place.glob("name*")]
     problems = [o.output[-300:] for o in outcomes if o.code]
-    problems += (
-        [f"{len(set(names))} names for {starts} starts"] if len(set(names)) != starts else []
-    )
-    return len(names) == starts, problems
+    if len(set(names)) != starts:
+        problems.append(f"{len(set(names))} names for {starts} starts")
+    return all("20260101_000000" in name for name in names), problems
 
 
 def f15(rig: Rig, tally: Tally, count: int) -> None:
     """Second start in the same directory, restart after kill -9, many starts in one second."""
+    if not hook.preloaded():
+        tally.skip("a second start beside the first: needs a C compiler and LD_PRELOAD")
     for number in range(count):
-        tally.attempt(f"live owner {number}", lambda: two_at_once(rig, False))
-        tally.attempt(f"killed owner {number}", lambda: two_at_once(rig, True))
+        if hook.preloaded():
+            tally.attempt(f"live owner {number}", lambda: two_at_once(rig))
+        tally.attempt(f"killed owner {number}", lambda: after_a_kill(rig))
         tally.attempt(f"same second {number}", lambda: same_second(rig, 8))
 
 
@@ -313,86 +341,100 @@ def no_lock() -> None:
         def release(self) -> None:
             """Nothing to release."""
 
-    replaced(program, "lock_output", lambda output_dir: Free())
+    replaced(directory, "lock_output", lambda output_dir: Free())
 
 
 # -----------------------------------------------------------------------------
 # F26: real processes, many times
 
 
-def real_process(rig: Rig, output: Path, *more: str) -> subprocess.Popen:
+def real_process(rig: Rig, arguments: list[str], **environment: str) -> subprocess.Popen:
     """The command itself, as a user starts it."""
     script = str(ROOT / "direct_finetuning_with_existing_modules.py")
-    environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
     return subprocess.Popen(
-        [sys.executable, script, *rig.arguments(output, *more)],
+        [sys.executable, script, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        env=environment,
+        env={**os.environ, **environment},
     )
 
 
-def short_run(rig: Rig, kind: str) -> tuple[bool, list[str]]:
-    """One short run that is done, refused, stopped or interrupted: exit code, children, time."""
-    output = rig.place("f26") / "out"
-    options = {"bad": ["--learning-rate", "-1"], "missing": ["--data-path", str(rig.root / "no")]}
-    process = real_process(rig, output, "--max-steps", "2", *options.get(kind, []))
+ENDINGS = {  # of a short run: options, exit code, what it says then
+    "ok": ((), 0, "done: 2 steps"),
+    "bad": (("--learning-rate", "-1"), 2, "learning_rate"),
+    "missing": (("--data-path", "/nowhere/no.jsonl"), 2, "no.jsonl"),
+    "interrupted": ((), 0, "SIGINT: saved step"),
+}
+
+
+def short_run(rig: Rig, kind: str) -> Trial:
+    """One short run that is done, refused or interrupted: exit code, children, time."""
+    output, log = rig.place("f26") / "out", rig.place("f26") / "hook.log"
+    options, wanted, said = ENDINGS[kind]
+    environment = {}
     if kind == "interrupted":
-        wait_until(lambda: bool(list(output.glob("training_logs/*/status.json"))), 120)
-        process.send_signal(signal.SIGINT)
+        place = {"contains": "status.json", "operations": hook.RENAME}
+        environment = hook.in_environment(output, **place, number=signal.SIGINT, log=log)
+    arguments = rig.arguments(output, "--max-steps", "2", *options)
+    process = real_process(rig, arguments, **environment)
     try:
-        text, _ = process.communicate(timeout=180)
+        text, _ = process.communicate(timeout=LIMIT)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        return True, ["it hangs"]
-    wanted = {"ok": 0, "bad": 2, "missing": 2, "interrupted": 0}[kind]
+        text, _ = process.communicate()
     problems = [] if process.returncode == wanted else [f"exit {process.returncode}: {text[-400:]}"]
     problems += ["a traceback"] if "Traceback" in text else []
+    problems += [] if said in text else [f"does not say {said!r}: {text[-400:]}"]
     try:
-        os.killpg(process.pid, 0)
+        os.killpg(process.pid, signal.SIGKILL)
         problems.append("a child is left")
     except ProcessLookupError:
         pass
     shutil.rmtree(output.parent, ignore_errors=True)
-    return True, problems
+    return hook.fired(log) if environment else bool(text), problems
 
 
 def f26(rig: Rig, tally: Tally, count: int) -> None:
     """Short real runs of every ending, and a soak in which descriptors and memory must stay flat."""
-    kinds = ("ok", "bad", "missing", "interrupted")
+    kinds = [kind for kind in ENDINGS if kind != "interrupted" or hook.preloaded()]
+    if len(kinds) < len(ENDINGS):
+        tally.skip("interrupted: needs a C compiler and LD_PRELOAD")
     for number in range(count):
-        kind = kinds[number % len(kinds)]
+        kind = kinds[-1 - number % len(kinds)]
         tally.attempt(f"{kind} {number}", lambda k=kind: short_run(rig, k))
     if count >= 40:
         tally.attempt("soak of 2,000 steps", lambda: soak(rig, tally, 2000))
 
 
-def soak(rig: Rig, tally: Tally, steps: int) -> tuple[bool, list[str]]:
+def soak(rig: Rig, tally: Tally, steps: int) -> Trial:
     """One long run: open files, threads and memory in its second half against its first."""
     output = rig.place("soak") / "out"
-    child = rig.start(output, "--max-steps", str(steps), "--save-steps", "200")
-    seen: list[tuple[int, int, int]] = []
+    seen = output.with_name("seen.jsonl")
 
-    def measure() -> bool:
-        base = Path(f"/proc/{child.pid}")
-        try:
-            resident = int((base / "statm").read_text().split()[1]) * 4096
-            seen.append(
-                (len(list((base / "fd").iterdir())), len(list((base / "task").iterdir())), resident)
-            )
-        except OSError:
-            return True
-        time.sleep(0.5)
-        return bool(seen[-1][2] == 0)
+    def patch() -> None:
+        advance = program.DirectTrainer.advance
 
-    wait_until(measure, 900)
-    outcome = child.wait(900)
-    if len(seen) < 20:
-        return False, []
-    quarter = len(seen) // 4
-    early, late = seen[quarter : 2 * quarter], seen[-quarter:]
+        def measured(self, step, planned):
+            if step % 20 == 0:
+                own = Path("/proc/self")
+                counts = [len(list((own / name).iterdir())) for name in ("fd", "task")]
+                pages = int((own / "statm").read_text().split()[1])
+                with open(seen, "a") as file:
+                    file.write(json.dumps([*counts, pages * os.sysconf("SC_PAGE_SIZE")]) + "\n")
+            return advance(self, step, planned)
+
+        replaced(program.DirectTrainer, "advance", measured)
+
+    outcome = rig.run(
+        output, "--max-steps", str(steps), "--save-steps", "200", patch=patch, limit=3600
+    )
+    values = [json.loads(line) for line in seen.read_text().splitlines()] if seen.exists() else []
+    if len(values) < 20:
+        return False, [outcome.output[-300:]]
+    quarter = len(values) // 4
+    early, late = values[quarter : 2 * quarter], values[-quarter:]
     growth = [max(s[i] for s in late) - max(s[i] for s in early) for i in range(3)]
     tally.measures["soak: growth of open files, threads, resident MB"] = (
         f"{growth[0]}, {growth[1]}, {growth[2] / 1e6:.1f}"
@@ -401,13 +443,30 @@ def soak(rig: Rig, tally: Tally, steps: int) -> tuple[bool, list[str]]:
     problems += [f"open files grow by {growth[0]}"] if growth[0] > 3 else []
     problems += [f"threads grow by {growth[1]}"] if growth[1] > 2 else []
     problems += [f"memory grows by {growth[2] / 1e6:.0f} MB"] if growth[2] > 60e6 else []
-    return True, problems
+    return len(values) >= steps // 20, problems
+
+
+def in_every_process(code: str) -> None:
+    """From now on, every Python that is started runs this first."""
+    folder = Path(tempfile.mkdtemp(dir=os.environ["FAULTS_WORK"]))
+    (folder / "sitecustomize.py").write_text(code)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+
+
+def signals_are_not_heard() -> None:
+    """Mutant: no handler is ever set, in a real process."""
+    in_every_process("import signal\nsignal.signal = lambda number, handler: None\n")
+
+
+def refusals_end_with_0() -> None:
+    """Mutant: the exit code is lost, in a real process."""
+    in_every_process("import sys\nend = sys.exit\nsys.exit = lambda code=0: end(0)\n")
 
 
 ROWS = [
     Row(
         "F01",
-        "kill -9 at random times, the same command again",
+        "kill -9 anywhere, the same command again",
         f01,
         full=200,
         quick=8,
@@ -419,8 +478,7 @@ ROWS = [
         "stop after any step, resume: equal to the last bit",
         f04,
         full=23,
-        quick=6,
-        in_quick=True,
+        quick=4,
         mutants={"random state": no_random_state, "optimizer state": no_optimizer_state},
         mutant_count=4,
     ),
@@ -429,8 +487,7 @@ ROWS = [
         "SIGTERM, SIGINT, SIGHUP: the step in progress is saved",
         f06,
         full=40,
-        quick=2,
-        in_quick=True,
+        quick=3,
         mutants={"no handlers": no_handlers},
         mutant_count=0,
     ),
@@ -442,5 +499,16 @@ ROWS = [
         quick=1,
         mutants={"no lock": no_lock},
     ),
-    Row("F26", "short real runs of every ending; soak", f26, full=100, quick=4),
+    Row(
+        "F26",
+        "short real runs of every ending; soak",
+        f26,
+        full=100,
+        quick=4,
+        mutants={
+            "signals are not heard": signals_are_not_heard,
+            "the exit code is lost": refusals_end_with_0,
+        },
+        mutant_count=3,
+    ),
 ]

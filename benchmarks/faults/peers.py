@@ -6,33 +6,30 @@ import random
 import shutil
 import signal
 import socket
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
-import direct_finetuning_with_existing_modules as program
 from finetuning.training import checkpoint_manager
 
+from . import hook
 from .checkpoints import stop_at
-from .interruptions import no_random_state, wait_until
+from .interruptions import no_random_state
 from .rig import (
-    LEDGER,
     NUM_STEPS,
     Child,
     Outcome,
     Reference,
     Rig,
+    after_step,
     fork,
+    ledger_of,
     nothing_lost,
     read_ledger,
     replaced,
-    write_ledger,
 )
-from .tally import Row, Tally
+from .tally import Row, SuiteError, Tally, Trial
 
-TIMEOUT = 5  # seconds, --distributed-timeout of the trials that hang
+OPTIONS = ("--distributed-timeout", "5")  # seconds that the program waits for a rank
 Patch = Callable[[], None]
 
 
@@ -45,19 +42,18 @@ def start_ranks(
         port = probe.getsockname()[1]
 
     def action(rank: int) -> int:
-        torch.set_num_threads(1)
         if world > 1:
-            os.environ |= {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(world),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            }
-        write_ledger(notes(output, rank).with_name(notes(output, rank).name + "." + LEDGER))
-        if patches and rank in patches:
-            patches[rank]()
-        return program.main(rig.arguments(output, *more))
+            os.environ.update(
+                {
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(world),
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port),
+                }
+            )
+        patch = (patches or {}).get(rank)
+        return rig.main(output, *more, patch=patch, notes=notes(output, rank))
 
     children = []
     for rank in range(world):
@@ -72,20 +68,18 @@ def notes(output: Path, rank: int) -> Path:
     return output if rank == 0 else output.with_name(f"{output.name}.rank{rank}")
 
 
-def wait_all(children: list[Child], limit: float) -> list[Outcome]:
+def wait_all(children: list[Child]) -> list[Outcome]:
     """Reap all ranks."""
-    return [child.wait(limit) for child in children]
+    return [child.wait() for child in children]
 
 
-def reference_of_two(rig: Rig) -> Reference:
+def reference_of_two(rig: Rig) -> None:
     """One uninterrupted run of two ranks."""
     output = rig.root / "reference2" / "out"
-    if not output.exists():
-        outcomes = wait_all(start_ranks(rig, output), 240)
-        assert not any(o.code for o in outcomes), outcomes[0].output + outcomes[1].output
-        rig.pair = Reference.read(output)
-        rig.pair.seconds = max(o.seconds for o in outcomes)
-    return rig.pair
+    outcomes = wait_all(start_ranks(rig, output))
+    if any(o.code for o in outcomes):
+        raise SuiteError(outcomes[0].output + outcomes[1].output)
+    rig.pair = Reference.read(output)
 
 
 def same_on_both(output: Path) -> list[str]:
@@ -97,7 +91,7 @@ def same_on_both(output: Path) -> list[str]:
 
 def ends_well(rig: Rig, output: Path) -> list[str]:
     """The same command on two ranks comes to its end with nothing lost."""
-    outcomes = wait_all(start_ranks(rig, output), 240)
+    outcomes = wait_all(start_ranks(rig, output))
     problems = [f"rank 1: exit {outcomes[1].code}"] if outcomes[1].code else []
     problems += nothing_lost(output, rig.pair, outcomes[0])
     return problems + (same_on_both(output) if not problems else [])
@@ -107,10 +101,10 @@ def ends_well(rig: Rig, output: Path) -> list[str]:
 # F05
 
 
-def stopped_pair(rig: Rig, step: int) -> tuple[bool, list[str]]:
+def stopped_pair(rig: Rig, step: int) -> Trial:
     """SIGTERM to rank 1 only: both stop at the same step, both go on bit-equal."""
     output = rig.place("f05") / "out"
-    outcomes = wait_all(start_ranks(rig, output, patches={1: lambda: stop_at(step)}), 120)
+    outcomes = wait_all(start_ranks(rig, output, patches={1: lambda: stop_at(step)}))
     problems = [
         f"rank {r}: exit {o.code}: {o.output[-300:]}" for r, o in enumerate(outcomes) if o.code
     ]
@@ -122,7 +116,7 @@ def stopped_pair(rig: Rig, step: int) -> tuple[bool, list[str]]:
     return fired, problems
 
 
-def other_world(rig: Rig, tally: Tally, worlds: tuple[int, int, int]) -> tuple[bool, list[str]]:
+def other_world(rig: Rig, tally: Tally, worlds: tuple[int, int, int]) -> Trial:
     """Ranks change at two stops with the same global batch: same documents, same losses but for rounding."""
     output, whole = rig.place("f05w") / "out", rig.place("f05w") / "out"
 
@@ -130,14 +124,14 @@ def other_world(rig: Rig, tally: Tally, worlds: tuple[int, int, int]) -> tuple[b
         accumulation = str(4 // world)
         return ["--lora-dropout", "0", "--gradient-accumulation-steps", accumulation]
 
-    wait_all(start_ranks(rig, whole, *options(1), world=1), 120)
+    wait_all(start_ranks(rig, whole, *options(1), world=1))
+    changed = True
     for world, stop in zip(worlds, (8, 16, 0), strict=True):
         patches = {0: lambda stop=stop: stop_at(stop)} if stop else None
-        outcomes = wait_all(
-            start_ranks(rig, output, *options(world), world=world, patches=patches), 120
-        )
+        outcomes = wait_all(start_ranks(rig, output, *options(world), world=world, patches=patches))
+        changed &= max(read_ledger(output)[0], default=0) == (stop or NUM_STEPS)
         if any(o.code for o in outcomes):
-            return True, [f"exit {[o.code for o in outcomes]}: {outcomes[0].output[-400:]}"]
+            return changed, [f"exit {[o.code for o in outcomes]}: {outcomes[0].output[-400:]}"]
     found, wanted = Reference.read(output), Reference.read(whole)
     documents = [
         s
@@ -149,12 +143,11 @@ def other_world(rig: Rig, tally: Tally, worlds: tuple[int, int, int]) -> tuple[b
     worst = max(abs(curves[0].get(s, 0) / v - 1) for s, v in curves[1].items())
     tally.measures[f"ranks {worlds}: largest relative difference of a loss"] = f"{worst:.1e}"
     problems += [f"losses differ by {worst:.1e}"] if worst > 1e-4 else []
-    return True, problems
+    return changed, problems
 
 
 def f05(rig: Rig, tally: Tally, count: int) -> None:
     """Two ranks: stops, and other numbers of ranks at the same global batch."""
-    reference_of_two(rig)
     draw = random.Random(5)
     for step in sorted(draw.sample(range(1, NUM_STEPS), min(count, NUM_STEPS - 1))):
         tally.attempt(f"stop {step} by rank 1", lambda s=step: stopped_pair(rig, s))
@@ -166,66 +159,57 @@ def f05(rig: Rig, tally: Tally, count: int) -> None:
 # F13, F14
 
 
-def _steps(output: Path, rank: int) -> dict[int, dict]:
-    truncation = notes(output, rank)
-    exists = truncation.with_name(f"{truncation.name}.{LEDGER}").exists()
-    return read_ledger(truncation)[0] if exists else {}
-
-
-def killed_peer(rig: Rig, rank: int, step: int, delay: float) -> tuple[bool, list[str], float]:
-    """kill -9 of one rank: the other ends by itself; both again, nothing lost. (…, seconds to end)"""
+def killed_peer(rig: Rig, rank: int, step: int, later: float) -> Trial:
+    """kill -9 of one rank: the other ends by itself; both again, nothing lost."""
     output = rig.place("f13") / "out"
-    children = start_ranks(rig, output, "--distributed-timeout", "30")
-    wait_until(lambda: len(_steps(output, rank)) >= step, 120)
-    time.sleep(delay)
-    fired = children[rank].kill(signal.SIGKILL)
-    children[rank].wait()
-    began = time.monotonic()
-    other = children[1 - rank].wait(65)
-    seconds = time.monotonic() - began
+    log = output.with_name("hook.log")
+
+    def kill() -> None:
+        hook.arm(
+            ledger_of(notes(output, rank)),
+            action=hook.SIGNAL,
+            number=signal.SIGKILL,
+            first=step,
+            computing=later,
+            log=log,
+        )
+
+    children = start_ranks(rig, output, *OPTIONS, patches={rank: kill})
+    killed, other = children[rank].wait(), children[1 - rank].wait()
+    fired = hook.fired(log) and killed.code == -signal.SIGKILL
     problems = [] if other.code not in (-signal.SIGALRM, 0) else [f"the other: exit {other.code}"]
-    if fired:
-        problems += ends_well(rig, output)
+    problems += ends_well(rig, output)
     shutil.rmtree(output.parent, ignore_errors=True)
-    return fired, problems, seconds
+    return fired, problems
 
 
 def f13(rig: Rig, tally: Tally, count: int) -> None:
-    """kill -9 of either rank at random times."""
-    reference_of_two(rig)
-    draw, slowest = random.Random(13), 0.0
+    """kill -9 of either rank, anywhere in or soon after a step."""
+    if not hook.preloaded():
+        tally.skip("needs a C compiler and LD_PRELOAD")
+        return
+    draw = random.Random(13)
     for number in range(count):
-        step, delay = draw.randrange(NUM_STEPS - 3), draw.uniform(0, 0.1)
-        fired, problems, seconds = killed_peer(rig, number % 2, step, delay)
-        tally.add(f"rank {number % 2} after step {step}", fired, problems)
-        slowest = max(slowest, seconds)
-    tally.measures["slowest end of the other rank after a kill, s"] = round(slowest, 1)
+        step = draw.randrange(1, NUM_STEPS - 8)
+        later = draw.uniform(0, rig.cpu_seconds / NUM_STEPS)
+        tally.attempt(
+            f"rank {number % 2}, {later * 1000:.0f} ms after step {step}",
+            lambda r=number % 2, s=step, t=later: killed_peer(rig, r, s, t),
+        )
 
 
-def disturbed(rig: Rig, tally: Tally, kind: str, rank: int) -> tuple[bool, list[str]]:
-    """One rank hangs, raises, or has no disk: all end in time, not with 0; then nothing is lost."""
+def disturbed(rig: Rig, kind: str, rank: int) -> Trial:
+    """One rank hangs, raises, or has no disk: all end, not with 0; then nothing is lost."""
     output = rig.place("f14") / "out"
     marker = output.with_name("fired")
 
-    def at_step_8(action: Callable[[], None]) -> Patch:
-        def patch() -> None:
-            advance = program.DirectTrainer.advance
-
-            def then(self, step, planned):
-                advance(self, step, planned)
-                if step == 8:
-                    marker.touch()
-                    action()
-
-            program.DirectTrainer.advance = then
-
-        return patch
-
     def explode() -> None:
+        marker.touch()
         raise RuntimeError("a fault of this rank only")
 
     def no_disk() -> None:
         def full(*_: object, **__: object) -> None:
+            marker.touch()
             raise OSError(errno.ENOSPC, "No space left on device")
 
         replaced(checkpoint_manager, "save_checkpoint", full)
@@ -235,13 +219,11 @@ def disturbed(rig: Rig, tally: Tally, kind: str, rank: int) -> tuple[bool, list[
         "raises": explode,
         "has no disk": no_disk,
     }[kind]
-    options = ("--distributed-timeout", str(TIMEOUT))
-    began = time.monotonic()
-    children = start_ranks(rig, output, *options, patches={rank: at_step_8(action)})
-    wait_until(marker.exists, 60)
+    patches = {rank: lambda: after_step(8, action)}
+    children = start_ranks(rig, output, *OPTIONS, patches=patches)
+    stopped = kind == "hangs" and children[rank].stopped()
     others = [c for r, c in enumerate(children) if kind != "hangs" or r != rank]
-    outcomes = [child.wait(TIMEOUT + 60 + began - time.monotonic() + 40) for child in others]
-    seconds = time.monotonic() - began
+    outcomes = wait_all(others)
     if kind == "hangs":
         children[rank].kill(signal.SIGKILL)
         children[rank].wait()
@@ -249,9 +231,7 @@ def disturbed(rig: Rig, tally: Tally, kind: str, rank: int) -> tuple[bool, list[
     problems = [f"exit codes {codes}"] if 0 in codes or -signal.SIGALRM in codes else []
     if kind == "has no disk" and rank == 0 and codes != [3, 3]:
         problems.append(f"exit codes {codes}, wanted 3 on both: {outcomes[1].output[-300:]}")
-    name = "slowest end of a group with a fault on one rank, s"
-    tally.measures[name] = round(max(seconds, tally.measures.get(name, 0)), 1)
-    fired = marker.exists()
+    fired = marker.exists() or stopped
     problems += ends_well(rig, output)
     shutil.rmtree(output.parent, ignore_errors=True)
     return fired, problems
@@ -259,11 +239,10 @@ def disturbed(rig: Rig, tally: Tally, kind: str, rank: int) -> tuple[bool, list[
 
 def f14(rig: Rig, tally: Tally, count: int) -> None:
     """One rank of two hangs, raises or can't save."""
-    reference_of_two(rig)
-    cases = [("raises", 1), ("hangs", 1), ("has no disk", 0), ("raises", 0), ("hangs", 0)]
+    cases = [("has no disk", 0), ("hangs", 1), ("raises", 1), ("raises", 0), ("hangs", 0)]
     for number in range(count):
         kind, rank = cases[number % len(cases)]
-        tally.attempt(f"rank {rank} {kind}", lambda k=kind, r=rank: disturbed(rig, tally, k, r))
+        tally.attempt(f"rank {rank} {kind}", lambda k=kind, r=rank: disturbed(rig, k, r))
     tally.skip("a DataLoader worker that dies: the program has no DataLoader")
 
 
@@ -300,23 +279,26 @@ ROWS = [
         quick=1,
         mutants={"ranks do not agree": every_rank_for_itself, "random state": no_random_state},
         mutant_count=1,
+        needs=(reference_of_two,),
     ),
     Row(
         "F13",
         "two ranks: kill -9 of one",
         f13,
         full=20,
-        quick=1,
+        quick=2,
         mutants={"random state": no_random_state},
         mutant_count=2,
+        needs=(reference_of_two,),
     ),
     Row(
         "F14",
         "two ranks: one hangs, raises, or has no disk",
         f14,
         full=12,
-        quick=2,
+        quick=3,
         mutants={"only rank 0 notices": only_rank_0_notices},
-        mutant_count=3,
+        mutant_count=1,
+        needs=(reference_of_two,),
     ),
 ]

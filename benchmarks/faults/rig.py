@@ -1,76 +1,49 @@
 """The common rig: a tiny Qwen3 with adapters, 64 records, 24 updates, and a fork server to run it in.
 
-A trial forks the warm process (torch and transformers are imported, nothing has run) and calls the
-program's own `main()` in the child, so a run takes about two seconds instead of ten. Faults and mutants
+A trial forks the warm process (all that a run imports is imported, nothing has run) and calls the
+program's own `main()` in the child, so a run takes about a second instead of ten. Faults and mutants
 are applied in the child; the program has no hooks for tests.
+
+Nothing waits for seconds: what a trial waits for is the end of a process, its being stopped, or a file;
+the seconds in a call are those after which the wait is given up, and the trial lost.
 """
 
 import contextlib
-import dataclasses
 import hashlib
+import importlib
+import inspect
 import json
 import os
 import random
+import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import direct_finetuning_with_existing_modules as program
+from finetuning.analysis import crypto_terms, text_quality
+from finetuning.analysis import report as analysis_report
 from finetuning.model import demo_model
-from finetuning.training import engine
+from finetuning.training import engine, forecast
 
+from . import hook
 from .tally import SUITE_ERROR, SuiteError, of_the_suite
 
 NUM_RECORDS, NUM_STEPS, SAVE_STEPS = 64, 24, 5
+LIMIT = 300.0  # seconds after which something hangs, however busy the machine
 LEDGER = "truncation.jsonl"
-_WORDS = list(
-    [
-        "密钥",
-        "分组",
-        "密码",
-        "公钥",
-        "私钥",
-        "签名",
-        "散列",
-        "碰撞",
-        "随机",
-        "椭圆",
-        "曲线",
-        "同态",
-        "格",
-        "侧信道",
-        "填充",
-        "协议",
-        "证书",
-        "明文",
-        "密文",
-        "认证",
-        "完整性",
-        "机密性",
-        "攻击",
-        "安全",
-        "证明",
-        "归约",
-        "素数",
-        "模数",
-        "指数",
-        "迭代",
-        "轮函数",
-        "置换",
-        "线性",
-        "差分",
-        "代数",
-        "消息",
-        "摘要",
-        "计数器",
-        "向量",
-    ]
-)
+_WORDS = [
+    "密钥", "分组", "密码", "公钥", "私钥", "签名", "散列", "碰撞", "随机", "椭圆", "曲线", "同态", "格",
+    "侧信道", "填充", "协议", "证书", "明文", "密文", "认证", "完整性", "机密性", "攻击", "安全", "证明",
+    "归约", "素数", "模数", "指数", "迭代", "轮函数", "置换", "线性", "差分", "代数", "消息", "摘要",
+    "计数器", "向量",
+]  # fmt: skip
 
 
 # -----------------------------------------------------------------------------
@@ -97,13 +70,24 @@ def write_records(path: Path, count: int = NUM_RECORDS) -> None:
 
 
 def build_model_folder(folder: Path, records: Path) -> Path:
-    """A two-layer Qwen3 folder with hidden size 64 and the embedded model's kind of tokenizer."""
+    """A Qwen3 folder of one layer with hidden size 64 and the embedded model's kind of tokenizer."""
     texts = records.read_text(encoding="utf-8").splitlines()
     tokenizer = demo_model.train_tokenizer(texts)
-    config = demo_model._model_config(tokenizer, 2)
-    config.hidden_size, config.intermediate_size, config.head_dim = 64, 128, 16
+    config = Qwen3Config(
+        vocab_size=demo_model.VOCAB_SIZE,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     torch.manual_seed(3)
-    model = demo_model.Qwen3ForCausalLM(config)
+    model = Qwen3ForCausalLM(config)
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
     return folder
@@ -111,11 +95,15 @@ def build_model_folder(folder: Path, records: Path) -> Path:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a child ended. `code` is the exit code, or minus the signal that killed it."""
+    """How a child ended. `code` is the exit code, or minus the signal that killed it.
+
+    cpu_seconds: of it and of the children that it waited for. peak_mb: what the largest of them held.
+    """
 
     code: int
-    seconds: float
     output: str
+    cpu_seconds: float
+    peak_mb: float
     left_alive: bool = False
 
 
@@ -129,36 +117,61 @@ class Child:
 
     pid: int
     log: Path
-    began: float = field(default_factory=time.monotonic)
+    _end: tuple[int, resource.struct_rusage] | None = None
+
+    def _look(self) -> bool:
+        """Whether it is stopped now; notes its end."""
+        if self._end is not None:
+            return False
+        pid, status, usage = os.wait4(self.pid, os.WNOHANG | os.WUNTRACED)
+        if pid and os.WIFSTOPPED(status):
+            return True
+        if pid:
+            self._end = status, usage
+        return False
+
+    def running(self) -> bool:
+        """Whether it has not ended yet."""
+        if self._end is None:
+            self._look()
+        return self._end is None
 
     def kill(self, number: int) -> bool:
         """Send a signal; False if the child had ended already."""
-        pid, status = os.waitpid(self.pid, os.WNOHANG)
-        if pid:
-            self._status = status
-            return False
-        os.kill(self.pid, number)
-        return True
+        if self.running():
+            os.kill(self.pid, number)
+        return self._end is None
 
-    def wait(self, limit: float = 60.0) -> Outcome:
+    def stopped(self, limit: float = LIMIT) -> bool:
+        """Wait until SIGSTOP has stopped it; False where it ended, or went on for so many seconds."""
+        seen: list[bool] = []
+        wait_until(lambda: seen.append(self._look()) or seen[-1] or self._end is not None, limit)
+        return seen[-1]
+
+    def wait(self, limit: float = LIMIT) -> Outcome:
         """Reap the child; after `limit` seconds it is killed and the code is -SIGALRM."""
-        status, late = getattr(self, "_status", None), False
-        while status is None:
-            pid, got = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                status = got
-            elif not late and time.monotonic() - self.began > limit:
-                late = True
-                os.kill(self.pid, signal.SIGKILL)
-            else:
-                time.sleep(0.005)
-        seconds = time.monotonic() - self.began
+        late = not wait_until(lambda: not self.running(), limit)
+        if late:
+            self.kill(signal.SIGKILL)
+            wait_until(lambda: not self.running(), LIMIT)
+        status, usage = self._end
         alive = _end_group(self.pid)
         code = -signal.SIGALRM if late else os.waitstatus_to_exitcode(status)
         output = self.log.read_text(encoding="utf-8", errors="replace")
         if code == SUITE_ERROR:
             raise SuiteError(output[-3000:])
-        return Outcome(code, seconds, output, alive)
+        return Outcome(code, output, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, alive)
+
+
+def wait_until(condition: Callable[[], object], limit: float = LIMIT) -> bool:
+    """Look again and again; False where it was not so for so many seconds."""
+    end, pause = time.monotonic() + limit, 0.0005
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(pause)
+        pause = min(2 * pause, 0.02)
+    return True
 
 
 def _end_group(group: int) -> bool:
@@ -213,6 +226,8 @@ class Rig:
     root: Path
     reference: "Reference | None" = None
     pair: "Reference | None" = None  # of two ranks
+    changes: list[tuple[str, str]] = field(default_factory=list)  # to files, by a whole run
+    cpu_seconds: float = 0.0  # of a whole run
 
     def __post_init__(self) -> None:
         self.data, self.model = self.root / "records.jsonl", self.root / "model"
@@ -233,10 +248,25 @@ class Rig:
         """The command line of a run."""
         fixed = f"""--data-path {self.data} --model-name {self.model} --output-dir {output}
             --cache-dir {self.root / "cache"} --lora-r 4 --lora-dropout 0.1 --learning-rate 1e-3
-            --max-seq-length 256 --gradient-accumulation-steps 3 --max-steps {NUM_STEPS}
+            --max-seq-length 256 --gradient-accumulation-steps 2 --max-steps {NUM_STEPS}
             --save-steps {SAVE_STEPS} --save-total-limit 2 --logging-steps 1 --eval-steps 8
             --num-probes 0 --workers 1 --device cpu --resume auto"""
         return [*fixed.split(), *more]
+
+    def main(
+        self,
+        output: Path,
+        *more: str,
+        patch: Callable[[], None] | None = None,
+        notes: Path | None = None,
+    ) -> int:
+        """The program itself, in a child, with a ledger of what it does."""
+        notes = notes or output
+        torch.set_num_threads(1)
+        write_ledger(ledger_of(notes))
+        if patch is not None:
+            patch()
+        return program.main(self.arguments(output, *more))
 
     def start(
         self,
@@ -252,11 +282,7 @@ class Rig:
         notes = notes or output
 
         def action() -> int:
-            torch.set_num_threads(1)
-            write_ledger(notes.with_name(notes.name + "." + LEDGER))
-            if patch is not None:
-                patch()
-            return program.main(self.arguments(output, *more))
+            return self.main(output, *more, patch=patch, notes=notes)
 
         log = notes.with_name(notes.name + ".console.txt")
         log.unlink(missing_ok=True)
@@ -267,21 +293,45 @@ class Rig:
         output: Path,
         *more: str,
         patch: Callable[[], None] | None = None,
-        limit: float = 60.0,
+        limit: float = LIMIT,
         notes: Path | None = None,
     ) -> Outcome:
         """`start` and wait."""
         return self.start(output, *more, patch=patch, notes=notes).wait(limit)
 
-    def make_reference(self) -> "Reference":
-        """One uninterrupted run."""
-        output = self.root / "reference" / "out"
-        outcome = self.run(output, limit=180)
+    def make_reference(self) -> None:
+        """One uninterrupted run, which also says how many changes to files it makes and what it imports.
+
+        That is imported here then, so that no trial has to; none of its code runs here.
+        """
+        spare_what_no_fault_meets()
+        output, names = self.root / "reference" / "out", self.root / "modules.txt"
+        log = output.with_name("hook.log")
+
+        def action() -> int:
+            if hook.preloaded():
+                hook.arm(output, action=hook.ONLY_LOG, log=log)
+            code = self.main(output)
+            names.write_text("\n".join(sys.modules))
+            return code
+
+        outcome = fork(self.root / "reference.txt", action).wait()
         if outcome.code:
-            raise RuntimeError(f"the reference run failed:\n{outcome.output[-4000:]}")
+            raise SuiteError(f"a plain run of the program fails here:\n{outcome.output[-4000:]}")
         self.reference = Reference.read(output)
-        self.reference.seconds = outcome.seconds
-        return self.reference
+        self.changes, self.cpu_seconds = hook.changes(log), outcome.cpu_seconds
+        for name in names.read_text().split("\n"):
+            if name not in sys.modules and not name.startswith(("tests", "benchmarks")):
+                with contextlib.suppress(Exception):  # made at run time, or only on the way
+                    importlib.import_module(name)
+        crypto_terms.load_terms()
+        text_quality.character_classes("密")
+
+
+def spare_what_no_fault_meets() -> None:
+    """Half of a short run's time: pictures of the dataset, and how fast a matrix product is here."""
+    replaced(analysis_report, "figures", lambda report: {})
+    replaced(forecast, "matmul_rate", lambda device, dims, dtype: 1e10)
 
 
 def write_ledger(path: Path) -> None:
@@ -296,10 +346,10 @@ def write_ledger(path: Path) -> None:
         os.write(handle, b"\n")
     seen: dict[str, object] = {}
 
-    def update_weights(optimizer, grad_norm, **options):
+    def update_weights(optimizer, grad_norm, *, skip=False):
         seen["lr"] = float(optimizer.param_groups[0]["lr"]).hex()
         seen["grad"] = float(grad_norm).hex()
-        update(optimizer, grad_norm, **options)
+        update(optimizer, grad_norm, skip=skip)
 
     def advance(self, step, planned):
         sums = torch.stack([s.per_document.double().sum() for _, s in self.pending[-1].sums]).sum()
@@ -319,8 +369,8 @@ def write_ledger(path: Path) -> None:
         os.write(handle, (json.dumps(record) + "\n").encode())
         return collect(self, step, planned)
 
-    engine.update_weights = update_weights
-    program.DirectTrainer.advance = advance
+    replaced(engine, "update_weights", update_weights)
+    replaced(program.DirectTrainer, "advance", advance)
 
 
 # -----------------------------------------------------------------------------
@@ -335,7 +385,6 @@ class Reference:
     curves: dict[str, dict[int, float]]
     adapter: str
     totals: dict
-    seconds: float = 0.0
 
     @classmethod
     def read(cls, output: Path) -> "Reference":
@@ -348,11 +397,15 @@ class Reference:
         )
 
 
+def ledger_of(output: Path) -> Path:
+    """The ledger of a run, beside its output."""
+    return output.with_name(f"{output.name}.{LEDGER}")
+
+
 def read_ledger(output: Path) -> tuple[dict[int, dict], int]:
     """Step -> last record, and how many steps were done again. A step done twice must not differ."""
     found, again = {}, 0
-    path = output.with_name(output.name + "." + LEDGER)
-    for line in path.read_text().splitlines():
+    for line in ledger_of(output).read_text().splitlines():
         try:
             record = json.loads(line)
         except ValueError:  # the line in which the process was killed
@@ -512,18 +565,100 @@ def status_of(output: Path) -> dict:
     return strict_json(paths[-1]) if paths else {}
 
 
+# -----------------------------------------------------------------------------
+# Faults in a child
+
+
 def replaced(owner: object, name: str, value: object) -> None:
-    """Set an attribute that must exist: a mutant of something renamed would prove nothing."""
+    """Set an attribute that must exist, and that is called as the new one can be.
+
+    A fault or a mutant of something renamed would do nothing, and one that is called otherwise would
+    break the program in its own way; both end the suite.
+    """
     if not hasattr(owner, name):
         raise SuiteError(f"{owner} has no {name}")
+    real = getattr(owner, name)
+    if callable(real) and callable(value):
+        _called_alike(f"{owner}.{name}", real, value)
     setattr(owner, name, value)
 
 
-def as_dict(value: object) -> dict:
-    """A dataclass as plain data."""
-    return dataclasses.asdict(value)
+def _called_alike(name: str, real: Callable, value: Callable) -> None:
+    """SuiteError unless `value` takes all arguments of `real`, by place and by name."""
+    try:
+        wanted, given = inspect.signature(real), inspect.signature(value)
+    except (TypeError, ValueError):  # of a function in C
+        return
+    named = [p for p in wanted.parameters.values() if p.kind is p.KEYWORD_ONLY]
+    placed = [
+        p
+        for p in wanted.parameters.values()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    either = [p for p in placed[1:] if p.kind is p.POSITIONAL_OR_KEYWORD]  # the first may be self
+    try:
+        given.bind(*[None] * len(placed), **{p.name: None for p in named})
+        first = len(placed) - len(either)
+        given.bind(*[None] * first, **{p.name: None for p in [*either, *named]})
+    except TypeError as error:
+        raise SuiteError(f"{name}{wanted} is replaced by one that takes {given}: {error}") from None
 
 
-def find_all(text: str, words: Sequence[str]) -> list[str]:
-    """Words that the text does not hold."""
-    return [word for word in words if word.lower() not in text.lower()]
+def before_call(owner: object, name: str, when: int, action: Callable[[], object]) -> None:
+    """Do something at the beginning of the `when`-th call of a function."""
+    if not hasattr(owner, name):
+        raise SuiteError(f"{owner} has no {name}")
+    real, calls = getattr(owner, name), []
+
+    def first(*arguments, **options):
+        calls.append(name)
+        if len(calls) == when:
+            action()
+        return real(*arguments, **options)
+
+    replaced(owner, name, first)
+
+
+def before_step(step: int, action: Callable[[], object]) -> None:
+    """Do something when the gradients of an update are about to be computed."""
+    gradients = engine.TrainingEngine.forward_backward
+
+    def first(self, planned, tokens, clock, state, wants_stop):
+        if state.step + 1 == step:
+            action()
+        return gradients(self, planned, tokens, clock, state, wants_stop)
+
+    replaced(engine.TrainingEngine, "forward_backward", first)
+
+
+def after_step(step: int, action: Callable[[], object]) -> None:
+    """Do something when an update is done and counted, by this process."""
+    advance = program.DirectTrainer.advance
+
+    def then(self, *arguments, **options):
+        advance(self, *arguments, **options)
+        if self.state.step == step:
+            action()
+
+    replaced(program.DirectTrainer, "advance", then)
+
+
+def steps_done() -> Callable[[], int]:
+    """The number of the last update that is done, from now on."""
+    last, advance = [0], program.DirectTrainer.advance
+
+    def counted(self, step, planned):
+        last[0] = step
+        return advance(self, step, planned)
+
+    replaced(program.DirectTrainer, "advance", counted)
+    return lambda: last[0]
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below a folder: whether something was altered, and what."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }

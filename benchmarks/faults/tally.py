@@ -2,7 +2,7 @@
 
 import json
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,16 @@ from typing import Any
 SUITE_ERROR = 71  # exit code of a child in which the suite, not the program, went wrong
 _OWN_MISTAKES = (AttributeError, NameError, ImportError, TypeError)
 
+# Whether the fault came, by something that only the fault can have left; and what is wrong then.
+Trial = tuple[bool, list[str]]
+
 
 class SuiteError(Exception):
     """A trial could not be made: it names what the program no longer has, or calls it wrongly."""
+
+
+class Caught(Exception):
+    """A mutant's first loss, which is all that is asked of it."""
 
 
 def of_the_suite(error: BaseException) -> bool:
@@ -26,7 +33,7 @@ def of_the_suite(error: BaseException) -> bool:
 
 @dataclass
 class Tally:
-    """The trials of one row. A trial whose fault did not fire is void, never survived."""
+    """The trials of one row. A trial whose fault did not come is void, never survived."""
 
     row: str
     tried: int = 0
@@ -36,22 +43,26 @@ class Tally:
     skipped: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     measures: dict[str, Any] = field(default_factory=dict)
-    mutants: dict[str, bool] = field(default_factory=dict)  # name -> its test failed, as it must
+    mutants: dict[str, str] = field(default_factory=dict)  # name -> what caught it; empty: nothing
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    ends_at_a_loss: bool = False
 
     def add(self, name: str, fired: bool, problems: list[str]) -> None:
         """Count one trial."""
         self.tried += 1
         if not fired:
             self.void += 1
-            self.faults.append(f"{name}: void, the fault did not fire")
+            self.faults.append(f"{name}: void, the fault did not come; {'; '.join(problems)}")
         elif problems:
             self.lost += 1
             self.faults.append(f"{name}: {'; '.join(problems)}")
+            if self.ends_at_a_loss:
+                raise Caught
         else:
             self.survived += 1
 
-    def attempt(self, name: str, trial: Callable[[], tuple[bool, list[str]]]) -> None:
+    def attempt(self, name: str, trial: Callable[[], Trial]) -> None:
         """Count one trial. An exception of the program is a loss; one of the suite itself ends the suite."""
         try:
             fired, problems = trial()
@@ -80,14 +91,15 @@ class Row:
     """One fault of the scorecard.
 
     `run(rig, tally, count)` does `count` trials (some rows have a fixed number). Each mutant removes one
-    protection; under it, `run` with `mutant_count` must lose something.
+    protection; under it, `run` with `mutant_count` must lose something. `needs` is made once, by the
+    program as it is, before any trial and any mutant.
     """
 
     id: str
     title: str
     run: Callable[[Any, Tally, int], None]
     full: int
-    quick: int = 0  # 0: not in the quick run
-    mutants: Mapping[str, Callable[[], None]] = field(default_factory=dict)
+    quick: int
+    mutants: Mapping[str, Callable[[], None]]
     mutant_count: int = 1
-    in_quick: bool = False
+    needs: Sequence[Callable[[Any], object]] = ()

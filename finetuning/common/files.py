@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -56,6 +57,14 @@ def atomic_write(
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def regular(path: Path) -> Path:
+    """`path`, to be read to its end. Raises UserError for a pipe or a device, which may have none."""
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise UserError(f"{clean_line(str(path), 200)} is no regular file (a pipe or device?)")
+    return path
 
 
 def usual_mode() -> int:
@@ -159,7 +168,7 @@ def read_json_object(path: Path, limit: int = -1) -> dict[str, Any]:
     limit: characters that are read at most; a longer file is broken then.
     """
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(regular(path), encoding="utf-8") as file:
             content = json.loads(file.read(limit))
     except (OSError, ValueError, RecursionError) as error:
         reason = clean_line(str(error), 300)

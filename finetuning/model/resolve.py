@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from safetensors import SafetensorError, safe_open
 
 from finetuning.common.errors import UserError
-from finetuning.common.files import read_json_object
+from finetuning.common.files import read_json_object, regular
 from finetuning.common.text import clean_line, redact
 from finetuning.model import demo_model
 from finetuning.model.fp8_products import require_fp8
@@ -257,13 +257,16 @@ def check_model_folder(folder: Path, trust_remote_code: bool = False) -> None:
     """Raise UserError unless the folder holds a configuration, whole safetensors and a tokenizer.
 
     Configurations that name code to run (`auto_map`) need trust_remote_code; keys for the library's
-    internal use are refused, since they have been a way to run code.
+    internal use are refused, since they have been a way to run code. A pipe or a device in it is refused.
     """
     if (folder / ADAPTER_CONFIG).is_file():
         raise UserError(
             f"model folder {folder} holds an adapter ({ADAPTER_CONFIG}); give the base model as "
             "--model-name and this folder as --init-adapter"
         )
+    for path in folder.iterdir():  # the library opens what it knows by name
+        if path.exists():  # a link into nothing is missing, which is said where it is needed
+            regular(path)
     config = read_model_json(
         folder / "config.json", "a model folder has one; is this the right folder?"
     )

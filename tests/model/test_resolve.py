@@ -252,3 +252,13 @@ def test_a_bad_folder_is_refused_with_its_reason(copy, fault):
 def test_the_flag_allows_remote_code(copy):
     remote_code(copy)
     assert resolve_model(str(copy), "cpu", trust_remote_code=True).trust_remote_code
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX special files")
+@pytest.mark.parametrize("name", ["config.json", "chat_template.jinja", "merges.txt", "other.json"])
+def test_a_pipe_in_a_model_folder_is_refused_and_not_read(tmp_path: Path, tiny: Path, name: str):
+    folder = Path(shutil.copytree(tiny, tmp_path / "model"))
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(UserError, match=f"{name} is no regular file"):
+        resolve_model(str(folder), "cpu")
