@@ -5,6 +5,7 @@ with an expected one.
 """
 
 import contextlib
+import html
 import io
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -184,7 +185,8 @@ def table_rows(text: str) -> list[list[str]]:
         ):
             continue
         cells = re.split(r"(?<!\\) ?\|", line)[1:-1]
-        rows.append([re.sub(r"\\(.)", r"\1", cell.strip()) for cell in cells])
+        plain = (re.sub(r"\\(.)", r"\1", cell.strip()) for cell in cells)
+        rows.append([html.unescape(cell) for cell in plain])
     return rows
 
 

@@ -106,7 +106,7 @@ def test_text_is_read_and_written_as_utf_8(subtests):
                 mode = next((k.value for k in node.keywords if k.arg == "mode"), None)
                 if name == "open" and isinstance(node.func, ast.Name) and len(node.args) > 1:
                     mode = node.args[1]
-                binary = isinstance(mode, ast.Constant) and "b" in mode.value
+                binary = isinstance(mode, ast.Constant) and "b" in str(mode.value)
                 texts = name in ("write_text",) or (name == "read_text" and not node.args)
                 opens = name == "open" and isinstance(node.func, ast.Name) and not binary
                 if (texts or opens) and "encoding" not in given:
