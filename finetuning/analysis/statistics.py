@@ -402,7 +402,8 @@ def _exact_lengths(tokens: "TokenizedSamples") -> TokenLengths:
     for number, name in _SEGMENTS.items():
         tallies[name] = _tally_of(tokens.segment_counts[:, number])
         del tallies[name].counts[0]
-    truncation = {name: len(ids) for name, ids in asdict(tokens.truncation).items()}
+    listed = asdict(tokens.truncation).items()
+    truncation = {name: len(ids) for name, ids in listed if isinstance(ids, tuple)}
     return TokenLengths(True, tallies, truncation, tokens.max_seq_length)
 
 
