@@ -87,8 +87,9 @@ def _overview(report: Report) -> list[Row]:
             f"{report['thinking_samples']} ({percent(report['thinking_samples_percent'])})",
         ),
         ("Thinking / answer length, median", grouped(report.get("thinking_answer_ratio_p50"))),
-        ("Quality of the questions", grouped(report.get("avg_instruction_quality"), 3)),
-        ("Quality of the outputs", grouped(report.get("avg_output_quality"), 3)),
+        ("Quality of the questions", _judged(report.get("avg_instruction_quality"))),
+        ("Quality of the outputs", _judged(report.get("avg_output_quality"))),
+        ("Outputs in a language that is not judged", grouped(report["outputs_not_judged"])),
         ("Complexity by terms", grouped(report.get("avg_crypto_complexity"), 3)),
         ("Exact duplicates", grouped(report["exact_duplicates"])),
         ("Near duplicates", grouped(report["near_duplicates"])),
@@ -100,6 +101,10 @@ def _overview(report: Report) -> list[Row]:
     if "train_eval_leaks" in report:
         rows.insert(7, ("Held-out samples seen in training", grouped(report["train_eval_leaks"])))
     return rows
+
+
+def _judged(quality: float | None) -> str:
+    return "not judged" if quality is None else grouped(quality, 3)
 
 
 def _files(report: Report) -> list[Row]:
@@ -128,7 +133,9 @@ def _levels(report: Report) -> list[Row]:
             str(k),
             f"{grouped(report[f'difficulty_{k}_count'])}"
             f" ({percent(report[f'difficulty_{k}_percent'])})",
-            f"{grouped(report[f'quality_level_{k}_count'])}"
+            _judged(None)
+            if f"quality_level_{k}_count" not in report
+            else f"{grouped(report[f'quality_level_{k}_count'])}"
             f" ({percent(report[f'quality_level_{k}_percent'])})",
         )
         for k in range(1, 5)

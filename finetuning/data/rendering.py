@@ -64,7 +64,8 @@ class Renderer:
             messages, tools = marked(messages, control, mark), marked(tools, control, mark)
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         # Without a message before it, a turn has no prompt, as when an assistant greets first.
-        learnt = [i for i in turns if i] if self._all_turns else turns[-1:]
+        may = [i for i in turns if i and messages[i].get("loss", True)]
+        learnt = may if self._all_turns else turns[-1:]
         try:
             made = [self._document(Turn(messages[:i], messages[i], tools), mark) for i in learnt]
         except self._faults as error:

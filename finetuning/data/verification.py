@@ -87,7 +87,7 @@ class Verifier:
         self._compare(turn, frames, prompt, completion)
 
     def _check_think_blocks(self, turn: Turn, completion: str) -> None:
-        """Exactly one think block around reasoning, at most one where there is none."""
+        """Exactly one think block where there is reasoning, at most one where there is none."""
         form = self._form
         opened, closed = completion.count(OPEN) + form.opens, completion.count(CLOSE)
         thinks = bool(turn.thinking.strip())
@@ -96,6 +96,8 @@ class Verifier:
                 "it has reasoning, but the chat template's prompt closes the think block before the model "
                 "writes; use the template of a model that thinks"
             )
+        if thinks and turn.thinking.strip() not in completion:
+            raise RenderingFault("the chat template drops or changes the reasoning")
         own_marks = form.reasoning == "field" and opened == closed == 0
         wanted = (1,) if thinks and not own_marks else (0, 1)
         if opened != closed or opened not in wanted:
@@ -118,8 +120,6 @@ class Verifier:
                 _check_loosely(text, turn.before)
             else:
                 _check_loosely(text, [turn.message])
-                if turn.thinking.strip() not in text:
-                    raise RenderingFault("the chat template drops or changes the reasoning")
         for forms in _tool_words(json.dumps(turn.tools)) if turn.tools else ():
             if not any(form in prompt for form in forms):
                 raise RenderingFault(f"the chat template drops of its tools: {_cut(forms[0])}")

@@ -33,7 +33,7 @@ def test_unusable_templates():
         + PLAIN_TEMPLATE
     )
     sample = Sample("问", "想", "答", system="系", source="a.md", line=3)
-    with pytest.raises(UserError, match="a.md:3: the chat template refuses it: no system role"):
+    with pytest.raises(UserError, match=r"a.md:3: the chat template refuses it: no system role"):
         tokenize_samples([sample], small_tokenizer(refusing), LONG)
 
 
