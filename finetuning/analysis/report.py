@@ -72,7 +72,11 @@ def tables(report: Report) -> list[Table]:
         ),
         ("Quality by component", ("component", "mean"), _components(report)),
         ("Categories of terms", ("category", "occurrences"), _categories(report)),
-        ("Terms", ("#", "term", "category", "level", "samples"), _terms(report)),
+        (
+            _cut_title("Terms", _TOP, len(report["terms"])),
+            ("#", "term", "category", "level", "samples"),
+            _terms(report),
+        ),
         *_finding_tables(report),
         ("Weakest texts", ("quality", "where", "part", "weakest", "text"), _worst(report)),
     ]
@@ -173,8 +177,17 @@ def _finding_tables(report: Report) -> list[Table]:
             for f in findings.get(kind, [])[:_TOP]
         ]
         if rows:
-            result.append((title, header, rows))
+            total = max(len(findings[kind]), report.get(_COUNTS.get(kind, kind)) or 0)
+            result.append((_cut_title(title, len(rows), total), header, rows))
     return result
+
+
+_COUNTS = {"broken": "broken_samples", "answer_copied": "answer_copied_into_thinking"}  # by finding
+
+
+def _cut_title(title: str, shown: int, total: int) -> str:
+    """A table that does not hold everything says so."""
+    return title if total <= shown else f"{title} ({shown} of {total:,})"
 
 
 def _worst(report: Report) -> list[Row]:

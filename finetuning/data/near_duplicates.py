@@ -51,7 +51,7 @@ def question_text(sample: Sample) -> str:
 
 
 def context_text(sample: Sample) -> str:
-    """All that the model sees before its answer: another system text, conversation or tool makes another one."""
+    """All that the model sees before its answer: with another system text or tool it is another one."""
     turns = (*sample.history, {"content": sample.question}, *sample.tool_turns)
     said = (f"{turn.get('content', '')}\n{turn.get('tool_calls', '')}" for turn in turns)
     return "\n".join((sample.system, sample.tools, *said))
