@@ -103,8 +103,8 @@ class Accounts:
                 remedy = share.remedy or "mend them (--check-data lists them)"
                 raise UserError(
                     f"{self.whose}: {share.count} of {share.of} samples {share.text}, more than "
-                    f"max_broken_fraction {max_fraction:g} allows{self._first(share)}. {remedy[0].upper()}"
-                    f"{remedy[1:]}, or raise --max-broken-fraction"
+                    f"max_broken_fraction {max_fraction:g} allows{self._first(share)}. What helps: {remedy}; "
+                    "or raise --max-broken-fraction"
                 )
 
     def _first(self, share: _Share) -> str:
@@ -150,17 +150,18 @@ class Accounts:
         ]
 
     def _too_long(self) -> _Share:
-        lengths = {kept: self.length_for(kept) for kept in KEPT}
-        remedy = ", ".join(
-            f"{length} keeps {kept:.0%}" for kept, length in lengths.items() if length
+        lengths = {self.length_for(kept): kept for kept in KEPT}  # of one length the larger share
+        named = ", ".join(
+            f"{length} keeps {kept:.0%}" for length, kept in lengths.items() if length
         )
+        others = "--over-length truncate_thinking shortens them"
         return _Share(
             "too long",
             len(self.report.dropped),
             self.documents,
             f"are longer than {self.tokens.max_seq_length} tokens and left out",
             True,
-            f"--max-seq-length {remedy}" if remedy else "",
+            f"--max-seq-length {named}; {others}" if named else others,
         )
 
     def length_for(self, kept: float) -> int | None:
