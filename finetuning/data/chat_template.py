@@ -84,7 +84,7 @@ def _probed(tokenizer: Any) -> ChatFormat:
         raise UserError("the tokenizer has no token that ends a turn; set its eos_token")
     return ChatFormat(
         reasoning=_reasoning_way(tokenizer, prompt, switch),
-        opens=prompt.rstrip().endswith(OPEN),
+        opens=opens_thinking(prompt),
         close_id=next((i for i, t in _added(tokenizer).items() if t.content == CLOSE), -1),
         end_id=int(end_id),
         control=_control_pattern(tokenizer),
@@ -92,6 +92,11 @@ def _probed(tokenizer: Any) -> ChatFormat:
         closes=CLOSE in _behind_question(prompt),
         switch=switch,
     )
+
+
+def opens_thinking(prompt: str) -> bool:
+    """Whether a generation prompt ends with an open think block; behind a tool's answer it need not."""
+    return prompt[-2 * len(OPEN) :].rstrip().endswith(OPEN)
 
 
 _QUESTION = [{"role": "user", "content": "Q0q"}]

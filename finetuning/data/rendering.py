@@ -5,6 +5,7 @@ reason: its sample is broken.
 """
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from finetuning.data.chat_template import (
     OPEN,
     ChatFormat,
     marked,
+    opens_thinking,
     render,
     template_errors,
     turn_with,
@@ -21,6 +23,7 @@ from finetuning.data.chat_template import (
 from finetuning.data.verification import RenderingFault, Turn, Verifier
 from finetuning.readers.sample import Sample
 
+_EMPTY_BLOCK = re.compile(rf"\A\s*(?:{OPEN})?\s*{CLOSE}\s*")
 Pieces = list[str]  # encoded one by one and joined, so that no token reaches across their borders
 
 
@@ -106,12 +109,14 @@ class Renderer:
             if text.startswith(prompt):
                 return text[len(prompt) :]
         text = self._render([*turn.before, plain], turn.tools)
-        stem = prompt[: prompt.rindex(OPEN)] if form.opens else prompt
+        opens = opens_thinking(prompt)
+        stem = prompt[: prompt.rindex(OPEN)] if opens else prompt
         if not text.startswith(stem):
             raise RenderingFault(
                 "the chat template's own turn does not begin with its generation prompt"
             )
         answer = text[len(stem) :]
-        if form.opens:
+        if opens:
+            answer = _EMPTY_BLOCK.sub("", answer)  # the prompt has opened one already
             return f"{thinking}\n{CLOSE}\n\n{answer}"
         return f"{OPEN}\n{thinking}\n{CLOSE}\n\n{answer}" if thinking else answer

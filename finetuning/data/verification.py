@@ -15,7 +15,7 @@ from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from finetuning.data.chat_template import CLOSE, OPEN, ChatFormat
+from finetuning.data.chat_template import CLOSE, OPEN, ChatFormat, opens_thinking
 
 MOST_FRAMES = 2_000  # that are remembered
 _WORD = re.compile(r"Zq(\d{6})w")
@@ -72,7 +72,7 @@ class Verifier:
 
     def check(self, turn: Turn, prompt: str, completion: str) -> None:
         """Raise RenderingFault, with the reason, where the texts are not those of the turn."""
-        self._check_think_blocks(turn, completion)
+        self._check_think_blocks(turn, prompt, completion)
         shape = _shape(turn)
         known = self._frames.get(shape)
         if known is not None:
@@ -86,10 +86,10 @@ class Verifier:
         self._frames[shape] = frames
         self._compare(turn, frames, prompt, completion)
 
-    def _check_think_blocks(self, turn: Turn, completion: str) -> None:
+    def _check_think_blocks(self, turn: Turn, prompt: str, completion: str) -> None:
         """Exactly one think block where there is reasoning, at most one where there is none."""
         form = self._form
-        opened, closed = completion.count(OPEN) + form.opens, completion.count(CLOSE)
+        opened, closed = completion.count(OPEN) + opens_thinking(prompt), completion.count(CLOSE)
         thinks = bool(turn.thinking.strip())
         if thinks and form.closes:
             raise RenderingFault(

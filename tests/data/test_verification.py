@@ -3,7 +3,7 @@
 Records of every shape through templates of many manners and through damaged ones, with the real
 tokenizer; what is checked is the text of the tokens, by other means than the program's own.
 
-uv run pytest tests/data/test_verification.py
+uv run pytest -m "not long" tests/data/test_verification.py
 """
 
 import copy
@@ -203,6 +203,7 @@ many = settings(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_of_a_sample_is_trained_on_or_it_is_listed(family: str):
     counts = []
@@ -266,6 +267,7 @@ def test_a_damaged_template_is_found(damage: str):
         assert all("chat template" in record.reason for record in tokens.truncation.broken)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGED)
 def test_what_a_damaged_template_keeps_is_whole(damage: str):
     @settings(many, max_examples=4)
@@ -324,6 +326,21 @@ def test_a_template_that_never_thinks_takes_samples_without_reasoning():
     assert tokens.sample_index.tolist() == [0]
     (broken,) = tokens.truncation.broken
     assert "prompt closes the think block before the model writes" in broken.reason
+
+
+@pytest.mark.parametrize("empty", ["<think></think>", "</think>"])
+def test_an_empty_block_of_another_form_is_one_block(empty: str):
+    """Some templates write it otherwise than the prompt opens it."""
+    block = "{{- '<think>\\n' ~ (m.reasoning_content or '') ~ '\\n</think>\\n\\n' -}}"
+    assert block in WHOLE
+    other = (
+        f"{{%- if m.reasoning_content -%}}{block}{{%- else -%}}{{{{- '{empty}' -}}}}{{%- endif -%}}"
+    )
+    tokenizer = tokenizer_with(WHOLE.replace(block, other))
+    tokens = tokenize_samples([Sample("问", "", "答"), SAMPLE], tokenizer, LONG)
+    texts = [tokenizer.decode(tokens[i].ids) for i in range(2)]
+    assert all(text.count(OPEN) == text.count(CLOSE) == 1 for text in texts)
+    assert text_of(tokens, 0, Segment.ANSWER) == "答" and text_of(tokens, 0, Segment.THINKING) == ""
 
 
 def test_one_sample_that_the_template_refuses_is_one_broken_sample():
