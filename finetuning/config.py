@@ -169,8 +169,8 @@ class DataSettings(_Settings):
     packing: bool = True
     """Fill rows with several samples that never see each other; off: one sample per row."""
     max_broken_fraction: float = 0.1
-    """Share of the samples that may be left out for one reason (broken, control tokens, too long); above it
-    the run refuses to start."""
+    """Share of the samples that may be left out for one reason (broken, control tokens, longer than the
+    default max_seq_length); above it the run refuses to start."""
 
     def _faults(self) -> Iterator[str]:
         yield from self._breaches(_NOT_EMPTY, "data_path")

@@ -49,13 +49,14 @@ class Accounts:
     """What became of some files' samples: those for training with those split off, or held-out files.
 
     read, tokens: of these files. whose: "data" or "held-out data". splits: samples that spell a control token
-    are kept as ordinary text.
+    are kept as ordinary text. chosen_length: max_seq_length is the user's, who has decided what is too long.
     """
 
     read: SampleSet
     tokens: TokenizedSamples
     whose: str
     splits: bool
+    chosen_length: bool
 
     @property
     def report(self) -> TruncationReport:
@@ -160,7 +161,7 @@ class Accounts:
             len(self.report.dropped),
             self.documents,
             f"are longer than {self.tokens.max_seq_length} tokens and left out",
-            True,
+            not self.chosen_length,
             f"--max-seq-length {named}; {others}" if named else others,
         )
 
@@ -175,11 +176,12 @@ class Accounts:
 
 def accounts_of(data: TrainingData, settings: DataSettings) -> tuple[Accounts, ...]:
     """Of the files for training, and of the user's own held-out files where there are some."""
-    splits = settings.control_tokens == "split"
-    own = Accounts(data.split.read, data.train.tokens, "data", splits)
+    chosen = settings.max_seq_length != DataSettings.max_seq_length  # the default
+    rules = {"splits": settings.control_tokens == "split", "chosen_length": chosen}
+    own = Accounts(data.split.read, data.train.tokens, "data", **rules)
     if data.split.eval_read is None:
         return (own,)
-    return own, Accounts(data.split.eval_read, data.held_out.tokens, "held-out data", splits)
+    return own, Accounts(data.split.eval_read, data.held_out.tokens, "held-out data", **rules)
 
 
 def account_rows(accounts: Sequence[Accounts]) -> Rows:

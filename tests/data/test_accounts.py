@@ -6,6 +6,7 @@ uv run pytest -m "not long" tests/data/test_accounts.py
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -114,8 +115,19 @@ def test_the_length_that_would_do_is_named(accounts, qwen3):
         assert len(accounts(lines, up_to(length)).tokens) >= kept * 200
         assert len(accounts(lines, up_to(length - 64)).tokens) < kept * 200
     assert found.length_for(0.9) is None
+    found.check(0.0)  # whoever names a length has decided what is too long
+    unasked = replace(found, chosen_length=False)
     with pytest.raises(UserError, match=rf"--max-seq-length {at_95} keeps 95%.*or raise"):
-        found.check(0.09)
+        unasked.check(0.09)
+    unasked.check(0.1)
+
+
+def test_the_default_length_is_not_for_all_data(accounts):
+    lines = [record(i, thinking="想" * (50 if i % 4 else 5000)) for i in range(20)]
+    found = accounts(lines, DataSettings())
+    assert not found.chosen_length
+    with pytest.raises(UserError, match="5 of 20 samples are longer than 2048 tokens"):
+        found.check(0.1)
 
 
 def test_shortened_samples_are_kept(accounts):
@@ -146,7 +158,7 @@ def test_skipped_files_are_named(accounts):
     found = accounts([record(i) for i in range(10)])
     skipped = tuple(Remark(f"ds/{name}", 1, "skipped") for name in "abcd")
     read = SampleSet(found.read.samples, (), found.read.samples_per_file, "", skipped=skipped)
-    rows = dict(Accounts(read, found.tokens, "data", False).rows())
+    rows = dict(replace(found, read=read).rows())
     assert rows["skipped files"] == "4: ds/a, ds/b, ds/c and 1 more"
 
 

@@ -512,7 +512,7 @@ def says(*words: str) -> Callable[[str], bool]:
 
 PROJECTIONS = DirectTrainingConfig().target_modules
 LOSSES = {"max_broken_fraction": 0.5}
-NARROW = {"max_seq_length": 200, **LOSSES}
+NARROW = {"max_seq_length": 200}
 WHOLE = {"lora_r": 0, "precision": "bf16"}
 SHORT_RUN = {"max_steps": 6}
 
@@ -544,8 +544,7 @@ ROWS = [
     Row("eval_path", data("b"), held_out_sources, {"b"}),
     Row("eval_fraction", 0.3, held_out, lambda seen: 10 <= seen <= 27),
     Row("max_eval_samples", 2, held_out, 2),
-    Row("max_seq_length", 200, capacity, (200, True), beside=LOSSES),
-    Row("max_seq_length", 200, refused_plan, says("13 of 60 samples", "--max-seq-length 256")),
+    Row("max_seq_length", 200, capacity, (200, True)),
     Row("over_length", "truncate_thinking", shortened, True, beside=NARROW),
     Row("over_length", "error", refused_plan, says("max_seq_length is 200"), beside=NARROW),
     Row(
