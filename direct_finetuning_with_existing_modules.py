@@ -49,7 +49,7 @@ from finetuning.runs.directory import RunDirectory, disk_faults_stop_the_run
 from finetuning.runs.identity import check_identity
 from finetuning.runs.metrics import MetricsProcessor
 from finetuning.runs.plan import load_data, plan_run
-from finetuning.runs.record import RunRecord, announce, tell_resume
+from finetuning.runs.record import RunRecord, announce, show_plan, tell_resume
 from finetuning.runs.report import write_report
 from finetuning.training.checkpoint import Checkpoint
 from finetuning.training.checkpoint_manager import CheckpointManager
@@ -469,12 +469,11 @@ def run(command: CommandLine) -> int:
     trust = {"trust_remote_code": command.trust_remote_code}
     if command.check_data:
         inputs = load_data(config, trainer.dist, trainer.terminal, **trust)
-        quiet = command.quiet or not trainer.dist.is_main
-        return check_data(inputs.data, inputs.statistics, trainer.terminal, quiet=quiet)
+        found = inputs.data, inputs.statistics, inputs.accounts
+        return check_data(*found, trainer.terminal, quiet=command.quiet)
     if command.plan:
         plan = plan_run(config, trainer.dist, trainer.terminal, **trust)
-        title = f"Plan for {plan.inputs.model.name}"
-        trainer.terminal.table(title, plan.forecast.rows(), always=True)
+        show_plan(trainer.terminal, plan)
     else:
         trainer.train()
     return 0

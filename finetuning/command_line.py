@@ -25,7 +25,8 @@ class CommandLine:
     plan: bool = False
     """Say what the run would do, need and take, without loading weights, and end."""
     check_data: bool = False
-    """Read and tokenize everything, list what is wrong with it, and end with 0 (good) or 1."""
+    """Read and tokenize everything, say what is wrong with it, the worst of each kind here and all in a file,
+    and end with 0 (good) or 1."""
     quiet: bool = False
     """Only warnings and the closing lines on the terminal."""
     trust_remote_code: bool = False

@@ -177,13 +177,14 @@ class DataSettings(_Settings):
     over_length: Literal["drop", "truncate_thinking", "error"] = "drop"
     """What happens to a longer sample; it is never cut at its end."""
     loss_on: Literal["last_turn", "all_turns"] = "last_turn"
-    """Which assistant turns of a conversation carry loss."""
+    """Which assistant turns of a conversation carry loss; all_turns: each is a document of its own."""
     control_tokens: Literal["refuse", "split"] = "refuse"
     """What happens to a sample whose text spells a control token such as <|im_end|>."""
     packing: bool = True
     """Fill rows with several samples that never see each other; off: one sample per row."""
     max_broken_fraction: float = 0.1
-    """Share of unreadable samples above which the run refuses to start."""
+    """Share of the samples that may be left out for one reason (broken, control tokens, longer than the
+    default max_seq_length); above it the run refuses to start."""
 
     def _faults(self) -> Iterator[str]:
         yield from self._breaches(_NOT_EMPTY, "data_path")

@@ -19,7 +19,7 @@ from finetuning.common.cache import code_version, kept_array
 from finetuning.common.files import write_json
 from finetuning.common.ngrams import gram_hashes, normalized
 from finetuning.common.text import clean_line
-from finetuning.data.near_duplicates import question_text, text_key
+from finetuning.data.near_duplicates import context_text, text_key
 from finetuning.readers.sample import Sample
 
 LISTED = 200  # findings of one kind and worst samples that are kept by name
@@ -178,7 +178,7 @@ def observe(samples: Iterable[Sample]) -> Facts:
         _observe_terms(facts, sample)
         _observe_quality(facts, sample)
         _observe_thinking(facts, sample)
-        question_keys.append(text_key(question_text(sample)))
+        question_keys.append(text_key(context_text(sample)))
         answer_keys.append(text_key(sample.answer))
     facts.question_keys.append(np.array(question_keys, np.uint64))
     facts.answer_keys.append(np.array(answer_keys, np.uint64))
@@ -246,7 +246,8 @@ def difficulty(sample: Sample, terms: Iterable[str] | None = None) -> int:
 
 
 def _observe_quality(facts: Facts, sample: Sample) -> None:
-    """Quality of the question, and of the output: the weaker of thinking and answer."""
+    """Quality of the question, and of the output: the weaker of thinking and answer. What is of a language
+    that can't be judged is counted as such."""
     question = text_quality.text_quality(sample.question, text_quality.QUESTION_WEIGHTS)
     if question is not None:
         facts.add("question_quality", question)
@@ -267,6 +268,8 @@ def _observe_quality(facts: Facts, sample: Sample) -> None:
         facts.add("output_quality", value)
         place = (round(value, 4), sample.source, sample.line)
         _keep_worst(facts, WorstSample(*place, part, weakest, clean_line(text, 80)))
+    elif sample.thinking or sample.answer:
+        facts.counts["not_judged"] += 1
 
 
 def _weakest(components: dict[str, float], weights: dict[str, float]) -> str:

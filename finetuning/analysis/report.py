@@ -72,7 +72,11 @@ def tables(report: Report) -> list[Table]:
         ),
         ("Quality by component", ("component", "mean"), _components(report)),
         ("Categories of terms", ("category", "occurrences"), _categories(report)),
-        ("Terms", ("#", "term", "category", "level", "samples"), _terms(report)),
+        (
+            _cut_title("Terms", _TOP, len(report["terms"])),
+            ("#", "term", "category", "level", "samples"),
+            _terms(report),
+        ),
         *_finding_tables(report),
         ("Weakest texts", ("quality", "where", "part", "weakest", "text"), _worst(report)),
     ]
@@ -87,8 +91,9 @@ def _overview(report: Report) -> list[Row]:
             f"{report['thinking_samples']} ({percent(report['thinking_samples_percent'])})",
         ),
         ("Thinking / answer length, median", grouped(report.get("thinking_answer_ratio_p50"))),
-        ("Quality of the questions", grouped(report.get("avg_instruction_quality"), 3)),
-        ("Quality of the outputs", grouped(report.get("avg_output_quality"), 3)),
+        ("Quality of the questions", _judged(report.get("avg_instruction_quality"))),
+        ("Quality of the outputs", _judged(report.get("avg_output_quality"))),
+        ("Outputs in a language that is not judged", grouped(report["outputs_not_judged"])),
         ("Complexity by terms", grouped(report.get("avg_crypto_complexity"), 3)),
         ("Exact duplicates", grouped(report["exact_duplicates"])),
         ("Near duplicates", grouped(report["near_duplicates"])),
@@ -100,6 +105,10 @@ def _overview(report: Report) -> list[Row]:
     if "train_eval_leaks" in report:
         rows.insert(7, ("Held-out samples seen in training", grouped(report["train_eval_leaks"])))
     return rows
+
+
+def _judged(quality: float | None) -> str:
+    return "not judged" if quality is None else grouped(quality, 3)
 
 
 def _files(report: Report) -> list[Row]:
@@ -128,7 +137,9 @@ def _levels(report: Report) -> list[Row]:
             str(k),
             f"{grouped(report[f'difficulty_{k}_count'])}"
             f" ({percent(report[f'difficulty_{k}_percent'])})",
-            f"{grouped(report[f'quality_level_{k}_count'])}"
+            _judged(None)
+            if f"quality_level_{k}_count" not in report
+            else f"{grouped(report[f'quality_level_{k}_count'])}"
             f" ({percent(report[f'quality_level_{k}_percent'])})",
         )
         for k in range(1, 5)
@@ -166,8 +177,17 @@ def _finding_tables(report: Report) -> list[Table]:
             for f in findings.get(kind, [])[:_TOP]
         ]
         if rows:
-            result.append((title, header, rows))
+            total = max(len(findings[kind]), report.get(_COUNTS.get(kind, kind)) or 0)
+            result.append((_cut_title(title, len(rows), total), header, rows))
     return result
+
+
+_COUNTS = {"broken": "broken_samples", "answer_copied": "answer_copied_into_thinking"}  # by finding
+
+
+def _cut_title(title: str, shown: int, total: int) -> str:
+    """A table that does not hold everything says so."""
+    return title if total <= shown else f"{title} ({shown} of {total:,})"
 
 
 def _worst(report: Report) -> list[Row]:

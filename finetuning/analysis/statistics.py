@@ -105,7 +105,9 @@ class DatasetStatistics:
             "Citation_Conflicts": facts.counts["citation_conflicts"],
         }
         result |= _counts_and_percents("Difficulty", facts.difficulty, total)
-        result |= _counts_and_percents("Quality_Level", self._quality_levels(), total)
+        judged = len(self._tally("output_quality"))
+        if judged:
+            result |= _counts_and_percents("Quality_Level", self._quality_levels(), judged)
         terms = self._tally("distinct_terms")
         for k in range(MANY_TERMS):
             result[f"Crypto_Terms_{k}_Count"] = terms.counts[k]
@@ -225,6 +227,7 @@ class DatasetStatistics:
                 "thinking_samples": facts.counts["thinking_samples"],
                 "samples_without_thinking": facts.counts["without_thinking"],
                 "samples_with_explicit_difficulty": facts.counts["explicit_difficulty"],
+                "outputs_not_judged": facts.counts["not_judged"],
                 "broken": [asdict(record) for record in self.broken],
                 "warnings": self.warnings(),
                 "characters": {
@@ -368,7 +371,7 @@ def compute_statistics(
         duplicates=duplicates,
         tokens=_exact_lengths(tokens) if tokens is not None else _estimated_lengths(facts),
         max_seq_length=max_seq_length,
-        broken=tuple(broken),
+        broken=(*broken, *(tokens.truncation.broken if tokens is not None else ())),
     )
 
 
@@ -402,7 +405,8 @@ def _exact_lengths(tokens: "TokenizedSamples") -> TokenLengths:
     for number, name in _SEGMENTS.items():
         tallies[name] = _tally_of(tokens.segment_counts[:, number])
         del tallies[name].counts[0]
-    truncation = {name: len(ids) for name, ids in asdict(tokens.truncation).items()}
+    listed = asdict(tokens.truncation).items()
+    truncation = {name: len(ids) for name, ids in listed if isinstance(ids, tuple)}
     return TokenLengths(True, tallies, truncation, tokens.max_seq_length)
 
 
@@ -453,4 +457,4 @@ def _length_warnings(stats: DatasetStatistics) -> Iterator[str]:
         yield f"{about}{over} samples are longer than max_seq_length {limit}"
     low = stats._quality_levels()[1]
     if low:
-        yield f"{low} outputs are damaged or hardly Chinese (quality below {QUALITY_BOUNDARIES[0]})"
+        yield f"{low} outputs are damaged (quality below {QUALITY_BOUNDARIES[0]})"

@@ -1,4 +1,8 @@
-"""How undamaged a Chinese text is, in [0, 1], from components that each see one kind of damage.
+"""How undamaged a text is, in [0, 1], from components that each see one kind of damage.
+
+Chinese is judged by all of them; Traditional Chinese by its own character set and without a
+dictionary, which is of simplified words; a text without Chinese, such as English, by what damages any
+text. A text of kana, Hangul, Cyrillic and the like is not judged: it has no component.
 
 A component is a raw measure mapped by a linear ramp to [0, 1]. The total is the weighted geometric
 mean, so that one ruined property is not averaged away. It says that a text is readable, not that it
@@ -20,6 +24,10 @@ if TYPE_CHECKING:
 
 TERM_FREQUENCY = 20_000  # keeps 95% of the terms whole; jieba's own suggestion keeps 94%
 FLOOR = 0.02  # a component of 0 pulls the total down but not to 0
+OTHER_SCRIPTS = (
+    0.2  # share of kana, Hangul, Cyrillic … among the letters above which a text is not judged
+)
+FEW, OTHER_SET = 5, 0.05  # characters that only Traditional has; simplified ones for each of them
 WEIGHTS = {
     "segmentation": 2.0,
     "garbling": 2.0,
@@ -67,7 +75,8 @@ _GARBLED_RUNS = ("锟斤拷", "烫烫", "屯屯")
     LETTER,
     DIGIT,
     FOREIGN,
-) = (1 << bit for bit in range(13))
+    BIG5,
+) = (1 << bit for bit in range(14))
 
 
 @cache
@@ -78,6 +87,7 @@ def _classes() -> np.ndarray:
         table[first : last + 1] |= HANZI
     simplified, traditional = _codec_hanzi("gb2312"), _codec_hanzi("big5")
     table[list(simplified)] |= GB2312
+    table[list(traditional)] |= BIG5
     # What only one of the two character sets can write tells the scripts apart.
     table[list(simplified - traditional)] |= SIMPLIFIED
     table[list(traditional - simplified)] |= TRADITIONAL
@@ -143,7 +153,7 @@ def _count(classes: np.ndarray, bit: int) -> int:
 def quality_components(text: str) -> dict[str, float]:
     """The components of `WEIGHTS`, each in [0, 1]; one that the text gives no ground for is absent.
 
-    An empty text has none. Cost is linear in the length.
+    An empty text has none, nor has one in a script that is not judged. Cost is linear in the length.
     """
     text = text.strip()
     if not text:
@@ -151,6 +161,10 @@ def quality_components(text: str) -> dict[str, float]:
     classes = character_classes(text)
     hanzi = _count(classes, HANZI)
     visible = max(1, len(classes) - _count(classes, SPACE))
+    words = sum(map(len, _WORD.findall(text)))
+    other_scripts = int(np.count_nonzero((classes & (FOREIGN | LATIN_1)) == FOREIGN))
+    if other_scripts > OTHER_SCRIPTS * (hanzi + words + other_scripts):
+        return {}
     result = {
         "garbling": _garbling(text, classes),
         "repetition": _repetition(text),
@@ -158,22 +172,22 @@ def quality_components(text: str) -> dict[str, float]:
         "terminal": _terminal(text),
         "brackets": _brackets(text),
     }
-    # Formulas and numbers are of no language; words are, and letters of other scripts.
-    foreign = _count(classes, FOREIGN | LATIN_1) + sum(map(len, _WORD.findall(text)))
-    if hanzi + foreign:
+    if hanzi > 0.02 * visible:  # otherwise the text isn't Chinese
+        # Formulas and numbers are of no language; words are, and letters of other scripts.
+        foreign = _count(classes, FOREIGN | LATIN_1) + words
         result["cjk_share"] = _ramp(hanzi / (hanzi + foreign), 0.05, 0.30)
-    if hanzi > 0.02 * visible:  # otherwise the text isn't Chinese, which cjk_share says alone
         result |= _hanzi_components(text, classes, hanzi, visible)
     return result
 
 
 def _hanzi_components(text: str, classes: np.ndarray, hanzi: int, visible: int):
     """The components that only make sense where there are Chinese characters."""
-    in_words = _in_words(text, classes)
     traditional, simplified = _count(classes, TRADITIONAL), _count(classes, SIMPLIFIED)
+    is_traditional = traditional > FEW and simplified <= OTHER_SET * traditional
+    in_words = None if is_traditional else _in_words(text, classes)
     marks = classes & (MARK | SPACE)
     result = {
-        "charset": _ramp(_count(classes, GB2312) / hanzi, 0.95, 1.0),
+        "charset": _ramp(_count(classes, BIG5 if is_traditional else GB2312) / hanzi, 0.95, 1.0),
         "punctuation": _punctuation_density(_count(classes, MARK) / visible, hanzi),
         "clause_length": 1.0 - _ramp(_longest_run(marks), 60, 160),
         "length": _ramp(visible, 8, 30),

@@ -2,11 +2,14 @@
 
 Also both ends of inference: `encode_prompt` makes exactly the prefix that training used, and
 `parse_completion` takes apart what a model wrote behind it.
+
+A template whose generation prompt closes the think block by default is asked with the switch that keeps
+it open, in training and in inference alike.
 """
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from finetuning.common.errors import UserError
@@ -30,13 +33,23 @@ class ChatFormat:
     end_id: int
     control: re.Pattern
     """Text that must not come from content: it would become a control token."""
+    special: frozenset[int] = frozenset()
+    """Ids of the special tokens, one of which may end a turn of another kind, such as a tool call."""
+    closes: bool = False
+    """The generation prompt holds a think block that is closed already, however it is asked."""
+    switch: dict[str, bool] = field(default_factory=dict)
+    """What the template is asked with so that it leaves room for reasoning; see `thinking_switch`."""
+
+
+SWITCHES = ("enable_thinking", "thinking")
+"""What templates call the switch between reasoning and none."""
 
 
 _MARKUP = re.compile(r"<\|.*\|>|</?(?:think|thinking|tools?|tool_call|tool_response)>")
 
 
 def chat_format(tokenizer: Any) -> ChatFormat:
-    """EvalPrompt a tokenizer. UserError where it has no usable chat template or no end of turn."""
+    """Probe a tokenizer. UserError where it has no usable chat template or no end of turn."""
     template = getattr(tokenizer, "chat_template", None)
     if not template:
         raise UserError("the tokenizer has no chat template; use a chat model, or set one")
@@ -54,13 +67,14 @@ def template_errors() -> tuple[type[Exception], ...]:
     """What a chat template can raise."""
     import jinja2
 
-    return (jinja2.TemplateError, TypeError, ValueError, LookupError)
+    arithmetic = (ArithmeticError, RecursionError)
+    return (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, *arithmetic)
 
 
 def _probed(tokenizer: Any) -> ChatFormat:
-    question = [{"role": "user", "content": "Q0q"}]
-    prompt = render(tokenizer, question, None, prompt=True)
-    plain = render(tokenizer, [*question, turn_with("A0a", "")], None)
+    switch = thinking_switch(tokenizer)
+    prompt = render(tokenizer, _QUESTION, None, switch, prompt=True)
+    plain = render(tokenizer, [*_QUESTION, turn_with("A0a", "")], None, switch)
     if "A0a" not in plain:
         raise UserError("the chat template does not render the assistant's turn")
     tail = encode(tokenizer, [plain[plain.rindex("A0a") + 3 :]])[0]
@@ -69,18 +83,45 @@ def _probed(tokenizer: Any) -> ChatFormat:
     if end_id is None:
         raise UserError("the tokenizer has no token that ends a turn; set its eos_token")
     return ChatFormat(
-        reasoning=_reasoning_way(tokenizer, question, prompt),
-        opens=prompt.rstrip().endswith(OPEN),
+        reasoning=_reasoning_way(tokenizer, prompt, switch),
+        opens=opens_thinking(prompt),
         close_id=next((i for i, t in _added(tokenizer).items() if t.content == CLOSE), -1),
         end_id=int(end_id),
         control=_control_pattern(tokenizer),
+        special=frozenset(special),
+        closes=CLOSE in _behind_question(prompt),
+        switch=switch,
     )
 
 
-def _reasoning_way(tokenizer: Any, question: list[dict], prompt: str) -> str:
+def opens_thinking(prompt: str) -> bool:
+    """Whether a generation prompt ends with an open think block; behind a tool's answer it need not."""
+    return prompt[-2 * len(OPEN) :].rstrip().endswith(OPEN)
+
+
+_QUESTION = [{"role": "user", "content": "Q0q"}]
+
+
+def _behind_question(prompt: str) -> str:
+    return prompt[prompt.rfind("Q0q") + 3 :]
+
+
+def thinking_switch(tokenizer: Any) -> dict[str, bool]:
+    """Arguments with which the template's generation prompt leaves the think block open.
+
+    Empty where it does so without being asked, and where no switch helps.
+    """
+    for switch in ({}, *({name: True} for name in SWITCHES)):
+        prompt = render(tokenizer, _QUESTION, None, switch, prompt=True)
+        if CLOSE not in _behind_question(prompt):
+            return switch
+    return {}
+
+
+def _reasoning_way(tokenizer: Any, prompt: str, switch: dict[str, bool]) -> str:
     field = {**turn_with("A0a", ""), "reasoning_content": "R0r"}
     for way, turn in (("field", field), ("inline", turn_with("A0a", "R0r"))):
-        text = render(tokenizer, [*question, turn], None)
+        text = render(tokenizer, [*_QUESTION, turn], None, switch)
         if text.startswith(prompt) and "R0r" in text[len(prompt) :]:
             return way
     return "composed"
@@ -108,10 +149,17 @@ def _control_pattern(tokenizer: Any) -> re.Pattern:
     return re.compile("|".join(map(re.escape, longest_first)))
 
 
-def render(tokenizer: Any, messages: list[dict], tools: list | None, prompt: bool = False) -> str:
+def render(
+    tokenizer: Any,
+    messages: list[dict],
+    tools: list | None,
+    switch: dict[str, bool],
+    *,
+    prompt: bool = False,
+) -> str:
     """The template's text for `messages`; with `prompt`, up to where the model goes on."""
     return tokenizer.apply_chat_template(
-        messages, tools=tools, tokenize=False, add_generation_prompt=prompt
+        messages, tools=tools, tokenize=False, add_generation_prompt=prompt, **switch
     )
 
 
@@ -141,9 +189,8 @@ def encode_prompt(tokenizer: Any, messages: list[dict], tools: list | None = Non
     """
     control = _control_pattern(tokenizer)
     mark = unused_mark(strings_of([messages, tools or []]))
-    text = render(
-        tokenizer, marked(messages, control, mark), marked(tools, control, mark), prompt=True
-    )
+    messages, tools = marked(messages, control, mark), marked(tools, control, mark)
+    text = render(tokenizer, messages, tools, thinking_switch(tokenizer), prompt=True)
     pieces = [piece for piece in text.split(mark) if piece]
     return [token for ids in encode(tokenizer, pieces) for token in ids]
 

@@ -54,6 +54,13 @@ def question_text(sample: Sample) -> str:
     return "\n".join([*(text for text in earlier if isinstance(text, str)), sample.question])
 
 
+def context_text(sample: Sample) -> str:
+    """All that the model sees before its answer: with another system text or tool it is another one."""
+    turns = (*sample.history, {"content": sample.question}, *sample.tool_turns)
+    said = (f"{turn.get('content', '')}\n{turn.get('tool_calls', '')}" for turn in turns)
+    return "\n".join((sample.system, sample.tools, *said))
+
+
 def pair_text(sample: Sample) -> str:
     """Question and answer, the text that near duplicates of a sample share."""
     return f"{question_text(sample)}\n{sample.answer}"

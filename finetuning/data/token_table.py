@@ -13,6 +13,7 @@ import numpy as np
 
 from finetuning.common.files import write_json
 from finetuning.readers.dataset import give_back_pages
+from finetuning.readers.sample import BrokenSample
 
 NUM_THINKING_BUCKETS = 10  # tenths of a chain of thought
 
@@ -69,6 +70,21 @@ class TruncationReport:
     """Hold the text of a control token: left out, or with `split` kept as ordinary text."""
     without_thinking: tuple[str, ...] = ()
     """Kept, and teach the model to answer without reasoning."""
+    broken: tuple[BrokenSample, ...] = ()
+    """Left out, as the chat template refuses them or loses something of them."""
+    long_lengths: tuple[int, ...] = ()
+    """Tokens of each document longer than max_seq_length."""
+    assistant_turns: int = 0
+    """Of all samples that became documents."""
+    learnt_turns: int = 0
+    """Those of them that became a document of their own, too long or not."""
+
+    @classmethod
+    def of(cls, stored: dict[str, list | int]) -> "TruncationReport":
+        """From lists, as JSON and `TokenPart` hold them."""
+        values = {k: v if isinstance(v, int) else tuple(v) for k, v in stored.items()}
+        broken = (b if isinstance(b, BrokenSample) else BrokenSample(**b) for b in stored["broken"])
+        return cls(**{**values, "broken": tuple(broken)})
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +109,8 @@ class TokenizedSamples(Sequence):
     max_seq_length: int
     segment_counts: np.ndarray | None = None
     """int32 (n, 5): tokens per document and segment; None: counted now."""
+    asked_with: str = ""
+    """The argument with which the chat template was asked for reasoning; empty where it needs none."""
 
     def __post_init__(self) -> None:
         if self.segment_counts is None:
@@ -147,7 +165,7 @@ class TokenPart:
 
     def __init__(self) -> None:
         self.ids, self.segments, self.lengths, self.sample_index = [], [], [], []
-        self.truncation = {field.name: [] for field in fields(TruncationReport)}
+        self.truncation = _empty_report()
 
     def add(self, ids: np.ndarray, segments: np.ndarray, index: int) -> None:
         self.ids.append(ids)
@@ -180,12 +198,16 @@ _DTYPES = {
 _WIDTHS = {"segment_counts": (len(Segment),)}  # of the arrays with more than one axis
 
 
-def _merged(reports: Iterable[dict[str, list[str]]]) -> TruncationReport:
-    merged = {field.name: [] for field in fields(TruncationReport)}
+def _empty_report() -> dict[str, list | int]:
+    return {f.name: 0 if f.default == 0 else [] for f in fields(TruncationReport)}
+
+
+def _merged(reports: Iterable[dict[str, list | int]]) -> TruncationReport:
+    merged = _empty_report()
     for truncation in reports:
         for name, items in truncation.items():
             merged[name] += items
-    return TruncationReport(**{name: tuple(items) for name, items in merged.items()})
+    return TruncationReport.of(merged)
 
 
 def tokens_in_memory(parts: Iterator) -> tuple[dict[str, np.ndarray], TruncationReport]:
@@ -230,12 +252,12 @@ def load_tokens(folder: Path) -> tuple[dict[str, np.ndarray], TruncationReport] 
     """The cached table, None where it isn't there or isn't whole."""
     try:
         stored = json.loads((folder / "truncation.json").read_text(encoding="utf-8"))
-        truncation = TruncationReport(**{name: tuple(items) for name, items in stored.items()})
+        truncation = TruncationReport.of(stored)
         arrays = {
             name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
             for name in _DTYPES
         }
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
         return None
     total, n = int(arrays["lengths"].sum()), len(arrays["lengths"])
     whole = len(arrays["ids"]) == len(arrays["segments"]) == total

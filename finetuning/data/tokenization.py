@@ -6,13 +6,13 @@ completion are encoded apart, so that no token reaches across their border.
 
 A sample without reasoning gets what the template writes for it; Qwen3's writes an empty think block,
 which teaches a thinking model not to think. Such samples are kept, and listed in the truncation report.
+A sample that the template refuses, or does not give as it is, is broken, and listed there with the reason.
 """
 
 import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +23,8 @@ from finetuning.common.errors import UserError
 from finetuning.common.text import clean_line
 from finetuning.common.workers import in_order
 from finetuning.config import DataSettings
-from finetuning.data.chat_template import (
-    CLOSE,
-    OPEN,
-    ChatFormat,
-    chat_format,
-    encode,
-    marked,
-    render,
-    template_errors,
-    turn_with,
-    unused_mark,
-)
+from finetuning.data.chat_template import ChatFormat, chat_format, encode, unused_mark
+from finetuning.data.rendering import Document, Renderer
 from finetuning.data.token_table import (
     Segment,
     TokenizedSamples,
@@ -44,96 +34,15 @@ from finetuning.data.token_table import (
     tokens_in_memory,
     write_tokens,
 )
+from finetuning.data.verification import RenderingFault
 from finetuning.readers.dataset import Progress, SampleSet
-from finetuning.readers.sample import Sample, strings_of
+from finetuning.readers.sample import BrokenSample, Sample, strings_of
 
 _CHUNK = 500  # samples encoded together: more only costs memory
 _POOL_FROM = 2_000  # samples from which on worker processes pay for their start
 
 
-# ---- one sample → documents -------------------------------------------------------------------
-
-Pieces = list[str]  # encoded one by one and joined, so that no token reaches across their borders
-
-
-@dataclass(frozen=True)
-class _Document:
-    """Text of one document, not yet encoded."""
-
-    prompt: Pieces
-    thinking: Pieces
-    """All of the completion where `</think>` is one token, which then marks the border."""
-    close: Pieces
-    answer: Pieces
-    has_thinking: bool
-
-
-def _documents(
-    sample: Sample, tokenizer: Any, form: ChatFormat, all_turns: bool, mark: str
-) -> list[_Document]:
-    """The final turn, or every assistant turn, behind the prompt that the model sees for it."""
-    messages = sample.messages()
-    tools = json.loads(sample.tools) if sample.tools else None
-    if mark:
-        messages, tools = marked(messages, form.control, mark), marked(tools, form.control, mark)
-    # Without a message before it, a turn has no prompt, as when an assistant greets first.
-    turns = [i for i, message in enumerate(messages) if i and message["role"] == "assistant"]
-    try:
-        return [
-            _document(messages[:i], messages[i], tools, tokenizer, form, mark)
-            for i in (turns if all_turns else turns[-1:])
-        ]
-    except template_errors() as error:
-        place = f"{clean_line(sample.source, 200)}:{sample.line}"
-        raise UserError(
-            f"{place}: the model's chat template refuses this sample: {clean_line(str(error), 200)}"
-        ) from error
-
-
-def _document(
-    before: list[dict],
-    turn: dict,
-    tools: list | None,
-    tokenizer: Any,
-    form: ChatFormat,
-    mark: str,
-) -> _Document:
-    prompt = render(tokenizer, before, tools, prompt=True)
-    completion = _completion(before, turn, tools, prompt, tokenizer, form)
-    thinking, close, answer = completion, "", ""
-    if form.close_id < 0 and CLOSE in completion:
-        thinking, close, answer = completion.partition(CLOSE)
-    elif form.close_id < 0:
-        thinking, answer = "", completion
-    pieces = (text.split(mark) if mark else [text] for text in (prompt, thinking, close, answer))
-    return _Document(*pieces, has_thinking=bool(turn.get("reasoning_content", "").strip()))
-
-
-def _completion(
-    before: list[dict],
-    turn: dict,
-    tools: list | None,
-    prompt: str,
-    tokenizer: Any,
-    form: ChatFormat,
-) -> str:
-    """What the model is to write behind `prompt`, up to and beyond the end of the turn."""
-    thinking = turn.get("reasoning_content", "")
-    plain = {key: value for key, value in turn.items() if key != "reasoning_content"}
-    if form.reasoning == "inline" and thinking:
-        turn = {**plain, **turn_with(turn["content"], thinking)}
-    if form.reasoning != "composed":
-        text = render(tokenizer, [*before, turn], tools)
-        if text.startswith(prompt):
-            return text[len(prompt) :]
-    text = render(tokenizer, [*before, plain], tools)
-    stem = prompt[: prompt.rindex(OPEN)] if form.opens else prompt
-    if not text.startswith(stem):
-        raise UserError("the chat template's own turn does not begin with its generation prompt")
-    answer = text[len(stem) :]
-    if form.opens:
-        return f"{thinking}\n{CLOSE}\n\n{answer}"
-    return f"{OPEN}\n{thinking}\n{CLOSE}\n\n{answer}" if thinking else answer
+# ---- samples → tokens ----------------------------------------------------------------------
 
 
 def _contents(sample: Sample) -> Iterator[str]:
@@ -146,35 +55,33 @@ def _has_control(sample: Sample, form: ChatFormat) -> bool:
     return any(form.control.search(text) for text in _contents(sample))
 
 
-# ---- documents → tokens -----------------------------------------------------------------------
-
-
-_Part = tuple[dict[str, np.ndarray], dict[str, list[str]]]  # arrays and report of some samples
+_Part = tuple[dict[str, np.ndarray], dict[str, list]]  # arrays and report of some samples
 
 
 def _tokenize_range(
-    samples: Sequence[Sample],
-    start: int,
-    stop: int,
-    tokenizer: Any,
-    form: ChatFormat,
-    settings: DataSettings,
+    samples: Sequence[Sample], start: int, stop: int, renderer: Renderer, settings: DataSettings
 ) -> _Part:
     """Tokens and truncation report of samples[start:stop]; a function of these samples alone."""
     part, documents, owners = TokenPart(), [], []
     for index, sample in enumerate(samples[start:stop], start):
-        mark = ""
-        if _has_control(sample, form):
+        holds_control = _has_control(sample, renderer.form)
+        if holds_control:
             part.truncation["control_tokens"].append(sample.id)
             if settings.control_tokens == "refuse":
                 continue
-            mark = unused_mark(_contents(sample))
-        made = _documents(sample, tokenizer, form, settings.loss_on == "all_turns", mark)
+        try:
+            mark = unused_mark(_contents(sample)) if holds_control else ""
+            made, turns = renderer.documents(sample, mark)
+        except (RenderingFault, UserError) as fault:
+            part.truncation["broken"].append(BrokenSample(sample.source, sample.line, str(fault)))
+            continue
+        part.truncation["assistant_turns"] += turns
         documents += made
         owners += [(index, sample)] * len(made)
-    encoded = _encode_documents(documents, tokenizer, form)
+    part.truncation["learnt_turns"] += len(documents)
+    encoded = _encode_documents(documents, renderer.tokenizer, renderer.form)
     for document, (index, sample), (ids, segments) in zip(documents, owners, encoded, strict=True):
-        fitted = _fit(ids, segments, sample, tokenizer, settings, part.truncation)
+        fitted = _fit(ids, segments, sample, renderer.tokenizer, settings, part.truncation)
         if fitted is not None:
             part.add(*fitted, index)
             if not document.has_thinking:
@@ -183,7 +90,7 @@ def _tokenize_range(
 
 
 def _encode_documents(
-    documents: list[_Document], tokenizer: Any, form: ChatFormat
+    documents: list[Document], tokenizer: Any, form: ChatFormat
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(ids, segments) of each document, all their pieces encoded in one batch."""
     groups = [[d.prompt, d.thinking, d.close, d.answer] for d in documents]
@@ -203,9 +110,12 @@ def _labelled(
         border = completion.index(form.close_id) if form.close_id in completion else -1
         thinking, answer = completion[: max(border, 0)], completion[border + 1 :]
         close = [form.close_id] if border >= 0 else []
-    end = answer.index(form.end_id) if form.end_id in answer else len(answer)
-    answer = answer[:end]
-    ids = np.array([*prompt, *thinking, *close, *answer, form.end_id], dtype=np.int32)
+    end_id = form.end_id
+    if end_id in answer:
+        answer = answer[: answer.index(end_id)]
+    elif answer and answer[-1] in form.special:  # the template's own end of a turn of this kind
+        *answer, end_id = answer
+    ids = np.array([*prompt, *thinking, *close, *answer, end_id], dtype=np.int32)
     lengths = [len(prompt), len(thinking), len(close), len(answer), 1]
     return ids, np.repeat(np.arange(len(Segment), dtype=np.uint8), lengths)
 
@@ -216,7 +126,7 @@ def _fit(
     sample: Sample,
     tokenizer: Any,
     settings: DataSettings,
-    truncation: dict[str, list[str]],
+    truncation: dict[str, list],
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """The document within max_seq_length, or None; the report says what became of it."""
     limit = settings.max_seq_length
@@ -230,6 +140,7 @@ def _fit(
         )
     beyond = segments[limit:]
     truncation["truncated"].append(sample.id)
+    truncation["long_lengths"].append(len(ids))
     for name, lost in (
         ("lost_think_close", Segment.CLOSE in beyond),
         ("lost_answer", Segment.ANSWER in beyond),
@@ -318,9 +229,10 @@ def tokenize_samples(
     fingerprint = samples.fingerprint if isinstance(samples, SampleSet) else None
     samples = samples.samples if isinstance(samples, SampleSet) else samples
     form = chat_format(tokenizer)
+    renderer = Renderer(tokenizer, form, all_turns=settings.loss_on == "all_turns")
 
     def parts() -> Iterator[_Part]:
-        return _parts(samples, tokenizer, form, settings, workers, progress)
+        return _parts(samples, renderer, settings, workers, progress)
 
     if cache_dir is None:
         arrays, truncation = tokens_in_memory(parts())
@@ -349,31 +261,33 @@ def _table(
         close_id=form.close_id,
         end_id=form.end_id,
         max_seq_length=limit,
+        asked_with=", ".join(f"{name}={value}" for name, value in form.switch.items()),
     )
     if not len(tokens):
+        broken = truncation.broken
+        first = f" (the first: {broken[0]})" if broken else ""
         raise UserError(
             f"no sample is left to train on: {len(truncation.dropped)} are longer than "
-            f"{limit} tokens, {len(truncation.control_tokens)} hold control tokens; raise "
-            "max_seq_length or mend the data"
+            f"{limit} tokens, {len(truncation.control_tokens)} hold control tokens, {len(broken)} are "
+            f"broken{first}; raise max_seq_length, use another model or mend the data"
         )
     return tokens
 
 
 def _parts(
     samples: Sequence[Sample],
-    tokenizer: Any,
-    form: ChatFormat,
+    renderer: Renderer,
     settings: DataSettings,
     workers: int,
     progress: Progress | None,
 ) -> Iterator[_Part]:
     """Tokens of the samples, chunk by chunk, in order."""
     ranges = [(i, min(i + _CHUNK, len(samples))) for i in range(0, len(samples), _CHUNK)]
-    state = (samples, tokenizer, form, settings)
+    state = (samples, renderer, settings)
     if workers > 1 and len(samples) >= _POOL_FROM:
         parts = in_order(_work, ranges, workers, _start_worker, state)
     else:
-        parts = (_tokenize_range(samples, *span, tokenizer, form, settings) for span in ranges)
+        parts = (_tokenize_range(samples, *span, renderer, settings) for span in ranges)
     for (_, stop), part in zip(ranges, parts, strict=True):
         yield part
         if progress:
@@ -390,9 +304,9 @@ def _start_worker(*state: Any) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def _work(start: int, stop: int) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
-    samples, tokenizer, form, settings = _worker_state
-    return _tokenize_range(samples, start, stop, tokenizer, form, settings)
+def _work(start: int, stop: int) -> _Part:
+    samples, renderer, settings = _worker_state
+    return _tokenize_range(samples, start, stop, renderer, settings)
 
 
 # ---- cache ------------------------------------------------------------------------------------
@@ -412,8 +326,8 @@ def _cache_key(
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     libraries = ("transformers", "tokenizers", "jinja2")
-    makers = ("data.tokenization", "data.token_table", "data.chat_template")
-    version = code_version(*makers, libraries=libraries)
+    makers = ("tokenization", "token_table", "chat_template", "rendering", "verification")
+    version = code_version(*(f"data.{name}" for name in makers), libraries=libraries)
     read = {name: getattr(settings, name) for name in _READ}
     facts = [version, fingerprint, read, tokenizer.chat_template, tokenizer.eos_token]
     digest.update(json.dumps(facts, sort_keys=True, default=str).encode())

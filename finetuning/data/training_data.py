@@ -105,10 +105,12 @@ def prepare_data(
         samples = split.eval_read.samples
         tokens = tokenize_samples(split.eval_read, tokenizer, settings, **options)
         held_out = DataPart(samples, tokens, np.arange(len(tokens)))
-    limit = settings.max_seq_length
+    limit, lost = settings.max_seq_length, tokens.truncation
     if not len(train):
         raise UserError(
-            f"data: none of {len(split.train)} samples fits in max_seq_length {limit} tokens; "
-            "raise --max-seq-length or use --over-length truncate_thinking"
+            f"data: none of {len(split.train)} samples can be trained on: {len(lost.dropped)} do not fit in "
+            f"max_seq_length {limit} tokens, {len(lost.control_tokens)} spell a control token, "
+            f"{len(lost.broken)} are broken; raise --max-seq-length, use --over-length truncate_thinking, or "
+            "mend them (--check-data lists them)"
         )
     return TrainingData(split, train, held_out, limit, workers, cache_dir)

@@ -257,7 +257,7 @@ Final_GPU_<i>/<name> | | GPU, at the end | runs.metrics
 Dataset/Total_Samples | samples | always | analysis.statistics
     Samples that were read.
 Dataset/Broken_Samples | samples | always | analysis.statistics
-    Entries that could not be read.
+    Entries that could not be read, or that the chat template refuses or changes.
 Dataset/Avg_Instruction_Length | characters | always | analysis.statistics
     Mean length of the questions.
 Dataset/Avg_Output_Length | characters | always | analysis.statistics
@@ -273,7 +273,7 @@ Dataset/Thinking_Samples_Percent | % | always | analysis.statistics
 Dataset/Avg_Instruction_Quality | 0 to 1 | always | analysis.statistics
     Mean quality of the questions.
 Dataset/Avg_Output_Quality | 0 to 1 | always | analysis.statistics
-    Mean quality of the outputs.
+    Mean quality of the outputs; absent where none is in a language that is judged.
 Dataset/Avg_Crypto_Complexity | | always | analysis.statistics
     Mean complexity by cryptographic terms.
 Dataset/Difficulty_<k>_Count | samples | always | analysis.statistics

@@ -1,7 +1,12 @@
-"""A trained model to a folder, whole or not at all."""
+"""A trained model to a folder, whole or not at all.
+
+Every folder stops where training taught the model to stop: at the token that ends the template's turns. The
+configurations of a base model name another one.
+"""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +25,7 @@ from finetuning.common.files import (
     usual_mode,
     write_json,
 )
+from finetuning.data.chat_template import chat_format
 from finetuning.model.adapters import adapter_documents, adapter_state, load_adapter
 from finetuning.model.loading import base_of, load_base, load_tokenizer
 from finetuning.model.parallel import full_tensor
@@ -51,8 +57,9 @@ def save_adapter(
             state[name] = whole.to("cpu", tensor.dtype if isinstance(model, PeftModel) else dtype)
         del whole  # no more than one at a time
     if writes:
+        end_id = chat_format(tokenizer).end_id
         _save_folder(
-            directory, tokenizer, lambda path: _write_model_files(model, state, path), notes
+            directory, tokenizer, lambda path: _write_model_files(model, state, end_id, path), notes
         )
 
 
@@ -70,15 +77,17 @@ def export_merged(
     dtype = saved_dtype(resolved.path) if precision == "auto" else weight_dtype(host, precision)
     merged = load_adapter(base, adapter, resolved.name).merge_and_unload(safe_merge=True)
     merged.config.use_cache = True
+    _stop_at(merged, chat_format(tokenizer).end_id)
     _save_folder(directory, tokenizer, lambda path: merged.to(dtype).save_pretrained(path))
     return directory
 
 
 def _write_model_files(
-    model: torch.nn.Module, state: Mapping[str, torch.Tensor], directory: Path
+    model: torch.nn.Module, state: Mapping[str, torch.Tensor], end_id: int, directory: Path
 ) -> None:
     state = {name: tensor.contiguous() for name, tensor in state.items()}
     if not isinstance(model, PeftModel):
+        _stop_at(model, end_id)
         model.save_pretrained(directory, state_dict=state)
         model.config.dtype = next(iter(state.values())).dtype  # not that of the weights in training
         model.config.save_pretrained(directory)
@@ -86,6 +95,29 @@ def _write_model_files(
     save_file(state, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     for name, content in adapter_documents(model).items():
         write_json(directory / name, content)
+
+
+def _stop_at(model: transformers.PreTrainedModel, end_id: int) -> None:
+    """Let the configurations name the token that training put at the end of a turn, first of all."""
+    for configuration in (model.config, getattr(model, "generation_config", None)):
+        if configuration is None:
+            continue
+        known = configuration.eos_token_id
+        known = known if isinstance(known, (list, tuple)) else [known]
+        ends = [end_id, *(token for token in known if token not in (None, end_id))]
+        if end_id not in known or isinstance(configuration.eos_token_id, (list, tuple)):
+            configuration.eos_token_id = ends if len(ends) > 1 else end_id
+
+
+@contextmanager
+def _ending_turns(tokenizer: Any) -> Iterator[None]:
+    """Within it, the tokenizer's `eos_token` is the one that ends a turn."""
+    known, end = tokenizer.eos_token, tokenizer.convert_ids_to_tokens(chat_format(tokenizer).end_id)
+    tokenizer.eos_token = end
+    try:
+        yield
+    finally:
+        tokenizer.eos_token = known
 
 
 def _save_folder(
@@ -98,7 +130,8 @@ def _save_folder(
     try:
         with staging_folder(directory.parent, f".{directory.name}-", str(os.getpid())) as staging:
             write(staging)
-            tokenizer.save_pretrained(staging)
+            with _ending_turns(tokenizer):
+                tokenizer.save_pretrained(staging)
             for name, text in (notes or {}).items():
                 (staging / name).write_text(text, encoding="utf-8")
             for path in staging.iterdir():

@@ -56,6 +56,8 @@ class SampleSet:
     remarks: tuple[Remark, ...] = ()
     """Oddities of samples that were read: a glued heading, a column that is left unused. What is odd
     about records is told once a file."""
+    skipped: tuple[Remark, ...] = ()
+    """The files beside those that were read that are not read themselves; they are in `remarks` too."""
     key: str = ""
     """32 hexadecimal digits over contents, names and columns of the files: what is kept of these samples
     is kept under it. Empty for small data, of which nothing is."""
@@ -328,7 +330,7 @@ def _load(folder: Path) -> SampleSet | None:
         index["samples_per_file"],
         index["fingerprint"],
         tuple(Remark(**item) for item in index["remarks"]),
-        folder.name,
+        key=folder.name,
     )
 
 

@@ -15,6 +15,7 @@ from finetuning.common.distributed import Distributed
 from finetuning.common.errors import UserError
 from finetuning.common.terminal import Terminal
 from finetuning.config import BatchSettings, DirectTrainingConfig
+from finetuning.data.accounts import Accounts, accounts_of
 from finetuning.data.packing import StepPlan
 from finetuning.data.split import split_samples
 from finetuning.data.training_data import DataPart, TrainingData, prepare_data, read_data
@@ -49,6 +50,7 @@ class RunData:
     model: ResolvedModel  # with its folder on this machine
     tokenizer: transformers.PreTrainedTokenizerBase
     data: TrainingData
+    accounts: tuple[Accounts, ...]  # what became of all that was read
 
     @cached_property
     def statistics(self) -> DatasetStatistics:
@@ -159,7 +161,8 @@ def load_data(
 ) -> RunData:
     """Find the model, and make tokens of the samples, from the files or from the cache.
 
-    A rank that is done waits for the others while they live, however long they take.
+    A rank that is done waits for the others while they live, however long they take. Raises UserError
+    where too much is left out.
     """
     found = find_model(config, dist, trust_remote_code)
     workers = config.workers or os.cpu_count() or 1
@@ -183,7 +186,10 @@ def load_data(
                 cache_dir=config.cache_path,
                 progress=progress,
             )
-    return RunData(model, tokenizer, data)
+    accounts = accounts_of(data, config)
+    for account in accounts:
+        account.check(config.max_broken_fraction)
+    return RunData(model, tokenizer, data, accounts)
 
 
 def find_model(

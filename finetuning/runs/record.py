@@ -14,6 +14,7 @@ from finetuning.common.distributed import Distributed
 from finetuning.common.files import atomic_write_text, json_text, strict, write_json
 from finetuning.common.terminal import Terminal
 from finetuning.common.text import redact_values
+from finetuning.data.accounts import Accounts, account_rows
 from finetuning.data.mask_audit import mask_audit
 from finetuning.events.event_file import rewind_lines
 from finetuning.model.resolve import banner
@@ -104,7 +105,8 @@ class RunRecord:
         """Before step 1: settings, data set and mask audit, to TensorBoard and as files."""
         logger, statistics, logs = self.logger, plan.inputs.statistics, self.run.logs
         write_json(logs / "dataset_statistics.json", statistics.to_json())
-        write_broken(logs / "broken_samples.jsonl", plan.data.split.read.broken)
+        broken = [record for account in plan.inputs.accounts for record in account.broken]
+        write_broken(logs / "broken_samples.jsonl", broken)
         write_json(logs / "truncation.json", asdict(plan.data.train.tokens.truncation))
         logger.add_hparams(summary.hparams(plan.settings))
         self.write_settings(plan.settings, 0)
@@ -192,7 +194,22 @@ def announce(
         terminal.info(banner(plan.inputs.model), style="bold yellow")
     rows = summary.run_rows(plan, engine, dist)
     terminal.table("Run", [*rows, ("run", record.run.logs)])
+    tell_losses(terminal, plan.inputs.accounts)
     terminal.info(f"watch it: uv run tensorboard --logdir={record.run.tensorboard.parent}")
+
+
+def show_plan(terminal: Terminal, plan: RunPlan) -> None:
+    """What --plan shows: what becomes of the data, and what the run would do, need and take."""
+    rows = [*account_rows(plan.inputs.accounts), *plan.forecast.rows()]
+    terminal.table(f"Plan for {plan.inputs.model.name}", rows, always=True)
+    tell_losses(terminal, plan.inputs.accounts)
+
+
+def tell_losses(terminal: Terminal, accounts: Sequence[Accounts]) -> None:
+    """A warning for each large share of the data that is left out, or teaches less than it holds."""
+    for account in accounts:
+        for warning in account.warnings():
+            terminal.warning(warning)
 
 
 def tell_resume(

@@ -10,6 +10,7 @@ from typing import Any
 from finetuning.common.distributed import Distributed
 from finetuning.common.formatting import shown
 from finetuning.common.text import table_cell
+from finetuning.data.accounts import account_rows
 from finetuning.data.packing import StepPlan
 from finetuning.runs.directory import RunDirectory
 from finetuning.runs.plan import RunPlan
@@ -70,8 +71,7 @@ def run_rows(plan: RunPlan, engine: TrainingEngine, dist: Distributed) -> list[t
         ("model", plan.inputs.model.name),
         ("parameters", trainable),
         ("samples", f"{len(data.train)} train, {len(data.held_out)} held out"),
-        ("broken, left out", len(data.split.read.broken)),
-        ("too long, left out", len(data.train.tokens.truncation.dropped)),
+        *account_rows(plan.inputs.accounts),
         *([("remarks", f"{remarks}; --check-data lists them")] if remarks else []),
         ("tokens per epoch", f"{steps.num_tokens:,}"),
         ("steps", f"{steps.num_steps} ({steps.steps_per_epoch} per epoch)"),
@@ -125,7 +125,7 @@ def final_metrics(
         **{f"Final_Config/{name}": float(value) for name, value in numbers.items()},
         "Final_Dataset/Training_Samples": float(len(data.train)),
         "Final_Dataset/Held_Out_Samples": float(len(data.held_out)),
-        "Final_Dataset/Broken_Samples": float(len(data.split.read.broken)),
+        "Final_Dataset/Broken_Samples": float(len(plan.inputs.accounts[0].broken)),
         "Final_Model/Trainable_Parameters": float(model["trainable"]),
         "Final_Model/Total_Parameters": float(model["total"]),
         **{tag: value for tag, value in eval_losses.items() if value is not None},

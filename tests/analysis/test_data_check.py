@@ -1,4 +1,4 @@
-"""--check-data: every fault with file and line, exit code 0 or 1, nothing written but the cache.
+"""--check-data: faults by kind with file and line, exit code 0 or 1, nothing written but the cache.
 
 uv run pytest tests/analysis/test_data_check.py
 """
@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from direct_finetuning_with_existing_modules import main
+from finetuning.analysis.data_check import Fault, FaultKind
 
+WHERE = "all findings and the statistics: "
 THINKING = "先看定义，再比较密钥长度和轮数，最后核对标准条文。"
 
 
@@ -20,7 +22,7 @@ def line(question: str, answer: str = "答案。", thinking: str = THINKING) -> 
 
 @pytest.fixture
 def check(tmp_path: Path, tiny_model: Path, cache_dir: Path, capfd):
-    """Run --check-data on lines of a file; returns exit code and output lines."""
+    """Run --check-data on lines of a file; returns exit code and output lines, but for that of the report."""
 
     def check(lines: list[str], *more: str) -> tuple[int, list[str]]:
         path = tmp_path / "mine.jsonl"
@@ -30,7 +32,8 @@ def check(tmp_path: Path, tiny_model: Path, cache_dir: Path, capfd):
         capfd.readouterr()
         code = main(["--check-data", *inputs, *places, "--quiet", *more])
         assert not (tmp_path / "out").exists(), "a check writes nothing"
-        return code, capfd.readouterr().out.splitlines()
+        said = capfd.readouterr().out.splitlines()
+        return code, [text for text in said if not text.startswith(WHERE)]
 
     return check
 
@@ -66,7 +69,9 @@ def test_every_fault_has_its_place(check):
     assert {("21", "broken"), ("22", "dropped"), ("24", "duplicate")} <= found
     assert {("25", "conflict"), ("27", "control token")} <= found
     assert all("mine.jsonl:" in text for text in said[:-1])
-    assert "1 broken, 1 control token, 1 dropped" in said[-1]
+    kinds = [text.split(": ")[1] for text in said[:-1]]
+    assert kinds[:3] == ["broken", "dropped", "control token"], "what is lost comes first"
+    assert "1 broken, 1 dropped, 1 control token" in said[-1]
 
 
 def test_duplicates_alone_are_told_but_pass(check):
@@ -76,7 +81,80 @@ def test_duplicates_alone_are_told_but_pass(check):
 
 def test_much_broken_is_listed_where_a_run_would_refuse(check):
     code, said = check([*good(5), *["{\n"] * 10])
-    assert code == 1 and sum(": broken: " in text for text in said) == 10
+    assert code == 1 and sum(": broken: " in text for text in said) == 3
+    assert "  … and 7 more of 10 broken" in said
+    assert said[-1] == "5 samples: 10 broken"
+
+
+def test_the_rest_is_in_a_file(tmp_path: Path, tiny_model: Path, capfd):
+    """Every finding by name, what became of the data, and the statistics; its path is printed."""
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join([*good(), *["{\n"] * 10]), encoding="utf-8")
+    inputs = ["--model-name", str(tiny_model), "--data-path", str(path)]
+    places = ["--output-dir", str(tmp_path / "out"), "--cache-dir", str(tmp_path / "cache")]
+    assert main(["--check-data", *inputs, *places]) == 1
+    out, err = capfd.readouterr()
+    (where,) = (text for text in out.splitlines() if text.startswith(WHERE))
+    report = Path(where.removeprefix(WHERE))
+    assert report.is_relative_to(tmp_path / "cache")
+    text = report.read_text(encoding="utf-8")
+    assert [f"mine.jsonl:{i}: broken: " in text for i in range(20, 32)] == [
+        False,
+        *[True] * 10,
+        False,
+    ]
+    assert "- broken: 10 of 30 (33.3%) are broken and left out" in text
+    assert "### Overview" in text and "Overview" not in out
+    assert "warning: data: broken: 10 of 30 (33.3%)" in err
+
+
+def test_a_kind_of_which_only_some_are_known_by_name_says_so():
+    faults = tuple(Fault("a.jsonl", i, "duplicate", "twice") for i in range(200))
+    lines = list(FaultKind("duplicate", 431, faults).lines())
+    assert len(lines) == 201 and lines[-1] == "  … and 231 more of 431 duplicate"
+
+
+def test_a_duplicate_beyond_the_listed_ones_counts(check):
+    code, said = check([line("重复的问题是什么？")] * 260 + good())
+    assert code == 0 and said[-1].startswith("280 samples: 259 duplicate")
+
+
+def test_another_context_makes_another_question(check):
+    """The same question under another system text, or after another conversation, has its own answer."""
+
+    def of(system: str, answer: str, earlier: str = "") -> str:
+        turns = [{"role": "user", "content": earlier}, {"role": "assistant", "content": "好的。"}]
+        messages = [{"role": "system", "content": system}, *(turns if earlier else [])]
+        messages += [{"role": "user", "content": "这段话说了什么？"}]
+        messages += [{"role": "assistant", "content": answer, "reasoning_content": THINKING}]
+        return json.dumps({"messages": messages}, ensure_ascii=False) + "\n"
+
+    apart = [
+        of("甲", "说的是密钥。"),
+        of("乙", "说的是证书。"),
+        of("甲", "说的是曲线。", "先看附件。"),
+    ]
+    assert not any("conflict" in text for text in check([*good(), *apart])[1])
+    assert any(
+        ": conflict: " in text for text in check([*good(), apart[0], of("甲", "是别的。")])[1]
+    )
+
+
+def test_the_longest_come_first(check):
+    lines = [*good(), *(line(f"太长的问题{i}", "长" * 3000 * i) for i in (1, 3, 2))]
+    _, said = check(lines, "--max-broken-fraction", "0.5")
+    dropped = [text for text in said if ": dropped: " in text]
+    assert [text.split(": ")[0][-2:] for text in dropped] == ["22", "23", "21"]
+
+
+def test_held_out_files_have_rows_of_their_own(tmp_path: Path, tiny_model: Path, capfd):
+    for name, lines in {"a.jsonl": good(), "b.jsonl": [*good()[:3], "{\n"]}.items():
+        (tmp_path / name).write_text("".join(lines), encoding="utf-8")
+    inputs = ["--model-name", str(tiny_model), "--data-path", str(tmp_path / "a.jsonl")]
+    inputs += ["--eval-path", str(tmp_path / "b.jsonl"), "--cache-dir", str(tmp_path / "cache")]
+    assert main(["--check-data", *inputs]) == 1
+    out = capfd.readouterr().out
+    assert "held-out data: broken              1 of 4 (25.0%)" in out and "\nbroken  " in out
 
 
 def test_what_would_end_a_run_is_listed_too(check):
@@ -99,10 +177,10 @@ def test_held_out_files_of_the_users_that_leak(check, tmp_path: Path):
     assert "held_out.jsonl:1:" in leaks[0] and "mine.jsonl:4" in leaks[0]
 
 
-def test_statistics_are_shown_unless_quiet(check):
-    assert not any("Overview" in text for text in check(good())[1])
+def test_what_became_of_the_data_is_shown_unless_quiet(check):
+    assert not any("without thinking" in text for text in check(good())[1])
     code, said = check(good(), "--no-quiet")
-    assert code == 0 and any("Overview" in text for text in said)
+    assert code == 0 and any(text.startswith("without thinking    0") for text in said)
 
 
 def test_nothing_readable_is_an_error(check):

@@ -9,6 +9,8 @@ import pytest
 from matplotlib import font_manager
 
 from finetuning.analysis import report
+from finetuning.analysis.statistics import compute_statistics
+from finetuning.readers.sample import Sample
 
 
 @pytest.fixture
@@ -37,3 +39,27 @@ def test_a_machine_without_any_has_none(old_list, monkeypatch):
     monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [])
     assert report.cjk_font() is None
     assert report.term_label("分组密码", 3, False).startswith(("#3 (", "block"))
+
+
+def test_a_table_that_is_cut_says_so():
+    samples = [
+        Sample("什么是分组密码？", "想。", "一种对称密码。", source="a.md", line=i)
+        for i in range(300)
+    ]
+    titles = [title for title, _, _ in report.tables(compute_statistics(samples).to_json())]
+    assert "Exact duplicates (15 of 299)" in titles
+    few = compute_statistics(samples[:9]).to_json()
+    assert "Exact duplicates" in [title for title, _, _ in report.tables(few)]
+
+
+def test_what_is_not_judged_has_no_number():
+    """Neither a mean nor a level, and least of all zero."""
+    text = "Привет, это длинный ответ на русском языке, который программа не оценивает."
+    statistics = compute_statistics([Sample(text, text, text, source="a.md", line=1)])
+    assert not [tag for tag in statistics.scalars() if "Quality" in tag]
+    (overview,) = (
+        rows for title, _, rows in report.tables(statistics.to_json()) if title == "Overview"
+    )
+    assert dict(overview)["Quality of the outputs"] == "not judged"
+    assert dict(overview)["Outputs in a language that is not judged"] == "1"
+    assert "not judged" in statistics.summary_markdown()

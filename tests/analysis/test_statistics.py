@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from finetuning.analysis import duplicates, statistics, text_quality
 from finetuning.analysis import facts as analysis_facts
 from finetuning.analysis import report as analysis_report
-from finetuning.analysis.crypto_terms import complexity, find_terms
+from finetuning.analysis.crypto_terms import complexity, find_terms, load_terms
 from finetuning.analysis.duplicates import find_leaks
 from finetuning.analysis.facts import Facts, Tally, observe
 from finetuning.analysis.statistics import compute_statistics, packing_efficiency
@@ -634,3 +634,31 @@ def test_leaks_between_two_sets_equal_the_planted():
     second = [*SAMPLES[40:], SAMPLES[1], _sample(5, thinking="", line=900)]
     count, findings = find_leaks(SAMPLES[:40], second)
     assert count == 2 and {f.line for f in findings} == {2, 900}
+
+
+def test_a_quality_at_a_boundary_is_of_the_higher_level(monkeypatch):
+    rated = iter([0.5, 0.75, 0.9, 0.4999])
+    components = {True: {"garbling": 1.0}, False: {}}
+    monkeypatch.setattr(text_quality, "quality_components", lambda text: components[bool(text)])
+    monkeypatch.setattr(text_quality, "text_quality", lambda text, weights: None)
+    monkeypatch.setattr(
+        text_quality, "quality", lambda found, weights: next(rated) if found else None
+    )
+    samples = [Sample(f"问题{i}", "", f"回答{i}", source="a", line=i) for i in range(4)]
+    scalars = compute_statistics(samples).scalars()
+    counts = [scalars[f"Dataset/Quality_Level_{k}_Count"] for k in range(1, 5)]
+    assert counts == [1, 1, 1, 1] and scalars["Dataset/Quality_Level_2_Percent"] == 25
+
+
+def test_ten_terms_are_in_the_last_bin():
+    names = [name for name in load_terms() if len(name) > 3 and not name.isascii()]
+    for number in (9, 10, 11):
+        chosen = names[:40]
+        text = "、".join(chosen)
+        while len(find_terms(text)) > number:
+            chosen.pop()
+            text = "、".join(chosen)
+        assert len(find_terms(text)) == number
+        scalars = compute_statistics([Sample(text, "", "见上。", source="a", line=1)]).scalars()
+        counts = {k: scalars[f"Dataset/Crypto_Terms_{k}_Count"] for k in range(11)}
+        assert counts == {k: float(k == min(number, 10)) for k in range(11)}

@@ -261,3 +261,36 @@ def test_technical_text_is_not_taken_for_garbled():
     assert quality_components(text)["garbling"] == 1.0
     assert quality_components("密钥å¯†é’¥ç®¡ç†æ˜¯")["garbling"] == 0.0
     assert quality_components("锟斤拷锟斤拷密码")["garbling"] == 0.0
+
+
+TRADITIONAL = (
+    "SM4 分組密碼演算法採用 128 位元分組與 128 位元金鑰，共 32 輪迭代。每一輪使用一個輪金鑰，"
+    "由金鑰擴展演算法產生；解密時輪金鑰的使用順序相反，其餘結構不變。實際應用中應選擇適當的工作模式，並妥善保護金鑰。"
+)
+ENGLISH = (
+    "A block cipher maps a block of fixed length to another one under a key. Counter mode turns it into a "
+    "stream cipher: the counter is encrypted, and the result is added to the plaintext. A counter must never "
+    "be used twice under one key, since the difference of both plaintexts would then be visible."
+)
+
+
+def test_traditional_chinese_and_english_are_rated_by_what_fits_them():
+    for text in (TRADITIONAL, ENGLISH, f"{ENGLISH} In Chinese it is called 分组密码."):
+        assert text_quality.text_quality(text) >= 0.9
+        for damage in (_twice, _zero_width):
+            damaged = text_quality.text_quality(damage(text, random.Random(7)))
+            assert damaged < 0.75 < text_quality.text_quality(text), damage.__name__
+    assert "segmentation" not in quality_components(TRADITIONAL), (
+        "the dictionary is of simplified words"
+    )
+    assert not {"charset", "segmentation", "cjk_share"} & quality_components(ENGLISH).keys()
+
+
+def test_other_scripts_are_not_judged():
+    texts = ["これは日本語の文章です。暗号鍵の長さは百二十八ビットであり、安全に保管します。"]
+    texts += [
+        "블록 암호는 고정된 길이의 블록을 암호화하는 알고리즘이다.",
+        "Блочный шифр работает с блоками.",
+    ]
+    for text in texts:
+        assert quality_components(text) == {} and text_quality.text_quality(text) is None

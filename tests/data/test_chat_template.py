@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from finetuning.common.errors import UserError
-from finetuning.data.chat_template import encode_prompt, parse_completion
+from finetuning.data.chat_template import chat_format, encode_prompt, parse_completion
 from finetuning.data.tokenization import tokenize_samples
 from finetuning.readers.sample import Sample
 from tests.helpers.tokenized import (
@@ -25,6 +25,28 @@ def test_prompt_never_holds_a_control_token_of_its_user(qwen3):
     assert "<|im_end|>问</think>" in qwen3.decode(ids)
 
 
+def test_a_turn_ends_as_its_template_says():
+    """Not with the `eos_token`, which in a base model is another one."""
+    tokenizer = small_tokenizer(PLAIN_TEMPLATE)
+    tokenizer.eos_token = "<|im_start|>"
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert chat_format(tokenizer).end_id == end
+    tokens = tokenize_samples([SAMPLE], tokenizer, LONG)
+    assert tokens[0].ids[-1] == tokens.end_id == end
+    tokenizer.chat_template = PLAIN_TEMPLATE.replace("<|im_end|>", "")
+    assert chat_format(tokenizer).end_id == tokenizer.eos_token_id, "a template without an end"
+
+
+def test_markup_of_a_user_is_no_control_token(qwen3):
+    """Qwen3's <tool_call> is an added token, and not a special one."""
+    for text in ("<tool_call>", "</think>", "<|fim_prefix|>"):
+        assert chat_format(qwen3).control.search(f"问{text}答")
+        assert (
+            qwen3.convert_tokens_to_ids(text)
+            not in encode_prompt(qwen3, [{"role": "user", "content": f"问{text}答"}])[:-3]
+        )
+
+
 def test_unusable_templates():
     with pytest.raises(UserError, match="no chat template"):
         tokenize_samples([SAMPLE], small_tokenizer(""), LONG)
@@ -33,7 +55,7 @@ def test_unusable_templates():
         + PLAIN_TEMPLATE
     )
     sample = Sample("问", "想", "答", system="系", source="a.md", line=3)
-    with pytest.raises(UserError, match="a.md:3: .*refuses this sample: no system role"):  # noqa: RUF043
+    with pytest.raises(UserError, match=r"a.md:3: the chat template refuses it: no system role"):
         tokenize_samples([sample], small_tokenizer(refusing), LONG)
 
 

@@ -141,6 +141,7 @@ def test_last_turn_of_a_conversation(qwen3):
     assert '<tool_call>\n{"name": "查", "arguments": {"词": "SM9"}}\n</tool_call>' in prompt
     assert "<tool_response>\nSM9: 标识\n</tool_response>" in prompt
     assert text_of(tokens, 0, qwen3, Segment.ANSWER) == "\n\n标识密码"
+    assert (tokens.truncation.assistant_turns, tokens.truncation.learnt_turns) == (3, 1)
     tools = json.loads(CONVERSATION.tools)
     ids = encode_prompt(qwen3, CONVERSATION.messages()[:-1], tools)
     assert tokens[0].ids[: len(ids)].tolist() == ids
@@ -160,6 +161,18 @@ def test_all_turns_of_a_conversation(qwen3):
         prompt = encode_prompt(qwen3, messages[:turn], tools)
         assert tokens[i].ids[: len(prompt)].tolist() == prompt
     assert tokens.documents_of([1, 0, 1]).tolist() == [1, 2, 3, 0, 1, 2, 3]
+
+
+def test_a_turn_that_says_it_carries_no_loss_carries_none(qwen3):
+    """Whoever reads the flag puts `loss` into the message."""
+    silent = {"role": "assistant", "content": "椭圆曲线", "loss": False}
+    sample = replace(CONVERSATION, history=(CONVERSATION.history[0], silent))
+    tokens = tokenize_samples([sample], qwen3, replace(LONG, loss_on="all_turns"))
+    assert [text_of(tokens, i, qwen3, Segment.THINKING) for i in range(len(tokens))] == [
+        "要查\n",
+        "结果有了\n",
+    ]
+    assert (tokens.truncation.assistant_turns, tokens.truncation.learnt_turns) == (3, 2)
 
 
 def test_hostile_samples_are_refused(qwen3):
@@ -280,6 +293,28 @@ def test_truncate_thinking_drops_what_cannot_fit(qwen3):
     tokens = tokenize_samples(samples, qwen3, up_to(64, over_length="truncate_thinking"))
     assert tokens.sample_index.tolist() == [1]
     assert tokens.truncation.dropped == (samples[0].id,)
+
+
+def test_a_reasoning_is_not_cut_down_to_nothing(qwen3):
+    """Sixteen tokens of it have to stay: what is less teaches to close the block at once."""
+    long = Sample("问" * 30, LONG_THOUGHT.thinking, "答")
+    whole = tokenize_samples([long], qwen3, LONG)[0]
+    others = int(np.count_nonzero(whole.segments != Segment.THINKING))
+    cut = [
+        tokenize_samples(
+            [long, Sample("短", "短", "短")], qwen3, up_to(limit, over_length="truncate_thinking")
+        )
+        for limit in (others + 15, others + 16)
+    ]
+    assert [tokens.truncation.dropped for tokens in cut] == [(long.id,), ()]
+    assert np.count_nonzero(cut[1][0].segments == Segment.THINKING) >= 8
+
+
+def test_lengths_of_what_is_too_long_are_known(qwen3):
+    tokens = tokenize_samples([LONG_THOUGHT, SAMPLE], qwen3, up_to(100))
+    assert tokens.truncation.long_lengths == tuple(
+        tokenize_samples([LONG_THOUGHT], qwen3, LONG).lengths
+    )
 
 
 def test_over_length_error(qwen3):

@@ -255,6 +255,16 @@ def test_logits_that_are_no_plain_product_are_refused():
         PackedLossModel(model, CLOSE)
 
 
+def test_a_bias_on_the_output_head_is_refused():
+    """The loss multiplies by the head's weight alone: a bias would be left out in silence."""
+    model = lora_model(tie_word_embeddings=False)
+    head = model.get_base_model().get_output_embeddings()
+    PackedLossModel(model, CLOSE)
+    head.bias = torch.nn.Parameter(torch.ones(VOCAB))
+    with pytest.raises(UserError, match="a bias on the output head is not supported"):
+        PackedLossModel(model, CLOSE)
+
+
 def test_a_batch_without_a_gradient_gives_the_same_loss():
     model = lora_model()
     packed = PackedLossModel(model, CLOSE)

@@ -53,6 +53,51 @@ def test_the_merged_model_gives_the_same_logits(trained, tmp_path):
     assert not any("lora" in n for n in load_file(merged / "model.safetensors"))
 
 
+def ends_of(folder: Path) -> list:
+    """What a folder names as the end of a turn: generation, model and tokenizer."""
+    documents = {
+        name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        for name in ("generation_config", "config", "tokenizer_config")
+        if (folder / f"{name}.json").is_file()
+    }
+    return [record.get("eos_token_id", record.get("eos_token")) for record in documents.values()]
+
+
+@pytest.fixture
+def base_model(tiny, tmp_path) -> Path:
+    """The tiny model with the configuration of a base model: its end of text is not the end of a turn."""
+    model, tokenizer = load(tiny, lora_r=0)
+    model.config.eos_token_id = tokenizer.pad_token_id
+    model.generation_config.eos_token_id = tokenizer.pad_token_id
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.eos_token = tokenizer.pad_token
+    tokenizer.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def test_a_base_model_stops_where_training_taught_it_to(base_model, tmp_path):
+    """Merged or trained whole; an adapter's tokenizer, too. The tokenizer in use stays as it is."""
+    model, tokenizer = load(base_model)
+    pad, end = tokenizer.pad_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert ends_of(base_model) == [pad, pad, tokenizer.pad_token] and pad != end
+    saving.save_adapter(model, tokenizer, tmp_path / "adapter")
+    assert ends_of(tmp_path / "adapter") == ["<|im_end|>"]
+    assert tokenizer.eos_token == tokenizer.pad_token
+    merged = saving.export_merged(tmp_path / "adapter", tmp_path / "merged")
+    assert ends_of(merged) == [[end, pad], [end, pad], "<|im_end|>"]
+    whole, tokenizer = load(base_model, lora_r=0)
+    saving.save_adapter(whole, tokenizer, tmp_path / "whole")
+    assert ends_of(tmp_path / "whole") == [[end, pad], [end, pad], "<|im_end|>"]
+
+
+def test_a_chat_model_keeps_the_ends_that_it_has(base_model, tmp_path):
+    model, tokenizer = load(base_model, lora_r=0)
+    pad, end = tokenizer.pad_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")
+    model.config.eos_token_id, model.generation_config.eos_token_id = end, [end, pad]
+    saving.save_adapter(model, tokenizer, tmp_path / "whole")
+    assert ends_of(tmp_path / "whole") == [[end, pad], end, "<|im_end|>"]
+
+
 @pytest.mark.parametrize(
     "fault",
     [

@@ -102,6 +102,16 @@ def test_alpaca_input_system_and_history(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("stated", "read"),
+    [(1, 1), (4, 4), ("2", 2), (0, None), (5, None), ("5", None), (True, None), (2.0, None)],
+)
+def test_a_difficulty_of_another_scale_is_not_stated(tmp_path, stated, read):
+    """The charts have four levels, and no fifth."""
+    record = {"question": "问", "answer": "答", "difficulty": stated}
+    assert only(tmp_path, "a.jsonl", json.dumps(record)).difficulty == read
+
+
 @pytest.mark.parametrize("form", ["sharegpt", "messages", "parts"])
 def test_tool_conversations(tmp_path, form):
     call = json.dumps({"name": "f", "arguments": {"x": 1}})

@@ -281,7 +281,9 @@ def test_what_is_too_long_is_counted_at_the_start(tmp_path, tiny_data, run, caps
     data = tmp_path / "long.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     assert run(tmp_path, "--data-path", str(data), "--max-steps", "1", first=LOUD) == 0
-    assert re.search(r"too long, left out +7\b", capsys.readouterr().out)
+    out, err = capsys.readouterr()
+    assert re.search(r"too long +7 of 60 \(11\.7%\) are longer than 768 tokens and left out; ", out)
+    assert "warning: data: too long: 7 of 60" in err
 
 
 @pytest.mark.slow

@@ -511,6 +511,7 @@ def says(*words: str) -> Callable[[str], bool]:
 
 
 PROJECTIONS = DirectTrainingConfig().target_modules
+LOSSES = {"max_broken_fraction": 0.5}
 NARROW = {"max_seq_length": 200}
 WHOLE = {"lora_r": 0, "precision": "bf16"}
 SHORT_RUN = {"max_steps": 6}
@@ -554,7 +555,14 @@ ROWS = [
         beside=only("talks"),
         otherwise={"好": 6},
     ),
-    Row("control_tokens", "split", documents, 12, beside=only("control"), otherwise=9),
+    Row(
+        "control_tokens",
+        "split",
+        documents,
+        12,
+        beside=only("control") | LOSSES,
+        otherwise=9,
+    ),
     Row(
         "packing",
         False,
