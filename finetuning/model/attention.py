@@ -37,6 +37,8 @@ def attention_kwargs(
     lengths: Sequence[int],
     max_length: int,
     dtype: torch.dtype = torch.bfloat16,
+    *,
+    marked: bool = False,
 ) -> dict:
     """Keyword arguments for `decoder(input_ids, position_ids=…, use_cache=False, **kwargs)`.
 
@@ -44,27 +46,45 @@ def attention_kwargs(
     max_length: at least the longest document; a constant for all batches under torch.compile.
     dtype: of the hidden states; the CUDA kernel knows half precision only, else it is one SDPA per
     document. With the kernel the lengths stay out: a compiled layer would be specialised on each.
+    marked: with transformers' own arguments for packed rows too, for layers that are no attention.
     """
+    marks = _marks(cu_seqlens, max_length) if marked else {}
     if cu_seqlens.is_cuda and dtype in (torch.bfloat16, torch.float16):
-        return {"packed_bounds": cu_seqlens, "packed_max_length": int(max_length)}
-    return {"packed_lengths": tuple(lengths)}
+        return {"packed_bounds": cu_seqlens, "packed_max_length": int(max_length), **marks}
+    return {"packed_lengths": tuple(lengths), **marks}
+
+
+def _marks(cu_seqlens: torch.Tensor, max_length: int) -> dict:
+    """What linear attention and convolutions of transformers call the documents' boundaries."""
+    of_document = torch.diff(cu_seqlens)
+    numbers = torch.arange(len(of_document), dtype=torch.int32, device=cu_seqlens.device)
+    return {
+        "cu_seq_lens_q": cu_seqlens,
+        "cu_seq_lens_k": cu_seqlens,
+        "max_length_q": int(max_length),
+        "max_length_k": int(max_length),
+        "seq_idx": torch.repeat_interleave(numbers, of_document)[None],
+    }
 
 
 @contextmanager
 def ordinary_attention(model: torch.nn.Module) -> Iterator[None]:
-    """Run the model with SDPA, masks and caches, for padded batches and `model.generate`.
+    """Run the model with SDPA, masks and caches, for padded batches and `model.generate`; with its own
+    attention where packed attention was never selected.
 
     Compiled layers run eagerly meanwhile, because a growing cache is a new shape with every token.
     """
     pretrained = _pretrained(model)
     selected = pretrained.config._attn_implementation
     compiled = any(module._compiled_call_impl is not None for module in model.modules())
-    pretrained.set_attn_implementation("sdpa")
+    if selected == IMPLEMENTATION:
+        pretrained.set_attn_implementation("sdpa")
     try:
         with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
             yield
     finally:
-        pretrained.set_attn_implementation(selected)
+        if selected == IMPLEMENTATION:
+            pretrained.set_attn_implementation(selected)
 
 
 def packed_attention(
@@ -87,20 +107,24 @@ def packed_attention(
     """transformers' attention interface: query (1, Hq, T, d), key and value (1, Hkv, T, d).
 
     Returns (1, T, Hq, d) and no attention weights. Raises UserError for attention that is more than a
-    softmax of the products: sinks (gpt-oss), capped products (Gemma 2).
+    softmax of the products: sinks (gpt-oss), capped products (Gemma 2), dropout.
     """
     if s_aux is not None or softcap is not None:
         raise UserError(
-            "the model's attention has sinks or a soft cap, which packed attention does not know; "
-            "use another model"
+            "the model's attention has sinks or a soft cap, which packed attention does not know"
         )
     if packed_bounds is None and packed_lengths is None:
         raise RuntimeError(
-            "packed attention was called without document boundaries: pass attention_kwargs(...),"
+            "packed attention was not told where documents begin: pass attention_kwargs(...),"
             " or wrap padded forward passes and generate in ordinary_attention(model)"
         )
-    assert query.shape[0] == 1 and attention_mask is None, (query.shape, attention_mask)
-    assert dropout == 0.0, "packed attention has no attention dropout"
+    if attention_mask is not None:
+        raise UserError(
+            "the model makes an attention mask of its own, which packed attention ignores"
+        )
+    assert query.shape[0] == 1, query.shape
+    if dropout != 0.0:
+        raise UserError("packed attention has no attention dropout, which the model's config sets")
     if packed_bounds is None:
         return _per_document(query, key, value, packed_lengths, scaling, sliding_window), None
     left = -1 if sliding_window is None else sliding_window - 1

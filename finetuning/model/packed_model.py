@@ -9,18 +9,22 @@ import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import Literal
 
 import torch
 import torch._dynamo
 import torch._functorch.config
 
-from finetuning.common.errors import UserError
 from finetuning.data.packing import PackedBatch
 from finetuning.model import attention
 from finetuning.model.fused_lora import adapter_copies
 from finetuning.model.joined_lora import AdapterCopies
 from finetuning.model.loss import LossSums, packed_loss
 from finetuning.model.parallel import decoder_layers
+
+# How documents go through the decoder: in one packed row; in one with transformers' own arguments for it
+# too; or one after the other, with the model's own attention. `row_proof` finds the one that is right.
+Way = Literal["packed", "marked", "alone"]
 
 
 def compiler_is_there() -> bool:
@@ -36,26 +40,15 @@ class PackedLossModel(torch.nn.Module):
     Args:
         model: any model with a decoder and a linear output head without bias or logit transformation.
         close_id: token id of `</think>`, for the probability of closing too early; -1 if there is none.
+        way: how its documents go through the decoder, see `row_proof`.
     """
 
-    def __init__(self, model: torch.nn.Module, close_id: int) -> None:
+    def __init__(self, model: torch.nn.Module, close_id: int, way: Way = "packed") -> None:
         super().__init__()
-        self.model, self.close_id = model, close_id
+        self.model, self.close_id, self._way = model, close_id, way
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        head = base.get_output_embeddings()
-        changed = [
-            name
-            for name in ("final_logit_softcapping", "logits_scaling", "logit_scale")
-            if getattr(base.config, name, None) not in (None, 0, 1, 1.0)
-        ]
-        if getattr(head, "bias", None) is not None:
-            changed.append("a bias on the output head")
-        if changed:
-            raise UserError(
-                f"model {base.config.model_type}: {', '.join(changed)} is not supported; "
-                "use a model whose logits are the plain product with the output head"
-            )
-        attention.enable(model)
+        if way != "alone":
+            attention.enable(model)
         # Not as submodules: the parameters stay registered once, under `model`.
         self._base = (base,)
         self._adapters: AdapterCopies | None = None  # looked up by the first forward pass
@@ -85,9 +78,17 @@ class PackedLossModel(torch.nn.Module):
         self._write_adapters()
         base = self._base[0]
         decoder = base.get_decoder() if hasattr(base, "get_decoder") else base.model
+        if self._way == "alone":
+            documents = batch.input_ids.split(batch.lengths, dim=1)
+            outputs = (decoder(input_ids=ids, use_cache=False) for ids in documents)
+            return torch.cat([output.last_hidden_state[0] for output in outputs])
         embeds = base.get_input_embeddings()(batch.input_ids)
         kwargs = attention.attention_kwargs(
-            batch.cu_seqlens, batch.lengths, batch.max_length, embeds.dtype
+            batch.cu_seqlens,
+            batch.lengths,
+            batch.max_length,
+            embeds.dtype,
+            marked=self._way == "marked",
         )
         stance = nullcontext()
         if self._compiled and torch.is_grad_enabled():

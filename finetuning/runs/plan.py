@@ -29,6 +29,7 @@ from finetuning.model.resolve import (
     resolve_model,
     weight_dtype,
 )
+from finetuning.model.row_proof import RowProof, proven_way
 from finetuning.runs.identity import check_ranks, identity, settings_of
 from finetuning.training.engine import Execution
 from finetuning.training.forecast import (
@@ -74,6 +75,7 @@ class RunPlan:
     eval_steps: int  # steps between evaluations; 0: only before the first step and at the end
     identity: Mapping[str, Any]
     execution: Execution
+    rows: RowProof  # whether packed rows are right for the model, else why not
     forecast: RunForecast
 
     @property
@@ -94,6 +96,7 @@ def plan_run(
     No weights are loaded. Raises UserError on all ranks where a rank has other data or settings.
     """
     inputs = load_data(config, dist, terminal, trust_remote_code=trust_remote_code)
+    rows = prove_rows(config, inputs.model, terminal)
     data, settings = inputs.data, settings_of(config)
     steps, evaluation = plan_steps(config, data, dist)
     probes = choose_probes(data.held_out, inputs.tokenizer, config.num_probes)
@@ -103,19 +106,12 @@ def plan_run(
     run_identity = identity(settings, inputs.model.name, data, steps)
     check_ranks(dist.gather(run_identity))
     dtype = weight_dtype(dist.device, config.precision)
-    compiled = compiles(config, dist.device, dtype, steps)
+    compiled = rows.way != "alone" and compiles(config, dist.device, dtype, steps)
     work = Workload.of(data, steps, eval_steps, answer_tokens)
     parallel, estimate = choose_parallel(config, dist, inputs, work, dtype, compiled)
+    if parallel == "fsdp":
+        check_passes(config, dist, rows)
     (checkpointing,) = dist.any(estimate.checkpointing)  # all ranks alike
-    execution = Execution(
-        parallel=parallel,
-        dtype=dtype,
-        batch_shape=steps.constant_shape if compiled else {},
-        must_compile=config.compile == "on",
-        gradient_checkpointing=checkpointing,
-        may_checkpoint=config.gradient_checkpointing == "auto" and not checkpointing,
-        fp8=config.precision == "fp8",
-    )
     return RunPlan(
         inputs=inputs,
         settings=settings,
@@ -126,9 +122,50 @@ def plan_run(
         answer_tokens=answer_tokens,
         eval_steps=eval_steps,
         identity=run_identity,
-        execution=execution,
+        execution=Execution(
+            parallel=parallel,
+            dtype=dtype,
+            batch_shape=steps.constant_shape if compiled else {},
+            must_compile=config.compile == "on",
+            gradient_checkpointing=checkpointing,
+            may_checkpoint=config.gradient_checkpointing == "auto" and not checkpointing,
+            fp8=config.precision == "fp8",
+            way=rows.way,
+        ),
+        rows=rows,
         forecast=estimate,
     )
+
+
+def prove_rows(config: DirectTrainingConfig, model: ResolvedModel, terminal: Terminal) -> RowProof:
+    """How documents go through the model; the user is told where it is not in packed rows.
+
+    Raises UserError for a model that can't be trained here, and for settings that packed rows are needed for.
+    """
+    with terminal.working("trying packed rows"):
+        rows = proven_way(
+            model.path,
+            config.cache_path,
+            longest=config.max_seq_length,
+            trust_remote_code=model.trust_remote_code,
+        )
+    if rows.way == "alone":
+        if config.compile == "on":
+            raise UserError(f"compile on needs packed rows, which are wrong here: {rows.reason}")
+        terminal.warning(
+            f"one document a forward pass, as packed rows are wrong here: {rows.reason}"
+        )
+    return rows
+
+
+def check_passes(config: DirectTrainingConfig, dist: Distributed, rows: RowProof) -> None:
+    """Raise UserError where shards would wait for each other, as ranks make unequal numbers of passes."""
+    one_each = config.batch_size == 1 and not config.packing
+    if dist.world_size > 1 and rows.way == "alone" and not one_each:
+        raise UserError(
+            f"packed rows are wrong here ({rows.reason}), and shards need as many forward passes on every "
+            "rank: use --no-packing with --batch-size 1, or --parallel ddp"
+        )
 
 
 def evaluation_steps(
