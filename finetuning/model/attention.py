@@ -115,8 +115,8 @@ def packed_attention(
         )
     if packed_bounds is None and packed_lengths is None:
         raise RuntimeError(
-            "packed attention was not told where documents begin: pass attention_kwargs(...),"
-            " or wrap padded forward passes and generate in ordinary_attention(model)"
+            "packed attention is not told where documents begin: it needs attention_kwargs(...), "
+            "padded forward passes and generate need ordinary_attention(model)"
         )
     if attention_mask is not None:
         raise UserError(

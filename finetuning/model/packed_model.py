@@ -34,6 +34,17 @@ def compiler_is_there() -> bool:
     return has_triton() and any(map(shutil.which, (os.environ.get("CC", "gcc"), "gcc", "clang")))
 
 
+def decoder_of(base: torch.nn.Module) -> torch.nn.Module:
+    """The part of a transformers causal language model whose last hidden states the output head reads.
+
+    Some classes name something else where they are asked for it: themselves, or their head.
+    """
+    names = ("model", base.base_model_prefix, "transformer")
+    known = [base.get_decoder(), *(getattr(base, n, None) for n in names)]
+    wrong = (None, base, base.get_output_embeddings())
+    return next(module for module in known if not any(module is w for w in wrong))
+
+
 class PackedLossModel(torch.nn.Module):
     """Wraps a transformers causal language model, bare or with adapters.
 
@@ -77,7 +88,7 @@ class PackedLossModel(torch.nn.Module):
         """(T, H): the decoder's output for all tokens of the batch."""
         self._write_adapters()
         base = self._base[0]
-        decoder = base.get_decoder() if hasattr(base, "get_decoder") else base.model
+        decoder = decoder_of(base)
         if self._way == "alone":
             documents = batch.input_ids.split(batch.lengths, dim=1)
             outputs = (decoder(input_ids=ids, use_cache=False) for ids in documents)

@@ -9,6 +9,7 @@ go through the model one after the other; where that is not either, the model is
 import inspect
 import json
 import random
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ from finetuning.common.files import read_json_object
 from finetuning.common.text import clean_line
 from finetuning.data.packing import build_batch
 from finetuning.data.token_table import Segment, TokenizedSample
-from finetuning.model.packed_model import PackedLossModel, Way
+from finetuning.model.packed_model import PackedLossModel, Way, decoder_of
 from finetuning.model.resolve import short_reason
 from finetuning.model.small_config import small_configs
 
@@ -47,7 +48,12 @@ _KERNELS = (
     "mamba-ssm",
     "kernels",
 )  # used where installed
-_HEAD_SETTINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
+_WORDS = {
+    "packed": "packed rows",
+    "marked": "packed rows with transformers' own arguments",
+    "alone": "documents that go through its decoder alone",
+}
+_HEAD_SETTING = re.compile(r"^(?!.*(router|keep|attn)).*(logit|lm_head)")
 
 
 @dataclass(frozen=True)
@@ -205,7 +211,7 @@ class _Trial:
         except UserError as error:
             return str(error), 0.0
         except Exception as error:  # of any library, for any reason: the way does not work
-            return f"a {way} pass ends in an error: {_short(error)}", 0.0
+            return f"{_WORDS[way]} end in an error: {_short(error)}", 0.0
         difference = _spread(own.states, self._plain.states)
         if not difference <= self._tolerance:
             return self._why_states_differ(way, difference), difference
@@ -242,8 +248,9 @@ class _Trial:
 
     def _head(self) -> str:
         """What is known to do that, in brackets."""
-        config = self._model.config.get_text_config(decoder=True)
-        found = [n for n in _HEAD_SETTINGS if getattr(config, n, None) not in (None, 0, 1, 1.0)]
+        settings = self._model.config.get_text_config(decoder=True).to_dict()
+        neutral = (None, False, 0, 1, 1.0)
+        found = [n for n, v in settings.items() if _HEAD_SETTING.search(n) and v not in neutral]
         if getattr(self._model.get_output_embeddings(), "bias", None) is not None:
             found.append("a bias on the output head")
         return f" ({', '.join(found)})" if found else ""
@@ -258,7 +265,7 @@ class _Trial:
         moved = (changed - plain).abs().amax(1) / plain.std()
         if moved[:CHANGED].max() > self._tolerance:
             return "its tokens see later ones, so that it is no causal language model"
-        if not moved[CHANGED + 1] > 10 * self._tolerance:
+        if not moved[CHANGED + 1 :].max() > 10 * self._tolerance:
             return "a small model of its kind does not look at earlier tokens"
         return ""
 
@@ -271,8 +278,9 @@ class _Trial:
     def _plain_pass(self) -> _Pass:
         """As transformers computes it: each document alone, all logits, cross-entropy."""
         states, logits, losses, batch = [], [], [], self._batch()
-        decoder = self._decoder()
-        hook = decoder.register_forward_hook(lambda *call: states.append(call[2][0][0]))
+        hook = decoder_of(self._model).register_forward_hook(
+            lambda *call: states.append(call[2][0][0])
+        )
         try:
             for document in range(len(LENGTHS)):
                 out = self._model(input_ids=self._ids(document)).logits[0]
@@ -308,10 +316,6 @@ class _Trial:
 
     def _batch(self) -> Any:
         return build_batch(self._documents, range(len(LENGTHS)))
-
-    def _decoder(self) -> torch.nn.Module:
-        model = self._model
-        return model.get_decoder() if hasattr(model, "get_decoder") else model.model
 
     def _gradients(self, states: torch.Tensor, logits: torch.Tensor, loss: torch.Tensor) -> _Pass:
         self._model.zero_grad()

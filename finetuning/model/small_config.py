@@ -8,14 +8,14 @@ tokens cross them. Whether the result is a model is found by building it.
 
 import copy
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 LIMIT = 8  # tokens: what windows, chunks and other limits on positions become
-DEPTH, DEPTH_OF_PATTERNS = (
-    4,
-    8,
-)  # layers at least; more where kinds of layers come back after some others
+# Layers: at least; where kinds come back after so many others; at most.
+DEPTH, DEPTH_OF_PATTERNS, MOST_LAYERS = 4, 8, 16
 _POSITIONS, _VOCABULARY, _ORDINARY_IDS = 256, 256, 128  # ids from here on may be special ones
 _HIDDEN = 48  # the least width of a hidden state that is aimed at
 
@@ -26,7 +26,7 @@ _LAYER_NUMBER = re.compile(r"layer|first_k")  # counts or names some of the laye
 _PATTERN = re.compile(r"period|interval|every|step|offset|group|pattern|mlp")
 _PATTERNS = re.compile(r"period|interval|every_n")
 _LIMIT = re.compile(
-    r"window|chunk|block_size|local_attention|original_max|index_topk|n_floor|floor_scale"
+    r"window(?!_layers|_pattern)|chunk(?!s|_size_feed)|block_size|local_attention|original_max|index_topk|n_floor|floor_scale"
     r"|^(compressed_sparse|heavily_compressed)_attention$"
 )
 _TABLE = re.compile(r"position|_length$|seq_len|^n_ctx$|model_max")
@@ -141,8 +141,10 @@ class _Shrinker:
 
 
 def chosen_layers(content: Mapping[str, Any], depth: int) -> list[int]:
-    """Numbers of the layers to keep: the first of each kind, and as many others from the beginning as make
-    up a small depth. A layer's kind is what all lists that speak of the layers say of it."""
+    """Numbers of the layers to keep: two of each kind, the last one, and others up to a small depth.
+
+    A layer's kind is what all lists that speak of the layers say of it.
+    """
     kinds: list[list] = [[] for _ in range(depth)]
     for key, value in content.items():
         if not isinstance(value, (list, tuple)):
@@ -155,11 +157,15 @@ def chosen_layers(content: Mapping[str, Any], depth: int) -> list[int]:
             continue
         for kind, word in zip(kinds, told, strict=True):
             kind.append(word)
-    firsts = {str(kind): layer for layer, kind in reversed(list(enumerate(kinds)))}
-    kept = sorted({*sorted(firsts.values())[:DEPTH_OF_PATTERNS], depth - 1})
+    seen = Counter()
+    kept = {depth - 1}
+    for layer, kind in enumerate(map(str, kinds)):
+        seen[kind] += 1
+        if seen[kind] <= 2 and len(kept) < MOST_LAYERS:
+            kept.add(layer)
     wanted = DEPTH_OF_PATTERNS if any(map(_PATTERNS.search, content)) else DEPTH
-    kept += [layer for layer in range(depth) if layer not in kept][: max(0, wanted - len(kept))]
-    return sorted(kept)
+    others = (layer for layer in range(depth) if layer not in kept)
+    return sorted([*kept, *islice(others, max(0, wanted - len(kept)))])
 
 
 def fewer_experts(content: Mapping[str, Any]) -> dict[str, int]:

@@ -1,0 +1,167 @@
+"""docs/models.md: what becomes of every causal architecture that the installed transformers knows.
+
+    uv run python scripts/update_models.py            tries them all and writes the page, 15 minutes
+    uv run python scripts/update_models.py qwen3 phi3  tries these and prints their rows
+
+Each is tried as a run tries its model before the first step (`finetuning/model/row_proof.py`), with the
+default configuration of its class, and once more with what `VARIANTS` and a sliding window add. A process of
+its own for each keeps one's troubles from the others.
+"""
+
+import json
+import os
+import resource
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from transformers import CONFIG_MAPPING  # noqa: E402
+from transformers.models.auto.modeling_auto import (  # noqa: E402
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+)
+
+from finetuning.common.text import table_cell  # noqa: E402
+from finetuning.model import row_proof  # noqa: E402
+
+PAGE = ROOT / "docs" / "models.md"
+LONGEST = 10**9  # tokens: documents that cross every limit an architecture may have
+SECONDS, GIB = 600, 12  # for one architecture
+# What a class needs because its own defaults give no model, or none of the kind that is used.
+NEEDED = {
+    "deepseek_v2": {"num_experts_per_tok": 6, "n_group": 1, "topk_group": 1},
+    "dots1": {"n_routed_experts": 16, "n_shared_experts": 1, "num_experts_per_tok": 4},
+    "hunyuan_v1_dense": {"head_dim": 128},
+    "hunyuan_v1_moe": {"head_dim": 128},
+    "lfm2": {"layer_types": (["conv", "conv", "full_attention"] * 11)[:32]},
+    "lfm2_moe": {"layer_types": (["conv", "conv", "full_attention"] * 11)[:32]},
+    "ministral": {"head_dim": 128},
+    "nemotron": {"num_key_value_heads": 8},
+    "reformer": {"is_decoder": True},
+}
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 48,
+    "long_factor": [4.0] * 48,
+    "original_max_position_embeddings": 4096,
+}
+VARIANTS = {
+    "phi3": {"positions beyond the original ones": {"rope_parameters": LONG_ROPE}},
+    "falcon": {"ALiBi": {"alibi": True}},
+    "gemma2": {"plain logits": {"final_logit_softcapping": None}},
+    "gpt2": {"no dropout": {"attn_pdrop": 0.0}},
+    "qwen3": {"dropout of attention": {"attention_dropout": 0.1}},
+}
+OUTCOMES = {
+    "packed": "packed rows",
+    "marked": "packed rows, marked",
+    "alone": "one document a pass",
+}
+
+
+def cases(names: list[str]) -> Iterator[tuple[str, str, dict]]:
+    """Architecture, variant and settings of everything to try."""
+    for name in names:
+        needed = NEEDED.get(name, {})
+        yield name, "", needed
+        try:
+            content = CONFIG_MAPPING[name](**needed).to_dict()
+        except Exception:
+            continue
+        if "sliding_window" in content and not content["sliding_window"]:
+            switch = {"use_sliding_window": True} if "use_sliding_window" in content else {}
+            layers = {"max_window_layers": 0} if "max_window_layers" in content else {}
+            yield name, "a sliding window", {**needed, "sliding_window": 4096, **switch, **layers}
+        for variant, settings in VARIANTS.get(name, {}).items():
+            yield name, variant, {**needed, **settings}
+
+
+def tried(name: str, settings: dict) -> row_proof.RowProof:
+    """The outcome for one configuration, in a process of its own."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(reader)
+        signal.alarm(SECONDS)
+        resource.setrlimit(resource.RLIMIT_AS, (GIB << 30, GIB << 30))
+        try:
+            proof = row_proof.prove(CONFIG_MAPPING[name](**settings), longest=LONGEST)
+        except Exception as error:
+            first = str(error).strip().splitlines() or [type(error).__name__]
+            proof = row_proof.RowProof(
+                "", f"its class makes no configuration ({first[-1].strip()})", 0
+            )
+        os.write(writer, json.dumps([proof.way, proof.reason, proof.difference]).encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        answer = pipe.read()
+    os.waitpid(child, 0)
+    if not answer:
+        return row_proof.RowProof("", f"the trial took more than {SECONDS} s or {GIB} GiB", 0)
+    return row_proof.RowProof(*json.loads(answer))
+
+
+def row(name: str, variant: str, proof: row_proof.RowProof) -> str:
+    """One line of the table."""
+    outcome = OUTCOMES.get(proof.way, "**refused**")
+    difference = f"{proof.difference:.0e}" if proof.way else ""
+    title = f"{name}, {variant}" if variant else name
+    return f"| {title} | {outcome} | {difference} | {table_cell(proof.reason, 300)} |"
+
+
+def head() -> str:
+    """What the page says before its table."""
+    versions = ", ".join(f"{name} {version(name)}" for name in ("transformers", "torch"))
+    return f"""# Which models can be trained
+
+Made by `scripts/update_models.py` with {versions}; change nothing by hand.
+
+Nobody keeps a list of models that work. Before the first step a run builds a small model of the same class,
+with random weights and the same kinds of layers, windows and heads, and compares its way of training with
+what transformers computes for each document alone: hidden states, logits, loss and the gradients of all
+weights (`finetuning/model/row_proof.py`). The answer is kept in the cache. Three things can come out:
+
+- **packed rows**: several documents in one row do not see each other, and everything is equal. The number is
+  the largest difference of hidden states, as a share of their spread; 0 where even the last bit agrees.
+- **one document a pass**: packed rows would be wrong, for the reason in the last column, and documents that
+  go through the model one after the other are right. Steps, batches and losses are those of the plan; a step
+  takes longer.
+- **refused**: neither is right. The run ends at once with the reason.
+
+The table holds every architecture in transformers' list of causal language models, tried with the default
+configuration of its class and with documents that cross all of its windows and chunks. Your model is tried
+with its own configuration, so the answer may be another one: a window that no document reaches hides nothing,
+and a model with a soft cap is refused even if its class has none by default.
+
+"""
+
+
+def main(names: list[str]) -> None:
+    """Write the page, or print the rows of some architectures."""
+    warnings.filterwarnings("ignore")
+    transformers.utils.logging.set_verbosity_error()
+    torch.set_num_threads(1)  # a process that has used several can't be forked
+    lines = [
+        "| architecture | documents go through it in | difference | why |",
+        "|---|---|---|---|",
+    ]
+    for name, variant, settings in cases(names or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)):
+        start = time.perf_counter()
+        lines.append(row(name, variant, tried(name, settings)))
+        print(f"{time.perf_counter() - start:5.1f} s {lines[-1]}", flush=True)
+    if not names:
+        PAGE.write_text(head() + "\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
