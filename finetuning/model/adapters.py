@@ -55,7 +55,9 @@ def attach_adapters(
         base_model_name_or_path=base_name,
     )
     check_rank_pattern(model, config)
-    return _with_adapters(model, config, seed)
+    adapted = _with_adapters(model, config, seed)
+    check_ends(adapted)
+    return adapted
 
 
 def _with_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
@@ -63,15 +65,16 @@ def _with_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> Pef
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
+            return get_peft_model(model, config, autocast_adapter_dtype=True)
         except (ValueError, TypeError, NotImplementedError) as error:
             raise UserError(f"adapter settings: {short_reason(error)}") from error
-    _check_ends(adapted)
-    return adapted
 
 
-def _check_ends(model: PeftModel) -> None:
-    """Adapters are between embedding and head: the head meets some rows only, outside its own forward."""
+def check_ends(model: PeftModel) -> None:
+    """What is trained lies between embedding and head, which meets some rows only, outside its own forward.
+
+    Raises UserError for adapters at the ends.
+    """
     base = model.get_base_model()
     ends = {base.get_input_embeddings(), base.get_output_embeddings()}
     wrapped = (BaseTunerLayer, AuxiliaryTrainingWrapper)

@@ -37,8 +37,6 @@ def attention_kwargs(
     lengths: Sequence[int],
     max_length: int,
     dtype: torch.dtype = torch.bfloat16,
-    *,
-    marked: bool = False,
 ) -> dict:
     """Keyword arguments for `decoder(input_ids, position_ids=…, use_cache=False, **kwargs)`.
 
@@ -46,16 +44,14 @@ def attention_kwargs(
     max_length: at least the longest document; a constant for all batches under torch.compile.
     dtype: of the hidden states; the CUDA kernel knows half precision only, else it is one SDPA per
     document. With the kernel the lengths stay out: a compiled layer would be specialised on each.
-    marked: with transformers' own arguments for packed rows too, for layers that are no attention.
     """
-    marks = _marks(cu_seqlens, max_length) if marked else {}
     if cu_seqlens.is_cuda and dtype in (torch.bfloat16, torch.float16):
-        return {"packed_bounds": cu_seqlens, "packed_max_length": int(max_length), **marks}
-    return {"packed_lengths": tuple(lengths), **marks}
+        return {"packed_bounds": cu_seqlens, "packed_max_length": int(max_length)}
+    return {"packed_lengths": tuple(lengths)}
 
 
-def _marks(cu_seqlens: torch.Tensor, max_length: int) -> dict:
-    """What linear attention and convolutions of transformers call the documents' boundaries."""
+def marking_kwargs(cu_seqlens: torch.Tensor, max_length: int) -> dict:
+    """transformers' own arguments for packed rows, which some linear attention and convolutions know."""
     of_document = torch.diff(cu_seqlens)
     numbers = torch.arange(len(of_document), dtype=torch.int32, device=cu_seqlens.device)
     return {

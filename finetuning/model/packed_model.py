@@ -95,12 +95,10 @@ class PackedLossModel(torch.nn.Module):
             return torch.cat([output.last_hidden_state[0] for output in outputs])
         embeds = base.get_input_embeddings()(batch.input_ids)
         kwargs = attention.attention_kwargs(
-            batch.cu_seqlens,
-            batch.lengths,
-            batch.max_length,
-            embeds.dtype,
-            marked=self._way == "marked",
+            batch.cu_seqlens, batch.lengths, batch.max_length, embeds.dtype
         )
+        if self._way == "marked":
+            kwargs |= attention.marking_kwargs(batch.cu_seqlens, batch.max_length)
         stance = nullcontext()
         if self._compiled and torch.is_grad_enabled():
             # The first layer would else see an input without gradient: a second graph.

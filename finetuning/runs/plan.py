@@ -109,8 +109,7 @@ def plan_run(
     compiled = rows.way != "alone" and compiles(config, dist.device, dtype, steps)
     work = Workload.of(data, steps, eval_steps, answer_tokens)
     parallel, estimate = choose_parallel(config, dist, inputs, work, dtype, compiled)
-    if parallel == "fsdp":
-        check_passes(config, dist, rows)
+    check_passes(config, dist, rows, parallel)
     (checkpointing,) = dist.any(estimate.checkpointing)  # all ranks alike
     return RunPlan(
         inputs=inputs,
@@ -158,10 +157,13 @@ def prove_rows(config: DirectTrainingConfig, model: ResolvedModel, terminal: Ter
     return rows
 
 
-def check_passes(config: DirectTrainingConfig, dist: Distributed, rows: RowProof) -> None:
+def check_passes(
+    config: DirectTrainingConfig, dist: Distributed, rows: RowProof, parallel: str
+) -> None:
     """Raise UserError where shards would wait for each other, as ranks make unequal numbers of passes."""
     one_each = config.batch_size == 1 and not config.packing
-    if dist.world_size > 1 and rows.way == "alone" and not one_each:
+    shared = parallel == "fsdp" and dist.world_size > 1
+    if shared and rows.way == "alone" and not one_each:
         raise UserError(
             f"packed rows are wrong here ({rows.reason}), and shards need as many forward passes on every "
             "rank: use --no-packing with --batch-size 1, or --parallel ddp"
