@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -108,7 +108,7 @@ def plan_run(
     dtype = weight_dtype(dist.device, config.precision)
     compiled = rows.way != "alone" and compiles(config, dist.device, dtype, steps)
     work = Workload.of(data, steps, eval_steps, answer_tokens)
-    parallel, estimate = choose_parallel(config, dist, inputs, work, dtype, compiled)
+    parallel, estimate = choose_parallel(config, dist, inputs, rows, work, dtype, compiled)
     check_passes(config, dist, rows, parallel)
     (checkpointing,) = dist.any(estimate.checkpointing)  # all ranks alike
     return RunPlan(
@@ -306,6 +306,7 @@ def choose_parallel(
     config: DirectTrainingConfig,
     dist: Distributed,
     inputs: RunData,
+    rows: RowProof,
     work: Workload,
     dtype: torch.dtype,
     compiled: bool,
@@ -317,6 +318,10 @@ def choose_parallel(
         init_adapter=config.init_adapter,
         trust_remote_code=inputs.model.trust_remote_code,
     )
+    if rows.way == "alone" and shape.attention == "eager":
+        shape = replace(
+            shape, dims=None
+        )  # its scores are not in the estimate, so that nothing is known
     free = free_memory(dist.device, dist.local_world_size)
 
     def forecast_for(parallel: str) -> RunForecast:

@@ -16,7 +16,7 @@ from finetuning.data.token_table import TokenizedSamples
 from finetuning.model import adapters as model_adapters
 from finetuning.model import loading, saving
 from finetuning.model import parallel as model_parallel
-from finetuning.model.flops import dims_from_config, training_flops
+from finetuning.model.flops import dims_of, training_flops
 from finetuning.model.fused_lora import enable_fast_lora
 from finetuning.model.packed_model import PackedLossModel, Way
 from finetuning.training.captured_step import CapturedStep, why_not_captured
@@ -119,7 +119,7 @@ class TrainingEngine:
             weight_decay=optimizer.weight_decay,
         )
         self.num_trainable, self.num_parameters = loading.parameter_counts(model)
-        self._dims = dims_from_config(model.config)
+        self._dims = dims_of(model)
 
     def flops(self, lengths: np.ndarray, num_targets: int) -> float:
         """Arithmetic of training on documents of these lengths; 0 for an unknown architecture."""
