@@ -35,8 +35,18 @@ from finetuning.model import row_proof  # noqa: E402
 PAGE = ROOT / "docs" / "models.md"
 LONGEST = 10**9  # tokens: documents that cross every limit an architecture may have
 SECONDS, GIB = 600, 12  # for one architecture
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+QWEN4 = {
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 256,
+    "indexer_budget": 2048,
+    "indexer_compress_ratio": 4,
+}
 # What a class needs because its own defaults give no model, or none of the kind that is used.
 NEEDED = {
+    "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 6, "n_group": 1, "topk_group": 1},
     "dots1": {"n_routed_experts": 16, "n_shared_experts": 1, "num_experts_per_tok": 4},
     "hunyuan_v1_dense": {"head_dim": 128},
@@ -45,6 +55,8 @@ NEEDED = {
     "lfm2_moe": {"layer_types": (["conv", "conv", "full_attention"] * 11)[:32]},
     "ministral": {"head_dim": 128},
     "nemotron": {"num_key_value_heads": 8},
+    "qwen4_exp": {"text_config": QWEN4},
+    "qwen4_exp_text": QWEN4,
     "reformer": {"is_decoder": True},
 }
 LONG_ROPE = {
@@ -73,16 +85,29 @@ def cases(names: list[str]) -> Iterator[tuple[str, str, dict]]:
     for name in names:
         needed = NEEDED.get(name, {})
         yield name, "", needed
-        try:
-            content = CONFIG_MAPPING[name](**needed).to_dict()
-        except Exception:
-            continue
-        if "sliding_window" in content and not content["sliding_window"]:
-            switch = {"use_sliding_window": True} if "use_sliding_window" in content else {}
-            layers = {"max_window_layers": 0} if "max_window_layers" in content else {}
-            yield name, "a sliding window", {**needed, "sliding_window": 4096, **switch, **layers}
+        yield from ((name, "windows", {**needed, **more}) for more in windows(name, needed))
         for variant, settings in VARIANTS.get(name, {}).items():
             yield name, variant, {**needed, **settings}
+
+
+def windows(name: str, needed: dict) -> Iterator[dict]:
+    """Settings that give a class windows which its defaults do not have, if it knows any."""
+    try:
+        content = CONFIG_MAPPING[name](**needed).to_dict()
+    except Exception:  # there is a row that says so
+        return
+    layers = content.get("layer_types") or []
+    if "sliding_window" not in content or "sliding_attention" in layers:
+        return
+    settings = {"sliding_window": 4096}
+    if "use_sliding_window" in content:
+        settings["use_sliding_window"] = True
+    if set(layers) == {"full_attention"}:
+        half = (["full_attention", "sliding_attention"] * len(layers))[: len(layers)]
+        settings["layer_types"] = half
+    if content["sliding_window"] and "layer_types" not in settings:
+        return
+    yield settings
 
 
 def tried(name: str, settings: dict) -> row_proof.RowProof:
@@ -114,7 +139,7 @@ def tried(name: str, settings: dict) -> row_proof.RowProof:
 def row(name: str, variant: str, proof: row_proof.RowProof) -> str:
     """One line of the table."""
     outcome = OUTCOMES.get(proof.way, "**refused**")
-    difference = f"{proof.difference:.0e}" if proof.way else ""
+    difference = f"{proof.difference:.0e}".replace("0e+00", "0") if proof.way else ""
     title = f"{name}, {variant}" if variant else name
     return f"| {title} | {outcome} | {difference} | {table_cell(proof.reason, 300)} |"
 

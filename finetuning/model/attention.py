@@ -111,8 +111,8 @@ def packed_attention(
         )
     if packed_bounds is None and packed_lengths is None:
         raise RuntimeError(
-            "packed attention is not told where documents begin: it needs attention_kwargs(...), "
-            "padded forward passes and generate need ordinary_attention(model)"
+            "the model does not hand on where packed documents begin (attention_kwargs), or it reads "
+            "padded rows outside ordinary_attention(model)"
         )
     if attention_mask is not None:
         raise UserError(

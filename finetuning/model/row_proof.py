@@ -148,7 +148,7 @@ def prove(config: Any, *, longest: int, trust_remote_code: bool = False) -> RowP
         except ValueError as error:
             failures.append(short_reason(error))
     first = failures[0] if failures else "it has no layers"
-    return RowProof("", f"no small model of its kind could be tried ({first})", 0.0)
+    return RowProof("", f"packed rows could not be tried: {first}", 0.0)
 
 
 @contextmanager
@@ -184,7 +184,8 @@ class _Trial:
         with _as_no_trial("built"):
             self._model = _small_model(config, dtype, trust_remote_code)
             self._own_attention = self._model.config._attn_implementation
-            rows = self._model.get_input_embeddings().weight.shape[0]
+            ends = self._model.get_input_embeddings(), self._model.get_output_embeddings()
+            rows = min(end.weight.shape[0] for end in ends)
         self._documents = _documents(rows)
         with _as_no_trial("run"):
             self._plain = self._plain_pass()
