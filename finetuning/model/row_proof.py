@@ -11,6 +11,7 @@ import json
 import random
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from finetuning.common.cache import cached_folder, code_version
 from finetuning.common.errors import UserError
@@ -137,7 +139,7 @@ def prove(config: Any, *, longest: int, trust_remote_code: bool = False) -> RowP
     No random state is touched. Where no small relative runs, no way is proven.
     """
     failures = []
-    with _random_state_kept():
+    with _random_state_kept(), _silent():
         try:
             for small in small_configs(config, longest):
                 for dtype in TOLERANCES:
@@ -164,6 +166,19 @@ def _random_state_kept() -> Iterator[None]:
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """What transformers says of a small model is said again of the real one, once."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        transformers_logging.set_verbosity(before)
+        transformers_logging.warning_once.cache_clear()
 
 
 @dataclass(frozen=True)
