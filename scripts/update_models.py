@@ -1,21 +1,19 @@
 """docs/models.md: what becomes of every causal architecture that the installed transformers knows.
 
-    uv run python scripts/update_models.py            tries them all and writes the page, 15 minutes
-    uv run python scripts/update_models.py qwen3 phi3  tries these and prints their rows
+    uv run python scripts/update_models.py            tries them all and writes the page, 20 minutes
+    uv run python scripts/update_models.py qwen3 phi3  tries these and writes their rows
 
 Each is tried as a run tries its model before the first step (`finetuning/model/row_proof.py`), with the
-default configuration of its class, and once more with what `VARIANTS` and a sliding window add. A process of
-its own for each keeps one's troubles from the others.
+default configuration of its class, and once more with what `VARIANTS` and a sliding window add. They run in
+another process, which is started anew where one of them ends it.
 """
 
-import json
-import os
-import resource
-import signal
+import multiprocessing
 import sys
 import time
-import warnings
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,7 +21,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-import transformers  # noqa: E402
 from transformers import CONFIG_MAPPING  # noqa: E402
 from transformers.models.auto.modeling_auto import (  # noqa: E402
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -34,7 +31,8 @@ from finetuning.model import row_proof  # noqa: E402
 
 PAGE = ROOT / "docs" / "models.md"
 LONGEST = 10**9  # tokens: documents that cross every limit an architecture may have
-SECONDS, GIB = 600, 12  # for one architecture
+SECONDS = 600  # for one architecture
+COLUMNS = ["| architecture | documents go through it in | difference | why |", "|---|---|---|---|"]
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 QWEN4 = {
     "indexer_n_heads": 4,
@@ -110,30 +108,36 @@ def windows(name: str, needed: dict) -> Iterator[dict]:
     yield settings
 
 
-def tried(name: str, settings: dict) -> row_proof.RowProof:
-    """The outcome for one configuration, in a process of its own."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if not child:
-        os.close(reader)
-        signal.alarm(SECONDS)
-        resource.setrlimit(resource.RLIMIT_AS, (GIB << 30, GIB << 30))
+class Trials:
+    """Trials in another process, which is started anew after one that ends or hangs it."""
+
+    def __init__(self) -> None:
+        self._pool = new_pool()
+
+    def tried(self, name: str, settings: dict) -> row_proof.RowProof:
+        """The outcome for one configuration."""
         try:
-            proof = row_proof.prove(CONFIG_MAPPING[name](**settings), longest=LONGEST)
-        except Exception as error:
-            first = str(error).strip().splitlines() or [type(error).__name__]
-            proof = row_proof.RowProof(
-                "", f"its class makes no configuration ({first[-1].strip()})", 0
-            )
-        os.write(writer, json.dumps([proof.way, proof.reason, proof.difference]).encode())
-        os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader, "rb") as pipe:
-        answer = pipe.read()
-    os.waitpid(child, 0)
-    if not answer:
-        return row_proof.RowProof("", f"the trial took more than {SECONDS} s or {GIB} GiB", 0)
-    return row_proof.RowProof(*json.loads(answer))
+            return self._pool.submit(trial, name, settings).result(SECONDS)
+        except (BrokenProcessPool, TimeoutError):
+            for process in list(self._pool._processes.values()):
+                process.kill()
+            self._pool = new_pool()
+            return row_proof.RowProof("", f"the trial ended its process or took {SECONDS} s", 0)
+
+
+def new_pool() -> ProcessPoolExecutor:
+    """One process, which has not the memory of this one."""
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+
+
+def trial(name: str, settings: dict) -> row_proof.RowProof:
+    """Runs in the other process."""
+    torch.set_num_threads(1)
+    try:
+        return row_proof.prove(CONFIG_MAPPING[name](**settings), longest=LONGEST)
+    except Exception as error:  # of the configuration's class
+        first = str(error).strip().splitlines() or [type(error).__name__]
+        return row_proof.RowProof("", f"its class makes no configuration ({first[-1].strip()})", 0)
 
 
 def row(name: str, variant: str, proof: row_proof.RowProof) -> str:
@@ -172,20 +176,24 @@ and a model with a soft cap is refused even if its class has none by default.
 
 
 def main(names: list[str]) -> None:
-    """Write the page, or print the rows of some architectures."""
-    warnings.filterwarnings("ignore")
-    transformers.utils.logging.set_verbosity_error()
-    torch.set_num_threads(1)  # a process that has used several can't be forked
-    lines = [
-        "| architecture | documents go through it in | difference | why |",
-        "|---|---|---|---|",
-    ]
+    """Write the page, or the rows of some architectures into it, if it was made with the same versions."""
+    trials, lines = Trials(), []
     for name, variant, settings in cases(names or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)):
         start = time.perf_counter()
-        lines.append(row(name, variant, tried(name, settings)))
+        lines.append(row(name, variant, trials.tried(name, settings)))
         print(f"{time.perf_counter() - start:5.1f} s {lines[-1]}", flush=True)
-    if not names:
-        PAGE.write_text(head() + "\n".join(lines) + "\n", encoding="utf-8")
+    before = PAGE.read_text(encoding="utf-8") if names and PAGE.exists() else ""
+    if before.startswith(head()):
+        kept = [line for line in before.splitlines() if line.startswith("| ")][1:]
+        lines += [line for line in kept if architecture(line) not in names]
+    if not names or before.startswith(head()):
+        table = "\n".join([*COLUMNS, *sorted(lines, key=architecture)])
+        PAGE.write_text(f"{head()}{table}\n", encoding="utf-8")
+
+
+def architecture(line: str) -> str:
+    """Of a row, which sorting keeps in its order among those of the same architecture."""
+    return line.removeprefix("| ").partition(" |")[0].partition(",")[0]
 
 
 if __name__ == "__main__":

@@ -293,19 +293,14 @@ class _Trial:
 
     def _plain_pass(self) -> _Pass:
         """As transformers computes it: each document alone, all logits, cross-entropy."""
-        states, logits, losses, batch = [], [], [], self._batch()
-        hook = decoder_of(self._model).register_forward_hook(
-            lambda *call: states.append(call[2][0][0])
-        )
-        try:
+        logits, losses, batch = [], [], self._batch()
+        with self._decoder_watched() as states:
             for document in range(len(LENGTHS)):
                 out = self._model(input_ids=self._ids(document)).logits[0]
                 first = int((self._documents[document].segments == Segment.PROMPT).sum())
                 labels = self._ids(document)[0, first:]
                 losses.append(F.cross_entropy(out[first - 1 : -1], labels, reduction="sum"))
                 logits.append(out)
-        finally:
-            hook.remove()
         if len(states) != len(LENGTHS):
             raise RuntimeError("its logits don't come from its decoder")
         loss = torch.stack(losses).sum() / len(batch.labels)
@@ -316,11 +311,23 @@ class _Trial:
         packed, batch = self._packed(way), self._batch()
         with torch.no_grad():
             packed.train()(batch, 1)
-            packed.eval()
-            states = packed.hidden_states(batch)
-            logits = states @ self._model.get_output_embeddings().weight.t()
-        loss, _ = packed(batch, len(batch.labels))
+        with self._decoder_watched() as found:
+            loss, _ = packed.eval()(batch, len(batch.labels))
+        states = torch.cat(found).detach()
+        logits = states @ self._model.get_output_embeddings().weight.detach().t()
         return self._gradients(states, logits, loss)
+
+    @contextmanager
+    def _decoder_watched(self) -> Iterator[list[torch.Tensor]]:
+        """The (T, H) hidden states of each pass through the decoder meanwhile."""
+        states: list[torch.Tensor] = []
+        hook = decoder_of(self._model).register_forward_hook(
+            lambda *call: states.append(call[2][0][0])
+        )
+        try:
+            yield states
+        finally:
+            hook.remove()
 
     def _states_of(self, way: Way, documents: list[int]) -> torch.Tensor:
         return self._packed(way).hidden_states(build_batch(self._documents, documents))

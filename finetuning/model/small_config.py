@@ -14,7 +14,7 @@ from itertools import islice
 from typing import Any
 
 LIMIT = 8  # tokens: what windows, chunks and other limits on positions become
-# Layers: at least; where kinds come back after so many others; at most.
+# Layers, where nothing says which kinds there are; where kinds come back after so many others; at most.
 DEPTH, DEPTH_OF_PATTERNS, MOST_LAYERS = 4, 8, 16
 _POSITIONS, _VOCABULARY, _ORDINARY_IDS = 256, 256, 128  # ids from here on may be special ones
 _HIDDEN = 48  # the least width of a hidden state that is aimed at
@@ -141,7 +141,7 @@ class _Shrinker:
 
 
 def chosen_layers(content: Mapping[str, Any], depth: int) -> list[int]:
-    """Numbers of the layers to keep: two of each kind, the last one, and others up to a small depth.
+    """Numbers of the layers to keep: two of each kind and the last one; more where no kinds are told.
 
     A layer's kind is what all lists that speak of the layers say of it.
     """
@@ -163,7 +163,9 @@ def chosen_layers(content: Mapping[str, Any], depth: int) -> list[int]:
         seen[kind] += 1
         if seen[kind] <= 2 and len(kept) < MOST_LAYERS:
             kept.add(layer)
-    wanted = DEPTH_OF_PATTERNS if any(map(_PATTERNS.search, content)) else DEPTH
+    wanted = 0 if kinds[0] else DEPTH
+    if any(map(_PATTERNS.search, content)):
+        wanted = DEPTH_OF_PATTERNS
     others = (layer for layer in range(depth) if layer not in kept)
     return sorted([*kept, *islice(others, max(0, wanted - len(kept)))])
 
