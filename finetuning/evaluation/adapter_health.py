@@ -3,7 +3,8 @@
 For each module: the update ratio ||s·B·A|| / ||W|| (Frobenius norms) and the effective rank of B·A.
 B·A is never formed. With the r x r matrices G = A·Aᵀ and H = Bᵀ·B,
 ||B·A||² = tr(G·H), and the squared singular values of B·A are the eigenvalues of G·H.
-Modules of one shape are measured together, and one copy brings everything to the host.
+Modules of one shape are measured together, and one copy brings everything to the host. With DoRA (Liu et
+al. 2024) the update is m·(W + s·B·A)/||W + s·B·A|| - W, norms by rows; it is formed, a module at a time.
 """
 
 import re
@@ -34,6 +35,12 @@ class LoraModule:
     a: torch.nn.Parameter  # (r, in)
     b: torch.nn.Parameter  # (out, r)
     scaling: float
+    magnitude: torch.nn.Parameter | None = None  # (out,), DoRA's
+
+    @property
+    def trained(self) -> list[torch.nn.Parameter]:
+        """What is trained of it."""
+        return [p for p in (self.a, self.b, self.magnitude) if p is not None]
 
     @property
     def layer(self) -> int | None:
@@ -79,7 +86,7 @@ class AdapterHealth:
         return [module.name for module in self.modules]
 
     def update_ratios(self) -> dict[str, float]:
-        """Module name to ||s·B·A|| / ||W||: 0 at the start of training, when B is 0.
+        """Module name to the update's norm / ||W||: 0 at the start of training, when B is 0.
 
         A module whose frozen weight has norm 0, or an integer format, is absent.
         """
@@ -122,17 +129,18 @@ class AdapterHealth:
         return figure
 
     def gradient_norms(self) -> dict[str, float]:
-        """`LoRA/<module>/Gradient_Norm` of A and B together, and `LoRA/Gradient_Norm` of all.
+        """`LoRA/<module>/Gradient_Norm` of A, B and DoRA's magnitudes, and `LoRA/Gradient_Norm` of all.
 
         Call it between backward and zero_grad; a module without gradients is absent.
         """
-        have = [m for m in self.modules if m.a.grad is not None and m.b.grad is not None]
+        have = [m for m in self.modules if all(p.grad is not None for p in m.trained)]
         if not have:
             return {}
-        gradients = [full_tensor(p.grad) for module in have for p in (module.a, module.b)]
+        gradients = [full_tensor(p.grad) for module in have for p in module.trained]
         norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
         norms = torch.stack([norm.to(norms[0].device) for norm in norms]).cpu().double().numpy()
-        squares = np.square(norms).reshape(-1, 2).sum(1)
+        starts = np.cumsum([0, *(len(module.trained) for module in have[:-1])])
+        squares = np.add.reduceat(np.square(norms), starts)
         values = {
             f"LoRA/{module.name}/Gradient_Norm": float(np.sqrt(square))
             for module, square in zip(have, squares, strict=True)
@@ -218,6 +226,9 @@ class AdapterHealth:
             self._weight_norms = _weight_norms([module.base for module in self.modules])
         scaling = np.array([module.scaling for module in self.modules])
         norms = np.abs(scaling) * np.sqrt(np.maximum(squares, 0.0))
+        for index, module in enumerate(self.modules):
+            if module.magnitude is not None:
+                norms[index] = _dora_update_norm(module)
         return {
             name: float(norm / weight_norm)
             for name, norm, weight_norm in zip(self.names, norms, self._weight_norms, strict=True)
@@ -236,7 +247,9 @@ def find_lora_modules(model: torch.nn.Module) -> list[LoraModule]:
                 name = re.sub(r"^(module\.|base_model\.|model\.|_orig_mod\.)+", "", path)
                 a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
                 scaling = float(module.scaling[adapter])
-                found.append(LoraModule(name, module.base_layer, a, b, scaling))
+                magnitudes = getattr(module, "lora_magnitude_vector", {})
+                magnitude = magnitudes[adapter].weight if adapter in magnitudes else None
+                found.append(LoraModule(name, module.base_layer, a, b, scaling, magnitude))
     return found
 
 
@@ -296,15 +309,34 @@ def _weight_norms(bases: Sequence[torch.nn.Module]) -> np.ndarray:
 
 
 def _weight_norm(weight: torch.Tensor) -> torch.Tensor:
-    if getattr(weight, "quant_state", None) is not None:  # four bits: restored for this purpose
-        from bitsandbytes.functional import dequantize_4bit
-
-        weight = dequantize_4bit(weight.data, weight.quant_state)
+    weight = _restored(weight)
     if not weight.is_floating_point():
         return torch.tensor(torch.nan, device=weight.device)
     # By rows first: on a CPU one fp32 norm of 25M weights is off by 1e-3.
     rows = torch.linalg.vector_norm(full_tensor(weight), dim=-1, dtype=torch.float32)
     return torch.linalg.vector_norm(rows)
+
+
+def _restored(weight: torch.Tensor) -> torch.Tensor:
+    """A frozen weight, one of four bits restored for this purpose."""
+    if getattr(weight, "quant_state", None) is None:
+        return weight
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(weight.data, weight.quant_state)
+
+
+def _dora_update_norm(module: LoraModule) -> float:
+    """Frobenius norm of m·(W + s·B·A)/||W + s·B·A|| - W; NaN for a weight we cannot read."""
+    weight = _restored(module.base.weight.detach())
+    if not weight.is_floating_point():
+        return float("nan")
+    a, b, magnitude = (full_tensor(p.detach()).float() for p in module.trained)
+    weight = full_tensor(weight).float()
+    moved = torch.addmm(weight, b, a, alpha=module.scaling)
+    rows = magnitude / torch.linalg.vector_norm(moved, dim=1)
+    update = moved.mul_(rows[:, None]).sub_(weight)
+    return torch.linalg.vector_norm(torch.linalg.vector_norm(update, dim=1)).item()
 
 
 def _histogram(parameters: Sequence[torch.Tensor]) -> Histogram:

@@ -13,13 +13,15 @@ from peft import (
     get_peft_model,
     get_peft_model_state_dict,
 )
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from finetuning.common.errors import UserError
 from finetuning.common.text import clean_line
 from finetuning.config import LoraSettings
-from finetuning.model.parallel import placed_like
+from finetuning.model.parallel import decoder_layers, placed_like
 from finetuning.model.resolve import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -53,7 +55,9 @@ def attach_adapters(
         base_model_name_or_path=base_name,
     )
     check_rank_pattern(model, config)
-    return _with_adapters(model, config, seed)
+    adapted = _with_adapters(model, config, seed)
+    check_ends(adapted)
+    return adapted
 
 
 def _with_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
@@ -64,6 +68,38 @@ def _with_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> Pef
             return get_peft_model(model, config, autocast_adapter_dtype=True)
         except (ValueError, TypeError, NotImplementedError) as error:
             raise UserError(f"adapter settings: {short_reason(error)}") from error
+
+
+def check_ends(model: PeftModel) -> None:
+    """What is trained lies between embedding and head, which meets some rows only, outside its own forward.
+
+    Raises UserError for adapters at the ends.
+    """
+    base = model.get_base_model()
+    ends = {base.get_input_embeddings(), base.get_output_embeddings()}
+    wrapped = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    names = [n for n, m in base.named_modules() if isinstance(m, wrapped) and m in ends]
+    if names:
+        raise UserError(
+            f"adapters on {', '.join(names)} are not trained here, as it is the embedding or the output "
+            "head; leave it out of target_modules and modules_to_save"
+        )
+
+
+def parts_without_adapters(model: torch.nn.Module) -> dict[str, tuple[int, list[str]]]:
+    """Parts of the decoder layers, such as `linear_attn`, in which nothing is adapted, with the number of
+    layers that have them so and the names of their matrices. Empty at lora_r 0."""
+    if not isinstance(model, PeftModel):
+        return {}
+    found: dict[str, tuple[int, list[str]]] = {}
+    for layer in decoder_layers(model):
+        for part, module in layer.named_children():
+            matrices = {n: p for n, p in module.named_parameters() if p.dim() > 1}
+            if matrices and not any(p.requires_grad for p in matrices.values()):
+                names = sorted({n.removesuffix(".weight") for n in matrices})
+                count, before = found.get(part, (0, []))
+                found[part] = (count + 1, sorted({*before, *names}))
+    return found
 
 
 def linear_names(model: torch.nn.Module) -> list[str]:

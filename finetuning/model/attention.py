@@ -50,21 +50,37 @@ def attention_kwargs(
     return {"packed_lengths": tuple(lengths)}
 
 
+def marking_kwargs(cu_seqlens: torch.Tensor, max_length: int) -> dict:
+    """transformers' own arguments for packed rows, which some linear attention and convolutions know."""
+    of_document = torch.diff(cu_seqlens)
+    numbers = torch.arange(len(of_document), dtype=torch.int32, device=cu_seqlens.device)
+    return {
+        "cu_seq_lens_q": cu_seqlens,
+        "cu_seq_lens_k": cu_seqlens,
+        "max_length_q": int(max_length),
+        "max_length_k": int(max_length),
+        "seq_idx": torch.repeat_interleave(numbers, of_document)[None],
+    }
+
+
 @contextmanager
 def ordinary_attention(model: torch.nn.Module) -> Iterator[None]:
-    """Run the model with SDPA, masks and caches, for padded batches and `model.generate`.
+    """Run the model with SDPA, masks and caches, for padded batches and `model.generate`; with its own
+    attention where packed attention was never selected.
 
     Compiled layers run eagerly meanwhile, because a growing cache is a new shape with every token.
     """
     pretrained = _pretrained(model)
     selected = pretrained.config._attn_implementation
     compiled = any(module._compiled_call_impl is not None for module in model.modules())
-    pretrained.set_attn_implementation("sdpa")
+    if selected == IMPLEMENTATION:
+        pretrained.set_attn_implementation("sdpa")
     try:
         with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
             yield
     finally:
-        pretrained.set_attn_implementation(selected)
+        if selected == IMPLEMENTATION:
+            pretrained.set_attn_implementation(selected)
 
 
 def packed_attention(
@@ -87,20 +103,24 @@ def packed_attention(
     """transformers' attention interface: query (1, Hq, T, d), key and value (1, Hkv, T, d).
 
     Returns (1, T, Hq, d) and no attention weights. Raises UserError for attention that is more than a
-    softmax of the products: sinks (gpt-oss), capped products (Gemma 2).
+    softmax of the products: sinks (gpt-oss), capped products (Gemma 2), dropout.
     """
     if s_aux is not None or softcap is not None:
         raise UserError(
-            "the model's attention has sinks or a soft cap, which packed attention does not know; "
-            "use another model"
+            "the model's attention has sinks or a soft cap, which packed attention does not know"
         )
     if packed_bounds is None and packed_lengths is None:
         raise RuntimeError(
-            "packed attention was called without document boundaries: pass attention_kwargs(...),"
-            " or wrap padded forward passes and generate in ordinary_attention(model)"
+            "the model does not hand on where packed documents begin (attention_kwargs), or it reads "
+            "padded rows outside ordinary_attention(model)"
         )
-    assert query.shape[0] == 1 and attention_mask is None, (query.shape, attention_mask)
-    assert dropout == 0.0, "packed attention has no attention dropout"
+    if attention_mask is not None:
+        raise UserError(
+            "the model makes an attention mask of its own, which packed attention ignores"
+        )
+    assert query.shape[0] == 1, query.shape
+    if dropout != 0.0:
+        raise UserError("packed attention has no attention dropout, which the model's config sets")
     if packed_bounds is None:
         return _per_document(query, key, value, packed_lengths, scaling, sliding_window), None
     left = -1 if sliding_window is None else sliding_window - 1

@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 
 @dataclass(frozen=True, slots=True)
 class ModelDims:
@@ -54,6 +56,18 @@ def dims_from_config(config: object) -> ModelDims | None:
         intermediate=config.intermediate_size,
         vocab=config.vocab_size,
     )
+
+
+def dims_of(model: torch.nn.Module) -> ModelDims | None:
+    """Of a model, with or without adapters; None also where its linear layers have other numbers of weights
+    than the count gives, as with linear attention or an MLP without a gate."""
+    dims, head = dims_from_config(model.config), model.get_output_embeddings()
+    weights = sum(
+        module.in_features * module.out_features
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head and "lora_" not in name
+    )
+    return dims if dims and weights == dims.linear_parameters() else None
 
 
 def lora_parameters(dims: ModelDims, r: int, targets: Sequence[str] | str = "all-linear") -> int:

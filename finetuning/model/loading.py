@@ -12,6 +12,7 @@ from finetuning.common.text import clean_line
 from finetuning.config import LoraSettings, ModelSettings
 from finetuning.model.adapters import (
     attach_adapters,
+    check_ends,
     load_adapter,
     read_adapter_config,
 )
@@ -85,7 +86,9 @@ def load_model(
         return model.requires_grad_(True)
     base_name = resolved.name if hub_spelling(resolved) else str(folder)
     if settings.init_adapter:
-        return load_adapter(model, Path(settings.init_adapter).expanduser(), base_name)
+        adapted = load_adapter(model, Path(settings.init_adapter).expanduser(), base_name)
+        check_ends(adapted)
+        return adapted
     return attach_adapters(model, lora, base_name, seed)
 
 

@@ -9,18 +9,22 @@ import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import Literal
 
 import torch
 import torch._dynamo
 import torch._functorch.config
 
-from finetuning.common.errors import UserError
 from finetuning.data.packing import PackedBatch
 from finetuning.model import attention
 from finetuning.model.fused_lora import adapter_copies
 from finetuning.model.joined_lora import AdapterCopies
 from finetuning.model.loss import LossSums, packed_loss
 from finetuning.model.parallel import decoder_layers
+
+# How documents go through the decoder: in one packed row; in one with transformers' own arguments for it
+# too; or one after the other, with the model's own attention. `row_proof` finds the one that is right.
+Way = Literal["packed", "marked", "alone"]
 
 
 def compiler_is_there() -> bool:
@@ -30,32 +34,32 @@ def compiler_is_there() -> bool:
     return has_triton() and any(map(shutil.which, (os.environ.get("CC", "gcc"), "gcc", "clang")))
 
 
+def decoder_of(base: torch.nn.Module) -> torch.nn.Module:
+    """The part of a transformers causal language model whose last hidden states the output head reads.
+
+    Some classes name something else where they are asked for it: themselves, or their head.
+    """
+    names = ("model", base.base_model_prefix, "transformer")
+    known = [base.get_decoder(), *(getattr(base, n, None) for n in names)]
+    wrong = (None, base, base.get_output_embeddings())
+    return next(module for module in known if not any(module is w for w in wrong))
+
+
 class PackedLossModel(torch.nn.Module):
     """Wraps a transformers causal language model, bare or with adapters.
 
     Args:
         model: any model with a decoder and a linear output head without bias or logit transformation.
         close_id: token id of `</think>`, for the probability of closing too early; -1 if there is none.
+        way: how its documents go through the decoder, see `row_proof`.
     """
 
-    def __init__(self, model: torch.nn.Module, close_id: int) -> None:
+    def __init__(self, model: torch.nn.Module, close_id: int, way: Way = "packed") -> None:
         super().__init__()
-        self.model, self.close_id = model, close_id
+        self.model, self.close_id, self._way = model, close_id, way
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        head = base.get_output_embeddings()
-        changed = [
-            name
-            for name in ("final_logit_softcapping", "logits_scaling", "logit_scale")
-            if getattr(base.config, name, None) not in (None, 0, 1, 1.0)
-        ]
-        if getattr(head, "bias", None) is not None:
-            changed.append("a bias on the output head")
-        if changed:
-            raise UserError(
-                f"model {base.config.model_type}: {', '.join(changed)} is not supported; "
-                "use a model whose logits are the plain product with the output head"
-            )
-        attention.enable(model)
+        if way != "alone":
+            attention.enable(model)
         # Not as submodules: the parameters stay registered once, under `model`.
         self._base = (base,)
         self._adapters: AdapterCopies | None = None  # looked up by the first forward pass
@@ -84,11 +88,17 @@ class PackedLossModel(torch.nn.Module):
         """(T, H): the decoder's output for all tokens of the batch."""
         self._write_adapters()
         base = self._base[0]
-        decoder = base.get_decoder() if hasattr(base, "get_decoder") else base.model
+        decoder = decoder_of(base)
+        if self._way == "alone":
+            documents = batch.input_ids.split(batch.lengths, dim=1)
+            outputs = (decoder(input_ids=ids, use_cache=False) for ids in documents)
+            return torch.cat([output.last_hidden_state[0] for output in outputs])
         embeds = base.get_input_embeddings()(batch.input_ids)
         kwargs = attention.attention_kwargs(
             batch.cu_seqlens, batch.lengths, batch.max_length, embeds.dtype
         )
+        if self._way == "marked":
+            kwargs |= attention.marking_kwargs(batch.cu_seqlens, batch.max_length)
         stance = nullcontext()
         if self._compiled and torch.is_grad_enabled():
             # The first layer would else see an input without gradient: a second graph.

@@ -11,6 +11,7 @@ from finetuning.common.distributed import Distributed
 from finetuning.common.terminal import Terminal
 from finetuning.config import DirectTrainingConfig
 from finetuning.evaluation.evaluator import Evaluator, HeldOut
+from finetuning.model.adapters import parts_without_adapters
 from finetuning.model.loading import load_model
 from finetuning.monitoring.system_monitor import SystemMonitor, gpu_uuid
 from finetuning.runs.plan import RunPlan
@@ -32,6 +33,12 @@ def build_engine(
             gradient_checkpointing=execution.gradient_checkpointing,
             seed=config.seed,
             sharded=execution.parallel == "fsdp",
+        )
+    bare = parts_without_adapters(model)
+    if bare:
+        parts = (f"{p} of {n} layers ({', '.join(m[:6])})" for p, (n, m) in bare.items())
+        terminal.warning(
+            f"no adapter is in {'; '.join(parts)}: that stays as it is; --target-modules names linear layers"
         )
     if execution.batch_shape:
         user = os.getuid() if hasattr(os, "getuid") else "user"

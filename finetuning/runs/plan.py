@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -30,6 +30,7 @@ from finetuning.model.resolve import (
     resolve_model,
     weight_dtype,
 )
+from finetuning.model.row_proof import RowProof, proven_way
 from finetuning.runs.identity import check_ranks, identity, recorded_settings
 from finetuning.training.engine import Execution
 from finetuning.training.forecast import (
@@ -76,6 +77,7 @@ class RunPlan:
     eval_steps: int  # steps between evaluations; 0: only before the first step and at the end
     identity: Mapping[str, Any]
     execution: Execution
+    rows: RowProof  # whether packed rows are right for the model, else why not
     forecast: RunForecast
 
     @property
@@ -96,6 +98,7 @@ def plan_run(
     No weights are loaded. Raises UserError on all ranks where a rank has other data or settings.
     """
     inputs = load_data(config, dist, terminal, trust_remote_code=trust_remote_code)
+    rows = prove_rows(config, inputs.model, terminal)
     data, settings = inputs.data, recorded_settings(config)
     steps, evaluation = plan_steps(config, data, dist)
     probes = choose_probes(data.held_out, inputs.tokenizer, config.num_probes)
@@ -105,19 +108,11 @@ def plan_run(
     run_identity = identity(settings, inputs.model.name, data, steps)
     check_ranks(dist.gather(run_identity))
     dtype = weight_dtype(dist.device, config.precision)
-    compiled = compiles(config, dist.device, dtype, steps)
+    compiled = rows.way != "alone" and compiles(config, dist.device, dtype, steps)
     work = Workload.of(data, steps, eval_steps, answer_tokens)
-    parallel, estimate = choose_parallel(config, dist, inputs, work, dtype, compiled)
+    parallel, estimate = choose_parallel(config, dist, inputs, rows, work, dtype, compiled)
+    check_passes(config, dist, rows, parallel)
     (checkpointing,) = dist.any(estimate.checkpointing)  # all ranks alike
-    execution = Execution(
-        parallel=parallel,
-        dtype=dtype,
-        batch_shape=steps.constant_shape if compiled else {},
-        must_compile=config.compile == "on",
-        gradient_checkpointing=checkpointing,
-        may_checkpoint=config.gradient_checkpointing == "auto" and not checkpointing,
-        fp8=config.precision == "fp8",
-    )
     return RunPlan(
         inputs=inputs,
         settings=settings,
@@ -128,9 +123,53 @@ def plan_run(
         answer_tokens=answer_tokens,
         eval_steps=eval_steps,
         identity=run_identity,
-        execution=execution,
+        execution=Execution(
+            parallel=parallel,
+            dtype=dtype,
+            batch_shape=steps.constant_shape if compiled else {},
+            must_compile=config.compile == "on",
+            gradient_checkpointing=checkpointing,
+            may_checkpoint=config.gradient_checkpointing == "auto" and not checkpointing,
+            fp8=config.precision == "fp8",
+            way=rows.way,
+        ),
+        rows=rows,
         forecast=estimate,
     )
+
+
+def prove_rows(config: DirectTrainingConfig, model: ResolvedModel, terminal: Terminal) -> RowProof:
+    """How documents go through the model; the user is told where it is not in packed rows.
+
+    Raises UserError for a model that can't be trained here, and for settings that packed rows are needed for.
+    """
+    with terminal.working("trying packed rows"):
+        rows = proven_way(
+            model.path,
+            config.cache_path,
+            longest=config.max_seq_length,
+            trust_remote_code=model.trust_remote_code,
+        )
+    if rows.way == "alone":
+        if config.compile == "on":
+            raise UserError(f"compile on needs packed rows, which are wrong here: {rows.reason}")
+        terminal.warning(
+            f"one document a forward pass, as packed rows are wrong here: {rows.reason}"
+        )
+    return rows
+
+
+def check_passes(
+    config: DirectTrainingConfig, dist: Distributed, rows: RowProof, parallel: str
+) -> None:
+    """Raise UserError where shards would wait for each other, as ranks make unequal numbers of passes."""
+    one_each = config.batch_size == 1 and not config.packing
+    shared = parallel == "fsdp" and dist.world_size > 1
+    if shared and rows.way == "alone" and not one_each:
+        raise UserError(
+            f"packed rows are wrong here ({rows.reason}), and shards need as many forward passes on every "
+            "rank: use --no-packing with --batch-size 1, or --parallel ddp"
+        )
 
 
 def evaluation_steps(
@@ -273,6 +312,7 @@ def choose_parallel(
     config: DirectTrainingConfig,
     dist: Distributed,
     inputs: RunData,
+    rows: RowProof,
     work: Workload,
     dtype: torch.dtype,
     compiled: bool,
@@ -284,6 +324,10 @@ def choose_parallel(
         init_adapter=config.init_adapter,
         trust_remote_code=inputs.model.trust_remote_code,
     )
+    if rows.way == "alone" and shape.attention == "eager":
+        shape = replace(
+            shape, dims=None
+        )  # its scores are not in the estimate, so that nothing is known
     free = free_memory(dist.device, dist.local_world_size)
 
     def forecast_for(parallel: str) -> RunForecast:

@@ -65,6 +65,7 @@ def run_rows(plan: RunPlan, engine: TrainingEngine, dist: Distributed) -> list[t
     remarks = len(data.split.read.remarks)
     parallel, reason = plan.execution.parallel, engine.not_captured
     ranks = f", {dist.world_size} ranks, {parallel}" if dist.world_size > 1 else ""
+    alone = "; one document a forward pass" if plan.rows.way == "alone" else ""
     trainable = f"{engine.num_trainable:,} trainable of {engine.num_parameters:,}"
     return [
         ("device", f"{dist.device}{ranks}"),
@@ -75,7 +76,7 @@ def run_rows(plan: RunPlan, engine: TrainingEngine, dist: Distributed) -> list[t
         *([("remarks", f"{remarks}; --check-data lists them")] if remarks else []),
         ("tokens per epoch", f"{steps.num_tokens:,}"),
         ("steps", f"{steps.num_steps} ({steps.steps_per_epoch} per epoch)"),
-        ("packing", f"{steps.num_rows} rows, {steps.efficiency:.1%} full"),
+        ("packing", f"{steps.num_rows} rows, {steps.efficiency:.1%} full{alone}"),
         ("gradient checkpointing", "on" if engine.gradient_checkpointing else "off"),
         ("compiled layers", "on" if engine.batch_shape else "off"),
         ("CUDA graph", f"no: {reason}" if reason else "from the second step on"),

@@ -16,9 +16,9 @@ from finetuning.data.token_table import TokenizedSamples
 from finetuning.model import adapters as model_adapters
 from finetuning.model import loading, saving
 from finetuning.model import parallel as model_parallel
-from finetuning.model.flops import dims_from_config, training_flops
+from finetuning.model.flops import dims_of, training_flops
 from finetuning.model.fused_lora import enable_fast_lora
-from finetuning.model.packed_model import PackedLossModel
+from finetuning.model.packed_model import PackedLossModel, Way
 from finetuning.training.captured_step import CapturedStep, why_not_captured
 from finetuning.training.checkpoint import Tensors, optimizer_tensors, restore_optimizer
 from finetuning.training.optimizer import (
@@ -51,6 +51,7 @@ class Execution:
     gradient_checkpointing: bool = False  # it is on already
     may_checkpoint: bool = False  # it may be turned on once memory runs out
     fp8: bool = False  # products with frozen matrices are made in FP8 in training
+    way: Way = "packed"  # how documents go through the decoder
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class TrainingEngine:
         self._may_checkpoint = execution.may_checkpoint
         joins = False if parallel == "fsdp" else None
         enable_fast_lora(model, join=joins, fp8=execution.fp8)
-        self.packed = PackedLossModel(model, close_id)
+        self.packed = PackedLossModel(model, close_id, execution.way)
         if self.batch_shape:
             self.packed.compile_layers()
         self.wrapped = model_parallel.parallelize(self.packed, parallel, dist, dtype).train()
@@ -118,7 +119,7 @@ class TrainingEngine:
             weight_decay=optimizer.weight_decay,
         )
         self.num_trainable, self.num_parameters = loading.parameter_counts(model)
-        self._dims = dims_from_config(model.config)
+        self._dims = dims_of(model)
 
     def flops(self, lengths: np.ndarray, num_targets: int) -> float:
         """Arithmetic of training on documents of these lengths; 0 for an unknown architecture."""

@@ -14,7 +14,7 @@ from finetuning.common.errors import UserError
 from finetuning.common.text import clean_line
 from finetuning.config import LoraSettings
 from finetuning.model.adapters import attach_adapters
-from finetuning.model.flops import ModelDims, dims_from_config
+from finetuning.model.flops import ModelDims, dims_of
 from finetuning.model.loss import rows_per_chunk
 
 FP32 = 4  # bytes
@@ -37,6 +37,7 @@ class ModelShape:
     linear_parameters: int  # those that 4-bit quantisation packs
     trainable: int  # of the adapters; all of them at lora_r 0
     lora: bool
+    attention: str = "sdpa"  # what transformers chooses for the class; "eager" keeps all scores
 
     @property
     def total(self) -> int:
@@ -73,7 +74,7 @@ def model_shape(
         for module in model.modules()
         if isinstance(module, torch.nn.Linear) and module is not head
     )
-    parameters = sum(p.numel() for p in model.parameters())
+    dims, parameters = dims_of(model), sum(p.numel() for p in model.parameters())
     trainable = parameters
     if init_adapter:
         trainable = adapter_size(Path(init_adapter).expanduser())
@@ -82,11 +83,12 @@ def model_shape(
             adapted = attach_adapters(model, lora, str(folder), seed=0)
         trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     return ModelShape(
-        dims=dims_from_config(config),
+        dims=dims,
         parameters=parameters,
         linear_parameters=linear,
         trainable=trainable,
         lora=bool(lora.lora_r),
+        attention=model.config._attn_implementation,
     )
 
 

@@ -88,6 +88,38 @@ def test_gradient_norms():
         assert norms[f"LoRA/{module.name}/Gradient_Norm"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_dora_counts_its_magnitudes():
+    """The update is what peft's own merge changes; all that is trained has its share of the norms."""
+    model = lora_model(use_dora=True)
+    health = AdapterHealth(model)
+    assert len(health.modules) == 14 and all(m.magnitude is not None for m in health.modules)
+    with torch.no_grad():
+        for module in health.modules:
+            module.magnitude.mul_(1 + torch.rand(len(module.magnitude)))
+    loss_and_gradients(model)
+    norms, ratios = health.gradient_norms(), health.update_ratios()
+    gradients = [p.grad for p in model.parameters() if p.requires_grad]
+    assert len(gradients) == 3 * 14
+    total = math.sqrt(sum(g.square().sum().item() for g in gradients))
+    assert norms["LoRA/Gradient_Norm"] == pytest.approx(total, rel=1e-5)
+    module = health.modules[0]
+    parts = (module.a.grad.norm(), module.b.grad.norm(), module.magnitude.grad.norm())
+    expected = math.hypot(*parts)
+    assert norms[f"LoRA/{module.name}/Gradient_Norm"] == pytest.approx(expected, rel=1e-5)
+    before = {module.name: module.base.weight.clone() for module in health.modules}
+    model.merge_adapter()
+    for module in health.modules:
+        change = (module.base.weight - before[module.name]).norm() / before[module.name].norm()
+        assert ratios[module.name] == pytest.approx(change.item(), rel=1e-4)
+        plain = dense_update(module).norm() / before[module.name].norm()
+        assert abs(ratios[module.name] - plain) > 0.05 * plain
+
+
+def test_dora_changes_nothing_at_the_start():
+    ratios = AdapterHealth(lora_model(use_dora=True, random_b=False)).update_ratios()
+    assert len(ratios) == 14 and max(ratios.values()) < 1e-6
+
+
 def test_nan_in_an_adapter_stays_visible():
     model = lora_model()
     health = AdapterHealth(model)

@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen3Config
 
 from finetuning.model.demo_model import train_tokenizer
 
@@ -23,10 +23,15 @@ TEXTS = [
 ]
 
 
-def make_tiny_model(folder: Path, seed: int = 0) -> Path:
-    """Write config, weights and tokenizer below `folder`; the same seed gives the same weights."""
+def make_tiny_model(
+    folder: Path, seed: int = 0, kind: type[PreTrainedConfig] = Qwen3Config, **settings: object
+) -> Path:
+    """Write config, weights and tokenizer below `folder`; the same seed gives the same weights.
+
+    kind: configuration of another architecture, with settings of its own.
+    """
     tokenizer = train_tokenizer(TEXTS)
-    config = Qwen3Config(
+    config = kind(
         vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=64,
@@ -38,10 +43,11 @@ def make_tiny_model(folder: Path, seed: int = 0) -> Path:
         tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **settings,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen3ForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -64,6 +64,23 @@ def test_all_linear(tiny):
     assert len(state) == 2 * 7 * 2
 
 
+@pytest.mark.parametrize("end", ["lm_head", "embed_tokens"])
+def test_adapters_at_the_ends_are_refused_by_name(tiny, tmp_path, end):
+    with pytest.raises(UserError, match=f"adapters on .*{end} are not trained here"):
+        load(tiny, target_modules=["q_proj", end])
+    foreign = LoraConfig(target_modules=["q_proj"], modules_to_save=[end], task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), foreign).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=end):
+        load(tiny, init_adapter=str(tmp_path))
+
+
+def test_parts_of_layers_without_adapters_are_known(tiny):
+    found = adapters.parts_without_adapters(load(tiny, target_modules=["q_proj", "v_proj"])[0])
+    assert found == {"mlp": (2, ["down_proj", "gate_proj", "up_proj"])}
+    assert not adapters.parts_without_adapters(load(tiny)[0])
+    assert not adapters.parts_without_adapters(load(tiny, lora_r=0)[0])
+
+
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_r": 0}])
 def test_state_goes_out_and_in(tiny, options):
     model, _ = load(tiny, **options)

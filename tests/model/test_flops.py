@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from finetuning.config import PROJECTIONS
 from finetuning.model.flops import (
     ModelDims,
     dims_from_config,
+    dims_of,
     lora_parameters,
     peak_flops,
     training_flops,
@@ -190,3 +193,24 @@ def test_peaks_of_known_gpus_and_no_guess_for_others(subtests):
             assert peak_flops(name) == (
                 None if teraflops is None else pytest.approx(teraflops * 1e12)
             )
+
+
+@pytest.mark.parametrize(
+    ("kind", "known"),
+    [
+        ("qwen3", True),
+        ("llama", True),
+        ("stablelm", True),
+        ("starcoder2", False),
+        ("qwen3_5_text", False),
+    ],
+)
+def test_dimensions_are_known_where_they_give_the_weights_of_the_linear_layers(
+    kind: str, known: bool
+):
+    config = CONFIG_MAPPING[kind](num_hidden_layers=4)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    assert dims_from_config(config) is not None
+    assert (dims_of(model) is not None) == (dims_of(adapted) is not None) == known

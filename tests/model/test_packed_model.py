@@ -12,10 +12,10 @@ from functorch.compile import make_boxed_func
 from peft import LoraConfig, get_peft_model
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from finetuning.common.errors import UserError
 from finetuning.config import PROJECTIONS
 from finetuning.data.packing import build_batch
 from finetuning.data.token_table import Segment, TokenizedSample
+from finetuning.model.attention import ordinary_attention
 from finetuning.model.flops import dims_from_config
 from finetuning.model.fused_lora import enable_fast_lora
 from finetuning.model.packed_model import PackedLossModel
@@ -248,11 +248,22 @@ def test_a_replica_does_not_cut_the_compiled_layers(monkeypatch):
     assert graphs == 1
 
 
-def test_logits_that_are_no_plain_product_are_refused():
+def test_documents_that_go_through_the_model_alone_give_the_same():
+    """Also with several in a batch, and answers need nothing switched."""
     model = lora_model()
-    model.get_base_model().config.final_logit_softcapping = 30.0
-    with pytest.raises(UserError, match="final_logit_softcapping"):
-        PackedLossModel(model, CLOSE)
+    enable_fast_lora(model)
+    packed, batch = PackedLossModel(model, CLOSE, "alone"), build_batch(DOCUMENTS, range(4))
+    loss, sums = packed(batch, len(batch.labels))
+    loss.backward()
+    assert sums.per_document.shape[0] == 4
+    assert_same((loss.detach(), gradients(model)), plain(lora_model()))
+    with ordinary_attention(model), torch.no_grad():
+        assert model.config._attn_implementation == "sdpa"
+        ids = torch.tensor([[0, 0, 7, 8], [6, 7, 8, 9]])
+        mask = (ids > 0).long()
+        found = packed.generate(input_ids=ids, attention_mask=mask, max_new_tokens=3)
+        alone = packed.generate(input_ids=ids[:1, 2:], max_new_tokens=3)
+    assert found[0, 4:].tolist() == alone[0, 2:].tolist()
 
 
 def test_a_bias_on_the_output_head_is_refused():

@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import Qwen3_5TextConfig
 
 from finetuning.config import DirectTrainingConfig
 from tests.helpers.reference import PlainTraining, Reference
@@ -33,6 +35,7 @@ from tests.helpers.sessions import (
     stop_at,
     train,
 )
+from tests.helpers.tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.slow
 
@@ -217,3 +220,34 @@ def test_a_run_in_three_sessions_has_the_numbers_of_one(config, folder, referenc
     assert_curve(run, "Final_Model/First_Eval_Loss", first)
     assert_epochs_and_counters(run, reference)
     assert_same_adapter(run, reference)
+
+
+# -----------------------------------------------------------------------------
+# A model for which packed rows are wrong
+
+
+def test_a_model_with_linear_attention_is_trained_as_if_nothing_was_packed(
+    config: DirectTrainingConfig, folder: Path, capfd
+):
+    """Rows of several documents, two of them a micro-batch, in training and evaluation."""
+    hybrid = make_tiny_model(
+        folder / "hybrid",
+        kind=Qwen3_5TextConfig,
+        layer_types=["linear_attention", "full_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+    )
+    config = replace(config, model_name=str(hybrid), batch_size=2, output_dir="hybrid_out")
+    run = do(config, folder)
+    shown = capfd.readouterr().err
+    assert shown.count("one document a forward pass") == 1 and "see each other" in shown
+    assert "no adapter is in linear_attn of 1 layers (" in shown and "out_proj" in shown
+    assert max(len(documents) for n in (1, 2) for documents in run.plan[n].micro_batches) > 2
+    reference = PlainTraining(config, folder).train(run.steps())
+    assert_curve(run, "Training/Loss", by_step([sums.mean() for sums in reference.steps]))
+    assert_curve(run, "Training/Gradient_Norm", by_step(reference.norms), rel=1e-4)
+    assert_curve(run, "Eval/Loss", {n: sums.mean() for n, sums in reference.held_out.items()})
+    for name, expected in reference.adapter.items():
+        torch.testing.assert_close(run.adapter[name], expected, rtol=1e-3, atol=2e-6)

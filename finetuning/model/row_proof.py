@@ -1,0 +1,401 @@
+"""Is a model trained right as packed rows? Tried on a small relative of it, before its weights are loaded.
+
+Nothing is known about architectures here. A model of the same class with random weights reads short documents
+that cross its windows and chunks, each alone and as transformers computes it; then the way of training reads
+them. Hidden states, losses and gradients must be the same. Where a packed row is not, documents
+go through the model one after the other; where that is not either, the model is refused with the reason.
+"""
+
+import inspect
+import json
+import random
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from importlib import metadata
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from finetuning.common.cache import cached_folder, code_version
+from finetuning.common.errors import UserError
+from finetuning.common.files import read_json_object
+from finetuning.common.text import clean_line
+from finetuning.data.packing import build_batch
+from finetuning.data.token_table import Segment, TokenizedSample
+from finetuning.model.packed_model import PackedLossModel, Way, decoder_of
+from finetuning.model.resolve import short_reason
+from finetuning.model.small_config import small_configs
+
+# The second begins off any round number and is longer than every limit of a small configuration and than
+# the chunks of 64 that some layers have in their code; the third is shorter than a convolution.
+LENGTHS = (19, 70, 3, 33)
+CHANGED = 35  # token of the second document that is replaced, to see who notices
+LARGEST = 60_000_000  # weights of a small model
+# Largest difference of states in their spread, by arithmetic; of losses and gradients 100 times as much,
+# since the loss is in fp32. Leaks are of 1e-3 and more.
+TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4}
+_KERNELS = (
+    "flash-linear-attention",
+    "causal-conv1d",
+    "mamba-ssm",
+    "kernels",
+)  # used where installed
+_WORDS = {
+    "packed": "packed rows",
+    "marked": "packed rows with transformers' own arguments",
+    "alone": "documents that go through its decoder alone",
+}
+_HEAD_SETTING = re.compile(r"^(?!.*(router|keep|attn)).*(logit|lm_head)")
+
+
+@dataclass(frozen=True)
+class RowProof:
+    """What was found: the way that is right, or "" for none, and why none before it is.
+
+    difference: largest difference of the way's hidden states from the plain ones, in their spread.
+    """
+
+    way: Way | str
+    reason: str
+    difference: float
+
+
+class _NoTrialError(Exception):
+    """A small model that is none: it can't be built, run, or compared."""
+
+
+# -----------------------------------------------------------------------------
+# What a run asks
+
+
+def proven_way(
+    folder: Path, cache_dir: Path, *, longest: int, trust_remote_code: bool = False
+) -> RowProof:
+    """How documents of up to `longest` tokens go through the model of `folder`; tried once, then kept.
+
+    Raises UserError where no way is right.
+    """
+    config = AutoConfig.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=trust_remote_code
+    )
+    place = cache_dir / f"row-proof-{_fingerprint(config, longest)}"
+
+    def load(path: Path) -> RowProof | None:
+        try:
+            return RowProof(**read_json_object(path / "proof.json"))
+        except (UserError, TypeError):
+            return None
+
+    def write(path: Path) -> None:
+        proof = prove(config, longest=longest, trust_remote_code=trust_remote_code)
+        (path / "proof.json").write_text(json.dumps(asdict(proof)), encoding="utf-8")
+
+    proof = cached_folder(place, load, write)
+    if not proof.way:
+        raise UserError(f"model {config.model_type} can't be trained here: {proof.reason}")
+    return proof
+
+
+def _fingerprint(config: Any, longest: int) -> str:
+    """Of what a proof depends on: configuration, code of the model and of ours, libraries."""
+    content = {k: v for k, v in config.to_dict().items() if k != "_name_or_path"}
+    reference = getattr(config, "auto_map", None) or {}
+    known = [json.dumps(content, sort_keys=True, default=str), str(longest), str(reference)]
+    module = sys.modules.get(type(config).__module__)
+    if (
+        reference and module is not None
+    ):  # code of the model's own lies in a folder with its commit's name
+        known.append(inspect.getsource(module))
+    known += [f"{name} {_version(name)}" for name in _KERNELS]
+    names = ("row_proof", "small_config", "packed_model", "attention", "loss")
+    code = code_version(*(f"model.{n}" for n in names), libraries=("torch", "transformers"))
+    return blake2b("\n".join([*known, code]).encode(), digest_size=12).hexdigest()
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "absent"
+
+
+# -----------------------------------------------------------------------------
+# The trial
+
+
+def prove(config: Any, *, longest: int, trust_remote_code: bool = False) -> RowProof:
+    """Try the ways on small relatives of a transformers configuration, until one can be built and run.
+
+    No random state is touched. Where no small relative runs, no way is proven.
+    """
+    failures = []
+    with _random_state_kept(), _silent():
+        try:
+            for small in small_configs(config, longest):
+                for dtype in TOLERANCES:
+                    try:
+                        return _Trial(small, dtype, trust_remote_code).proof()
+                    except _NoTrialError as error:
+                        failures.append(str(error))
+        except ValueError as error:
+            failures.append(short_reason(error))
+    first = failures[0] if failures else "it has no layers"
+    return RowProof("", f"packed rows could not be tried: {first}", 0.0)
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """Weights are drawn by three libraries while a model is built."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        np.random.seed(0)
+        random.seed(0)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """What transformers says of a small model is said again of the real one, once."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        transformers_logging.set_verbosity(before)
+        transformers_logging.warning_once.cache_clear()
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What a way makes of the documents: (T, H) states and (T, V) logits, loss, gradients by name."""
+
+    states: torch.Tensor
+    logits: torch.Tensor
+    loss: torch.Tensor
+    gradients: dict[str, torch.Tensor]
+
+
+class _Trial:
+    """One small model in one arithmetic. Raises _NoTrialError where it can't be built, run or read."""
+
+    def __init__(self, config: Any, dtype: torch.dtype, trust_remote_code: bool) -> None:
+        self._dtype, self._tolerance = dtype, TOLERANCES[dtype]
+        with _as_no_trial("built"):
+            self._model = _small_model(config, dtype, trust_remote_code)
+            self._own_attention = self._model.config._attn_implementation
+            ends = self._model.get_input_embeddings(), self._model.get_output_embeddings()
+            rows = min(end.weight.shape[0] for end in ends)
+        self._documents = _documents(rows)
+        with _as_no_trial("run"):
+            self._plain = self._plain_pass()
+        if not self._plain.states.isfinite().all():
+            raise _NoTrialError("a small model of its kind gives no finite numbers")
+
+    def proof(self) -> RowProof:
+        """The first way that is right, and why the ones before it are not."""
+        blind = self._reads_ahead_or_nothing()
+        if blind:
+            return RowProof("", blind, 0.0)
+        reasons = []
+        for way in get_args(Way):
+            reason, difference = self._fault(way)
+            if not reason:
+                return RowProof(way, reasons[0] if reasons else "", difference)
+            reasons.append(reason)
+        return RowProof("", reasons[-1], 0.0)
+
+    def _fault(self, way: Way) -> tuple[str, float]:
+        """Why a way is wrong, or "", and the difference of its states."""
+        try:
+            own = self._own_pass(way)
+        except UserError as error:
+            return str(error), 0.0
+        except Exception as error:  # of any library, for any reason: the way does not work
+            return f"{_WORDS[way]} end in an error: {_short(error)}", 0.0
+        difference = _spread(own.states, self._plain.states)
+        if not difference <= self._tolerance:
+            return self._why_states_differ(way, difference), difference
+        if not _spread(own.logits, self._plain.logits) <= self._tolerance:
+            return (
+                f"its logits are more than hidden states times output head{self._head()}",
+                difference,
+            )
+        loose = 100 * self._tolerance
+        if not abs(own.loss - self._plain.loss) <= loose * abs(self._plain.loss):
+            return f"the loss is {own.loss:.6f} instead of {self._plain.loss:.6f}", difference
+        return self._wrong_gradient(own, loose), difference
+
+    def _why_states_differ(self, way: Way, difference: float) -> str:
+        measured = f"hidden states differ by {difference:.1g} of their spread"
+        if way == "alone":
+            return f"its decoder called by itself is not what the model computes ({measured})"
+        with torch.no_grad():
+            alone = [self._states_of(way, [d]) for d in range(len(LENGTHS))]
+        if _spread(torch.cat(alone), self._plain.states) <= self._tolerance:
+            return f"documents in one row see each other ({measured})"
+        return f"its attention is more than causal products with windows ({measured})"
+
+    def _wrong_gradient(self, own: _Pass, tolerance: float) -> str:
+        total = torch.stack([g.norm() for g in self._plain.gradients.values()]).norm()
+        for name, expected in self._plain.gradients.items():
+            found = own.gradients.get(name)
+            error = expected.norm() if found is None else (found - expected).norm()
+            if not error <= tolerance * (expected.norm() + 1e-3 * total):
+                return (
+                    f"the gradient of {name} differs by {error / expected.norm():.1g} of its norm"
+                )
+        return ""
+
+    def _head(self) -> str:
+        """What is known to do that, in brackets."""
+        settings = self._model.config.get_text_config(decoder=True).to_dict()
+        neutral = (None, False, 0, 1, 1.0)
+        found = [n for n, v in settings.items() if _HEAD_SETTING.search(n) and v not in neutral]
+        if getattr(self._model.get_output_embeddings(), "bias", None) is not None:
+            found.append("a bias on the output head")
+        return f" ({', '.join(found)})" if found else ""
+
+    def _reads_ahead_or_nothing(self) -> str:
+        """Another token in the middle of a document changes what comes after it and nothing before."""
+        ids = self._ids(1)
+        other = ids.clone()
+        other[0, CHANGED] += 1 if ids[0, CHANGED] == ids.min() else -1
+        with torch.no_grad():
+            plain, changed = (self._model(input_ids=i).logits[0] for i in (ids, other))
+        moved = (changed - plain).abs().amax(1) / plain.std()
+        if moved[:CHANGED].max() > self._tolerance:
+            return "its tokens see later ones, so that it is no causal language model"
+        if not moved[CHANGED + 1 :].max() > 10 * self._tolerance:
+            return "a small model of its kind does not look at earlier tokens"
+        return ""
+
+    # -------------------------------------------------------------------------
+    # Passes
+
+    def _ids(self, document: int) -> torch.Tensor:
+        return torch.from_numpy(self._documents[document].ids.astype(np.int64))[None]
+
+    def _plain_pass(self) -> _Pass:
+        """As transformers computes it: each document alone, all logits, cross-entropy."""
+        logits, losses, batch = [], [], self._batch()
+        with self._decoder_watched() as states:
+            for document in range(len(LENGTHS)):
+                out = self._model(input_ids=self._ids(document)).logits[0]
+                first = int((self._documents[document].segments == Segment.PROMPT).sum())
+                labels = self._ids(document)[0, first:]
+                losses.append(F.cross_entropy(out[first - 1 : -1], labels, reduction="sum"))
+                logits.append(out)
+        if len(states) != len(LENGTHS):
+            raise RuntimeError("its logits don't come from its decoder")
+        loss = torch.stack(losses).sum() / len(batch.labels)
+        return self._gradients(torch.cat(states), torch.cat(logits), loss)
+
+    def _own_pass(self, way: Way) -> _Pass:
+        """As training computes it; in training mode too, where dropout must not be what breaks it."""
+        packed, batch = self._packed(way), self._batch()
+        with torch.no_grad():
+            packed.train()(batch, 1)
+        with self._decoder_watched() as found:
+            loss, _ = packed.eval()(batch, len(batch.labels))
+        states = torch.cat(found).detach()
+        logits = states @ self._model.get_output_embeddings().weight.detach().t()
+        return self._gradients(states, logits, loss)
+
+    @contextmanager
+    def _decoder_watched(self) -> Iterator[list[torch.Tensor]]:
+        """The (T, H) hidden states of each pass through the decoder meanwhile."""
+        states: list[torch.Tensor] = []
+        hook = decoder_of(self._model).register_forward_hook(
+            lambda *call: states.append(call[2][0][0])
+        )
+        try:
+            yield states
+        finally:
+            hook.remove()
+
+    def _states_of(self, way: Way, documents: list[int]) -> torch.Tensor:
+        return self._packed(way).hidden_states(build_batch(self._documents, documents))
+
+    def _packed(self, way: Way) -> PackedLossModel:
+        if self._model.config._attn_implementation != self._own_attention:
+            self._model.set_attn_implementation(self._own_attention)
+        return PackedLossModel(self._model, -1, way).eval()
+
+    def _batch(self) -> Any:
+        return build_batch(self._documents, range(len(LENGTHS)))
+
+    def _gradients(self, states: torch.Tensor, logits: torch.Tensor, loss: torch.Tensor) -> _Pass:
+        self._model.zero_grad()
+        loss.backward()
+        named = {n: p.grad for n, p in self._model.named_parameters() if p.grad is not None}
+        self._model.zero_grad()
+        return _Pass(states.detach(), logits.detach(), loss.detach(), named)
+
+
+def _small_model(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> torch.nn.Module:
+    """The model of a small configuration with weights that make every part of it matter."""
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    weights = sum(p.numel() for p in empty.parameters())
+    if weights > LARGEST:
+        raise RuntimeError(f"{weights / 1e6:.0f}M weights are too many to try")
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    model.config.use_cache = model.config.get_text_config(decoder=True).use_cache = False
+    if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # the grouped product has no double precision
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=parameter[0].numel() ** -0.5)
+            elif parameter.is_floating_point():
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    return model.to(dtype).eval().requires_grad_(True)
+
+
+def _documents(rows: int) -> list[TokenizedSample]:
+    """Documents of random tokens, none of which is special: those are among the first or the last ids."""
+    generator = np.random.default_rng(0)
+    documents = []
+    for index, length in enumerate(LENGTHS):
+        segments = np.full(length, Segment.ANSWER, dtype=np.uint8)
+        segments[: max(1, length // 3)] = Segment.PROMPT
+        ids = generator.integers(rows // 4, rows // 2, length).astype(np.int32)
+        documents.append(TokenizedSample(ids=ids, segments=segments, index=index))
+    return documents
+
+
+def _spread(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference, in the spread of what is expected; NaN where there is one."""
+    if found.shape != expected.shape:
+        return float("inf")
+    return float((found - expected).abs().max() / expected.std())
+
+
+@contextmanager
+def _as_no_trial(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # libraries raise anything where numbers do not fit each other
+        raise _NoTrialError(
+            f"a small model of its kind can't be {what}: {_short(error)}"
+        ) from error
+
+
+def _short(error: Exception) -> str:
+    return clean_line(short_reason(error), 160)

@@ -1,0 +1,242 @@
+"""Packed rows are proven for a model, or not used: what a trial finds, also if our own code is wrong.
+
+uv run pytest tests/model/test_row_proof.py
+"""
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, Qwen3Config
+
+from finetuning.common.errors import UserError
+from finetuning.model import attention, packed_model, row_proof
+from finetuning.model.row_proof import RowProof, proven_way
+from finetuning.model.small_config import LIMIT, chosen_layers, small_configs
+
+FOREVER = 10**9  # tokens: longer than every window
+WINDOW = {"sliding_window": 4096}
+
+
+def prove(kind: str, longest: int = FOREVER, **settings: object) -> RowProof:
+    return row_proof.prove(CONFIG_MAPPING[kind](**settings), longest=longest)
+
+
+def windowed() -> Qwen3Config:
+    """Half of the layers look at 4,096 tokens, which becomes 8."""
+    return Qwen3Config(use_sliding_window=True, max_window_layers=16, **WINDOW)
+
+
+# -----------------------------------------------------------------------------
+# What is found
+
+
+def test_an_ordinary_decoder_is_read_in_packed_rows():
+    proof = prove("qwen3")
+    assert (proof.way, proof.reason) == ("packed", "") and proof.difference < 1e-6
+
+
+def test_windows_that_go_through_the_interface_are_read_in_packed_rows():
+    assert row_proof.prove(windowed(), longest=FOREVER).way == "packed"
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "reason"),
+    [
+        ("qwen3_5_text", {}, "see each other"),
+        pytest.param("mamba2", {}, "see each other", marks=pytest.mark.slow),
+        pytest.param("mpt", {}, "see each other", marks=pytest.mark.slow),
+        ("phimoe", WINDOW, "more than causal products with windows"),
+        pytest.param(
+            "llama4_text", {}, "more than causal products with windows", marks=pytest.mark.slow
+        ),
+        ("gemma2", {"final_logit_softcapping": None}, "soft cap"),
+        ("qwen3", {"attention_dropout": 0.1}, "dropout"),
+        ("stablelm", {}, "does not hand on where packed documents begin"),
+        pytest.param(
+            "nemotron",
+            {"num_key_value_heads": 8},
+            "does not hand on where packed documents begin",
+            marks=pytest.mark.slow,
+        ),
+        ("doge", {}, "mask of its own"),
+    ],
+)
+def test_one_document_a_pass_where_packed_rows_are_wrong(kind, settings, reason):
+    proof = prove(kind, **settings)
+    assert proof.way == "alone" and reason in proof.reason and proof.difference < 1e-6
+    assert "\n" not in proof.reason and len(proof.reason) < 250
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "reason"),
+    [
+        ("gemma2", {}, "output head (final_logit_softcapping)"),
+        pytest.param("cohere", {}, "output head (logit_scale)", marks=pytest.mark.slow),
+        pytest.param(
+            "recurrent_gemma", {}, "output head (logits_soft_cap)", marks=pytest.mark.slow
+        ),
+        ("phi", {}, "output head (a bias on the output head)"),
+        ("bert", {}, "see later ones"),
+    ],
+)
+def test_a_model_that_no_way_is_right_for_is_refused_with_the_reason(kind, settings, reason):
+    proof = prove(kind, **settings)
+    assert proof.way == "" and reason in proof.reason
+
+
+def test_positions_that_no_document_reaches_do_not_count():
+    """Phi-3's angles change for the whole row once one of its documents is longer than 4,096 tokens."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 48,
+        "long_factor": [4.0] * 48,
+        "original_max_position_embeddings": 4096,
+    }
+    assert prove("phi3", 4096 - 1, rope_parameters=rope).way == "packed"
+    assert prove("phi3", 4096, rope_parameters=rope).way == "alone"
+
+
+def test_a_class_that_makes_no_model_is_refused():
+    proof = prove("dots1")  # its default number of experts is none
+    assert proof.way == "" and "could not be tried" in proof.reason
+
+
+def test_random_states_stay_as_they_are():
+    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    prove("qwen3")
+    prove("gpt2")  # draws for its dropout
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert (np.random.get_state()[1] == states[1]).all() and random.getstate() == states[2]
+
+
+# -----------------------------------------------------------------------------
+# What is found when our own code is wrong
+
+
+def without_bounds(query, key, value, lengths, scaling, window):
+    return ORIGINAL(query, key, value, (query.shape[2],), scaling, window)
+
+
+def with_a_longer_window(query, key, value, lengths, scaling, window):
+    return ORIGINAL(query, key, value, lengths, scaling, window and window + 1)
+
+
+def with_another_scale(query, key, value, lengths, scaling, window):
+    return ORIGINAL(query, key, value, lengths, scaling * 1.001, window)
+
+
+def without_gradient_of_values(query, key, value, lengths, scaling, window):
+    return ORIGINAL(query, key, value.detach(), lengths, scaling, window)
+
+
+ORIGINAL = attention._per_document
+
+
+@pytest.mark.parametrize(
+    ("mistake", "reason"),
+    [
+        (without_bounds, "see each other"),
+        (with_a_longer_window, "more than causal products"),
+        (with_another_scale, "more than causal products"),
+        (without_gradient_of_values, "the gradient of"),
+    ],
+)
+def test_a_mistake_in_packed_attention_is_found(monkeypatch, mistake, reason):
+    monkeypatch.setattr(attention, "_per_document", mistake)
+    proof = row_proof.prove(windowed(), longest=FOREVER)
+    assert proof.way == "alone" and reason in proof.reason
+
+
+def test_a_mistake_in_the_loss_is_found(monkeypatch):
+    right = packed_model.packed_loss
+
+    def one_target_too_many(*args, num_targets, **kwargs):
+        return right(*args, num_targets=num_targets + 1, **kwargs)
+
+    monkeypatch.setattr(packed_model, "packed_loss", one_target_too_many)
+    proof = prove("qwen3")
+    assert proof.way == "" and "the loss is" in proof.reason
+
+
+# -----------------------------------------------------------------------------
+# Kept in the cache, refused with one line
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    Qwen3Config(num_hidden_layers=2).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def change(folder: Path, **settings: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+def test_a_model_is_tried_once(folder: Path, tmp_path: Path, monkeypatch):
+    tries = []
+    right = row_proof.prove
+
+    def counted(config, **options):
+        tries.append(config.rms_norm_eps)
+        return right(config, **options)
+
+    monkeypatch.setattr(row_proof, "prove", counted)
+    first = proven_way(folder, tmp_path / "cache", longest=64)
+    assert proven_way(folder, tmp_path / "cache", longest=64) == first and len(tries) == 1
+    proven_way(folder, tmp_path / "cache", longest=128)
+    change(folder, rms_norm_eps=1e-5)
+    proven_way(folder, tmp_path / "cache", longest=128)
+    assert tries == [1e-6, 1e-6, 1e-5]
+
+
+def test_a_damaged_answer_is_made_anew(folder: Path, tmp_path: Path):
+    first = proven_way(folder, tmp_path / "cache", longest=64)
+    (path,) = (tmp_path / "cache").glob("row-proof-*/proof.json")
+    path.write_text("{")
+    assert proven_way(folder, tmp_path / "cache", longest=64) == first
+
+
+def test_a_refusal_names_the_model_and_the_reason(tmp_path: Path):
+    CONFIG_MAPPING["gemma2"]().save_pretrained(tmp_path / "model")
+    for _ in range(2):  # the second from the cache
+        with pytest.raises(UserError, match=r"model gemma2 can't be trained here: .*softcapping"):
+            proven_way(tmp_path / "model", tmp_path / "cache", longest=64)
+
+
+# -----------------------------------------------------------------------------
+# Small configurations
+
+
+def small(config) -> dict:
+    return next(small_configs(config, FOREVER)).to_dict()
+
+
+def test_products_of_widths_still_fit():
+    config = small(Qwen3Config(hidden_size=2560, intermediate_size=9728, num_attention_heads=32))
+    assert (config["hidden_size"], config["intermediate_size"], config["head_dim"]) == (80, 304, 4)
+    assert (config["num_attention_heads"], config["vocab_size"]) == (32, 256)
+
+
+def test_only_limits_that_a_document_crosses_become_short():
+    crossed, kept = (next(small_configs(windowed(), n)).sliding_window for n in (4096, 4095))
+    assert (crossed, kept) == (LIMIT, 4096)
+
+
+def test_every_kind_of_layer_is_kept_twice_and_the_last_one():
+    kinds = ["a"] * 20 + ["b", "c"] + ["a"] * 7 + ["c", "b", "d"]
+    chosen = chosen_layers({"layer_types": kinds, "dense_layers": [0, 20]}, len(kinds))
+    assert chosen == [0, 1, 2, 20, 21, 29, 30, 31]
+    config = Qwen3Config(num_hidden_layers=20, max_window_layers=20)
+    config = replace_layers(config, ["full_attention"] * 18 + ["sliding_attention"] * 2)
+    assert small(config)["layer_types"] == ["full_attention"] * 2 + ["sliding_attention"] * 2
+
+
+def replace_layers(config: Qwen3Config, kinds: list[str]) -> Qwen3Config:
+    return replace(config, layer_types=kinds, sliding_window=64, use_sliding_window=True)
