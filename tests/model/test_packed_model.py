@@ -266,16 +266,6 @@ def test_documents_that_go_through_the_model_alone_give_the_same():
     assert found[0, 4:].tolist() == alone[0, 2:].tolist()
 
 
-def test_a_bias_on_the_output_head_is_refused():
-    """The loss multiplies by the head's weight alone: a bias would be left out in silence."""
-    model = lora_model(tie_word_embeddings=False)
-    head = model.get_base_model().get_output_embeddings()
-    PackedLossModel(model, CLOSE)
-    head.bias = torch.nn.Parameter(torch.ones(VOCAB))
-    with pytest.raises(UserError, match="a bias on the output head is not supported"):
-        PackedLossModel(model, CLOSE)
-
-
 def test_a_batch_without_a_gradient_gives_the_same_loss():
     model = lora_model()
     packed = PackedLossModel(model, CLOSE)
