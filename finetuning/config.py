@@ -291,7 +291,7 @@ class OutputSettings(_Settings):
     alert_actions: dict[str, str] = field(default_factory=dict)
     """Alert name -> log, save, stop, or a command to run with the alert as JSON on its input."""
     workers: int = 0
-    """Processes that read and tokenize large data; 0: one per core."""
+    """Processes that read and tokenize large data; 0: one for each processor that the run may use."""
     cache_dir: str = ""
     """Data as read, tokenized and described, and the embedded model; empty:
     ~/.cache/qwen3_thinking_finetuning."""

@@ -111,7 +111,7 @@ Memory/Pressure_Level | level | GPU | runs.metrics
 Memory/Host_RSS_MB | MB | always | monitoring.system_monitor
     Resident memory of this process and of those it has started.
 Memory/Host_Percent | % | always | monitoring.system_monitor
-    Host memory in use by all processes.
+    Host memory in use by all processes; of a limit of a container or job where that is fuller.
 GPU_<i>/Utilization_Percent | % | GPU | monitoring.system_monitor
     Time in which a kernel ran, mean since the last logged step. High load is not yet high efficiency.
 GPU_<i>/Utilization_Percent_Min | % | GPU | monitoring.system_monitor

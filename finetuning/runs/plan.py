@@ -1,6 +1,5 @@
 """All that is decided about a run before its weights are loaded: data, tokens, steps, memory."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +12,7 @@ from finetuning.analysis.sample_groups import Groups, groups_of
 from finetuning.analysis.statistics import DatasetStatistics, describe
 from finetuning.common.distributed import Distributed
 from finetuning.common.errors import UserError
+from finetuning.common.machine import processors
 from finetuning.common.terminal import Terminal
 from finetuning.config import BatchSettings, DirectTrainingConfig
 from finetuning.data.packing import StepPlan
@@ -162,7 +162,7 @@ def load_data(
     A rank that is done waits for the others while they live, however long they take.
     """
     found = find_model(config, dist, trust_remote_code)
-    workers = config.workers or os.cpu_count() or 1
+    workers = config.workers or processors()
     with dist.wait_alive("data"):
         with terminal.working("reading the data") as progress:
             read, eval_read = read_data(
