@@ -15,8 +15,9 @@ from typing import Literal
 
 import tyro
 
-from finetuning.common.distributed import pick_device
+from finetuning.common.distributed import limit_threads, pick_device
 from finetuning.common.errors import RunStopped, UserError, exit_code
+from finetuning.common.paths import check_name, expanded
 from finetuning.common.terminal import Terminal
 from finetuning.model.merging import TOLERANCE, Agreement, compare, logits_apart, logits_of
 from finetuning.model.resolve import find_trained, is_adapter, saved_dtype
@@ -46,7 +47,10 @@ class Export:
 
 def export(settings: Export, terminal: Terminal) -> Agreement:
     """Write the folder once its logits agree. Raises RunStopped where they don't."""
-    output = Path(settings.output).expanduser()
+    output = Path(expanded(settings.output, "--output"))
+    check_name(output, "--output")
+    base_model = expanded(settings.base_model, "--base-model")
+    limit_threads()
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"--output {output}: exists; choose a folder that does not")
     adapter = find_trained(settings.adapter, settings.output_dir)
@@ -54,12 +58,10 @@ def export(settings: Export, terminal: Terminal) -> Agreement:
         raise UserError(f"--adapter {adapter}: a whole model already; use it as it is")
     device = pick_device(settings.device)
     terminal.info(f"merging {adapter}")
-    trained, base = logits_apart(adapter, device, settings.base_model)
+    trained, base = logits_apart(adapter, device, base_model)
     unchecked = output.absolute().with_name(f".{output.name}-unchecked")
     try:
-        export_merged(
-            adapter, unchecked, base_model=settings.base_model, precision=settings.precision
-        )
+        export_merged(adapter, unchecked, base_model=base_model, precision=settings.precision)
         agreement = compare(logits_of(unchecked, device), trained, base)
         check(
             agreement, settings.tolerance or TOLERANCE.get(saved_dtype(unchecked), 0.25), terminal

@@ -9,7 +9,8 @@ import hashlib
 import shutil
 import tempfile
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
@@ -36,7 +37,7 @@ def cached_folder(
     found = load(folder)
     if found is not None:
         return found
-    try:
+    with kept_in(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             found = load(folder)
@@ -45,13 +46,23 @@ def cached_folder(
                     write(building)
                     publish_folder(building, folder)  # in place of a damaged one
                 found = load(folder)
-    except OSError as error:
-        raise UserError(f"can't write the cache {folder}: {error.strerror or error}") from error
     if found is None:
         raise UserError(
             f"the cache {folder} can't be read back; remove it, or choose another cache_dir"
         )
     return found
+
+
+@contextmanager
+def kept_in(folder: Path) -> Iterator[None]:
+    """Within it, what the system refuses is a cache that can't be written: UserError with a way out."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"can't write the cache {folder}: {error.strerror or error}; give --cache-dir a folder that "
+            "can be written"
+        ) from error
 
 
 def kept_array(path: Path, *, mapped: bool = False) -> np.ndarray | None:

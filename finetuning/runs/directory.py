@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from finetuning.common.distributed import Distributed
 from finetuning.common.errors import RunStopped, UserError
 from finetuning.common.files import atomic_write, write_json
+from finetuning.common.paths import check_name
 
 RUN_PREFIX = "qwen3_4b_thinking_"
 LOCK_NAME = ".run.lock"
@@ -72,6 +73,7 @@ def lock_output(output_dir: Path) -> FileLock:
     What an owner that died left half-written is removed. Raises UserError if another live run holds it
     or it can't be written.
     """
+    check_name(output_dir, "output_dir")
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         lock = FileLock(output_dir / LOCK_NAME)

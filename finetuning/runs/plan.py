@@ -10,9 +10,11 @@ import transformers
 
 from finetuning.analysis.sample_groups import Groups, groups_of
 from finetuning.analysis.statistics import DatasetStatistics, describe
+from finetuning.common.cache import kept_in
 from finetuning.common.distributed import Distributed
 from finetuning.common.errors import UserError
 from finetuning.common.machine import processors
+from finetuning.common.paths import check_name
 from finetuning.common.terminal import Terminal
 from finetuning.config import BatchSettings, DirectTrainingConfig
 from finetuning.data.packing import StepPlan
@@ -161,6 +163,7 @@ def load_data(
 
     A rank that is done waits for the others while they live, however long they take.
     """
+    check_name(config.cache_path, "cache_dir")
     found = find_model(config, dist, trust_remote_code)
     workers = config.workers or processors()
     with dist.wait_alive("data"):
@@ -172,7 +175,8 @@ def load_data(
             options = {"seed": config.seed, "cache_dir": config.cache_path}
             split = split_samples(read, config, eval_read, **options)
         with terminal.working("getting the tokenizer"):
-            model = ensure_local(found, split.training_texts, config.cache_path, config.seed)
+            with kept_in(config.cache_path):
+                model = ensure_local(found, split.training_texts, config.cache_path, config.seed)
             tokenizer = load_tokenizer(model)
         with terminal.working("tokenizing") as progress:
             data = prepare_data(
@@ -196,6 +200,8 @@ def find_model(
         precision=config.precision,
         trust_remote_code=trust_remote_code,
     )
+    if found.path is not None:
+        check_name(found.path, "model_name")
     reasons = dist.gather(found.reason if found.embedded else "")
     reason = next(filter(None, reasons), "")
     return embedded_because(reason) if reason else found

@@ -14,6 +14,7 @@ from typing import Any
 
 from finetuning.common.errors import UserError
 from finetuning.common.files import read_json_object
+from finetuning.common.paths import expanded
 from finetuning.events.reading import read_metrics, read_texts
 from finetuning.runs.directory import RunDirectory
 
@@ -65,12 +66,13 @@ def find_runs(places: Sequence[str | Path]) -> list[RunDirectory]:
 
     Sorted by name, which is by time. Raises UserError for a place where there is no run.
     """
-    found = {run.logs.resolve(): run for place in places for run in _runs_at(Path(place))}
+    paths = [Path(expanded(str(place), "run")) for place in places]
+    found = {run.logs.resolve(): run for path in paths for run in _runs_at(path)}
     return sorted(found.values(), key=lambda run: (run.name, str(run.output_dir)))
 
 
 def _runs_at(place: Path) -> list[RunDirectory]:
-    place = place.expanduser().absolute()
+    place = place.absolute()
     if not place.exists():
         raise UserError(f"{place}: no such directory; give an output directory or a run's logs")
     if place.name == "metrics.jsonl":
