@@ -57,6 +57,15 @@ class Distributed:
             return list(flags)
         return (self.sum(torch.tensor(flags, dtype=torch.float)) > 0).tolist()  # no device waits
 
+    def flag(self, name: str, raised: bool) -> bool:
+        """Whether this rank raises the flag or another one has raised it. No rank waits for any other, so
+        each sees it at its own time; a flag stays up."""
+        if self.group_store is None:
+            return raised
+        if raised:
+            self.group_store.set(f"flag/{name}", "up")
+        return raised or self.group_store.check([f"flag/{name}"])
+
     def gather(self, value: object) -> list:
         """One picklable value of every rank, in rank order, on every rank."""
         if self.world_size == 1:

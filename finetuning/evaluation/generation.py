@@ -110,11 +110,12 @@ def complete(
     close_id: int,
     device: torch.device,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    leaves: Callable[[], bool] = lambda: False,
 ) -> list[Completion]:
     """Greedy completions of all prompts in one batch, padded on the left.
 
     `model` has `generate`. Training mode and random state are as before afterwards. `progress` is called
-    with (tokens written, tokens at most).
+    with (tokens written, tokens at most); after each token `leaves` is asked whether to write no more.
     """
     width = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), width), end_id, dtype=torch.long)
@@ -125,7 +126,7 @@ def complete(
 
     def written(so_far: torch.Tensor, _scores: object, **_: object) -> torch.Tensor:
         progress(so_far.shape[1] - width, max_new_tokens)
-        return torch.zeros(len(so_far), dtype=torch.bool, device=so_far.device)  # none stops for it
+        return torch.full((len(so_far),), leaves(), dtype=torch.bool, device=so_far.device)
 
     was_training = model.training
     model.eval()

@@ -443,6 +443,12 @@ def find_metric(tag: str) -> Metric | None:
     return min(matches, key=lambda metric: "<" in metric.tag, default=None)
 
 
+@functools.cache
+def is_custom(tag: str) -> bool:
+    """Whether a tag is a user's own: neither of the table, nor one by which a plugin keeps its settings."""
+    return find_metric(tag) is None and not tag.startswith(("_hparams_/", "custom_scalars__"))
+
+
 def description(tag: str) -> str:
     """Markdown behind the (i) of a chart; empty for an unknown tag."""
     metric = find_metric(tag)

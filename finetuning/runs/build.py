@@ -51,6 +51,7 @@ def build_evaluator(
         dist,
         probes=plan.probes,
         max_new_tokens=plan.answer_tokens,
+        sharded=plan.execution.parallel == "fsdp",
         histograms=config.log_weight_histograms,
     )
 
