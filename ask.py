@@ -25,7 +25,8 @@ from finetuning.common.errors import UserError, exit_code
 from finetuning.common.paths import expanded
 from finetuning.evaluation.reply import Reply, generate
 from finetuning.model.loading import load_for_inference
-from finetuning.model.resolve import find_trained, is_adapter
+from finetuning.model.resolve import is_adapter
+from finetuning.runs.result import find_trained
 
 STYLES = {"thinking": "dim", "answer": ""}
 
@@ -37,7 +38,7 @@ class Ask:
     question: Annotated[str, tyro.conf.Positional]
     """What to ask."""
     adapter: str = ""
-    """Folder of an adapter or a model; empty: the newest below output_dir."""
+    """Folder of an adapter or a model; empty: the newest below output_dir, or a stopped run's best one."""
     output_dir: str = "qwen3_4b_thinking_output"
     """Where a run has written final_model/, best_model/ and checkpoints/."""
     base_model: str = ""

@@ -20,8 +20,9 @@ from finetuning.common.errors import RunStopped, UserError, exit_code
 from finetuning.common.paths import check_name, expanded
 from finetuning.common.terminal import Terminal
 from finetuning.model.merging import TOLERANCE, Agreement, compare, logits_apart, logits_of
-from finetuning.model.resolve import find_trained, is_adapter, saved_dtype
+from finetuning.model.resolve import is_adapter, saved_dtype
 from finetuning.model.saving import export_merged
+from finetuning.runs.result import find_trained
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Export:
     output: str
     """Folder to write; it must not exist, or be empty."""
     adapter: str = ""
-    """Adapter folder; empty: the newest below output_dir."""
+    """Adapter folder; empty: the newest below output_dir, or a stopped run's best one."""
     output_dir: str = "qwen3_4b_thinking_output"
     """Where a run has written final_model/, best_model/ and checkpoints/."""
     base_model: str = ""

@@ -141,6 +141,11 @@ class TensorBoardLogger:
         return self._writer.reach
 
     @property
+    def tags(self) -> frozenset[str]:
+        """Every tag that the run holds by now."""
+        return self._writer.tags
+
+    @property
     def log_dir(self) -> str:
         """The run directory, under SummaryWriter's name."""
         return str(self.run_dir)
@@ -412,6 +417,7 @@ class NullLogger:
     dropped = dropped_lines = 0
     overhead_seconds = 0.0
     reach: Mapping[str, int] = types.MappingProxyType({})
+    tags: frozenset[str] = frozenset()
 
     def __bool__(self) -> bool:
         return False

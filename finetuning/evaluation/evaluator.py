@@ -117,8 +117,9 @@ class Evaluator:
             return []
         left = False
 
-        def leaves() -> bool:
+        def written(done: int, total: int) -> bool:
             nonlocal left
+            progress(done, total)
             # Replicas may write answers of other lengths, so there nobody waits for another rank's word.
             agree = (
                 self._dist.any if self._sharded else lambda want: [self._dist.flag("stop", want)]
@@ -134,8 +135,7 @@ class Evaluator:
             end_id=self._part.tokens.end_id,
             close_id=self._part.tokens.close_id,
             device=self._dist.device,
-            progress=progress,
-            leaves=leaves,
+            progress=written,
         )
         return None if any(self._dist.any(left)) else completions
 

@@ -105,6 +105,11 @@ class StepWriter:
         return self._lines.dropped if self._lines else 0
 
     @property
+    def tags(self) -> frozenset[str]:
+        """Every tag that has a value."""
+        return frozenset(dict(self._last_steps))
+
+    @property
     def reach(self) -> dict[str, int]:
         """Last step of every custom tag, as `event_file.Rewind` takes it."""
         steps = dict(self._last_steps)

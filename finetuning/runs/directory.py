@@ -209,9 +209,9 @@ def own_models(run: RunDirectory) -> list[Path]:
     aside, moved = run.output_dir / "earlier_models", []
     for name in MODELS:
         place = run.output_dir / name
-        owner = _owner(place)
-        if owner and owner != run.name:
-            target = aside / owner / name
+        other = owner(place)
+        if other and other != run.name:
+            target = aside / other / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(target, ignore_errors=True)
             place.rename(target)
@@ -222,7 +222,7 @@ def own_models(run: RunDirectory) -> list[Path]:
     return moved
 
 
-def _owner(model: Path) -> str:
+def owner(model: Path) -> str:
     """Name of the run that trained a saved model; empty where it does not say."""
     note = model / RUN_NAME
     name = note.read_text(encoding="utf-8", errors="replace").strip() if note.is_file() else ""

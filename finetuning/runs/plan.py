@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from finetuning.analysis.statistics import DatasetStatistics, describe
 from finetuning.common.cache import kept_in
 from finetuning.common.distributed import Distributed
 from finetuning.common.errors import UserError
+from finetuning.common.fingerprint import adapter_fingerprint, model_fingerprint
 from finetuning.common.machine import processors
 from finetuning.common.paths import check_name
 from finetuning.common.terminal import Terminal
@@ -31,7 +33,8 @@ from finetuning.model.resolve import (
     resolve_model,
     weight_dtype,
 )
-from finetuning.runs.identity import check_ranks, identity, settings_of
+from finetuning.runs.identity import check_ranks, identity, settings_of, tokenizer_contents
+from finetuning.runs.init_adapter import check_base
 from finetuning.training.engine import Execution
 from finetuning.training.forecast import (
     RunForecast,
@@ -50,6 +53,7 @@ class RunData:
 
     model: ResolvedModel  # with its folder on this machine
     tokenizer: transformers.PreTrainedTokenizerBase
+    contents: Mapping[str, str]  # digests of model, tokenizer and the adapter to start from
     data: TrainingData
 
     @cached_property
@@ -102,13 +106,14 @@ def plan_run(
     answer_tokens = token_budget(probes, config.probe_max_new_tokens, dist.device)
     eval_steps = evaluation_steps(config, steps, evaluation, answer_tokens, dist)
     settings["eval_steps"] = eval_steps
-    run_identity = identity(settings, inputs.model.name, data, steps)
+    run_identity = identity(settings, inputs.model.name, inputs.contents, data, steps)
     check_ranks(dist.gather(run_identity))
     dtype = weight_dtype(dist.device, config.precision)
     compiled = compiles(config, dist.device, dtype, steps)
     work = Workload.of(data, steps, eval_steps, answer_tokens)
     parallel, estimate = choose_parallel(config, dist, inputs, work, dtype, compiled)
     (checkpointing,) = dist.any(estimate.checkpointing)  # all ranks alike
+    settings |= resolved_settings(config, dist, dtype, steps)
     execution = Execution(
         parallel=parallel,
         dtype=dtype,
@@ -118,6 +123,8 @@ def plan_run(
         may_checkpoint=config.gradient_checkpointing == "auto" and not checkpointing,
         fp8=config.precision == "fp8",
     )
+    used = {"compile": compiled, "gradient_checkpointing": checkpointing}
+    settings |= {"parallel": parallel, **{k: "on" if v else "off" for k, v in used.items()}}
     return RunPlan(
         inputs=inputs,
         settings=settings,
@@ -131,6 +138,20 @@ def plan_run(
         execution=execution,
         forecast=estimate,
     )
+
+
+def resolved_settings(
+    config: DirectTrainingConfig, dist: Distributed, dtype: torch.dtype, steps: StepPlan
+) -> dict[str, Any]:
+    """What was left to the program, or is overridden by another setting, as it is used."""
+    types = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+    return {
+        "device": dist.device.type if config.device == "auto" else config.device,
+        "precision": types[dtype] if config.precision == "auto" else config.precision,
+        "num_epochs": steps.fractional_epoch(steps.num_steps)
+        if config.max_steps
+        else config.num_epochs,
+    }
 
 
 def evaluation_steps(
@@ -178,6 +199,9 @@ def load_data(
             with kept_in(config.cache_path):
                 model = ensure_local(found, split.training_texts, config.cache_path, config.seed)
             tokenizer = load_tokenizer(model)
+            contents = contents_of(config, model, tokenizer)
+        if config.init_adapter:
+            check_base(Path(config.init_adapter), model, contents, terminal.warning)
         with terminal.working("tokenizing") as progress:
             data = prepare_data(
                 split,
@@ -187,7 +211,21 @@ def load_data(
                 cache_dir=config.cache_path,
                 progress=progress,
             )
-    return RunData(model, tokenizer, data)
+    return RunData(model, tokenizer, contents, data)
+
+
+def contents_of(
+    config: DirectTrainingConfig,
+    model: ResolvedModel,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+) -> dict[str, str]:
+    """Digests of all that a run starts from besides its data."""
+    adapter = adapter_fingerprint(Path(config.init_adapter)) if config.init_adapter else ""
+    return {
+        **model_fingerprint(model.path),
+        **tokenizer_contents(tokenizer),
+        "init_adapter": adapter,
+    }
 
 
 def find_model(

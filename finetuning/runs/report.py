@@ -20,10 +20,11 @@ from markdown_it import MarkdownIt
 from markdown_it.rules_inline import StateInline
 
 from finetuning.analysis import report as analysis_report
-from finetuning.common.errors import exit_code
+from finetuning.common.errors import UserError, exit_code
 from finetuning.common.files import atomic_write_text
 from finetuning.common.formatting import UNKNOWN, duration, shown
 from finetuning.common.html import Points, cell, html_page, line_chart, table
+from finetuning.common.terminal import Terminal
 from finetuning.common.text import clean, clean_line, redact, redact_values
 from finetuning.runs.directory import RunDirectory
 from finetuning.runs.recorded import RecordedRun, find_runs, read_recorded
@@ -73,6 +74,16 @@ def write_report(run: RunDirectory) -> Path:
     path = run.logs / "report.html"
     atomic_write_text(path, page(read_recorded(run)))
     return path
+
+
+def leave_report(run: RunDirectory, terminal: Terminal) -> None:
+    """`write_report` at the end of a run, which no full disk and no file that somebody broke ends."""
+    try:
+        with terminal.working("writing the report"):
+            path = write_report(run)
+        terminal.info(f"report: {path}")
+    except (OSError, UserError) as error:
+        terminal.warning(f"no report.html: {error}")
 
 
 def page(run: RecordedRun) -> str:
