@@ -59,7 +59,7 @@ def tensors_digest(files: Iterable[Path]) -> str:
     for file in files:
         try:
             start, header = _header(file)
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError) as error:
             reason = clean_line(str(error), 200)
             raise UserError(f"{file}: can't be read as safetensors ({reason})") from error
         header.pop("__metadata__", None)
@@ -112,7 +112,10 @@ def _header(file: Path) -> tuple[int, dict[str, Any]]:
         length = int.from_bytes(stream.read(8), "little")
         if length > file.stat().st_size:
             raise ValueError("its header is longer than the file")
-        return 8 + length, json.loads(stream.read(length))
+        header = json.loads(stream.read(length))
+    if not isinstance(header, dict):
+        raise ValueError("its header is no object")
+    return 8 + length, header
 
 
 def _size(entry: Mapping[str, Any]) -> int:

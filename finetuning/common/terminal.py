@@ -34,6 +34,7 @@ REFRESHES_PER_SECOND = 2
 FLAT_TREND = 0.005  # of the loss, per 100 steps: a smaller change is no trend
 SHOWN_GPUS = 4
 PACE_STEPS = 64  # by which the time left is told
+MOST_UNLOGGED = 1000  # lines that wait for the log file
 ROOM_FOR_KEYS = 8  # columns right of the panel, where a terminal shows Ctrl-C as ^C
 
 Report = Callable[[int, int], None]  # (done, total)
@@ -48,6 +49,7 @@ class Terminal:
                 stream.reconfigure(errors="replace")
         self._quiet, self._is_main = quiet, is_main
         self._log: TextIO | None = None
+        self._unlogged: list[str] = []  # what was said before there was a log file
         style = {"highlight": False, "soft_wrap": True}
         self._console = Console(file=_LastingStream(sys.stdout, self._write_log), **style)
         self._errors = Console(file=_LastingStream(sys.stderr, self._write_log), **style)
@@ -60,9 +62,11 @@ class Terminal:
         return self._is_main and not self._quiet
 
     def open_log(self, path: Path) -> None:
-        """Everything said from here on is also appended to `path`."""
+        """Everything said so far, and from here on, is also appended to `path`."""
         if self._is_main:
             self._log = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+            self._log.writelines(self._unlogged)
+            self._unlogged = []
 
     def info(self, text: str, style: str = "") -> None:
         """One line, or several."""
@@ -173,11 +177,12 @@ class Terminal:
             self._console.file.flush()
 
     def _write_log(self, text: str) -> None:
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {clean(redact(text))}\n"
         if self._log is None:
+            self._unlogged = [*self._unlogged, line][-MOST_UNLOGGED:]
             return
-        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
         try:
-            self._log.write(f"{stamp} {clean(redact(text))}\n")
+            self._log.write(line)
         except OSError as error:  # a full disk must not stop training
             self._log = None
             self.warning(f"training.log can't be written any more: {error}")

@@ -375,6 +375,8 @@ def _kept_line(line: bytes, rewind: Rewind) -> bytes:
     if len(kept) == len(metrics):
         return line if kept or step <= rewind.step else b""
     record["metrics"] = kept
+    if "nonfinite" in record:
+        record["nonfinite"] = {t: kind for t, kind in record["nonfinite"].items() if t in kept}
     return json.dumps(record, ensure_ascii=False).encode() + b"\n" if kept else b""
 
 

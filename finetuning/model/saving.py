@@ -20,6 +20,7 @@ from finetuning.common.files import (
     usual_mode,
     write_json,
 )
+from finetuning.common.paths import utf8_twin
 from finetuning.model.adapters import adapter_documents, adapter_state, load_adapter
 from finetuning.model.loading import base_of, load_base, load_tokenizer
 from finetuning.model.parallel import full_tensor
@@ -98,7 +99,8 @@ def _save_folder(
     try:
         with staging_folder(directory.parent, f".{directory.name}-", str(os.getpid())) as staging:
             write(staging)
-            tokenizer.save_pretrained(staging)
+            with utf8_twin(staging) as place:
+                tokenizer.save_pretrained(place)
             for name, text in (notes or {}).items():
                 (staging / name).write_text(text, encoding="utf-8")
             for path in staging.iterdir():

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from finetuning.common.distributed import Distributed
+from finetuning.common.paths import home_cache
 from finetuning.common.terminal import Terminal
 from finetuning.config import DirectTrainingConfig
 from finetuning.evaluation.evaluator import Evaluator, HeldOut
@@ -32,6 +33,8 @@ def build_engine(
             seed=config.seed,
             sharded=execution.parallel == "fsdp",
         )
+    if home_cache("matplotlib") is None:  # it says so at length, and makes a new folder each time
+        os.environ.setdefault("MPLCONFIGDIR", str(config.cache_path / "matplotlib"))
     if execution.batch_shape:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(config.cache_path / "compiled"))
     close_id = plan.data.train.tokens.close_id

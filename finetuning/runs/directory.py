@@ -73,7 +73,7 @@ def lock_output(output_dir: Path) -> FileLock:
     What an owner that died left half-written is removed. Raises UserError if another live run holds it
     or it can't be written.
     """
-    check_name(output_dir, "output_dir")
+    check_name(output_dir, "output_dir", only_text=True)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         lock = FileLock(output_dir / LOCK_NAME)

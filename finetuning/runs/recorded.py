@@ -15,6 +15,7 @@ from typing import Any
 from finetuning.common.errors import UserError
 from finetuning.common.files import read_json_object
 from finetuning.common.paths import expanded
+from finetuning.events.metric_table import is_custom
 from finetuning.events.reading import read_metrics, read_texts
 from finetuning.runs.directory import RunDirectory
 
@@ -55,6 +56,18 @@ class RecordedRun:
         """The median of a tag's finite values: what one odd interval does not move."""
         finite = [v for _, v in self.series.get(tag, ()) if math.isfinite(v)]
         return statistics.median(finite) if finite else None
+
+    @property
+    def steps(self) -> int:
+        """The newest optimizer step; a user's own tags may be over another axis."""
+        own = self.custom
+        ends = (points[-1][0] for tag, points in self.series.items() if tag not in own)
+        return max(ends, default=0)
+
+    @property
+    def custom(self) -> dict[str, Points]:
+        """The series of the user's own tags."""
+        return {tag: points for tag, points in sorted(self.series.items()) if is_custom(tag)}
 
     def texts(self) -> dict[str, list[tuple[int, str]]]:
         """The texts of its event files by tag: (step, Markdown)."""
