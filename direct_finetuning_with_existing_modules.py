@@ -46,7 +46,7 @@ from finetuning.runs import directory, summary
 from finetuning.runs.build import build_engine, build_evaluator
 from finetuning.runs.directory import RunDirectory, disk_faults_stop_the_run
 from finetuning.runs.identity import check_identity
-from finetuning.runs.init_adapter import ORIGIN, origin_text, with_own_settings
+from finetuning.runs.init_adapter import with_own_settings
 from finetuning.runs.metrics import MetricsProcessor
 from finetuning.runs.plan import load_data, plan_run
 from finetuning.runs.report import leave_report
@@ -128,6 +128,7 @@ class DirectTrainer:
             self.evaluator = build_evaluator(self.config, self.plan, self.engine, self.dist)
             with disk_faults_stop_the_run(output_dir):
                 self.open()
+            self.stop.wait_for_loop()  # a checkpoint can be written from here on
             try:
                 with disk_faults_stop_the_run(output_dir):
                     self.loop()
@@ -143,11 +144,13 @@ class DirectTrainer:
         """Step n is the n-th optimizer update; a resumed run starts at a later n."""
         plan, state = self.plan.steps, self.state
         self.terminal.start_progress(plan.num_steps, state.step, plan.steps_per_epoch)
-        if state.evaluation_due or (state.step == 0 and self.checkpoints.step < 0):
+        state.evaluation_due |= state.step == 0 and self.checkpoints.step < 0
+        if state.evaluation_due and not self.wants_stop():
             metrics = self.evaluate(state.step)
             self.log(state.step, metrics)
             self.terminal.advance(state.step, metrics)
-        self.stop.wait_for_loop()
+        if self.wants_stop():
+            self.save(state.step)
         while self.state.step < plan.num_steps and not self.outcome:
             step = self.state.step + 1
             last = step == plan.num_steps
@@ -288,9 +291,8 @@ class DirectTrainer:
     def look_at_end(self) -> None:
         """End a run that early stopping or an alert has ended, now or in an earlier session."""
         config = self.config
-        reason = summary.stopped_text(
-            self.state, config.early_stopping_patience, config.alert_actions
-        )
+        limits = config.early_stopping_patience, config.alert_actions
+        reason = summary.stopped_text(self.state, *limits)
         if reason and not self.outcome:
             self.terminal.info(f"ended at step {self.state.step}: {reason}")
             self.outcome = "stopped"
@@ -321,9 +323,15 @@ class DirectTrainer:
     # Saving and going back
 
     def save(self, step: int) -> None:
-        """A checkpoint of this step; the points up to it are on the disk before it is."""
-        if self.checkpoints.step == step:
-            return
+        """A checkpoint of this step; the points up to it are on the disk before it is. A signal that
+        comes meanwhile, or has come before, ends the loop."""
+        if self.checkpoints.step != step:
+            self.write_checkpoint(step)
+        if not self.outcome and self.wants_stop():
+            self.outcome = "preempted"
+
+    def write_checkpoint(self, step: int) -> None:
+        """All that a resume needs."""
         state = self.state
         self.metrics.gather_hardest(state)
         with self.metrics.clock.phase("saving"), self.terminal.working("saving"):
@@ -338,15 +346,11 @@ class DirectTrainer:
                 state=summary.checkpoint_state(self.plan, state),
                 protect=state.best_step,
             )
-        if not self.outcome and self.wants_stop():  # meanwhile
-            self.outcome = "preempted"
 
     def save_model(self, folder: Path) -> None:
         """The adapter with its tokenizer, whole or not at all."""
         with self.metrics.clock.phase("saving"), self.terminal.working(f"saving {folder.name}"):
-            run, state = self.record.run.name, self.state
-            origin = origin_text(run, state.step, state.last_eval_loss, self.plan.identity)
-            notes = {directory.RUN_NAME: f"{run}\n", ORIGIN: origin}
+            notes = summary.model_notes(self.record.run.name, self.state, self.plan.identity)
             self.engine.save(folder, self.plan.inputs.tokenizer, notes)
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -399,8 +403,6 @@ class DirectTrainer:
         self.metrics = MetricsProcessor(self.plan, self.dist, self.state)
         if checkpoint:
             self.look_at_end()
-            if self.state.step == self.plan.steps.num_steps and not self.outcome:
-                self.terminal.info("all steps of this run are done: nothing is trained any more")
 
     def open_logger(
         self, run: RunDirectory, resume_step: int | None
@@ -459,13 +461,8 @@ def run(command: CommandLine) -> int:
     if command.check_data:  # everything that is wrong is to be seen, nothing may end the reading
         policy = "drop" if config.over_length == "error" else config.over_length
         config = dataclasses.replace(config, max_broken_fraction=1.0, over_length=policy)
-    trainer = DirectTrainer(
-        config,
-        resume=command.resume,
-        quiet=command.quiet,
-        trust_remote_code=command.trust_remote_code,
-    )
     trust = {"trust_remote_code": command.trust_remote_code}
+    trainer = DirectTrainer(config, resume=command.resume, quiet=command.quiet, **trust)
     if command.check_data:
         inputs = load_data(config, trainer.dist, trainer.terminal, **trust)
         quiet = command.quiet or not trainer.dist.is_main
@@ -489,7 +486,7 @@ def main(arguments: list[str] | None = None) -> int:
         Terminal().error(str(error))
         return 2 if isinstance(error, UserError) else 3
     except KeyboardInterrupt as error:
-        Terminal().error(f"interrupted: {str(error) or 'SIGINT'}")
+        Terminal().error(str(error) or "interrupted before the first step")
         return getattr(error, "code", 130)
     leave()
     return code

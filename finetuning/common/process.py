@@ -91,11 +91,11 @@ class StopSignal:
         if first:
             self._since = now
         if not self._waits:
-            raise Interrupted(number, "ended before there was anything new to save")
+            raise Interrupted(number, "interrupted before the first step")
         again = number == signal.SIGINT or (name == self.name != "SIGXCPU")
         if again and not first and now - self._since >= self.AGAIN_SECONDS:
             signal.signal(number, signal.SIG_DFL)  # a third one waits for nothing
-            raise Interrupted(number, "a second signal: ended at once, the step was not saved")
+            raise Interrupted(number, "ended at once by a second signal, without saving")
 
 
 _keep_freed_memory()

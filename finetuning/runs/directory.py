@@ -27,6 +27,7 @@ RUN_PREFIX = "qwen3_4b_thinking_"
 LOCK_NAME = ".run.lock"
 MODELS = ("final_model", "best_model")
 RUN_NAME = "run.txt"  # in the folder of a model: the run that trained it
+ORIGIN = "origin.json"  # there as well: its step, its loss, and what its base held
 
 
 @dataclass(frozen=True)

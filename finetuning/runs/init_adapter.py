@@ -7,14 +7,13 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 
 from finetuning.common.errors import UserError
-from finetuning.common.files import json_text, read_json_object
+from finetuning.common.files import read_json_object
 from finetuning.common.fingerprint import model_fingerprint
 from finetuning.common.text import clean_line
 from finetuning.config import DirectTrainingConfig
 from finetuning.model.adapters import read_adapter_config
 from finetuning.model.resolve import ResolvedModel, hub_spelling
-
-ORIGIN = "origin.json"  # beside a saved model: from which run, step and base it is
+from finetuning.runs.directory import ORIGIN
 
 
 def with_own_settings(
@@ -43,13 +42,6 @@ def with_own_settings(
     if others:
         warn(f"init_adapter {config.init_adapter} brings its own settings: {'; '.join(others)}")
     return dataclasses.replace(config, **own)
-
-
-def origin_text(run: str, step: int, loss: float | None, identity: Mapping[str, str]) -> str:
-    """origin.json: run, step, the held-out loss that was measured last, and the base by its content."""
-    base = {name: identity[name] for name in ("model", "model_weights", "model_config")}
-    content = {"run": run, "step": step, "held_out_loss": loss, "base": base}
-    return json_text(content, indent=1) + "\n"
 
 
 def read_origin(folder: Path) -> dict:

@@ -92,8 +92,8 @@ class RunRecord:
 
     @property
     def was_described(self) -> bool:
-        """Whether an earlier session has left the run's texts, which may be elsewhere or deleted."""
-        return "Dataset/Summary" in self.logger.tags
+        """Whether an earlier session has come to the end of `describe`, and what it wrote is still here."""
+        return "Config/Sequence_Length" in self.logger.tags
 
     def status(self, status: str, **details: object) -> None:
         """How the run stands, for schedulers and people."""

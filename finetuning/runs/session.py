@@ -2,11 +2,13 @@
 
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from finetuning.common.distributed import Distributed
+from finetuning.common.process import Interrupted
 from finetuning.common.terminal import Terminal
 from finetuning.common.text import redact_values
 from finetuning.runs import directory
@@ -104,7 +106,10 @@ def begin_record(
     record.status("running", step=max(start.resume_step or 0, 0))
     with dist.wait_alive("statistics"), terminal.working("describing the data"):
         if dist.is_main and not (start.checkpoint and record.was_described):
-            record.describe(plan)
+            with suppress(
+                Interrupted
+            ):  # the loop sees the signal, and the next session describes them
+                record.describe(plan)
     return record
 
 

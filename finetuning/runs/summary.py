@@ -7,10 +7,11 @@ from importlib.metadata import version
 from typing import Any
 
 from finetuning.common.distributed import Distributed
+from finetuning.common.files import json_text
 from finetuning.common.formatting import shown
 from finetuning.common.text import redact_values, table_cell
 from finetuning.data.packing import StepPlan
-from finetuning.runs.directory import RunDirectory
+from finetuning.runs.directory import ORIGIN, RUN_NAME, RunDirectory
 from finetuning.runs.identity import settings_of
 from finetuning.runs.plan import RunPlan
 from finetuning.training.engine import TrainingEngine
@@ -103,6 +104,13 @@ def checkpoint_state(plan: RunPlan, state: TrainState) -> dict[str, Any]:
         "identity": plan.identity,
         "config": redact_values(plan.settings),
     }
+
+
+def model_notes(run: str, state: TrainState, identity: Mapping[str, Any]) -> dict[str, str]:
+    """Files beside a saved model: its run; its step, the held-out loss that was measured last, its base."""
+    base = {name: identity[name] for name in ("model", "model_weights", "model_config")}
+    origin = {"run": run, "step": state.step, "held_out_loss": state.last_eval_loss, "base": base}
+    return {RUN_NAME: f"{run}\n", ORIGIN: json_text(origin, indent=1) + "\n"}
 
 
 def final_metrics(
