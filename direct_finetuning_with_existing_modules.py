@@ -317,6 +317,7 @@ class DirectTrainer:
             names = {name for rank in self.dist.gather(self.record.stop_alerts) for name in rank}
             self.state.stop_alerts = sorted(names)
             self.look_at_end()
+            self.outcome = self.outcome or "stopped"
         return save
 
     # -------------------------------------------------------------------------
