@@ -44,7 +44,7 @@ def _begin(parent: int, initializer: Callable | None, initargs: tuple) -> None:
     """A worker ends with its parent, however that ends; Ctrl-C is for the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
         if os.getppid() != parent:  # it has ended meanwhile
             os._exit(1)
     if initializer is not None:
