@@ -20,11 +20,13 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from finetuning.common.distributed import pick_device
+from finetuning.common.distributed import limit_threads, pick_device
 from finetuning.common.errors import UserError, exit_code
+from finetuning.common.paths import expanded
 from finetuning.evaluation.reply import Reply, generate
 from finetuning.model.loading import load_for_inference
-from finetuning.model.resolve import find_trained, is_adapter
+from finetuning.model.resolve import is_adapter
+from finetuning.runs.result import find_trained
 
 STYLES = {"thinking": "dim", "answer": ""}
 
@@ -36,7 +38,7 @@ class Ask:
     question: Annotated[str, tyro.conf.Positional]
     """What to ask."""
     adapter: str = ""
-    """Folder of an adapter or a model; empty: the newest below output_dir."""
+    """Folder of an adapter or a model; empty: the newest below output_dir, or a stopped run's best one."""
     output_dir: str = "qwen3_4b_thinking_output"
     """Where a run has written final_model/, best_model/ and checkpoints/."""
     base_model: str = ""
@@ -87,7 +89,9 @@ def compare(model: torch.nn.Module, tokenizer: Any, ask: Ask, console: Console) 
         table.add_row("", *remarks.values())
         return table
 
-    with Live(get_renderable=picture, console=console, refresh_per_second=4):
+    live = Live(get_renderable=picture, console=console, refresh_per_second=4)
+    moves = console.is_terminal and console.file.isatty()  # colours can be forced, a cursor can't
+    with live if moves else nullcontext():
         for name in texts:
 
             def show(part: str, text: str, name: str = name) -> None:
@@ -96,6 +100,8 @@ def compare(model: torch.nn.Module, tokenizer: Any, ask: Ask, console: Console) 
             with model.disable_adapter() if name == "base" else nullcontext():
                 reply = generate(model, tokenizer, messages(ask), show, **sampling_settings(ask))
             remarks[name] = remark(reply, ask)
+    if not moves:
+        console.print(picture())
 
 
 def messages(ask: Ask) -> list[dict[str, str]]:
@@ -126,13 +132,15 @@ def run(ask: Ask, console: Console | None = None) -> None:
         raise UserError("the question is empty")
     if ask.max_new_tokens < 1 or (ask.temperature is not None and not ask.temperature >= 0):
         raise UserError("--max-new-tokens must be at least 1, --temperature 0 or more")
+    limit_threads()
     folder = find_trained(ask.adapter, ask.output_dir)
     if ask.compare and not is_adapter(folder):
         raise UserError(
             f"--compare: {folder} is a whole model, not an adapter that can be put aside"
         )
     device = pick_device(ask.device)
-    model, tokenizer = load_for_inference(folder, device=device, base_model=ask.base_model)
+    base_model = expanded(ask.base_model, "--base-model")
+    model, tokenizer = load_for_inference(folder, device=device, base_model=base_model)
     Console(stderr=True, style="dim", highlight=False).print(Text(f"{folder} on {device}"))
     show = compare if ask.compare else answer
     show(model, tokenizer, ask, console or Console(highlight=False))

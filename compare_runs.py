@@ -16,6 +16,7 @@ import tyro
 from rich.console import Console
 
 from finetuning.common.errors import exit_code
+from finetuning.common.paths import expanded
 from finetuning.runs.comparison import (
     as_json,
     labels,
@@ -66,6 +67,7 @@ def main(
     else:
         print_comparison(runs)
     if html is not None:
+        html = Path(expanded(str(html), "--html"))
         write_page(html, runs)
         print(f"Curves as a page: {html}", file=sys.stderr if json else sys.stdout)
 

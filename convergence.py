@@ -17,6 +17,7 @@ import tyro
 
 from finetuning.common.errors import UserError, exit_code
 from finetuning.common.formatting import four_digits
+from finetuning.common.paths import expanded
 from finetuning.monitoring.convergence import describe
 from finetuning.monitoring.loss_curves import read_curve
 
@@ -59,7 +60,7 @@ def show(options: Options) -> None:
     """Print what the monitor makes of a run. Raises UserError."""
     if not 0 < options.upto <= 1:
         raise UserError(f"--upto {options.upto:g}: give a share of the run, over 0 and up to 1")
-    result = describe(read_curve(options.run), options.upto)
+    result = describe(read_curve(expanded(options.run, "run")), options.upto)
     if options.json:
         print(json.dumps(result, allow_nan=False))
     else:

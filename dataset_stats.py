@@ -23,6 +23,7 @@ from finetuning.analysis.statistics import compute_statistics
 from finetuning.common.cache import temporary_folder
 from finetuning.common.errors import UserError, exit_code
 from finetuning.common.files import atomic_write_text
+from finetuning.common.paths import expanded
 from finetuning.common.text import clean_line
 from finetuning.config import DataSettings
 from finetuning.readers.dataset import SampleSet, read_samples
@@ -55,13 +56,14 @@ def main(
         tokenizer: Folder of a model whose tokenizer counts tokens exactly; without, an estimate.
         workers: Processes that read and analyse.
     """
+    tokenizer = tokenizer and Path(expanded(str(tokenizer), "--tokenizer"))
     result = _described(paths, compare, max_seq_length, tokenizer, workers)
     if json:
         print(dumps(result, ensure_ascii=False, allow_nan=False))
     else:
         report.print_report(result)
     if html or not json:
-        page = html or Path("dataset_statistics.html")
+        page = Path(expanded(str(html or "dataset_statistics.html"), "--html"))
         atomic_write_text(page, report.html_page(result))
         print(f"Report as a page: {page}", file=sys.stderr if json else sys.stdout)
 

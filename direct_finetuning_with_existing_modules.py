@@ -18,7 +18,6 @@ This file is the story of a run; every other file is a module it uses.
 
 from finetuning.common import process  # first: it tunes malloc before torch allocates
 
-import signal
 import sys
 
 from finetuning.common.errors import RunStopped, UserError
@@ -32,7 +31,7 @@ if __name__ == "__main__":  # help and wrong settings are answered before the im
     except UserError as error:
         Terminal().error(str(error))
         sys.exit(2)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C needs no traceback through these
+    process.imports_begin()
 
 import dataclasses
 import math
@@ -44,13 +43,15 @@ from finetuning.common.distributed import exit_process, init_distributed, leave
 from finetuning.common.formatting import due
 from finetuning.data.packing import PlannedStep
 from finetuning.runs import directory, summary
-from finetuning.runs.build import build_engine, build_evaluator, start_system_monitor
+from finetuning.runs.build import build_engine, build_evaluator
 from finetuning.runs.directory import RunDirectory, disk_faults_stop_the_run
 from finetuning.runs.identity import check_identity
+from finetuning.runs.init_adapter import with_own_settings
 from finetuning.runs.metrics import MetricsProcessor
 from finetuning.runs.plan import load_data, plan_run
-from finetuning.runs.record import RunRecord, announce, show_plan, tell_resume
-from finetuning.runs.report import write_report
+from finetuning.runs.record import show_plan
+from finetuning.runs.report import leave_report
+from finetuning.runs.session import SessionStart, begin_record, open_run
 from finetuning.training.checkpoint import Checkpoint
 from finetuning.training.checkpoint_manager import CheckpointManager
 from finetuning.training.optimizer import StepResult, learning_rate_at
@@ -58,8 +59,6 @@ from finetuning.training.state import TrainState
 from tb_logger import NullLogger, TensorBoardLogger
 
 process.imports_are_done()
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class DirectTrainer:
@@ -82,9 +81,10 @@ class DirectTrainer:
         quiet: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
-        self.config, self.resume, self.trust_remote_code = config, resume, trust_remote_code
+        self.resume, self.trust_remote_code = resume, trust_remote_code
         self.dist = init_distributed(config.device, config.distributed_timeout)
         self.terminal = Terminal(quiet=quiet, is_main=self.dist.is_main)
+        self.config = config = with_own_settings(config, self.terminal.warning)
         self.state = TrainState()
         self.pending: list[StepResult] = []  # steps whose numbers are on their way to the host
         self.unlogged: StepResult | None = None  # a step that is logged once the next one is queued
@@ -118,7 +118,7 @@ class DirectTrainer:
     def train(self) -> TrainState:
         """The whole run, from data to final model. Returns the state after the last step."""
         output_dir = Path(self.config.output_dir)
-        with directory.only_writer(output_dir) if self.dist.is_main else nullcontext():
+        with self.stop, directory.only_writer(output_dir) if self.dist.is_main else nullcontext():
             self.plan = plan_run(
                 self.config,
                 self.dist,
@@ -127,29 +127,31 @@ class DirectTrainer:
             )
             self.engine = build_engine(self.config, self.plan, self.dist, self.terminal)
             self.evaluator = build_evaluator(self.config, self.plan, self.engine, self.dist)
-            with self.stop:  # from here on there is something to save
+            with disk_faults_stop_the_run(output_dir):
+                self.open()
+            self.stop.wait_for_loop()  # a checkpoint can be written from here on
+            try:
                 with disk_faults_stop_the_run(output_dir):
-                    self.open()
-                try:
-                    with disk_faults_stop_the_run(output_dir):
-                        self.loop()
-                        self.finish()
-                except BaseException as error:
-                    status = "stopped" if isinstance(error, RunStopped) else "failed"
-                    self.record.status(status, step=self.state.step, reason=repr(error))
-                    raise
-                finally:
-                    self.close()
+                    self.loop()
+                    self.finish()
+            except BaseException as error:
+                self.record.broke_off(error, step=self.state.step, saved=self.checkpoints.step)
+                raise
+            finally:
+                self.close()
         return self.state
 
     def loop(self) -> None:
         """Step n is the n-th optimizer update; a resumed run starts at a later n."""
         plan, state = self.plan.steps, self.state
         self.terminal.start_progress(plan.num_steps, state.step, plan.steps_per_epoch)
-        if state.step == 0 and self.checkpoints.step < 0:
-            metrics = self.evaluate(0)
-            self.log(0, metrics)
-            self.terminal.advance(0, metrics)
+        state.evaluation_due |= state.step == 0 and self.checkpoints.step < 0
+        if state.evaluation_due and not self.wants_stop():
+            metrics = self.evaluate(state.step)
+            self.log(state.step, metrics)
+            self.terminal.advance(state.step, metrics)
+        if self.wants_stop():
+            self.save(state.step)
         while self.state.step < plan.num_steps and not self.outcome:
             step = self.state.step + 1
             last = step == plan.num_steps
@@ -195,7 +197,8 @@ class DirectTrainer:
         Nothing here waits for the device. evaluates: keep the gradient norms for the evaluation.
         """
         state, clock = self.state, self.metrics.clock
-        planned, learning_rate = self.plan.steps[step], self.learning_rate(step)
+        planned, num_steps = self.plan.steps[step], self.plan.steps.num_steps
+        learning_rate = learning_rate_at(step, num_steps, self.config)
         tokens = self.plan.data.train.tokens
         sums, self.interrupted = self.engine.forward_backward(
             planned, tokens, clock, state, lambda: bool(self.stop.name)
@@ -212,10 +215,6 @@ class DirectTrainer:
         self.pending.append(result)
         self.advance(step, planned)
         return result
-
-    def learning_rate(self, step: int) -> float:
-        """The schedule at this step."""
-        return learning_rate_at(step, self.plan.steps.num_steps, self.config)
 
     def advance(self, step: int, planned: PlannedStep) -> None:
         """Count the step. Only numbers that the host knows."""
@@ -279,15 +278,29 @@ class DirectTrainer:
         state, writer, clock = self.state, self.tensorboard_writer, self.metrics.clock
         with clock.phase("evaluation"), self.terminal.working("evaluation") as progress:
             metrics = self.engine.beside_graph(
-                lambda: self.evaluator.measure(step, writer, progress)
+                lambda: self.evaluator.measure(step, writer, progress, self.wants_stop)
             )
+        self.interrupted |= self.wants_stop()
+        state.evaluation_due = metrics is None  # a signal: the session that goes on makes it
+        if metrics is None:
+            return {}
         if "Eval/Loss" in metrics and state.note_evaluation(step, metrics["Eval/Loss"]) and step:
             self.save_model(self.record.run.best_model)
-        patience = self.config.early_stopping_patience
-        if patience and state.evals_without_gain >= patience:
-            self.terminal.info(f"early stopping: no better held-out loss in {patience} evaluations")
-            self.outcome = "stopped"
+        self.look_at_end()
         return metrics
+
+    def look_at_end(self) -> None:
+        """End a run that early stopping or an alert has ended, now or in an earlier session."""
+        config = self.config
+        limits = config.early_stopping_patience, config.alert_actions
+        reason = summary.stopped_text(self.state, *limits)
+        if reason and not self.outcome:
+            self.terminal.info(f"ended at step {self.state.step}: {reason}")
+            self.outcome = "stopped"
+
+    def wants_stop(self) -> bool:
+        """Whether a rank has got a signal. A collective."""
+        return any(self.dist.any(bool(self.stop.name)))
 
     def epoch_metrics(self, step: int) -> dict[str, float]:
         """Epoch/ tags over the epoch that ends with this step, and its line in TEXT."""
@@ -302,23 +315,31 @@ class DirectTrainer:
         # Alerts may differ between ranks, as some numbers are a rank's own: what one asks for, all do.
         save, stop = self.dist.any("save" in wishes, "stop" in wishes)
         if stop:
-            self.outcome = "stopped"
+            names = {name for rank in self.dist.gather(self.record.stop_alerts) for name in rank}
+            self.state.stop_alerts = sorted(names)
+            self.look_at_end()
+            self.outcome = self.outcome or "stopped"
         return save
 
     # -------------------------------------------------------------------------
     # Saving and going back
 
     def save(self, step: int) -> None:
-        """A checkpoint of this step; the points up to it are on the disk before it is."""
-        if self.checkpoints.step == step:
-            return
+        """A checkpoint of this step; the points up to it are on the disk before it is. A signal that
+        comes meanwhile, or has come before, ends the loop."""
+        if self.checkpoints.step != step:
+            self.write_checkpoint(step)
+        if not self.outcome and self.wants_stop():
+            self.outcome = "preempted"
+
+    def write_checkpoint(self, step: int) -> None:
+        """All that a resume needs."""
         state = self.state
         self.metrics.gather_hardest(state)
         with self.metrics.clock.phase("saving"), self.terminal.working("saving"):
             self.metrics.count_seconds(state)
             state.convergence = self.metrics.convergence.state_dict()
-            state.alerts = self.record.alerts.state_dict()
-            self.tensorboard_writer.flush(durable=True)
+            self.record.keep_in(state)
             self.checkpoints.save(
                 self.record.run.name,
                 step,
@@ -331,13 +352,18 @@ class DirectTrainer:
     def save_model(self, folder: Path) -> None:
         """The adapter with its tokenizer, whole or not at all."""
         with self.metrics.clock.phase("saving"), self.terminal.working(f"saving {folder.name}"):
-            notes = {directory.RUN_NAME: f"{self.record.run.name}\n"}
+            notes = summary.model_notes(self.record.run.name, self.state, self.plan.identity)
             self.engine.save(folder, self.plan.inputs.tokenizer, notes)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Weights, optimizer, random state and counters as they were at the checkpoint."""
-        check_identity(checkpoint.state["identity"], self.plan.identity, checkpoint.path)
-        self.state = TrainState(**checkpoint.state["train_state"])
+        identity, self.state = (
+            checkpoint.state["identity"],
+            TrainState(**checkpoint.state["train_state"]),
+        )
+        finished = self.state.step == identity["steps"]
+        check = {"finished": finished, "warn": self.terminal.warning}
+        check_identity(identity, self.plan.identity, checkpoint.path, **check)
         self.engine.restore(checkpoint.tensors, self.state)
         self.checkpoints.load_rng(checkpoint)
 
@@ -354,7 +380,7 @@ class DirectTrainer:
             self.restore(checkpoint)
         self.state.go_on_from(later, failed)
         self.metrics.restart(self.state)
-        self.record.rewind(self.state.step, self.state.alerts)
+        self.record.rewind(self.state.step, self.state.alerts, self.state.reach)
         text = f"went back to {checkpoint.path}; the update of step {failed} will be left out"
         self.terminal.info(text)
 
@@ -363,53 +389,33 @@ class DirectTrainer:
 
     def open(self) -> None:
         """The run's directory, its record and its metrics; from a checkpoint where there is one."""
-        config, dist = self.config, self.dist
         checkpoint = self.checkpoints.resolve_resume(self.resume)
         if checkpoint:
             self.restore(checkpoint)
             self.state.resume_count += 1
         # A run that crashed before its first checkpoint begins again: its points may be removed.
         begun = "" if checkpoint else self.checkpoints.run_before_first_checkpoint()
-        run = directory.open_directory(
-            Path(config.output_dir),
-            dist,
-            checkpoint.run if checkpoint else begun,
-            # Weights and both moments, one more while the old one is still there.
-            needed_bytes=6 * 4 * self.engine.num_trainable,
-            say=self.terminal.info,
-        )
-        if begun:
-            self.terminal.info(f"{begun} begins again: it had no checkpoint yet")
-        self.terminal.open_log(run.logs / "training.log")
-        resume_step = self.state.step if checkpoint else -1 if begun else None
-        self.record = self.open_record(run, resume_step)
-        self.metrics = MetricsProcessor(self.plan, dist, self.state)
-        announce(self.terminal, self.record, self.plan, self.engine, dist)
+        start = SessionStart.of(checkpoint, begun, self.plan, self.state)
+        # Weights and both moments, one more while the old one is still there.
+        needed = 6 * 4 * self.engine.num_trainable
+        run = open_run(start, Path(self.config.output_dir), self.dist, self.terminal, needed)
+        logger = self.open_logger(run, start.resume_step)
+        parts = self.plan, self.engine, self.dist, self.terminal
+        self.record = begin_record(start, run, logger, self.config.alert_actions, *parts)
+        self.metrics = MetricsProcessor(self.plan, self.dist, self.state)
         if checkpoint:
-            tell_resume(self.terminal, self.record, self.plan, checkpoint)
-        self.record.write_configuration(self.plan, self.engine)
-        self.record.status("running", step=self.state.step)
-        if not checkpoint:
-            with dist.wait_alive("statistics"), self.terminal.working("describing the data"):
-                if dist.is_main:
-                    self.record.describe(self.plan)
+            self.look_at_end()
 
-    def open_record(self, run: RunDirectory, resume_step: int | None) -> RunRecord:
-        """Logger and monitors, which go on at this step of an earlier session (None: a fresh run)."""
-        dist, warn = self.dist, self.terminal.warning
-        logger: TensorBoardLogger | NullLogger = NullLogger()
-        if dist.is_main:
-            files = {"run_dir": run.tensorboard, "metrics_path": run.logs / "metrics.jsonl"}
-            logger = TensorBoardLogger(**files, resume_step=resume_step, warn=warn)
-        return RunRecord(
-            run,
-            logger,
-            start_system_monitor(dist, run.output_dir, warn),
-            resume_step=resume_step,
-            alert_state=self.state.alerts,
-            alert_actions=self.config.alert_actions,
-            warn=warn,
-        )
+    def open_logger(
+        self, run: RunDirectory, resume_step: int | None
+    ) -> TensorBoardLogger | NullLogger:
+        """The run's logger, which goes on at this step of an earlier session (None: a fresh run)."""
+        if not self.dist.is_main:
+            return NullLogger()
+        files = {"run_dir": run.tensorboard, "metrics_path": run.logs / "metrics.jsonl"}
+        row = {"hparams": summary.hparams(self.plan.settings), "reach": self.state.reach}
+        warn = self.terminal.warning
+        return TensorBoardLogger(**files, **row, resume_step=resume_step, warn=warn)
 
     # -------------------------------------------------------------------------
     # End
@@ -430,24 +436,21 @@ class DirectTrainer:
             if self.dist.is_main:
                 monitoring = self.metrics.convergence.scalars()
                 text = self.record.write_summary(
-                    self.plan, self.engine, state, monitoring, hardware
+                    self.plan, self.engine, state, monitoring, hardware, outcome
                 )
                 self.terminal.final(text)
-        self.record.status(outcome, step=state.step, signal=self.stop.name)
+        result = summary.result(outcome, state)
+        details = {"saved": self.checkpoints.step, "signal": self.stop.name, "result": result}
+        self.record.status(outcome, step=state.step, **details)
 
     def close(self) -> None:
         """End logger and monitors, whatever happened, and write the report."""
         self.terminal.stop_progress()
         ends = {"completed": "success", "stopped": "success"}
         self.record.close(ends.get(self.outcome))
-        if not self.dist.is_main:
-            return
-        try:  # a disk that is full or a file that somebody broke ends no run
-            with self.terminal.working("writing the report"):
-                path = write_report(self.record.run)
-            self.terminal.info(f"report: {path}")
-        except (OSError, UserError) as error:
-            self.terminal.warning(f"no report.html: {error}")
+        at_once = isinstance(sys.exc_info()[1], KeyboardInterrupt)  # nobody waits for a page
+        if self.dist.is_main and not at_once:
+            leave_report(self.record.run, self.terminal)
 
 
 # -----------------------------------------------------------------------------
@@ -460,13 +463,8 @@ def run(command: CommandLine) -> int:
     if command.check_data:  # everything that is wrong is to be seen, nothing may end the reading
         policy = "drop" if config.over_length == "error" else config.over_length
         config = dataclasses.replace(config, max_broken_fraction=1.0, over_length=policy)
-    trainer = DirectTrainer(
-        config,
-        resume=command.resume,
-        quiet=command.quiet,
-        trust_remote_code=command.trust_remote_code,
-    )
     trust = {"trust_remote_code": command.trust_remote_code}
+    trainer = DirectTrainer(config, resume=command.resume, quiet=command.quiet, **trust)
     if command.check_data:
         inputs = load_data(config, trainer.dist, trainer.terminal, **trust)
         found = inputs.data, inputs.statistics, inputs.accounts
@@ -481,16 +479,16 @@ def run(command: CommandLine) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0 done or interrupted with a checkpoint, 1 --check-data found something, 2 bad input,
-    3 the run could not go on, 130 interrupted before there was anything to save."""
+    3 the run could not go on, 128 + a signal's number (Ctrl-C: 130) ended without anything to save."""
     try:
         sys.excepthook = show_crash
         code = run(parse_command_line(sys.argv[1:] if arguments is None else arguments))
     except (UserError, RunStopped) as error:
         Terminal().error(str(error))
         return 2 if isinstance(error, UserError) else 3
-    except KeyboardInterrupt:
-        Terminal().error("interrupted before the first step")
-        return 130
+    except KeyboardInterrupt as error:
+        Terminal().error(str(error) or "interrupted before the first step")
+        return getattr(error, "code", 130)
     leave()
     return code
 

@@ -15,12 +15,14 @@ from typing import Literal
 
 import tyro
 
-from finetuning.common.distributed import pick_device
+from finetuning.common.distributed import limit_threads, pick_device
 from finetuning.common.errors import RunStopped, UserError, exit_code
+from finetuning.common.paths import check_name, expanded
 from finetuning.common.terminal import Terminal
 from finetuning.model.merging import TOLERANCE, Agreement, compare, logits_apart, logits_of
-from finetuning.model.resolve import find_trained, is_adapter, saved_dtype
+from finetuning.model.resolve import is_adapter, saved_dtype
 from finetuning.model.saving import export_merged
+from finetuning.runs.result import find_trained
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Export:
     output: str
     """Folder to write; it must not exist, or be empty."""
     adapter: str = ""
-    """Adapter folder; empty: the newest below output_dir."""
+    """Adapter folder; empty: the newest below output_dir, or a stopped run's best one."""
     output_dir: str = "qwen3_4b_thinking_output"
     """Where a run has written final_model/, best_model/ and checkpoints/."""
     base_model: str = ""
@@ -46,7 +48,10 @@ class Export:
 
 def export(settings: Export, terminal: Terminal) -> Agreement:
     """Write the folder once its logits agree. Raises RunStopped where they don't."""
-    output = Path(settings.output).expanduser()
+    output = Path(expanded(settings.output, "--output"))
+    check_name(output, "--output")
+    base_model = expanded(settings.base_model, "--base-model")
+    limit_threads()
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"--output {output}: exists; choose a folder that does not")
     adapter = find_trained(settings.adapter, settings.output_dir)
@@ -54,12 +59,10 @@ def export(settings: Export, terminal: Terminal) -> Agreement:
         raise UserError(f"--adapter {adapter}: a whole model already; use it as it is")
     device = pick_device(settings.device)
     terminal.info(f"merging {adapter}")
-    trained, base = logits_apart(adapter, device, settings.base_model)
+    trained, base = logits_apart(adapter, device, base_model)
     unchecked = output.absolute().with_name(f".{output.name}-unchecked")
     try:
-        export_merged(
-            adapter, unchecked, base_model=settings.base_model, precision=settings.precision
-        )
+        export_merged(adapter, unchecked, base_model=base_model, precision=settings.precision)
         agreement = compare(logits_of(unchecked, device), trained, base)
         check(
             agreement, settings.tolerance or TOLERANCE.get(saved_dtype(unchecked), 0.25), terminal

@@ -17,6 +17,7 @@ import os
 import sys
 import threading
 import time
+import types
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ import numpy as np
 
 from finetuning.common.errors import UserError
 from finetuning.events import event_values
-from finetuning.events.event_file import event_files, rewind_events, rewind_lines
+from finetuning.events.event_file import Rewind, event_files, rewind_events, rewind_lines
 from finetuning.events.metric_table import HPARAM_METRICS
 from finetuning.events.step_writer import Item, Request, StepWriter, clean_tag
 
@@ -64,7 +65,9 @@ class TensorBoardLogger:
 
     `run_dir` is new, or belongs to the run that is resumed. `metrics_path` is a JSON-lines file with the
     same numbers. `warn(text)` is told of every kind of fault once. Without `global_step` a call belongs to
-    the last step that was logged. Raises UserError if `run_dir` holds another run.
+    the last step that was logged. `reach`: what the logger's own `reach` was at the checkpoint; by it custom
+    tags over another axis than optimizer steps keep what they had then. `hparams`: as `add_hparams` takes
+    them; they replace the row of the session before. Raises UserError if `run_dir` holds another run.
     """
 
     def __init__(
@@ -73,6 +76,8 @@ class TensorBoardLogger:
         *,
         metrics_path: str | Path | None = None,
         resume_step: int | None = None,
+        reach: Mapping[str, int] | None = None,
+        hparams: Mapping[str, Any] | None = None,
         warn: Callable[[str], None] = _print_warning,
     ):
         self.run_dir = Path(run_dir)
@@ -85,20 +90,25 @@ class TensorBoardLogger:
         self._step = max(0, resume_step or 0)
         self._queue: deque[Item | Request] = deque()
         self._wake = threading.Event()
-        self._writer = self._start_writer(resume_step)
+        without = (event_values.SESSION_START_TAG, event_values.EXPERIMENT_TAG) if hparams else ()
+        start = resume_step if resume_step is None else Rewind(resume_step, reach, without)
+        self._writer = self._start_writer(start)
         atexit.register(self.close)
+        if hparams:
+            self.add_hparams(hparams)
 
-    def _start_writer(self, resume_step: int | None) -> StepWriter:
-        """A writer that goes on behind `resume_step`, and its thread."""
-        last_steps = self._remove_later_points(resume_step)
+    def _start_writer(self, rewind: Rewind | None) -> StepWriter:
+        """A writer that goes on behind a checkpoint, and its thread."""
+        last_steps = self._remove_later_points(rewind)
+        resume_step = rewind and rewind.step
         writer = StepWriter(self.run_dir, self._metrics_path, resume_step, last_steps, self._tell)
         threading.Thread(
             target=writer.run, args=(self._queue, self._wake), name="tb_logger", daemon=True
         ).start()
         return writer
 
-    def _remove_later_points(self, resume_step: int | None) -> dict[str, int]:
-        if resume_step is None:
+    def _remove_later_points(self, rewind: Rewind | None) -> dict[str, int]:
+        if rewind is None:
             if event_files(self.run_dir):
                 raise UserError(
                     f"{self.run_dir} already holds a run: resume it (resume_step=the step of its "
@@ -107,10 +117,10 @@ class TensorBoardLogger:
             return {}
         try:
             if self._metrics_path is not None:
-                rewind_lines(self._metrics_path, resume_step)
-            return rewind_events(self.run_dir, resume_step)
+                rewind_lines(self._metrics_path, rewind)
+            return rewind_events(self.run_dir, rewind)
         except OSError as error:
-            self._tell("rewind", f"points after step {resume_step} stay in the charts: {error}")
+            self._tell("rewind", f"points after step {rewind.step} stay in the charts: {error}")
             return {}
 
     # --- state ---------------------------------------------------------------------------------
@@ -124,6 +134,16 @@ class TensorBoardLogger:
     def dropped_lines(self) -> int:
         """Steps that will not be in metrics.jsonl."""
         return self._refused_lines + self._writer.dropped_lines
+
+    @property
+    def reach(self) -> dict[str, int]:
+        """Last step of every custom tag that was written; keep it with a checkpoint, after `flush`."""
+        return self._writer.reach
+
+    @property
+    def tags(self) -> frozenset[str]:
+        """Every tag that the run holds by now."""
+        return self._writer.tags
 
     @property
     def log_dir(self) -> str:
@@ -319,7 +339,8 @@ class TensorBoardLogger:
         run_name: str | None = None,
         global_step: int | None = None,
     ) -> None:
-        """This run's row of the HPARAMS table; call it once, at the start, `close(status)` ends the row.
+        """This run's row of the HPARAMS table; call it once, at the start, or give the settings to the
+        logger itself. `close(status)` ends the row.
 
         `metric_dict` adds numbers and their columns to `HPARAM_METRICS`. The domains are not needed and
         the row is that of this run, so `run_name` changes nothing.
@@ -349,15 +370,18 @@ class TensorBoardLogger:
         return self._request(wait, durable=durable)
 
     @_harmless
-    def rewind(self, step: int, wait: float = 10.0) -> None:
-        """Take back every point after `step`: what is logged from here on goes on behind it."""
+    def rewind(self, step: int, reach: Mapping[str, int] | None = None, wait: float = 10.0) -> None:
+        """Take back every point after `step`: what is logged from here on goes on behind it.
+
+        `reach`: of custom tags, at the checkpoint of that step.
+        """
         if not self._request(wait, last=True):
             self._tell("close", f"the disk did not answer for {wait} s; the last points are lost")
         with self._lock:
             self._refused, self._refused_lines = self.dropped, self.dropped_lines
             self._queue, self._wake, self._weight = deque(), threading.Event(), 0
             self._step = max(0, step)
-            self._writer = self._start_writer(step)
+            self._writer = self._start_writer(Rewind(step, reach))
 
     def close(self, status: str | None = None, wait: float = 10.0) -> None:
         """Write everything and end. `status` "success" or "failure" ends the run in the HPARAMS table.
@@ -392,6 +416,8 @@ class NullLogger:
 
     dropped = dropped_lines = 0
     overhead_seconds = 0.0
+    reach: Mapping[str, int] = types.MappingProxyType({})
+    tags: frozenset[str] = frozenset()
 
     def __bool__(self) -> bool:
         return False

@@ -10,6 +10,7 @@ import tyro
 
 from finetuning.common.errors import UserError
 from finetuning.common.files import regular
+from finetuning.common.paths import expanded
 from finetuning.config import DirectTrainingConfig, allowed_values, closest, either
 from finetuning.foreign_names import known_names, our_arguments, translated
 
@@ -39,11 +40,14 @@ def parse_command_line(arguments: list[str]) -> CommandLine:
     """Defaults, then the TOML file of --config, then the command line. Raises UserError for the file."""
     path = _value_of("--config", arguments)
     defaults = CommandLine(
-        training=read_config_file(Path(path)) if path else DirectTrainingConfig()
+        training=read_config_file(Path(expanded(path, "--config")))
+        if path
+        else DirectTrainingConfig()
     )
     own = {f.name for kind in (DirectTrainingConfig, CommandLine) for f in dataclasses.fields(kind)}
     arguments = our_arguments(arguments, own)
-    return tyro.cli(CommandLine, args=arguments, default=defaults, use_underscores=False)
+    command = tyro.cli(CommandLine, args=arguments, default=defaults, use_underscores=False)
+    return dataclasses.replace(command, resume=expanded(command.resume, "--resume"))
 
 
 def read_config_file(path: Path) -> DirectTrainingConfig:

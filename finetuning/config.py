@@ -13,6 +13,7 @@ from types import UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from finetuning.common.errors import UserError
+from finetuning.common.paths import expanded, home_cache
 
 # The linear layers of a decoder block; "all-linear" means all that a model has.
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -47,6 +48,9 @@ NAMES_AND_PATHS = (
     "cache_dir",
 )
 COMMANDS = ("alert_actions",)  # with arguments that may hold secrets: only the program is shown
+# Settings in which `~` is the home directory; the paths of data are for `readers.files`.
+_HOME_IS_SHORT = ("model_name", "init_adapter", "output_dir", "cache_dir")
+_PROGRAM = Path(__file__).parents[1]
 
 # -----------------------------------------------------------------------------
 # Checks
@@ -84,6 +88,9 @@ class _Settings:
     """
 
     def __post_init__(self) -> None:
+        for name in _HOME_IS_SHORT:
+            if value := getattr(self, name, ""):
+                object.__setattr__(self, name, expanded(value, name))
         groups = [kind for kind in reversed(type(self).__mro__) if "_faults" in vars(kind)]
         faults = [fault for group in groups for fault in group._faults(self)]
         faults += self._unknown_choices()
@@ -159,8 +166,8 @@ class LoraSettings(_Settings):
 class DataSettings(_Settings):
     """What is read, what is held out, and how samples become rows of tokens."""
 
-    data_path: tuple[str, ...] = ("data/raw",)
-    """Files, folders, globs, or names of hub datasets."""
+    data_path: tuple[str, ...] = field(default_factory=lambda: (bundled_data(),))
+    """Files, folders, globs, or names of hub datasets; not given: the Q&A that come with the program."""
     data_weights: tuple[float, ...] = ()
     """One weight per data_path: 2 shows a source twice an epoch, 0.5 shows half of it; empty: all 1."""
     columns: dict[str, str] = field(default_factory=dict)
@@ -306,10 +313,10 @@ class OutputSettings(_Settings):
     alert_actions: dict[str, str] = field(default_factory=dict)
     """Alert name -> log, save, stop, or a command to run with the alert as JSON on its input."""
     workers: int = 0
-    """Processes that read and tokenize large data; 0: one per core."""
+    """Processes that read and tokenize large data; 0: one for each processor that the run may use."""
     cache_dir: str = ""
     """Data as read, tokenized and described, and the embedded model; empty:
-    ~/.cache/qwen3_thinking_finetuning."""
+    ~/.cache/qwen3_thinking_finetuning, or cache below output_dir where there is no home to write to."""
 
     def _faults(self) -> Iterator[str]:
         path = _Rule(lambda value: value.strip() and "\0" not in value, "a path, not empty")
@@ -326,8 +333,9 @@ class OutputSettings(_Settings):
     @property
     def cache_path(self) -> Path:
         """The directory of cached work."""
-        default = Path.home() / ".cache" / "qwen3_thinking_finetuning"
-        return Path(self.cache_dir).expanduser() if self.cache_dir else default
+        if self.cache_dir:
+            return Path(self.cache_dir)
+        return home_cache("qwen3_thinking_finetuning") or Path(self.output_dir) / "cache"
 
 
 @dataclass(frozen=True)
@@ -358,6 +366,13 @@ class DirectTrainingConfig(  # the fields come in the reverse order of the bases
         }
         for remedy in [text for text, bad in remedies.items() if bad and self.precision == "fp8"]:
             yield f"precision fp8 is for plain adapters of compiled layers: {remedy}"
+
+
+def bundled_data() -> str:
+    """The folder of the program's own Q&A, wherever the program is started; short in its own folder."""
+    folder, here = _PROGRAM / "data" / "raw", Path("data/raw")
+    at_home = not folder.exists() or (here.exists() and here.samefile(folder))
+    return here.as_posix() if at_home else str(folder)
 
 
 def allowed_values(field_: dataclasses.Field) -> tuple[list[str], list[type]]:

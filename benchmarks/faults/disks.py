@@ -486,7 +486,7 @@ def f21(rig: Rig, tally: Tally, count: int) -> None:
 
 def curves_are_appended() -> None:
     """Mutant: a resumed run's event file is appended to, dead branch and torn end included."""
-    replaced(tb_logger, "rewind_events", lambda run_dir, last_step: {})
+    replaced(tb_logger, "rewind_events", lambda run_dir, rewind: {})
 
 
 ROWS = [

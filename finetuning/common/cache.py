@@ -6,7 +6,6 @@ the user who reads it: what a disk or somebody else has changed is made anew.
 """
 
 import atexit
-import contextlib
 import hashlib
 import json
 import os
@@ -14,7 +13,8 @@ import shutil
 import stat
 import tempfile
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
@@ -43,7 +43,7 @@ def cached_folder(
     found = _verified(folder, load)
     if found is not None:
         return found
-    try:
+    with kept_in(folder):
         _make_parents(folder.parent)
         with FileLock(f"{folder}.lock", mode=0o660 if _shared(folder.parent) else 0o600):
             found = _verified(folder, load)
@@ -54,16 +54,23 @@ def cached_folder(
                     _seal(building)
                     publish_folder(building, folder)  # in place of a damaged one
                 found = _verified(folder, load)
-    except OSError as error:
-        raise UserError(
-            f"can't write the cache {folder}: {error.strerror or error}; give --cache-dir a folder that "
-            "you may write"
-        ) from error
     if found is None:
         raise UserError(
             f"the cache {folder} can't be read back; remove it, or choose another cache_dir"
         )
     return found
+
+
+@contextmanager
+def kept_in(folder: Path) -> Iterator[None]:
+    """Within it, what the system refuses is a cache that can't be written: UserError with a way out."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"can't write the cache {folder}: {error.strerror or error}; give --cache-dir a folder that "
+            "you may write"
+        ) from error
 
 
 # -----------------------------------------------------------------------------
@@ -133,7 +140,7 @@ def _remove_leftovers(parent: Path) -> None:
     """Remove what dead processes were building: the lock of its name is free."""
     for building in parent.glob(f"{_BUILDING}*"):
         name = building.name.removeprefix(_BUILDING)
-        with contextlib.suppress(Timeout, OSError), FileLock(parent / f"{name}.lock", timeout=0):
+        with suppress(Timeout, OSError), FileLock(parent / f"{name}.lock", timeout=0):
             shutil.rmtree(building, ignore_errors=True)
 
 
@@ -150,8 +157,6 @@ def private_folder(folder: Path) -> Path:
 
 # -----------------------------------------------------------------------------
 # What it holds
-
-
 def kept_array(path: Path, *, mapped: bool = False) -> np.ndarray | None:
     """An array in a folder of the cache, None where it is not there or damaged; mapped, it is shared by
     the processes of a machine."""

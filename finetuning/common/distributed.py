@@ -20,6 +20,7 @@ import torch
 import torch.distributed as torch_distributed
 
 from finetuning.common.errors import UserError
+from finetuning.common.machine import processors
 from finetuning.common.text import clean_line
 
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}  # of a group, by its model's device
@@ -55,6 +56,15 @@ class Distributed:
         if self.world_size == 1:
             return list(flags)
         return (self.sum(torch.tensor(flags, dtype=torch.float)) > 0).tolist()  # no device waits
+
+    def flag(self, name: str, raised: bool) -> bool:
+        """Whether this rank raises the flag or another one has raised it. No rank waits for any other, so
+        each sees it at its own time; a flag stays up."""
+        if self.group_store is None:
+            return raised
+        if raised:
+            self.group_store.set(f"flag/{name}", "up")
+        return raised or self.group_store.check([f"flag/{name}"])
 
     def gather(self, value: object) -> list:
         """One picklable value of every rank, in rank order, on every rank."""
@@ -143,6 +153,7 @@ def init_distributed(device: str = "auto", timeout_seconds: float = 600.0) -> Di
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch_device = pick_device(device, local_rank)
+    limit_threads()
     if torch_device.type == "cuda":  # what is asked without a device is about this one
         torch.cuda.set_device(torch_device)
     job_store = group_store = None
@@ -237,6 +248,15 @@ def pick_device(device: str, local_rank: int = 0) -> torch.device:
             "another --device"
         )
     return torch.device(name, index)
+
+
+def limit_threads() -> None:
+    """No more threads than processors are ours: torch knows the affinity, but no quota of a container.
+
+    OMP_NUM_THREADS, where a user or torchrun has set it, counts as it is.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), processors()))
 
 
 def leave() -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 
 
 def _keep_freed_memory() -> None:
@@ -24,27 +25,55 @@ def _keep_freed_memory() -> None:
         mallopt(-3, 2**30)
 
 
+def imports_begin() -> None:
+    """Ctrl-C needs no traceback through the imports. Where it was ignored at the start, it stays so."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def imports_are_done() -> None:
-    """Collect garbage as usual from now on, but never look at what the imports have made."""
+    """Collect garbage as usual from now on, but never look at what the imports have made; Ctrl-C is an
+    exception again."""
     gc.freeze()
     gc.set_threshold(*_THRESHOLDS)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal that ends the process at once. `code`: its exit code, 128 and the signal's number."""
+
+    def __init__(self, number: int, reason: str) -> None:
+        super().__init__(f"{signal.Signals(number).name}: {reason}")
+        self.code = 128 + number
 
 
 class StopSignal:
-    """Within it, a signal that asks the process to end only leaves its name here; the loop looks at it."""
+    """Within it, a signal that asks the process to end is an exception while there is nothing to save
+    (`Interrupted`); later it leaves its name here, and the loop looks at it, saves and ends.
 
-    NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
+    SIGUSR1, SIGUSR2 and SIGXCPU are how schedulers say that the time of a job is nearly over. What was
+    ignored at the start, as under nohup or in the background of a script, stays ignored. The same signal
+    again, or Ctrl-C after another one, ends at once; not within `AGAIN_SECONDS`, as a launcher passes on
+    what the terminal has sent already, and not SIGXCPU, which the kernel repeats each second.
+    """
+
+    NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+    AGAIN_SECONDS = 0.5
 
     def __init__(self) -> None:
         self.name = ""
+        self._waits = False  # for the loop
+        self._since = 0.0
         self._former: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():  # no other one may set handlers
             for name in self.NAMES:
-                if hasattr(signal, name):  # Windows has no SIGHUP
-                    number = getattr(signal, name)
-                    self._former[number] = signal.signal(number, self._take)
+                number = getattr(signal, name, None)  # Windows has few
+                if number is None or signal.getsignal(number) in (signal.SIG_IGN, None):
+                    continue
+                self._former[number] = signal.signal(number, self._take)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -52,8 +81,21 @@ class StopSignal:
             signal.signal(number, handler)
         self._former.clear()
 
+    def wait_for_loop(self) -> None:
+        """From here on there is something to save."""
+        self._waits = True
+
     def _take(self, number: int, _frame: object) -> None:
-        self.name = signal.Signals(number).name
+        name, now = signal.Signals(number).name, time.monotonic()
+        first, self.name = not self.name, self.name or name
+        if first:
+            self._since = now
+        if not self._waits:
+            raise Interrupted(number, "interrupted before the first step")
+        again = number == signal.SIGINT or (name == self.name != "SIGXCPU")
+        if again and not first and now - self._since >= self.AGAIN_SECONDS:
+            signal.signal(number, signal.SIG_DFL)  # a third one waits for nothing
+            raise Interrupted(number, "ended at once by a second signal, without saving")
 
 
 _keep_freed_memory()

@@ -5,6 +5,7 @@ Everything passes `redact`, so neither control characters of the data nor secret
 """
 
 import math
+import os
 import re
 import sys
 import textwrap
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console, ConsoleOptions, Group
 from rich.live import Live
@@ -33,6 +34,7 @@ REFRESHES_PER_SECOND = 2
 FLAT_TREND = 0.005  # of the loss, per 100 steps: a smaller change is no trend
 SHOWN_GPUS = 4
 PACE_STEPS = 64  # by which the time left is told
+MOST_UNLOGGED = 1000  # lines that wait for the log file
 ROOM_FOR_KEYS = 8  # columns right of the panel, where a terminal shows Ctrl-C as ^C
 
 Report = Callable[[int, int], None]  # (done, total)
@@ -46,9 +48,11 @@ class Terminal:
             if hasattr(stream, "reconfigure"):  # a console that lacks a character must end no run
                 stream.reconfigure(errors="replace")
         self._quiet, self._is_main = quiet, is_main
-        self._console = Console(stderr=False, highlight=False, soft_wrap=True)
-        self._errors = Console(stderr=True, highlight=False, soft_wrap=True)
         self._log: TextIO | None = None
+        self._unlogged: list[str] = []  # what was said before there was a log file
+        style = {"highlight": False, "soft_wrap": True}
+        self._console = Console(file=_LastingStream(sys.stdout, self._write_log), **style)
+        self._errors = Console(file=_LastingStream(sys.stderr, self._write_log), **style)
         self._panel: RunPanel | None = None
         self._live: Live | None = None  # what is drawn again and again: the panel, or a bar
         self._total, self._last_line = 0, 0.0
@@ -58,9 +62,11 @@ class Terminal:
         return self._is_main and not self._quiet
 
     def open_log(self, path: Path) -> None:
-        """Everything said from here on is also appended to `path`."""
+        """Everything said so far, and from here on, is also appended to `path`."""
         if self._is_main:
             self._log = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+            self._log.writelines(self._unlogged)
+            self._unlogged = []
 
     def info(self, text: str, style: str = "") -> None:
         """One line, or several."""
@@ -115,7 +121,7 @@ class Terminal:
             with self._panel.working(what) as report:
                 yield report
             return
-        if self._shows and self._console.is_terminal and self._live is None:
+        if self._shows and _moves(self._console) and self._live is None:
             with self._bar(what) as report:
                 yield report
         else:
@@ -140,7 +146,7 @@ class Terminal:
     def start_progress(self, total: int, done: int, steps_per_epoch: int) -> None:
         """Begin the run's panel at `done` of `total` steps."""
         self._total = total
-        if self._shows and self._console.is_terminal:
+        if self._shows and _moves(self._console):
             self._panel = RunPanel(total, done, steps_per_epoch)
             self._live = Live(
                 self._panel, console=self._console, refresh_per_second=REFRESHES_PER_SECOND
@@ -168,14 +174,15 @@ class Terminal:
         if self._shows and (always or now - self._last_line >= PLAIN_LINE_SECONDS):
             self._last_line = now
             self._console.print(Text(f"step {step}/{self._total}  {line}"))
-            sys.stdout.flush()
+            self._console.file.flush()
 
     def _write_log(self, text: str) -> None:
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {redact(text)}\n"
         if self._log is None:
+            self._unlogged = [*self._unlogged, line][-MOST_UNLOGGED:]
             return
-        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
         try:
-            self._log.write(f"{stamp} {redact(text)}\n")
+            self._log.write(line)
         except OSError as error:  # a full disk must not stop training
             self._log = None
             self.warning(f"training.log can't be written any more: {error}")
@@ -257,13 +264,50 @@ class RunPanel:
         return table
 
 
+class _LastingStream:
+    """A stream whose reader may go away, as a terminal that is closed or the end of a pipe that has enough:
+    then the rest goes nowhere, `tell` hears of it, and the run goes on."""
+
+    def __init__(self, stream: TextIO, tell: Callable[[str], None]) -> None:
+        self._stream, self._tell = stream, tell
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """As a stream does it."""
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._lose(error)
+            return len(text)
+
+    def flush(self) -> None:
+        """As a stream does it."""
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._lose(error)
+
+    def _lose(self, error: OSError) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())  # what libraries print would fail as well
+        os.close(nowhere)
+        self._tell(f"warning: {self._stream.name} can't be written any more: {error}")
+
+
+def _moves(console: Console) -> bool:
+    """Whether lines can be drawn again: FORCE_COLOR and the like give colours to a file, no cursor."""
+    return console.is_terminal and console.file.isatty() and not console.is_dumb_terminal
+
+
 def _print(console: Console, text: str, style: str = "") -> None:
     console.print(Text(_wrapped(console, redact(text)), style=style))
 
 
 def _wrapped(console: Console, text: str, indent: int = 0) -> str:
     """Broken between words on a terminal, further lines indented; a path, which is one word, is whole."""
-    if not console.is_terminal:
+    if not _moves(console):
         return text
     width = max(console.width - indent, 20)
     lines = [

@@ -1,7 +1,10 @@
 """Results of a function, computed by worker processes and given back in order."""
 
 import contextlib
+import ctypes
 import multiprocessing
+import os
+import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +22,9 @@ def in_order(
     # Not forked: the parent may hold threads and a device context that don't survive it.
     context = multiprocessing.get_context("spawn")
     waiting: deque[Future] = deque()  # a few jobs ahead only, so that memory stays flat
-    with ProcessPoolExecutor(workers, context, initializer, initargs) as pool:
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(workers, context, _begin, (os.getpid(), initializer, initargs))
+    try:
         for job in jobs:
             with _main_stays_out():  # a process is started by the job that needs it
                 waiting.append(pool.submit(function, *job))
@@ -27,6 +32,23 @@ def in_order(
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    except BaseException:  # an error, a signal, or nobody wants the rest: nobody waits for it
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()
+        raise
+    pool.shutdown()
+
+
+def _begin(parent: int, initializer: Callable | None, initargs: tuple) -> None:
+    """A worker ends with its parent, however that ends; Ctrl-C is for the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
+        if os.getppid() != parent:  # it has ended meanwhile
+            os._exit(1)
+    if initializer is not None:
+        initializer(*initargs)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,13 @@ from finetuning.data.packing import StepPlan, build_batch
 from finetuning.data.token_table import NUM_SEGMENTS, TokenizedSamples
 from finetuning.data.training_data import DataPart
 from finetuning.evaluation.adapter_health import AdapterHealth
-from finetuning.evaluation.generation import EvalPrompt, complete, probe_metrics, samples_text
+from finetuning.evaluation.generation import (
+    Completion,
+    EvalPrompt,
+    complete,
+    probe_metrics,
+    samples_text,
+)
 from finetuning.evaluation.hardest_samples import hardest, hardest_text, loss_rows
 from finetuning.evaluation.loss_metrics import LossMetrics
 from finetuning.model.packed_model import PackedLossModel
@@ -40,6 +46,7 @@ class Evaluator:
         held_out: what is measured; without documents only adapters are.
         probes: questions answered each time.
         max_new_tokens: longest answer.
+        sharded: the ranks hold parts of the weights, so that each needs all others for every token.
         histograms: also write the distributions of the trainable weights.
     """
 
@@ -52,13 +59,14 @@ class Evaluator:
         *,
         probes: Sequence[EvalPrompt],
         max_new_tokens: int,
+        sharded: bool,
         histograms: bool,
     ) -> None:
         self._packed, self._tokenizer = packed, tokenizer
         self._part, self._plan, self._dist = held_out.part, held_out.plan, dist
         self._losses = LossMetrics(held_out.groups)
         self._probes, self._max_new_tokens = probes, max_new_tokens
-        self._histograms = histograms
+        self._sharded, self._histograms = sharded, histograms
         self.health = AdapterHealth(packed.model)
         self._gradient_norms: dict[str, float] = {}
 
@@ -71,27 +79,54 @@ class Evaluator:
         step: int,
         logger: Any,
         progress: Callable[[int, int], None] = lambda done, total: None,
-    ) -> dict[str, float]:
+        wants_stop: Callable[[], bool] = lambda: False,
+    ) -> dict[str, float] | None:
         """Eval/ and LoRA/ tags of this step; texts and pictures go to `logger`, a TensorBoardLogger or a
-        NullLogger. All ranks take part."""
+        NullLogger. All ranks take part. None where `wants_stop` became true on one of them: all leave
+        within a micro-batch or a few tokens, and nothing is measured."""
         metrics = {}
         if self._plan is not None:
-            metrics = self._held_out(step, logger, progress)
-            metrics |= self._answers(step, logger, progress)
+            sums = held_out_sums(
+                self._packed,
+                self._part.tokens,
+                self._plan,
+                self._dist,
+                progress=progress,
+                wants_stop=wants_stop,
+            )
+            completions = None if sums is None else self._answers(progress, wants_stop)
+            if sums is None or completions is None:
+                return None
+            metrics = self._held_out(sums, step, logger)
+            if completions:
+                logger.add_text("Eval/Samples", samples_text(self._probes, completions), step)
+                metrics |= probe_metrics(self._probes, completions, self._max_new_tokens)
         return metrics | self._adapters(step, logger)
 
-    def _held_out(self, step: int, logger: Any, progress: Callable) -> dict[str, float]:
-        sums = held_out_sums(
-            self._packed, self._part.tokens, self._plan, self._dist, progress=progress
-        )
+    def _held_out(self, sums: np.ndarray, step: int, logger: Any) -> dict[str, float]:
         if self._dist.is_main:
             rows = hardest(loss_rows(self._plan.documents, sums))
             logger.add_text("Eval/Hardest_Samples", hardest_text(self._part, rows), step)
         return self._losses.eval_metrics(self._losses.vector(self._plan.documents, sums))
 
-    def _answers(self, step: int, logger: Any, progress: Callable) -> dict[str, float]:
+    def _answers(
+        self, progress: Callable, wants_stop: Callable[[], bool]
+    ) -> list[Completion] | None:
+        """Completions of all probes; None where a rank wants to stop."""
         if not self._probes:
-            return {}
+            return []
+        left = False
+
+        def written(done: int, total: int) -> bool:
+            nonlocal left
+            progress(done, total)
+            # Replicas may write answers of other lengths, so there nobody waits for another rank's word.
+            agree = (
+                self._dist.any if self._sharded else lambda want: [self._dist.flag("stop", want)]
+            )
+            (left,) = agree(left or wants_stop())
+            return left
+
         completions = complete(  # on all ranks alike: sharded weights need all of them
             self._packed,
             self._tokenizer,
@@ -100,10 +135,9 @@ class Evaluator:
             end_id=self._part.tokens.end_id,
             close_id=self._part.tokens.close_id,
             device=self._dist.device,
-            progress=progress,
+            progress=written,
         )
-        logger.add_text("Eval/Samples", samples_text(self._probes, completions), step)
-        return probe_metrics(self._probes, completions, self._max_new_tokens)
+        return None if any(self._dist.any(left)) else completions
 
     def _adapters(self, step: int, logger: Any) -> dict[str, float]:
         health = self.health
@@ -131,14 +165,16 @@ def held_out_sums(
     dist: Distributed,
     *,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> np.ndarray:
+    wants_stop: Callable[[], bool] = lambda: False,
+) -> np.ndarray | None:
     """(m, segments, 3) float64: loss sum, correct count and token count of every planned document.
 
     `plan` is one epoch; all ranks go through the model equally often and get the same result, in the
     order of `plan.documents`, which are distinct and ascending. Training mode is restored and no
-    random number is drawn. `progress` is called with (steps done, all steps).
+    random number is drawn. `progress` is called with (steps done, all steps). None where `wants_stop`
+    became true on a rank.
     """
-    was_training = model.training
+    was_training, left = model.training, False
     model.eval()
     sums = torch.zeros(len(plan.documents), NUM_SEGMENTS, 3, dtype=torch.float64)
     for step in range(1, plan.num_steps + 1):
@@ -150,5 +186,7 @@ def held_out_sums(
                 rows = np.searchsorted(plan.documents, documents)
                 sums[torch.from_numpy(rows)] = result.per_document.double().cpu()
         progress(step, plan.num_steps)
+        if left := any(dist.any(wants_stop())):
+            break
     model.train(was_training)
-    return dist.sum(sums).numpy()
+    return None if left else dist.sum(sums).numpy()

@@ -110,12 +110,12 @@ def complete(
     end_id: int,
     close_id: int,
     device: torch.device,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> list[Completion]:
     """Greedy completions of all prompts in one batch, padded on the left.
 
     `model` has `generate`. Training mode and random state are as before afterwards. `progress` is called
-    with (tokens written, tokens at most).
+    with (tokens written, tokens at most); where its result is true, no more are written.
     """
     width = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), width), end_id, dtype=torch.long)
@@ -125,8 +125,8 @@ def complete(
         mask[row, width - len(prompt) :] = 1
 
     def written(so_far: torch.Tensor, _scores: object, **_: object) -> torch.Tensor:
-        progress(so_far.shape[1] - width, max_new_tokens)
-        return torch.zeros(len(so_far), dtype=torch.bool, device=so_far.device)  # none stops for it
+        enough = bool(progress(so_far.shape[1] - width, max_new_tokens))
+        return torch.full((len(so_far),), enough, dtype=torch.bool, device=so_far.device)
 
     was_training = model.training
     model.eval()

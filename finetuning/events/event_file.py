@@ -14,7 +14,8 @@ import socket
 import struct
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,6 +23,7 @@ import google_crc32c
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 from finetuning.common.files import atomic_write, durable_file, fsync_directory
+from finetuning.events.metric_table import is_custom
 
 FILE_VERSION = "brain.Event:2"
 SESSION_END_TAG = "_hparams_/session_end_info"
@@ -261,12 +263,36 @@ def surviving_events(paths: Sequence[Path]) -> Iterator[Event]:
 # --- rewinding a run to a checkpoint -------------------------------------------------------------
 
 
-def rewind_events(run_dir: Path, last_step: int) -> dict[str, int]:
-    """Remove all events with step > `last_step`; return the last step of every tag that is left.
+@dataclass(frozen=True)
+class Rewind:
+    """Which points stay when a run goes back to a checkpoint.
+
+    Ours are over optimizer steps. A tag of a user's may be over tokens, seconds or samples: what counts is
+    how far it had got when the checkpoint was written, as its steps rise.
+
+    step: of the checkpoint. reach: last step of each custom tag there; None: not known, all tags are taken
+    to be over optimizer steps. without: tags of which nothing stays.
+    """
+
+    step: int
+    reach: Mapping[str, int] | None = None
+    without: tuple[str, ...] = ()
+
+    def keeps(self, tag: str, step: float) -> bool:
+        """Whether the point of a tag at this step was there at the checkpoint."""
+        if tag in self.without:
+            return False
+        if self.reach is None or not is_custom(tag):
+            return step <= self.step
+        return step <= self.reach.get(tag, -math.inf)
+
+
+def rewind_events(run_dir: Path, rewind: Rewind) -> dict[str, int]:
+    """Remove all points that `rewind` does not keep; return the last step of every tag that is left.
 
     The kept records are copied to a new file that sorts last, then the old files are cut to their version
     record. Deleting them would leave a live server at the dead branch for ever. If the copy fails (disk
-    full), every file is cut at its first event beyond `last_step` instead.
+    full), every file is cut at its first event that has to go instead.
     """
     for stale in run_dir.glob(".compact-*.tmp"):
         stale.unlink(missing_ok=True)
@@ -276,51 +302,51 @@ def rewind_events(run_dir: Path, last_step: int) -> dict[str, int]:
     temporary = run_dir / f".compact-{os.getpid()}.tmp"  # readers load any name with "tfevents"
     try:
         with durable_file(temporary, buffering=1 << 20) as file:
-            last_steps = _copy_up_to(paths, last_step, file)
+            last_steps = _copy_kept(paths, rewind, file)
         temporary.replace(next_event_path(run_dir))
         fsync_directory(run_dir)
     except OSError:
         temporary.unlink(missing_ok=True)
         for path in paths:
-            os.truncate(path, _end_up_to(path, last_step))
+            os.truncate(path, _end_of_kept(path, rewind))
         return _last_steps(surviving_events(paths))
     for path in paths:
         os.truncate(path, _version_end(path))
     return last_steps
 
 
-def _copy_up_to(paths: Sequence[Path], last_step: int, file: BinaryIO) -> dict[str, int]:
+def _copy_kept(paths: Sequence[Path], rewind: Rewind, file: BinaryIO) -> dict[str, int]:
     last_steps: dict[str, int] = {}
     file.write(opening_records(0))
     for event in surviving_events(paths):
-        if event.step > last_step or _without_session_end(event):
-            continue
-        last_steps.update(_last_steps([event]))
-        file.write(frame(event.SerializeToString()))
+        if _keep_values(event, rewind):
+            last_steps.update(_last_steps([event]))
+            file.write(frame(event.SerializeToString()))
     return last_steps
 
 
-def _without_session_end(event: Event) -> bool:
-    """Drop the value that says the run has ended; True if the event held nothing else."""
+def _keep_values(event: Event, rewind: Rewind) -> bool:
+    """Drop the values that have to go, and the one that says the run has ended; False if none is left."""
     values = event.summary.value
     for i in reversed(range(len(values))):
-        if values[i].tag == SESSION_END_TAG:
+        if values[i].tag == SESSION_END_TAG or not rewind.keeps(values[i].tag, event.step):
             del values[i]
-    return not values
+    return bool(values)
 
 
 def _last_steps(events: Iterator[Event] | Sequence[Event]) -> dict[str, int]:
     return {value.tag: event.step for event in events for value in event.summary.value}
 
 
-def _end_up_to(path: Path, last_step: int) -> int:
-    """Offset of the end of the last record before the first one that has to go."""
+def _end_of_kept(path: Path, rewind: Rewind) -> int:
+    """Offset of the end of the last record before the first one with a value that has to go."""
     end = 0
     for record_end, payload in read_records(path):
         event = Event.FromString(payload) if payload is not None else None
-        if event is None or event.step > last_step:
+        if event is None:
             break
-        if any(value.tag == SESSION_END_TAG for value in event.summary.value):
+        count = len(event.summary.value)
+        if count and not (_keep_values(event, rewind) and len(event.summary.value) == count):
             break
         end = record_end
     return end
@@ -336,32 +362,41 @@ def _version_end(path: Path) -> int:
 # --- metrics.jsonl -----------------------------------------------------------------------------
 
 
-def _up_to(line: bytes, last_step: float) -> bool:
-    if not line.endswith(b"\n"):
-        return False
+def _kept_line(line: bytes, rewind: Rewind) -> bytes:
+    """The line as it is, or without the numbers that have to go; empty where none stays."""
     try:
-        return json.loads(line)["step"] <= last_step
-    except (ValueError, KeyError, TypeError):
-        return False
+        record = json.loads(line) if line.endswith(b"\n") else {}
+        step, metrics = record["step"], record.get("metrics")
+        if not isinstance(metrics, dict):  # of another file, such as alerts.jsonl
+            return line if step <= rewind.step else b""
+        kept = {tag: value for tag, value in metrics.items() if rewind.keeps(tag, step)}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return b""
+    if len(kept) == len(metrics):
+        return line if kept or step <= rewind.step else b""
+    record["metrics"] = kept
+    if "nonfinite" in record:
+        record["nonfinite"] = {t: kind for t, kind in record["nonfinite"].items() if t in kept}
+    return json.dumps(record, ensure_ascii=False).encode() + b"\n" if kept else b""
 
 
-def rewind_lines(path: Path, last_step: int) -> None:
-    """Remove the lines of a JSONL file with step > `last_step`, and broken ones; atomic rewrite."""
+def rewind_lines(path: Path, rewind: Rewind) -> None:
+    """Remove the numbers of a JSONL file that `rewind` does not keep, and broken lines; atomic rewrite."""
     if not path.exists():
         return
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with atomic_write(path, temporary) as new, open(path, "rb") as old:
-            new.writelines(line for line in old if _up_to(line, last_step))
+            new.writelines(_kept_line(line, rewind) for line in old)
     except OSError:
-        os.truncate(path, _good_lines_end(path, last_step))
+        os.truncate(path, _kept_lines_end(path, rewind))
 
 
-def _good_lines_end(path: Path, last_step: float) -> int:
+def _kept_lines_end(path: Path, rewind: Rewind) -> int:
     end = 0
     with open(path, "rb") as file:
         for line in file:
-            if not _up_to(line, last_step):
+            if _kept_line(line, rewind) != line:
                 break
             end += len(line)
     return end

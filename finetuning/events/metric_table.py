@@ -111,7 +111,7 @@ Memory/Pressure_Level | level | GPU | runs.metrics
 Memory/Host_RSS_MB | MB | always | monitoring.system_monitor
     Resident memory of this process and of those it has started.
 Memory/Host_Percent | % | always | monitoring.system_monitor
-    Host memory in use by all processes.
+    Host memory in use by all processes; of a limit of a container or job where that is fuller.
 GPU_<i>/Utilization_Percent | % | GPU | monitoring.system_monitor
     Time in which a kernel ran, mean since the last logged step. High load is not yet high efficiency.
 GPU_<i>/Utilization_Percent_Min | % | GPU | monitoring.system_monitor
@@ -441,6 +441,12 @@ def find_metric(tag: str) -> Metric | None:
     """The row of `tag`; an exact row goes before a pattern. None for a tag that is not in the table."""
     matches = [metric for pattern, metric in _patterns() if pattern.fullmatch(tag)]
     return min(matches, key=lambda metric: "<" in metric.tag, default=None)
+
+
+@functools.cache
+def is_custom(tag: str) -> bool:
+    """Whether a tag is a user's own: neither of the table, nor one by which a plugin keeps its settings."""
+    return find_metric(tag) is None and not tag.startswith(("_hparams_/", "custom_scalars__"))
 
 
 def description(tag: str) -> str:

@@ -104,6 +104,17 @@ class StepWriter:
         """Steps that are not in metrics.jsonl."""
         return self._lines.dropped if self._lines else 0
 
+    @property
+    def tags(self) -> frozenset[str]:
+        """Every tag that has a value."""
+        return frozenset(dict(self._last_steps))
+
+    @property
+    def reach(self) -> dict[str, int]:
+        """Last step of every custom tag, as `event_file.Rewind` takes it."""
+        steps = dict(self._last_steps)
+        return {tag: step for tag, step in steps.items() if metric_table.is_custom(tag)}
+
     def run(self, items: "deque[Item | Request]", wake: threading.Event) -> None:
         """Write until a request says that it is the last. `wake` cuts the pause between two looks short."""
         while True:

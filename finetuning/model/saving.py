@@ -25,6 +25,7 @@ from finetuning.common.files import (
     usual_mode,
     write_json,
 )
+from finetuning.common.paths import utf8_twin
 from finetuning.data.chat_template import chat_format
 from finetuning.model.adapters import adapter_documents, adapter_state, load_adapter
 from finetuning.model.loading import base_of, load_base, load_tokenizer
@@ -130,8 +131,8 @@ def _save_folder(
     try:
         with staging_folder(directory.parent, f".{directory.name}-", str(os.getpid())) as staging:
             write(staging)
-            with _ending_turns(tokenizer):
-                tokenizer.save_pretrained(staging)
+            with _ending_turns(tokenizer), utf8_twin(staging) as place:
+                tokenizer.save_pretrained(place)
             for name, text in (notes or {}).items():
                 (staging / name).write_text(text, encoding="utf-8")
             for path in staging.iterdir():

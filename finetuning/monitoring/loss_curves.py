@@ -68,6 +68,10 @@ def _curve_file(path: Path) -> Path:
     raise UserError(f"{path}: neither a metrics.jsonl nor a trainer_state.json belongs to it")
 
 
+CURVES = {
+    "Training/Loss",
+    "Eval/Loss",
+}  # a line of ours with neither tells nothing about convergence
 FOREIGN_NAMES = {
     "loss": "Training/Loss",
     "train_loss": "Training/Loss",
@@ -138,6 +142,8 @@ def _read_metrics(path: Path):
                 return
             raise UserError(f"{path}:{number}: broken JSON ({error.msg})") from error
         if isinstance(record, dict) and isinstance(record.get("metrics"), dict):  # our own lines
+            if not record["metrics"].keys() & CURVES:
+                continue  # a metric of the user's, which may be over another axis than steps
             record = {"step": record.get("step"), **record["metrics"]}
         row = _numbers(record, f"{path}:{number}") if isinstance(record, dict) else None
         if row:

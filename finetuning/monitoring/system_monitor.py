@@ -22,6 +22,7 @@ from pathlib import Path
 
 import psutil
 
+from finetuning.common.machine import memory_percent
 from finetuning.monitoring.nvml import gpu_samples
 
 MB, GB = 2**20, 2**30
@@ -230,7 +231,7 @@ def _host_samples(problem: Problem) -> Iterator[Values]:
             "System/Disk_Read_MBps": _rate(_disk_bytes_read),
             "System/Net_MBps": _rate(_network_bytes),
             "Memory/Host_RSS_MB": _ProcessTree().resident_mb,
-            "Memory/Host_Percent": lambda: psutil.virtual_memory().percent,
+            "Memory/Host_Percent": memory_percent,
         },
         problem,
     )

@@ -8,6 +8,7 @@ import torch
 
 from finetuning.common.cache import private_folder
 from finetuning.common.distributed import Distributed
+from finetuning.common.paths import home_cache
 from finetuning.common.terminal import Terminal
 from finetuning.config import DirectTrainingConfig
 from finetuning.evaluation.evaluator import Evaluator, HeldOut
@@ -40,6 +41,8 @@ def build_engine(
         terminal.warning(
             f"no adapter is in {'; '.join(parts)}: that stays as it is; --target-modules names linear layers"
         )
+    if home_cache("matplotlib") is None:  # it says so at length, and makes a new folder each time
+        os.environ.setdefault("MPLCONFIGDIR", str(config.cache_path / "matplotlib"))
     if execution.batch_shape:
         user = os.getuid() if hasattr(os, "getuid") else "user"
         compiled = private_folder(config.cache_path / f"compiled-{user}")
@@ -61,6 +64,7 @@ def build_evaluator(
         dist,
         probes=plan.probes,
         max_new_tokens=plan.answer_tokens,
+        sharded=plan.execution.parallel == "fsdp",
         histograms=config.log_weight_histograms,
     )
 

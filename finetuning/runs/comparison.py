@@ -78,8 +78,10 @@ def differences(runs: Sequence[RecordedRun]) -> dict[str, list[Any]]:
 
 
 def metrics(runs: Sequence[RecordedRun]) -> dict[str, list[float | None]]:
-    """Numbers of all runs by row; rows that no run has are left out."""
+    """Numbers of all runs by row, those of the users' own tags last; rows that no run has are left out."""
     table = {name: [of(run) for run in runs] for name, of in METRICS.items()}
+    own = sorted({tag for run in runs for tag in run.custom})
+    table |= {f"{tag}, last": [run.last(tag) for run in runs] for tag in own}
     return {name: row for name, row in table.items() if any(value is not None for value in row)}
 
 
@@ -90,7 +92,14 @@ def outcomes(runs: Sequence[RecordedRun]) -> Rows:
         ("steps", [_steps(run) for run in runs]),
         ("training time", [duration(run.seconds) for run in runs]),
         ("alerts", [str(len(run.alerts)) for run in runs]),
+        *_changed(runs),
     ]
+
+
+def _changed(runs: Sequence[RecordedRun]) -> Rows:
+    """What resumes have set otherwise: the settings above are those of the newest session."""
+    texts = ["; ".join(run.configuration.get("changes", ())) for run in runs]
+    return [("changed by resumes", [redact(text) for text in texts])] if any(texts) else []
 
 
 def unlike(runs: Sequence[RecordedRun]) -> list[str]:
@@ -141,9 +150,8 @@ def _settings(run: RecordedRun) -> dict[str, Any]:
 
 
 def _steps(run: RecordedRun) -> str:
-    steps = max((points[-1][0] for points in run.series.values()), default=0)
     planned = run.configuration.get("steps")
-    return f"{steps}/{planned}" if planned else str(steps)
+    return f"{run.steps}/{planned}" if planned else str(run.steps)
 
 
 def _first(points: Points) -> float | None:
@@ -207,12 +215,13 @@ def page(runs: Sequence[RecordedRun]) -> str:
     """Tables and curves of all runs in one page, offline and without scripts."""
     names = labels(runs)
     results = _html_table(names, [*outcomes(runs), *metric_rows(runs)])
+    own = {clean_line(tag, 60): tag for run in runs for tag in run.custom}
     charts = "".join(
         line_chart(
             title,
             {n: run.series[tag] for n, run in zip(names, runs, strict=True) if tag in run.series},
         )
-        for title, tag in CHARTS.items()
+        for title, tag in (CHARTS | own).items()
     )
     body = (
         f"<h1>{len(runs)} runs</h1>"

@@ -21,11 +21,13 @@ from filelock import FileLock, Timeout
 from finetuning.common.distributed import Distributed
 from finetuning.common.errors import RunStopped, UserError
 from finetuning.common.files import atomic_write, write_json
+from finetuning.common.paths import check_name
 
 RUN_PREFIX = "qwen3_4b_thinking_"
 LOCK_NAME = ".run.lock"
 MODELS = ("final_model", "best_model")
 RUN_NAME = "run.txt"  # in the folder of a model: the run that trained it
+ORIGIN = "origin.json"  # there as well: its step, its loss, and what its base held
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ def lock_output(output_dir: Path) -> FileLock:
     What an owner that died left half-written is removed. Raises UserError if another live run holds it
     or it can't be written.
     """
+    check_name(output_dir, "output_dir", only_text=True)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         lock = FileLock(output_dir / LOCK_NAME)
@@ -207,9 +210,9 @@ def own_models(run: RunDirectory) -> list[Path]:
     aside, moved = run.output_dir / "earlier_models", []
     for name in MODELS:
         place = run.output_dir / name
-        owner = _owner(place)
-        if owner and owner != run.name:
-            target = aside / owner / name
+        other = owner(place)
+        if other and other != run.name:
+            target = aside / other / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(target, ignore_errors=True)
             place.rename(target)
@@ -220,7 +223,7 @@ def own_models(run: RunDirectory) -> list[Path]:
     return moved
 
 
-def _owner(model: Path) -> str:
+def owner(model: Path) -> str:
     """Name of the run that trained a saved model; empty where it does not say."""
     note = model / RUN_NAME
     name = note.read_text(encoding="utf-8", errors="replace").strip() if note.is_file() else ""

@@ -1,57 +1,142 @@
-"""What makes two runs the same run: for a resume, and for the ranks of one run."""
+"""What makes two runs the same run: for a resume, and for the ranks of one run. Content counts, not names."""
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from finetuning.common.errors import UserError
 from finetuning.common.files import strict
+from finetuning.common.fingerprint import text_digest
 from finetuning.common.text import REDACTED, redact
 from finetuning.config import COMMANDS, NAMES_AND_PATHS, DirectTrainingConfig, allowed_values
 from finetuning.data.packing import StepPlan
 from finetuning.data.training_data import TrainingData
 from finetuning.monitoring.alerts import program_of
 
+LORA = ("lora_r", "lora_alpha", "use_rslora", "use_dora")
+# Digests, by what a person calls that of which they are.
+CONTENTS = {
+    "model_weights": "the model's weights",
+    "model_config": "the model's config.json or code",
+    "tokenizer": "the tokenizer",
+    "chat_template": "the chat template",
+    "init_adapter": "the adapter of init_adapter",
+    "data": "the training data",
+    "held_out_data": "the data of eval_path",
+    "documents": "the lengths of the training documents",
+}
+# Cut differently by tokenizers that are not the same, even where the vocabularies are.
+PROBE = (
+    "SM4的分组长度是128比特，共32轮。  RSA-2048: c = m^e mod n;\n\tfoo_bar()  ①②③ ＳＭ３ naïve 🔑"
+)
+
 
 def identity(
-    settings: Mapping[str, Any], model: str, data: TrainingData, plan: StepPlan
+    settings: Mapping[str, Any],
+    model: str,
+    contents: Mapping[str, str],
+    data: TrainingData,
+    plan: StepPlan,
 ) -> dict[str, Any]:
-    """What a checkpoint must share with the run that resumes it, or the steps would not be the same."""
+    """What a checkpoint must share with the run that resumes it, or the steps would not be the same.
+
+    model: the name under which it was found, which is only told. contents: digests of model and tokenizer.
+    """
     lengths = data.train.tokens.lengths[data.train.documents].tobytes()
-    names = ("lora_r", "lora_alpha", "use_rslora", "use_dora", "seed", "packing", "max_seq_length")
+    held_out = data.split.eval_read
     return {
         "model": model,
+        **contents,
         "data": data.split.read.fingerprint,
+        "held_out_data": held_out.fingerprint if held_out else "",
         "documents": hashlib.sha256(lengths).hexdigest()[:16],
         "rows_per_step": plan.rows_per_step,
         "steps": plan.num_steps,
-        **{name: settings[name] for name in names},
+        **{name: settings[name] for name in (*LORA, "seed", "packing", "max_seq_length")},
         "target_modules": sorted(settings["target_modules"]),
     }
 
 
-def check_identity(found: Mapping[str, Any], wanted: Mapping[str, Any], path: object) -> None:
-    """Raise UserError naming every difference between a checkpoint's identity and this run's."""
+def tokenizer_contents(tokenizer: Any) -> dict[str, str]:
+    """Digests of a tokenizer, by its vocabulary and by how it cuts a text, and of its chat template."""
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+    cut = json.dumps(tokenizer.encode(PROBE, add_special_tokens=False))
+    template = json.dumps(tokenizer.chat_template, sort_keys=True)
+    ends = f"{tokenizer.eos_token} {tokenizer.bos_token}"
+    return {
+        "tokenizer": text_digest(vocabulary, cut, ends),
+        "chat_template": text_digest(template),
+    }
+
+
+def check_identity(
+    found: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    path: object,
+    *,
+    finished: bool = False,
+    warn: Callable[[str], None] = lambda text: None,
+) -> None:
+    """Raise UserError naming every difference between a checkpoint's identity and this run's.
+
+    finished: the checkpoint is that of the run's last step. warn: told what is not known to be the same,
+    as the checkpoint is of a version that did not write it down.
+    """
+    unknown = [text for name, text in CONTENTS.items() if name in wanted and name not in found]
+    by_content = "model_weights" in found
+    names = [name for name in wanted if name in found and not (by_content and name == "model")]
+    if (
+        not by_content and wanted["init_adapter"]
+    ):  # it wrote down the settings, not the adapter's own
+        names = [name for name in names if name not in (*LORA, "target_modules")]
     differences = [
-        f"{name} is {wanted[name]}, the checkpoint has {found.get(name)}"
-        for name in wanted
-        if found.get(name) != wanted[name]
+        _difference(name, found, wanted) for name in names if found[name] != wanted[name]
     ]
-    if differences:
-        raise UserError(
-            f"--resume {path}: {'; '.join(differences)}. Use the settings and data of the run that "
-            "wrote it, or start a fresh run without --resume"
+    if not differences:
+        if unknown:
+            text = "is of an earlier version; whether these are the same is not known"
+            warn(f"{path} {text}: {', '.join(unknown)}")
+        return
+    advice = (
+        "Use the settings and data of the run that wrote it, or start a fresh run without --resume"
+    )
+    if not by_content and found["model"] != wanted["model"]:
+        advice = (
+            "The checkpoint is of an earlier version, which knew a model by its name only: give that as "
+            "--model-name, or start a fresh run without --resume"
         )
+    if finished and found.get("steps") != wanted["steps"]:
+        advice += (
+            ". That run is finished, and its learning rate has come to its end: to train on, start a new "
+            "run with --init-adapter final_model (at lora_r 0: --model-name final_model) and another "
+            "--output-dir"
+        )
+    raise UserError(f"--resume {path}: {'; '.join(differences)}. {advice}")
+
+
+def _difference(name: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """Digests say nothing to a person: what they are of does."""
+    if name == "init_adapter" and not (found[name] and wanted[name]):
+        has, had = ("no init_adapter", "one") if found[name] else ("an init_adapter", "none")
+        return f"this run has {has}, the checkpoint's had {had}"
+    if name in CONTENTS:
+        of = f" (model {wanted['model']}, then {found['model']})" if "model" in name else ""
+        return f"{CONTENTS[name]} changed: not the same as those of the checkpoint{of}"
+    return f"{name} is {wanted[name]}, the checkpoint has {found[name]}"
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """`name before -> now` of every setting that a resumed run has otherwise than its checkpoint."""
+    """`name before -> now` of every setting that a resumed run has otherwise than its checkpoint.
+
+    What was left to the program ("auto") is not known to have been otherwise.
+    """
     before, now = strict(before), strict(now)
     return [
         f"{name} {before[name]} -> {now[name]}"
         for name in now
-        if name in before and before[name] != now[name]
+        if name in before and before[name] not in (now[name], "auto")
     ]
 
 
@@ -59,7 +144,7 @@ def check_ranks(identities: Sequence[Mapping[str, Any]]) -> None:
     """Raise UserError naming what is not the same on all ranks: they would train on different samples."""
     first = identities[0]
     for rank, other in enumerate(identities):
-        names = [name for name in first if other[name] != first[name]]
+        names = [name for name in first if name != "model" and other[name] != first[name]]
         if names:
             raise UserError(
                 f"rank {rank} differs from rank 0 in {', '.join(names)}: give all nodes the same data, "

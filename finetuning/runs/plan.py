@@ -1,9 +1,9 @@
 """All that is decided about a run before its weights are loaded: data, tokens, steps, memory."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +11,12 @@ import transformers
 
 from finetuning.analysis.sample_groups import Groups, groups_of
 from finetuning.analysis.statistics import DatasetStatistics, describe
+from finetuning.common.cache import kept_in
 from finetuning.common.distributed import Distributed
 from finetuning.common.errors import UserError
+from finetuning.common.fingerprint import adapter_fingerprint, model_fingerprint
+from finetuning.common.machine import processors
+from finetuning.common.paths import check_name
 from finetuning.common.terminal import Terminal
 from finetuning.config import BatchSettings, DirectTrainingConfig
 from finetuning.data.accounts import Accounts, accounts_of
@@ -31,7 +35,13 @@ from finetuning.model.resolve import (
     weight_dtype,
 )
 from finetuning.model.row_proof import RowProof, proven_way
-from finetuning.runs.identity import check_ranks, identity, recorded_settings
+from finetuning.runs.identity import (
+    check_ranks,
+    identity,
+    recorded_settings,
+    tokenizer_contents,
+)
+from finetuning.runs.init_adapter import check_base
 from finetuning.training.engine import Execution
 from finetuning.training.forecast import (
     RunForecast,
@@ -50,6 +60,7 @@ class RunData:
 
     model: ResolvedModel  # with its folder on this machine
     tokenizer: transformers.PreTrainedTokenizerBase
+    contents: Mapping[str, str]  # digests of model, tokenizer and the adapter to start from
     data: TrainingData
     accounts: tuple[Accounts, ...]  # what became of all that was read
 
@@ -105,7 +116,7 @@ def plan_run(
     answer_tokens = token_budget(probes, config.probe_max_new_tokens, dist.device)
     eval_steps = evaluation_steps(config, steps, evaluation, answer_tokens, dist)
     settings["eval_steps"] = eval_steps
-    run_identity = identity(settings, inputs.model.name, data, steps)
+    run_identity = identity(settings, inputs.model.name, inputs.contents, data, steps)
     check_ranks(dist.gather(run_identity))
     dtype = weight_dtype(dist.device, config.precision)
     compiled = rows.way != "alone" and compiles(config, dist.device, dtype, steps)
@@ -113,6 +124,17 @@ def plan_run(
     parallel, estimate = choose_parallel(config, dist, inputs, rows, work, dtype, compiled)
     check_passes(config, dist, rows, parallel)
     (checkpointing,) = dist.any(estimate.checkpointing)  # all ranks alike
+    execution = Execution(
+        parallel=parallel,
+        dtype=dtype,
+        batch_shape=steps.constant_shape if compiled else {},
+        must_compile=config.compile == "on",
+        gradient_checkpointing=checkpointing,
+        may_checkpoint=config.gradient_checkpointing == "auto" and not checkpointing,
+        fp8=config.precision == "fp8",
+        way=rows.way,
+    )
+    settings |= resolved_settings(config, dist, execution, steps)
     return RunPlan(
         inputs=inputs,
         settings=settings,
@@ -123,16 +145,7 @@ def plan_run(
         answer_tokens=answer_tokens,
         eval_steps=eval_steps,
         identity=run_identity,
-        execution=Execution(
-            parallel=parallel,
-            dtype=dtype,
-            batch_shape=steps.constant_shape if compiled else {},
-            must_compile=config.compile == "on",
-            gradient_checkpointing=checkpointing,
-            may_checkpoint=config.gradient_checkpointing == "auto" and not checkpointing,
-            fp8=config.precision == "fp8",
-            way=rows.way,
-        ),
+        execution=execution,
         rows=rows,
         forecast=estimate,
     )
@@ -172,6 +185,22 @@ def check_passes(
         )
 
 
+def resolved_settings(
+    config: DirectTrainingConfig, dist: Distributed, execution: Execution, steps: StepPlan
+) -> dict[str, Any]:
+    """What was left to the program, or is overridden by another setting, as it is used."""
+    precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[execution.dtype]
+    epochs = steps.fractional_epoch(steps.num_steps) if config.max_steps else config.num_epochs
+    return {
+        "device": dist.device.type if config.device == "auto" else config.device,
+        "precision": precision if config.precision == "auto" else config.precision,
+        "num_epochs": epochs,
+        "parallel": execution.parallel,
+        "compile": "on" if execution.batch_shape else "off",
+        "gradient_checkpointing": "on" if execution.gradient_checkpointing else "off",
+    }
+
+
 def evaluation_steps(
     config: DirectTrainingConfig,
     steps: StepPlan,
@@ -203,8 +232,9 @@ def load_data(
     A rank that is done waits for the others while they live, however long they take. Raises UserError
     where too much is left out.
     """
+    check_name(config.cache_path, "cache_dir")
     found = find_model(config, dist, trust_remote_code)
-    workers = config.workers or os.cpu_count() or 1
+    workers = config.workers or processors()
     with dist.wait_alive("data"):
         with terminal.working("reading the data") as progress:
             read, eval_read = read_data(
@@ -214,8 +244,12 @@ def load_data(
             options = {"seed": config.seed, "cache_dir": config.cache_path}
             split = split_samples(read, config, eval_read, **options)
         with terminal.working("getting the tokenizer"):
-            model = ensure_local(found, split.training_texts, config.cache_path, config.seed)
+            with kept_in(config.cache_path):
+                model = ensure_local(found, split.training_texts, config.cache_path, config.seed)
             tokenizer = load_tokenizer(model)
+            contents = contents_of(config, model, tokenizer)
+        if config.init_adapter:
+            check_base(Path(config.init_adapter), model, contents, terminal.warning)
         with terminal.working("tokenizing") as progress:
             data = prepare_data(
                 split,
@@ -228,7 +262,21 @@ def load_data(
     accounts = accounts_of(data, config)
     for account in accounts:
         account.check(config.max_broken_fraction)
-    return RunData(model, tokenizer, data, accounts)
+    return RunData(model, tokenizer, contents, data, accounts)
+
+
+def contents_of(
+    config: DirectTrainingConfig,
+    model: ResolvedModel,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+) -> dict[str, str]:
+    """Digests of all that a run starts from besides its data."""
+    adapter = adapter_fingerprint(Path(config.init_adapter)) if config.init_adapter else ""
+    return {
+        **model_fingerprint(model.path),
+        **tokenizer_contents(tokenizer),
+        "init_adapter": adapter,
+    }
 
 
 def find_model(
@@ -241,6 +289,8 @@ def find_model(
         precision=config.precision,
         trust_remote_code=trust_remote_code,
     )
+    if found.path is not None:
+        check_name(found.path, "model_name")
     reasons = dist.gather(found.reason if found.embedded else "")
     reason = next(filter(None, reasons), "")
     return embedded_because(reason) if reason else found

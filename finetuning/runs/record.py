@@ -5,29 +5,33 @@ the same calls write nothing; only the alerts look at every rank's numbers, so t
 """
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from finetuning.common.distributed import Distributed
+from finetuning.common.errors import RunStopped
 from finetuning.common.files import atomic_write_text, json_text, strict, write_json
+from finetuning.common.process import Interrupted
 from finetuning.common.terminal import Terminal
 from finetuning.common.text import redact_values
 from finetuning.data.accounts import Accounts, account_rows
 from finetuning.data.mask_audit import mask_audit
-from finetuning.events.event_file import rewind_lines
+from finetuning.events.event_file import Rewind, rewind_lines
 from finetuning.model.resolve import banner
 from finetuning.monitoring.alerts import Alert, AlertMonitor, run_command
 from finetuning.monitoring.system_monitor import SystemMonitor
 from finetuning.readers.sample import BrokenSample
 from finetuning.runs import summary
 from finetuning.runs.directory import RunDirectory
-from finetuning.runs.identity import changed_settings
 from finetuning.runs.plan import RunPlan
 from finetuning.training.checkpoint import Checkpoint
 from finetuning.training.engine import TrainingEngine
 from finetuning.training.state import TrainState
+
+STATUS_SECONDS = 10.0  # after which status.json names the newest step
 
 
 class RunRecord:
@@ -41,6 +45,7 @@ class RunRecord:
             None: a fresh one.
         alert_state: what the alerts remembered at that step.
         alert_actions: alert name -> log, save, stop, or a command to run.
+        changes: of settings, by the resumes so far.
         warn: told of everything a person should look at.
     """
 
@@ -53,10 +58,14 @@ class RunRecord:
         resume_step: int | None,
         alert_state: Mapping,
         alert_actions: Mapping[str, str],
+        changes: Sequence[str] = (),
         warn: Callable[[str], None],
     ) -> None:
         self.run, self.logger, self.system = run, logger, system
         self._actions, self._warn = alert_actions, warn
+        self.changes = list(changes)
+        self.stop_alerts: list[str] = []  # alerts that have asked for the end of the run
+        self._told_status = 0.0  # when
         self.evidence: dict[str, object] = {}  # what the alerts of the next logged step may cite
         self.alerts = AlertMonitor(alert_state or None)
         if logger and resume_step is not None:
@@ -69,23 +78,45 @@ class RunRecord:
         self.logger.log(step, {**metrics, **self.alerts.scalars()})
         if raised:
             self.logger.add_text("Alerts/Table", self.alerts.table(), step)
+        if time.monotonic() - self._told_status >= STATUS_SECONDS:
+            self.status("running", step=step)
         return {self._act(alert) for alert in raised} & {"save", "stop"}
 
-    def rewind(self, step: int, alert_state: Mapping) -> None:
-        """Take back everything after `step`: the run goes on from there."""
-        self.logger.rewind(step)
+    def rewind(
+        self, step: int, alert_state: Mapping, reach: Mapping[str, int] | None = None
+    ) -> None:
+        """Take back everything after `step`: the run goes on from there. `reach`: of custom tags."""
+        self.logger.rewind(step, reach)
         self.alerts, self.evidence = AlertMonitor(alert_state or None), {}
         if self.logger:
             self._forget_alerts(step)
+
+    @property
+    def was_described(self) -> bool:
+        """Whether an earlier session has come to the end of `describe`, and what it wrote is still here."""
+        return "Config/Sequence_Length" in self.logger.tags
 
     def status(self, status: str, **details: object) -> None:
         """How the run stands, for schedulers and people."""
         if not self.logger:
             return
+        self._told_status = time.monotonic()
         try:
             self.run.write_status(status, **redact_values(details))
         except OSError as error:  # a full disk must neither stop training nor hide why it stopped
             self._warn(f"status.json can't be written: {error.strerror or error}")
+
+    def keep_in(self, state: TrainState) -> None:
+        """For a checkpoint: what the alerts remember, and the points so far, which are on the disk now."""
+        state.alerts = self.alerts.state_dict()
+        self.logger.flush(durable=True)
+        state.reach = dict(self.logger.reach)
+
+    def broke_off(self, error: BaseException, *, step: int, saved: int) -> None:
+        """The status of a run that an error or a second signal has ended."""
+        kinds = {RunStopped: "stopped", Interrupted: "preempted"}
+        details = {"step": step, "saved": max(saved, 0), "reason": repr(error)}
+        self.status(kinds.get(type(error), "failed"), **details)
 
     def overhead_percent(self, seconds: float) -> dict[str, float]:
         """Share of `seconds` of training that calls of the logger took."""
@@ -108,7 +139,6 @@ class RunRecord:
         broken = [record for account in plan.inputs.accounts for record in account.broken]
         write_broken(logs / "broken_samples.jsonl", broken)
         write_json(logs / "truncation.json", asdict(plan.data.train.tokens.truncation))
-        logger.add_hparams(summary.hparams(plan.settings))
         self.write_settings(plan.settings, 0)
         logger.add_text("Dataset/Summary", statistics.summary_markdown(), 0)
         audit = mask_audit(plan.data.train.tokens, plan.inputs.tokenizer)
@@ -134,7 +164,7 @@ class RunRecord:
         """configuration.json among the run's logs: settings, model, steps and versions."""
         if self.logger:
             model = summary.model_size(plan, engine)
-            record = summary.configuration(plan.settings, model, plan.steps)
+            record = summary.configuration(plan.settings, model, plan.steps, self.changes)
             write_json(self.run.logs / "configuration.json", record)
 
     def write_summary(
@@ -144,11 +174,13 @@ class RunRecord:
         state: TrainState,
         monitoring: Mapping[str, float],
         hardware: Mapping[str, float],
+        outcome: str,
     ) -> str:
         """Final_* tags, Training/Final_Summary and training_statistics.json; returns the closing lines."""
         model = summary.model_size(plan, engine)
         final = summary.final_metrics(plan, model, state, monitoring, hardware)
-        statistics = summary.training_statistics(plan, model, state, final, self.run.name)
+        end = {"run": self.run.name, "outcome": outcome, "result": summary.result(outcome, state)}
+        statistics = summary.training_statistics(plan, model, state, final, end)
         self.logger.log(state.step, final)
         text = summary.final_summary(statistics)
         self.logger.add_text("Training/Final_Summary", text, state.step)
@@ -162,13 +194,15 @@ class RunRecord:
         """Those of steps that will be done again, and would be told again."""
         path = self.run.logs / "alerts.jsonl"
         try:
-            rewind_lines(path, step)
+            rewind_lines(path, Rewind(step))
         except OSError as error:
             self._warn(f"alerts after step {step} stay in {path.name}: {error.strerror or error}")
 
     def _act(self, alert: Alert) -> str:
         self._warn(f"{alert.name} at step {alert.step}: {alert.advice}")
         action = self._actions.get(alert.name, "log")
+        if action == "stop":
+            self.stop_alerts.append(alert.name)
         if not self.logger:
             return action
         _append_line(self.run.logs / "alerts.jsonl", alert.record(), self._warn)
@@ -213,12 +247,16 @@ def tell_losses(terminal: Terminal, accounts: Sequence[Accounts]) -> None:
 
 
 def tell_resume(
-    terminal: Terminal, record: RunRecord, plan: RunPlan, checkpoint: Checkpoint
+    terminal: Terminal,
+    record: RunRecord,
+    plan: RunPlan,
+    checkpoint: Checkpoint,
+    changes: Sequence[str],
 ) -> None:
     """Where the run goes on, and which settings are others than before, also in TEXT."""
     terminal.info(f"resumed from {checkpoint.path}, step {checkpoint.step}")
-    if changed := changed_settings(checkpoint.state["config"], plan.settings):
-        terminal.info(f"changed since step {checkpoint.step}: {', '.join(changed)}")
+    if changes:
+        terminal.info(f"changed since step {checkpoint.step}: {', '.join(changes)}")
         record.write_settings(plan.settings, checkpoint.step)
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 from finetuning.common.errors import UserError
 from finetuning.common.files import read_json_object
+from finetuning.common.paths import expanded
+from finetuning.events.metric_table import is_custom
 from finetuning.events.reading import read_metrics, read_texts
 from finetuning.runs.directory import RunDirectory
 
@@ -55,6 +57,18 @@ class RecordedRun:
         finite = [v for _, v in self.series.get(tag, ()) if math.isfinite(v)]
         return statistics.median(finite) if finite else None
 
+    @property
+    def steps(self) -> int:
+        """The newest optimizer step; a user's own tags may be over another axis."""
+        own = self.custom
+        ends = (points[-1][0] for tag, points in self.series.items() if tag not in own)
+        return max(ends, default=0)
+
+    @property
+    def custom(self) -> dict[str, Points]:
+        """The series of the user's own tags."""
+        return {tag: points for tag, points in sorted(self.series.items()) if is_custom(tag)}
+
     def texts(self) -> dict[str, list[tuple[int, str]]]:
         """The texts of its event files by tag: (step, Markdown)."""
         return read_texts(self.directory.tensorboard)
@@ -65,12 +79,13 @@ def find_runs(places: Sequence[str | Path]) -> list[RunDirectory]:
 
     Sorted by name, which is by time. Raises UserError for a place where there is no run.
     """
-    found = {run.logs.resolve(): run for place in places for run in _runs_at(Path(place))}
+    paths = [Path(expanded(str(place), "run")) for place in places]
+    found = {run.logs.resolve(): run for path in paths for run in _runs_at(path)}
     return sorted(found.values(), key=lambda run: (run.name, str(run.output_dir)))
 
 
 def _runs_at(place: Path) -> list[RunDirectory]:
-    place = place.expanduser().absolute()
+    place = place.absolute()
     if not place.exists():
         raise UserError(f"{place}: no such directory; give an output directory or a run's logs")
     if place.name == "metrics.jsonl":

@@ -20,10 +20,11 @@ from markdown_it import MarkdownIt
 from markdown_it.rules_inline import StateInline
 
 from finetuning.analysis import report as analysis_report
-from finetuning.common.errors import exit_code
+from finetuning.common.errors import UserError, exit_code
 from finetuning.common.files import atomic_write_text
 from finetuning.common.formatting import UNKNOWN, duration, shown
 from finetuning.common.html import Points, cell, html_page, line_chart, table
+from finetuning.common.terminal import Terminal
 from finetuning.common.text import clean_line, redact, redact_values
 from finetuning.runs.directory import RunDirectory
 from finetuning.runs.recorded import RecordedRun, find_runs, read_recorded
@@ -75,15 +76,27 @@ def write_report(run: RunDirectory) -> Path:
     return path
 
 
+def leave_report(run: RunDirectory, terminal: Terminal) -> None:
+    """`write_report` at the end of a run, which no full disk and no file that somebody broke ends."""
+    try:
+        with terminal.working("writing the report"):
+            path = write_report(run)
+        terminal.info(f"report: {path}")
+    except (OSError, UserError) as error:
+        terminal.warning(f"no report.html: {error}")
+
+
 def page(run: RecordedRun) -> str:
     """The whole page; every text of the run in it is escaped."""
     sections = [
         _head(run),
         _section("Alerts", _alerts(run.alerts)),
         _section("Curves", _charts(run.series)),
+        _section("Your own metrics", _custom(run.custom)),
         _section("Samples and tables", _texts(run.texts())),
         _section("Data", _dataset(run.dataset)),
         _section("Configuration", _pairs(flat(run.configuration.get("config", {})))),
+        _section("Changed by resumes", _changes(run.configuration.get("changes", ()))),
         _section("Model and versions", _pairs(_about(run.configuration))),
     ]
     footer = (
@@ -119,13 +132,12 @@ def _head(run: RecordedRun) -> str:
 
 def headline(run: RecordedRun) -> dict[str, str]:
     """The numbers to read first; what the run does not have is left out."""
-    steps = max((points[-1][0] for points in run.series.values()), default=0)
     planned = run.configuration.get("steps")
     held_out = run.series.get("Eval/Loss", ())
     speed = run.median("Throughput/Tokens_Per_Second")
     numbers = {
         "model": clean_line(str(run.configuration.get("model", {}).get("name", "")), 60),
-        "steps": f"{steps} of {planned}" if planned else str(steps),
+        "steps": f"{run.steps} of {planned}" if planned else str(run.steps),
         "training loss": shown(run.last("Training/Loss"), ""),
         "held-out loss": f"{shown(held_out[0][1])} → {shown(held_out[-1][1])}" if held_out else "",
         "lowest held-out loss": shown(run.lowest("Eval/Loss"), ""),
@@ -156,6 +168,12 @@ def _charts(series: Mapping[str, Points]) -> str:
     charts = [_chart(title, curves_of(series, patterns)) for title, patterns in CHARTS.items()]
     charts = [chart for chart in charts if chart]
     return f'<div class="charts">{"".join(charts)}</div>' if charts else "<p>No point yet.</p>"
+
+
+def _custom(series: Mapping[str, Points]) -> str:
+    """A chart for each tag of the user's, over the steps that it was given."""
+    charts = "".join(line_chart(clean_line(tag, 60), {tag: p}) for tag, p in series.items())
+    return charts and f'<div class="charts">{charts}</div>'
 
 
 def _chart(title: str, curves: Mapping[str, Points]) -> str:
@@ -232,8 +250,13 @@ def _svg(figure: Any) -> str:
     return text[text.index("<svg") :]
 
 
+def _changes(changes: Sequence[str]) -> str:
+    items = "".join(f"<li>{html.escape(redact(clean_line(str(c), 300)))}</li>" for c in changes)
+    return items and f"<ul>{items}</ul>"
+
+
 def _about(configuration: Mapping[str, Any]) -> dict[str, Any]:
-    return flat({k: v for k, v in configuration.items() if k != "config"})
+    return flat({k: v for k, v in configuration.items() if k not in ("config", "changes")})
 
 
 def _pairs(values: Mapping[str, Any]) -> str:

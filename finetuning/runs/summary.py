@@ -8,11 +8,12 @@ from importlib.metadata import version
 from typing import Any
 
 from finetuning.common.distributed import Distributed
+from finetuning.common.files import json_text
 from finetuning.common.formatting import shown
 from finetuning.common.text import table_cell
 from finetuning.data.accounts import account_rows
 from finetuning.data.packing import StepPlan
-from finetuning.runs.directory import RunDirectory
+from finetuning.runs.directory import ORIGIN, RUN_NAME, RunDirectory
 from finetuning.runs.plan import RunPlan
 from finetuning.training.engine import TrainingEngine
 from finetuning.training.state import TrainState
@@ -106,6 +107,13 @@ def checkpoint_state(plan: RunPlan, state: TrainState) -> dict[str, Any]:
     }
 
 
+def model_notes(run: str, state: TrainState, identity: Mapping[str, Any]) -> dict[str, str]:
+    """Files beside a saved model: its run; its step, the held-out loss that was measured last, its base."""
+    base = {name: identity[name] for name in ("model", "model_weights", "model_config")}
+    origin = {"run": run, "step": state.step, "held_out_loss": state.last_eval_loss, "base": base}
+    return {RUN_NAME: f"{run}\n", ORIGIN: json_text(origin, indent=1) + "\n"}
+
+
 def final_metrics(
     plan: RunPlan,
     model: Mapping[str, Any],
@@ -140,14 +148,18 @@ def training_statistics(
     model: Mapping[str, Any],
     state: TrainState,
     final: Mapping[str, float],
-    run: str,
+    end: Mapping[str, str],
 ) -> dict[str, Any]:
-    """The content of training_statistics.json."""
+    """The content of training_statistics.json.
+
+    end: the run's name, its outcome, and which of its models is the result.
+    """
     data, steps = plan.data, plan.steps
     seconds = state.training_seconds
     return {
-        "run": run,
-        "config": dict(plan.settings),
+        **end,
+        "config": settings_at_end(plan, state),
+        **({"changes": state.changes} if state.changes else {}),
         "dataset": {
             "training_samples": len(data.train),
             "held_out_samples": len(data.held_out),
@@ -164,6 +176,7 @@ def training_statistics(
             "best_eval_loss": state.best_eval_loss,
             "best_step": state.best_step,
             "nonfinite_steps": state.nonfinite_steps,
+            "micro_batch_splits": state.micro_batch_splits,
             "resume_count": state.resume_count,
         },
         "throughput": {
@@ -179,12 +192,22 @@ def training_statistics(
     }
 
 
+def settings_at_end(plan: RunPlan, state: TrainState) -> dict[str, Any]:
+    """The settings, with what a lack of memory has changed."""
+    measures = {"gradient_checkpointing": "on"} if state.recomputes else {}
+    return {**plan.settings, **measures}
+
+
 def configuration(
-    settings: Mapping[str, Any], model: Mapping[str, Any], plan: StepPlan
+    settings: Mapping[str, Any],
+    model: Mapping[str, Any],
+    plan: StepPlan,
+    changes: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The content of configuration.json."""
+    """The content of configuration.json. changes: of settings, by resumes."""
     return {
         "config": dict(settings),
+        **({"changes": list(changes)} if changes else {}),
         "model": dict(model),
         "steps": plan.num_steps,
         "steps_per_epoch": plan.steps_per_epoch,
@@ -201,9 +224,13 @@ def versions() -> dict[str, str]:
 def final_summary(statistics: Mapping[str, Any]) -> str:
     """Training/Final_Summary."""
     parts = ("training", "throughput", "model")
+    end = {name: statistics[name] for name in ("outcome", "result")}
+    tables = {"result": end} | {part: statistics[part] for part in parts}
+    if changes := statistics.get("changes"):
+        tables["changed by resumes"] = dict(enumerate(changes, 1))
     return "\n\n".join(
-        f"**{part}**\n\n" + markdown_table({k: shown(v) for k, v in statistics[part].items()})
-        for part in parts
+        f"**{title}**\n\n" + markdown_table({k: shown(v) for k, v in rows.items()})
+        for title, rows in tables.items()
     )
 
 
@@ -220,11 +247,49 @@ def closing_lines(statistics: Mapping[str, Any], run: RunDirectory) -> str:
             f", best {shown(training['best_eval_loss'])} at step {training['best_step']}"
         )
     lines += [
-        f"model: {run.final_model}",
+        *_model_lines(statistics, run),
         f"statistics: {run.statistics}",
         f"curves: uv run tensorboard --logdir={run.tensorboard.parent}",
     ]
     return "\n".join(lines)
+
+
+def _model_lines(statistics: Mapping[str, Any], run: RunDirectory) -> list[str]:
+    """Which folder is the result, and which other one there is."""
+    training, final = statistics["training"], run.final_model
+    best_step, best = training["best_step"], shown(training["best_eval_loss"])
+    if statistics["result"] == run.best_model.name:
+        last = shown(training["last_eval_loss"])
+        return [
+            f"model: {run.best_model}, of step {best_step}, held-out loss {best}; ask.py and export.py take "
+            f"it. The last one, {last}: {final}"
+        ]
+    better = best_step and best_step != training["steps"]
+    return [f"model: {final}", *([f"best: {run.best_model}, of step {best_step}"] * bool(better))]
+
+
+def result(outcome: str, state: TrainState) -> str:
+    """Name of the folder whose model is what the run has come to: the best, where it was stopped early;
+    empty where the run is to go on."""
+    if outcome == "preempted":
+        return ""
+    return "best_model" if outcome == "stopped" and state.best_step else "final_model"
+
+
+def stopped_text(state: TrainState, patience: int, actions: Mapping[str, str]) -> str:
+    """Why a run has ended before its last step and does not go on; empty where it goes on."""
+    if patience and state.evals_without_gain >= patience:
+        return (
+            f"early stopping: no better held-out loss in {state.evals_without_gain} evaluations. To train "
+            "on, resume with a larger --early-stopping-patience, or 0"
+        )
+    alerts = [name for name in state.stop_alerts if actions.get(name) == "stop"]
+    if alerts:
+        names = ", ".join(alerts)
+        return (
+            f"the alert {names} asked for the end. To train on, resume with another action for it"
+        )
+    return ""
 
 
 def nonfinite_text(state: TrainState, places: Sequence[str]) -> str:

@@ -314,7 +314,8 @@ class TrainingEngine:
         """Weights and moments of a checkpoint, and what its run had learned about memory."""
         model_parallel.reshard(self.wrapped)
         model_adapters.load_adapter_state(self._model, tensors["adapter_model"])
-        restore_optimizer(self.optimizer, self._named, tensors["optimizer"])
+        moments = tensors.get("optimizer", {})  # before the first step there are none
+        restore_optimizer(self.optimizer, self._named, moments)
         self.apply_memory_measures(state)
 
     def save(self, directory: Path, tokenizer: Any, notes: Mapping[str, str]) -> None:

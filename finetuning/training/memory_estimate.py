@@ -5,12 +5,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetuning.common.errors import UserError
+from finetuning.common.machine import available_memory
 from finetuning.common.text import clean_line
 from finetuning.config import LoraSettings
 from finetuning.model.adapters import attach_adapters
@@ -228,22 +228,11 @@ def _workspace_bytes(shape: ModelShape, placement: Placement, tokens: int) -> in
 
 
 def free_memory(device: torch.device, ranks: int = 1) -> int:
-    """Bytes that this process can still take: of its GPU, else of the host and its container, which it
+    """Bytes that this process can still take: of its GPU, else of the host and its limits, which it
     shares with the other `ranks` there."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return min([psutil.virtual_memory().available, *_container_room()]) // ranks
-
-
-def _container_room() -> list[int]:
-    """What a Linux container's limit leaves; nothing where there is no limit."""
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = (group / "memory.max").read_text(encoding="ascii").strip()
-        used = int((group / "memory.current").read_text(encoding="ascii"))
-    except (OSError, ValueError):
-        return []
-    return [int(limit) - used] if limit.isdigit() else []
+    return available_memory() // ranks
 
 
 def largest_batch(

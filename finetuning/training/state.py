@@ -34,6 +34,10 @@ class TrainState:
     )  # their update is left out after a rollback
     recomputes: bool = False  # out-of-memory has turned gradient checkpointing on
     micro_batch_splits: int = 0  # how often out-of-memory has halved the micro-batches
+    evaluation_due: bool = False  # a signal came within the one of this step
+    stop_alerts: list[str] = field(default_factory=list)  # alerts whose action "stop" ended the run
+    changes: list[str] = field(default_factory=list)  # of settings, by resumes, and at which step
+    reach: dict[str, int] | None = None  # of a user's own tags, see `events.event_file.Rewind`
     convergence: dict = field(default_factory=dict)
     alerts: dict = field(default_factory=dict)
 

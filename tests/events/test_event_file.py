@@ -98,7 +98,7 @@ def test_rewind_keeps_the_checkpoint_and_nothing_later(tmp_path):
     write_file(tmp_path, 0, *(scalars_event(step, a=step) for step in range(1, 8)))
     second = [scalars_event(8, a=8, sparse=8), scalars_event(9, a=9), scalars_event(12, orphan=1)]
     old = write_file(tmp_path, 8, *second, scalars_event(13, a=13)[:-3])
-    assert event_file.rewind_events(tmp_path, 9) == {"a": 9, "sparse": 8}
+    assert event_file.rewind_events(tmp_path, event_file.Rewind(9)) == {"a": 9, "sparse": 8}
     assert steps(tmp_path, "a") == list(range(1, 10))
     assert steps(tmp_path, "sparse") == [8]
     assert steps(tmp_path, "orphan") == []
@@ -113,7 +113,7 @@ def test_rewind_keeps_the_checkpoint_and_nothing_later(tmp_path):
 def test_rewind_takes_back_the_end_of_the_session(tmp_path):
     ended = scalars_event(3, **{event_file.SESSION_END_TAG: 1, "a": 3})
     write_file(tmp_path, 0, ended, scalars_event(3, **{event_file.SESSION_END_TAG: 1}))
-    assert event_file.rewind_events(tmp_path, 3) == {"a": 3}
+    assert event_file.rewind_events(tmp_path, event_file.Rewind(3)) == {"a": 3}
 
 
 def test_rewind_after_a_crash_between_rename_and_cut(tmp_path):
@@ -121,13 +121,13 @@ def test_rewind_after_a_crash_between_rename_and_cut(tmp_path):
     write_file(tmp_path, 0, *(scalars_event(step, a=step) for step in range(1, 8)))
     write_file(tmp_path, 0, *(scalars_event(step, a=step) for step in range(1, 5)))
     (tmp_path / ".compact-1.tmp").write_bytes(b"left by the crash")
-    event_file.rewind_events(tmp_path, 4)
+    event_file.rewind_events(tmp_path, event_file.Rewind(4))
     assert steps(tmp_path, "a") == [1, 2, 3, 4]
     assert not list(tmp_path.glob(".compact*"))
 
 
 def test_rewind_of_an_empty_directory(tmp_path):
-    assert event_file.rewind_events(tmp_path / "absent", 4) == {}
+    assert event_file.rewind_events(tmp_path / "absent", event_file.Rewind(4)) == {}
 
 
 LIMITED = """
@@ -203,7 +203,7 @@ def test_rewind_without_space_for_a_copy(tmp_path):
 records = [t.scalars_event(s, a=s, sparse=s) for s in range(1, 201)]
 t.write_file(run, 0, *records)
 limit(2000)
-print(event_file.rewind_events(run, 100))
+print(event_file.rewind_events(run, event_file.Rewind(100)))
 t.write_file(run, 101, t.scalars_event(101, a=-1))
 """
     assert run_limited(script, tmp_path).strip() == "{'a': 100, 'sparse': 100}"
@@ -231,9 +231,9 @@ def test_rewind_of_lines(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step}) + "\n" for step in (1, 2, 3)]
     path.write_text("".join([*lines, "no json\n", '{"step": 4}\n', '{"step": 2, "to']))
-    event_file.rewind_lines(path, 2)
+    event_file.rewind_lines(path, event_file.Rewind(2))
     assert path.read_text() == "".join(lines[:2])
-    event_file.rewind_lines(tmp_path / "absent", 2)
+    event_file.rewind_lines(tmp_path / "absent", event_file.Rewind(2))
 
 
 def test_a_torn_line_is_cut_before_the_next_one(tmp_path):

@@ -20,7 +20,7 @@ from finetuning.data.chat_template import chat_format
 from finetuning.evaluation import reply as evaluation_reply
 from finetuning.evaluation.reply import Reply, generate
 from finetuning.model.loading import load_for_inference
-from finetuning.model.resolve import find_trained
+from finetuning.runs.result import find_trained
 
 QUESTION = "SM4的分组长度是多少？"
 

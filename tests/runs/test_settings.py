@@ -33,10 +33,12 @@ from finetuning.common.terminal import Terminal
 from finetuning.config import DirectTrainingConfig, allowed_values
 from finetuning.data.token_table import Segment
 from finetuning.model.resolve import weight_dtype
+from finetuning.monitoring.system_monitor import SystemMonitor
 from finetuning.runs import plan as run_plan
 from finetuning.runs.build import build_engine, build_evaluator
 from finetuning.runs.metrics import MetricsProcessor
 from finetuning.runs.plan import RunPlan, plan_run
+from finetuning.runs.record import RunRecord
 from finetuning.training.engine import TrainingEngine
 
 FIELDS = {f.name: f for f in dataclasses.fields(DirectTrainingConfig)}
@@ -402,7 +404,11 @@ def after_an_alert(world: World, config: Config) -> tuple[bool, str]:
     trainer = world.trainer(config)
     run = SimpleNamespace(tensorboard=place / "tb", logs=place / "logs", output_dir=place)
     run.logs.mkdir(parents=True)
-    trainer.record = trainer.open_record(run, None)
+    options = {"resume_step": None, "alert_state": {}, "alert_actions": config.alert_actions}
+    quiet = {"warn": lambda text: None}
+    trainer.record = RunRecord(
+        run, trainer.open_logger(run, None), SystemMonitor((), place), **options, **quiet
+    )
     try:
         saves = trainer.log(1, {"Monitoring/NonFinite_Steps": 1.0})
     finally:

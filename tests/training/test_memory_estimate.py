@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 
 from finetuning.common.errors import UserError
 from finetuning.config import PROJECTIONS, LoraSettings
-from finetuning.training import memory_estimate
 from finetuning.training.memory_estimate import (
     Placement,
     activation_bytes,
@@ -193,11 +192,3 @@ def test_the_largest_batch_fits_and_one_more_does_not():
         rows = largest_batch(lambda rows: 100.0 * rows, free, limit=1000, usable=1.0)
         assert rows * 100 <= free or rows == 0
         assert rows == 1000 or (rows + 1) * 100 > free
-
-
-def test_a_container_leaves_less_than_the_host(monkeypatch):
-    monkeypatch.setattr(memory_estimate, "_container_room", lambda: [12345])
-    assert memory_estimate.free_memory(torch.device("cpu")) == 12345
-    assert memory_estimate.free_memory(torch.device("cpu"), ranks=3) == 4115, (
-        "the ranks of a host share it"
-    )

@@ -1,0 +1,73 @@
+"""Paths as users give them: a home directory behind `~`, a cache without one, names that a locale breaks."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from finetuning.common.errors import UserError
+from finetuning.common.text import clean_line
+
+
+def expanded(path: str, name: str) -> str:
+    """`path` with the home directory in place of `~`, which no shell has replaced in `--name=~/…` or TOML.
+
+    Raises UserError where there is no such home directory: a folder called `~` is never meant.
+    """
+    if not path.startswith("~"):
+        return path
+    found = os.path.expanduser(path)
+    if found.startswith("~"):
+        raise UserError(
+            f"{name} {clean_line(path, 200)}: no home directory is known here (HOME is not set); give the "
+            "path without ~"
+        )
+    return found
+
+
+def home_cache(name: str) -> Path | None:
+    """`~/.cache/<name>`; None where there is no home directory, or nothing can be written there."""
+    folder = Path(os.path.expanduser("~"), ".cache", name)
+    if not folder.is_absolute():  # a user that the system does not know, and HOME is not set
+        return None
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    return folder if os.access(existing, os.W_OK | os.X_OK) else None
+
+
+def is_utf8(path: str | Path) -> bool:
+    """Whether Python writes a path as libraries in Rust and C++ do, which is UTF-8 whatever the locale is."""
+    text = os.fspath(path)
+    try:
+        return os.fsencode(text) == text.encode()
+    except UnicodeEncodeError:
+        return False
+
+
+def check_name(path: str | Path, name: str, *, only_text: bool = False) -> None:
+    """Raise UserError for a path at which a library would look elsewhere than Python does.
+
+    only_text: a name that is text will do, in whatever encoding: nothing but Python goes there.
+    """
+    text = os.fspath(path)
+    if only_text and text.isprintable():  # a byte that no encoding explains is a surrogate here
+        return
+    if not is_utf8(text):
+        raise UserError(
+            f"{name} {clean_line(ascii(text), 200)}: this locale writes the name in another way than "
+            "UTF-8, which libraries expect; start with LC_ALL=C.UTF-8 or PYTHONUTF8=1 and a name in UTF-8, "
+            "or use a name of ASCII letters"
+        )
+
+
+@contextmanager
+def utf8_twin(folder: Path) -> Iterator[Path]:
+    """A place where such a library can write what belongs into `folder`: itself, if its name is UTF-8."""
+    if is_utf8(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as twin:
+        yield Path(twin)
+        for path in Path(twin).iterdir():
+            shutil.move(path, folder / path.name)

@@ -1,0 +1,146 @@
+"""Signals that end a process: which are taken, what was ignored, and what a second one does.
+
+uv run pytest tests/common/test_process.py
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from finetuning.common.process import Interrupted, StopSignal
+from finetuning.common.workers import in_order
+
+NAMES = [name for name in StopSignal.NAMES if hasattr(signal, name)]
+
+
+@pytest.fixture(autouse=True)
+def all_as_usual() -> Iterator[None]:
+    """A runner in the background of a script may itself ignore some of them."""
+    before = {getattr(signal, n): signal.getsignal(getattr(signal, n)) for n in NAMES}
+    for number in before:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def send(name: str) -> None:
+    os.kill(os.getpid(), getattr(signal, name))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_signal_leaves_its_name_once_there_is_something_to_save(name: str):
+    with StopSignal() as stop:
+        stop.wait_for_loop()
+        send(name)
+        assert stop.name == name
+    assert signal.getsignal(getattr(signal, name)) == signal.SIG_DFL, "the handler was given back"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_before_that_it_ends_the_process_with_its_exit_code(name: str):
+    with StopSignal() as stop, pytest.raises(Interrupted, match=name) as raised:
+        send(name)
+    assert raised.value.code == 128 + getattr(signal, name) and stop.name == name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_was_ignored_at_the_start_stays_ignored(name: str):
+    number = getattr(signal, name)
+    signal.signal(number, signal.SIG_IGN)
+    with StopSignal() as stop:
+        send(name)
+        assert signal.getsignal(number) == signal.SIG_IGN and not stop.name
+    assert signal.getsignal(number) == signal.SIG_IGN
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "ends"),
+    [
+        ("SIGINT", "SIGINT", True),
+        ("SIGTERM", "SIGTERM", True),
+        ("SIGTERM", "SIGINT", True),
+        ("SIGUSR1", "SIGTERM", False),  # a scheduler's warning, then its time limit
+        ("SIGXCPU", "SIGXCPU", False),  # the kernel repeats it each second
+    ],
+)
+def test_a_second_signal_of_a_person_ends_at_once(first, second, ends, monkeypatch):
+    with StopSignal() as stop:
+        stop.wait_for_loop()
+        send(first)
+        send(first)  # the launcher passes on what the terminal has sent
+        now = time.monotonic() + 1
+        monkeypatch.setattr(time, "monotonic", lambda: now)
+        if ends:
+            with pytest.raises(Interrupted, match="without saving"):
+                send(second)
+            assert signal.getsignal(getattr(signal, second)) == signal.SIG_DFL, "the third kills"
+        else:
+            send(second)
+        assert stop.name == first
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ignored", [True, False])
+def test_the_imports_leave_an_ignored_ctrl_c_ignored(ignored: bool):
+    script = (
+        "import signal\n"
+        "from finetuning.common import process\n"
+        "process.imports_begin()\n"
+        "during = signal.getsignal(signal.SIGINT)\n"
+        "process.imports_are_done()\n"
+        "print(int(during), signal.getsignal(signal.SIGINT) is signal.SIG_IGN)"
+    )
+    handler = signal.SIG_IGN if ignored else signal.SIG_DFL
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, handler),
+    )
+    assert done.stdout.split() == (
+        [str(int(signal.SIG_IGN)), "True"] if ignored else ["0", "False"]
+    )
+
+
+def wait_long(seconds: float) -> int:
+    time.sleep(seconds)
+    return os.getpid()
+
+
+@pytest.mark.slow
+def test_workers_do_not_hold_up_the_end():
+    """A worker in the middle of minutes of work ends when nobody wants the result any more."""
+    results = in_order(wait_long, [(0.0,), *[(600.0,)] * 6], 2)
+    assert next(results) > 0
+    began = time.monotonic()
+    with pytest.raises(Interrupted):
+        results.throw(Interrupted(signal.SIGTERM, "test"))
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a signal at the parent's death")
+def test_workers_end_with_a_parent_that_is_killed():
+    script = (
+        "import os\nfrom finetuning.common.workers import in_order\n"
+        "from tests.common.test_process import wait_long\n"
+        "if __name__ == '__main__':\n"
+        "    results = in_order(wait_long, [(0.0,), *[(600.0,)] * 6], 2)\n"
+        "    print(next(results), flush=True)\n"
+        "    os.kill(os.getpid(), 9)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    worker, deadline = int(done.stdout), time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    pytest.fail("the worker lives on")
