@@ -109,20 +109,18 @@ def plan_run(
     No weights are loaded. Raises UserError on all ranks where a rank has other data or settings.
     """
     inputs = load_data(config, dist, terminal, trust_remote_code=trust_remote_code)
-    rows = prove_rows(config, inputs.model, terminal)
     data, settings = inputs.data, recorded_settings(config)
+    rows = prove_rows(config, inputs.model, terminal)
     steps, evaluation = plan_steps(config, data, dist)
-    probes = choose_probes(data.held_out, inputs.tokenizer, config.num_probes)
+    probes = tuple(choose_probes(data.held_out, inputs.tokenizer, config.num_probes))
     answer_tokens = token_budget(probes, config.probe_max_new_tokens, dist.device)
     eval_steps = evaluation_steps(config, steps, evaluation, answer_tokens, dist)
-    settings["eval_steps"] = eval_steps
     run_identity = identity(settings, inputs.model.name, inputs.contents, data, steps)
     check_ranks(dist.gather(run_identity))
     dtype = weight_dtype(dist.device, config.precision)
     compiled = rows.way != "alone" and compiles(config, dist.device, dtype, steps)
     work = Workload.of(data, steps, eval_steps, answer_tokens)
     parallel, estimate = choose_parallel(config, dist, inputs, rows, work, dtype, compiled)
-    check_passes(config, dist, rows, parallel)
     (checkpointing,) = dist.any(estimate.checkpointing)  # all ranks alike
     execution = Execution(
         parallel=parallel,
@@ -134,14 +132,14 @@ def plan_run(
         fp8=config.precision == "fp8",
         way=rows.way,
     )
-    settings |= resolved_settings(config, dist, execution, steps)
+    settings |= {"eval_steps": eval_steps, **resolved_settings(config, dist, execution, steps)}
     return RunPlan(
         inputs=inputs,
         settings=settings,
         steps=steps,
         evaluation=evaluation,
         groups=groups_of(data),
-        probes=tuple(probes),
+        probes=probes,
         answer_tokens=answer_tokens,
         eval_steps=eval_steps,
         identity=run_identity,
@@ -403,6 +401,7 @@ def choose_parallel(
     may_shard = config.parallel == "auto" and config.quantization == "none" and dist.world_size > 1
     if may_shard and parallel == "ddp" and any(dist.any(not estimate.fits)):
         parallel, estimate = "fsdp", forecast_for("fsdp")
+    check_passes(config, dist, rows, parallel)
     if config.precision == "fp8" and (parallel == "fsdp" or not compiled):
         reason = "shards" if parallel == "fsdp" else "layers that are not compiled"
         raise UserError(f"precision fp8 does not go with {reason}; use --precision bf16")
