@@ -166,7 +166,7 @@ def _markdown_block(body: str, number: str) -> tuple[Sample, str, list[str]]:
         remarks.append(f"the answer to Q{number} ends with what looks like a section heading")
     difficulty = int(stated[1]) if stated else None
     sample = checked(Sample(question, thinking, answer, difficulty=difficulty))
-    return sample, section, [*remarks, *(f"Q{number}: {text}" for text in oddities(sample))]
+    return sample, section, [*remarks, *(f"Q{number}: {odd}" for odd in oddities(sample))]
 
 
 def _number(heading: re.Match) -> str:
@@ -211,6 +211,11 @@ def _stranger(answer: str) -> re.Match | None:
     if numbers and float(numbers[0]) <= 1:
         lines = [m for m in lines if not m["number"]]
     return next(iter(lines), None)
+
+
+def has_headed_questions(text: str) -> bool:
+    """Whether a text has questions with a heading that this reader reads."""
+    return bool(_questions(text))
 
 
 def markdown_samples(text: str, source: str) -> Iterator[Sample | BrokenSample | Remark]:

@@ -1,0 +1,87 @@
+"""Leftovers of other programs in the texts of a sample: told, since they are learnt letter by letter."""
+
+import re
+from collections.abc import Iterator
+
+from finetuning.readers.fields import Oddity
+from finetuning.readers.sample import WIDE_TAG, Sample
+
+# Kind: literal texts of which one must be there, which is quickly seen, and what is then looked for.
+_KINDS = {
+    "marks of another format": (
+        (
+            "<|",
+            "<｜",
+            "s>",
+            "INST]",
+            "SYS>",
+            "os>",
+            "<end_of",
+            "<start_of",
+            "[CLS]",
+            "[SEP]",
+            "MASK]",
+            "<sop>",
+            "<eop>",
+        ),
+        re.compile(
+            r"<\|[A-Za-z][\w-]{0,40}\|>|<｜[^｜<>\n]{1,40}｜>|</?s>|\[/?INST\]|<</?SYS>>|</?(?:bos|eos)>"
+            r"|<(?:start|end)_of_turn>|\[(?:CLS|SEP|gMASK|sMASK)\]|<sop>|<eop>"
+        ),
+    ),
+    "escapes": (
+        ("\\n", "\\u", "\\t", "_x00"),
+        re.compile(r"\\n(?![a-zA-Z])|\\u[0-9a-fA-F]{4}|_x00[0-9A-F]{2}_|\\t(?![a-zA-Z])"),
+    ),
+    "bits of HTML": (
+        (
+            "&lt;",
+            "&gt;",
+            "&amp;",
+            "&nbsp;",
+            "&quot;",
+            "&#",
+            "&ldquo;",
+            "&hellip;",
+            "<br",
+            "<p>",
+            "</p>",
+            "</div>",
+            "</span>",
+        ),
+        re.compile(
+            r"&(?:lt|gt|amp|nbsp|quot|ldquo|rdquo|hellip|#\d{1,6}|#x[0-9a-fA-F]{1,5});|<br ?/?>|</?p>"
+            r"|</(?:div|span)>"
+        ),
+    ),
+    "places for pictures or sounds": (
+        ("<image>", "<img", "<audio>", "<video>", "<图片>", "!["),
+        re.compile(r"<(?:image|audio|video|图片)>|<img[ >]|!\[[^\]\n]{0,200}\]\("),
+    ),
+}
+_ROLE = r"(?:Human|User|Assistant|AI|Bot|Question|Answer|用户|助手|人类|机器人|问|答|提问|回答)"
+_ROLES_IN_TEXT = re.compile(rf"{_ROLE}[ \t]*[:：]")
+
+
+def damages(sample: Sample) -> Iterator[Oddity]:
+    """What is odd in the texts that are learnt or asked."""
+    texts = (sample.question, sample.thinking, sample.answer, sample.system)
+    for name, (hints, pattern) in _KINDS.items():
+        if example := _found(hints, pattern, texts):
+            yield Oddity(f"{name}, such as {{}}, stay in the text", example)
+    if any("＜" in text and WIDE_TAG.search(text) for text in texts[:3]):
+        yield Oddity("＜think＞ with full-width brackets is read as text; write <think>")
+    for text in (sample.question, sample.answer):
+        role = _ROLES_IN_TEXT.match(text)
+        if role:
+            yield Oddity(
+                "words that name who speaks, such as {}, stay in the text", role[0].strip()
+            )
+            return
+
+
+def _found(hints: tuple[str, ...], pattern: re.Pattern, texts: tuple[str, ...]) -> str:
+    for text in texts:
+        if any(hint in text for hint in hints) and (match := pattern.search(text)):
+            return match[0]
+    return ""
