@@ -25,10 +25,13 @@ from finetuning.common.errors import RunStopped, UserError
 from finetuning.common.terminal import Terminal, show_crash
 from finetuning.command_line import CommandLine, parse_command_line
 from finetuning.config import DirectTrainingConfig
+from finetuning.readers.files import check_paths
 
-if __name__ == "__main__":  # help and wrong settings are answered before the imports that take long
+if (
+    __name__ == "__main__"
+):  # help, wrong settings and paths are answered before the imports that take long
     try:
-        parse_command_line(sys.argv[1:])
+        check_paths(parse_command_line(sys.argv[1:]).training)
     except UserError as error:
         Terminal().error(str(error))
         sys.exit(2)
@@ -460,13 +463,8 @@ def run(command: CommandLine) -> int:
     if command.check_data:  # everything that is wrong is to be seen, nothing may end the reading
         policy = "drop" if config.over_length == "error" else config.over_length
         config = dataclasses.replace(config, max_broken_fraction=1.0, over_length=policy)
-    trainer = DirectTrainer(
-        config,
-        resume=command.resume,
-        quiet=command.quiet,
-        trust_remote_code=command.trust_remote_code,
-    )
     trust = {"trust_remote_code": command.trust_remote_code}
+    trainer = DirectTrainer(config, resume=command.resume, quiet=command.quiet, **trust)
     if command.check_data:
         inputs = load_data(config, trainer.dist, trainer.terminal, **trust)
         quiet = command.quiet or not trainer.dist.is_main

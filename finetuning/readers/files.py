@@ -5,7 +5,7 @@ import glob
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from finetuning.common.errors import UserError
 from finetuning.common.files import read_json_object
 from finetuning.common.text import clean_line
+from finetuning.config import DataSettings
 from finetuning.readers.sample import Remark
 
 KINDS = {
@@ -103,9 +104,9 @@ def list_files(path: str, cache_dir: Path | None = None) -> Listing:
     return found
 
 
-def check_paths(paths: Sequence[str]) -> None:
+def check_paths(settings: DataSettings) -> None:
     """Raise UserError, at once, for a path that is not there or of which nothing can be read."""
-    for path in paths:
+    for path in (*settings.data_path, *settings.eval_path):
         if not str(path).startswith(_HUB):
             list_files(os.fspath(path))
 
