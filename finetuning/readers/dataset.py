@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from finetuning.common.errors import UserError
 from finetuning.common.files import write_json
 from finetuning.common.text import clean_line
 from finetuning.common.workers import in_order
-from finetuning.readers.files import COMPRESSIONS, DataFile, Listing, list_files
+from finetuning.readers.files import COMPRESSIONS, TEXTS, DataFile, Listing, list_files
 from finetuning.readers.findings import HINTS, Findings, encoding_remark, without_sample
 from finetuning.readers.formats import read_records, recognized
 from finetuning.readers.opening import Chunk, split_file
@@ -140,7 +141,7 @@ def _accounted(found: SampleSet, files: list[DataFile], listing: Listing) -> Sam
             continue
         if (
             not file.named
-            and file.kind in ("markdown", "text", "word")
+            and file.kind in TEXTS
             and file.source not in broken
         ):
             per_file.pop(file.source)
@@ -162,7 +163,6 @@ def _accounted(found: SampleSet, files: list[DataFile], listing: Listing) -> Sam
 def _read_chunk(chunk: Chunk, findings: Findings) -> Iterator[Sample | BrokenSample]:
     """All samples of a chunk in order, and what is broken between them; the rest is found."""
     file = chunk.file
-    ruled = {field for field, _ in file.columns}
     for item in read_records(chunk):
         if isinstance(item, Remark):
             findings.note(item.line, item.text)
@@ -173,9 +173,7 @@ def _read_chunk(chunk: Chunk, findings: Findings) -> Iterator[Sample | BrokenSam
             yield item
         else:
             line, record = item
-            columns = file.columns
-            if file.described and isinstance(record, dict):
-                columns += tuple(p for p in file.described if p[0] not in ruled and p[1] in record)
+            columns = _columns_of(file, record)
             try:
                 reading = record_sample(record, columns)
             except BrokenRecordError as error:
@@ -185,6 +183,18 @@ def _read_chunk(chunk: Chunk, findings: Findings) -> Iterator[Sample | BrokenSam
             else:
                 findings.record(line, reading)
                 yield _placed(reading.sample, file.source, line)
+
+
+def _columns_of(file: DataFile, record: Any) -> tuple[tuple[str, str], ...]:
+    """The columns that are ruled for a record. What a text calls its fields differs from file to file, and
+    what a description says may be missing: there only those count that the record has."""
+    if not isinstance(record, dict):
+        return file.columns
+    ruled = {field for field, _ in file.columns}
+    described = tuple(p for p in file.described if p[0] not in ruled and p[1] in record)
+    if file.kind in TEXTS:
+        return tuple(pair for pair in file.columns if pair[1] in record)
+    return file.columns + described
 
 
 def _placed(sample: Sample, source: str, line: int) -> Sample:

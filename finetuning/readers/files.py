@@ -21,6 +21,7 @@ KINDS = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "csv", ".xlsx": "excel", ".xlsm": "excel",
     ".parquet": "parquet", ".arrow": "arrow",
 }  # fmt: skip
+TEXTS = ("markdown", "text", "word")
 COMPRESSIONS = (".gz", ".zst")
 _WHOLE = ("parquet", "arrow", "excel", "word")  # kinds that are compressed by themselves
 # What to do about kinds that people have and that are not read.
@@ -44,6 +45,8 @@ _SPLIT = re.compile(
     r"(train|training|训练集?|训练)|(test|testing|validation|valid|val|dev|eval|测试集?|验证集?)",
     re.IGNORECASE,
 )
+_SPLIT_WORD = re.compile(r"(?:^|[-_ ])(?:test|validation|valid|val|dev|eval)(?:[-_ ]|$)|测试集|验证集")
+_FOR_TESTS = "its name says that it is for tests; it is read all the same"
 _SHARD = re.compile(r"[-_.]?\d+(?:[-_]of[-_]\d+)?$")
 
 MAX_RECORD = 16 * 2**20
@@ -162,6 +165,8 @@ def _add_existing(path: str, source: str, mode: int, found: Listing) -> None:
             f"can't read {shown}: {todo + '; ' if todo else ''}readable are {_readable()}"
         )
     found.files.append(DataFile(path, _source(source), kind))
+    if _is_held_out(os.path.basename(path), set()):
+        found.remarks.append(Remark(_source(source), 1, _FOR_TESTS))
 
 
 def _source(*parts: str) -> str:
@@ -261,11 +266,10 @@ def _add_for_training(files: list[tuple[str, DataFile]], found: Listing) -> None
             text = "skipped: its name says that it is for tests; --eval-path evaluates on it"
             found.skipped.append(Remark(file.source, 1, text))
         else:
-            found.remarks.append(
-                Remark(
-                    file.source, 1, "its name says that it is for tests; it is read all the same"
-                )
-            )
+            found.remarks.append(Remark(file.source, 1, _FOR_TESTS))
+    for inner, file in files:
+        if file in kept and kept != held_out and _SPLIT_WORD.search(_stem(inner)):
+            found.remarks.append(Remark(file.source, 1, f"{_FOR_TESTS} (perhaps)"))
     found.files.extend(kept or held_out)
 
 

@@ -109,16 +109,13 @@ class Findings:
         columns = [name for name in names if ": " not in name]
         if not columns:
             return "nothing reads these"
-        long = [n for n in columns if width(self._left[n].example) >= _REASONING_WIDTH]
-        if self.samples and not self.thinking and long:
-            return (
-                f"no reasoning was found: --columns thinking {_quoted(long[0])} reads it from there"
-            )
-        persona = [
-            n for n in columns if self._left[n].example.startswith(("你是", "You are", "您是"))
-        ]
+        personas = ("你是", "您是", "You are")
+        persona = [name for name in columns if self._left[name].example.startswith(personas)]
         if persona:
             return f"--columns system {_quoted(persona[0])} makes it the system text"
+        long = [n for n in columns if width(self._left[n].example) >= _REASONING_WIDTH]
+        if self.samples and not self.thinking and long:
+            return f"no reasoning was found: --columns thinking {_quoted(long[0])} reads it from there"
         return "--columns FIELD NAME says what a column is for"
 
 

@@ -30,9 +30,9 @@ _WEIGHTS = {"weight", "loss weight", "sample weight", "权重", "样本权重"}
 
 
 def _word(value: Any) -> str:
-    if isinstance(value, float) and value == int(value):
+    if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return str(value).strip().casefold() if isinstance(value, (bool, int, str)) else ""
+    return str(value).strip().casefold() if isinstance(value, (bool, int, float, str)) else ""
 
 
 @functools.lru_cache(maxsize=4096)

@@ -245,12 +245,22 @@ def _is_table(value: dict) -> bool:
     return plain and len({len(v) for v in lists}) == 1
 
 
+def _holds_record(value: Any) -> bool:
+    """Whether a value is a record or a conversation, or an object that holds one."""
+    if not isinstance(value, dict):
+        return are_turns(value)
+    inner = [item for item in value.values() if isinstance(item, dict)]
+    return is_record(map(str, value)) or any(is_record(map(str, item)) for item in inner)
+
+
 def _listed(value: dict, file: DataFile, line: int) -> Iterator[Record | Remark]:
     lists = {
         k: v
         for k, v in value.items()
         if isinstance(v, list) and v and isinstance(v[0], (dict, list))
     }
+    held = {name for name, items in lists.items() if _holds_record(items[0])}
+    lists = {name: items for name, items in lists.items() if name in held or not held}
     train = [name for name in lists if str(name).lower() in _SPLITS]
     others = [name for name in lists if str(name).lower() in _OTHER_SPLITS]
     for name in train or [name for name in lists if name not in others] or others:

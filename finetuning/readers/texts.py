@@ -14,6 +14,7 @@ from finetuning.readers.tables import Row, is_header, table_records
 
 _MARK = re.compile(r"<(/?)([A-Za-z][A-Za-z_]{0,30})>")
 _TABLE_RULE = re.compile(r"[ \t]*\|?(?:[ \t]*:?-+:?[ \t]*\|)+[ \t]*:?-*:?[ \t]*")
+_ANCHOR = re.compile(r"^[ \t]*<a (?:name|id)=[^>]*></a>[ \t]*$", re.MULTILINE)  # of pages that Yuque exports
 _BAR = re.compile(r"(?<!\\)\|")
 
 
@@ -25,7 +26,7 @@ def text_items(chunk: Chunk) -> Iterator[tuple[int, Any] | Sample | BrokenSample
     text, marks = _usual_marks(text)
     if marks:
         yield Remark(file.source, 1, f"{marks} is read as <think>")
-    text, more = _without_tables(text)
+    text, more = _without_tables(_ANCHOR.sub("", text))
     reader = markdown_samples if has_headed_questions(text) else labelled_records
     yield from reader(text, file.source)
     for table in (*tables, *more):
