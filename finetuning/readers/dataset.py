@@ -139,11 +139,7 @@ def _accounted(found: SampleSet, files: list[DataFile], listing: Listing) -> Sam
     for file in files:
         if found.samples_per_file[file.source]:
             continue
-        if (
-            not file.named
-            and file.kind in TEXTS
-            and file.source not in broken
-        ):
+        if not file.named and file.kind in TEXTS and file.source not in broken:
             per_file.pop(file.source)
             skipped.append(Remark(file.source, 1, "skipped: no question was found in it"))
             continue

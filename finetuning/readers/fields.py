@@ -44,7 +44,7 @@ class Fields:
     def __init__(self, record: Mapping[str, Any], chosen: tuple[tuple[str, str], ...] = ()) -> None:
         """chosen: (role, column) as the user rules it."""
         self._values = {str(key): value for key, value in record.items()}
-        self._ruled = {role for role, _ in chosen}
+        self._ruled = dict(chosen)
         self._taken: set[str] = set()
         self.layout = layout(tuple(self._values), chosen)
         self.remarks: list[Oddity] = []
@@ -64,6 +64,11 @@ class Fields:
     def is_ruled(self, role: str) -> bool:
         """Whether the user said which column a role has."""
         return role in self._ruled
+
+    def flags(self) -> Iterator[tuple[str, Any]]:
+        """Columns that may say something about the record: those of which the user says nothing else."""
+        ruled = set(self._ruled.values())
+        yield from [(name, value) for name, value in self.items() if name not in ruled]
 
     def take(self, name: str) -> Any:
         """A column's value, which counts as used from now on; None where it is absent."""

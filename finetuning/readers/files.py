@@ -45,7 +45,9 @@ _SPLIT = re.compile(
     r"(train|training|训练集?|训练)|(test|testing|validation|valid|val|dev|eval|测试集?|验证集?)",
     re.IGNORECASE,
 )
-_SPLIT_WORD = re.compile(r"(?:^|[-_ ])(?:test|validation|valid|val|dev|eval)(?:[-_ ]|$)|测试集|验证集")
+_SPLIT_WORD = re.compile(
+    r"(?:^|[-_ ])(?:test|validation|valid|val|dev|eval)(?:[-_ ]|$)|测试集|验证集"
+)
 _FOR_TESTS = "its name says that it is for tests; it is read all the same"
 _SHARD = re.compile(r"[-_.]?\d+(?:[-_]of[-_]\d+)?$")
 

@@ -64,7 +64,7 @@ class Findings:
                 held = held or {text.strip() for text in strings_of(reading.sample.content)}
                 texts = [text for text in texts if text.strip() not in held]
             if texts or (meant and not any(True for _ in _strings(value))):
-                text = max(texts, key=len, default=shown(value))
+                text = max(texts, key=lambda text: (is_text(text), len(text)), default=shown(value))
                 self._left[name] = _Told(line, shown(text), longest=len(text))
 
     def sample(self, sample: Sample) -> None:
@@ -100,7 +100,7 @@ class Findings:
 
     def _unused(self) -> str:
         """The columns that nobody used, the longest text first."""
-        names = sorted(self._left, key=lambda name: -self._left[name].longest)
+        names = sorted(self._left, key=lambda name: (-self._left[name].longest, name))
         parts = [f"{clean_line(n, 60)} (“{self._left[n].example}”)" for n in names[:_NAMED]]
         more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
         return f"not used: {', '.join(parts)}{more}; {self._advice(names)}"
@@ -115,7 +115,9 @@ class Findings:
             return f"--columns system {_quoted(persona[0])} makes it the system text"
         long = [n for n in columns if width(self._left[n].example) >= _REASONING_WIDTH]
         if self.samples and not self.thinking and long:
-            return f"no reasoning was found: --columns thinking {_quoted(long[0])} reads it from there"
+            return (
+                f"no reasoning was found: --columns thinking {_quoted(long[0])} reads it from there"
+            )
         return "--columns FIELD NAME says what a column is for"
 
 

@@ -1,6 +1,7 @@
 """What a record or a turn says about itself: that it is wrong, weighs nothing, or shows a picture."""
 
 import functools
+import re
 from typing import Any
 
 from finetuning.readers.fields import Fields
@@ -26,10 +27,14 @@ _LOSS = word_set("loss weight train trainable learn supervise supervised trained
 _LOSS_BESIDE = word_set("loss is weight mask compute calculate on need needs do token tokens")
 _LOSS_CHINESE = {"损失", "权重", "是否训练", "训练", "是否学习"}
 _NO_LOSS = {"ignore", "ignore loss", "no loss", "skip loss", "ignored"}
+_NUMBER = re.compile(r"\d{1,3}\.\d{1,6}")
 _WEIGHTS = {"weight", "loss weight", "sample weight", "权重", "样本权重"}
 
 
 def _word(value: Any) -> str:
+    """A flag's value as a word; a number as it is written shortest."""
+    if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
+        value = float(value)
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return str(value).strip().casefold() if isinstance(value, (bool, int, float, str)) else ""
@@ -61,7 +66,7 @@ def _flag(name: str) -> str:
 def heed_flags(fields: Fields) -> None:
     """Take the flags of a record. Raises LeftOutError where it says that it is not to be learnt, and
     BrokenRecordError where it is about a picture or a sound."""
-    for name, value in list(fields.items()):
+    for name, value in fields.flags():
         flag = _flag(name)
         if not flag:
             continue
@@ -127,7 +132,7 @@ def _is_loss(name: str) -> bool:
 def carries_no_loss(fields: Fields) -> str:
     """Take the flags of a turn; which one says that the turn is not to be learnt, '' for none."""
     said = ""
-    for name, value in list(fields.items()):
+    for name, value in fields.flags():
         if not _is_loss(name) or not _word(value):
             continue
         fields.take(name)
@@ -136,5 +141,4 @@ def carries_no_loss(fields: Fields) -> str:
             said = f"{name} {_word(value)}"
         elif not inverse and _word(value) not in _YES:
             fields.remark(f"{name} of a turn other than 0 or 1 is read as 1")
-    # False is no absent value, but 0 and false are kept by `items`; a flag may also be false text.
     return said

@@ -28,7 +28,7 @@ _LABEL = re.compile(
     rf"(?:[(（【\[]?第?(?P<number>{_NUMBER})[题问条]?[)）】\].、．:：]?[ \t]*)?(?P<bold2>\*\*)?"
     r"(?P<bracket>[【\[])?(?P<name>[A-Za-z][A-Za-z ]{0,20}?|[\u4e00-\u9fff]{1,8}?)"
     rf"[ \t]*(?P<count>{_NUMBER})?(?P<closed>[】\]])?(?P<bold3>\*\*|__)?[ \t]*"
-    r"(?:(?P<mark>[:：]|[.、．](?=\S))|(?<=[】\]])|(?<=\*\*)|(?<=\*\*[ \t])|$)[ \t]*(?P<bold4>\*\*)?"
+    r"(?:(?P<mark>[:：]|[.、．](?=[ \t]*\S))|(?<=[】\]])|(?<=\*\*)|(?<=\*\*[ \t])|$)[ \t]*(?P<bold4>\*\*)?"
 )
 _USUAL = {
     "question": "问 问题 题目 提问 题 题干 q question 用户 user human 指令 instruction prompt 输入 客户",
@@ -83,7 +83,8 @@ def labelled_records(text: str, source: str) -> Iterator[tuple[int, dict[str, st
         starts = _unlabelled(lines, labels)
     if not starts:
         return
-    yield from _stray(lines[: starts[0].at], source, "before the first question")
+    title = not any(label.at < starts[0].at for label in labels)
+    yield from _stray(lines[: starts[0].at], source, "before the first question", title=title)
     fields = _fields(labels, starts)
     for i, start in enumerate(starts):
         end = starts[i + 1].at if i + 1 < len(starts) else len(lines)
@@ -140,17 +141,18 @@ def _label(at: int, line: str) -> _Label | None:
         return None
     name = " ".join(words(match["name"]))
     role = _LABELS.get(name)
+    meant = meaning(match["name"])
     usual = role is not None
-    if role is None:
-        meant = meaning(match["name"])
-        role = meant.role if meant and meant.role in ("question", "answer", "thinking") else None
+    if role is None and meant and meant.role in ("question", "answer", "thinking"):
+        role = meant.role
     if role is None or not _is_marked(match, line):
         return None
     rest = line[match.end() :]
     if (match["bold"] or match["bold2"]) and not match["bold3"] and not match["bold4"]:
         rest = rest.replace("**" if "**" in (match["bold"], match["bold2"]) else "__", "", 1)
     level = len(match["heading"].strip()) if match["heading"] else 0
-    return _Label(at, role, name, rest, level, usual)
+    key = name if meant and meant.role == role else role  # by which a record's reader knows it
+    return _Label(at, role, key, rest, level, usual)
 
 
 def _is_marked(match: re.Match, line: str) -> bool:
@@ -198,18 +200,20 @@ def _unlabelled(lines: list[_Line], labels: list[_Label]) -> list[_Label]:
     answers = [label for label in labels if label.role == "answer" and label.usual]
     if not answers:
         return _asking(lines)
-    found, before = [], -1
-    forms = Counter(form for a in answers if (form := _nearest(lines, a.at)))
-    usual = forms.most_common(1)[0][0] if forms else ""
+    marked = {label.at for label in labels}
+    spans, before = [], -1
     for answer in answers:
-        span = [
-            i for i in range(before + 1, answer.at) if not lines[i].quoted and lines[i].text.strip()
-        ]
-        fitting = [i for i in span if usual and _form(lines[i].text) == usual]
-        at = fitting[-1] if fitting else _paragraph(lines, span)
+        between = range(before + 1, answer.at)
+        spans.append([i for i in between if not lines[i].quoted and lines[i].text.strip()])
+        before = answer.at
+    forms = Counter(form for span in spans if (form := _nearest(lines, span)))
+    usual = forms.most_common(1)[0][0] if forms else ""
+    found = []
+    for span in spans:
+        fitting = [i for i in span if usual and i not in marked and _form(lines[i].text) == usual]
+        at = fitting[-1] if fitting else _paragraph(lines, span, marked)
         if at is not None:
             found.append(_question_at(lines, at))
-            before = answer.at
     return found
 
 
@@ -221,18 +225,23 @@ def _form(line: str) -> str:
     return "numbered" if _NUMBERED.match(line) else ""
 
 
-def _nearest(lines: list[_Line], at: int) -> str:
-    """How the line before an answer's label stands."""
-    before = next((i for i in range(at - 1, -1, -1) if lines[i].text.strip()), None)
-    return _form(lines[before].text) if before is not None else ""
+def _nearest(lines: list[_Line], span: list[int]) -> str:
+    """How the question before an answer's label stands: in the paragraph before it, or, where options
+    stand between, as a heading or in bold."""
+    last, forms = len(span) - 1, [_form(lines[i].text) for i in span]
+    while last > 0 and span[last] - span[last - 1] == 1:
+        last -= 1
+    near = [form for form in forms[max(0, last) :] if form]
+    far = [form for form in forms if form and form != "numbered"]
+    return near[-1] if near else far[-1] if far else ""
 
 
-def _paragraph(lines: list[_Line], span: list[int]) -> int | None:
-    """The first line of the last paragraph."""
-    if not span:
+def _paragraph(lines: list[_Line], span: list[int], marked: set[int]) -> int | None:
+    """The first line of the last paragraph that is under no label."""
+    if not span or span[-1] in marked:
         return None
     at = span[-1]
-    while at - 1 >= span[0] and lines[at - 1].text.strip():
+    while at - 1 >= span[0] and lines[at - 1].text.strip() and at - 1 not in marked:
         at -= 1
     return at
 
@@ -301,10 +310,10 @@ def _cut_in_two(record: dict[str, str], name: str) -> dict[str, str]:
     return {name: question.strip(), "answer": answer.strip()} if answer.strip() else record
 
 
-def _stray(lines: list[_Line], source: str, where: str) -> Iterator[Remark]:
-    """Text that belongs to no question; a title alone is none."""
+def _stray(lines: list[_Line], source: str, where: str, *, title: bool = False) -> Iterator[Remark]:
+    """Text that belongs to no question; a single line may be a title, which is none."""
     filled = [line for line in lines if line.text.strip(" \t-*_=")]
     body = [line for line in filled if not _HEADING.match(line.text)]
-    if body and (len(filled) > 1 or where.startswith("under")):
+    if body and not (title and len(filled) == 1):
         text = f"text {where} belongs to no question: “{clean_line(body[0].text, 40)}”"
         yield Remark(source, body[0].number, text)

@@ -84,6 +84,7 @@ _ABOUT = word_set(
     "status state version license effort config configs params temperature usage cost "
     "embedding vector split format style generator annotator author reviewer title name "
     "names summary translation image images"
+    " from by has is complete completed"
 )
 _ABOUT_CHINESE = word_set(
     "编号 序号 类型 类别 分类 来源 出处 长度 得分 评分 分数 时间 日期 作者 语言 标签 "
@@ -210,9 +211,9 @@ def layout(names: tuple[str, ...], chosen: tuple[tuple[str, str], ...] = ()) -> 
     ruled = dict(chosen)
     free = [name for name in names if name not in ruled.values()]
     options = _options(free)
-    ranked: dict[str, list[tuple[int, int, str]]] = {}
+    ranked: dict[str, list[tuple[int, str]]] = {}
     explaining, clear = set(), set(ruled.values())
-    for at, name in enumerate(free):
+    for name in free:
         meant = Meaning("option", 0) if name in options else meaning(name)
         if name.endswith(NAMELESS):
             meant = None
@@ -220,10 +221,10 @@ def layout(names: tuple[str, ...], chosen: tuple[tuple[str, str], ...] = ()) -> 
         if meant and meant.rank < NEUTRAL and meant.role != "difficulty":
             clear.add(name)
         if meant and meant.role not in ruled:
-            ranked.setdefault(meant.role, []).append((meant.rank, at, name))
+            ranked.setdefault(meant.role, []).append((meant.rank, name))
             if meant.rank == EXPLAINING:
                 explaining.add(name)
-    columns = {role: tuple(name for *_, name in sorted(found)) for role, found in ranked.items()}
+    columns = {role: tuple(name for _, name in sorted(found)) for role, found in ranked.items()}
     if "messages" not in ruled and ("question" in ruled or "answer" in ruled):
         columns.pop("messages", None)  # the user says that it is no conversation
     columns.update({role: (name,) for role, name in ruled.items()})

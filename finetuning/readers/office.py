@@ -187,6 +187,7 @@ def _paragraph(paragraph: Any) -> str:
         return f"{'#' * min(int(level), 6)} {text}"
     properties = paragraph._p.pPr
     numbered = properties is not None and properties.numPr is not None
+    numbered = numbered or style.startswith(("List Number", "List Paragraph"))
     asks = text.rstrip().endswith(("?", "？"))
     if numbered and asks:
         return f"### {text}"

@@ -71,8 +71,12 @@ def kind(value: Any) -> str:
 
 def text_of(value: Any, name: str) -> str:
     """A value that must be text, with line ends of one form; absent values are ''."""
+    if isinstance(value, dict) and "text" in value:  # as SQuAD has its answers
+        value = value["text"]
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
         value = value[0]
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = str(value)  # as a table would have it
     if value is None or is_absent(value):
         return ""
     if isinstance(value, list) and all(isinstance(item, str) for item in value):

@@ -263,7 +263,7 @@ def test_broken_lines_are_listed(tmp_path, subtests):
         ('{"question": "  ", "answer": "答"}', "empty question"),
         ('{"question": "问"}', "no column for the answer; there is: question"),
         ('{"甲": "问", "answer": "答"}', "no column for the question; there is: 甲, answer"),
-        ('{"question": "问", "answer": 3}', "answer must be text, not a number"),
+        ('{"question": "问", "answer": true}', "answer must be text, not true/false"),
         ('{"question": ["问"], "answer": "答"}', "a turn must be an object, not text"),
         ('{"question": "问", "answer": "答", "x": NaN}', "NaN is not JSON"),
         ('{"question": "问", "answer": "答", "x": -Infinity}', "-Infinity is not JSON"),
