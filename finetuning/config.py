@@ -150,8 +150,8 @@ class DataSettings(_Settings):
     data_weights: tuple[float, ...] = ()
     """One weight per data_path: 2 shows a source twice an epoch, 0.5 shows half of it; empty: all 1."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Names of columns in your files, for question, thinking, answer, system, input, context, options,
-    history, tools, difficulty or messages (e.g. --columns question 问题); the others are found by their names."""
+    """Names of columns in your files (e.g. --columns question 问题), for question, thinking, answer, system,
+    input, context, options, history, tools, difficulty or messages; the others are found by their names."""
     eval_path: tuple[str, ...] = ()
     """Held-out data of your own; empty: a share of data_path is split off."""
     eval_fraction: float = 0.1

@@ -24,18 +24,21 @@ same cases: what stands here is what happens. `--check-data` shows all that is t
 
 **How a column is understood.** A name is taken to words, whatever its case, separators, width and script
 (`modelAnswer`, `MODEL-ANSWER`, `問題`). Its last telling word says what it holds: `answer_reasoning` and
-`答案解析` are reasonings, `参考答案` is an answer. A name that is about a text (`question_id`, `答案长度`) holds
-none. `--columns FIELD NAME` overrules all of this; the fields are {", ".join(f"`{key}`" for key in SAMPLE_KEYS)}.
+`答案解析` are reasonings, `参考答案` is an answer. A name that is about a text (`question_id`, `答案长度`)
+holds none. `--columns FIELD NAME` overrules all of this; the fields are
+{", ".join(f"`{key}`" for key in SAMPLE_KEYS)}.
 
-**What is told.** Every value that no reader used is told once a file, with an example, the longest text first;
-numbers, ids, dates and addresses are not. So is everything that was read otherwise than it stands. A record that
-can't be read is broken: it is left out and counted (`--max-broken-fraction`). A record that says of itself that it
-is wrong or weighs nothing is left out and told. A file of which nothing can be read ends the run with
-one line and exit code 2; in a folder, a text without a question is passed over and told.
+**What is told.** Every value that no reader used is told once a file, with an example, the longest text
+first; numbers, ids, dates and addresses are not. So is everything that was read otherwise than it stands.
+A record that can't be read is broken: it is left out and counted (`--max-broken-fraction`). A record that
+says of itself that it is wrong or weighs nothing is left out and told. A file of which nothing can be
+read ends the run with one line and exit code 2; in a folder, a text without a question is passed over and
+told.
 
-**What is not read.** `.xls`, `.doc`, `.pdf` and others are refused by name, with what to save them as. A `.xlsx` or `.docx`
-may unpack to 256 MiB. Data of the hub are given as `hf://datasets/owner/name[:configuration][:split]`; no other path asks
-the hub. In a folder with files for training and for tests only the former are read.
+**What is not read.** `.xls`, `.doc`, `.pdf` and others are refused by name, with what to save them as. A
+`.xlsx` or `.docx` may unpack to 256 MiB. Data of the hub are given as
+`hf://datasets/owner/name[:configuration][:split]`; no other path asks the hub. In a folder with files for
+training and for tests only the former are read.
 
 """
 

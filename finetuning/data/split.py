@@ -131,8 +131,9 @@ def weighted_indices(
     """`indices` with those of a source repeated or thinned out by its weight; int64, same order.
 
     A weight's key is a source or a glob of sources; the first that fits counts, others weigh 1.
-    Weight 2.5 takes every sample twice and half of them a third time, drawn by a hash of seed and content:
-    where a file lies, and what else is read, change nothing. Raises UserError for a weight that is negative or not finite, a key that fits nothing, and nothing left.
+    Weight 2.5 takes every sample twice and half of them a third time, drawn by a hash of seed and
+    content: where a file lies, and what else is read, change nothing. Raises UserError for a weight
+    that is negative or not finite, a key that fits nothing, and nothing left.
     """
     indices = np.asarray(indices, dtype=np.int64)
     names, codes = source_numbers(samples)

@@ -59,17 +59,29 @@ _KINDS = {
         re.compile(r"<(?:image|audio|video|图片)>|<img[ >]|!\[[^\]\n]{0,200}\]\("),
     ),
 }
+_SIGNS = (
+    "<",
+    "&",
+    "\\",
+    "INST]",
+    "MASK]",
+    "SEP]",
+    "CLS]",
+    "![",
+    "_x00",
+)  # without one there is none
 _ROLE = r"(?:Human|User|Assistant|AI|Bot|Question|Answer|用户|助手|人类|机器人|问|答|提问|回答)"
 _ROLES_IN_TEXT = re.compile(rf"{_ROLE}[ \t]*[:：]")
 
 
 def damages(sample: Sample) -> Iterator[Oddity]:
     """What is odd in the texts that are learnt or asked."""
-    texts = (sample.question, sample.thinking, sample.answer, sample.system)
-    for name, (hints, pattern) in _KINDS.items():
-        if example := _found(hints, pattern, texts):
-            yield Oddity(f"{name}, such as {{}}, stay in the text", example)
-    if any("＜" in text and WIDE_TAG.search(text) for text in texts[:3]):
+    text = "\n".join((sample.question, sample.thinking, sample.answer, sample.system))
+    if any([sign in text for sign in _SIGNS]):
+        for name, (hints, pattern) in _KINDS.items():
+            if any([hint in text for hint in hints]) and (match := pattern.search(text)):
+                yield Oddity(f"{name}, such as {{}}, stay in the text", match[0])
+    if "＜" in text and WIDE_TAG.search(text):
         yield Oddity("＜think＞ with full-width brackets is read as text; write <think>")
     for text in (sample.question, sample.answer):
         role = _ROLES_IN_TEXT.match(text)
@@ -78,10 +90,3 @@ def damages(sample: Sample) -> Iterator[Oddity]:
                 "words that name who speaks, such as {}, stay in the text", role[0].strip()
             )
             return
-
-
-def _found(hints: tuple[str, ...], pattern: re.Pattern, texts: tuple[str, ...]) -> str:
-    for text in texts:
-        if any(hint in text for hint in hints) and (match := pattern.search(text)):
-            return match[0]
-    return ""

@@ -32,9 +32,9 @@ class Notes:
 
     def add(self, fields: "Fields", where: str = "") -> None:
         """What remains of a record or a turn once it is read."""
-        left = fields.left()
-        self.left.update({f"{where}{name}": value for name, value in left.items()})
-        self.meant.update(f"{where}{name}" for name in left if name in fields.layout.meant)
+        if left := fields.left():
+            self.left.update({f"{where}{name}": value for name, value in left.items()})
+            self.meant.update(f"{where}{name}" for name in left if name in fields.layout.meant)
         self.remarks += fields.remarks
 
 
@@ -43,7 +43,7 @@ class Fields:
 
     def __init__(self, record: Mapping[str, Any], chosen: tuple[tuple[str, str], ...] = ()) -> None:
         """chosen: (role, column) as the user rules it."""
-        self._values = {str(key): value for key, value in record.items()}
+        self._values = record
         self._ruled = dict(chosen)
         self._taken: set[str] = set()
         self.layout = layout(tuple(self._values), chosen)
@@ -65,10 +65,15 @@ class Fields:
         """Whether the user said which column a role has."""
         return role in self._ruled
 
-    def flags(self) -> Iterator[tuple[str, Any]]:
-        """Columns that may say something about the record: those of which the user says nothing else."""
-        ruled = set(self._ruled.values())
-        yield from [(name, value) for name, value in self.items() if name not in ruled]
+    def flags(self, flagged: Callable[[tuple[str, ...]], tuple[str, ...]]) -> list[tuple[str, Any]]:
+        """What the columns say that `flagged` picks by name, save those that the user rules."""
+        names = flagged(tuple(self._values))
+        ruled = self._ruled.values()
+        return [
+            (name, self._values[name])
+            for name in names
+            if name not in ruled and name not in self._taken and not is_absent(self._values[name])
+        ]
 
     def take(self, name: str) -> Any:
         """A column's value, which counts as used from now on; None where it is absent."""
@@ -82,10 +87,11 @@ class Fields:
 
     def first(self, role: str, fits: Callable[[Any], bool] = lambda value: True) -> str | None:
         """The likeliest column of a role that holds something fitting."""
-        names = self.layout.of(role)
-        return next(
-            (n for n in names if not is_absent(self._values[n]) and fits(self._values[n])), None
-        )
+        for name in self.layout.of(role):
+            value = self._values[name]
+            if not is_absent(value) and fits(value):
+                return name
+        return None
 
     def first_text(self, role: str) -> str | None:
         """The likeliest column of a role that holds text, or a list or object of it."""
@@ -105,7 +111,10 @@ class Fields:
 
     def left(self) -> dict[str, Any]:
         """What nobody took; and a remark on words such as nan, which were read as no value."""
+        left = {}
         for name, value in self._values.items():
             if is_absent_word(value):
                 self.remark(f"“{value.strip()}” in {name} is read as no value")
-        return dict(self.items())
+            elif name not in self._taken and not is_absent(value):
+                left[name] = value
+        return left

@@ -63,13 +63,16 @@ def _flag(name: str) -> str:
     return "right" if any(word in chinese for word in _RIGHT_CHINESE) else ""
 
 
+@functools.lru_cache(maxsize=1024)
+def _flagged(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in names if _flag(name))
+
+
 def heed_flags(fields: Fields) -> None:
     """Take the flags of a record. Raises LeftOutError where it says that it is not to be learnt, and
     BrokenRecordError where it is about a picture or a sound."""
-    for name, value in fields.flags():
+    for name, value in fields.flags(_flagged):
         flag = _flag(name)
-        if not flag:
-            continue
         if flag == "media" and not isinstance(value, (bool, int, float)):
             raise BrokenRecordError(
                 f"column {name} holds pictures or sounds ({shown(value)}), which a text model can't see"
@@ -129,11 +132,16 @@ def _is_loss(name: str) -> bool:
     )
 
 
+@functools.lru_cache(maxsize=1024)
+def _losses(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in names if _is_loss(name))
+
+
 def carries_no_loss(fields: Fields) -> str:
     """Take the flags of a turn; which one says that the turn is not to be learnt, '' for none."""
     said = ""
-    for name, value in fields.flags():
-        if not _is_loss(name) or not _word(value):
+    for name, value in fields.flags(_losses):
+        if not _word(value):
             continue
         fields.take(name)
         inverse = " ".join(words(name)) in _NO_LOSS

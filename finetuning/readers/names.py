@@ -109,11 +109,13 @@ _SIMPLIFIED = str.maketrans(
 )
 
 
-def words(name: str) -> list[str]:
+@functools.lru_cache(maxsize=4096)
+def words(name: str) -> tuple[str, ...]:
     """Lower-case words of a name: letters, digits and Chinese characters apart, simplified."""
     text = unicodedata.normalize("NFKC", name)
     text = re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])", " ", text)
-    return re.findall(r"[a-z]+|\d+|[\u4e00-\u9fff]+", text.casefold().translate(_SIMPLIFIED))
+    found = re.findall(r"[a-z]+|\d+|[\u4e00-\u9fff]+", text.casefold().translate(_SIMPLIFIED))
+    return tuple(found)
 
 
 @dataclass(frozen=True)

@@ -135,13 +135,16 @@ def _utf16(file: DataFile, head: bytes) -> str:
 
 
 def _is_utf8(stream: BinaryIO) -> bool:
+    """Whether the first block that is not ASCII is UTF-8: Chinese text of another encoding never is. What
+    is wrong further on is told by its place."""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    try:
-        while block := stream.read(BLOCK):
-            decoder.decode(block)
-        decoder.decode(b"", final=True)
-    except UnicodeDecodeError:
-        return False
+    while block := stream.read(BLOCK):
+        if not block.isascii():
+            try:
+                decoder.decode(block, final=len(block) < BLOCK)
+            except UnicodeDecodeError:
+                return False
+            return True
     return True
 
 

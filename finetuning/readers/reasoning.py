@@ -32,6 +32,8 @@ _DETAILS = re.compile(
 
 def split_reasoning(text: str) -> tuple[str, str, list[str]]:
     """(thinking, answer, what is odd about it). Raises BrokenRecordError as `split_thinking` does."""
+    if not ("<" in text or "[" in text or "【" in text or "◁" in text or "&lt;" in text):
+        return "", text.strip(), []
     told: list[str] = []
     if "&lt;" in text and any(_means(m[1], "thinking") for m in _ESCAPED.finditer(text)):
         text = html.unescape(text)
@@ -97,7 +99,7 @@ def _unwrapped(answer: str) -> tuple[str, str]:
 
 def _left_as_text(thinking: str, answer: str) -> list[str]:
     """Marks of a reasoning that open nothing, or not at the beginning."""
-    if thinking or not any(mark in answer for mark in "<[【◁"):
+    if thinking:
         return []
     for opening, _ in _OPENINGS:
         for match in opening.finditer(answer[:2000]):

@@ -80,7 +80,9 @@ def record_sample(record: Any, columns: tuple[tuple[str, str], ...] = ()) -> Rea
         text, listed = tools_text(fields.take(tools))
         list(strings_of(listed))  # for its check of the depth
         sample = replace(sample, tools=text)
-    sample = checked(replace(sample, difficulty=_difficulty(fields)))
+    if (difficulty := _difficulty(fields)) is not None:
+        sample = replace(sample, difficulty=difficulty)
+    sample = checked(sample)
     notes.add(fields)
     return Reading(sample, list(oddities(sample)), notes)
 
@@ -336,7 +338,7 @@ def _system(messages: list[dict], fields: Fields) -> str:
     if messages[0]["role"] != "system":
         return text_of(fields.take(key), key).strip() if key else ""
     first = messages.pop(0)["content"].strip()
-    if key and words(key) == ["system"] and text_of(fields.take(key), key).strip() != first:
+    if key and words(key) == ("system",) and text_of(fields.take(key), key).strip() != first:
         raise BrokenRecordError("system prompt given twice: as a column and as a message")
     return first
 

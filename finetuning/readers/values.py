@@ -28,7 +28,9 @@ _LEAST_WIDTH = 8  # of text, in half-width characters
 def is_absent(value: Any) -> bool:
     """Whether a value stands for none: null, blank, an empty list, or a word such as nan."""
     if isinstance(value, str):
-        return not value or is_absent_word(value) or value.isspace()
+        if len(value) > _LONGEST_ABSENT:
+            return value[0].isspace() and value.isspace()
+        return not value or value.strip().casefold() in _ABSENT_WORDS or value.isspace()
     return (
         value is None
         or value == []
@@ -45,9 +47,9 @@ def is_absent_word(value: Any) -> bool:
 
 def is_switch(value: Any) -> bool:
     """Whether a value turns something on or off, or counts: no text."""
-    return isinstance(value, (bool, int, float)) or (
-        isinstance(value, str) and value.strip().casefold() in _SWITCHES
-    )
+    if isinstance(value, str):
+        return len(value) <= _LONGEST_ABSENT and value.strip().casefold() in _SWITCHES
+    return isinstance(value, (bool, int, float))
 
 
 def is_text(value: str) -> bool:

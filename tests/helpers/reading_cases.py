@@ -1,4 +1,4 @@
-"""The cases of `tests/readers/cases/*.toml`: small inputs as people have them, and what is to become of each."""
+"""The cases of `tests/readers/cases/*.toml`: small inputs as people have them, and what becomes of each."""
 
 import json
 import tomllib

@@ -206,7 +206,7 @@ def test_columns_are_used_or_told(tmp_path, subtests):
         (
             {"problem": "问", "solution": "解", "answer": "答", "thinking": "想", "cot": "思"},
             ("问", "想", "答"),
-            "solution (“解”), cot (“思”)",
+            "cot (“思”), solution (“解”)",
         ),
         ({"prompt": "问", "answer": " 答", "messages": TURNS, "system": ""}, ("问", "", "答"), ""),
     ]:
