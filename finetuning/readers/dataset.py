@@ -354,7 +354,7 @@ def _load(folder: Path) -> SampleSet | None:
         index["samples_per_file"],
         index["fingerprint"],
         tuple(Remark(**item) for item in index["remarks"]),
-        folder.name,
+        key=folder.name,
     )
 
 
