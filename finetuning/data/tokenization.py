@@ -77,12 +77,7 @@ def _documents(
     if mark:
         messages, tools = marked(messages, form.control, mark), marked(tools, form.control, mark)
     # Without a message before it, a turn has no prompt, as when an assistant greets first.
-    # One that says that it is not to be learnt stays in the prompt of those after it.
-    turns = [
-        i
-        for i, message in enumerate(messages)
-        if i and message["role"] == "assistant" and message.get("loss", True)
-    ]
+    turns = [i for i, message in enumerate(messages) if i and message["role"] == "assistant"]
     try:
         return [
             _document(messages[:i], messages[i], tools, tokenizer, form, mark)
