@@ -1,7 +1,9 @@
 """Excel and Word files: sheets and tables to records, paragraphs to text. What they unpack to is bounded."""
 
 import zipfile
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import date, datetime, time
 from typing import Any
 
@@ -15,6 +17,7 @@ from finetuning.readers.tables import Row, is_header, table_records
 MAX_UNPACKED = 256 * 2**20
 """Bytes that an Excel or Word file may unpack to."""
 _MAX_CELLS = 256  # of a row that are looked at: a sheet may be said to be 16,384 wide
+_TOP = 20  # rows within which a sheet has its header
 _MAX_EMPTY_ROWS = 10_000  # after which a sheet has ended: it may be said to be a million long
 
 
@@ -39,6 +42,24 @@ def _check_size(file: DataFile) -> None:
         )
 
 
+# What the libraries raise for a file that is not what they expect; they have no error of their own for it.
+_NOT_EXPECTED = (
+    *(KeyError, ValueError, TypeError, AttributeError, IndexError, ArithmeticError, SyntaxError),
+    *(NotImplementedError, AssertionError, EOFError, zlib.error, zipfile.BadZipFile),
+)
+
+
+@contextmanager
+def _told(file: DataFile) -> Iterator[None]:
+    """An error of a library within becomes one line that names the file."""
+    try:
+        yield
+    except _NOT_EXPECTED as error:
+        reason = clean_line(str(error), 100) or type(error).__name__
+        shown = clean_line(file.source, 200)
+        raise UserError(f"{shown} can't be read ({reason}); open it and save it anew") from error
+
+
 # ---- Excel --------------------------------------------------------------------------------------
 
 
@@ -47,44 +68,19 @@ def excel_records(chunk: Chunk) -> Iterator[tuple[int, Any] | BrokenSample | Rem
     import openpyxl
 
     _check_size(chunk.file)
-    try:
+    with _told(chunk.file):
         book = openpyxl.load_workbook(chunk.file.path, read_only=True, data_only=True)
-    except (
-        KeyError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        zipfile.BadZipFile,
-        SyntaxError,
-    ) as error:
-        raise _unreadable(chunk.file, error) from error
-    try:
         sheets = [sheet for sheet in book.worksheets if hasattr(sheet, "iter_rows")]
+    try:
         for sheet in sheets:
             yield from _sheet_records(sheet, chunk.file, several=len(sheets) > 1)
-    except (
-        KeyError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        zipfile.BadZipFile,
-        SyntaxError,
-    ) as error:
-        raise _unreadable(chunk.file, error) from error
     finally:
         book.close()
 
 
-def _unreadable(file: DataFile, error: Exception) -> UserError:
-    reason = clean_line(str(error), 100) or type(error).__name__
-    return UserError(
-        f"{clean_line(file.source, 200)} can't be read ({reason}); open it and save it anew"
-    )
-
-
 def _sheet_records(sheet: Any, file: DataFile, several: bool) -> Iterator[Any]:
     name = clean_line(sheet.title, 40)
-    rows = list(_top(sheet))
+    rows = list(_top(sheet, file))
     wanted = {column for _, column in file.columns}
     has_header = any(
         is_header(c) or (wanted and wanted <= {str(x).strip() for x in c}) for _, c in rows
@@ -99,30 +95,36 @@ def _sheet_records(sheet: Any, file: DataFile, several: bool) -> Iterator[Any]:
         return
     if several and sheet.sheet_state != "visible":
         yield Remark(file.source, 1, f"sheet “{name}” is hidden; it is read")
-    for item in table_records(_rows(sheet), file):
+    for item in table_records(_rows(sheet, file), file):
         if several and isinstance(item, BrokenSample):
             item = BrokenSample(item.source, item.line, f"sheet “{name}”: {item.reason}")
         yield item
 
 
-def _top(sheet: Any) -> Iterator[Row]:
-    for row in _rows(sheet):
-        yield row
-        if row[0] >= 20:
+def _top(sheet: Any, file: DataFile) -> Iterator[Row]:
+    for row in _rows(sheet, file):
+        if row[0] > _TOP:
             return
+        yield row
 
 
-def _rows(sheet: Any) -> Iterator[Row]:
-    empty = 0
-    for line, cells in enumerate(sheet.iter_rows(values_only=True, max_col=_MAX_CELLS), 1):
-        texts = [_cell(value) for value in cells]
+def _rows(sheet: Any, file: DataFile) -> Iterator[Row]:
+    """The rows that hold something, cells as text."""
+    empty, line = 0, 0
+    with _told(file):
+        values = sheet.iter_rows(values_only=True, max_col=_MAX_CELLS)
+    while empty <= _MAX_EMPTY_ROWS:
+        with _told(file):
+            cells = next(values, None)
+            texts = [_cell(value) for value in cells] if cells is not None else []
+        if cells is None:
+            return
+        line += 1
         while texts and texts[-1] is None:
             texts.pop()
         if texts:
             yield line, texts
         empty = 0 if texts else empty + 1
-        if empty > _MAX_EMPTY_ROWS:
-            return
 
 
 def _cell(value: Any) -> Any:
@@ -148,31 +150,19 @@ def word_text(file: DataFile) -> tuple[str, list[list[Row]]]:
     Other tables stand in the text, their cells separated by ` | `. A line of the text is a paragraph.
     """
     import docx
-    from docx.opc.exceptions import OpcError
 
     _check_size(file)
-    try:
-        document = docx.Document(file.path)
-    except (
-        KeyError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        OpcError,
-        zipfile.BadZipFile,
-        SyntaxError,
-    ) as error:
-        raise _unreadable(file, error) from error
     lines, tables = [], []
-    for part in document.iter_inner_content():
-        if hasattr(part, "rows"):
+    with _told(file):
+        for part in docx.Document(file.path).iter_inner_content():
+            if not hasattr(part, "rows"):
+                lines.append(_paragraph(part))
+                continue
             rows = [(i, [cell.text for cell in row.cells]) for i, row in enumerate(part.rows, 1)]
             if rows and is_header(rows[0][1]):
                 tables.append(rows)
             else:
                 lines += [" | ".join(cells) for _, cells in rows]
-        else:
-            lines.append(_paragraph(part))
     return "\n".join(lines), tables
 
 

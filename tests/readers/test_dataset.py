@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from finetuning.common.errors import UserError
 from finetuning.readers import dataset, opening
 from finetuning.readers.dataset import ArrowSamples, read_samples
 from tests.helpers.read_text import GOOD, JSONL, PLAIN, RECORDS, TOOL_CALL
+from tests.helpers.reading_cases import write_file
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -221,14 +223,30 @@ CHAT = json.dumps(
         "tools": [{"name": "f"}],
     }
 )
+TABLE = [["问题", "答案"], ["问", "答"]]
+
+
+def office_bytes(name: str, content: dict) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        write_file(Path(folder) / name, content)
+        return (Path(folder) / name).read_bytes()
+
+
 SEEDS = {
     ".md": [
         PLAIN.encode(),
+        "**问题1：一**\n**思考**：想\n**答案**：甲\n\n|问题|答案|\n|---|---|\n|二|乙|\n".encode(),
         ("## 难度 2\n" + PLAIN + "### Q2：二\n难度: 3\n```\n# x\n```\n").encode(),
     ],
     ".json": [json.dumps(RECORDS).encode(), f"[{CHAT}, {GOOD}]".encode()],
     ".jsonl": [JSONL.encode(), f"{CHAT}\n{GOOD}\n".encode(), f"{CHAT}\n".encode("utf-16")],
     ".csv": ['question,answer\n问,"答\n案"\n'.encode(), b"messages,tools\n[],[]\n"],
+    ".txt": [
+        "1、问：一\n思考：想\n答：甲\n\n2、问：二\n答：乙\n".encode(),
+        "一？\n答：甲\n".encode("gb18030"),
+    ],
+    ".xlsx": [office_bytes("a.xlsx", {"sheets": {"问答": TABLE}})],
+    ".docx": [office_bytes("a.docx", {"paragraphs": ["问：一", "答：甲", TABLE]})],
     ".jsonl.gz": [gzip.compress(JSONL.encode())],
     ".jsonl.zst": [zstandard.compress(JSONL.encode())],
 }

@@ -41,10 +41,11 @@ def test_a_part_that_lies_about_its_size_gives_no_more(tmp_path):
 
 
 def test_damaged_files_are_refused_by_name(tmp_path, subtests):
-    for name, content in [
-        ("a.xlsx", {"sheets": {"问答": ROWS}}),
-        ("a.docx", {"paragraphs": ["问：甲", "答：乙"]}),
-    ]:
+    contents = {
+        "a.xlsx": {"sheets": {"问答": ROWS}},
+        "a.docx": {"paragraphs": ["问：甲", "答：乙"]},
+    }
+    for name, content in contents.items():
         path = tmp_path / name
         write_file(path, content)
         whole = path.read_bytes()
