@@ -23,7 +23,7 @@ from finetuning.common.files import write_json
 from finetuning.common.text import clean_line
 from finetuning.common.workers import in_order
 from finetuning.readers.files import COMPRESSIONS, TEXTS, DataFile, Listing, list_files
-from finetuning.readers.findings import HINTS, Findings, encoding_remark, without_sample
+from finetuning.readers.findings import HINTS, Findings, encoding_remark, urgency, without_sample
 from finetuning.readers.formats import read_records, recognized
 from finetuning.readers.opening import Chunk, split_file
 from finetuning.readers.records import SAMPLE_KEYS, record_sample
@@ -149,8 +149,8 @@ def _accounted(found: SampleSet, files: list[DataFile], listing: Listing) -> Sam
             f"no question was found in {clean_line(files[0].source, 200)}; {HINTS['text']}"
         )
     encodings = [remark for file in files if (remark := encoding_remark(file))]
-    remarks = (*listing.remarks, *encodings, *found.remarks, *skipped)
-    return replace(found, remarks=remarks, skipped=tuple(skipped), samples_per_file=per_file)
+    remarks = sorted((*found.remarks, *listing.remarks, *encodings, *skipped), key=urgency)
+    return replace(found, remarks=tuple(remarks), skipped=tuple(skipped), samples_per_file=per_file)
 
 
 # ---- reading ----------------------------------------------------------------------------------

@@ -150,6 +150,12 @@ HINTS = {
 }
 
 
+def urgency(remark: Remark) -> int:
+    """How soon a remark is to be seen: what is lost first, what is read all the same last."""
+    lost = ("no reasoning was found", "left out", "not used")
+    return next((i for i, text in enumerate(lost) if text in remark.text), len(lost))
+
+
 def encoding_remark(file: DataFile) -> Remark | None:
     """That a text file is in another encoding than UTF-8."""
     name = _ENCODINGS.get(file.encoding)

@@ -1,5 +1,6 @@
 """A folder as an engineer has it trains with one command, and every file in it is accounted for."""
 
+from finetuning.readers.dataset import read_samples
 from tests.helpers.reading_cases import all_cases, write_file
 
 QUESTIONS = [f"第{i}种密码机的密钥多长？" for i in range(1, 9)]
@@ -19,12 +20,13 @@ def test_a_mixed_folder_trains_and_every_file_is_accounted_for(tiny_run, tmp_pat
         {"sheets": {"问答": [["序号", "问题", "答案", "解析", "备注"], *rows]}},
     )
 
+    found = read_samples([str(folder)])
+    accounted = [*found.samples_per_file, *(remark.source for remark in found.skipped)]
+    assert sorted(accounted) == sorted(path.as_posix() for path in folder.iterdir())
+    assert len(found.samples) == 13 and not found.broken
+
     assert tiny_run(tmp_path, "--data-path", str(folder), "--check-data") in (0, 1)
-    told = capsys.readouterr().out
-    assert "13 samples" in told
-    for name in ("README.md", "标准.pdf", "草稿.md"):
-        assert f"{name}:1: remark: skipped" in told
-    assert "旧库.csv:1: remark: read as GB18030" in told
+    assert "13 samples" in capsys.readouterr().out
 
     assert tiny_run(tmp_path, "--data-path", str(folder)) == 0
     assert (tmp_path / "out" / "final_model" / "adapter_model.safetensors").is_file()
