@@ -46,7 +46,8 @@ class Fields:
         self._values = record
         self._ruled = dict(chosen)
         self._taken: set[str] = set()
-        self.layout = layout(tuple(self._values), chosen)
+        self._names = tuple(record)
+        self.layout = layout(self._names, chosen)
         self.remarks: list[Oddity] = []
 
     def remark(self, text: str, example: str = "") -> None:
@@ -67,7 +68,9 @@ class Fields:
 
     def flags(self, flagged: Callable[[tuple[str, ...]], tuple[str, ...]]) -> list[tuple[str, Any]]:
         """What the columns say that `flagged` picks by name, save those that the user rules."""
-        names = flagged(tuple(self._values))
+        names = flagged(self._names)
+        if not names:
+            return []
         ruled = self._ruled.values()
         return [
             (name, self._values[name])
@@ -99,9 +102,10 @@ class Fields:
 
     def first_of(self, names: tuple[str, ...]) -> str | None:
         """The first of these columns that holds something."""
-        return next(
-            (n for n in names if n in self._values and not is_absent(self._values[n])), None
-        )
+        for name in names:
+            if name in self._values and not is_absent(self._values[name]):
+                return name
+        return None
 
     def items(self) -> Iterator[tuple[str, Any]]:
         """Columns that hold something and that nobody took."""

@@ -69,10 +69,11 @@ def messages_of(turns: Any, notes: Notes) -> list[dict]:
         if not isinstance(turn, dict):
             raise BrokenRecordError(f"a turn must be an object, not {kind(turn)}")
         fields = Fields(turn)
-        if fields.first_of(_ROLE_KEYS) is None and fields.has("question") and fields.has("answer"):
+        name = fields.first_of(_ROLE_KEYS)
+        if name is None and fields.has("question") and fields.has("answer"):
             found += _pair_of_turns(fields, notes)
         else:
-            found.append(_turn(fields, notes))
+            found.append(_turn(fields, name, notes))
         notes.add(fields, "turn: ")
     return found
 
@@ -91,9 +92,8 @@ def _pair_of_turns(fields: Fields, notes: Notes) -> list[dict]:
     return found
 
 
-def _turn(fields: Fields, notes: Notes) -> dict:
-    """One turn of any form as a message."""
-    name = fields.first_of(_ROLE_KEYS)
+def _turn(fields: Fields, name: str | None, notes: Notes) -> dict:
+    """One turn of any form as a message; `name` is the key of its role."""
     if name is None:
         keys = clean_line(", ".join(fields.names()), 100)
         raise BrokenRecordError(f"a turn without role; its keys are: {keys}")

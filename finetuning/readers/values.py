@@ -1,5 +1,6 @@
 """What a value of a record is: absent, text, a switch, or something short that no one would learn from."""
 
+import functools
 import json
 import math
 import re
@@ -30,7 +31,7 @@ def is_absent(value: Any) -> bool:
     if isinstance(value, str):
         if len(value) > _LONGEST_ABSENT:
             return value[0].isspace() and value.isspace()
-        return not value or value.strip().casefold() in _ABSENT_WORDS or value.isspace()
+        return _is_absent_text(value)
     return (
         value is None
         or value == []
@@ -39,10 +40,15 @@ def is_absent(value: Any) -> bool:
     )
 
 
+@functools.lru_cache(maxsize=4096)
+def _is_absent_text(value: str) -> bool:
+    return not value or value.strip().casefold() in _ABSENT_WORDS or value.isspace()
+
+
 def is_absent_word(value: Any) -> bool:
     """Whether a value is a word such as nan or <noinput> that stands for none."""
-    short = isinstance(value, str) and len(value) <= _LONGEST_ABSENT
-    return short and value.strip().casefold() in _ABSENT_WORDS
+    short = isinstance(value, str) and 0 < len(value) <= _LONGEST_ABSENT
+    return short and _is_absent_text(value) and not value.isspace()
 
 
 def is_switch(value: Any) -> bool:
