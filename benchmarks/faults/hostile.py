@@ -376,9 +376,10 @@ def text_is_tidied() -> None:
     real = dataset.record_sample
 
     def tidy(value, columns):
-        sample, remarks = real(value, columns)
+        reading = real(value, columns)
+        sample = reading.sample
         object.__setattr__(sample, "question", common_text.clean(sample.question))
-        return sample, remarks
+        return reading
 
     replaced(dataset, "record_sample", tidy)
 
@@ -511,7 +512,8 @@ def paths_are_opened() -> None:
     from finetuning.readers import files as readers_files
 
     def take(path, cache_dir=None):
-        return [readers_files.DataFile(os.path.expanduser(path), path, "jsonl")]
+        file = readers_files.DataFile(os.path.expanduser(path), path, "jsonl")
+        return readers_files.Listing([file], [], [])
 
     replaced(dataset, "list_files", take)
 

@@ -182,7 +182,14 @@ def json_records(chunk: Chunk) -> Iterator[Record | BrokenSample | Remark]:
                 first = False
                 continue
             line = window.line
-            value, faults = _element(window, file)
+            try:
+                value, faults = _element(window, file)
+            except _TooLongError:
+                if char != "{":
+                    raise
+                yield from _long_object(window, file)
+                first = False
+                continue
             on_one_line = window.line == line
             if first and on_one_line and window.next_char() in ("{", "[") and window.line > line:
                 break  # where a broken line costs one sample
@@ -194,6 +201,27 @@ def json_records(chunk: Chunk) -> Iterator[Record | BrokenSample | Remark]:
         else:
             return
     yield from jsonl_records(chunk)
+
+
+class _TooLongError(UserError):
+    """A value that goes on beyond `MAX_RECORD`."""
+
+
+def _long_object(window: _Window, file: DataFile) -> Iterator[Record | BrokenSample]:
+    """The records of a list in an object too large to be held, as in {"version": 1, "data": [...]}."""
+    window.move_to(window.position + 1)
+    while window.next_char() not in ("}", ""):
+        _element(window, file)  # the name
+        if window.next_char() != ":":
+            raise _broken_json(file, window, "expected ':' after a name")
+        window.move_to(window.position + 1)
+        if window.next_char() == "[":
+            yield from _array_elements(window, file)
+        else:
+            _element(window, file)
+        if window.next_char() == ",":
+            window.move_to(window.position + 1)
+    window.move_to(window.position + 1)
 
 
 def _opens_conversation(window: _Window) -> bool:
@@ -274,6 +302,12 @@ def _listed(value: dict, file: DataFile, line: int) -> Iterator[Record | Remark]
 
 
 def _json_array(window: _Window, file: DataFile) -> Iterator[Record | BrokenSample]:
+    yield from _array_elements(window, file)
+    if window.next_char() not in ("", "[", "{"):
+        raise _broken_json(file, window, "text after the array")
+
+
+def _array_elements(window: _Window, file: DataFile) -> Iterator[Record | BrokenSample]:
     window.move_to(window.position + 1)
     separator = window.next_char()
     while separator != "]":
@@ -287,8 +321,6 @@ def _json_array(window: _Window, file: DataFile) -> Iterator[Record | BrokenSamp
         if separator == ",":
             window.move_to(window.position + 1)
     window.move_to(window.position + 1)
-    if window.next_char() not in ("", "[", "{"):
-        raise _broken_json(file, window, "text after the array")
 
 
 def _element(window: _Window, file: DataFile) -> tuple[Any, list[str]]:
@@ -299,7 +331,12 @@ def _element(window: _Window, file: DataFile) -> tuple[Any, list[str]]:
             value, end = decoder.decode_at(window.text, window.position)
         except json.JSONDecodeError as error:
             ahead = error.pos - window.position
-            if len(window.text) - window.position > MAX_RECORD or not window.grow():
+            if len(window.text) - window.position > MAX_RECORD:
+                place = f"{clean_line(file.source, 200)}:{window.line}"
+                raise _TooLongError(
+                    f"{place}: a value longer than {MAX_RECORD >> 20} MiB; split it"
+                ) from None
+            if not window.grow():
                 raise _broken_json(file, window, error.msg, window.position + ahead) from None
             continue
         except RecursionError:

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from finetuning.common.text import clean_line
+from finetuning.readers.reasoning import split_reasoning
 from finetuning.readers.records import oddities
 from finetuning.readers.sample import (
     THINK_TAG,
@@ -153,10 +154,13 @@ def _markdown_block(body: str, number: str) -> tuple[Sample, str, list[str]]:
     reply, marker = _strip_marker(reply, number)
     reply, section = _cut_at_section(reply)
     has_tags = THINK_TAG.search(reply) is not None
-    thinking, answer = split_thinking(_RULE.sub("", reply.rstrip()))
+    reply = _RULE.sub("", reply.rstrip())
+    tags = list(THINK_TAG.finditer(reply))
+    lone = marker is not None and len(tags) == 1 and bool(tags[0][1])
+    thinking, answer, told = split_reasoning(reply) if lone else (*split_thinking(reply), [])
     if marker is None:
         answer, marker = _strip_marker(answer, number)
-    remarks = []
+    remarks = [f"Q{number}: {text}" for text in told]
     if marker is None:
         remarks.append(f"Q{number} has no answer marker A{number}:")
     elif marker and not _same(marker, number):

@@ -6,7 +6,7 @@ from typing import Any
 from finetuning.common.text import clean_line
 from finetuning.readers.fields import Fields, Notes
 from finetuning.readers.flags import carries_no_loss
-from finetuning.readers.names import meaning
+from finetuning.readers.names import is_record, meaning
 from finetuning.readers.reasoning import split_reasoning
 from finetuning.readers.sample import THINK_TAG, BrokenRecordError
 from finetuning.readers.values import is_absent, is_switch, kind, parsed, steps_text, text_of
@@ -47,9 +47,8 @@ def are_turns(value: Any) -> bool:
         or not all(isinstance(turn, dict) for turn in value)
     ):
         return False
-    return all(any(key in turn for key in _ROLE_KEYS) for turn in value) and not any(
-        (m := meaning(str(key))) and m.role == "messages" for key in value[0]
-    )
+    with_roles = all(any(key in turn for key in _ROLE_KEYS) for turn in value)
+    return with_roles and not is_record(tuple(value[0]))  # a record may say where it is `from`
 
 
 def messages_of(turns: Any, notes: Notes) -> list[dict]:
