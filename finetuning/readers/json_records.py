@@ -18,6 +18,7 @@ from finetuning.readers.sample import BrokenSample, Remark
 from finetuning.readers.turns import are_turns
 
 Record = tuple[int, Any]
+_BLANK_LINES = 100  # at the beginning of a file
 _SPLITS = ("train", "training")
 _OTHER_SPLITS = ("test", "validation", "valid", "dev", "eval")
 
@@ -27,9 +28,11 @@ def with_layout(file: DataFile) -> DataFile:
     if file.kind != "jsonl":
         return file
     with text_stream(file) as stream:
-        text = ""
-        while not text.strip() and (line := stream.readline(MAX_RECORD)):
-            text = line
+        text = stream.readline(MAX_RECORD)
+        for _ in range(_BLANK_LINES):
+            if text.strip() or len(text) >= MAX_RECORD:
+                break
+            text = stream.readline(MAX_RECORD)
         more = stream.readline(MAX_RECORD).strip()
     text = text.strip()
     if not text.startswith(("{", "[")):

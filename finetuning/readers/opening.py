@@ -20,7 +20,7 @@ CHUNK = 16 * 2**20
 BLOCK = 2**20
 
 _HEAD = 1000  # bytes that tell the encoding
-_LOOKED_AT = 16 * 2**20  # bytes by which an encoding other than UTF-8 is judged
+_LOOKED_AT = 16 * 2**20  # bytes by which an encoding is judged
 _COMMON = 0.7  # least share of everyday characters in a text of the right encoding
 
 
@@ -138,7 +138,8 @@ def _is_utf8(stream: BinaryIO) -> bool:
     """Whether the first block that is not ASCII is UTF-8: Chinese text of another encoding never is. What
     is wrong further on is told by its place."""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    while block := stream.read(BLOCK):
+    for _ in range(_LOOKED_AT // BLOCK):
+        block = stream.read(BLOCK)
         if not block.isascii():
             try:
                 decoder.decode(block, final=len(block) < BLOCK)
