@@ -42,7 +42,7 @@ _DESCRIBES = re.compile(
 )
 _HUB = "hf://datasets/"
 _SPLIT = re.compile(
-    r"(train|training|训练集?|训练)|(test|testing|validation|valid|val|dev|eval|测试集?|验证集?)",
+    r"(train|training|训练集?|训练)|(test|testing|validation|valid|val|dev|eval|holdout|测试集?|验证集?|评测集?|评估集?)",
     re.IGNORECASE,
 )
 _SPLIT_WORD = re.compile(

@@ -9,13 +9,13 @@ from finetuning.readers.names import meaning, word_set, words
 from finetuning.readers.sample import BrokenRecordError, LeftOutError
 from finetuning.readers.values import shown
 
-_MEDIA = word_set("image images img imgs picture pictures photo audio audios video videos")
+_MEDIA = word_set("media image images img imgs picture pictures photo audio audios video videos")
 _MEDIA_CHINESE = ("图片", "图像", "音频", "视频", "配图")
 _MEDIA_FORM = word_set("path paths url urls file files bytes base64 data list")
-_RIGHT = word_set("correct correctness label passed good valid")
+_RIGHT = word_set("correct correctness label passed good valid right usable accepted desirable")
 _CHECKED = word_set("verified reviewed checked approved")
 _WRONG = word_set("incorrect wrong deleted discarded cancelled canceled rejected bad invalid")
-_RIGHT_CHINESE = ("正确", "对错", "合格")
+_RIGHT_CHINESE = ("正确", "对错", "合格", "可用", "有效", "采纳", "采用")
 _STATE = word_set("status state review verdict")
 _STATE_CHINESE = ("状态", "审核", "复核", "质检")
 _REFUSED = word_set(
@@ -24,9 +24,21 @@ _REFUSED = word_set(
 _NO = word_set("false no n 0 否 错 错误 不正确 不合格 incorrect wrong failed fail")
 _YES = word_set("true yes y 1 是")
 _LOSS = word_set("loss weight train trainable learn supervise supervised trained training")
-_LOSS_BESIDE = word_set("loss is weight mask compute calculate on need needs do token tokens")
+_LOSS_BESIDE = word_set(
+    "loss is weight scale mask turn this compute calculate on need needs do token tokens"
+)
 _LOSS_CHINESE = {"损失", "权重", "是否训练", "训练", "是否学习"}
-_NO_LOSS = {"ignore", "ignore loss", "no loss", "skip loss", "ignored"}
+_NO_LOSS = {
+    "no train",
+    "do not train",
+    "exclude",
+    "ignore",
+    "ignore loss",
+    "no loss",
+    "skip loss",
+    "ignored",
+}
+_BAD_LABELS = word_set("false bad undesirable negative rejected incorrect wrong 错误")
 _NUMBER = re.compile(r"\d{1,3}\.\d{1,6}")
 _WEIGHTS = {"weight", "loss weight", "sample weight", "权重", "样本权重"}
 
@@ -111,13 +123,8 @@ def _says_no(flag: str, name: str, value: Any) -> bool:
         return _word(value) in _REFUSED and not text
     if flag == "wrong":
         return _word(value) in _YES and not text
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if (
-        text
-        or (whole and "label" in words(name))
-        or (isinstance(value, str) and "label" in words(name) and _word(value) != "false")
-    ):
-        return False
+    if text or ("label" in words(name) and not isinstance(value, bool)):
+        return not text and _word(value) in _BAD_LABELS
     return _word(value) in _NO
 
 

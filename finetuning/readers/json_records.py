@@ -119,6 +119,8 @@ def _json_line(decoder: _Decoder, text: str, source: str, line: int) -> Record |
         value, end = decoder.decode_at(text, _skip_space(text))
     except json.JSONDecodeError as error:
         reason = clean_line(error.msg, 80)
+        if text.lstrip().startswith("{'"):
+            reason = "these are Python's quotes; write the file with json.dumps"
         return BrokenSample(source, line, f"broken JSON at column {error.pos + 1}: {reason}")
     except RecursionError:
         return BrokenSample(source, line, "JSON nested too deeply")

@@ -72,6 +72,7 @@ class _Label:
     level: int
     """Of a heading, 0 for none."""
     usual: bool
+    numbered: bool = False
 
 
 def labelled_records(text: str, source: str) -> Iterator[tuple[int, dict[str, str]] | Remark]:
@@ -114,7 +115,8 @@ def _lines(text: str) -> Iterator[_Line]:
 
 
 def _labels(lines: list[_Line]) -> list[_Label]:
-    """All that may be labels. Where a usual label of a question is there, others begin no record; a bare
+    """All that may be labels. Where a usual label of a question is there, others begin no record, nor does
+    one without a number where most have one; a bare
     `A:` before another answer's label is an option."""
     found = [
         label for i, line in enumerate(lines) if not line.quoted if (label := _label(i, line.text))
@@ -125,6 +127,9 @@ def _labels(lines: list[_Line]) -> list[_Label]:
         counts = Counter(label.name for label in asking)
         usual = {name for name, count in counts.most_common(1) if count > 1}
     found = [label for label in found if label.role != "question" or label.name in usual]
+    numbered = [label for label in found if label.role == "question" and label.numbered]
+    if 2 * len(numbered) > sum(label.role == "question" for label in found):
+        found = [label for label in found if label.role != "question" or label.numbered]
     if any(label.role == "question" for label in found):
         return found
     # Without labelled questions a bare letter marks nothing.
@@ -152,7 +157,7 @@ def _label(at: int, line: str) -> _Label | None:
         rest = rest.replace("**" if "**" in (match["bold"], match["bold2"]) else "__", "", 1)
     level = len(match["heading"].strip()) if match["heading"] else 0
     key = name if meant and meant.role == role else role  # by which a record's reader knows it
-    return _Label(at, role, key, rest, level, usual)
+    return _Label(at, role, key, rest, level, usual, bool(match["number"] or match["count"]))
 
 
 def _is_marked(match: re.Match, line: str) -> bool:

@@ -41,11 +41,15 @@ _WHOLE = {
     "rejected": "rejected", "functions": "tools", "工具": "tools", "chat": "messages",
 }  # fmt: skip
 _ENGLISH = {
-    "question": (STRONG, "question questions instruction prompt query problem ask exercise"),
+    "question": (
+        STRONG,
+        "question questions instruction prompt query problem ask exercise request inquiry",
+    ),
     "answer": (STRONG, "answer answers output response reply completion solution attempt"),
     "thinking": (
         STRONG,
-        "thinking think thought thoughts reasoning cot rationale scratchpad monologue deliberation",
+        "thinking think thought thoughts reasoning cot rationale scratchpad monologue "
+        "deliberation reflection",
     ),
     "messages": (STRONG, "messages conversations conversation dialog dialogue dialogs turns"),
     "history": (STRONG, "history"),
@@ -58,19 +62,22 @@ _ENGLISH = {
     "chosen": (STRONG, "chosen preferred"),
     "rejected": (STRONG, "rejected dispreferred"),
 }
-_ENGLISH_EXPLAINING = {"thinking": "explanation analysis explain reason justification derivation"}
+_ENGLISH_EXPLAINING = {
+    "thinking": "explanation analysis explain reason justification derivation deduction steps"
+}
 _ENGLISH_NEUTRAL = {
     "question": "input", "answer": "content generation target",
     "context": "reference references document documents",
 }  # fmt: skip
 _CHINESE = {
-    "question": "问题 题目 提问 提示 题干 问句 疑问 指令 咨询 输入",
-    "answer": "答案 回答 回复 答复 解答 输出 应答 响应 回应",
-    "thinking": "思考 思路 思维 推理 推导 解题过程 解答过程 求解过程 计算过程 解题步骤 解答步骤 求解步骤",
+    "question": "问题 题目 提问 提示 题干 问句 疑问 指令 咨询 输入 试题 考题 询问 请求",
+    "answer": "答案 回答 回复 答复 解答 输出 应答 响应 回应 作答 解决方案 解决办法 解决方法",
+    "thinking": "思考 思路 思维 推理 推导 推断 推演 论证 演算 草稿 独白 解题过程 解答过程 求解过程 计算过程 "
+    "解题步骤 解答步骤 求解步骤",
     "messages": "对话 会话 消息 多轮",
     "history": "历史",
     "context": "上下文 背景 材料 参考资料 参考文档 原文",
-    "options": "选项",
+    "options": "选项 备选项 备选答案 候选答案",
     "difficulty": "难度",
 }
 _CHINESE_EXPLAINING = {"thinking": "解析 分析 解释 理由 讲解"}
@@ -90,12 +97,17 @@ _ABOUT_CHINESE = word_set(
     "编号 序号 类型 类别 分类 来源 出处 长度 得分 评分 分数 时间 日期 作者 语言 标签 "
     "状态 链接 数量 字数 个数 次数 模型名 版本 网址 路径 文件名 标题 名称 摘要 图片 图像"
 )
-_SYSTEM = word_set("system prompt message msg instruction instructions content role text")
+_SYSTEM = word_set("system sys prompt message msg instruction instructions content role text")
 _SYSTEM_CHINESE = re.compile("系统(?:提示|指令|消息|设定|角色|人设)")
 _WRONG = word_set("incorrect wrong false bad rejected negative distractor distractors")
+_SURE, _SURE_CHINESE = word_set("correct gold golden reference right"), ("正确", "参考", "标准")
+_UNSURE, _UNSURE_CHINESE = word_set("student user predicted"), ("学生", "考生", "学员", "初始")
 _WRONG_CHINESE = ("错误答案", "错误回答", "错误回复", "干扰项")
 NAMELESS = ", which has no name in the header"
 """What a table's column without a name is called by, behind its place; it is told whatever it holds."""
+
+_SENTENCE = re.compile("[。？！?!；;，]")
+_LONGEST = 16  # characters or words of a name; a longer one is a text
 
 # Options have a column each: A, option_b, choice3, 选项D. A single letter is one only beside another.
 _OPTION = re.compile(r"(?:(?:option|choice|opt|选项|答案选项) ?)?([a-h]|[1-8])")
@@ -155,20 +167,31 @@ def meaning(name: str) -> Meaning | None:
     whole = " ".join(found)
     if whole in _NAMES:
         return _NAMES[whole]
-    if ("system" in latin and _SYSTEM.issuperset(latin)) or _SYSTEM_CHINESE.search(chinese):
+    if _SENTENCE.search(name) or len(chinese) > _LONGEST or len(latin) > _LONGEST:
+        return None
+    named = bool({"system", "sys"}.intersection(latin)) and _SYSTEM.issuperset(latin)
+    if named or _SYSTEM_CHINESE.search(chinese):
         return Meaning("system", STRONG)
     if _ABOUT.intersection(latin) or any(word in chinese for word in _ABOUT_CHINESE):
         return None
     meant = _by_chinese(chinese) or _by_english(latin)
-    if meant and meant.role in ("answer", "thinking"):
+    if meant and meant.role in ("answer", "thinking", "options"):
         wrong = _WRONG.intersection(latin) or any(word in chinese for word in _WRONG_CHINESE)
-        return Meaning("rejected", STRONG) if wrong else _unless_chosen(meant, latin)
+        return Meaning("rejected", STRONG) if wrong else _graded(meant, latin, chinese)
     return meant
 
 
-def _unless_chosen(meant: Meaning, latin: list[str]) -> Meaning:
-    chosen = meant.role == "answer" and {"chosen", "preferred"}.intersection(latin)
-    return Meaning("chosen", STRONG) if chosen else meant
+def _graded(meant: Meaning, latin: list[str], chinese: str) -> Meaning:
+    """An answer that is said to be right goes before others, and one of a pupil behind them."""
+    if meant.role != "answer":
+        return meant
+    if {"chosen", "preferred"}.intersection(latin):
+        return Meaning("chosen", STRONG)
+    if _SURE.intersection(latin) or any(word in chinese for word in _SURE_CHINESE):
+        return Meaning("answer", meant.rank - 1)
+    if _UNSURE.intersection(latin) or any(word in chinese for word in _UNSURE_CHINESE):
+        return Meaning("answer", meant.rank + 1)
+    return meant
 
 
 def _by_english(latin: list[str]) -> Meaning | None:

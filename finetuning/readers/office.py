@@ -10,6 +10,7 @@ from typing import Any
 from finetuning.common.errors import UserError
 from finetuning.common.text import clean_line
 from finetuning.readers.files import DataFile
+from finetuning.readers.names import meaning
 from finetuning.readers.opening import Chunk
 from finetuning.readers.sample import BrokenSample, Remark
 from finetuning.readers.tables import Row, is_header, table_records
@@ -162,8 +163,15 @@ def word_text(file: DataFile) -> tuple[str, list[list[Row]]]:
             if rows and is_header(rows[0][1]):
                 tables.append(rows)
             else:
-                lines += [" | ".join(cells) for _, cells in rows]
+                lines += [_labelled_row(cells) for _, cells in rows]
     return "\n".join(lines), tables
+
+
+def _labelled_row(cells: list[str]) -> str:
+    """A row of a table without a header as a line of text: a label beside its text, or cells side by side."""
+    if len(cells) == 2 and meaning(cells[0].rstrip(":： ")):
+        return f"{cells[0].rstrip(':： ')}：{cells[1]}"
+    return " | ".join(cells)
 
 
 def _paragraph(paragraph: Any) -> str:

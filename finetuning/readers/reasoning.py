@@ -32,6 +32,8 @@ _DETAILS = re.compile(
 
 def split_reasoning(text: str) -> tuple[str, str, list[str]]:
     """(thinking, answer, what is odd about it). Raises BrokenRecordError as `split_thinking` does."""
+    if (label := _LINE_LABEL.match(text)) and _means(label["name"], "thinking"):
+        return _by_labels(text)
     if not ("<" in text or "[" in text or "【" in text or "◁" in text or "&lt;" in text):
         return "", text.strip(), []
     told: list[str] = []
@@ -74,6 +76,24 @@ def _pair(text: str, role: str) -> tuple[re.Match, int, int] | None:
         if text.count(end) == 1 and text.count(match[0]) == 1:
             return match, text.index(end), text.index(end) + len(end)
     return None
+
+
+_LINE_LABEL = re.compile(rf"[#*\s【\[]*{_NAME}(?:[】\]*]*[ \t]*[:：][*]*|】)")
+
+
+def _by_labels(text: str) -> tuple[str, str, list[str]]:
+    """A text that opens with a label of a reasoning, `思考过程：…`, and goes on with one of the answer on a
+    line below, `答案：…`; without the latter it is read as it stands, and told."""
+    opening = _LINE_LABEL.match(text)
+    at = text.find("\n", opening.end())
+    while at >= 0:
+        label = _LINE_LABEL.match(text, at + 1)
+        if label and _means(label["name"], "answer") and "\n" not in label[0].strip():
+            marks = f"“{opening[0].strip()}” and “{label[0].strip()}”"
+            told = f"{marks} are read as marks of the reasoning and the answer"
+            return text[opening.end() : at].strip(), text[label.end() :].strip(), [told]
+        at = text.find("\n", at + 1)
+    return "", text.strip(), [f"“{opening[0].strip()}” opens the answer and is read as text"]
 
 
 def _in_other_marks(text: str) -> tuple[str, str, str]:

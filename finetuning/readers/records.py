@@ -40,6 +40,7 @@ SAMPLE_KEYS = (
 
 _JOINS_INPUT = ("instruction", "prompt", "指令", "提示", "提示词")
 _INPUT = ("input", "输入")
+_NOTHING = ("无", "空", "暂无", "无。", "/", "-", "—", "－")  # what people write for no input
 _CITATION = 60  # width up to which a `reference` cites, and is no material to read
 
 
@@ -214,7 +215,13 @@ def _input(question_key: str, fields: Fields) -> str:
     names = ruled or [
         n for n in fields.layout.of("question") if "".join(words(n)[-1:]).endswith(_INPUT)
     ]
-    return next((text_of(fields.take(n), n).strip() for n in names if n != question_key), "")
+    for name in names:
+        if name != question_key and (text := text_of(fields.take(name), name).strip()):
+            if text in _NOTHING and not ruled:
+                fields.remark(f"“{text}” in {name} is read as no value")
+                continue
+            return text
+    return ""
 
 
 def _is_material(name: str, value: Any, fields: Fields) -> bool:

@@ -11,7 +11,7 @@ MAX_DEPTH = 64
 """Levels of lists and objects within tools and tool calls; more is not data but an attack."""
 
 # ---- reasoning inside a text ------------------------------------------------------------------
-THINK_TAG = re.compile(r"<(/?)(think(?:ing)?)\s*>", re.IGNORECASE)
+THINK_TAG = re.compile(r"<(/?)(think(?:ing)?)(?:\s+\w+=[^<>\n]{0,100})?\s*>", re.IGNORECASE)
 WIDE_TAG = re.compile(r"＜[/／]?(?:think|THINK|Think)")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
