@@ -48,7 +48,7 @@ def main(
     """Statistics of training data: a report with bars and an HTML page, or one JSON object.
 
     Args:
-        paths: Files, folders, globs or hub data set names.
+        paths: Files, folders, globs or datasets of the hub (hf://datasets/owner/name).
         compare: Another data set, shown beside the first and searched for its samples.
         json: Print one JSON object and nothing else.
         html: Where the page goes; dataset_statistics.html when not given and not --json.
@@ -77,7 +77,7 @@ def _described(
 ) -> dict[str, Any]:
     """The JSON of one data set; with another to compare, that one's under "compare"."""
     if not paths:
-        raise UserError("no path given; name a file, a folder, a glob or a hub data set")
+        raise UserError("no path given; name a file, a folder or a glob")
     if max_seq_length is not None and max_seq_length < 2:
         raise UserError(f"max_seq_length is {max_seq_length}; give at least 2 tokens")
 

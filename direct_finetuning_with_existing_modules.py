@@ -24,10 +24,13 @@ from finetuning.common.errors import RunStopped, UserError
 from finetuning.common.terminal import Terminal, show_crash
 from finetuning.command_line import CommandLine, parse_command_line
 from finetuning.config import DirectTrainingConfig
+from finetuning.readers.files import check_paths
 
-if __name__ == "__main__":  # help and wrong settings are answered before the imports that take long
+if (
+    __name__ == "__main__"
+):  # help, wrong settings and paths are answered before the imports that take long
     try:
-        parse_command_line(sys.argv[1:])
+        check_paths(parse_command_line(sys.argv[1:]).training)
     except UserError as error:
         Terminal().error(str(error))
         sys.exit(2)

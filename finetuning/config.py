@@ -167,12 +167,13 @@ class DataSettings(_Settings):
     """What is read, what is held out, and how samples become rows of tokens."""
 
     data_path: tuple[str, ...] = field(default_factory=lambda: (bundled_data(),))
-    """Files, folders, globs, or names of hub datasets; not given: the Q&A that come with the program."""
+    """Files, folders, globs, or datasets of the hub (hf://datasets/owner/name); not given: the Q&A that come
+    with the program."""
     data_weights: tuple[float, ...] = ()
     """One weight per data_path: 2 shows a source twice an epoch, 0.5 shows half of it; empty: all 1."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Names of columns in your files: question, thinking, answer, system (e.g. --columns question 问题);
-    the others are found by their usual names."""
+    """Names of columns in your files (e.g. --columns question 问题), for question, thinking, answer, system,
+    input, context, options, history, tools, difficulty or messages; the others are found by their names."""
     eval_path: tuple[str, ...] = ()
     """Held-out data of your own; empty: a share of data_path is split off."""
     eval_fraction: float = 0.1

@@ -44,6 +44,8 @@ LIBRARIES = {
     "peft": tuple(f"finetuning/model/{name}.py" for name in ("adapters", "saving", "fused_lora")),
     "tensorboard": ("finetuning/events/",),
     "pynvml": ("finetuning/monitoring/",),
+    "openpyxl": ("finetuning/readers/office.py",),
+    "docx": ("finetuning/readers/office.py",),
     "tyro": ("finetuning/command_line.py", "finetuning/runs/report.py", *AT_THE_ROOT),
     "rich": (
         "finetuning/common/terminal.py",

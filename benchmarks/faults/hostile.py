@@ -75,7 +75,7 @@ def named_inputs() -> Iterator[tuple[str, str, bytes, list]]:
     )
     yield "UTF-16 with mark", "a.jsonl", (GOOD + "\n").encode("utf-16"), [EITHER]
     yield "UTF-32", "a.jsonl", (GOOD + "\n").encode("utf-32"), [EITHER]
-    yield "GB18030", "a.jsonl", (GOOD + "\n").encode("gb18030"), [BROKEN]
+    yield "GB18030", "a.jsonl", (GOOD + "\n").encode("gb18030"), [RIGHT]
     yield (
         "Latin-1 in one line",
         "a.jsonl",
@@ -381,9 +381,10 @@ def text_is_tidied() -> None:
     real = dataset.record_sample
 
     def tidy(value, columns):
-        sample, remarks = real(value, columns)
+        reading = real(value, columns)
+        sample = reading.sample
         object.__setattr__(sample, "question", common_text.clean(sample.question))
-        return sample, remarks
+        return reading
 
     replaced(dataset, "record_sample", tidy)
 
@@ -560,7 +561,8 @@ def paths_are_opened() -> None:
     from finetuning.readers import files as readers_files
 
     def take(path, cache_dir=None):
-        return [readers_files.DataFile(os.path.expanduser(path), path, "jsonl")]
+        file = readers_files.DataFile(os.path.expanduser(path), path, "jsonl")
+        return readers_files.Listing([file], [], [])
 
     replaced(dataset, "list_files", take)
 

@@ -131,8 +131,9 @@ def weighted_indices(
     """`indices` with those of a source repeated or thinned out by its weight; int64, same order.
 
     A weight's key is a source or a glob of sources; the first that fits counts, others weigh 1.
-    Weight 2.5 takes every sample twice and a random half of them a third time. Raises UserError
-    for a weight that is negative or not finite, a key that fits nothing, and nothing left.
+    Weight 2.5 takes every sample twice and half of them a third time, drawn by a hash of seed and
+    content: where a file lies, and what else is read, change nothing. Raises UserError for a weight
+    that is negative or not finite, a key that fits nothing, and nothing left.
     """
     indices = np.asarray(indices, dtype=np.int64)
     names, codes = source_numbers(samples)
@@ -140,18 +141,30 @@ def weighted_indices(
     by_source = {names[code]: code for code in np.unique(codes).tolist()}
     chosen = _weight_of_sources(list(by_source), weights)
     counts = np.ones(len(indices), dtype=np.int64)
+    drawn = [code for name, code in by_source.items() if chosen[name] % 1.0]
+    draws = _draws(samples, indices[np.isin(codes, drawn)], seed)
     for name, code in sorted(by_source.items()):
         places = np.flatnonzero(codes == code)
         whole, part = divmod(chosen[name], 1.0)
         counts[places] = int(whole)
-        # Its own generator per source: a new source must not change the draw of another one.
-        words = hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=8).digest()
-        generator = np.random.default_rng(int.from_bytes(words, "little"))
-        extra = generator.permutation(places)[: round(part * len(places))]
-        counts[extra] += 1
+        if extra := round(part * len(places)):
+            order = np.argsort(draws[indices[places]], kind="stable")
+            counts[places[order[:extra]]] += 1
     if len(indices) and not counts.any():
         raise UserError("source weights leave no sample; raise one above 0")
     return np.repeat(indices, counts)
+
+
+def _draws(samples: Sequence[Sample], wanted: np.ndarray, seed: int) -> np.ndarray:
+    """A uniform number (n,) for the content of each wanted sample, 0 for the others."""
+    draws = np.zeros(len(samples), np.uint64)
+    if len(wanted):
+        draws[wanted] = 1
+        for i, sample in enumerate(samples):
+            if draws[i]:
+                digest = hashlib.blake2b(f"{seed}\0{sample.id}".encode(), digest_size=8).digest()
+                draws[i] = int.from_bytes(digest, "little")
+    return draws
 
 
 def source_numbers(samples: Sequence[Sample]) -> tuple[list[str], np.ndarray]:

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,13 +22,15 @@ from finetuning.common.errors import UserError
 from finetuning.common.files import write_json
 from finetuning.common.text import clean_line
 from finetuning.common.workers import in_order
-from finetuning.readers.files import COMPRESSIONS, DataFile, list_files
-from finetuning.readers.formats import Chunk, read_records, read_text, split_file
-from finetuning.readers.markdown import markdown_samples
+from finetuning.readers.files import COMPRESSIONS, TEXTS, DataFile, Listing, list_files
+from finetuning.readers.findings import HINTS, Findings, encoding_remark, urgency, without_sample
+from finetuning.readers.formats import read_records, recognized
+from finetuning.readers.opening import Chunk, split_file
 from finetuning.readers.records import SAMPLE_KEYS, record_sample
 from finetuning.readers.sample import (
     BrokenRecordError,
     BrokenSample,
+    LeftOutError,
     Remark,
     Sample,
 )
@@ -41,7 +44,6 @@ SPAN = 500  # samples that a worker looks at before it hands in what it found
 _LOOKS = 100  # samples taken one by one until the pages that they lie on are given back
 
 Progress = Callable[[int, int], None]
-Read = Sample | BrokenSample | Remark
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,10 @@ class SampleSet:
     fingerprint: str
     """32 hexadecimal digits over the contents in their order."""
     remarks: tuple[Remark, ...] = ()
-    """Oddities of samples that were read: a glued heading, a column that is left unused. What is odd
-    about records is told once a file."""
+    """What was read otherwise than its author may have meant, or was not used or not read: a glued heading,
+    a column, a whole file. What is odd about records is told once a file, with their number."""
     skipped: tuple[Remark, ...] = ()
-    """The files beside those that were read that are not read themselves; they are in `remarks` too."""
+    """The files that lie beside those that were read and are not read themselves; also in `remarks`."""
     key: str = ""
     """32 hexadecimal digits over contents, names and columns of the files: what is kept of these samples
     is kept under it. Empty for small data, of which nothing is."""
@@ -71,23 +73,24 @@ def read_samples(
     workers: int = 1,
     progress: Progress | None = None,
 ) -> SampleSet:
-    """Read files, folders, globs, `datasets` folders and hub names (`owner/name[:config][:split]`).
+    """Read files, folders, globs, `datasets` folders and hub data (`hf://datasets/owner/name[:config][:split]`).
 
-    `columns` maps a field (question, thinking, answer, system, history, tools, difficulty,
-    messages) to the column that holds it; the others are looked for under their usual names.
+    `columns` maps a field (`SAMPLE_KEYS`) to the column that holds it; the others are looked for by what
+    their names mean.
     `progress(done, total)` counts bytes. A file reached twice is read once. Raises UserError where a
     path or a whole file can't be read, and where nothing at all was found; single broken records are
     listed in `broken` instead.
     """
     _check_columns(columns)
-    files = _all_files(paths, cache_dir)
+    listing = _all_files(paths, cache_dir)
+    ruled = tuple((columns or {}).items())
+    files = [recognized(replace(file, columns=ruled)) for file in listing.files]
     total = sum(_expected_bytes(file) for file in files)
     if total <= LARGE_DATA:
-        found = _read_small(files, columns, progress)
+        found = _read_small(files, progress)
     else:
-        found = _read_large(files, columns, cache_dir, max(1, workers), progress)
-    _check_found(found)
-    return found
+        found = _read_large(files, cache_dir, max(1, workers), progress)
+    return _accounted(found, files, listing)
 
 
 def _check_columns(columns: dict[str, str] | None) -> None:
@@ -97,76 +100,97 @@ def _check_columns(columns: dict[str, str] | None) -> None:
         raise UserError(f"columns: unknown field {clean_line(unknown[0], 60)!r}; known are {known}")
 
 
-def _all_files(paths: Sequence[str], cache_dir: Path | None) -> list[DataFile]:
+def _all_files(paths: Sequence[str], cache_dir: Path | None) -> Listing:
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
-    files, seen = [], set()
+    whole, seen = Listing([], [], []), set()
     for path in paths:
-        for file in list_files(os.fspath(path), cache_dir):
+        found = list_files(os.fspath(path), cache_dir)
+        for file in found.files:
             real = os.path.realpath(file.path)
             if real not in seen:
                 seen.add(real)
-                files.append(file)
-    if not files:
+                whole.files.append(file)
+        whole.remarks.extend(remark for remark in found.remarks if remark not in whole.remarks)
+        whole.skipped.extend(remark for remark in found.skipped if remark not in whole.skipped)
+    if not whole.files:
         raise UserError("no data path given; name a file, a folder or a glob")
-    for file in files:
+    for file in whole.files:
         if os.path.getsize(file.path) == 0:
             raise UserError(f"{clean_line(file.source, 200)} is empty; remove it or fill it")
-    return files
+    return whole
 
 
 def _expected_bytes(file: DataFile) -> int:
     """Rough size of the text inside, only to tell small data from large."""
-    compressed = file.kind == "parquet" or file.path.lower().endswith(COMPRESSIONS)
+    packed = ("parquet", "excel", "word")
+    compressed = file.kind in packed or file.path.lower().endswith(COMPRESSIONS)
     return os.path.getsize(file.path) * (4 if compressed else 1)
 
 
-def _check_found(found: SampleSet) -> None:
-    """A file without a sample is most likely not what its user meant it to be."""
-    broken = {}
+def _accounted(found: SampleSet, files: list[DataFile], listing: Listing) -> SampleSet:
+    """What was read with a word on every file. A text in a folder that holds no question was not meant to be
+    read; any other file without a sample is most likely not what its user meant it to be."""
+    broken: dict[str, list[BrokenSample]] = {}
     for item in found.broken:
-        broken.setdefault(item.source, item)
-    for source, count in found.samples_per_file.items():
-        if count:
+        broken.setdefault(item.source, []).append(item)
+    left_out = {r.source for r in found.remarks if r.text.startswith("left out")}
+    skipped, per_file = list(listing.skipped), dict(found.samples_per_file)
+    for file in files:
+        if found.samples_per_file[file.source]:
             continue
-        if source in broken:
-            number = sum(item.source == source for item in found.broken)
-            raise UserError(f"no sample can be read, {number} broken; the first: {broken[source]}")
-        hint = "a question looks like “### Q1: …”" if source.endswith(".md") else "no record in it"
-        raise UserError(f"{clean_line(source, 200)} holds no sample; {hint}")
+        if not file.named and file.kind in TEXTS and file.source not in broken:
+            per_file.pop(file.source)
+            skipped.append(Remark(file.source, 1, "skipped: no question was found in it"))
+            continue
+        raise UserError(without_sample(file, broken.get(file.source, []), file.source in left_out))
+    if not per_file:
+        raise UserError(
+            f"no question was found in {clean_line(files[0].source, 200)}; {HINTS['text']}"
+        )
+    encodings = [remark for file in files if (remark := encoding_remark(file))]
+    remarks = sorted((*found.remarks, *listing.remarks, *encodings, *skipped), key=urgency)
+    return replace(found, remarks=tuple(remarks), skipped=tuple(skipped), samples_per_file=per_file)
 
 
 # ---- reading ----------------------------------------------------------------------------------
 
 
-def _read_chunk(chunk: Chunk, columns: dict[str, str] | None) -> Iterator[Read]:
-    """All samples of a chunk in order, with what is broken or odd between them."""
-    if chunk.file.kind == "markdown":
-        yield from markdown_samples(read_text(chunk.file), chunk.file.source)
-        return
-    told = set()  # what is odd about one record is so about a million like it
-    for item in _read_records(chunk, columns):
-        if not isinstance(item, Remark):
+def _read_chunk(chunk: Chunk, findings: Findings) -> Iterator[Sample | BrokenSample]:
+    """All samples of a chunk in order, and what is broken between them; the rest is found."""
+    file = chunk.file
+    for item in read_records(chunk):
+        if isinstance(item, Remark):
+            findings.note(item.line, item.text)
+        elif isinstance(item, BrokenSample):
             yield item
-        elif item.text not in told:
-            told.add(item.text)
-            yield replace(item, text=f"{item.text} (first here)")
-
-
-def _read_records(chunk: Chunk, columns: dict[str, str] | None) -> Iterator[Read]:
-    source = chunk.file.source
-    for record in read_records(chunk):
-        if isinstance(record, (BrokenSample, Remark)):
-            yield record
-            continue
-        line, value = record
-        try:
-            sample, remarks = record_sample(value, columns)
-        except BrokenRecordError as error:
-            yield BrokenSample(source, line, str(error))
+        elif isinstance(item, Sample):
+            findings.sample(item)
+            yield item
         else:
-            yield _placed(sample, source, line)
-            yield from (Remark(source, line, text) for text in remarks)
+            line, record = item
+            columns = _columns_of(file, record)
+            try:
+                reading = record_sample(record, columns)
+            except BrokenRecordError as error:
+                yield BrokenSample(file.source, line, str(error))
+            except LeftOutError as error:
+                findings.note(line, f"left out: {error}")
+            else:
+                findings.record(line, reading)
+                yield _placed(reading.sample, file.source, line)
+
+
+def _columns_of(file: DataFile, record: Any) -> tuple[tuple[str, str], ...]:
+    """The columns that are ruled for a record. What a text calls its fields differs from file to file, and
+    what a description says may be missing: there only those count that the record has."""
+    if not isinstance(record, dict):
+        return file.columns
+    ruled = {field for field, _ in file.columns}
+    described = tuple(p for p in file.described if p[0] not in ruled and p[1] in record)
+    if file.kind in TEXTS:
+        return tuple(pair for pair in file.columns if pair[1] in record)
+    return file.columns + described
 
 
 def _placed(sample: Sample, source: str, line: int) -> Sample:
@@ -175,18 +199,17 @@ def _placed(sample: Sample, source: str, line: int) -> Sample:
     return sample
 
 
-def _read_small(
-    files: list[DataFile], columns: dict[str, str] | None, progress: Progress | None
-) -> SampleSet:
+def _read_small(files: list[DataFile], progress: Progress | None) -> SampleSet:
     samples, broken, remarks = [], [], []
     per_file = dict.fromkeys((file.source for file in files), 0)
     total = sum(os.path.getsize(file.path) for file in files)
     done = 0
     for file in files:
-        for item in _read_chunk(Chunk(file), columns):
-            kind = {Sample: samples, BrokenSample: broken, Remark: remarks}[type(item)]
-            kind.append(item)
-            per_file[file.source] += kind is samples
+        findings = Findings()
+        for item in _read_chunk(Chunk(file), findings):
+            (samples if isinstance(item, Sample) else broken).append(item)
+            per_file[file.source] += isinstance(item, Sample)
+        remarks += findings.remarks(file.source)
         done += os.path.getsize(file.path)
         if progress:
             progress(done, total)
@@ -204,9 +227,15 @@ def _fingerprint(ids: Iterable[bytes]) -> str:
 # ---- large data -------------------------------------------------------------------------------
 
 
+_READERS = (
+    "damage", "dataset", "fields", "files", "findings", "flags", "formats", "json_records", "labelled",
+    "markdown", "names", "office", "opening", "reasoning", "records", "sample", "tables", "texts", "turns",
+    "values",
+)  # fmt: skip
+
+
 def _read_large(
     files: list[DataFile],
-    columns: dict[str, str] | None,
     cache_dir: Path | None,
     workers: int,
     progress: Progress | None,
@@ -218,14 +247,14 @@ def _read_large(
     for file in files:
         parts, digest = split_file(file, meter.add)
         chunks += parts
-        hashes.append((file.source, file.kind, digest))
-    readers = ("dataset", "files", "formats", "markdown", "records", "sample")
-    version = code_version(*(f"readers.{name}" for name in readers), libraries=("pyarrow",))
-    key = json.dumps([version, hashes, columns], sort_keys=True, ensure_ascii=True)
+        hashes.append((file.source, file.kind, file.encoding, file.described, digest))
+    libraries = ("pyarrow", "openpyxl", "python-docx")
+    version = code_version(*(f"readers.{name}" for name in _READERS), libraries=libraries)
+    key = json.dumps([version, hashes, files[0].columns], sort_keys=True, ensure_ascii=True)
     root = Path(cache_dir) if cache_dir else temporary_folder()
     folder = root / "samples" / hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
     found = cached_folder(
-        folder, _load, lambda building: _write_parts(chunks, columns, building, workers, meter)
+        folder, _load, lambda building: _write_parts(chunks, building, workers, meter)
     )
     meter.add(total - meter.done)
     return found
@@ -241,15 +270,9 @@ class _Meter:
             self._progress(self.done, self._total)
 
 
-def _write_parts(
-    chunks: list[Chunk],
-    columns: dict[str, str] | None,
-    building: Path,
-    workers: int,
-    meter: _Meter,
-) -> None:
+def _write_parts(chunks: list[Chunk], building: Path, workers: int, meter: _Meter) -> None:
     """One Arrow file per chunk, then the index."""
-    jobs = [(chunk, columns, str(building / _part(i))) for i, chunk in enumerate(chunks)]
+    jobs = [(chunk, str(building / _part(i))) for i, chunk in enumerate(chunks)]
     if workers > 1 and len(jobs) > 1:
         written = in_order(_write_part, jobs, workers)
     else:
@@ -258,16 +281,18 @@ def _write_parts(
         "parts": len(chunks),
         "samples_per_file": dict.fromkeys((chunk.file.source for chunk in chunks), 0),
         "broken": [],
-        "remarks": [],
     }
     fingerprint = hashlib.blake2b(digest_size=16)
-    for chunk, (ids, broken, remarks) in zip(chunks, written, strict=True):
+    found: dict[str, Findings] = {}
+    for chunk, (ids, broken, findings) in zip(chunks, written, strict=True):
         fingerprint.update(ids)
         index["samples_per_file"][chunk.file.source] += len(ids) // 8
         index["broken"] += broken
-        told = {(r["source"], r["text"]) for r in index["remarks"]} if chunk.start else ()
-        index["remarks"] += [r for r in remarks if (r["source"], r["text"]) not in told]
+        found.setdefault(chunk.file.source, Findings()).merge(findings)
         meter.add((chunk.stop or os.path.getsize(chunk.file.path)) - chunk.start)
+    index["remarks"] = [
+        asdict(remark) for source in found for remark in found[source].remarks(source)
+    ]
     index["fingerprint"] = fingerprint.hexdigest()
     write_json(building / "index.json", index)
 
@@ -290,27 +315,26 @@ def _part(i: int) -> str:
     return f"part-{i:05d}.arrow"
 
 
-def _write_part(
-    chunk: Chunk, columns: dict[str, str] | None, path: str
-) -> tuple[bytes, list[dict], list[dict]]:
+def _write_part(chunk: Chunk, path: str) -> tuple[bytes, list[dict], Findings]:
     """Write a chunk's samples as an Arrow file. Their ids (8 bytes each), what is broken or odd."""
     import pyarrow as pa
 
-    broken, remarks, rows, ids, characters = [], [], [], bytearray(), 0
+    broken, rows, ids, characters = [], [], bytearray(), 0
+    findings = Findings()
     with pa.OSFile(path, "wb") as out, pa.ipc.new_file(out, _schema()) as writer:
-        for item in _read_chunk(chunk, columns):
+        for item in _read_chunk(chunk, findings):
             if isinstance(item, Sample):
                 rows.append(_row(item))
                 ids += bytes.fromhex(item.id)
                 characters += sum(len(rows[-1][name]) for name in _TEXT_COLUMNS)
             else:
-                (broken if isinstance(item, BrokenSample) else remarks).append(asdict(item))
+                broken.append(asdict(item))
             if len(rows) == _ROWS or characters > _BATCH_CHARACTERS:
                 writer.write_batch(_batch(rows))
                 rows, characters = [], 0
         if rows:
             writer.write_batch(_batch(rows))
-    return bytes(ids), broken, remarks
+    return bytes(ids), broken, findings
 
 
 def _load(folder: Path) -> SampleSet | None:

@@ -1,25 +1,55 @@
-"""Which files a path, folder, glob, `datasets` folder or hub name means."""
+"""Which files a path, folder, glob, `datasets` folder or hub address means."""
 
+import difflib
 import glob
 import os
 import re
 import stat
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from finetuning.common.errors import UserError
 from finetuning.common.files import read_json_object
 from finetuning.common.text import clean_line
+from finetuning.config import DataSettings
+from finetuning.readers.sample import Remark
 
 KINDS = {
-    ".md": "markdown", ".markdown": "markdown", ".json": "json", ".jsonl": "jsonl",
-    ".ndjson": "jsonl", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow",
+    ".md": "markdown", ".markdown": "markdown", ".txt": "text", ".docx": "word", ".json": "json",
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "csv", ".xlsx": "excel", ".xlsm": "excel",
+    ".parquet": "parquet", ".arrow": "arrow",
 }  # fmt: skip
+TEXTS = ("markdown", "text", "word")
 COMPRESSIONS = (".gz", ".zst")
+_WHOLE = ("parquet", "arrow", "excel", "word")  # kinds that are compressed by themselves
+# What to do about kinds that people have and that are not read.
+_SAVE_AS = {
+    ".xls": "save it as .xlsx", ".et": "save it as .xlsx", ".ods": "save it as .xlsx",
+    ".xlsb": "save it as .xlsx", ".doc": "save it as .docx", ".wps": "save it as .docx",
+    ".rtf": "save it as .docx", ".odt": "save it as .docx",
+    ".pdf": "copy its questions and answers into a .docx or .xlsx", ".html": "save it as .docx or .md",
+    ".htm": "save it as .docx or .md", ".zip": "unpack it", ".rar": "unpack it", ".7z": "unpack it",
+    ".tar": "unpack it", ".tgz": "unpack it", ".pkl": "save it as .jsonl", ".pickle": "save it as .jsonl",
+    ".yaml": "save it as .jsonl", ".yml": "save it as .jsonl", ".xml": "save it as .jsonl",
+}  # fmt: skip
 # They describe a folder of data and hold no samples.
-_NOT_DATA = {"readme.md", "dataset_info.json", "dataset_infos.json", "dataset_dict.json",
-             "state.json"}  # fmt: skip
+_DESCRIPTIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+_DESCRIBES = re.compile(
+    r"(?:readme|license|licence|changelog|contributing|requirements|(?:使用|数据)?说明)(?:[_.-].*)?",
+    re.I,
+)
+_HUB = "hf://datasets/"
+_SPLIT = re.compile(
+    r"(train|training|训练集?|训练)|(test|testing|validation|valid|val|dev|eval|holdout|测试集?|验证集?|评测集?|评估集?)",
+    re.IGNORECASE,
+)
+_SPLIT_WORD = re.compile(
+    r"(?:^|[-_ ])(?:test|validation|valid|val|dev|eval)(?:[-_ ]|$)|测试集|验证集"
+)
+_FOR_TESTS = "its name says that it is for tests; it is read all the same"
+_SHARD = re.compile(r"[-_.]?\d+(?:[-_]of[-_]\d+)?$")
 
 MAX_RECORD = 16 * 2**20
 """Longest record read, in bytes (of a line) or characters (of a JSON element)."""
@@ -32,30 +62,78 @@ class DataFile:
     path: str
     source: str
     kind: str
-    """markdown, json, jsonl, csv, parquet or arrow."""
+    """markdown, text, word, json, jsonl, csv, excel, parquet or arrow."""
+    named: bool = True
+    """Whether the user named the file itself, and not the folder it lies in."""
+    encoding: str = ""
+    """Of text; empty until it was looked at."""
+    columns: tuple[tuple[str, str], ...] = ()
+    """(field, name of its column), as the user rules it."""
+    described: tuple[tuple[str, str], ...] = ()
+    """The same, as a file beside it says; a record may lack such a column."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files that paths mean, and what lies beside them and is not read."""
+
+    files: list[DataFile]
+    remarks: list[Remark]
+    """On files that are read although their name speaks against it."""
+    skipped: list[Remark]
+    """Files that are not read, and why."""
 
 
 # ---- which files ------------------------------------------------------------------------------
 
 
-def list_files(path: str, cache_dir: Path | None = None) -> list[DataFile]:
-    """The data files behind a file, folder, glob, `datasets` folder or hub name, in a fixed order."""
+def list_files(path: str, cache_dir: Path | None = None) -> Listing:
+    """The data files behind a file, folder, glob, `datasets` folder or hub address, in a fixed order."""
+    found = Listing([], [], [])
     shown = clean_line(str(path), 200)
     if not path or "\0" in path:
         raise UserError(f"data path {shown!r} is no path; give a file, folder or glob")
     expanded = os.path.expanduser(path)
-    mode = _mode(expanded, shown)
+    mode = None if path.startswith(_HUB) else _mode(expanded, shown)
     if mode is not None:
-        return _existing(expanded, path, mode)
-    if glob.has_magic(expanded):
-        found = sorted(glob.glob(expanded, recursive=True))
-        files = [file for name in found for file in _matched(name)]
-        if not files:
+        _add_existing(expanded, path, mode, found)
+    elif path.startswith(_HUB):
+        found.files.extend(_hub_files(path, cache_dir))
+    elif glob.has_magic(expanded):
+        for name in sorted(glob.glob(expanded, recursive=True)):
+            _add_matched(name, found)
+        if not found.files:
             raise UserError(f"no data file matches {shown}; readable are {_readable()}")
-        return files
-    if _HUB_NAME.fullmatch(path) and not os.path.isdir(path.split("/")[0]):
-        return _hub_files(path, cache_dir)
-    raise UserError(f"there is no {shown}; give an existing file, folder or glob")
+    else:
+        raise UserError(_nothing_there(path, expanded))
+    return found
+
+
+def check_paths(settings: DataSettings) -> None:
+    """Raise UserError, at once, for a path that is not there or of which nothing can be read."""
+    for path in (*settings.data_path, *settings.eval_path):
+        if not str(path).startswith(_HUB):
+            list_files(os.fspath(path))
+
+
+def _nothing_there(path: str, expanded: str) -> str:
+    """What a path lacks, with what it may have meant."""
+    shown = clean_line(path, 200)
+    parent, name = os.path.split(expanded.rstrip("/\\"))
+    here = os.getcwd()
+    if parent and not os.path.isdir(parent):
+        return (
+            f"there is no {shown}: no folder {clean_line(parent, 100)} in {clean_line(here, 200)}; give an "
+            f"existing file, folder or glob ({_HUB}owner/name is a dataset of the hub)"
+        )
+    try:
+        beside = sorted(os.listdir(parent or "."))
+    except OSError:
+        beside = []
+    near = difflib.get_close_matches(name, beside, n=1)
+    meant = f"; is {clean_line(os.path.join(parent, near[0]), 200)} meant?" if near else ""
+    todo = meant or "; give an existing file, folder or glob"
+    return f"there is no {shown} in {clean_line(here, 200)}{todo}"
 
 
 def _readable() -> str:
@@ -75,15 +153,22 @@ def _mode(path: str, shown: str) -> int | None:
         raise UserError(f"can't look at {shown}: {reason}") from error
 
 
-def _existing(path: str, source: str, mode: int) -> list[DataFile]:
+def _add_existing(path: str, source: str, mode: int, found: Listing) -> None:
     if stat.S_ISDIR(mode):
-        return _folder_files(path, source)
+        _add_folder(path, source, found)
+        return
+    shown = clean_line(source, 200)
     if not stat.S_ISREG(mode):
-        raise UserError(f"{clean_line(source, 200)} is no regular file (a pipe or device?)")
+        raise UserError(f"{shown} is no regular file (a pipe or device?)")
     kind = _kind_of(path)
     if kind is None:
-        raise UserError(f"can't read {clean_line(source, 200)}: readable are {_readable()}")
-    return [DataFile(path, _source(source), kind)]
+        todo = _SAVE_AS.get(os.path.splitext(path.lower())[1])
+        raise UserError(
+            f"can't read {shown}: {todo + '; ' if todo else ''}readable are {_readable()}"
+        )
+    found.files.append(DataFile(path, _source(source), kind))
+    if _is_held_out(os.path.basename(path), set()):
+        found.remarks.append(Remark(_source(source), 1, _FOR_TESTS))
 
 
 def _source(*parts: str) -> str:
@@ -95,44 +180,158 @@ def _kind_of(path: str) -> str | None:
     stem, suffix = os.path.splitext(path.lower())
     if suffix in COMPRESSIONS:
         suffix = os.path.splitext(stem)[1]
-        return KINDS.get(suffix) if KINDS.get(suffix) not in ("parquet", "arrow") else None
+        return KINDS.get(suffix) if KINDS.get(suffix) not in _WHOLE else None
     return KINDS.get(suffix)
 
 
-def _matched(name: str) -> list[DataFile]:
+def _add_matched(name: str, found: Listing) -> None:
     """What a glob found; like a folder's, files that are no data are passed over."""
     mode = _mode(name, clean_line(name, 200))
-    passed = mode is None or _kind_of(name) is None or _is_no_data(name)
-    return [] if passed and not os.path.isdir(name) else _existing(name, name, mode)
+    if mode is None or _is_lock(name):
+        return
+    if not os.path.isdir(name) and (_kind_of(name) is None or _describes(name)):
+        found.skipped.append(_skipped(name, name))
+    else:
+        _add_existing(name, name, mode, found)
 
 
-def _is_no_data(name: str) -> bool:
-    """Files that describe a folder, and those by which Office locks an open one (`~$name`)."""
+def _is_lock(name: str) -> bool:
+    """By files called `~$name` and `.~name` Office and WPS lock an open one."""
+    return os.path.basename(name).startswith(("~$", "."))
+
+
+def _describes(name: str) -> bool:
+    """Whether a file describes the folder that it lies in."""
     base = os.path.basename(name).lower()
-    return base in _NOT_DATA or base.startswith("~$")
+    return base in _DESCRIPTIONS or _DESCRIBES.fullmatch(base) is not None
 
 
-def _folder_files(path: str, source: str) -> list[DataFile]:
+def _skipped(name: str, source: str) -> Remark:
+    todo = _SAVE_AS.get(os.path.splitext(name.lower())[1])
+    if _describes(name):
+        reason = "it describes the folder"
+    elif todo:
+        reason = f"this kind is not read; {todo}"
+    else:
+        reason = "this kind is not read"
+    return Remark(_source(source), 1, f"skipped: {reason}")
+
+
+def _add_folder(path: str, source: str, found: Listing) -> None:
     splits = _splits(path)
     if splits:
-        return [file for split in splits for file in _saved_dataset(path, source, split)]
+        found.files.extend(
+            [file for split in splits for file in _saved_dataset(path, source, split)]
+        )
+        return
     if os.path.isfile(os.path.join(path, "state.json")):
-        return _saved_dataset(path, source, "")
-    files = []
+        found.files.extend(_saved_dataset(path, source, ""))
+        return
+    files, skipped = [], []
+    for inner, full in _walk(path):
+        kind = None if _describes(inner) else _kind_of(inner)
+        name = _source(source, inner)
+        if kind is None:
+            skipped.append(_skipped(inner, name))
+            continue
+        mode = _mode(full, full)
+        if mode is None or not stat.S_ISREG(mode):
+            raise UserError(f"{clean_line(full, 200)} is no regular file; remove it")
+        files.append((inner, DataFile(full, name, kind, named=False)))
+    if not files:
+        more = f"; {len(skipped)} files of other kinds lie there" if skipped else ""
+        raise UserError(f"the folder {clean_line(source, 200)} holds no {_readable()} file{more}")
+    _add_for_training(files, found)
+    found.skipped.extend(skipped)
+    _add_described_columns(path, found)
+
+
+def _walk(path: str) -> Iterator[tuple[str, str]]:
+    """(path below the folder, path) of all files save hidden ones and locks, in order."""
+    found = []
     for folder, folders, names in os.walk(path, onerror=_unreadable_folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            full = os.path.join(folder, name)
-            if name.startswith(".") or _is_no_data(name) or _kind_of(name) is None:
-                continue
-            mode = _mode(full, full)
-            if mode is None or not stat.S_ISREG(mode):
-                raise UserError(f"{clean_line(full, 200)} is no regular file; remove it")
-            inner = os.path.relpath(full, path)
-            files.append(DataFile(full, _source(source, inner), _kind_of(name)))
-    if not files:
-        raise UserError(f"the folder {clean_line(source, 200)} holds no {_readable()} file")
-    return sorted(files, key=lambda file: file.source)
+        for name in names:
+            if not _is_lock(name):
+                full = os.path.join(folder, name)
+                found.append((os.path.relpath(full, path), full))
+    yield from sorted(found, key=lambda item: Path(item[0]).as_posix())
+
+
+def _add_for_training(files: list[tuple[str, DataFile]], found: Listing) -> None:
+    """Of a folder with files for training and for tests, as the hub names them, those for training."""
+    names = {_stem(inner) for inner, _ in files}
+    held_out = [file for inner, file in files if _is_held_out(inner, names)]
+    kept = [file for _, file in files if file not in held_out]
+    for file in held_out:
+        if kept:
+            text = "skipped: its name says that it is for tests; --eval-path evaluates on it"
+            found.skipped.append(Remark(file.source, 1, text))
+        else:
+            found.remarks.append(Remark(file.source, 1, _FOR_TESTS))
+    for inner, file in files:
+        if file in kept and kept != held_out and _SPLIT_WORD.search(_stem(inner)):
+            found.remarks.append(Remark(file.source, 1, f"{_FOR_TESTS} (perhaps)"))
+    found.files.extend(kept or held_out)
+
+
+def _stem(inner: str) -> str:
+    return os.path.basename(inner).lower().split(".")[0]
+
+
+def _is_held_out(inner: str, names: set[str]) -> bool:
+    """Whether a file is called test, validation or the like, or lies in such a folder, or is the other
+    half of one that is for training (`qa_test` beside `qa_train`)."""
+    for part in (*Path(inner).parent.parts, _SHARD.sub("", _stem(inner))):
+        match = _SPLIT.fullmatch(part)
+        if match and match[2]:
+            return True
+    stem = _stem(inner)
+    words = re.split(r"([-_ ])", stem)
+    for i, word in enumerate(words):
+        match = _SPLIT.fullmatch(word)
+        if match and match[2]:
+            trains = (
+                "".join([*words[:i], train, *words[i + 1 :]])
+                for train in ("train", "training", "训练", "训练集")
+            )
+            if any(name in names for name in trains):
+                return True
+    return False
+
+
+# What LLaMA-Factory calls the columns that `dataset_info.json` names.
+_INFO_COLUMNS = {
+    "prompt": "question", "query": "input", "response": "answer", "system": "system", "history": "history",
+    "messages": "messages", "tools": "tools", "chosen": "answer",
+}  # fmt: skip
+
+
+def _add_described_columns(path: str, found: Listing) -> None:
+    """Give files the columns that a LLaMA-Factory `dataset_info.json` in their folder names for them."""
+    info = os.path.join(path, "dataset_info.json")
+    if not os.path.isfile(info):
+        return
+    described = read_json_object(Path(info), MAX_RECORD)
+    by_name = {}
+    for entry in described.values():
+        columns = entry.get("columns") if isinstance(entry, dict) else None
+        if isinstance(columns, dict) and isinstance(entry.get("file_name"), str):
+            pairs = [
+                (_INFO_COLUMNS[k], v)
+                for k, v in columns.items()
+                if k in _INFO_COLUMNS and isinstance(v, str)
+            ]
+            by_name[os.path.join(path, entry["file_name"])] = tuple(pairs)
+    for i, file in enumerate(found.files):
+        if pairs := by_name.get(file.path):
+            found.files[i] = replace(file, described=pairs)
+            names = ", ".join(f"{field} {column}" for field, column in pairs)
+            found.remarks.append(
+                Remark(
+                    file.source, 1, f"dataset_info.json names its columns: {clean_line(names, 200)}"
+                )
+            )
 
 
 def _unreadable_folder(error: OSError) -> None:
@@ -175,8 +374,13 @@ def _plain_name(name: Any) -> bool:
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(?::[\w.-]+){0,2}")
 
 
-def _hub_files(name: str, cache_dir: Path | None) -> list[DataFile]:
-    """The Arrow files of a hub dataset, downloaded: `owner/name[:configuration][:split]`."""
+def _hub_files(address: str, cache_dir: Path | None) -> list[DataFile]:
+    """The Arrow files of a hub dataset, downloaded: `hf://datasets/owner/name[:configuration][:split]`."""
+    name = address.removeprefix(_HUB)
+    if not _HUB_NAME.fullmatch(name):
+        raise UserError(
+            f"{clean_line(address, 200)}: a dataset of the hub is {_HUB}owner/name[:configuration][:split]"
+        )
     import datasets
     import huggingface_hub
 
@@ -187,9 +391,7 @@ def _hub_files(name: str, cache_dir: Path | None) -> list[DataFile]:
         download = datasets.DownloadConfig()
     except (OSError, ValueError, RuntimeError, huggingface_hub.errors.HfHubHTTPError) as error:
         if isinstance(error, huggingface_hub.errors.RepositoryNotFoundError):
-            raise UserError(
-                f"there is no file or folder {name} here, nor such a dataset on the hub"
-            ) from error
+            raise UserError(f"there is no dataset {name} on the hub; check the name") from error
         download = datasets.DownloadConfig(local_files_only=True, max_retries=0)
     try:
         data = datasets.load_dataset(
@@ -198,7 +400,7 @@ def _hub_files(name: str, cache_dir: Path | None) -> list[DataFile]:
     except (OSError, ValueError, RuntimeError) as error:
         reason = clean_line(str(error), 200)
         raise UserError(
-            f"there is no file or folder {name} here, and as a dataset of the hub it can't be had: "
-            f"{reason}; check the name, set HF_ENDPOINT to a mirror, or download it"
+            f"the dataset {name} of the hub can't be had: {reason}; check the name, set HF_ENDPOINT to a "
+            "mirror, or download it"
         ) from error
-    return [DataFile(entry["filename"], name, "arrow") for entry in data.cache_files]
+    return [DataFile(entry["filename"], address, "arrow") for entry in data.cache_files]

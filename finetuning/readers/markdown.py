@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from finetuning.common.text import clean_line
+from finetuning.readers.reasoning import split_reasoning
 from finetuning.readers.records import oddities
 from finetuning.readers.sample import (
     THINK_TAG,
@@ -54,7 +55,8 @@ _STRANGER = re.compile(
     r"^(?:#{3,6}.*\n\s*\**(?:答案?|回答)\**[ \t]*[:：]"
     r"|#{3,6}[ \t]*(?:\*\*)?(?:[Qq]|问题?)[ \t]*[\d一二三四五六七八九十]"
     r"|#{3,6}[ \t]*(?:\*\*)?(?P<number>\d+)[ \t]*(?:[.、．:：)）]|$)"
-    r"|\*\*[Qq][ \t]*\d|[ \t]*\**(?:A|答案?|回答)[ \t]*\d+\**[ \t]*[:：]).*$",
+    r"|\*\*[Qq][ \t]*\d|[ \t>]*\**(?:问题?|提问)\**[ \t]*\d*\**[:：]"
+    r"|[ \t]*\**(?:A|答案?|回答)[ \t]*\d+\**[ \t]*[:：]).*$",
     re.MULTILINE,
 )
 _RULE = re.compile(r"\n[ \t]*(?:-{3,}|\*{3,}|_{3,})[ \t]*\Z")
@@ -152,10 +154,13 @@ def _markdown_block(body: str, number: str) -> tuple[Sample, str, list[str]]:
     reply, marker = _strip_marker(reply, number)
     reply, section = _cut_at_section(reply)
     has_tags = THINK_TAG.search(reply) is not None
-    thinking, answer = split_thinking(_RULE.sub("", reply.rstrip()))
+    reply = _RULE.sub("", reply.rstrip())
+    tags = list(THINK_TAG.finditer(reply))
+    lone = marker is not None and len(tags) == 1 and bool(tags[0][1])
+    thinking, answer, told = split_reasoning(reply) if lone else (*split_thinking(reply), [])
     if marker is None:
         answer, marker = _strip_marker(answer, number)
-    remarks = []
+    remarks = [f"Q{number}: {text}" for text in told]
     if marker is None:
         remarks.append(f"Q{number} has no answer marker A{number}:")
     elif marker and not _same(marker, number):
@@ -166,7 +171,7 @@ def _markdown_block(body: str, number: str) -> tuple[Sample, str, list[str]]:
         remarks.append(f"the answer to Q{number} ends with what looks like a section heading")
     difficulty = int(stated[1]) if stated else None
     sample = checked(Sample(question, thinking, answer, difficulty=difficulty))
-    return sample, section, [*remarks, *(f"Q{number}: {text}" for text in oddities(sample))]
+    return sample, section, [*remarks, *(f"Q{number}: {odd}" for odd in oddities(sample))]
 
 
 def _number(heading: re.Match) -> str:
@@ -211,6 +216,11 @@ def _stranger(answer: str) -> re.Match | None:
     if numbers and float(numbers[0]) <= 1:
         lines = [m for m in lines if not m["number"]]
     return next(iter(lines), None)
+
+
+def has_headed_questions(text: str) -> bool:
+    """Whether a text has questions with a heading that this reader reads."""
+    return bool(_questions(text))
 
 
 def markdown_samples(text: str, source: str) -> Iterator[Sample | BrokenSample | Remark]:

@@ -1,230 +1,335 @@
-"""A record of JSON, Parquet or CSV becomes a `Sample`.
+"""A record of JSON, Parquet, CSV or a table becomes a `Sample`.
 
-Forms of records: Alpaca, ShareGPT, messages, prompt/completion, question/reasoning/answer.
+Forms of records: a question and an answer in columns (Alpaca, prompt/completion, any names that `names.py`
+understands), or a conversation (ShareGPT, messages, pairs). The question's material and options belong to it.
 White space around a question, a reasoning or an answer is not content and is dropped; nothing else is.
 """
 
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from finetuning.common.text import clean_line
+from finetuning.readers.damage import damages
+from finetuning.readers.fields import Fields, Notes, Oddity
+from finetuning.readers.flags import heed_flags
+from finetuning.readers.names import NEUTRAL, is_record, meaning, words
 from finetuning.readers.sample import (
-    THINK_TAG,
-    WIDE_TAG,
     BrokenRecordError,
+    LeftOutError,
     Sample,
     checked,
-    split_thinking,
     strings_of,
 )
+from finetuning.readers.turns import (
+    are_turns,
+    earlier_turns,
+    message,
+    messages_of,
+    reasoned,
+    reasoning_in,
+    tools_text,
+)
+from finetuning.readers.values import is_absent, is_switch, kind, parsed, text_of, width
 
-# ---- records ----------------------------------------------------------------------------------
-
-QUESTION_KEYS = ("question", "instruction", "prompt", "query", "problem", "input")
-ANSWER_KEYS = ("answer", "output", "response", "completion", "solution")
-THINKING_KEYS = ("thinking", "reasoning", "reasoning_content", "think", "cot", "complex_cot")
-# Beside a conversation, `reasoning` and `think` are as often a switch ("on") as a text.
-_THINKING_BESIDE_TURNS = ("thinking", "reasoning_content", "cot", "complex_cot")
-CONVERSATION_KEYS = ("messages", "conversations", "conversation")
-_USED_KEYS = (
-    *QUESTION_KEYS, *ANSWER_KEYS, *THINKING_KEYS, *CONVERSATION_KEYS, "system", "history",
-)  # fmt: skip
 SAMPLE_KEYS = (
     "question", "thinking", "answer", "system", "history", "tools", "difficulty", "messages",
+    "input", "context", "options",
 )  # fmt: skip
+"""Fields that `--columns` names a column for."""
 
-_ROLES = {
-    "system": "system", "developer": "system", "user": "user", "human": "user",
-    "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant",
-    "function_call": "call", "tool_call": "call",
-    "tool": "tool", "observation": "tool", "function": "tool", "tool_response": "tool",
-}  # fmt: skip
+_JOINS_INPUT = ("instruction", "prompt", "指令", "提示", "提示词")
+_INPUT = ("input", "输入")
+_NOTHING = ("无", "空", "暂无", "无。", "/", "-", "—", "－")  # what people write for no input
+_CITATION = 60  # width up to which a `reference` cites, and is no material to read
 
 
-def record_sample(record: Any, columns: dict[str, str] | None = None) -> tuple[Sample, list[str]]:
-    """A record of any known form as a sample, and what is odd about it; `columns` names the record's
-    column for a field.
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A sample and what is to be said of the record it was read from."""
 
-    Raises BrokenRecordError with the reason where that can't be done.
+    sample: Sample
+    oddities: list[Oddity]
+    notes: Notes
+    """What else there is to say, and the values that nobody took."""
+
+
+def record_sample(record: Any, columns: tuple[tuple[str, str], ...] = ()) -> Reading:
+    """A record of any known form as a sample; `columns` are (field, name of its column).
+
+    Raises BrokenRecordError with the reason where that can't be done, LeftOutError where the record
+    itself says that it is not to be learnt.
     """
+    if are_turns(record):
+        record = {"messages": record}
     if not isinstance(record, dict):
-        raise BrokenRecordError(f"a record must be an object, not {_kind(record)}")
-    fields = _fields(record, columns or {})  # what is used is taken out, what is left is told
-    key = _first(fields, CONVERSATION_KEYS)
-    sample = _conversation(_parsed(fields.pop(key), key), fields) if key else _pair(fields)
-    sample = checked(replace(sample, tools=_tools(fields), difficulty=_difficulty(fields)))
-    return sample, [*_left_unused(fields, sample), *oddities(sample)]
-
-
-def _fields(record: dict, columns: dict[str, str]) -> dict:
-    """The record's values by field where `columns` names one, the others by their names."""
-    missing = [column for column in columns.values() if column not in record]
+        raise BrokenRecordError(f"a record must be an object, not {kind(record)}")
+    missing = [column for _, column in columns if column not in record]
     if missing:
         names = clean_line(", ".join(map(str, record)), 200)
         raise BrokenRecordError(f"no column {clean_line(missing[0], 60)!r}; there is: {names}")
-    taken = {*columns.values()}
-    fields = {str(key).strip().lower(): v for key, v in record.items() if key not in taken}
-    if "messages" not in columns and ("question" in columns or "answer" in columns):
-        fields = {key: v for key, v in fields.items() if key not in CONVERSATION_KEYS}
-    return {**fields, **{field: record[column] for field, column in columns.items()}}
+    fields, notes = Fields(record if columns else _inner(record), columns), Notes()
+    heed_flags(fields)
+    key = fields.first("messages", _is_conversation)
+    if key:
+        turns = parsed(fields.take(key), key)
+        sample = _conversation(turns, fields, notes)
+    else:
+        sample = _pair(fields, notes)
+    tools = fields.first("tools")
+    if tools:
+        text, listed = tools_text(fields.take(tools))
+        list(strings_of(listed))  # for its check of the depth
+        sample = replace(sample, tools=text)
+    if (difficulty := _difficulty(fields)) is not None:
+        sample = replace(sample, difficulty=difficulty)
+    sample = checked(sample)
+    notes.add(fields)
+    return Reading(sample, list(oddities(sample)), notes)
 
 
-def _left_unused(fields: dict, sample: Sample) -> Iterator[str]:
-    """Names one would expect to be used, unless the sample holds their text all the same."""
-    left = {key: fields[key] for key in _USED_KEYS if key in fields}
-    left = {key: v.strip() if isinstance(v, str) else v for key, v in left.items()}
-    held = {text.strip() for text in strings_of(sample.content)} if any(left.values()) else ()
-    names = [key for key, v in left.items() if v and not (isinstance(v, str) and v in held)]
-    if names:
-        yield f"not used: {', '.join(names)}; --columns says which columns are meant"
+def _is_conversation(value: Any) -> bool:
+    return isinstance(value, list) or (isinstance(value, str) and value.lstrip().startswith("["))
 
 
-def oddities(sample: Sample) -> Iterator[str]:
-    """What was read as it stands, though it may not have been meant so."""
-    if any(WIDE_TAG.search(t) for t in (sample.question, sample.thinking, sample.answer)):
-        yield "＜think＞ with full-width brackets is read as text; write <think>"
-    earlier = [message for message in sample.history if message["role"] != "system"]
-    if any(message["role"] == "system" for message in (*sample.history, *sample.tool_turns)):
-        yield "a system message among the turns is read as one of them"
-    if earlier and earlier[0]["role"] == "assistant":
-        yield "the conversation begins with a turn of the assistant"
-    if any(message["role"] == "user" and not message["content"] for message in earlier):
-        yield "a turn of the user in the history is empty"
+def _inner(record: dict) -> dict:
+    """A record inside another object, as a tool that labels data writes it, beside that one's keys."""
+    if is_record(map(str, record)):
+        return record
+    if labelled := _labelled(record):
+        return labelled
+    inner = [
+        key
+        for key, value in record.items()
+        if isinstance(value, dict) and is_record(map(str, value))
+    ]
+    if len(inner) != 1:
+        return record
+    return {**{key: value for key, value in record.items() if key != inner[0]}, **record[inner[0]]}
 
 
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "true/false", type(None): "null"}
-    return names.get(type(value), "a number" if isinstance(value, (int, float)) else "binary data")
+def _labelled(record: dict) -> dict | None:
+    """Label Studio's tasks: the data, and the texts that people wrote, by the name of their place."""
+    data, notes = record.get("data"), record.get("annotations")
+    if not isinstance(data, dict) or not isinstance(notes, list):
+        return None
+    found = dict(data)
+    for note in notes[:1]:
+        for result in note.get("result") or [] if isinstance(note, dict) else []:
+            value = result.get("value") if isinstance(result, dict) else None
+            texts = value.get("text") if isinstance(value, dict) else None
+            if isinstance(texts, list) and texts and isinstance(result.get("from_name"), str):
+                found[result["from_name"]] = texts[0]
+    return found if is_record(map(str, found)) else None
 
 
-def _first(record: dict, keys: tuple[str, ...]) -> str | None:
-    return next((key for key in keys if record.get(key) is not None), None)
+# ---- a question and an answer -------------------------------------------------------------------
 
 
-def _text(value: Any, name: str) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise BrokenRecordError(f"{name} must be text, not {_kind(value)}")
-    return value
-
-
-def _parsed(value: Any, name: str) -> Any:
-    """A structure that a CSV cell or a Parquet column holds as JSON text."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        raise BrokenRecordError(f"{name} is text that is not JSON") from None
-
-
-def _pair(record: dict) -> Sample:
+def _pair(fields: Fields, notes: Notes) -> Sample:
     """A question and an answer in columns of their own, a list of messages in either included."""
-    question_key, answer_key = _first(record, QUESTION_KEYS), _first(record, ANSWER_KEYS)
+    question_key = fields.first_text("question")
+    answer_key = fields.first_text("answer") or fields.first_text("chosen")
+    question_key = question_key or fields.first("question")
+    answer_key = answer_key or fields.first("answer")
+    chosen = fields.peek(answer_key) if answer_key else None
+    if question_key is None and are_turns(chosen) and len(chosen) > 1:
+        return _conversation(_answer_of(fields, answer_key), fields, notes)
     if question_key is None or answer_key is None:
-        missing = "question" if question_key is None else "answer"
-        names = clean_line(", ".join(record), 200)
-        raise BrokenRecordError(f"no column for the {missing}; there is: {names}")
-    question, answer = record.pop(question_key), record.pop(answer_key)
-    if isinstance(question, list) or isinstance(answer, list):
-        question = question if isinstance(question, list) else [_message("user", question)]
-        answer = answer if isinstance(answer, list) else [_message("assistant", answer)]
-        return _conversation([*question, *answer], record)
-    question = _text(question, question_key).strip()
-    if question_key in ("instruction", "prompt"):
-        extra = _text(record.pop("input", None), "input").strip()
-        question = f"{question}\n{extra}".strip()
-    thinking, answer = _reasoned(_text(answer, answer_key), record)
+        raise BrokenRecordError(_missing(fields, question_key))
+    question, answer = fields.take(question_key), _answer_of(fields, answer_key)
+    if isinstance(answer, dict) and are_turns([answer]):
+        answer = [answer]
+    if isinstance(question, list) or are_turns(answer):
+        return _conversation(_joined_turns(question, answer), fields, notes)
+    text = text_of(question, question_key).strip()
+    text = _with_material(text, question_key, fields)
+    thinking, answer = reasoned(text_of(answer, answer_key), fields)
+    system, history = fields.first("system"), fields.first("history")
     return Sample(
-        question=question,
+        question=text,
         thinking=thinking,
         answer=answer,
-        system=_text(record.pop("system", None), "system").strip(),
-        history=_alpaca_history(record.pop("history", None)),
+        system=text_of(fields.take(system), system).strip() if system else "",
+        history=earlier_turns(fields.take(history), notes) if history else (),
     )
 
 
-def _message(role: str, content: Any) -> dict:
-    return {"role": role, "content": content}
+def _answer_of(fields: Fields, key: str) -> Any:
+    if key in fields.layout.of("chosen"):
+        fields.remark(
+            f"{key} of a preference pair is read as the answer; the other one is not used"
+        )
+    return fields.take(key)
 
 
-def _reasoned(text: str, fields: dict) -> tuple[str, str]:
-    """(thinking, answer) with the reasoning inline or in a field beside the text, not in both."""
-    inline, answer = split_thinking(text)
-    key = _first(fields, THINKING_KEYS)
-    beside = _beside(fields)
-    if inline and beside:
-        raise BrokenRecordError(f"reasoning is given twice: inline and as {key}")
-    return inline or beside, answer
+def _joined_turns(question: Any, answer: Any) -> list:
+    """One conversation of messages for a question and an answer; a chosen answer may repeat the question."""
+    asked = question if isinstance(question, list) else [message("user", question)]
+    replied = answer if isinstance(answer, list) else [message("assistant", answer)]
+    if len(replied) > 1 and replied[: len(asked)] == asked:
+        return replied
+    return [*asked, *replied]
 
 
-def _beside(fields: dict, keys: Sequence[str] = THINKING_KEYS) -> str:
-    """Take the reasoning that has a field of its own; some sets keep the tags in it."""
-    key = _first(fields, keys)
-    text = _text(fields.pop(key), key).strip() if key else ""
-    if not THINK_TAG.search(text):
-        return text
-    thinking, rest = split_thinking(text)
-    if rest:
-        raise BrokenRecordError(f"text after the reasoning in {key}")
-    return thinking
+def _missing(fields: Fields, question_key: str | None) -> str:
+    """What a record lacks."""
+    role = "question" if question_key is None else "answer"
+    if fields.has(role):
+        return f"empty {role}"
+    if fields.has("messages") and question_key is None:
+        return "a conversation must be a list of turns"
+    names = clean_line(", ".join(fields.names()), 200)
+    return f"no column for the {role}; there is: {names}"
 
 
-def _alpaca_history(history: Any) -> tuple[dict, ...]:
-    """Alpaca's list of [question, answer] pairs as messages."""
-    messages = []
-    for pair in _parsed(history, "history") or []:
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-            raise BrokenRecordError("history must be a list of [question, answer] pairs")
-        messages.append(_message("user", _text(pair[0], "history")))
-        messages.append(_assistant({"content": pair[1]}))
-    return tuple(messages)
+def _with_material(question: str, key: str, fields: Fields) -> str:
+    """The question with what stands in other columns: input below it, material before it, options below."""
+    if extra := _input(key, fields):
+        question = f"{question}\n{extra}".strip()
+    for name in fields.layout.of("context"):
+        material = fields.peek(name)
+        if not _is_material(name, material, fields):
+            continue
+        texts = material if isinstance(material, list) else [material]
+        text = "\n\n".join(text_of(item, name).strip() for item in texts)
+        fields.take(name)
+        if text and text not in question:
+            question = f"{text}\n\n{question}"
+            fields.remark(f"{name} is put before the question")
+        break
+    names, options = _options(fields)
+    missing = [option for option in options if option not in question]
+    if missing:
+        question = "\n".join([question, *options])
+        fields.remark(f"{', '.join(names)} put below the question")
+    return question
 
 
-def _tools(record: dict) -> str:
-    tools = record.get("tools")
-    parsed = _parsed(tools, "tools") if tools else []
-    if not isinstance(parsed, list) or not all(isinstance(tool, dict) for tool in parsed):
-        raise BrokenRecordError("tools must be a list of objects")
-    list(strings_of(parsed))  # for its check of the depth
-    if not parsed:
+def _input(question_key: str, fields: Fields) -> str:
+    """Alpaca's input, or the column that the user rules to be it."""
+    ruled = fields.layout.of("input") if fields.is_ruled("input") else ()
+    joins = "".join(words(question_key)[-1:]).endswith(_JOINS_INPUT)
+    if not ruled and not ((joins and not fields.is_ruled("question")) or joins):
         return ""
-    return tools if isinstance(tools, str) else json.dumps(tools, ensure_ascii=False)
+    names = ruled or [
+        n for n in fields.layout.of("question") if "".join(words(n)[-1:]).endswith(_INPUT)
+    ]
+    for name in names:
+        if name != question_key and (text := text_of(fields.take(name), name).strip()):
+            if text in _NOTHING and not ruled:
+                fields.remark(f"“{text}” in {name} is read as no value")
+                continue
+            return text
+    return ""
 
 
-def _difficulty(record: dict) -> int | None:
+def _is_material(name: str, value: Any, fields: Fields) -> bool:
+    """Whether a column holds a text to read; a short `reference` cites a source."""
+    if isinstance(value, list):
+        return bool(value) and all(isinstance(item, str) for item in value)
+    if not isinstance(value, str) or is_absent(value):
+        return False
+    meant = meaning(name)
+    cites = meant is not None and meant.rank >= NEUTRAL and not fields.is_ruled("context")
+    return not cites or width(value.strip()) > _CITATION
+
+
+def _options(fields: Fields) -> tuple[list[str], list[str]]:
+    """(columns, lines) of a question's options, lettered where they have no letters."""
+    single = sorted(fields.layout.of("option"), key=lambda name: words(name)[-1])
+    if single:
+        lines = [_option_line(words(name)[-1], fields.take(name), name) for name in single]
+        return single, [line for line in lines if line]
+    for name in fields.layout.of("options"):
+        value = fields.peek(name)
+        if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+            value = _json_or_text(value)
+        lines = list(_option_lines(value, name))
+        if lines:
+            fields.take(name)
+            return [name], lines
+    return [], []
+
+
+def _json_or_text(value: str) -> Any:
+    try:
+        return parsed(value, "")
+    except BrokenRecordError:
+        return value
+
+
+def _option_lines(value: Any, name: str) -> Iterator[str]:
+    if isinstance(value, str) and not is_absent(value):
+        yield text_of(value, name).strip()
+    elif isinstance(value, dict) and isinstance(value.get("text"), list):
+        labels = value.get("label")
+        labels = labels if isinstance(labels, list) else "ABCDEFGHIJ"
+        yield from (
+            _option_line(str(k), v, name) for k, v in zip(labels, value["text"], strict=False)
+        )
+    elif isinstance(value, dict):
+        yield from (line for k, v in value.items() if (line := _option_line(str(k), v, name)))
+    elif isinstance(value, list) and all(isinstance(item, str) for item in value):
+        yield from (
+            _option_line(letter, item, name)
+            for letter, item in zip("ABCDEFGHIJ", value, strict=False)
+        )
+    elif isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        for letter, item in zip("ABCDEFGHIJ", value, strict=False):
+            label = next(
+                (item[k] for k in ("label", "key", "id") if isinstance(item.get(k), str)), letter
+            )
+            text = next(
+                (item[k] for k in ("text", "content", "value") if isinstance(item.get(k), str)), ""
+            )
+            yield _option_line(label, text, name)
+
+
+def _option_line(letter: str, value: Any, name: str) -> str:
+    text = str(value) if isinstance(value, (int, float)) else text_of(value, name).strip()
+    lettered = text[:2].upper().rstrip(".、．:：)） ") == letter.upper()
+    return text if lettered or not text else f"{letter.upper()}. {text}"
+
+
+def _difficulty(fields: Fields) -> int | None:
     """The stated difficulty; a scale other than 1 to 4 is not ours and counts as not stated."""
-    value = record.get("difficulty")
-    if isinstance(value, str) and value.strip() in ("1", "2", "3", "4"):
-        return int(value)
-    return value if type(value) is int and 1 <= value <= 4 else None
+    for name in fields.layout.of("difficulty"):
+        value = fields.peek(name)
+        if isinstance(value, str) and value.strip() in ("1", "2", "3", "4"):
+            fields.take(name)
+            return int(value)
+        if type(value) is int and 1 <= value <= 4:
+            fields.take(name)
+            return value
+    return None
 
 
-def _conversation(turns: Any, record: dict) -> Sample:
+# ---- a conversation -----------------------------------------------------------------------------
+
+
+def _conversation(turns: Any, fields: Fields, notes: Notes) -> Sample:
     """Messages or ShareGPT turns as a sample of their last assistant turn, to which the record's
     reasoning belongs where no turn has its own."""
     if not isinstance(turns, list) or not turns:
         raise BrokenRecordError("a conversation must be a list of turns")
-    messages = [_turn(turn) for turn in turns]
-    system = _text(record.pop("system", None), "system").strip()
-    if messages[0]["role"] == "system":
-        if system:
-            raise BrokenRecordError("system prompt given twice: as a column and as a message")
-        system = messages.pop(0)["content"].strip()
+    messages = _with_answer(messages_of(turns, notes), fields, notes)
+    system = _system(messages, fields)
     if not messages or messages[-1]["role"] != "assistant":
         raise BrokenRecordError("the conversation does not end with a turn of the assistant")
-    asked = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    asked = [i for i, turn in enumerate(messages) if turn["role"] == "user"]
     if not asked:
         raise BrokenRecordError("the conversation has no turn of the user")
     final = messages[-1]
-    reasoned = any("reasoning_content" in message for message in messages)
-    beside = [key for key in _THINKING_BESIDE_TURNS if isinstance(record.get(key), str)]
+    if not final.get("loss", True):
+        raise LeftOutError("its last turn carries no loss")
+    thinking = final.get("reasoning_content", "")
+    if not any("reasoning_content" in turn for turn in messages):
+        beside = fields.first("thinking", lambda value: not is_switch(value))
+        thinking = reasoning_in(fields, beside) if beside else ""
     return Sample(
         question=messages[asked[-1]]["content"].strip(),
-        thinking=final.get("reasoning_content", "") if reasoned else _beside(record, beside),
+        thinking=thinking,
         answer=final["content"],
         system=system,
         history=tuple(messages[: asked[-1]]),
@@ -233,82 +338,41 @@ def _conversation(turns: Any, record: dict) -> Sample:
     )
 
 
-def _turn(turn: Any) -> dict:
-    """One turn of any form as a chat-template message."""
-    if not isinstance(turn, dict):
-        raise BrokenRecordError(f"a turn must be an object, not {_kind(turn)}")
-    name = _first(turn, ("role", "from"))
-    if name is None:
-        raise BrokenRecordError("a turn without role")
-    role = _ROLES.get(_text(turn[name], name).strip().lower())
-    if role is None:
-        raise BrokenRecordError(f"unknown role {clean_line(turn[name], 40)!r}")
-    if role == "call":
-        calls = _tool_calls(_parsed(turn.get("value", turn.get("content")), "function_call"))
-        return {"role": "assistant", "content": "", "tool_calls": calls}
-    if role == "assistant":
-        return _assistant({**turn})
-    message = _message(role, _parts(turn)[0])
-    if isinstance(turn.get("name"), str):
-        message["name"] = turn["name"]
-    if not message["content"] and role != "tool":
-        raise BrokenRecordError(f"empty turn of the {role}")
-    return message
+def _system(messages: list[dict], fields: Fields) -> str:
+    """The system text: the first message, or else a column. Two that differ are refused where the column is
+    called so; another column is left to be told."""
+    key = fields.first("system")
+    if messages[0]["role"] != "system":
+        return text_of(fields.take(key), key).strip() if key else ""
+    first = messages.pop(0)["content"].strip()
+    if key and words(key) == ("system",) and text_of(fields.take(key), key).strip() != first:
+        raise BrokenRecordError("system prompt given twice: as a column and as a message")
+    return first
 
 
-def _assistant(turn: dict) -> dict:
-    """An assistant turn: text, reasoning (inline, beside, or a typed part) and tool calls."""
-    text, reasoning, calls = _parts(turn)
-    # Where a part says which text is reasoning, a tag in another part is just text: `tokenization.py`
-    # keeps it from becoming a real control token.
-    thinking, answer = (reasoning, text.strip()) if reasoning else _reasoned(text, turn)
-    for key in ("tool_calls", "function_call"):
-        if turn.get(key):
-            calls += _tool_calls(_parsed(turn[key], key))
-    if not answer and not calls:
-        raise BrokenRecordError("empty answer")
-    message = _message("assistant", answer)
-    if thinking:
-        message["reasoning_content"] = thinking
-    if calls:
-        message["tool_calls"] = calls
-    return message
+def _with_answer(messages: list[dict], fields: Fields, notes: Notes) -> list[dict]:
+    """A conversation that ends with a question, and the answer that has a column of its own."""
+    if messages[-1]["role"] != "user":
+        return messages
+    key = fields.first_text("answer") or fields.first_text("chosen")
+    if key is None:
+        return messages
+    answer = _answer_of(fields, key)
+    turns = answer if isinstance(answer, list) else [answer]
+    turns = [turn if isinstance(turn, dict) else message("assistant", turn) for turn in turns]
+    return [*messages, *messages_of(turns, notes)]
 
 
-def _parts(turn: dict) -> tuple[str, str, list[dict]]:
-    """(text, reasoning, tool calls) of a turn whose content is text or a list of typed parts."""
-    content = turn[key] if (key := _first(turn, ("content", "value"))) else None
-    if not isinstance(content, list):
-        return _text(content, "content"), "", []
-    texts, reasonings, calls = [], [], []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else _kind(part)
-        keys = ("value", str(kind), "text", "content")
-        field = _first(part, keys) if isinstance(part, dict) else None
-        value = part[field] if field else None
-        if kind == "text":
-            texts.append(_text(value, "a text part"))
-        elif kind in ("reasoning", "thinking"):
-            reasonings.append(_text(value, "a reasoning part"))
-        elif kind == "tool_call":
-            calls += _tool_calls(_parsed(value, "tool_call"))
-        else:
-            raise BrokenRecordError(f"a part of type {clean_line(str(kind), 40)!r} can't be used")
-    return "".join(texts), "\n".join(reasonings).strip(), calls
+# ---- oddities -----------------------------------------------------------------------------------
 
 
-def _tool_calls(calls: Any) -> list[dict]:
-    """Tool calls in the form of the chat templates, from OpenAI's or ShareGPT's."""
-    found = []
-    for call in calls if isinstance(calls, list) else [calls]:
-        function = call.get("function") or call if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise BrokenRecordError("a tool call must have a name")
-        arguments = function.get("arguments")
-        if isinstance(arguments, str):
-            arguments = _parsed(arguments, "tool call arguments")
-        arguments = {} if arguments is None else arguments
-        found.append(
-            {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
-        )
-    return found
+def oddities(sample: Sample) -> Iterable[Oddity]:
+    """What was read as it stands, though it may not have been meant so."""
+    yield from damages(sample)
+    earlier = [turn for turn in sample.history if turn["role"] != "system"]
+    if any(turn["role"] == "system" for turn in (*sample.history, *sample.tool_turns)):
+        yield Oddity("a system message among the turns is read as one of them")
+    if earlier and earlier[0]["role"] == "assistant":
+        yield Oddity("the conversation begins with a turn of the assistant")
+    if any(turn["role"] == "user" and not turn["content"] for turn in earlier):
+        yield Oddity("a turn of the user in the history is empty")

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 MAX_DEPTH = 64
+"""Levels of lists and objects within tools and tool calls; more is not data but an attack."""
+
 # ---- reasoning inside a text ------------------------------------------------------------------
-THINK_TAG = re.compile(r"<(/?)(think(?:ing)?)\s*>", re.IGNORECASE)
+THINK_TAG = re.compile(r"<(/?)(think(?:ing)?)(?:\s+\w+=[^<>\n]{0,100})?\s*>", re.IGNORECASE)
 WIDE_TAG = re.compile(r"＜[/／]?(?:think|THINK|Think)")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -97,6 +99,10 @@ class BrokenRecordError(ValueError):
     """Why a record can't become a sample; readers turn it into a `BrokenSample`."""
 
 
+class LeftOutError(ValueError):
+    """Why a whole record is not to be learnt from, as it says itself; readers tell how many there are."""
+
+
 def split_thinking(text: str) -> tuple[str, str]:
     """(thinking, rest) of a text that may open with one `<think>` or `<thinking>` block.
 
@@ -119,9 +125,6 @@ def split_thinking(text: str) -> tuple[str, str]:
     if text[: opening.start()].strip():
         raise BrokenRecordError(f"text before {opening[0]}")
     return text[opening.end() : closing.start()].strip(), text[closing.end() :].strip()
-
-
-"""Levels of lists and objects within tools and tool calls; more is not data but an attack."""
 
 
 def checked(sample: Sample) -> Sample:

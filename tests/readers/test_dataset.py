@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from finetuning.common.errors import UserError
-from finetuning.readers import dataset, formats
+from finetuning.readers import dataset, opening
 from finetuning.readers.dataset import ArrowSamples, read_samples
 from tests.helpers.read_text import GOOD, JSONL, PLAIN, RECORDS, TOOL_CALL
+from tests.helpers.reading_cases import write_file
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -50,8 +52,8 @@ def test_counts_of_real_files(shared_data, name, count, thinking):
 def large(tmp_path, monkeypatch) -> Path:
     """Two files that count as large data, in chunks of a few kilobytes, one record broken."""
     monkeypatch.setattr(dataset, "LARGE_DATA", 1)
-    monkeypatch.setattr(formats, "CHUNK", 4000)
-    monkeypatch.setattr(formats, "_BLOCK", 1000)
+    monkeypatch.setattr(opening, "CHUNK", 4000)
+    monkeypatch.setattr(opening, "BLOCK", 1000)
     folder = tmp_path / "large"
     folder.mkdir()
     tool_turn = {"role": "assistant", "content": "", "tool_calls": [TOOL_CALL]}
@@ -155,13 +157,15 @@ def test_workers_change_nothing(large, tmp_path):
 
 @pytest.mark.slow
 def test_remarks_of_records_are_told_once_a_file(large, tmp_path, monkeypatch):
-    line = json.dumps({"prompt": "问", "query": "多", "answer": "长" * 50})
+    line = json.dumps({"prompt": "问", "query": "多", "answer": "长" * 50, "input": "nan"})
     for name in ("c.jsonl", "d.jsonl"):
         (large / name).write_text(f"{GOOD}\n" + f"{line}\n" * 500, encoding="utf-8")
     found = read_samples([str(large)], cache_dir=tmp_path / "cache", workers=2)
     assert len(list((tmp_path / "cache").glob("samples/*/*.arrow"))) > 10
     told = [r for r in found.remarks if r.text.startswith("not used: query")]
     assert [(Path(r.source).name, r.line) for r in told] == [("c.jsonl", 2), ("d.jsonl", 2)]
+    counted = [r.text for r in found.remarks if r.text.startswith("“nan” in input")]
+    assert counted == ["“nan” in input is read as no value (500 records, first here)"] * 2
     monkeypatch.setattr(dataset, "LARGE_DATA", 2**30)
     assert read_samples([str(large)]).remarks == found.remarks
 
@@ -223,14 +227,30 @@ CHAT = json.dumps(
         "tools": [{"name": "f"}],
     }
 )
+TABLE = [["问题", "答案"], ["问", "答"]]
+
+
+def office_bytes(name: str, content: dict) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        write_file(Path(folder) / name, content)
+        return (Path(folder) / name).read_bytes()
+
+
 SEEDS = {
     ".md": [
         PLAIN.encode(),
+        "**问题1：一**\n**思考**：想\n**答案**：甲\n\n|问题|答案|\n|---|---|\n|二|乙|\n".encode(),
         ("## 难度 2\n" + PLAIN + "### Q2：二\n难度: 3\n```\n# x\n```\n").encode(),
     ],
     ".json": [json.dumps(RECORDS).encode(), f"[{CHAT}, {GOOD}]".encode()],
     ".jsonl": [JSONL.encode(), f"{CHAT}\n{GOOD}\n".encode(), f"{CHAT}\n".encode("utf-16")],
     ".csv": ['question,answer\n问,"答\n案"\n'.encode(), b"messages,tools\n[],[]\n"],
+    ".txt": [
+        "1、问：一\n思考：想\n答：甲\n\n2、问：二\n答：乙\n".encode(),
+        "一？\n答：甲\n".encode("gb18030"),
+    ],
+    ".xlsx": [office_bytes("a.xlsx", {"sheets": {"问答": TABLE}})],
+    ".docx": [office_bytes("a.docx", {"paragraphs": ["问：一", "答：甲", TABLE]})],
     ".jsonl.gz": [gzip.compress(JSONL.encode())],
     ".jsonl.zst": [zstandard.compress(JSONL.encode())],
 }

@@ -1,6 +1,7 @@
 """Which files a path, a folder or a pattern means, and which paths are refused."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +20,11 @@ def test_folder_glob_and_repetition(tmp_path):
     found = read_samples([str(tmp_path), str(tmp_path / "*.md"), str(tmp_path / "b.md")])
     folder = tmp_path.as_posix()
     assert found.samples_per_file == {f"{folder}/b.md": 1, f"{folder}/sub/a.jsonl": 7}
+    assert {Path(r.source).name: r.text for r in found.skipped} == {
+        "README.md": "skipped: it describes the folder",
+        "notes.txt": "skipped: no question was found in it",
+    }
+    assert set(found.skipped) <= set(found.remarks)
 
 
 def test_lock_files_of_office_are_no_data(tmp_path):
@@ -34,6 +40,10 @@ def test_paths_that_give_nothing(tmp_path, monkeypatch):
     for path, reason in [
         ("missing.md", "there is no missing.md"),
         ("data/missing", "there is no data/missing"),
+        ("dat/raw", "no folder dat in .*hf://datasets/owner/name is a dataset of the hub"),
+        ("data/my_qa.jsonl", "there is no data/my_qa.jsonl in"),
+        ("dtaa", "is data meant"),
+        ("hf://datasets/x", "a dataset of the hub is hf://datasets/owner/name"),
         ("data", "holds no"),
         ("*.md", "no data file matches"),
         ("a\0b", "is no path"),
@@ -50,7 +60,9 @@ def test_paths_that_give_nothing(tmp_path, monkeypatch):
         ("c.jsonl", "\n\n", "holds no sample"),
         ("d.json", "[]", "holds no sample"),
         ("e.csv", "question,answer\n", "holds no sample"),
-        ("f.txt", "x", "readable are .md"),
+        ("f.pdf", "x", "copy its questions .* readable are .md"),
+        ("f.xls", "x", "save it as .xlsx; readable are .md"),
+        ("f.txt", "x", "holds no sample; a question looks like"),
         (
             "g.jsonl",
             "{}\n{}\n",

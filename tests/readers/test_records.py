@@ -180,7 +180,7 @@ def test_columns_overlay_what_is_found_without(tmp_path):
     found = read(tmp_path, "a.jsonl", json.dumps(record), columns={"question": "问题"})
     assert [texts(sample) for sample in found.samples] == [("问", "想", "答")]
     assert remarks(found) == [
-        (1, "not used: input; --columns says which columns are meant (first here)")
+        (1, "not used: input (“多”); --columns FIELD NAME says what a column is for")
     ]
     # The named column is none under its own name, and goes before what else there is.
     record = {"instruction": "问", "input": "想", "output": "答", "messages": []}
@@ -200,15 +200,23 @@ def test_columns_are_used_or_told(tmp_path, subtests):
         ({"prompt": "译", "input": "问", "response": "答"}, ("译\n问", "", "答"), ""),
         ({"messages": TURNS, "thinking": "<think>想</think>"}, ("问", "想", "答"), ""),
         ({"prompt": TURNS[:1], "completion": "答", "cot": "想"}, ("问", "想", "答"), ""),
-        ({"messages": TURNS, "reasoning": "on"}, ("问", "", "答"), "reasoning"),
-        ({"messages": TURNS, "thinking": True}, ("问", "", "答"), "thinking"),
-        ({"conversations": TURNS, "history": [["一", "二"]]}, ("问", "", "答"), "history"),
-        ({"instruction": "扮", "question": "问", "output": "答"}, ("问", "", "答"), "instruction"),
-        ({"question": "问", "input": "多", "cot": "", "answer": "答"}, ("问", "", "答"), "input"),
+        ({"messages": TURNS, "reasoning": "on"}, ("问", "", "答"), "reasoning (“on”)"),
+        ({"messages": TURNS, "thinking": True}, ("问", "", "答"), "thinking (“true”)"),
+        ({"conversations": TURNS, "history": [["一", "二"]]}, ("问", "", "答"), "history (“一”)"),
+        (
+            {"instruction": "扮", "question": "问", "output": "答"},
+            ("问", "", "答"),
+            "instruction (“扮”)",
+        ),
+        (
+            {"question": "问", "input": "多", "cot": "", "answer": "答"},
+            ("问", "", "答"),
+            "input (“多”)",
+        ),
         (
             {"problem": "问", "solution": "解", "answer": "答", "thinking": "想", "cot": "思"},
             ("问", "想", "答"),
-            "solution, cot",
+            "cot (“思”), solution (“解”)",
         ),
         ({"prompt": "问", "answer": " 答", "messages": TURNS, "system": ""}, ("问", "", "答"), ""),
     ]:
@@ -216,8 +224,8 @@ def test_columns_are_used_or_told(tmp_path, subtests):
             line = json.dumps(record) + "\n"
             found = read(tmp_path, "a.jsonl", f"{GOOD}\n{line}{line}")
             assert [texts(sample) for sample in found.samples[1:]] == [expected] * 2
-            told = [(2, f"not used: {unused}; --columns says which columns are meant (first here)")]
-            assert remarks(found) == (told if unused else [])
+            advice = "--columns FIELD NAME says what a column is for"
+            assert remarks(found) == ([(2, f"not used: {unused}; {advice}")] if unused else [])
 
 
 def test_reasoning_beside_a_conversation_that_has_its_own(tmp_path):
@@ -264,8 +272,8 @@ def test_broken_lines_are_listed(tmp_path, subtests):
         ('{"question": "问", "answer": ""}', "empty answer"),
         ('{"question": "  ", "answer": "答"}', "empty question"),
         ('{"question": "问"}', "no column for the answer; there is: question"),
-        ('{"q": "问", "a": "答"}', "no column for the question"),
-        ('{"question": "问", "answer": 3}', "answer must be text, not a number"),
+        ('{"甲": "问", "answer": "答"}', "no column for the question; there is: 甲, answer"),
+        ('{"question": "问", "answer": true}', "answer must be text, not true/false"),
         ('{"question": ["问"], "answer": "答"}', "a turn must be an object, not text"),
         ('{"question": "问", "answer": "答", "x": NaN}', "NaN is not JSON"),
         ('{"question": "问", "answer": "答", "x": -Infinity}', "-Infinity is not JSON"),
@@ -283,8 +291,8 @@ def test_broken_lines_are_listed(tmp_path, subtests):
         ("[1, 2]", "a record must be an object, not a list"),
         ("null", "a record must be an object, not null"),
         ('{"question": "问", "answer": "<think>想"}', "<think> is never closed"),
-        ('{"question": "问", "answer": "想</think>答"}', "stray </think>"),
-        ('{"question": "问", "thinking": "想", "answer": "<think>想</think>答"}', "given twice"),
+        ('{"question": "问", "answer": "想</think>答</think>"}', "stray </think>"),
+        ('{"question": "问", "thinking": "思", "answer": "<think>想</think>答"}', "given twice"),
         ('{"messages": []}', "a conversation must be a list of turns"),
         ('{"messages": [{"role": "user", "content": "问"}]}', "does not end with a turn"),
         ('{"messages": [{"role": "assistant", "content": "答"}]}', "no turn of the user"),

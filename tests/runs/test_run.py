@@ -574,7 +574,7 @@ BAD_DATA = {
         "### Q1: 问\n\n<thinking>\n想\n\nA1: 答\n".encode(),
         "a.md:",
     ),
-    "wrong encoding": ("a.jsonl", GOOD.encode("gb18030"), "a.jsonl"),
+    "wrong encoding": ("a.jsonl", GOOD.encode("gb18030") + b"\xff", "a.jsonl"),
 }
 
 

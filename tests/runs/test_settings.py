@@ -728,7 +728,6 @@ def test_ranks_drop_out_differently(world: World):
     assert seeds == [70, 73]
 
 
-@pytest.mark.xfail(strict=True, reason="the draw is seeded by the path as it was written")
 def test_a_weight_takes_the_same_samples_wherever_the_files_lie(world: World):
     taken = []
     for folder in (world.fresh() for _ in range(4)):

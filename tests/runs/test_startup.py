@@ -40,6 +40,10 @@ except SystemExit as error:
         (["--lora-r", "-2"], 2, "lora_r"),
         (["--config", "nowhere.toml"], 2, "nowhere.toml"),
         (["--no-such-setting", "1"], 2, "no-such-setting"),
+        (["--data-path", "data/rwa"], 2, "is data/raw meant?"),
+        (["--data-path", "elsewhere/raw"], 2, "no folder elsewhere"),
+        (["--data-path", "my_qa.jsonl"], 2, "there is no my_qa.jsonl"),
+        (["--eval-path", "data/raw/01_symmetric.pdf"], 2, "there is no data/raw/01_symmetric.pdf"),
     ],
 )
 def test_help_and_wrong_settings_are_answered_before_torch(arguments, code, said):

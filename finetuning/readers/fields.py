@@ -1,0 +1,124 @@
+"""`Fields`: the values of one record or turn by what they are for.
+
+What is taken is noted, so that what nobody took can be told; no reader has to remember it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from finetuning.readers.names import layout
+from finetuning.readers.values import is_absent, is_absent_word, is_switch
+
+
+class Oddity(NamedTuple):
+    """What is odd about a record; `{}` in its text stands for an example, which differs between records."""
+
+    text: str
+    example: str = ""
+
+    def __str__(self) -> str:
+        return self.text.replace("{}", self.example)
+
+
+class Notes:
+    """What is to be said of one record beside its sample."""
+
+    def __init__(self) -> None:
+        self.remarks: list[Oddity] = []
+        self.left: dict[str, Any] = {}
+        """Values that nobody took, by column, or by `turn: key`."""
+        self.meant: set[str] = set()
+        """Those of them whose name says that they are part of a sample."""
+
+    def add(self, fields: "Fields", where: str = "") -> None:
+        """What remains of a record or a turn once it is read."""
+        if left := fields.left():
+            self.left.update({f"{where}{name}": value for name, value in left.items()})
+            self.meant.update(f"{where}{name}" for name in left if name in fields.layout.meant)
+        self.remarks += fields.remarks
+
+
+class Fields:
+    """A record's values. Nothing is read but through `take` and `first`."""
+
+    def __init__(self, record: Mapping[str, Any], chosen: tuple[tuple[str, str], ...] = ()) -> None:
+        """chosen: (role, column) as the user rules it."""
+        self._values = record
+        self._ruled = dict(chosen)
+        self._taken: set[str] = set()
+        self._names = tuple(record)
+        self.layout = layout(self._names, chosen)
+        self.remarks: list[Oddity] = []
+
+    def remark(self, text: str, example: str = "") -> None:
+        """Say what is odd about the record's values."""
+        self.remarks.append(Oddity(text, example))
+
+    def names(self) -> list[str]:
+        """All columns."""
+        return list(self._values)
+
+    def has(self, role: str) -> bool:
+        """Whether there is a column for a role, empty or not."""
+        return bool(self.layout.of(role))
+
+    def is_ruled(self, role: str) -> bool:
+        """Whether the user said which column a role has."""
+        return role in self._ruled
+
+    def flags(self, flagged: Callable[[tuple[str, ...]], tuple[str, ...]]) -> list[tuple[str, Any]]:
+        """What the columns say that `flagged` picks by name, save those that the user rules."""
+        names = flagged(self._names)
+        if not names:
+            return []
+        ruled = self._ruled.values()
+        return [
+            (name, self._values[name])
+            for name in names
+            if name not in ruled and name not in self._taken and not is_absent(self._values[name])
+        ]
+
+    def take(self, name: str) -> Any:
+        """A column's value, which counts as used from now on; None where it is absent."""
+        self._taken.add(name)
+        value = self._values.get(name)
+        return None if is_absent(value) else value
+
+    def peek(self, name: str) -> Any:
+        """A column's value, which does not count as used."""
+        return self._values.get(name)
+
+    def first(self, role: str, fits: Callable[[Any], bool] = lambda value: True) -> str | None:
+        """The likeliest column of a role that holds something fitting."""
+        for name in self.layout.of(role):
+            value = self._values[name]
+            if not is_absent(value) and fits(value):
+                return name
+        return None
+
+    def first_text(self, role: str) -> str | None:
+        """The likeliest column of a role that holds text, or a list or object of it."""
+        return self.first(role, lambda value: not is_switch(value))
+
+    def first_of(self, names: tuple[str, ...]) -> str | None:
+        """The first of these columns that holds something."""
+        for name in names:
+            if name in self._values and not is_absent(self._values[name]):
+                return name
+        return None
+
+    def items(self) -> Iterator[tuple[str, Any]]:
+        """Columns that hold something and that nobody took."""
+        for name, value in self._values.items():
+            if name not in self._taken and not is_absent(value):
+                yield name, value
+
+    def left(self) -> dict[str, Any]:
+        """What nobody took; and a remark on words such as nan, which were read as no value."""
+        left = {}
+        for name, value in self._values.items():
+            if is_absent_word(value):
+                self.remark(f"“{value.strip()}” in {name} is read as no value")
+            elif name not in self._taken and not is_absent(value):
+                left[name] = value
+        return left

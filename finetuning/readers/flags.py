@@ -1,0 +1,159 @@
+"""What a record or a turn says about itself: that it is wrong, weighs nothing, or shows a picture."""
+
+import functools
+import re
+from typing import Any
+
+from finetuning.readers.fields import Fields
+from finetuning.readers.names import meaning, word_set, words
+from finetuning.readers.sample import BrokenRecordError, LeftOutError
+from finetuning.readers.values import shown
+
+_MEDIA = word_set("media image images img imgs picture pictures photo audio audios video videos")
+_MEDIA_CHINESE = ("图片", "图像", "音频", "视频", "配图")
+_MEDIA_FORM = word_set("path paths url urls file files bytes base64 data list")
+_RIGHT = word_set("correct correctness label passed good valid right usable accepted desirable")
+_CHECKED = word_set("verified reviewed checked approved")
+_WRONG = word_set("incorrect wrong deleted discarded cancelled canceled rejected bad invalid")
+_RIGHT_CHINESE = ("正确", "对错", "合格", "可用", "有效", "采纳", "采用")
+_STATE = word_set("status state review verdict")
+_STATE_CHINESE = ("状态", "审核", "复核", "质检")
+_REFUSED = word_set(
+    "discarded rejected invalid deleted wrong 驳回 不通过 未通过 不合格 已删除 废弃 作废 错误"
+)
+_NO = word_set("false no n 0 否 错 错误 不正确 不合格 incorrect wrong failed fail")
+_YES = word_set("true yes y 1 是")
+_LOSS = word_set("loss weight train trainable learn supervise supervised trained training")
+_LOSS_BESIDE = word_set(
+    "loss is weight scale mask turn this compute calculate on need needs do token tokens"
+)
+_LOSS_CHINESE = {"损失", "权重", "是否训练", "训练", "是否学习"}
+_NO_LOSS = {
+    "no train",
+    "do not train",
+    "exclude",
+    "ignore",
+    "ignore loss",
+    "no loss",
+    "skip loss",
+    "ignored",
+}
+_BAD_LABELS = word_set("false bad undesirable negative rejected incorrect wrong 错误")
+_NUMBER = re.compile(r"\d{1,3}\.\d{1,6}")
+_WEIGHTS = {"weight", "loss weight", "sample weight", "权重", "样本权重"}
+
+
+def _word(value: Any) -> str:
+    """A flag's value as a word; a number as it is written shortest."""
+    if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
+        value = float(value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value).strip().casefold() if isinstance(value, (bool, int, float, str)) else ""
+
+
+@functools.lru_cache(maxsize=4096)
+def _flag(name: str) -> str:
+    """media, right, checked, wrong, state or weight: what a column says about its record."""
+    found = words(name[:100])
+    latin, chinese = {w for w in found if w.isascii()}, "".join(w for w in found if not w.isascii())
+    if " ".join(found) in _WEIGHTS:
+        return "weight"
+    media = _MEDIA & latin or any(word in chinese for word in _MEDIA_CHINESE)
+    if media and latin <= _MEDIA | _MEDIA_FORM:
+        return "media"
+    for kind, signs in (
+        ("wrong", _WRONG),
+        ("right", _RIGHT),
+        ("checked", _CHECKED),
+        ("state", _STATE),
+    ):
+        if signs & latin:
+            return kind
+    if any(word in chinese for word in _STATE_CHINESE):
+        return "state"
+    return "right" if any(word in chinese for word in _RIGHT_CHINESE) else ""
+
+
+@functools.lru_cache(maxsize=1024)
+def _flagged(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in names if _flag(name))
+
+
+def heed_flags(fields: Fields) -> None:
+    """Take the flags of a record. Raises LeftOutError where it says that it is not to be learnt, and
+    BrokenRecordError where it is about a picture or a sound."""
+    for name, value in fields.flags(_flagged):
+        flag = _flag(name)
+        if flag == "media" and not isinstance(value, (bool, int, float)):
+            raise BrokenRecordError(
+                f"column {name} holds pictures or sounds ({shown(value)}), which a text model can't see"
+            )
+        if flag == "weight":
+            _heed_weight(fields, name, value)
+        elif _says_no(flag, name, value):
+            _say_no(fields, flag, name, value)
+
+
+def _heed_weight(fields: Fields, name: str, value: Any) -> None:
+    if not _word(value):
+        return
+    fields.take(name)
+    if _word(value) == "0":
+        raise LeftOutError(f"its {name} is 0")
+    if _word(value) != "1":
+        fields.remark(f"{name} other than 1 is not heeded; --data-weights weighs whole files")
+
+
+def _say_no(fields: Fields, flag: str, name: str, value: Any) -> None:
+    fields.take(name)
+    if flag == "checked":
+        fields.remark(f"{name} is {_word(value)}; the record is trained like the others")
+        return
+    raise LeftOutError(f"its {name} is {_word(value) or 'false'}")
+
+
+def _says_no(flag: str, name: str, value: Any) -> bool:
+    """Whether a flag's value speaks against the record. Texts that merely look so (an answer “wrong”,
+    a label 0 of a classification) are none."""
+    if isinstance(value, list):  # one verdict for each of several answers
+        return flag == "right" and bool(value) and all(item is False for item in value)
+    text = isinstance(value, str) and meaning(name) is not None
+    if flag == "state":
+        return _word(value) in _REFUSED and not text
+    if flag == "wrong":
+        return _word(value) in _YES and not text
+    if text or ("label" in words(name) and not isinstance(value, bool)):
+        return not text and _word(value) in _BAD_LABELS
+    return _word(value) in _NO
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_loss(name: str) -> bool:
+    found = words(name[:100])
+    joined = " ".join(found)
+    return (
+        joined in _NO_LOSS
+        or joined in _LOSS_CHINESE
+        or (bool(_LOSS & set(found)) and set(found) <= _LOSS | _LOSS_BESIDE)
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _losses(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in names if _is_loss(name))
+
+
+def carries_no_loss(fields: Fields) -> str:
+    """Take the flags of a turn; which one says that the turn is not to be learnt, '' for none."""
+    said = ""
+    for name, value in fields.flags(_losses):
+        if not _word(value):
+            continue
+        fields.take(name)
+        inverse = " ".join(words(name)) in _NO_LOSS
+        if _word(value) in (_YES if inverse else _NO):
+            said = f"{name} {_word(value)}"
+        elif not inverse and _word(value) not in _YES:
+            fields.remark(f"{name} of a turn other than 0 or 1 is read as 1")
+    return said

@@ -1,0 +1,268 @@
+"""A file's bytes and text: decompressed, in its encoding, in parts that can be read on their own."""
+
+import codecs
+import functools
+import gzip
+import hashlib
+import io
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import BinaryIO
+
+from finetuning.common.errors import UserError
+from finetuning.common.text import clean_line
+from finetuning.readers.files import COMPRESSIONS, DataFile
+
+CHUNK = 16 * 2**20
+"""Bytes of a JSONL file that one worker reads at a time."""
+BLOCK = 2**20
+
+_HEAD = 1000  # bytes that tell the encoding
+_LOOKED_AT = 16 * 2**20  # bytes by which an encoding is judged
+_COMMON = 0.7  # least share of everyday characters in a text of the right encoding
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A part of a file that can be read on its own: whole lines of JSONL, else the whole file."""
+
+    file: DataFile
+    start: int = 0
+    stop: int | None = None
+    """Byte range [start, stop) of a plain JSONL file."""
+    first_line: int = 1
+
+
+def split_file(file: DataFile, seen: Callable[[int], None]) -> tuple[list[Chunk], str]:
+    """(chunks in order, content hash) in one pass; `seen` gets the size of every block read."""
+    digest = hashlib.blake2b(digest_size=16)
+    utf8 = file.encoding in ("utf-8", "utf-8-sig")
+    splittable = file.kind == "jsonl" and utf8 and not file.path.lower().endswith(COMPRESSIONS)
+    chunks, position, line = [Chunk(file)], 0, 1
+    with _opened(file) as raw:
+        while block := raw.read(BLOCK):
+            digest.update(block)
+            seen(len(block))
+            newline = block.rfind(b"\n")
+            if splittable and newline >= 0 and position + newline + 1 - chunks[-1].start >= CHUNK:
+                boundary = position + newline + 1
+                last = chunks[-1]
+                chunks[-1] = Chunk(file, last.start, boundary, last.first_line)
+                chunks.append(Chunk(file, boundary, None, line + block.count(b"\n")))
+            line += block.count(b"\n")
+            position += len(block)
+    return chunks, digest.hexdigest()
+
+
+# ---- bytes --------------------------------------------------------------------------------------
+
+
+def _opened(file: DataFile) -> BinaryIO:
+    try:
+        return open(file.path, "rb")
+    except OSError as error:
+        raise UserError(f"can't open {clean_line(file.source, 200)}: {error.strerror}") from error
+
+
+def byte_stream(file: DataFile) -> io.BufferedReader:
+    """The file's bytes, decompressed on the way."""
+    raw = _opened(file)
+    if file.path.lower().endswith(".gz"):
+        return io.BufferedReader(gzip.GzipFile(fileobj=raw))
+    if file.path.lower().endswith(".zst"):
+        import zstandard
+
+        decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
+        reader = decompressor.stream_reader(raw, read_across_frames=True, closefd=True)
+        return io.BufferedReader(reader, BLOCK)
+    return raw
+
+
+def archive_errors() -> tuple[type[Exception], ...]:
+    """What reading can raise on a damaged disk or archive."""
+    zstandard = sys.modules.get("zstandard")
+    return (OSError, EOFError, zlib.error, *([zstandard.ZstdError] if zstandard else []))
+
+
+def damaged(file: DataFile, error: Exception) -> UserError:
+    """The error of a file that ends before its end."""
+    reason = clean_line(str(error), 200) or type(error).__name__
+    return UserError(f"{clean_line(file.source, 200)} can't be read to its end: {reason}")
+
+
+# ---- encodings ----------------------------------------------------------------------------------
+
+# UTF-32 first, since its little-endian mark begins with that of UTF-16.
+_BOMS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF8: "utf-8-sig",
+         codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # fmt: skip
+
+
+def with_encoding(file: DataFile) -> DataFile:
+    """The file with its encoding: what its byte order mark says, UTF-8, or else what gives Chinese text.
+
+    A file that is UTF-8 save for some lines stays UTF-8, so that those lines are named.
+    """
+    if file.kind not in ("markdown", "text", "json", "jsonl", "csv"):
+        return file
+    try:
+        with byte_stream(file) as stream:
+            head = stream.peek(_HEAD)[:_HEAD]
+            mark = next((bom for bom in _BOMS if head.startswith(bom)), None)
+            if mark:
+                return replace(file, encoding=_BOMS[mark])
+            if head.count(0) > max(1, len(head) // 100):
+                return replace(file, encoding=_utf16(file, head))
+            if _is_utf8(stream):
+                return replace(file, encoding="utf-8")
+        with byte_stream(file) as stream:
+            return replace(file, encoding=_chinese(stream) or "utf-8")
+    except archive_errors() as error:
+        raise damaged(file, error) from error
+
+
+def _utf16(file: DataFile, head: bytes) -> str:
+    """UTF-16 without its mark: the half of each character that is NUL in ASCII tells the order."""
+    for encoding, nul in (("utf-16-le", head[1::2]), ("utf-16-be", head[::2])):
+        with byte_stream(file) as stream:
+            text = _decoded(stream, encoding)
+        if text and nul.count(0) * 2 > head.count(0) and "\0" not in text[:_HEAD]:
+            return encoding
+    raise UserError(
+        f"{clean_line(file.source, 200)} begins with NUL bytes and is no UTF-16 text; save it as UTF-8 text"
+    )
+
+
+def _is_utf8(stream: BinaryIO) -> bool:
+    """Whether the first block that is not ASCII is UTF-8: Chinese text of another encoding never is. What
+    is wrong further on is told by its place."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    for _ in range(_LOOKED_AT // BLOCK):
+        block = stream.read(BLOCK)
+        if not block.isascii():
+            try:
+                decoder.decode(block, final=len(block) < BLOCK)
+            except UnicodeDecodeError:
+                return False
+            return True
+    return True
+
+
+def _decoded(stream: BinaryIO, encoding: str) -> str | None:
+    """The first text of a stream, None where any of it is not in this encoding."""
+    decoder, kept, length = codecs.getincrementaldecoder(encoding)(), [], 0
+    try:
+        while block := stream.read(BLOCK):
+            text = decoder.decode(block)
+            if length < _LOOKED_AT:
+                kept.append(text)
+            length += len(block)
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        return None
+    return "".join(kept)
+
+
+def _chinese(stream: BinaryIO) -> str:
+    """gb18030 or cp950 (Big5) where the text reads as Chinese in it; '' where it does in neither, or
+    where most lines that are not ASCII are UTF-8."""
+    good = bad = 0
+    data = stream.read(_LOOKED_AT)
+    for line in data.split(b"\n"):
+        if not line.isascii():
+            try:
+                line.decode("utf-8")
+                good += 1
+            except UnicodeDecodeError:
+                bad += 1
+    if good >= bad:
+        return ""
+    rest = stream.read(1)
+    scores = {}
+    for encoding in ("gb18030", "cp950"):
+        whole = data[: data.rfind(b"\n") + 1] if rest else data
+        text = _decoded(io.BytesIO(whole), encoding)
+        if text is not None:
+            scores[encoding] = _share_of_everyday(text)
+    best = max(scores, key=lambda encoding: scores[encoding], default="")
+    return best if best and scores[best] >= _COMMON else ""
+
+
+@functools.cache
+def _everyday() -> frozenset[str]:
+    """The 3,755 everyday characters of GB 2312 and the 5,401 of Big5, which stand first in each."""
+    simplified = (bytes([a, b]) for a in range(0xB0, 0xD8) for b in range(0xA1, 0xFF))
+    traditional = (
+        bytes([a, b]) for a in range(0xA4, 0xC7) for b in (*range(0x40, 0x7F), *range(0xA1, 0xFF))
+    )
+    found = [
+        *(c.decode("gb2312", "ignore") for c in simplified),
+        *(c.decode("big5", "ignore") for c in traditional),
+    ]
+    return frozenset(found)
+
+
+def _share_of_everyday(text: str) -> float:
+    hanzi = [letter for letter in text if ord(letter) > 0x2E80]
+    others = [
+        c for c in hanzi if "\u3000" <= c <= "\u303f" or "\uff00" <= c <= "\uffef"
+    ]  # punctuation
+    letters = len(hanzi) - len(others)
+    everyday = _everyday()
+    return sum(letter in everyday for letter in hanzi) / letters if letters else 0.0
+
+
+# ---- text ---------------------------------------------------------------------------------------
+
+
+def text_stream(file: DataFile) -> io.TextIOWrapper:
+    """The file's text in its encoding; line ends as they are."""
+    return io.TextIOWrapper(byte_stream(file), encoding=file.encoding or "utf-8", newline="")
+
+
+def utf8_stream(file: DataFile) -> BinaryIO:
+    """The file's bytes as UTF-8: a file of another encoding is converted in memory."""
+    if file.encoding in ("", "utf-8", "utf-8-sig"):
+        return byte_stream(file)
+    return io.BytesIO(read_text(file).encode("utf-8", "surrogatepass"))
+
+
+def read_text(file: DataFile) -> str:
+    """The whole text of a file."""
+    try:
+        with text_stream(file) as text:
+            return text.read()
+    except UnicodeDecodeError:
+        raise encoding_error(file) from None
+    except archive_errors() as error:
+        raise damaged(file, error) from error
+
+
+def encoding_error(file: DataFile) -> UserError:
+    """Where the first byte is that the file's encoding doesn't allow; reads the file once more."""
+    with text_stream(file) as text:
+        encoding, stream = text.encoding, text.buffer
+        decoder = codecs.getincrementaldecoder(encoding)()
+        offset, line = 0, 1
+        while True:
+            block = stream.read(BLOCK)
+            pending = len(decoder.getstate()[0])
+            try:
+                line += decoder.decode(block, final=not block).count("\n")
+            except UnicodeDecodeError as error:
+                good = block[: max(0, error.start - pending)].decode(encoding, "ignore")
+                place = f"{clean_line(file.source, 200)}:{line + good.count(chr(10))}"
+                byte = error.object[error.start : error.start + 1].hex()
+                at = offset - pending + error.start
+                return UserError(
+                    f"{place}: byte 0x{byte} at offset {at} is not {encoding.upper()}; save the file as UTF-8"
+                )
+            if not block:
+                return UserError(f"{clean_line(file.source, 200)}: not {encoding.upper()}")
+            offset += len(block)
+
+
+def lines_of(text: str) -> Iterator[tuple[int, str]]:
+    """(number from 1, line) of a text whose lines end in any of the usual ways."""
+    yield from enumerate(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), 1)

@@ -1,0 +1,128 @@
+"""Reasoning that stands inside a text, in whatever marks, apart from the answer.
+
+`<think>` and `<thinking>` are read strictly (`sample.split_thinking`). Other programs write `<reasoning>`,
+`<|begin_of_thought|>`, `[THINK]`, `◁think▷` or `&lt;think&gt;`: a pair of marks whose name means reasoning
+and that opens the text holds the reasoning. Thinking models themselves put out a lone `</think>`, since
+their prompt has opened it.
+"""
+
+import html
+import re
+
+from finetuning.readers.names import NEUTRAL, meaning
+from finetuning.readers.sample import THINK_TAG, split_thinking
+
+_NAME = r"(?P<name>[A-Za-z][A-Za-z0-9_ -]{0,40}|[\u4e00-\u9fff]{1,10})"
+# A mark's opening, and the closing that belongs to it; {} is the name.
+_FORMS = (
+    (rf"<\|(?:begin|start)_of_{_NAME}\|>", "<|end_of_{}|>"),
+    (rf"<\|{_NAME}_(?:begin|start)\|>", "<|{}_end|>"),
+    (rf"<\|{_NAME}\|>", "<|/{}|>"),
+    (rf"<(?:\w{{1,10}}:)?{_NAME}>", "</{}>"),
+    (rf"\[{_NAME}\]", "[/{}]"),
+    (rf"【{_NAME}】", "【/{}】"),
+    (rf"◁{_NAME}▷", "◁/{}▷"),
+)
+_OPENINGS = [(re.compile(opening), closing) for opening, closing in _FORMS]
+_ESCAPED = re.compile(r"&lt;/?\s*([A-Za-z_]{1,40})\s*&gt;")
+_DETAILS = re.compile(
+    r'<details type="reasoning"[^>]*>\s*(?:<summary>[^<]*</summary>)?(.*?)</details>', re.S
+)
+
+
+def split_reasoning(text: str) -> tuple[str, str, list[str]]:
+    """(thinking, answer, what is odd about it). Raises BrokenRecordError as `split_thinking` does."""
+    if (label := _LINE_LABEL.match(text)) and _means(label["name"], "thinking"):
+        return _by_labels(text)
+    if not ("<" in text or "[" in text or "【" in text or "◁" in text or "&lt;" in text):
+        return "", text.strip(), []
+    told: list[str] = []
+    if "&lt;" in text and any(_means(m[1], "thinking") for m in _ESCAPED.finditer(text)):
+        text = html.unescape(text)
+        told.append("the text is escaped for HTML (&lt;think&gt;); it is read unescaped")
+    tags = list(THINK_TAG.finditer(text))
+    if len(tags) == 1 and tags[0][1]:
+        told.append(
+            f"{tags[0][0]} has no opening before it; the text before it is read as the reasoning"
+        )
+        thinking, rest = text[: tags[0].start()].strip(), text[tags[0].end() :].strip()
+    elif tags:
+        thinking, rest = split_thinking(text)
+    else:
+        thinking, rest, mark = _in_other_marks(text.strip())
+        told += [f"{mark} is read as <think>"] if thinking else []
+    if thinking:
+        rest, mark = _unwrapped(rest)
+        told += [f"{mark} around the answer is left out"] if mark else []
+    told += _left_as_text(thinking, rest)
+    return thinking, rest, told
+
+
+def _means(name: str, role: str) -> bool:
+    meant = meaning(name)
+    return meant is not None and meant.role == role and meant.rank < NEUTRAL
+
+
+def _pair(text: str, role: str) -> tuple[re.Match, int, int] | None:
+    """The mark that opens the text and where its only closing begins and ends."""
+    for opening, closing in _OPENINGS:
+        match = opening.match(text)
+        if not match or not (
+            _means(match["name"], role) or (role, match["name"]) == ("answer", "final")
+        ):
+            continue
+        whole = match[0].startswith("<") and ":" in match[0].partition(match["name"])[0]
+        end = f"</{match[0][1:-1]}>" if whole else closing.format(match["name"])
+        if text.count(end) == 1 and text.count(match[0]) == 1:
+            return match, text.index(end), text.index(end) + len(end)
+    return None
+
+
+_LINE_LABEL = re.compile(rf"[#*\s【\[]*{_NAME}(?:[】\]*]*[ \t]*[:：][*]*|】)")
+
+
+def _by_labels(text: str) -> tuple[str, str, list[str]]:
+    """A text that opens with a label of a reasoning, `思考过程：…`, and goes on with one of the answer on a
+    line below, `答案：…`; without the latter it is read as it stands, and told."""
+    opening = _LINE_LABEL.match(text)
+    at = text.find("\n", opening.end())
+    while at >= 0:
+        label = _LINE_LABEL.match(text, at + 1)
+        if label and _means(label["name"], "answer") and "\n" not in label[0].strip():
+            marks = f"“{opening[0].strip()}” and “{label[0].strip()}”"
+            told = f"{marks} are read as marks of the reasoning and the answer"
+            return text[opening.end() : at].strip(), text[label.end() :].strip(), [told]
+        at = text.find("\n", at + 1)
+    return "", text.strip(), [f"“{opening[0].strip()}” opens the answer and is read as text"]
+
+
+def _in_other_marks(text: str) -> tuple[str, str, str]:
+    """(thinking, rest, mark) of a text that opens with a pair of marks; ('', text, '') without."""
+    if text[:1] not in ("<", "[", "【", "◁"):
+        return "", text, ""
+    if details := _DETAILS.match(text):
+        quoted = re.sub(r"^> ?", "", details[1].strip(), flags=re.MULTILINE)
+        return quoted.strip(), text[details.end() :].strip(), '<details type="reasoning">'
+    if found := _pair(text, "thinking"):
+        match, start, end = found
+        return text[match.end() : start].strip(), text[end:].strip(), match[0]
+    return "", text, ""
+
+
+def _unwrapped(answer: str) -> tuple[str, str]:
+    """(answer, mark) without a pair of marks like <answer> that holds the whole of it."""
+    found = _pair(answer, "answer") if answer[:1] in ("<", "[", "【", "◁") else None
+    if found and found[2] == len(answer) and answer[found[0].end() : found[1]].strip():
+        return answer[found[0].end() : found[1]].strip(), found[0][0]
+    return answer, ""
+
+
+def _left_as_text(thinking: str, answer: str) -> list[str]:
+    """Marks of a reasoning that open nothing, or not at the beginning."""
+    if thinking:
+        return []
+    for opening, _ in _OPENINGS:
+        for match in opening.finditer(answer[:2000]):
+            if _means(match["name"], "thinking") and not THINK_TAG.fullmatch(match[0]):
+                return [f"{match[0]} is read as text; write <think> around the reasoning"]
+    return []
