@@ -49,13 +49,15 @@ class Accounts:
     """What became of some files' samples: those for training with those split off, or held-out files.
 
     read, tokens: of these files. whose: "data" or "held-out data". splits: samples that spell a control token
-    are kept as ordinary text. chosen_length: max_seq_length is the user's, who has decided what is too long.
+    are kept as ordinary text. all_turns: every turn is learnt. chosen_length: max_seq_length is the user's,
+    who has decided what is too long.
     """
 
     read: SampleSet
     tokens: TokenizedSamples
     whose: str
     splits: bool
+    all_turns: bool
     chosen_length: bool
 
     @property
@@ -145,8 +147,10 @@ class Accounts:
                 "turns without loss",
                 silent,
                 turns,
-                "assistant turns carry no loss, and a template may leave out what they thought",
-                remedy="--loss-on all_turns trains them",
+                "assistant turns carry no loss: nobody asked before them, or they say so"
+                if self.all_turns
+                else "assistant turns carry no loss, and a template may leave out what they thought",
+                remedy="" if self.all_turns else "--loss-on all_turns trains them",
             ),
         ]
 
@@ -177,7 +181,11 @@ class Accounts:
 def accounts_of(data: TrainingData, settings: DataSettings) -> tuple[Accounts, ...]:
     """Of the files for training, and of the user's own held-out files where there are some."""
     chosen = settings.max_seq_length != DataSettings.max_seq_length  # the default
-    rules = {"splits": settings.control_tokens == "split", "chosen_length": chosen}
+    rules = {
+        "splits": settings.control_tokens == "split",
+        "all_turns": settings.loss_on == "all_turns",
+        "chosen_length": chosen,
+    }
     own = Accounts(data.split.read, data.train.tokens, "data", **rules)
     if data.split.eval_read is None:
         return (own,)

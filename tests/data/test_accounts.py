@@ -152,6 +152,9 @@ def test_turns_without_loss_and_without_thinking(accounts):
     assert rows["turns without loss"] == "0" and rows["without thinking"].startswith(
         "3 of 4 (75.0%)"
     )
+    greeted = json.dumps({"messages": [turns[1], *turns]}, ensure_ascii=False) + "\n"
+    row = dict(accounts([greeted], up_to(512, loss_on="all_turns")).rows())["turns without loss"]
+    assert row.endswith("assistant turns carry no loss: nobody asked before them, or they say so")
 
 
 def test_skipped_files_are_named(accounts):
