@@ -96,7 +96,7 @@ def plan_run(
     No weights are loaded. Raises UserError on all ranks where a rank has other data or settings.
     """
     inputs = load_data(config, dist, terminal, trust_remote_code=trust_remote_code)
-    rows = prove_rows(config, inputs.model, terminal)
+    rows = prove_rows(config, inputs.model, dist, terminal)
     data, settings = inputs.data, settings_of(config)
     steps, evaluation = plan_steps(config, data, dist)
     probes = choose_probes(data.held_out, inputs.tokenizer, config.num_probes)
@@ -106,7 +106,7 @@ def plan_run(
     run_identity = identity(settings, inputs.model.name, data, steps)
     check_ranks(dist.gather(run_identity))
     dtype = weight_dtype(dist.device, config.precision)
-    compiled = rows.way != "alone" and compiles(config, dist.device, dtype, steps)
+    compiled = rows.way == "packed" and compiles(config, dist.device, dtype, steps)
     work = Workload.of(data, steps, eval_steps, answer_tokens)
     parallel, estimate = choose_parallel(config, dist, inputs, rows, work, dtype, compiled)
     check_passes(config, dist, rows, parallel)
@@ -136,7 +136,9 @@ def plan_run(
     )
 
 
-def prove_rows(config: DirectTrainingConfig, model: ResolvedModel, terminal: Terminal) -> RowProof:
+def prove_rows(
+    config: DirectTrainingConfig, model: ResolvedModel, dist: Distributed, terminal: Terminal
+) -> RowProof:
     """How documents go through the model; the user is told where it is not in packed rows.
 
     Raises UserError for a model that can't be trained here, and for settings that packed rows are needed for.
@@ -146,11 +148,12 @@ def prove_rows(config: DirectTrainingConfig, model: ResolvedModel, terminal: Ter
             model.path,
             config.cache_path,
             longest=config.max_seq_length,
+            device=dist.device.type,
             trust_remote_code=model.trust_remote_code,
         )
+    if config.compile == "on" and rows.way != "packed":
+        raise UserError(f"compile on does not go with this model: {rows.reason}; use --compile off")
     if rows.way == "alone":
-        if config.compile == "on":
-            raise UserError(f"compile on needs packed rows, which are wrong here: {rows.reason}")
         terminal.warning(
             f"one document a forward pass, as packed rows are wrong here: {rows.reason}"
         )
