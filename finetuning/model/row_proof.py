@@ -33,7 +33,7 @@ from finetuning.common.text import clean_line
 from finetuning.data.packing import PackedBatch, build_batch
 from finetuning.data.token_table import Segment, TokenizedSample
 from finetuning.model.packed_model import PackedLossModel, Way, decoder_of
-from finetuning.model.resolve import short_reason
+from finetuning.model.resolve import as_user_error, short_reason
 from finetuning.model.small_config import small_configs
 
 # The second begins off any round number and is longer than every limit of a small configuration and than
@@ -41,12 +41,8 @@ from finetuning.model.small_config import small_configs
 LENGTHS = (19, 70, 3, 33)
 CHANGED = 35  # token of the second document that is replaced, to see who notices
 LARGEST = 60_000_000  # weights of a small model
-_KERNELS = (
-    "flash-linear-attention",
-    "causal-conv1d",
-    "mamba-ssm",
-    "kernels",
-)  # used where installed
+# Used by transformers where they are installed.
+_KERNELS = ("flash-linear-attention", "causal-conv1d", "mamba-ssm", "kernels")
 _WORDS = {
     "packed": "packed rows",
     "marked": "packed rows with transformers' own arguments",
@@ -106,9 +102,12 @@ def proven_way(
 
     device: type of the one that trains. Raises UserError where no way is right.
     """
-    config = AutoConfig.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=trust_remote_code
-    )
+    with as_user_error(
+        f"model folder {folder}", "check that this version of transformers knows its architecture"
+    ):
+        config = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
     place = cache_dir / f"row-proof-{_fingerprint(config, longest, device)}"
 
     def load(path: Path) -> RowProof | None:
@@ -134,9 +133,7 @@ def _fingerprint(config: Any, longest: int, device: str) -> str:
     reference = getattr(config, "auto_map", None) or {}
     known = [json.dumps(content, sort_keys=True, default=str), f"{longest} {device} {reference}"]
     module = sys.modules.get(type(config).__module__)
-    if (
-        reference and module is not None
-    ):  # code of the model's own lies in a folder with its commit's name
+    if reference and module is not None:  # the model has code of its own
         known.append(inspect.getsource(module))
     known += [f"{name} {_version(name)}" for name in _KERNELS]
     names = ("row_proof", "small_config", "packed_model", "attention", "loss")
@@ -170,7 +167,9 @@ def prove(
             for small in small_configs(config, longest):
                 for arithmetic in arithmetics:
                     try:
-                        return _Trial(small, arithmetic, trust_remote_code).proof()
+                        trial = _Trial(small, arithmetic, trust_remote_code)
+                        with _as_no_trial("compared"):
+                            return trial.proof()
                     except _NoTrialError as error:
                         failures.append(str(error))
         except ValueError as error:

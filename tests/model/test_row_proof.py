@@ -242,6 +242,12 @@ def test_a_damaged_answer_is_made_anew(folder: Path, tmp_path: Path):
     assert proven_way(folder, tmp_path / "cache", longest=64) == first
 
 
+def test_an_architecture_that_nobody_knows_is_one_clear_error(folder: Path, tmp_path: Path):
+    change(folder, model_type="never-heard-of")
+    with pytest.raises(UserError, match="knows its architecture"):
+        proven_way(folder, tmp_path / "cache", longest=64)
+
+
 def test_a_refusal_names_the_model_and_the_reason(tmp_path: Path):
     CONFIG_MAPPING["gemma2"]().save_pretrained(tmp_path / "model")
     for _ in range(2):  # the second from the cache
