@@ -167,6 +167,10 @@ weights (`finetuning/model/row_proof.py`). The answer is kept in the cache. Thre
   takes longer.
 - **refused**: neither is right. The run ends at once with the reason.
 
+With flash-linear-attention and causal-conv1d on a GPU some models of the second kind are of the first: they
+are told where documents begin by transformers' own arguments (`cu_seq_lens_q`, `seq_idx`), if a trial agrees
+that they listen.
+
 The table holds every architecture in transformers' list of causal language models, tried with the default
 configuration of its class and with documents that cross all of its windows and chunks. Your model is tried
 with its own configuration, so the answer may be another one: a window that no document reaches hides nothing,

@@ -12,7 +12,7 @@ import random
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
@@ -30,10 +30,10 @@ from finetuning.common.cache import cached_folder, code_version
 from finetuning.common.errors import UserError
 from finetuning.common.files import read_json_object
 from finetuning.common.text import clean_line
-from finetuning.data.packing import build_batch
+from finetuning.data.packing import PackedBatch, build_batch
 from finetuning.data.token_table import Segment, TokenizedSample
 from finetuning.model.packed_model import PackedLossModel, Way, decoder_of
-from finetuning.model.resolve import short_reason
+from finetuning.model.resolve import as_user_error, short_reason
 from finetuning.model.small_config import small_configs
 
 # The second begins off any round number and is longer than every limit of a small configuration and than
@@ -41,21 +41,33 @@ from finetuning.model.small_config import small_configs
 LENGTHS = (19, 70, 3, 33)
 CHANGED = 35  # token of the second document that is replaced, to see who notices
 LARGEST = 60_000_000  # weights of a small model
-# Largest difference of states in their spread, by arithmetic; of losses and gradients 100 times as much,
-# since the loss is in fp32. Leaks are of 1e-3 and more.
-TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4}
-_KERNELS = (
-    "flash-linear-attention",
-    "causal-conv1d",
-    "mamba-ssm",
-    "kernels",
-)  # used where installed
+# Used by transformers where they are installed.
+_KERNELS = ("flash-linear-attention", "causal-conv1d", "mamba-ssm", "kernels")
 _WORDS = {
     "packed": "packed rows",
     "marked": "packed rows with transformers' own arguments",
     "alone": "documents that go through its decoder alone",
 }
 _HEAD_SETTING = re.compile(r"^(?!.*(router|keep|attn)).*(logit|lm_head)")
+
+
+@dataclass(frozen=True)
+class _Arithmetic:
+    """Where and how a small model computes, and which differences are none: of states, in their spread, and
+    of losses and gradients, in their size, since the loss is in fp32 in any case. Leaks are larger."""
+
+    device: str
+    dtype: torch.dtype
+    states: float
+    losses: float
+
+
+_EXACT = (
+    _Arithmetic("cpu", torch.float64, 1e-6, 1e-4),
+    _Arithmetic("cpu", torch.float32, 1e-4, 1e-2),
+)
+# Kernels that only a GPU runs round the inputs of their products to 10 bits.
+_ON_GPU = _Arithmetic("cuda", torch.float32, 1e-2, 5e-2)
 
 
 @dataclass(frozen=True)
@@ -79,16 +91,24 @@ class _NoTrialError(Exception):
 
 
 def proven_way(
-    folder: Path, cache_dir: Path, *, longest: int, trust_remote_code: bool = False
+    folder: Path,
+    cache_dir: Path,
+    *,
+    longest: int,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
 ) -> RowProof:
     """How documents of up to `longest` tokens go through the model of `folder`; tried once, then kept.
 
-    Raises UserError where no way is right.
+    device: type of the one that trains. Raises UserError where no way is right.
     """
-    config = AutoConfig.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=trust_remote_code
-    )
-    place = cache_dir / f"row-proof-{_fingerprint(config, longest)}"
+    with as_user_error(
+        f"model folder {folder}", "check that this version of transformers knows its architecture"
+    ):
+        config = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    place = cache_dir / f"row-proof-{_fingerprint(config, longest, device)}"
 
     def load(path: Path) -> RowProof | None:
         try:
@@ -97,7 +117,8 @@ def proven_way(
             return None
 
     def write(path: Path) -> None:
-        proof = prove(config, longest=longest, trust_remote_code=trust_remote_code)
+        options = {"device": device, "trust_remote_code": trust_remote_code}
+        proof = prove(config, longest=longest, **options)
         (path / "proof.json").write_text(json.dumps(asdict(proof)), encoding="utf-8")
 
     proof = cached_folder(place, load, write)
@@ -106,15 +127,13 @@ def proven_way(
     return proof
 
 
-def _fingerprint(config: Any, longest: int) -> str:
+def _fingerprint(config: Any, longest: int, device: str) -> str:
     """Of what a proof depends on: configuration, code of the model and of ours, libraries."""
     content = {k: v for k, v in config.to_dict().items() if k != "_name_or_path"}
     reference = getattr(config, "auto_map", None) or {}
-    known = [json.dumps(content, sort_keys=True, default=str), str(longest), str(reference)]
+    known = [json.dumps(content, sort_keys=True, default=str), f"{longest} {device} {reference}"]
     module = sys.modules.get(type(config).__module__)
-    if (
-        reference and module is not None
-    ):  # code of the model's own lies in a folder with its commit's name
+    if reference and module is not None:  # the model has code of its own
         known.append(inspect.getsource(module))
     known += [f"{name} {_version(name)}" for name in _KERNELS]
     names = ("row_proof", "small_config", "packed_model", "attention", "loss")
@@ -133,18 +152,24 @@ def _version(distribution: str) -> str:
 # The trial
 
 
-def prove(config: Any, *, longest: int, trust_remote_code: bool = False) -> RowProof:
+def prove(
+    config: Any, *, longest: int, device: str = "cpu", trust_remote_code: bool = False
+) -> RowProof:
     """Try the ways on small relatives of a transformers configuration, until one can be built and run.
 
-    No random state is touched. Where no small relative runs, no way is proven.
+    It runs on the CPU, or, where the model's kernels don't and training is on a GPU, there. No random state
+    is touched. Where no small relative runs, no way is proven.
     """
     failures = []
+    arithmetics = (*_EXACT, *([_ON_GPU] if device == "cuda" else []))
     with _random_state_kept(), _silent():
         try:
             for small in small_configs(config, longest):
-                for dtype in TOLERANCES:
+                for arithmetic in arithmetics:
                     try:
-                        return _Trial(small, dtype, trust_remote_code).proof()
+                        trial = _Trial(small, arithmetic, trust_remote_code)
+                        with _as_no_trial("compared"):
+                            return trial.proof()
                     except _NoTrialError as error:
                         failures.append(str(error))
         except ValueError as error:
@@ -157,7 +182,8 @@ def prove(config: Any, *, longest: int, trust_remote_code: bool = False) -> RowP
 def _random_state_kept() -> Iterator[None]:
     """Weights are drawn by three libraries while a model is built."""
     states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
+    gpus = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=gpus):
         torch.manual_seed(0)
         np.random.seed(0)
         random.seed(0)
@@ -194,10 +220,11 @@ class _Pass:
 class _Trial:
     """One small model in one arithmetic. Raises _NoTrialError where it can't be built, run or read."""
 
-    def __init__(self, config: Any, dtype: torch.dtype, trust_remote_code: bool) -> None:
-        self._dtype, self._tolerance = dtype, TOLERANCES[dtype]
+    def __init__(self, config: Any, arithmetic: _Arithmetic, trust_remote_code: bool) -> None:
+        self._arithmetic, self._tolerance = arithmetic, arithmetic.states
         with _as_no_trial("built"):
-            self._model = _small_model(config, dtype, trust_remote_code)
+            self._model = _small_model(config, arithmetic.dtype, trust_remote_code)
+            self._model.to(arithmetic.device)
             self._own_attention = self._model.config._attn_implementation
             ends = self._model.get_input_embeddings(), self._model.get_output_embeddings()
             rows = min(end.weight.shape[0] for end in ends)
@@ -236,7 +263,7 @@ class _Trial:
                 f"its logits are more than hidden states times output head{self._head()}",
                 difference,
             )
-        loose = 100 * self._tolerance
+        loose = self._arithmetic.losses
         if not abs(own.loss - self._plain.loss) <= loose * abs(self._plain.loss):
             return f"the loss is {own.loss:.6f} instead of {self._plain.loss:.6f}", difference
         return self._wrong_gradient(own, loose), difference
@@ -289,7 +316,8 @@ class _Trial:
     # Passes
 
     def _ids(self, document: int) -> torch.Tensor:
-        return torch.from_numpy(self._documents[document].ids.astype(np.int64))[None]
+        ids = torch.from_numpy(self._documents[document].ids.astype(np.int64))[None]
+        return ids.to(self._arithmetic.device)
 
     def _plain_pass(self) -> _Pass:
         """As transformers computes it: each document alone, all logits, cross-entropy."""
@@ -330,15 +358,15 @@ class _Trial:
             hook.remove()
 
     def _states_of(self, way: Way, documents: list[int]) -> torch.Tensor:
-        return self._packed(way).hidden_states(build_batch(self._documents, documents))
+        return self._packed(way).hidden_states(self._batch(documents))
 
     def _packed(self, way: Way) -> PackedLossModel:
         if self._model.config._attn_implementation != self._own_attention:
             self._model.set_attn_implementation(self._own_attention)
         return PackedLossModel(self._model, -1, way).eval()
 
-    def _batch(self) -> Any:
-        return build_batch(self._documents, range(len(LENGTHS)))
+    def _batch(self, documents: Sequence[int] = range(len(LENGTHS))) -> PackedBatch:
+        return build_batch(self._documents, documents).to(torch.device(self._arithmetic.device))
 
     def _gradients(self, states: torch.Tensor, logits: torch.Tensor, loss: torch.Tensor) -> _Pass:
         self._model.zero_grad()

@@ -110,7 +110,7 @@ def plan_run(
     """
     inputs = load_data(config, dist, terminal, trust_remote_code=trust_remote_code)
     data, settings = inputs.data, recorded_settings(config)
-    rows = prove_rows(config, inputs.model, terminal)
+    rows = prove_rows(config, inputs.model, dist, terminal)
     steps, evaluation = plan_steps(config, data, dist)
     probes = tuple(choose_probes(data.held_out, inputs.tokenizer, config.num_probes))
     answer_tokens = token_budget(probes, config.probe_max_new_tokens, dist.device)
@@ -118,7 +118,7 @@ def plan_run(
     run_identity = identity(settings, inputs.model.name, inputs.contents, data, steps)
     check_ranks(dist.gather(run_identity))
     dtype = weight_dtype(dist.device, config.precision)
-    compiled = rows.way != "alone" and compiles(config, dist.device, dtype, steps)
+    compiled = rows.way == "packed" and compiles(config, dist.device, dtype, steps)
     work = Workload.of(data, steps, eval_steps, answer_tokens)
     parallel, estimate = choose_parallel(config, dist, inputs, rows, work, dtype, compiled)
     (checkpointing,) = dist.any(estimate.checkpointing)  # all ranks alike
@@ -149,7 +149,9 @@ def plan_run(
     )
 
 
-def prove_rows(config: DirectTrainingConfig, model: ResolvedModel, terminal: Terminal) -> RowProof:
+def prove_rows(
+    config: DirectTrainingConfig, model: ResolvedModel, dist: Distributed, terminal: Terminal
+) -> RowProof:
     """How documents go through the model; the user is told where it is not in packed rows.
 
     Raises UserError for a model that can't be trained here, and for settings that packed rows are needed for.
@@ -159,11 +161,12 @@ def prove_rows(config: DirectTrainingConfig, model: ResolvedModel, terminal: Ter
             model.path,
             config.cache_path,
             longest=config.max_seq_length,
+            device=dist.device.type,
             trust_remote_code=model.trust_remote_code,
         )
+    if config.compile == "on" and rows.way != "packed":
+        raise UserError(f"compile on does not go with this model: {rows.reason}; use --compile off")
     if rows.way == "alone":
-        if config.compile == "on":
-            raise UserError(f"compile on needs packed rows, which are wrong here: {rows.reason}")
         terminal.warning(
             f"one document a forward pass, as packed rows are wrong here: {rows.reason}"
         )

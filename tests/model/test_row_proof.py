@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, Qwen3Config
+from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from finetuning.common.errors import UserError
 from finetuning.model import attention, packed_model, row_proof
@@ -70,6 +71,44 @@ def test_one_document_a_pass_where_packed_rows_are_wrong(kind, settings, reason)
     proof = prove(kind, **settings)
     assert proof.way == "alone" and reason in proof.reason and proof.difference < 1e-6
     assert "\n" not in proof.reason and len(proof.reason) < 250
+
+
+def by_document(function, names: tuple[str, ...], dim: int):
+    """A stand-in for a kernel that knows where packed documents begin, as transformers calls it."""
+
+    def kernel(*args, cu_seqlens=None, cu_seq_lens_q=None, **more):
+        bounds = cu_seqlens if cu_seqlens is not None else cu_seq_lens_q
+        more = {
+            k: v for k, v in more.items() if not k.startswith(("seq_idx", "cu_seq", "max_length"))
+        }
+        if bounds is None:
+            return function(*args, **more)
+        lengths = torch.diff(bounds).tolist()
+        parts = [
+            a.split(lengths, dim) if i < len(names) else [a] * len(lengths)
+            for i, a in enumerate(args)
+        ]
+        named = {k: v.split(lengths, dim) for k, v in more.items() if k in ("g", "beta")}
+        found = [
+            function(*(p[d] for p in parts), **more | {k: v[d] for k, v in named.items()})
+            for d in range(len(lengths))
+        ]
+        whole = isinstance(found[0], torch.Tensor)
+        return torch.cat(found, dim) if whole else (torch.cat([f[0] for f in found], dim), None)
+
+    return kernel
+
+
+def test_rows_are_packed_where_the_models_own_kernels_take_the_boundaries(monkeypatch):
+    """As with flash-linear-attention and causal-conv1d, which only a GPU runs."""
+    scan, conv = modeling_qwen3_5.torch_chunk_gated_delta_rule, modeling_qwen3_5.causal_conv1d_fn
+    scan = by_document(scan, ("query", "key", "value"), 1)
+    monkeypatch.setattr(modeling_qwen3_5, "torch_chunk_gated_delta_rule", scan)
+    assert prove("qwen3_5_text").way == "alone", "the convolution still reaches over the boundaries"
+    conv = by_document(conv, ("states",), 2)
+    monkeypatch.setattr(modeling_qwen3_5, "causal_conv1d_fn", conv)
+    proof = prove("qwen3_5_text")
+    assert proof.way == "marked" and "see each other" in proof.reason and proof.difference < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -201,6 +240,12 @@ def test_a_damaged_answer_is_made_anew(folder: Path, tmp_path: Path):
     (path,) = (tmp_path / "cache").glob("row-proof-*/proof.json")
     path.write_text("{")
     assert proven_way(folder, tmp_path / "cache", longest=64) == first
+
+
+def test_an_architecture_that_nobody_knows_is_one_clear_error(folder: Path, tmp_path: Path):
+    change(folder, model_type="never-heard-of")
+    with pytest.raises(UserError, match="knows its architecture"):
+        proven_way(folder, tmp_path / "cache", longest=64)
 
 
 def test_a_refusal_names_the_model_and_the_reason(tmp_path: Path):

@@ -6,12 +6,15 @@ uv run pytest -m "not long" tests/runs/test_packed_rows.py
 from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers import Gemma2Config, Qwen3_5TextConfig
 
 from finetuning.common.errors import UserError
+from finetuning.common.terminal import Terminal
 from finetuning.config import DirectTrainingConfig
+from finetuning.model.resolve import ResolvedModel
 from finetuning.model.row_proof import RowProof
-from finetuning.runs.plan import check_passes
+from finetuning.runs.plan import check_passes, prove_rows
 from tests.helpers.tiny_model import make_tiny_model
 
 LEAKS = RowProof("alone", "documents in one row see each other", 0.0)
@@ -62,3 +65,15 @@ def test_shards_make_equally_many_passes(parallel, ranks, batch, refused):
             check_passes(config, dist, LEAKS, parallel)
     else:
         check_passes(config, dist, LEAKS, parallel)
+
+
+def test_compiled_layers_are_for_packed_rows_only(tmp_path):
+    model = make_tiny_model(tmp_path / "hybrid", kind=Qwen3_5TextConfig, **HYBRID)
+    settings = {"output_dir": str(tmp_path / "out"), "cache_dir": str(tmp_path / "cache")}
+    config = DirectTrainingConfig(compile="on", **settings)
+    found = ResolvedModel(str(model), model, False, "local folder")
+    alone = SimpleNamespace(device=torch.device("cpu"))
+    with pytest.raises(
+        UserError, match=r"compile on does not go with this model: .*see each other"
+    ):
+        prove_rows(config, found, alone, Terminal(quiet=True))
