@@ -13,6 +13,16 @@ from finetuning.data.packing import StepPlan
 from finetuning.data.training_data import TrainingData
 
 LORA = ("lora_r", "lora_alpha", "use_rslora", "use_dora")
+# Settings that say where something lies.
+PLACES = (
+    "model_name",
+    "init_adapter",
+    "data_path",
+    "eval_path",
+    "output_dir",
+    "cache_dir",
+    "workers",
+)
 # Digests, by what a person calls that of which they are.
 CONTENTS = {
     "model_weights": "the model's weights",
@@ -129,13 +139,15 @@ def _difference(name: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """`name before -> now` of every setting that a resumed run has otherwise than its checkpoint.
 
-    What was left to the program ("auto") is not known to have been otherwise.
+    Not of places, of which the content counts; and what was left to the program ("auto"), or was overridden,
+    is not known to have been otherwise.
     """
     before, now = strict(before), strict(now)
+    unused = {*PLACES, *(["num_epochs"] if before.get("max_steps") else [])}
     return [
         f"{name} {before[name]} -> {now[name]}"
         for name in now
-        if name in before and before[name] not in (now[name], "auto")
+        if name in before and name not in unused and before[name] not in (now[name], "auto")
     ]
 
 
