@@ -5,6 +5,7 @@ import gc
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 
@@ -109,3 +110,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # measured on two cores with one busy neighbour, generation took 13 to 20 times, training 2.5 to 3.4 times
 # as long as with threads that sleep.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Without a home directory the hub's library would make a folder that is called "~".
+if not os.path.isabs(os.path.expanduser("~")):
+    user = os.getuid() if hasattr(os, "getuid") else "all"
+    os.environ.setdefault("HF_HOME", os.path.join(tempfile.gettempdir(), f"huggingface-{user}"))

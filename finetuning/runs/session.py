@@ -104,11 +104,10 @@ def begin_record(
         tell_resume(terminal, record, plan, start.checkpoint, start.changes)
     record.write_configuration(plan, engine)
     record.status("running", step=max(start.resume_step or 0, 0))
-    with dist.wait_alive("statistics"), terminal.working("describing the data"):
+    # The loop sees a signal that comes meanwhile, on whatever rank; the next session describes the data.
+    with suppress(Interrupted), dist.wait_alive("statistics"):
         if dist.is_main and not (start.checkpoint and record.was_described):
-            with suppress(
-                Interrupted
-            ):  # the loop sees the signal, and the next session describes them
+            with suppress(Interrupted), terminal.working("describing the data"):
                 record.describe(plan)
     return record
 
