@@ -131,8 +131,9 @@ def _difference(name: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) 
         has, had = ("no init_adapter", "one") if found[name] else ("an init_adapter", "none")
         return f"this run has {has}, the checkpoint's had {had}"
     if name in CONTENTS:
-        of = f" (model {wanted['model']}, then {found['model']})" if "model" in name else ""
-        return f"{CONTENTS[name]} changed: not the same as those of the checkpoint{of}"
+        names = dict.fromkeys((wanted["model"], found["model"]))
+        of = f" (model {', then '.join(names)})" if "model" in name else ""
+        return f"{CONTENTS[name]} changed since the checkpoint was written{of}"
     return f"{name} is {wanted[name]}, the checkpoint has {found[name]}"
 
 
