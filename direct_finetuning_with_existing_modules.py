@@ -54,7 +54,7 @@ from finetuning.runs.metrics import MetricsProcessor
 from finetuning.runs.plan import load_data, plan_run
 from finetuning.runs.record import show_plan
 from finetuning.runs.report import leave_report
-from finetuning.runs.session import SessionStart, begin_record, open_run
+from finetuning.runs.session import SessionStart, begin_record, describe_data, open_run
 from finetuning.training.checkpoint import Checkpoint
 from finetuning.training.checkpoint_manager import CheckpointManager
 from finetuning.training.optimizer import StepResult, learning_rate_at
@@ -132,7 +132,6 @@ class DirectTrainer:
             self.evaluator = build_evaluator(self.config, self.plan, self.engine, self.dist)
             with disk_faults_stop_the_run(output_dir):
                 self.open()
-            self.stop.wait_for_loop()  # a checkpoint can be written from here on
             try:
                 with disk_faults_stop_the_run(output_dir):
                     self.loop()
@@ -403,8 +402,11 @@ class DirectTrainer:
         needed = 6 * 4 * self.engine.num_trainable
         run = open_run(start, Path(self.config.output_dir), self.dist, self.terminal, needed)
         logger = self.open_logger(run, start.resume_step)
-        parts = self.plan, self.engine, self.dist, self.terminal
+        self.stop.wait_for_loop()  # from here on a checkpoint can be written
+        around = self.dist, self.terminal
+        parts = self.plan, self.engine, *around
         self.record = begin_record(start, run, logger, self.config.alert_actions, *parts)
+        describe_data(start, self.record, self.plan, *around, self.stop)
         self.metrics = MetricsProcessor(self.plan, self.dist, self.state)
         if checkpoint:
             self.look_at_end()

@@ -5,8 +5,11 @@ import gc
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def _keep_freed_memory() -> None:
@@ -43,9 +46,11 @@ def imports_are_done() -> None:
 class Interrupted(KeyboardInterrupt):
     """A signal that ends the process at once. `code`: its exit code, 128 and the signal's number."""
 
-    def __init__(self, number: int, reason: str) -> None:
-        super().__init__(f"{signal.Signals(number).name}: {reason}")
-        self.code = 128 + number
+    def __init__(self, number: int, *, second: bool) -> None:
+        name = signal.Signals(number).name
+        again = "ended at once by a second signal, without saving"
+        super().__init__(f"{name}: {again if second else 'interrupted before the first step'}")
+        self.code, self.second = 128 + number, second
 
 
 class StopSignal:
@@ -85,17 +90,29 @@ class StopSignal:
         """From here on there is something to save."""
         self._waits = True
 
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within it a signal leaves the block at once; what comes after it sees the signal's name."""
+        self._waits = False
+        try:
+            yield
+        except Interrupted as end:
+            if end.second:
+                raise
+        finally:
+            self._waits = True
+
     def _take(self, number: int, _frame: object) -> None:
         name, now = signal.Signals(number).name, time.monotonic()
-        first, self.name = not self.name, self.name or name
-        if first:
-            self._since = now
-        if not self._waits:
-            raise Interrupted(number, "interrupted before the first step")
+        if not self.name:
+            self.name, self._since = name, now
+            if not self._waits:
+                raise Interrupted(number, second=False)
+            return
         again = number == signal.SIGINT or (name == self.name != "SIGXCPU")
-        if again and not first and now - self._since >= self.AGAIN_SECONDS:
+        if again and now - self._since >= self.AGAIN_SECONDS:
             signal.signal(number, signal.SIG_DFL)  # a third one waits for nothing
-            raise Interrupted(number, "ended at once by a second signal, without saving")
+            raise Interrupted(number, second=True)
 
 
 _keep_freed_memory()
@@ -109,3 +126,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # measured on two cores with one busy neighbour, generation took 13 to 20 times, training 2.5 to 3.4 times
 # as long as with threads that sleep.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Without a home directory the hub's library would make a folder that is called "~".
+if not os.path.isabs(os.path.expanduser("~")):
+    user = os.getuid() if hasattr(os, "getuid") else "all"
+    os.environ.setdefault("HF_HOME", os.path.join(tempfile.gettempdir(), f"huggingface-{user}"))

@@ -16,6 +16,16 @@ from finetuning.data.training_data import TrainingData
 from finetuning.monitoring.alerts import program_of
 
 LORA = ("lora_r", "lora_alpha", "use_rslora", "use_dora")
+# Settings that say where something lies.
+PLACES = (
+    "model_name",
+    "init_adapter",
+    "data_path",
+    "eval_path",
+    "output_dir",
+    "cache_dir",
+    "workers",
+)
 # Digests, by what a person calls that of which they are.
 CONTENTS = {
     "model_weights": "the model's weights",
@@ -61,12 +71,14 @@ def identity(
 
 def tokenizer_contents(tokenizer: Any) -> dict[str, str]:
     """Digests of a tokenizer, by its vocabulary and by how it cuts a text, and of its chat template."""
-    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+    ids = tokenizer.get_vocab()
+    vocabulary = "\0".join(sorted(ids, key=ids.get))  # JSON of all would take half a second
+    gaps = "" if len(ids) == max(ids.values()) + 1 else str(sorted(ids.values()))
     cut = json.dumps(tokenizer.encode(PROBE, add_special_tokens=False))
     template = json.dumps(tokenizer.chat_template, sort_keys=True)
     ends = f"{tokenizer.eos_token} {tokenizer.bos_token}"
     return {
-        "tokenizer": text_digest(vocabulary, cut, ends),
+        "tokenizer": text_digest(vocabulary, gaps, cut, ends),
         "chat_template": text_digest(template),
     }
 
@@ -122,21 +134,24 @@ def _difference(name: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) 
         has, had = ("no init_adapter", "one") if found[name] else ("an init_adapter", "none")
         return f"this run has {has}, the checkpoint's had {had}"
     if name in CONTENTS:
-        of = f" (model {wanted['model']}, then {found['model']})" if "model" in name else ""
-        return f"{CONTENTS[name]} changed: not the same as those of the checkpoint{of}"
+        names = dict.fromkeys((wanted["model"], found["model"]))
+        of = f" (model {', then '.join(names)})" if "model" in name else ""
+        return f"{CONTENTS[name]} changed since the checkpoint was written{of}"
     return f"{name} is {wanted[name]}, the checkpoint has {found[name]}"
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """`name before -> now` of every setting that a resumed run has otherwise than its checkpoint.
 
-    What was left to the program ("auto") is not known to have been otherwise.
+    Not of places, of which the content counts; and what was left to the program ("auto"), or was overridden,
+    is not known to have been otherwise.
     """
     before, now = strict(before), strict(now)
+    unused = {*PLACES, *(["num_epochs"] if before.get("max_steps") else [])}
     return [
         f"{name} {before[name]} -> {now[name]}"
         for name in now
-        if name in before and before[name] not in (now[name], "auto")
+        if name in before and name not in unused and before[name] not in (now[name], "auto")
     ]
 
 

@@ -25,6 +25,8 @@ def with_own_settings(
     """
     if not config.init_adapter:
         return config
+    if not config.lora_r:
+        raise UserError("lora_r 0 (full fine-tuning) does not go with init_adapter; leave one out")
     saved = read_adapter_config(Path(config.init_adapter))
     modules = saved.target_modules
     own = {

@@ -65,7 +65,7 @@ class RunRecord:
         self._actions, self._warn = alert_actions, warn
         self.changes = list(changes)
         self.stop_alerts: list[str] = []  # alerts that have asked for the end of the run
-        self._told_status = 0.0  # when
+        self._told_status = time.monotonic()
         self.evidence: dict[str, object] = {}  # what the alerts of the next logged step may cite
         self.alerts = AlertMonitor(alert_state or None)
         if logger and resume_step is not None:

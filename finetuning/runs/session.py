@@ -2,13 +2,12 @@
 
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from finetuning.common.distributed import Distributed
-from finetuning.common.process import Interrupted
+from finetuning.common.process import StopSignal
 from finetuning.common.terminal import Terminal
 from finetuning.runs import directory
 from finetuning.runs.build import start_system_monitor
@@ -102,13 +101,24 @@ def begin_record(
         tell_resume(terminal, record, plan, start.checkpoint, start.changes)
     record.write_configuration(plan, engine)
     record.status("running", step=max(start.resume_step or 0, 0))
-    with dist.wait_alive("statistics"), terminal.working("describing the data"):
-        if dist.is_main and not (start.checkpoint and record.was_described):
-            with suppress(
-                Interrupted
-            ):  # the loop sees the signal, and the next session describes them
-                record.describe(plan)
     return record
+
+
+def describe_data(
+    start: SessionStart,
+    record: RunRecord,
+    plan: RunPlan,
+    dist: Distributed,
+    terminal: Terminal,
+    stop: StopSignal,
+) -> None:
+    """Statistics and texts about the data, where no earlier session has come to their end. A signal leaves
+    them for the next one."""
+    with dist.wait_alive("statistics"):
+        described = start.checkpoint and record.was_described
+        if dist.is_main and not described and not stop.name:
+            with stop.at_once(), terminal.working("describing the data"):
+                record.describe(plan)
 
 
 # -----------------------------------------------------------------------------

@@ -85,6 +85,17 @@ def test_a_second_signal_of_a_person_ends_at_once(first, second, ends, monkeypat
         assert stop.name == first
 
 
+def test_a_block_can_be_left_at_once_and_what_follows_sees_the_name():
+    done = []
+    with StopSignal() as stop:
+        stop.wait_for_loop()
+        with stop.at_once():
+            send("SIGTERM")
+            done.append("the rest of the block")
+        assert not done and stop.name == "SIGTERM"
+        send("SIGTERM")  # the launcher's; it ends nothing here
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ignored", [True, False])
 def test_the_imports_leave_an_ignored_ctrl_c_ignored(ignored: bool):
@@ -120,7 +131,7 @@ def test_workers_do_not_hold_up_the_end():
     assert next(results) > 0
     began = time.monotonic()
     with pytest.raises(Interrupted):
-        results.throw(Interrupted(signal.SIGTERM, "test"))
+        results.throw(Interrupted(signal.SIGTERM, second=False))
     assert time.monotonic() - began < 10
 
 

@@ -214,3 +214,45 @@ def test_gpu_lines_are_few():
 
 def test_durations():
     assert [duration(s) for s in (5, 65, 3723.4)] == ["0:05", "1:05", "1:02:03"]
+
+
+@pytest.mark.parametrize("variable", ["FORCE_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE"])
+def test_colours_forced_into_a_file_move_no_cursor(variable, monkeypatch, capsys):
+    """CI and container images set it: a log gets the rare plain lines, not two frames a second."""
+    monkeypatch.setenv(variable, "1")
+    terminal = Terminal()
+    with terminal.working("reading"):
+        terminal.info("a line that is " + "very " * 60 + "long")
+    terminal.start_progress(total=2, done=0, steps_per_epoch=2)
+    terminal.advance(1, {"Training/Loss": 2.0})
+    terminal.advance(2, {"Training/Loss": 1.0})
+    terminal.stop_progress()
+    said = capsys.readouterr().out
+    assert "step 2/2  loss 1.0000" in said and len(said.splitlines()) == 3
+    assert not re.search(r"\x1b\[\d*[A-HJKST?]", said), "a cursor that moves"
+
+
+def test_a_terminal_that_goes_away_ends_no_run(tmp_path, monkeypatch):
+    """As after `| head`, or when the terminal of a run in the background is closed."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", buffering=1, encoding="utf-8") as gone:
+        monkeypatch.setattr(sys, "stdout", gone)
+        terminal = Terminal()
+        terminal.open_log(tmp_path / "training.log")
+        terminal.info("first")
+        terminal.start_progress(total=1, done=0, steps_per_epoch=1)
+        terminal.advance(1, {"Training/Loss": 1.0})
+        terminal.final("done")
+    said = (tmp_path / "training.log").read_text(encoding="utf-8")
+    assert "can't be written any more: [Errno 32] Broken pipe" in said
+    assert said.count("can't be written") == 1 and "done" in said
+
+
+def test_what_was_said_before_there_was_a_log_file_is_in_it(tmp_path, capsys):
+    terminal = Terminal(quiet=True)
+    terminal.warning("an early warning")
+    terminal.open_log(tmp_path / "training.log")
+    terminal.info("later")
+    lines = (tmp_path / "training.log").read_text(encoding="utf-8").splitlines()
+    assert [line[20:] for line in lines] == ["warning: an early warning", "later"]

@@ -225,6 +225,12 @@ def test_an_adapter_whose_base_is_not_here_is_told(
     assert said in capfd.readouterr().err
 
 
+def test_an_adapter_does_not_go_with_full_fine_tuning(finished, tmp_path, run, capfd):
+    start = ["--init-adapter", str(finished / "final_model"), "--lora-r", "0"]
+    assert run(tmp_path, *start) == 2
+    assert "lora_r 0 (full fine-tuning) does not go with init_adapter" in capfd.readouterr().err
+
+
 # -----------------------------------------------------------------------------
 # Into another output directory
 

@@ -13,6 +13,10 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+import compare_runs
+import convergence
+import dataset_stats
+import export
 from direct_finetuning_with_existing_modules import DirectTrainer
 from finetuning.config import DirectTrainingConfig
 from finetuning.events.event_values import SESSION_START_TAG
@@ -155,6 +159,35 @@ def test_a_run_that_an_alert_has_stopped_stays_stopped(tmp_path, run, monkeypatc
         assert json_of(out / "training_statistics.json")["training"]["steps"] == steps
     said = (logs_of(out) / "training.log").read_text(encoding="utf-8")
     assert "the alert Stagnation asked for the end. To train on, resume with another action" in said
+
+
+@pytest.mark.parametrize(
+    "program", ["ask", "export", "compare_runs", "convergence", "dataset_stats"]
+)
+def test_every_program_means_the_same_folder_by_a_tilde(
+    program, finished, tiny_data, tmp_path, monkeypatch, capsys
+):
+    """`--output-dir=~/out` and TOML come to the program as they are written."""
+    home = tmp_path / "home"
+    shutil.copytree(finished, home / "out")
+    shutil.copy(tiny_data, home / "data.jsonl")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    if program in ("ask", "export"):
+        assert find_trained("", "~/out") == home / "out" / "final_model"
+        assert find_trained("~/out/best_model", "") == home / "out" / "best_model"
+    if program == "export":
+        assert export.main(["--output=~/merged", "--output-dir=~/out", "--device", "cpu"]) == 0
+        assert (home / "merged" / "config.json").is_file()
+    if program == "compare_runs":
+        compare_runs.main(("~/out",), html=Path("~/runs.html"))
+        assert (home / "runs.html").is_file()
+    if program == "convergence":
+        assert convergence.main(["~/out"]) == 0
+    if program == "dataset_stats":
+        dataset_stats.main(("~/data.jsonl",), html=Path("~/data.html"))
+        assert (home / "data.html").is_file()
+    assert not (tmp_path / "~").exists()
 
 
 # -----------------------------------------------------------------------------
