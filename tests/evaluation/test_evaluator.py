@@ -76,6 +76,9 @@ class OneOfTwo(Distributed):
 
     left: list[torch.Tensor] = field(default_factory=list)
 
+    def any(self, *flags: bool) -> list[bool]:
+        return list(flags)
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.is_main:
             return tensor + self.left.pop()

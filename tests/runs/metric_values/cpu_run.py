@@ -19,6 +19,7 @@ from finetuning.config import DirectTrainingConfig
 from finetuning.evaluation.evaluator import Evaluator
 from finetuning.model.packed_model import PackedLossModel
 from finetuning.runs import metrics as run_metrics
+from finetuning.runs import session as run_session
 from finetuning.training import optimizer, step_clock
 from finetuning.training.checkpoint_manager import CheckpointManager
 from finetuning.training.engine import TrainingEngine
@@ -258,7 +259,7 @@ def session(config: DirectTrainingConfig, machine: HandMachine, resume: str, sto
     hook = register_optimizer_step_pre_hook(note)
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(program, "start_system_monitor", lambda *_: machine.monitor())
+            patch.setattr(run_session, "start_system_monitor", lambda *_: machine.monitor())
             trainer = program.DirectTrainer(config, resume=resume, quiet=True)
             trainer.train()
     finally:

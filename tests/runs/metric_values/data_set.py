@@ -15,6 +15,7 @@ from finetuning.config import DirectTrainingConfig
 from finetuning.monitoring.system_monitor import SystemMonitor
 from finetuning.runs.directory import new_run
 from finetuning.runs.plan import plan_run
+from finetuning.runs.record import RunRecord
 from tests.helpers.checked_values import Ledger, Values, kept_figures, table_rows
 from tests.helpers.reference import Document, tokens_of
 from tests.runs.metric_values.cpu_run import write
@@ -97,10 +98,12 @@ def describe(ledger: Ledger, folder: Path, model: Path, cache: Path, limit: int)
     trainer, run = program.DirectTrainer(config, quiet=True), new_run(folder / f"out-{limit}")
     tokenizer = AutoTokenizer.from_pretrained(model)
     with kept_figures() as figures, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(program, "start_system_monitor", lambda *_: SystemMonitor((), folder))
         patch.setattr("finetuning.training.forecast.matmul_rate", lambda *_: 1e9)  # 0.2 s
         plan = plan_run(config, trainer.dist, trainer.terminal)
-        record = trainer.open_record(run, None)
+        trainer.plan = plan
+        options = {"resume_step": None, "alert_state": {}, "alert_actions": {}, "warn": print}
+        logger = trainer.open_logger(run, None)
+        record = RunRecord(run, logger, SystemMonitor((), folder), **options)
         record.describe(plan)
         record.close(None)
     documents = [tokens_of(tokenizer, row) for row in rows if row is not rows[CONTROL]]

@@ -10,13 +10,12 @@ from statistics import fmean, median
 from types import SimpleNamespace
 from unittest import mock
 
-import pytest
-
 import direct_finetuning_with_existing_modules as program
 from finetuning.config import DirectTrainingConfig
 from finetuning.runs.directory import new_run
 from finetuning.runs.metrics import MetricsProcessor
 from finetuning.runs.plan import plan_run
+from finetuning.runs.record import RunRecord
 from tests.helpers import fake_nvml
 from tests.helpers.checked_values import Ledger, Values
 from tests.helpers.hand_machine import MB, HandMachine, Reading
@@ -153,10 +152,10 @@ def do_gpu_run(ledger: Ledger, folder: Path, model: Path, cache: Path, library: 
         fake_nvml.installed(library, folder / "state") as nvml,
         HandMachine(gpu_looks(), nvml).installed() as machine,
         cuda(device, lambda: memory_of(machine.reads - 1)),
-        pytest.MonkeyPatch.context() as patch,
     ):
-        patch.setattr(program, "start_system_monitor", lambda *_: machine.monitor(GPUS))
-        trainer.record = trainer.open_record(run, None)
+        options = {"resume_step": None, "alert_state": {}, "alert_actions": {}, "warn": print}
+        logger = trainer.open_logger(run, None)
+        trainer.record = RunRecord(run, logger, machine.monitor(GPUS), **options)
         trainer.metrics = MetricsProcessor(trainer.plan, trainer.dist, trainer.state)
         trainer.evaluator = NoEvaluator()
         trainer.engine = engine = ScriptedEngine(scripted, device, trainer)
