@@ -240,6 +240,12 @@ class Layout:
     meant: frozenset[str] = frozenset()
     """Columns whose name says clearly that they are a part of a sample."""
 
+    @functools.cached_property
+    def has_material(self) -> bool:
+        """Whether a question may go on in other columns."""
+        roles = {"context", "option", "options", "input"}.intersection(self.columns)
+        return bool(roles) or len(self.of("question")) > 1
+
     def of(self, role: str) -> tuple[str, ...]:
         """Columns of a role."""
         return self.columns.get(role, ())

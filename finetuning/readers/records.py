@@ -185,6 +185,8 @@ def _missing(fields: Fields, question_key: str | None) -> str:
 
 def _with_material(question: str, key: str, fields: Fields) -> str:
     """The question with what stands in other columns: input below it, material before it, options below."""
+    if not fields.layout.has_material:
+        return question
     if extra := _input(key, fields):
         question = f"{question}\n{extra}".strip()
     for name in fields.layout.of("context"):
