@@ -111,8 +111,8 @@ def _all_files(paths: Sequence[str], cache_dir: Path | None) -> Listing:
             if real not in seen:
                 seen.add(real)
                 whole.files.append(file)
-        whole.remarks.extend(remark for remark in found.remarks if remark not in whole.remarks)
-        whole.skipped.extend(remark for remark in found.skipped if remark not in whole.skipped)
+        whole.remarks.extend(found.remarks)
+        whole.skipped.extend(found.skipped)
     if not whole.files:
         raise UserError("no data path given; name a file, a folder or a glob")
     for file in whole.files:
@@ -135,7 +135,7 @@ def _accounted(found: SampleSet, files: list[DataFile], listing: Listing) -> Sam
     for item in found.broken:
         broken.setdefault(item.source, []).append(item)
     left_out = {r.source for r in found.remarks if r.text.startswith("left out")}
-    skipped, per_file = list(listing.skipped), dict(found.samples_per_file)
+    skipped, per_file = [*dict.fromkeys(listing.skipped)], dict(found.samples_per_file)
     for file in files:
         if found.samples_per_file[file.source]:
             continue
@@ -149,7 +149,9 @@ def _accounted(found: SampleSet, files: list[DataFile], listing: Listing) -> Sam
             f"no question was found in {clean_line(files[0].source, 200)}; {HINTS['text']}"
         )
     encodings = [remark for file in files if (remark := encoding_remark(file))]
-    remarks = sorted((*found.remarks, *listing.remarks, *encodings, *skipped), key=urgency)
+    remarks = sorted(
+        (*found.remarks, *dict.fromkeys(listing.remarks), *encodings, *skipped), key=urgency
+    )
     return replace(found, remarks=tuple(remarks), skipped=tuple(skipped), samples_per_file=per_file)
 
 

@@ -3,7 +3,7 @@
 What is taken is noted, so that what nobody took can be told; no reader has to remember it.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from finetuning.readers.names import layout
@@ -106,12 +106,6 @@ class Fields:
             if name in self._values and not is_absent(self._values[name]):
                 return name
         return None
-
-    def items(self) -> Iterator[tuple[str, Any]]:
-        """Columns that hold something and that nobody took."""
-        for name, value in self._values.items():
-            if name not in self._taken and not is_absent(value):
-                yield name, value
 
     def left(self) -> dict[str, Any]:
         """What nobody took; and a remark on words such as nan, which were read as no value."""

@@ -5,6 +5,7 @@ import glob
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,6 +41,7 @@ _DESCRIBES = re.compile(
     r"(?:readme|license|licence|changelog|contributing|requirements|(?:使用|数据)?说明)(?:[_.-].*)?",
     re.I,
 )
+_OF_A_KIND = 20  # skipped files that are told one by one
 _HUB = "hf://datasets/"
 _SPLIT = re.compile(
     r"(train|training|训练集?|训练)|(test|testing|validation|valid|val|dev|eval|holdout|测试集?|验证集?|评测集?|评估集?)",
@@ -242,8 +244,21 @@ def _add_folder(path: str, source: str, found: Listing) -> None:
         more = f"; {len(skipped)} files of other kinds lie there" if skipped else ""
         raise UserError(f"the folder {clean_line(source, 200)} holds no {_readable()} file{more}")
     _add_for_training(files, found)
-    found.skipped.extend(skipped)
+    found.skipped.extend(_grouped(skipped, source))
     _add_described_columns(path, found)
+
+
+def _grouped(skipped: list[Remark], source: str) -> Iterator[Remark]:
+    """Skipped files one by one, but many of one kind, such as pictures, as one."""
+    suffixes = [os.path.splitext(remark.source)[1].lower() for remark in skipped]
+    counts = Counter(suffixes)
+    for suffix, remark in zip(suffixes, skipped, strict=True):
+        if counts[suffix] <= _OF_A_KIND:
+            yield remark
+    for suffix, count in counts.items():
+        if count > _OF_A_KIND:
+            kind = f"{clean_line(suffix, 20)} files" if suffix else "files without a suffix"
+            yield Remark(_source(source), 1, f"skipped: {count} {kind}, a kind that is not read")
 
 
 def _walk(path: str) -> Iterator[tuple[str, str]]:
@@ -261,18 +276,18 @@ def _walk(path: str) -> Iterator[tuple[str, str]]:
 def _add_for_training(files: list[tuple[str, DataFile]], found: Listing) -> None:
     """Of a folder with files for training and for tests, as the hub names them, those for training."""
     names = {_stem(inner) for inner, _ in files}
-    held_out = [file for inner, file in files if _is_held_out(inner, names)]
-    kept = [file for _, file in files if file not in held_out]
-    for file in held_out:
-        if kept:
+    held_out = {inner for inner, _ in files if _is_held_out(inner, names)}
+    all_of_them = len(held_out) == len(files)
+    for inner, file in files:
+        if inner in held_out and not all_of_them:
             text = "skipped: its name says that it is for tests; --eval-path evaluates on it"
             found.skipped.append(Remark(file.source, 1, text))
-        else:
+            continue
+        found.files.append(file)
+        if inner in held_out:
             found.remarks.append(Remark(file.source, 1, _FOR_TESTS))
-    for inner, file in files:
-        if file in kept and kept != held_out and _SPLIT_WORD.search(_stem(inner)):
+        elif _SPLIT_WORD.search(_stem(inner)):
             found.remarks.append(Remark(file.source, 1, f"{_FOR_TESTS} (perhaps)"))
-    found.files.extend(kept or held_out)
 
 
 def _stem(inner: str) -> str:

@@ -59,6 +59,8 @@ class Findings:
                     known.longest = len(value)
                 continue
             meant = name in reading.notes.meant
+            if not meant and isinstance(value, (int, float)):
+                continue
             texts = [text for text in _strings(value) if meant or is_text(text)]
             if texts:
                 held = held or {text.strip() for text in strings_of(reading.sample.content)}

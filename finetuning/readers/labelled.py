@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from finetuning.common.text import clean_line
-from finetuning.readers.names import meaning, words
+from finetuning.readers.names import LABELS, meaning, words
 from finetuning.readers.opening import lines_of
 from finetuning.readers.sample import THINK_TAG, Remark
 
@@ -30,18 +30,6 @@ _LABEL = re.compile(
     rf"[ \t]*(?P<count>{_NUMBER})?(?P<closed>[】\]])?(?P<bold3>\*\*|__)?[ \t]*"
     r"(?:(?P<mark>[:：]|[.、．](?=[ \t]*\S))|(?<=[】\]])|(?<=\*\*)|(?<=\*\*[ \t])|$)[ \t]*(?P<bold4>\*\*)?"
 )
-_USUAL = {
-    "question": "问 问题 题目 提问 题 题干 q question 用户 user human 指令 instruction prompt 输入 客户",
-    "answer": "答 答案 回答 回复 答复 解答 参考答案 标准答案 正确答案 解 a answer 助手 assistant 输出 output "
-    "response reply",
-    "thinking": "思考 思考过程 思维过程 思路 推理 推理过程 推导过程 思维链 解析 分析过程 解题思路 解题过程 "
-    "答案解析 thinking reasoning thought cot explanation rationale",
-    "system": "系统 系统提示 system 角色设定",
-    "context": "材料 背景 上下文 阅读材料 context passage 背景资料",
-    "options": "选项 options 备选项",
-    "difficulty": "难度 difficulty",
-}
-_LABELS = {name: role for role, text in _USUAL.items() for name in text.split()}
 _HEADING = re.compile(r"[ \t]{0,3}(#{1,6})[ \t]*(?!#)(?=\S)")
 _BOLD = re.compile(r"[ \t]*(?:\*\*|__)(?P<text>(?:(?!\*\*|__).)+)(?:\*\*|__)[:：]?[ \t]*$")
 _NUMBERED = re.compile(
@@ -145,7 +133,7 @@ def _label(at: int, line: str) -> _Label | None:
     if not match:
         return None
     name = " ".join(words(match["name"]))
-    role = _LABELS.get(name)
+    role = LABELS.get(name)
     meant = meaning(match["name"])
     usual = role is not None
     if role is None and meant and meant.role in ("question", "answer", "thinking"):

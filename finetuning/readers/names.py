@@ -112,6 +112,21 @@ _LONGEST = 16  # characters or words of a name; a longer one is a text
 # Options have a column each: A, option_b, choice3, 选项D. A single letter is one only beside another.
 _OPTION = re.compile(r"(?:(?:option|choice|opt|选项|答案选项) ?)?([a-h]|[1-8])")
 
+# Labels of a text, as they stand in front of a colon; every one is a whole name.
+_USUAL_LABELS = {
+    "question": "问 问题 题目 提问 题 题干 q question 用户 user human 指令 instruction prompt 输入 客户",
+    "answer": "答 答案 回答 回复 答复 解答 参考答案 标准答案 正确答案 解 a answer 助手 assistant 输出 output "
+    "response reply",
+    "thinking": "思考 思考过程 思维过程 思路 推理 推理过程 推导过程 思维链 解析 分析过程 解题思路 解题过程 "
+    "答案解析 thinking reasoning thought cot explanation rationale",
+    "system": "系统 系统提示 system 角色设定",
+    "context": "材料 背景 上下文 阅读材料 context passage 背景资料",
+    "options": "选项 options 备选项",
+    "difficulty": "难度 difficulty",
+}
+LABELS = {name: role for role, text in _USUAL_LABELS.items() for name in text.split()}
+"""The role of each usual label."""
+
 # Traditional characters of the words above, and what else is written in two ways.
 _SIMPLIFIED = str.maketrans(
     "問題問題答覆復維鏈過釋參標準內輸選項統歷語說導論據難點對話會訊資料檔材應響評測術總結類別編號長時間圖續論詢"
@@ -224,6 +239,12 @@ class Layout:
     """Columns that explain an answer rather than think: they are the reasoning where nothing else is."""
     meant: frozenset[str] = frozenset()
     """Columns whose name says clearly that they are a part of a sample."""
+
+    @functools.cached_property
+    def has_material(self) -> bool:
+        """Whether a question may go on in other columns."""
+        roles = {"context", "option", "options", "input"}.intersection(self.columns)
+        return bool(roles) or len(self.of("question")) > 1
 
     def of(self, role: str) -> tuple[str, ...]:
         """Columns of a role."""

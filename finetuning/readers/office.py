@@ -19,6 +19,7 @@ MAX_UNPACKED = 256 * 2**20
 """Bytes that an Excel or Word file may unpack to."""
 _MAX_CELLS = 256  # of a row that are looked at: a sheet may be said to be 16,384 wide
 _TOP = 20  # rows within which a sheet has its header
+_TOP_OF_TABLE = 5  # rows within which a table in Word has its header: a title may stand above
 _MAX_EMPTY_ROWS = 10_000  # after which a sheet has ended: it may be said to be a million long
 
 
@@ -160,7 +161,7 @@ def word_text(file: DataFile) -> tuple[str, list[list[Row]]]:
                 lines.append(_paragraph(part))
                 continue
             rows = [(i, [cell.text for cell in row.cells]) for i, row in enumerate(part.rows, 1)]
-            if rows and is_header(rows[0][1]):
+            if any(is_header(cells) for _, cells in rows[:_TOP_OF_TABLE]):
                 tables.append(rows)
             else:
                 lines += [_labelled_row(cells) for _, cells in rows]

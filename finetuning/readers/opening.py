@@ -21,6 +21,7 @@ BLOCK = 2**20
 
 _HEAD = 1000  # bytes that tell the encoding
 _LOOKED_AT = 16 * 2**20  # bytes by which an encoding is judged
+_PUNCTUATION = frozenset("“”‘’—…·～、。《》〈〉「」『』【】（）：；，？！％＋－＝\u3000")
 _COMMON = 0.7  # least share of everyday characters in a text of the right encoding
 
 
@@ -204,13 +205,14 @@ def _everyday() -> frozenset[str]:
 
 
 def _share_of_everyday(text: str) -> float:
-    hanzi = [letter for letter in text if ord(letter) > 0x2E80]
-    others = [
-        c for c in hanzi if "\u3000" <= c <= "\u303f" or "\uff00" <= c <= "\uffef"
-    ]  # punctuation
-    letters = len(hanzi) - len(others)
+    """Share of everyday characters among the Chinese ones; of a text without any, whether all that is not
+    ASCII is punctuation."""
+    wide = {letter for letter in text if ord(letter) > 0x7F}
+    letters = [c for c in text if c >= "\u2e80" and c not in _PUNCTUATION]
+    if not letters:
+        return float(bool(wide) and wide <= _PUNCTUATION)
     everyday = _everyday()
-    return sum(letter in everyday for letter in hanzi) / letters if letters else 0.0
+    return sum(letter in everyday for letter in letters) / len(letters)
 
 
 # ---- text ---------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ their prompt has opened it.
 import html
 import re
 
-from finetuning.readers.names import NEUTRAL, meaning
+from finetuning.readers.names import LABELS, NEUTRAL, meaning, words
 from finetuning.readers.sample import THINK_TAG, split_thinking
 
 _NAME = r"(?P<name>[A-Za-z][A-Za-z0-9_ -]{0,40}|[\u4e00-\u9fff]{1,10})"
@@ -30,9 +30,12 @@ _DETAILS = re.compile(
 )
 
 
-def split_reasoning(text: str) -> tuple[str, str, list[str]]:
-    """(thinking, answer, what is odd about it). Raises BrokenRecordError as `split_thinking` does."""
-    if (label := _LINE_LABEL.match(text)) and _means(label["name"], "thinking"):
+def split_reasoning(text: str, *, labels: bool = True) -> tuple[str, str, list[str]]:
+    """(thinking, answer, what is odd about it). Raises BrokenRecordError as `split_thinking` does.
+
+    labels: labels such as `思考过程：` and `答案：` count as marks, too.
+    """
+    if labels and (label := _LINE_LABEL.match(text)) and _labels(label, "thinking"):
         return _by_labels(text)
     if not ("<" in text or "[" in text or "【" in text or "◁" in text or "&lt;" in text):
         return "", text.strip(), []
@@ -63,6 +66,12 @@ def _means(name: str, role: str) -> bool:
     return meant is not None and meant.role == role and meant.rank < NEUTRAL
 
 
+def _labels(label: re.Match, role: str) -> bool:
+    """Whether a label is a usual one of a role; `理由有三：` and `最终答案的依据：` are none."""
+    name = " ".join(words(label["name"]))
+    return LABELS.get(name.removeprefix("最终").removeprefix("final ")) == role
+
+
 def _pair(text: str, role: str) -> tuple[re.Match, int, int] | None:
     """The mark that opens the text and where its only closing begins and ends."""
     for opening, closing in _OPENINGS:
@@ -88,7 +97,7 @@ def _by_labels(text: str) -> tuple[str, str, list[str]]:
     at = text.find("\n", opening.end())
     while at >= 0:
         label = _LINE_LABEL.match(text, at + 1)
-        if label and _means(label["name"], "answer") and "\n" not in label[0].strip():
+        if label and _labels(label, "answer") and "\n" not in label[0].strip():
             marks = f"“{opening[0].strip()}” and “{label[0].strip()}”"
             told = f"{marks} are read as marks of the reasoning and the answer"
             return text[opening.end() : at].strip(), text[label.end() :].strip(), [told]

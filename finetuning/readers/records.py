@@ -185,6 +185,8 @@ def _missing(fields: Fields, question_key: str | None) -> str:
 
 def _with_material(question: str, key: str, fields: Fields) -> str:
     """The question with what stands in other columns: input below it, material before it, options below."""
+    if not fields.layout.has_material:
+        return question
     if extra := _input(key, fields):
         question = f"{question}\n{extra}".strip()
     for name in fields.layout.of("context"):
@@ -210,7 +212,7 @@ def _input(question_key: str, fields: Fields) -> str:
     """Alpaca's input, or the column that the user rules to be it."""
     ruled = fields.layout.of("input") if fields.is_ruled("input") else ()
     joins = "".join(words(question_key)[-1:]).endswith(_JOINS_INPUT)
-    if not ruled and not ((joins and not fields.is_ruled("question")) or joins):
+    if not ruled and not joins:
         return ""
     names = ruled or [
         n for n in fields.layout.of("question") if "".join(words(n)[-1:]).endswith(_INPUT)

@@ -133,7 +133,9 @@ def checked(sample: Sample) -> Sample:
         raise BrokenRecordError("empty question")
     if not sample.answer and not sample.tool_calls:
         raise BrokenRecordError("empty answer")
-    for text in strings_of(sample.content):
+    nested = sample.history or sample.tools or sample.tool_turns or sample.tool_calls
+    plain = (sample.question, sample.thinking, sample.answer, sample.system)
+    for text in strings_of(sample.content) if nested else plain:
         if "\0" in text:
             raise BrokenRecordError("NUL character (is the file UTF-16 without a byte order mark?)")
         if _SURROGATE.search(text):

@@ -154,10 +154,10 @@ def _assistant(fields: Fields, parts: tuple[str, str, list[dict]], notes: Notes)
 
 def reasoned(text: str, fields: Fields) -> tuple[str, str]:
     """(thinking, answer) with the reasoning inline or in a field beside the text; twice only if equal."""
-    inline, answer, told = split_reasoning(text)
+    key = fields.first("thinking", lambda value: not is_switch(value))
+    inline, answer, told = split_reasoning(text, labels=key is None)
     for odd in told:
         fields.remark(odd)
-    key = fields.first("thinking", lambda value: not is_switch(value))
     if key is None or (inline and key in fields.layout.explaining):
         return inline, answer
     beside = reasoning_in(fields, key)
@@ -176,7 +176,7 @@ def reasoning_in(fields: Fields, key: str) -> str:
     tags = list(THINK_TAG.finditer(text))
     if len(tags) == 1 and not tags[0][1] and not text[: tags[0].start()].strip():
         return text[tags[0].end() :].strip()  # its closing went with the answer
-    thinking, rest, _ = split_reasoning(text)
+    thinking, rest, _ = split_reasoning(text, labels=False)
     if tags and rest:
         raise BrokenRecordError(f"text after the reasoning in {key}")
     return thinking if thinking and not rest else text if not tags else thinking

@@ -27,6 +27,16 @@ def test_folder_glob_and_repetition(tmp_path):
     assert set(found.skipped) <= set(found.remarks)
 
 
+def test_many_skipped_files_of_a_kind_are_told_as_one(tmp_path):
+    (tmp_path / "a.jsonl").write_text(JSONL, encoding="utf-8")
+    for i in range(30):
+        (tmp_path / f"{i}.png").write_bytes(b"x")
+    (tmp_path / "b.pdf").write_bytes(b"x")
+    told = {Path(r.source).name: r.text for r in read_samples([str(tmp_path)]).skipped}
+    assert told.pop("b.pdf").startswith("skipped: this kind is not read; copy its")
+    assert told == {tmp_path.name: "skipped: 30 .png files, a kind that is not read"}
+
+
 def test_lock_files_of_office_are_no_data(tmp_path):
     (tmp_path / "a.md").write_text(PLAIN, encoding="utf-8")
     (tmp_path / "~$a.md").write_bytes(b"\x00\x01lock")
