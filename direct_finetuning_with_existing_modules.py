@@ -419,8 +419,9 @@ class DirectTrainer:
             return NullLogger()
         files = {"run_dir": run.tensorboard, "metrics_path": run.logs / "metrics.jsonl"}
         row = {"hparams": summary.hparams(self.plan.settings), "reach": self.state.reach}
-        warn = self.terminal.warning
-        return TensorBoardLogger(**files, **row, resume_step=resume_step, warn=warn)
+        return TensorBoardLogger(
+            **files, **row, resume_step=resume_step, warn=self.terminal.warning
+        )
 
     # -------------------------------------------------------------------------
     # End
@@ -475,8 +476,7 @@ def run(command: CommandLine) -> int:
         found = inputs.data, inputs.statistics, inputs.accounts
         return check_data(*found, trainer.terminal, quiet=command.quiet)
     if command.plan:
-        plan = plan_run(config, trainer.dist, trainer.terminal, **trust)
-        show_plan(trainer.terminal, plan)
+        show_plan(trainer.terminal, plan_run(config, trainer.dist, trainer.terminal, **trust))
     else:
         trainer.train()
     return 0

@@ -28,7 +28,13 @@ from tests.helpers.hand_machine import MB, HandMachine, HandTime, Reading
 from tests.helpers.reference import Document, PlainTraining, Reference, Sums, tokens_of
 
 LAYERS, HIDDEN, QUERIES, KEYS, INNER = 2, 32, 32, 16, 64  # of the tiny model
-RANK, EVALUATED, LOGGED, STOPPED, SAVED = 4, (0, 4, 8, 12, 15), (3, 6, 9, 12, 15), 7, (6, 7, 12, 15)
+RANK, EVALUATED, LOGGED, STOPPED, SAVED = (
+    4,
+    (0, 4, 8, 12, 15),
+    (3, 6, 9, 12, 15),
+    11,
+    (6, 11, 12, 15),
+)
 STEPS, EPOCH, BUDGET = 15, 5, 95
 SUBJECTS = {"SM4": "对称算法", "数字证书": "证书与PKI", "SM2": "非对称算法"}  # else none
 

@@ -243,9 +243,9 @@ class Diary:
         self.training = self.of_epoch = 0.0
         for first, last in ((1, STOPPED), (STOPPED + 1, STEPS)):
             self.begin()
-            if first == 1:  # settings and data are logged before the first phase
-                self.overhead += 2 * SPENT["logging"]
-                self.wait(2 * SPENT["logging"])
+            self.overhead += SPENT["logging"]  # of HPARAMS, before the time of training begins
+            if first == 1:
+                self.overhead += SPENT["logging"]  # of the data
                 self.evaluate(0, held_out)
                 self.log()
             for step in range(first, last + 1):
@@ -368,7 +368,7 @@ def gauges_of_the_host(cpu: CpuRun) -> None:
 
     def means(value: Callable[[Reading], float]) -> dict[int, float]:
         """Of the looks since the last point; the first look of a session is no rate."""
-        first = {LOGGED[0]: 1, 9: 1}
+        first = {LOGGED[0]: 1, 12: 1}
         return {
             step: fmean(map(value, found[first.get(step, 0) :])) for step, found in looks.items()
         }
@@ -518,7 +518,14 @@ def the_hardest_held_out_samples(cpu: CpuRun) -> None:
 
 def settings_as_text(cpu: CpuRun) -> None:
     rows = []
-    for name, value in dataclasses.asdict(cpu.config).items():
+    # What was left to the program, as it is on a CPU.
+    chosen = {
+        "precision": "fp32",
+        "parallel": "ddp",
+        "gradient_checkpointing": "off",
+        "compile": "off",
+    }
+    for name, value in (dataclasses.asdict(cpu.config) | chosen).items():
         text = ", ".join(map(str, value)) if isinstance(value, (tuple, dict)) else str(value)
         rows.append([name, text])
     cpu.values.texts("Config/Training_Settings", {0: rows}, table_rows)
