@@ -403,9 +403,8 @@ class DirectTrainer:
         run = open_run(start, Path(self.config.output_dir), self.dist, self.terminal, needed)
         logger = self.open_logger(run, start.resume_step)
         self.stop.wait_for_loop()  # from here on a checkpoint can be written
-        around = self.dist, self.terminal
-        parts = self.plan, self.engine, *around
-        self.record = begin_record(start, run, logger, self.config.alert_actions, *parts)
+        around, actions = (self.dist, self.terminal), self.config.alert_actions
+        self.record = begin_record(start, run, logger, actions, self.plan, self.engine, *around)
         describe_data(start, self.record, self.plan, *around, self.stop)
         self.metrics = MetricsProcessor(self.plan, self.dist, self.state)
         if checkpoint:
@@ -418,10 +417,9 @@ class DirectTrainer:
         if not self.dist.is_main:
             return NullLogger()
         files = {"run_dir": run.tensorboard, "metrics_path": run.logs / "metrics.jsonl"}
-        row = {"hparams": summary.hparams(self.plan.settings), "reach": self.state.reach}
-        return TensorBoardLogger(
-            **files, **row, resume_step=resume_step, warn=self.terminal.warning
-        )
+        goes_on = {"resume_step": resume_step, "reach": self.state.reach}
+        texts = {"hparams": summary.hparams(self.plan.settings), "warn": self.terminal.warning}
+        return TensorBoardLogger(**files, **goes_on, **texts)
 
     # -------------------------------------------------------------------------
     # End

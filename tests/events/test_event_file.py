@@ -236,6 +236,28 @@ def test_rewind_of_lines(tmp_path):
     event_file.rewind_lines(tmp_path / "absent", event_file.Rewind(2))
 
 
+def test_rewound_lines_are_on_the_disk_before_they_take_the_place_of_all(tmp_path, monkeypatch):
+    """Else a power cut after the rename may leave an empty file where all points were."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n')
+    synced, replaced, fsync, replace = {}, {}, os.fsync, os.replace
+
+    def note_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        synced[os.fstat(descriptor).st_ino] = os.fstat(descriptor).st_size
+
+    def note_replace(source, target) -> None:
+        replaced[os.stat(source).st_ino] = os.stat(source).st_size
+        assert replaced.items() <= synced.items()
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    monkeypatch.setattr(Path, "replace", note_replace)
+    event_file.rewind_lines(path, event_file.Rewind(1))
+    assert list(replaced.values()) == [len('{"step": 1}\n')]
+
+
 def test_a_torn_line_is_cut_before_the_next_one(tmp_path):
     path = tmp_path / "deep" / "metrics.jsonl"
     file = event_file.open_lines(path)
