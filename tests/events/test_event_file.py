@@ -268,11 +268,10 @@ def test_start_is_recognised():
 REACH = event_file.Rewind(2, {"Custom/By_Tokens": 900})
 
 
-def own_axis(tmp_path) -> None:
+def own_axis(tmp_path, ended: bool = True) -> None:
     """Ours over steps 1 to 3, a user's over tokens; the checkpoint is that of step 2 and 900 tokens."""
-    events = [
-        scalars_event(0, **{event_file.SESSION_END_TAG: 1, "_hparams_/session_start_info": 1})
-    ]
+    ends = {event_file.SESSION_END_TAG: 1} if ended else {}
+    events = [scalars_event(0, **ends, **{"_hparams_/session_start_info": 1})]
     for step, tokens in ((1, 500), (2, 900), (3, 1300)):
         events.append(scalars_event(step, **{"Training/Loss": step}))
         events.append(scalars_event(tokens, **{"Custom/By_Tokens": step}))
