@@ -280,7 +280,7 @@ class DirectTrainer:
         state, writer, clock = self.state, self.tensorboard_writer, self.metrics.clock
         with clock.phase("evaluation"), self.terminal.working("evaluation") as progress:
             metrics = self.engine.beside_graph(
-                lambda: self.evaluator.measure(step, writer, progress, self.wants_stop)
+                lambda: self.evaluator.measure(step, writer, progress, lambda: bool(self.stop.name))
             )
         self.interrupted |= self.wants_stop()
         state.evaluation_due = metrics is None  # a signal: the session that goes on makes it
@@ -359,10 +359,8 @@ class DirectTrainer:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Weights, optimizer, random state and counters as they were at the checkpoint."""
-        identity, self.state = (
-            checkpoint.state["identity"],
-            TrainState(**checkpoint.state["train_state"]),
-        )
+        identity = checkpoint.state["identity"]
+        self.state = TrainState(**checkpoint.state["train_state"])
         finished = self.state.step == identity["steps"]
         check = {"finished": finished, "warn": self.terminal.warning}
         check_identity(identity, self.plan.identity, checkpoint.path, **check)

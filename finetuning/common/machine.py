@@ -13,6 +13,9 @@ from pathlib import Path
 import psutil
 
 PROC = Path("/proc/self")
+USUAL_MOUNT = Path(
+    "/sys/fs/cgroup"
+)  # looked at in any case: what a container binds there has no type
 _UNLIMITED = 2**60  # bytes; v1 writes a number near 2**63 where there is no limit
 # Version of control groups -> files of limits, file of the usage, prefix in memory.stat of what counts
 # the groups below, too. Beyond memory.high a process is slowed down until it hardly moves.
@@ -93,15 +96,15 @@ def memory_percent(proc: Path | None = None) -> float:
 
 def _levels(proc: Path, controller: str) -> Iterator[tuple[int, Path]]:
     """(version, folder) of the group of a controller and of all groups above it that can be seen."""
-    places = _memberships(proc)
-    for version, mount, root in _mounts(proc, controller):
-        place = places.get(controller if version == 1 else "")
-        if place is None:
-            continue
+    places, seen = _memberships(proc), set()
+    usual = [(2, USUAL_MOUNT, "/"), (1, USUAL_MOUNT / controller, "/")]
+    for version, mount, root in [*_mounts(proc, controller), *usual]:
+        place = places.get(controller if version == 1 else "", "/")
         # A container sees its own group as the root of the mount; the path may be that of the host.
         inside = _relative(place, root)
         folder = mount.joinpath(inside) if (mount / inside).is_dir() else mount
-        while True:
+        while (version, folder) not in seen:
+            seen.add((version, folder))
             yield version, folder
             if folder == mount:
                 break

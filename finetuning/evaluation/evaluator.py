@@ -82,8 +82,8 @@ class Evaluator:
         wants_stop: Callable[[], bool] = lambda: False,
     ) -> dict[str, float] | None:
         """Eval/ and LoRA/ tags of this step; texts and pictures go to `logger`, a TensorBoardLogger or a
-        NullLogger. All ranks take part. None where `wants_stop` became true on one of them: all leave
-        within a micro-batch or a few tokens, and nothing is measured."""
+        NullLogger. All ranks take part. None where `wants_stop`, asked on each rank for itself, became true
+        on one of them: all leave within a micro-batch or a few tokens, and nothing is measured."""
         metrics = {}
         if self._plan is not None:
             sums = held_out_sums(

@@ -108,7 +108,7 @@ class RunRecord:
 
     def keep_in(self, state: TrainState) -> None:
         """For a checkpoint: what the alerts remember, and the points so far, which are on the disk now."""
-        state.alerts = self.alerts.state_dict()
+        state.alerts, state.changes = self.alerts.state_dict(), list(self.changes)
         self.logger.flush(durable=True)
         state.reach = dict(self.logger.reach)
 
@@ -177,7 +177,7 @@ class RunRecord:
         outcome: str,
     ) -> str:
         """Final_* tags, Training/Final_Summary and training_statistics.json; returns the closing lines."""
-        model = summary.model_size(plan, engine)
+        model, state.changes = summary.model_size(plan, engine), list(self.changes)
         final = summary.final_metrics(plan, model, state, monitoring, hardware)
         end = {"run": self.run.name, "outcome": outcome, "result": summary.result(outcome, state)}
         statistics = summary.training_statistics(plan, model, state, final, end)

@@ -86,9 +86,13 @@ def run_rows(plan: RunPlan, engine: TrainingEngine, dist: Distributed) -> list[t
 
 
 def model_size(plan: RunPlan, engine: TrainingEngine) -> dict[str, Any]:
-    """The model's name and its numbers of weights, for the run's files."""
+    """The model's name and content, and its numbers of weights, for the run's files."""
+    folder = plan.inputs.model.path
+    revision = {"revision": folder.name} if folder.parent.name == "snapshots" else {}  # of the hub
     return {
         "name": plan.inputs.model.name,
+        **revision,
+        **{name: digest for name, digest in plan.inputs.contents.items() if digest},
         "trainable": engine.num_trainable,
         "total": engine.num_parameters,
     }

@@ -48,6 +48,7 @@ def first_version(tmp_path: Path, group: str = "/slurm/job_1/step_0", root: str 
 @pytest.fixture(autouse=True)
 def sixteen_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(16)), raising=False)
+    monkeypatch.setattr(machine, "USUAL_MOUNT", Path("/nothing/is/here"))
     host = SimpleNamespace(available=48 * GIB, percent=25.0)
     monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: host)
 
@@ -110,6 +111,19 @@ def test_a_container_that_is_named_as_the_host_names_it(tmp_path: Path, make):
     write(tmp_path / "cgroup/memory", **old)
     write(tmp_path / "cgroup/cpu,cpuacct", cpu__cfs_quota_us="200000", cpu__cfs_period_us="100000")
     assert machine.processors(proc) == 2 and machine.available_memory(proc) == GIB
+
+
+def test_the_usual_mount_counts_without_a_word_about_it(tmp_path: Path, monkeypatch):
+    """What a container binds there is no mount of control groups, to the list of mounts."""
+    monkeypatch.setattr(machine, "USUAL_MOUNT", tmp_path / "usual")
+    limits = {"cpu__max": "100000 100000", "memory__max": str(GIB), "memory__current": "0"}
+    write(tmp_path / "usual", **limits)
+    nothing = tmp_path / "proc"
+    assert machine.processors(nothing) == 1 and machine.available_memory(nothing) == GIB
+    (tmp_path / "usual" / "memory.max").unlink()
+    old = {"memory__limit_in_bytes": str(2 * GIB), "memory__usage_in_bytes": "0"}
+    write(tmp_path / "usual" / "memory", **old)
+    assert machine.available_memory(nothing) == 2 * GIB
 
 
 def test_a_quota_binds_the_threads_of_torch_but_not_a_users_own_number(monkeypatch):

@@ -283,3 +283,73 @@ def test_start_is_recognised():
     assert event_file.is_start(start)
     assert not event_file.is_start(stop)
     assert not event_file.is_start(Event(step=3))
+
+
+# --- tags of users over another axis -----------------------------------------------------------------
+
+REACH = event_file.Rewind(2, {"Custom/By_Tokens": 900})
+
+
+def own_axis(tmp_path, ended: bool = True) -> None:
+    """Ours over steps 1 to 3, a user's over tokens; the checkpoint is that of step 2 and 900 tokens."""
+    ends = {event_file.SESSION_END_TAG: 1} if ended else {}
+    events = [scalars_event(0, **ends, **{"_hparams_/session_start_info": 1})]
+    for step, tokens in ((1, 500), (2, 900), (3, 1300)):
+        events.append(scalars_event(step, **{"Training/Loss": step}))
+        events.append(scalars_event(tokens, **{"Custom/By_Tokens": step}))
+    events.append(scalars_event(1, **{"Custom/Late": 1}))  # began behind the checkpoint
+    write_file(tmp_path, 0, *events)
+
+
+def test_rewind_goes_by_how_far_a_users_tag_had_got(tmp_path):
+    own_axis(tmp_path)
+    kept = event_file.rewind_events(tmp_path, REACH)
+    assert kept == {
+        "_hparams_/session_start_info": 0, "Training/Loss": 2, "Custom/By_Tokens": 900,
+    }  # fmt: skip
+    assert steps(tmp_path, "Custom/By_Tokens") == [500, 900]
+    assert steps(tmp_path, "Training/Loss") == [1, 2]
+
+
+def test_without_knowing_how_far_all_tags_are_over_steps(tmp_path):
+    own_axis(tmp_path)
+    event_file.rewind_events(tmp_path, event_file.Rewind(2))
+    assert steps(tmp_path, "Custom/By_Tokens") == [] and steps(tmp_path, "Custom/Late") == [1]
+
+
+def test_tags_that_a_session_writes_anew_are_left_out(tmp_path):
+    own_axis(tmp_path)
+    rewind = event_file.Rewind(2, REACH.reach, without=("_hparams_/session_start_info",))
+    assert "_hparams_/session_start_info" not in event_file.rewind_events(tmp_path, rewind)
+
+
+def test_a_full_disk_keeps_all_up_to_the_first_point_that_goes(tmp_path, monkeypatch):
+    own_axis(tmp_path, ended=False)
+
+    def full(*_args, **_options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(event_file, "durable_file", full)
+    event_file.rewind_events(tmp_path, REACH)
+    assert steps(tmp_path, "Custom/By_Tokens") == [500, 900]
+    assert steps(tmp_path, "Training/Loss") == [1, 2] and steps(tmp_path, "Custom/Late") == []
+
+
+def test_lines_lose_the_numbers_that_go_and_keep_the_others(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    both = {"Training/Loss": 1.0, "Custom/By_Tokens": None}
+    records = [
+        {"step": 900, "time": 1.0, "metrics": {"Custom/By_Tokens": 2.0}},
+        {"step": 3, "time": 2.0, "metrics": both, "nonfinite": {"Custom/By_Tokens": "NaN"}},
+        {"step": 2, "time": 2.0, "metrics": {"Training/Loss": 2.0, "Custom/Late": 1.0}},
+        {"step": 1300, "time": 3.0, "metrics": {"Custom/By_Tokens": 3.0}},
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    event_file.rewind_lines(path, REACH)
+    left = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(r["step"], r["metrics"]) for r in left] == [
+        (900, {"Custom/By_Tokens": 2.0}),
+        (3, {"Custom/By_Tokens": None}),
+        (2, {"Training/Loss": 2.0}),
+    ]
+    assert left[1]["nonfinite"] == {"Custom/By_Tokens": "NaN"}

@@ -23,6 +23,7 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import tb_logger
 from finetuning.common.errors import UserError
@@ -837,3 +838,28 @@ def test_time_of_callers_is_counted(tmp_path):
         before = logger.overhead_seconds
         logger.log(1, {"a": 1.0})
         assert 0 <= before < logger.overhead_seconds < 1
+
+
+def test_a_session_replaces_the_row_of_the_one_before(tmp_path):
+    """What the HPARAMS table shows is what the run goes on with; a reader takes the first that it finds."""
+    for session, rate in enumerate((0.1, 0.2)):
+        resume = 1 if session else None
+        with TensorBoardLogger(tmp_path, resume_step=resume, hparams={"rate": rate}) as logger:
+            logger.log(session + 1, {"Training/Loss": 1.0})
+    reader = EventAccumulator(str(tmp_path))
+    reader.Reload()
+    content = reader.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    found = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert found["rate"].number_value == 0.2
+    assert [event.step for event in reader.Scalars("Training/Loss")] == [1, 2]
+
+
+def test_reach_names_users_tags_only(tmp_path):
+    with TensorBoardLogger(tmp_path, hparams={"rate": 0.1}) as logger:
+        logger.log(3, {"Training/Loss": 1.0})
+        logger.add_scalar("Custom/By_Tokens", 1.0, 5000)
+        logger.add_text("My/Note", "text", 7)
+        assert logger.flush() and logger.reach == {"Custom/By_Tokens": 5000, "My/Note": 7}
+        logger.rewind(3, {"Custom/By_Tokens": 5000})
+        assert logger.reach == {"Custom/By_Tokens": 5000}
+    assert not NullLogger().reach and not NullLogger().tags

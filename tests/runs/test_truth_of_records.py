@@ -80,6 +80,11 @@ def test_settings_that_others_override_are_recorded_as_they_are_used(finished):
     config = json_of(logs_of(finished) / "configuration.json")["config"]
     assert config["precision"] == "fp32" and config["device"] == "cpu"
     assert config["compile"] == config["gradient_checkpointing"] == "off"
+    model = json_of(logs_of(finished) / "configuration.json")["model"]
+    assert len(model["model_weights"]) == len(model["chat_template"]) == 32
+    assert "init_adapter" not in model and "revision" not in model, (
+        "a local folder, a fresh adapter"
+    )
     statistics = json_of(finished / "training_statistics.json")
     assert config["num_epochs"] == statistics["training"]["epochs"] < 3, "max_steps overrides it"
     assert statistics["outcome"] == "completed" and statistics["result"] == "final_model"
