@@ -44,8 +44,9 @@ class Stage:
 def stages_for(path: str, tests: Sequence[str], *, thorough: bool) -> list[Stage]:
     """The tests that are tried on a bug in the file `path`, the nearest first; each stage has new ones only.
 
-    Its own file of tests, its room, the runs that are compared with an independent reference, and the quick
-    tests of all other rooms. `thorough`: then everything but what is marked long.
+    Its own file of tests, its room, the runs that are compared with an independent reference, the quick tests
+    of all other rooms, and the reference of several ranks and resumes. `thorough`: then everything but what
+    is marked long.
     """
     name = Path(path).stem
     room = Path(path).parent.name if "/" in path else _room_at_the_root(name)
@@ -60,6 +61,8 @@ def stages_for(path: str, tests: Sequence[str], *, thorough: bool) -> list[Stage
     )
     wanted += compared
     wanted += [(test, quick) for test in tests]
+    of_ranks = [f"tests/runs/test_{kind}.py" for kind in ("reference_on_ranks", "counters")]
+    wanted += [(test, slow) for test in of_ranks if test in tests]
     wanted += [(test, slow) for test in tests if thorough]
     return [
         Stage(tuple(test for test, _ in pairs), mark)
