@@ -145,7 +145,10 @@ def row(name: str, variant: str, proof: row_proof.RowProof) -> str:
     outcome = OUTCOMES.get(proof.way, "**refused**")
     difference = f"{proof.difference:.0e}".replace("0e+00", "0") if proof.way else ""
     title = f"{name}, {variant}" if variant else name
-    return f"| {title} | {outcome} | {difference} | {table_cell(proof.reason, 300)} |"
+    reason = proof.reason.replace(
+        "`", "'"
+    )  # a command that a library names is none of this project's
+    return f"| {title} | {outcome} | {difference} | {table_cell(reason, 300)} |"
 
 
 def head() -> str:

@@ -858,7 +858,7 @@ def secrets(rig: Rig, ending: str) -> Trial:
     if ending in wanted and outcome.code != wanted[ending]:
         problems.append(f"exit {outcome.code}: {outcome.output[-300:]}")
     written = [p.read_text(errors="replace") for p in place.rglob("*.json")]
-    around = {"done": "true --api-key=", "bad url": host, "bad data": "/nowhere/"}.get(ending)
+    around = {"done": '"Loss_Spike": "true"', "bad url": host, "bad data": "/nowhere/"}.get(ending)
     texts = written if ending == "done" else [outcome.output]
     fired = any(around in text for text in texts) if around else marker.exists()
     shutil.rmtree(place, ignore_errors=True)

@@ -197,6 +197,9 @@ def fork(log: Path, action: Callable[[], int | None]) -> Child:
     code = 70
     try:
         os.setsid()
+        # A suite that was started under nohup, or in the background, ignores signals; its trials don't.
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(handle, 1)
         os.dup2(handle, 2)

@@ -166,8 +166,10 @@ def test_a_rollback_in_a_resumed_epoch(config, folder, reference_of, ranks, agai
 def test_patience_is_counted_over_a_resume(config, folder, reference_of):
     """From step 5 on no update happens: an equal held-out loss is no gain, whichever session measures it."""
     changes = {"nonfinite": "skip", "eval_steps": 1, "early_stopping_patience": 3}
-    config = replace(config, output_dir="patient", **changes)
-    train(config, folder, before_update=stop_at(4), after_backward=spoil_at(5))
+    config = replace(config, output_dir="patient", save_steps=5, **changes)
+    kill, spoil = kill_at(6), spoil_at(5, 6)
+    (ended,) = train_on_ranks(0, config, folder, before_update=kill, after_backward=spoil)
+    assert ended.exit_code == -9, ended.stderr
     spoil = spoil_at(1, 2, 3, 4)
     run, (session,) = do_on_ranks(0, config, folder, after_backward=spoil, resume="latest")
     reference = reference_of(run, tuple(range(5, 11)), 1)

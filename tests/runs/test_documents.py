@@ -413,7 +413,7 @@ class Runner:
         return done.stdout
 
 
-SLOW = "benchmarks/"  # minutes to hours
+SLOW = ("benchmarks/", "tests/mutation/")  # minutes to hours
 
 
 @pytest.fixture
