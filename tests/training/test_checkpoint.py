@@ -4,6 +4,7 @@ uv run pytest tests/training/test_checkpoint.py
 """
 
 import json
+import os
 import random
 import shutil
 import weakref
@@ -52,6 +53,26 @@ def test_what_is_saved_is_loaded_to_the_last_bit(tmp_path: Path):
     assert found.tensors["adapter_model"]["b"].dtype == torch.int64
     assert json.loads((path / "adapter_config.json").read_text()) == {"r": 4}
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-7"], "staging was left behind"
+
+
+def test_files_then_their_names_are_on_the_disk_before_a_save_returns(tmp_path: Path, monkeypatch):
+    """Written, synced, renamed, and the folder with the new name synced: a power cut finds all or nothing."""
+    fsync, rename, order = os.fsync, os.rename, []
+
+    def note_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        order.append(os.fstat(descriptor).st_ino)
+
+    def note_rename(source, target) -> None:
+        rename(source, target)
+        order.append("renamed")
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "rename", note_rename)
+    path = save(tmp_path, 3)
+    before, after = order[: order.index("renamed")], order[order.index("renamed") + 1 :]
+    whole = {p.stat().st_ino for p in (path, *path.iterdir())}
+    assert whole <= set(before) and after == [tmp_path.stat().st_ino]
 
 
 @pytest.mark.parametrize("damage", ["empty", "short", "grown", "missing", "flipped", "link"])
