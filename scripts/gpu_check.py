@@ -201,6 +201,7 @@ class Phases:
             self.job("run again 2048", limit=100, needs=30),
             self.own("answers", "answers", limit=90, needs=40),
             self.own("step 2048", "step", limit=100, needs=40),
+            self.own("step FP8 2048", "step", "--fp8", limit=100, needs=40),
             self.bench("bench 2048", 2048, ["ours"], limit=80),
             self.own("step 8B", "step", "--shape", "8B", limit=100, needs=50),
             self.bench("bench 8192", 8192, ["ours"], limit=90),
@@ -308,7 +309,7 @@ class Phases:
 
     def tests(self, name: str, which: str, *, limit: float, needs: float = 60) -> Phase:
         """Those of test_cuda.py."""
-        command = [*PYTHON, "-m", "pytest", "tests/runs/test_cuda.py", "-k", which, "-n", "4", "-q"]
+        command = [*PYTHON, "-m", "pytest", "tests/runs/test_cuda.py", "-k", which, "-n", "8", "-v"]
         command += ["-p", "no:cacheprovider", "-rA", "--tb=short", "-m", "long or not long"]
 
         def read(said: str, _: float) -> dict:
@@ -317,7 +318,7 @@ class Phases:
                 "outcomes": [line[:200] for line in said.splitlines() if line.startswith(kinds)]
             }
 
-        return Phase(name, command, limit, needs, read)
+        return Phase(name, command, limit, needs, read, beside=True)
 
 
 def without_rates(facts: dict) -> dict:

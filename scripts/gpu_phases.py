@@ -149,10 +149,10 @@ def write_documents(path: Path, count: int) -> None:
 class Steps:
     """A model in training on the benchmark's documents, with and without the graph."""
 
-    def __init__(self, work: train_gpu.Work) -> None:
+    def __init__(self, work: train_gpu.Work, *, fp8: bool = False) -> None:
         self.work, self.tokens = work, work.documents()
         self.plan: StepPlan = work.plan(self.tokens)
-        self.training: TrainingEngine = train_gpu.in_training(self.plan)
+        self.training: TrainingEngine = train_gpu.in_training(self.plan, fp8=fp8)
         on_cuda = train_gpu.ON_CUDA
         timeline = train_gpu.CudaTimeline() if on_cuda else train_gpu.HostTimeline()
         self.clock, self.state = train_gpu.StepClock(timeline=timeline), TrainState()
@@ -239,7 +239,7 @@ def step(arguments: argparse.Namespace) -> dict:
     Attention's backward pass adds up in no fixed order, so that plain passes differ from plain passes
     too: with `--deterministic` nothing may differ.
     """
-    steps = Steps(work_of(arguments))
+    steps = Steps(work_of(arguments), fp8=arguments.fp8)
     steps.use_graph(False)
     start = time.perf_counter()
     steps.step(1)
@@ -247,7 +247,8 @@ def step(arguments: argparse.Namespace) -> dict:
     first = time.perf_counter() - start
     saved = copied(steps.training.tensors())
     plain, again = steps.course(saved), steps.course(saved)
-    name = f"{steps.work.row_tokens}_{arguments.shape.replace('.', '_')}.txt"
+    shape = arguments.shape.replace(".", "_") + "_fp8" * arguments.fp8
+    name = f"{steps.work.row_tokens}_{shape}.txt"
     result: dict = {"first_step_s": first, "plain_against_plain": difference(again, plain)}
     if not arguments.deterministic:
         result["plain"] = steps.timed(6) | steps.profile(arguments.out / f"profile_plain_{name}")
@@ -456,6 +457,7 @@ def main() -> None:
     parser.add_argument("--row-tokens", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--deterministic", action="store_true")
+    parser.add_argument("--fp8", action="store_true")
     arguments = parser.parse_args()
     if arguments.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
