@@ -1,6 +1,6 @@
 """All that is decided about a run before its weights are loaded: data, tokens, steps, memory."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,11 +18,17 @@ from finetuning.common.fingerprint import adapter_fingerprint, model_fingerprint
 from finetuning.common.machine import processors
 from finetuning.common.paths import check_name
 from finetuning.common.terminal import Terminal
-from finetuning.config import BatchSettings, DirectTrainingConfig
+from finetuning.config import BatchSettings, DirectTrainingConfig, bundled_data
 from finetuning.data.accounts import Accounts, accounts_of
 from finetuning.data.packing import StepPlan
 from finetuning.data.split import split_samples
-from finetuning.data.training_data import DataPart, TrainingData, prepare_data, read_data
+from finetuning.data.training_data import (
+    DataPart,
+    TrainingData,
+    general_part,
+    prepare_data,
+    read_data,
+)
 from finetuning.evaluation.generation import EvalPrompt, choose_probes, token_budget
 from finetuning.model.loading import load_tokenizer
 from finetuning.model.packed_model import compiler_is_there
@@ -82,6 +88,9 @@ class RunPlan:
     settings: Mapping[str, Any]
     steps: StepPlan
     evaluation: StepPlan | None  # one pass over the held-out documents; None where there are none
+    general: (
+        tuple[DataPart, StepPlan] | None
+    )  # text by which forgetting is measured, and a pass over it
     groups: tuple[Groups, Groups]  # of the training and of the held-out documents
     probes: tuple[EvalPrompt, ...]
     answer_tokens: int  # longest answer to a probe
@@ -112,9 +121,11 @@ def plan_run(
     data, settings = inputs.data, recorded_settings(config)
     rows = prove_rows(config, inputs.model, dist, terminal)
     steps, evaluation = plan_steps(config, data, dist)
+    general = plan_general(config, inputs.tokenizer, evaluation, dist)
     probes = tuple(choose_probes(data.held_out, inputs.tokenizer, config.num_probes))
     answer_tokens = token_budget(probes, config.probe_max_new_tokens, dist.device)
-    eval_steps = evaluation_steps(config, steps, evaluation, answer_tokens, dist)
+    passes = [plan for plan in (evaluation, general and general[1]) if plan]
+    eval_steps = evaluation_steps(config, steps, passes, answer_tokens, dist)
     run_identity = identity(settings, inputs.model.name, inputs.contents, data, steps)
     check_ranks(dist.gather(run_identity))
     dtype = weight_dtype(dist.device, config.precision)
@@ -131,6 +142,7 @@ def plan_run(
         may_checkpoint=config.gradient_checkpointing == "auto" and not checkpointing,
         fp8=config.precision == "fp8",
         way=rows.way,
+        kl_anchor=config.kl_anchor,
     )
     settings |= {"eval_steps": eval_steps, **resolved_settings(config, dist, execution, steps)}
     return RunPlan(
@@ -138,6 +150,7 @@ def plan_run(
         settings=settings,
         steps=steps,
         evaluation=evaluation,
+        general=general,
         groups=groups_of(data),
         probes=probes,
         answer_tokens=answer_tokens,
@@ -205,7 +218,7 @@ def resolved_settings(
 def evaluation_steps(
     config: DirectTrainingConfig,
     steps: StepPlan,
-    evaluation: StepPlan | None,
+    passes: Sequence[StepPlan],
     answer_tokens: int,
     dist: Distributed,
 ) -> int:
@@ -214,7 +227,7 @@ def evaluation_steps(
         return config.eval_steps
     return steps_between_evaluations(
         steps,
-        evaluation.num_tokens if evaluation else 0,
+        sum(plan.num_tokens for plan in passes),
         answer_tokens,
         device_type=dist.device.type,
         lora=bool(config.lora_r),
@@ -301,22 +314,45 @@ def plan_steps(
     config: DirectTrainingConfig, data: TrainingData, dist: Distributed
 ) -> tuple[StepPlan, StepPlan | None]:
     """The steps of the training, and those of one pass over the held-out documents."""
-    train, held_out = data.train, data.held_out
+    steps = plan_of(data.train, config, config, dist)
+    return steps, one_pass(data.held_out, config, dist) if len(data.held_out) else None
+
+
+def plan_general(
+    config: DirectTrainingConfig,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    evaluation: StepPlan | None,
+    dist: Distributed,
+) -> tuple[DataPart, StepPlan] | None:
+    """The text by which forgetting is measured, and a pass over it; on a CPU no more than is held out."""
+    if not config.forgetting:
+        return None
+    paths = config.general_path or (bundled_data("general"),)
+    most = evaluation.num_tokens if evaluation and dist.device.type == "cpu" else 0
+    part = general_part(paths, tokenizer, config, most)
+    return part and (part, one_pass(part, config, dist))
+
+
+def one_pass(part: DataPart, config: DirectTrainingConfig, dist: Distributed) -> StepPlan:
+    """Every document of the part once."""
     once = BatchSettings(batch_size=config.batch_size, num_epochs=1)
+    return plan_of(part, config, once, dist)
 
-    def plan_of(part: DataPart, batch: BatchSettings) -> StepPlan:
-        return StepPlan(
-            part.tokens.lengths,
-            part.tokens.num_targets,
-            part.documents,
-            data=config,
-            batch=batch,
-            seed=config.seed,
-            rank=dist.rank,
-            world_size=dist.world_size,
-        )
 
-    return plan_of(train, config), plan_of(held_out, once) if len(held_out) else None
+def plan_of(
+    part: DataPart, config: DirectTrainingConfig, batch: BatchSettings, dist: Distributed
+) -> StepPlan:
+    """The steps of a part for this rank."""
+    return StepPlan(
+        part.tokens.lengths,
+        part.tokens.num_targets,
+        part.documents,
+        data=replace(config, max_seq_length=part.tokens.max_seq_length),
+        batch=batch,
+        seed=config.seed,
+        rank=dist.rank,
+        world_size=dist.world_size,
+    )
 
 
 def compiles(
