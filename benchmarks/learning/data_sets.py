@@ -51,8 +51,10 @@ def write_all(folder: Path, *, share: float = 1.0) -> None:
         _write(folder / f"{name}.held_out.jsonl", records[:cut])
     lines = Path(bundled_data("general"), "general.jsonl").read_text(encoding="utf-8").splitlines()
     general = [json.loads(line) for line in lines]
-    _write(folder / "general.gauge.jsonl", general[::2])
-    _write(folder / "general.unseen.jsonl", general[1::2])
+    # Languages take turns, so that pairs are what both halves have alike.
+    pairs = [general[i : i + 2] for i in range(0, len(general), 2)]
+    for part, chosen in (("gauge", pairs[::2]), ("unseen", pairs[1::2])):
+        _write(folder / f"general.{part}.jsonl", [record for pair in chosen for record in pair])
 
 
 def _write_split(folder: Path, name: str, records: Sequence[Record]) -> None:

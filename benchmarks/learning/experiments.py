@@ -19,13 +19,13 @@ def experiments() -> list[Trial]:
         _thinker(),
         *rates(seed=1),
         *full(),
-        *thinking(seed=1),
         *rates(seed=2),
+        *thinking(seed=1),
         *updates(),
         *batches(),
         *thinking(seed=2),
-        *ranks(),
         *anchors(),
+        *ranks(),
         *replays(),
         *thinking_rates(),
     ]
@@ -84,14 +84,14 @@ def replays() -> Iterator[Trial]:
 
 def _thinker() -> Trial:
     """The base is taught to think; the trials of `thinking` start from it."""
-    settings = FULL | {"learning_rate": 2e-4, "batch_size": 4, "max_steps": 120}
+    settings = FULL | {"learning_rate": 3e-4, "batch_size": 2, "max_steps": 100}
     return Trial(
         "teach", "sums", 1, settings, "thinking_base", saves="thinker", questions=QUESTIONS
     )
 
 
 def thinking(seed: int) -> Iterator[Trial]:
-    """Answer-only data after that: is thinking lost? At `max_steps` 1 and a rate of almost 0: is it there?"""
+    """Answer-only data after that: is thinking lost?"""
     settings = {"learning_rate": 1e-3, "max_steps": 100}
     for data in ("sums_answers", "docs"):
         for way in ("train", "mask"):

@@ -6,7 +6,6 @@ minutes: no events, no checkpoints, no report.
 
 import dataclasses
 import json
-import os
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -164,7 +163,7 @@ def configuration(trial: Trial, place: Place) -> DirectTrainingConfig:
         workers=1,
         max_broken_fraction=0.9,
         output_dir=str(place.work / "out"),
-        cache_dir=str(place.work / f"cache-{os.getpid()}"),
+        cache_dir=str(place.work / "cache"),
         **own,
     )
 
