@@ -32,11 +32,15 @@ from finetuning.model.packed_model import PackedLossModel
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The held-out documents, one pass over them (None: there are none), and the groups of their losses."""
+    """The held-out documents, one pass over them (None: there are none), and the groups of their losses.
+
+    forgetting: what the base makes of them and of general text; None: that is not measured.
+    """
 
     part: DataPart
     plan: StepPlan | None
     groups: Groups
+    forgetting: Forgetting | None = None
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,6 @@ class Evaluator:
     Args:
         packed: the model, whole or sharded; its `generate` answers the questions.
         held_out: what is measured; without documents only adapters are.
-        forgetting: how far the model is from its base; None: that is not measured.
         probes: questions answered each time.
         max_new_tokens: longest answer.
         sharded: the ranks hold parts of the weights, so that each needs all others for every token.
@@ -68,7 +71,6 @@ class Evaluator:
         held_out: HeldOut,
         dist: Distributed,
         *,
-        forgetting: Forgetting | None = None,
         probes: Sequence[EvalPrompt],
         max_new_tokens: int,
         sharded: bool,
@@ -76,7 +78,7 @@ class Evaluator:
     ) -> None:
         self._packed, self._tokenizer = packed, tokenizer
         self._part, self._plan, self._dist = held_out.part, held_out.plan, dist
-        self._losses, self._forgetting = LossMetrics(held_out.groups), forgetting
+        self._losses, self._forgetting = LossMetrics(held_out.groups), held_out.forgetting
         self._probes, self._max_new_tokens = probes, max_new_tokens
         self._sharded, self._histograms = sharded, histograms
         self.health = AdapterHealth(packed.model)

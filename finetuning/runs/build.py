@@ -63,9 +63,13 @@ def build_evaluator(
     return Evaluator(
         engine.packed,
         plan.inputs.tokenizer,
-        HeldOut(plan.data.held_out, plan.evaluation, plan.groups[1]),
+        HeldOut(
+            plan.data.held_out,
+            plan.evaluation,
+            plan.groups[1],
+            forgetting_of(config, plan, engine, dist),
+        ),
         dist,
-        forgetting=forgetting_of(config, plan, engine, dist),
         probes=plan.probes,
         max_new_tokens=plan.answer_tokens,
         sharded=plan.execution.parallel == "fsdp",

@@ -1,6 +1,6 @@
 """All that is decided about a run before its weights are loaded: data, tokens, steps, memory."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -58,6 +58,10 @@ from finetuning.training.forecast import (
 from finetuning.training.memory_estimate import Placement, free_memory, model_shape
 
 MIN_CONSTANT_EFFICIENCY = 0.6  # of what compiled layers would go through, what is no padding
+
+
+# Of the training, of a pass over the held-out documents, and of general text with a pass over it.
+Plans = tuple[StepPlan, StepPlan | None, tuple[DataPart, StepPlan] | None]
 
 
 @dataclass(frozen=True)
@@ -120,12 +124,10 @@ def plan_run(
     inputs = load_data(config, dist, terminal, trust_remote_code=trust_remote_code)
     data, settings = inputs.data, recorded_settings(config)
     rows = prove_rows(config, inputs.model, dist, terminal)
-    steps, evaluation = plan_steps(config, data, dist)
-    general = plan_general(config, inputs.tokenizer, evaluation, dist)
+    steps, evaluation, general = plans = plan_steps(config, inputs, dist)
     probes = tuple(choose_probes(data.held_out, inputs.tokenizer, config.num_probes))
     answer_tokens = token_budget(probes, config.probe_max_new_tokens, dist.device)
-    passes = [plan for plan in (evaluation, general and general[1]) if plan]
-    eval_steps = evaluation_steps(config, steps, passes, answer_tokens, dist)
+    eval_steps = evaluation_steps(config, plans, answer_tokens, dist)
     run_identity = identity(settings, inputs.model.name, inputs.contents, data, steps)
     check_ranks(dist.gather(run_identity))
     dtype = weight_dtype(dist.device, config.precision)
@@ -133,17 +135,8 @@ def plan_run(
     work = Workload.of(data, steps, eval_steps, answer_tokens)
     parallel, estimate = choose_parallel(config, dist, inputs, rows, work, dtype, compiled)
     (checkpointing,) = dist.any(estimate.checkpointing)  # all ranks alike
-    execution = Execution(
-        parallel=parallel,
-        dtype=dtype,
-        batch_shape=steps.constant_shape if compiled else {},
-        must_compile=config.compile == "on",
-        gradient_checkpointing=checkpointing,
-        may_checkpoint=config.gradient_checkpointing == "auto" and not checkpointing,
-        fp8=config.precision == "fp8",
-        way=rows.way,
-        kl_anchor=config.kl_anchor,
-    )
+    shape = steps.constant_shape if compiled else {}
+    execution = execution_of(config, rows, parallel, dtype, shape, checkpointing)
     settings |= {"eval_steps": eval_steps, **resolved_settings(config, dist, execution, steps)}
     return RunPlan(
         inputs=inputs,
@@ -159,6 +152,28 @@ def plan_run(
         execution=execution,
         rows=rows,
         forecast=estimate,
+    )
+
+
+def execution_of(
+    config: DirectTrainingConfig,
+    rows: RowProof,
+    parallel: str,
+    dtype: torch.dtype,
+    shape: Mapping[str, int],
+    checkpointing: bool,
+) -> Execution:
+    """How the model is held and run. shape: constant sizes of a batch; empty: not compiled."""
+    return Execution(
+        parallel=parallel,
+        dtype=dtype,
+        batch_shape=shape,
+        must_compile=config.compile == "on",
+        gradient_checkpointing=checkpointing,
+        may_checkpoint=config.gradient_checkpointing == "auto" and not checkpointing,
+        fp8=config.precision == "fp8",
+        way=rows.way,
+        kl_anchor=config.kl_anchor,
     )
 
 
@@ -217,14 +232,15 @@ def resolved_settings(
 
 def evaluation_steps(
     config: DirectTrainingConfig,
-    steps: StepPlan,
-    passes: Sequence[StepPlan],
+    plans: Plans,
     answer_tokens: int,
     dist: Distributed,
 ) -> int:
     """Steps between two evaluations: as set, or as far apart as they cost."""
     if config.eval_steps != "auto":
         return config.eval_steps
+    steps, evaluation, general = plans
+    passes = [plan for plan in (evaluation, general and general[1]) if plan]
     return steps_between_evaluations(
         steps,
         sum(plan.num_tokens for plan in passes),
@@ -310,12 +326,12 @@ def find_model(
     return embedded_because(reason) if reason else found
 
 
-def plan_steps(
-    config: DirectTrainingConfig, data: TrainingData, dist: Distributed
-) -> tuple[StepPlan, StepPlan | None]:
-    """The steps of the training, and those of one pass over the held-out documents."""
-    steps = plan_of(data.train, config, config, dist)
-    return steps, one_pass(data.held_out, config, dist) if len(data.held_out) else None
+def plan_steps(config: DirectTrainingConfig, inputs: RunData, dist: Distributed) -> Plans:
+    """The steps of the training, those of one pass over the held-out documents, and over general text."""
+    held_out = inputs.data.held_out
+    steps = plan_of(inputs.data.train, config, config, dist)
+    evaluation = one_pass(held_out, config, dist) if len(held_out) else None
+    return steps, evaluation, plan_general(config, inputs.tokenizer, evaluation, dist)
 
 
 def plan_general(
