@@ -42,6 +42,7 @@ NAMES_AND_PATHS = (
     "target_modules",
     "data_path",
     "eval_path",
+    "general_path",
     "columns",
     "device",
     "output_dir",
@@ -186,6 +187,9 @@ class DataSettings(_Settings):
     """What happens to a longer sample; it is never cut at its end."""
     loss_on: Literal["last_turn", "all_turns"] = "last_turn"
     """Which assistant turns of a conversation carry loss; all_turns: each is a document of its own."""
+    empty_thinking: Literal["mask", "train", "drop"] = "mask"
+    """The empty think block that a template gives a sample without thinking. mask: it carries no loss;
+    train: the model learns to write it, and so not to think; drop: such samples are left out."""
     control_tokens: Literal["refuse", "split"] = "refuse"
     """What happens to a sample whose text spells a control token such as <|im_end|>."""
     packing: bool = True
@@ -244,7 +248,7 @@ class OptimizerSettings(_Settings):
     min_lr_ratio: float = 0.0
     """Learning rate at the end, as a share of the peak."""
     weight_decay: float = 0.0
-    """Decoupled weight decay of AdamW."""
+    """Decoupled weight decay of AdamW; norms and biases have none."""
     adam_beta1: float = 0.9
     """Decay of the first moment."""
     adam_beta2: float = 0.999
@@ -253,6 +257,9 @@ class OptimizerSettings(_Settings):
     """Added to the denominator of AdamW."""
     max_grad_norm: float = 1.0
     """Clip the gradient's L2 norm to this; 0: no clipping."""
+    kl_anchor: float = 0.0
+    """Weight of KL(base‖tuned) per token in the loss, which holds the model to its base; 0: off. Needs
+    adapters; a step also goes through the base."""
     nonfinite: Literal["stop", "skip", "rollback"] = "stop"
     """After a NaN or infinite gradient (its update never happens): stop, go on, or reload a checkpoint."""
     max_nonfinite_steps: int = 10
@@ -264,7 +271,7 @@ class OptimizerSettings(_Settings):
         yield from self._breaches(_ABOVE_ZERO, "learning_rate", "adam_epsilon")
         yield from self._breaches(_BELOW_ONE, "warmup_ratio", "adam_beta1", "adam_beta2")
         yield from self._breaches(_SHARE, "min_lr_ratio")
-        not_negative = ("weight_decay", "max_grad_norm", "max_nonfinite_steps", "seed")
+        not_negative = ("weight_decay", "max_grad_norm", "kl_anchor", "max_nonfinite_steps", "seed")
         yield from self._breaches(_FROM_ZERO, *not_negative)
 
 
@@ -307,6 +314,11 @@ class OutputSettings(_Settings):
     """Write Model/Weights_Distribution at every evaluation."""
     early_stopping_patience: int = 0
     """Evaluations without a better held-out loss after which the run ends; 0: off."""
+    forgetting: bool = True
+    """At every evaluation, measure how far the model is from its base: KL on held-out and on general text,
+    and the loss on the latter."""
+    general_path: tuple[str, ...] = ()
+    """General questions and answers of your own for it; empty: those that come with the program."""
     num_probes: int = 4
     """Held-out questions that are answered at every evaluation; 0: off."""
     probe_max_new_tokens: int = 0
@@ -355,6 +367,8 @@ class DirectTrainingConfig(  # the fields come in the reverse order of the bases
         """What is wrong between groups."""
         if self.quantization == "4bit" and self.parallel == "fsdp":
             yield "quantization 4bit can't be sharded: leave parallel at auto, or set it to ddp"
+        if self.kl_anchor and not self.lora_r:
+            yield "kl_anchor needs the base, which is there with adapters only: set lora_r above 0"
         if self.quantization == "4bit" and not self.lora_r:
             yield "quantization 4bit needs adapters: set lora_r above 0"
         remedies = {
@@ -369,9 +383,9 @@ class DirectTrainingConfig(  # the fields come in the reverse order of the bases
             yield f"precision fp8 is for plain adapters of compiled layers: {remedy}"
 
 
-def bundled_data() -> str:
-    """The folder of the program's own Q&A, wherever the program is started; short in its own folder."""
-    folder, here = _PROGRAM / "data" / "raw", Path("data/raw")
+def bundled_data(name: str = "raw") -> str:
+    """A folder of the program's own Q&A, wherever the program is started; short in its own folder."""
+    folder, here = _PROGRAM / "data" / name, Path("data") / name
     at_home = not folder.exists() or (here.exists() and here.samefile(folder))
     return here.as_posix() if at_home else str(folder)
 

@@ -295,6 +295,7 @@ BOUNDS = {
     "adam_beta2": (0.0, 0.9999, -0.001, 1.0),
     "adam_epsilon": (JUST_ABOVE_ZERO, 1.0, 0.0, NEVER),
     "max_grad_norm": (0.0, LARGE, -0.001, NEVER),
+    "kl_anchor": (0.0, LARGE, -0.001, NEVER),
     "max_nonfinite_steps": (0, LARGE, -1, None),
     "seed": (0, LARGE, -1, None),
     "distributed_timeout": (JUST_ABOVE_ZERO, LARGE, 0.0, NEVER),

@@ -21,6 +21,11 @@ KEPT = (0.95, 0.99)  # shares of the documents for which a max_seq_length is nam
 _LENGTH_STEP = 64  # tokens; a named max_seq_length is a multiple
 _SHOWN = 3  # places named in a message
 Rows = list[tuple[str, str]]
+_EMPTY_BLOCK = {  # what becomes of the think block that a template may leave empty, by the setting
+    "mask": "; an empty think block carries no loss",
+    "train": "; an empty think block teaches the model not to think",
+    "drop": "",
+}
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class Accounts:
 
     read, tokens: of these files. whose: "data" or "held-out data". splits: samples that spell a control token
     are kept as ordinary text. all_turns: every turn is learnt. chosen_length: max_seq_length is the user's,
-    who has decided what is too long.
+    who has decided what is too long. empty_thinking: the setting.
     """
 
     read: SampleSet
@@ -59,6 +64,7 @@ class Accounts:
     splits: bool
     all_turns: bool
     chosen_length: bool
+    empty_thinking: str
 
     @property
     def report(self) -> TruncationReport:
@@ -73,7 +79,7 @@ class Accounts:
     @property
     def documents(self) -> int:
         """Turns that are learnt, with those that are too long."""
-        return len(self.tokens) + len(self.report.dropped)
+        return len(self.tokens) + len(self.report.dropped) + len(self.report.empty_thinking)
 
     def rows(self) -> Rows:
         """Names and texts, always the same names."""
@@ -141,7 +147,13 @@ class Accounts:
                 "without thinking",
                 len(report.without_thinking),
                 documents,
-                "teach the model to answer without thinking",
+                "have no thinking to learn" + _EMPTY_BLOCK[self.empty_thinking],
+            ),
+            _Share(
+                "empty thinking",
+                len(report.empty_thinking),
+                documents,
+                "have no thinking and are left out",
             ),
             _Share(
                 "turns without loss",
@@ -185,6 +197,7 @@ def accounts_of(data: TrainingData, settings: DataSettings) -> tuple[Accounts, .
         "splits": settings.control_tokens == "split",
         "all_turns": settings.loss_on == "all_turns",
         "chosen_length": chosen,
+        "empty_thinking": settings.empty_thinking,
     }
     own = Accounts(data.split.read, data.train.tokens, "data", **rules)
     if data.split.eval_read is None:

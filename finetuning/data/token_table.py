@@ -69,7 +69,9 @@ class TruncationReport:
     control_tokens: tuple[str, ...] = ()
     """Hold the text of a control token: left out, or with `split` kept as ordinary text."""
     without_thinking: tuple[str, ...] = ()
-    """Kept, and teach the model to answer without reasoning."""
+    """Kept, though there is no reasoning to learn."""
+    empty_thinking: tuple[str, ...] = ()
+    """Left out, as the template would give them an empty think block."""
     broken: tuple[BrokenSample, ...] = ()
     """Left out, as the chat template refuses them or loses something of them."""
     long_lengths: tuple[int, ...] = ()

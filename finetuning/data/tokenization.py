@@ -5,7 +5,8 @@ loss; what the template puts behind it does: reasoning, `</think>`, answer, end 
 completion are encoded apart, so that no token reaches across their border.
 
 A sample without reasoning gets what the template writes for it; Qwen3's writes an empty think block,
-which teaches a thinking model not to think. Such samples are kept, and listed in the truncation report.
+which would teach a thinking model not to think. By default that block counts as prompt, so that it carries no
+loss: the model learns the answer alone. Such samples are listed in the truncation report.
 A sample that the template refuses, or does not give as it is, is broken, and listed there with the reason.
 """
 
@@ -81,6 +82,12 @@ def _tokenize_range(
     part.truncation["learnt_turns"] += len(documents)
     encoded = _encode_documents(documents, renderer.tokenizer, renderer.form)
     for document, (index, sample), (ids, segments) in zip(documents, owners, encoded, strict=True):
+        if not document.has_thinking and Segment.CLOSE in segments:
+            if settings.empty_thinking == "drop":
+                part.truncation["empty_thinking"].append(sample.id)
+                continue
+            if settings.empty_thinking == "mask":
+                segments = _without_block(segments)
         fitted = _fit(ids, segments, sample, renderer.tokenizer, settings, part.truncation)
         if fitted is not None:
             part.add(*fitted, index)
@@ -118,6 +125,12 @@ def _labelled(
     ids = np.array([*prompt, *thinking, *close, *answer, end_id], dtype=np.int32)
     lengths = [len(prompt), len(thinking), len(close), len(answer), 1]
     return ids, np.repeat(np.arange(len(Segment), dtype=np.uint8), lengths)
+
+
+def _without_block(segments: np.ndarray) -> np.ndarray:
+    """The segments with an empty think block as part of the prompt."""
+    block = (segments == Segment.THINKING) | (segments == Segment.CLOSE)
+    return np.where(block, np.uint8(Segment.PROMPT), segments)
 
 
 def _fit(
@@ -313,7 +326,7 @@ def _work(start: int, stop: int) -> _Part:
 
 
 # The settings that tokens depend on.
-_READ = ("max_seq_length", "over_length", "loss_on", "control_tokens")
+_READ = ("max_seq_length", "over_length", "loss_on", "empty_thinking", "control_tokens")
 
 
 def _cache_key(

@@ -1,7 +1,7 @@
 """Files, split and tokens in the order in which a run needs them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +9,14 @@ import numpy as np
 from finetuning.common.errors import UserError
 from finetuning.common.text import clean_line
 from finetuning.config import DataSettings
+from finetuning.data.chat_template import chat_format
 from finetuning.data.split import Split
 from finetuning.data.token_table import TokenizedSamples
 from finetuning.data.tokenization import tokenize_samples
 from finetuning.readers.dataset import Progress, SampleSet, read_samples
 from finetuning.readers.sample import Sample
+
+GENERAL_LENGTH = 1024  # tokens that a general text may have, however short the samples are cut
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,25 @@ def read_data(
     read = samples_of(settings.data_path)
     check_broken(read, settings.max_broken_fraction)
     return read, samples_of(settings.eval_path) if settings.eval_path else None
+
+
+def general_part(
+    paths: Sequence[str], tokenizer: object, settings: DataSettings, most_tokens: int = 0
+) -> DataPart | None:
+    """General text by which forgetting is measured: the first documents of up to `most_tokens` (0: all).
+
+    A model whose template knows no think block gets the answers alone. None where nothing is left of it.
+    """
+    samples = read_samples(paths).samples
+    knows_thinking = chat_format(tokenizer).close_id >= 0
+    samples = [s if knows_thinking else replace(s, thinking="") for s in samples]
+    rules = {"loss_on": "last_turn", "empty_thinking": "mask", "control_tokens": "split"}
+    length = max(settings.max_seq_length, GENERAL_LENGTH)
+    settings = replace(settings, max_seq_length=length, over_length="drop", **rules)
+    tokens = tokenize_samples(samples, tokenizer, settings)
+    ends = np.cumsum(tokens.lengths)
+    count = int((ends <= most_tokens).sum()) if most_tokens else len(tokens)
+    return DataPart(samples, tokens, np.arange(count)) if count else None
 
 
 def check_broken(read: SampleSet, max_fraction: float) -> None:

@@ -17,6 +17,7 @@ from finetuning.data.packing import StepPlan, build_batch
 from finetuning.data.token_table import NUM_SEGMENTS, TokenizedSamples
 from finetuning.data.training_data import DataPart
 from finetuning.evaluation.adapter_health import AdapterHealth
+from finetuning.evaluation.forgetting import BaseStates, Forgetting, general_metrics, kl_metric
 from finetuning.evaluation.generation import (
     Completion,
     EvalPrompt,
@@ -32,11 +33,24 @@ from finetuning.model.packed_model import PackedLossModel
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The held-out documents, one pass over them (None: there are none), and the groups of their losses."""
+    """The held-out documents, one pass over them (None: there are none), and the groups of their losses.
+
+    forgetting: what the base makes of them and of general text; None: that is not measured.
+    """
 
     part: DataPart
     plan: StepPlan | None
     groups: Groups
+    forgetting: Forgetting | None = None
+
+
+@dataclass(frozen=True)
+class HeldOutSums:
+    """What one pass leaves: documents (m, segments, 3) float64, loss sum, correct count and token count; and
+    divergence (2,), the sum of KL(base‖model) and its targets, 0 of 0 where no base was given."""
+
+    documents: np.ndarray
+    divergence: np.ndarray
 
 
 class Evaluator:
@@ -70,7 +84,7 @@ class Evaluator:
             why_no_graph="weights are gathered" if sharded else "",
         )
         self._part, self._plan, self._dist = held_out.part, held_out.plan, dist
-        self._losses = LossMetrics(held_out.groups)
+        self._losses, self._forgetting = LossMetrics(held_out.groups), held_out.forgetting
         self._probes, self._max_new_tokens = probes, max_new_tokens
         self._sharded, self._histograms = sharded, histograms
         self.health = AdapterHealth(packed.model)
@@ -90,23 +104,38 @@ class Evaluator:
         """Eval/ and LoRA/ tags of this step; texts and pictures go to `logger`, a TensorBoardLogger or a
         NullLogger. All ranks take part. None where `wants_stop`, asked on each rank for itself, became true
         on one of them: all leave within a micro-batch or a few tokens, and nothing is measured."""
-        metrics = {}
+        metrics, forgetting = {}, self._forgetting
         if self._plan is not None:
             sums = held_out_sums(
                 self._packed,
                 self._part.tokens,
                 self._plan,
                 self._dist,
+                base=forgetting and forgetting.held_out,
                 progress=progress,
                 wants_stop=wants_stop,
             )
             completions = None if sums is None else self._answers(progress, wants_stop)
             if sums is None or completions is None:
                 return None
-            metrics = self._held_out(sums, step, logger)
+            metrics = self._held_out(sums.documents, step, logger)
+            metrics |= kl_metric("Forgetting/KL_Held_Out", sums.divergence)
             if completions:
                 logger.add_text("Eval/Samples", samples_text(self._probes, completions), step)
                 metrics |= probe_metrics(self._probes, completions, self._max_new_tokens)
+        if forgetting is not None and forgetting.general is not None:
+            general = forgetting.general
+            sums = held_out_sums(
+                self._packed,
+                general.part.tokens,
+                general.plan,
+                self._dist,
+                base=general.base,
+                wants_stop=wants_stop,
+            )
+            if sums is None:
+                return None
+            metrics |= general_metrics(sums)
         return metrics | self._adapters(step, logger)
 
     def _held_out(self, sums: np.ndarray, step: int, logger: Any) -> dict[str, float]:
@@ -170,10 +199,11 @@ def held_out_sums(
     plan: StepPlan,
     dist: Distributed,
     *,
+    base: BaseStates | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     wants_stop: Callable[[], bool] = lambda: False,
-) -> np.ndarray | None:
-    """(m, segments, 3) float64: loss sum, correct count and token count of every planned document.
+) -> HeldOutSums | None:
+    """Sums of loss, correct predictions and tokens of every planned document; and the distance from `base`.
 
     `plan` is one epoch; all ranks go through the model equally often and get the same result, in the
     order of `plan.documents`, which are distinct and ascending. Training mode is restored and no
@@ -183,16 +213,24 @@ def held_out_sums(
     was_training, left = model.training, False
     model.eval()
     sums = torch.zeros(len(plan.documents), NUM_SEGMENTS, 3, dtype=torch.float64)
+    distance = torch.zeros(2, dtype=torch.float64)
     for step in range(1, plan.num_steps + 1):
         planned = plan[step]
         own = len(planned.micro_batches) - planned.num_padding_batches
         for index, documents in enumerate(planned.micro_batches):
-            _, result = model(build_batch(tokens, documents).to(dist.device), 1)
+            batch = build_batch(tokens, documents).to(dist.device)
+            known = base.of(step, index, dist.device) if base else None
+            _, result = model(batch, 1, base=known)
             if index < own:
+                if known is not None:
+                    distance += result.divergence.double().cpu()
                 rows = np.searchsorted(plan.documents, documents)
                 sums[torch.from_numpy(rows)] = result.per_document.double().cpu()
         progress(step, plan.num_steps)
         if left := any(dist.any(wants_stop())):
             break
     model.train(was_training)
-    return None if left else dist.sum(sums).numpy()
+    if left:
+        return None
+    total = dist.sum(torch.cat([sums.flatten(), distance]))
+    return HeldOutSums(total[:-2].view_as(sums).numpy(), total[-2:].numpy())

@@ -1,7 +1,8 @@
 """LoRA adapters through peft: attach, load, name, count."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,22 @@ def _with_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> Pef
             return get_peft_model(model, config, autocast_adapter_dtype=True)
         except (ValueError, TypeError, NotImplementedError) as error:
             raise UserError(f"adapter settings: {short_reason(error)}") from error
+
+
+@contextmanager
+def adapters_off(model: torch.nn.Module) -> Iterator[None]:
+    """The model is its base within it; nothing changes where it has no adapters."""
+    layers = [
+        m for m in model.modules() if isinstance(m, BaseTunerLayer) and not m.disable_adapters
+    ]
+    # peft's own `disable_adapter` also freezes and unfreezes the adapters, whose gradients are on the way.
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def check_ends(model: PeftModel) -> None:

@@ -25,12 +25,32 @@ class LossSums:
     per_document: (D, 5 segments, 3) loss in nats, number correct (a tie for the top counts),
     number of targets. thinking_buckets: (10, 2) loss and targets by tenth of the chain of
     thought. premature_close: (2,) probability of `</think>` summed over thinking targets, and
-    their number.
+    their number. divergence: (2,) KL(base‖this model) in nats summed over the targets, and their
+    number; None where no base was given.
     """
 
     per_document: torch.Tensor
     thinking_buckets: torch.Tensor
     premature_close: torch.Tensor
+    divergence: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """The base, with which a model is compared, or to which its training is held.
+
+    rows: (N, H), the base's states that predict the targets. head_weight: (V, H), the base's; None: the
+    model's own, which is frozen. weight: training minimises cross-entropy + weight · KL(base‖model).
+    """
+
+    rows: torch.Tensor
+    head_weight: torch.Tensor | None = None
+    weight: float = 0.0
+
+    def logits(self, part: slice, head_weight: torch.Tensor) -> torch.Tensor:
+        """(C, V) fp32; head_weight: the model's."""
+        head = head_weight if self.head_weight is None else self.head_weight
+        return _logits(self.rows[part].to(head.dtype), head)
 
 
 def packed_loss(
@@ -46,6 +66,7 @@ def packed_loss(
     close_id: int,
     num_targets: int | torch.Tensor,
     scale: float | torch.Tensor = 1.0,
+    anchor: Anchor | None = None,
 ) -> tuple[torch.Tensor, LossSums]:
     """Cross-entropy of N targets: fp32 scalar `scale * sum / num_targets`, and its sums.
 
@@ -58,6 +79,8 @@ def packed_loss(
 
     Targets of document `num_documents` are padding, for a constant N: whatever their label and
     position, which may repeat, they add nothing to the loss, its gradient and the sums.
+
+    anchor: the gradient becomes that of the anchored loss; the loss itself stays the cross-entropy.
     """
     real = document < num_documents
     loss, nll, correct, close = _HeadLoss.apply(
@@ -69,6 +92,7 @@ def packed_loss(
         close_id,
         scale / num_targets,
         torch.is_grad_enabled(),
+        anchor,
     )
     with torch.no_grad():
         thinking = (
@@ -79,6 +103,23 @@ def packed_loss(
             premature_close=_weighted_sum(close, thinking),
         )
     return loss, sums
+
+
+@torch.no_grad()
+def divergence(rows: torch.Tensor, head_weight: torch.Tensor, base: Anchor) -> torch.Tensor:
+    """(N,) fp32: KL(base‖model) = Σ p_base (log p_base − log p) of N predictions, nats; in chunks.
+
+    rows: (N, H), the states that are tuned. Σ p_base · log p is taken as a whole, so equal states give 0.
+    """
+    found = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
+    step = rows_per_chunk(head_weight.shape[0], rows.device.type)
+    with torch.autocast(rows.device.type, enabled=False):
+        for start in range(0, len(rows), step):
+            part = slice(start, start + step)
+            tuned = torch.log_softmax(_logits(rows[part].to(head_weight.dtype), head_weight), 1)
+            kept = torch.log_softmax(base.logits(part, head_weight), 1)
+            found[part] = (kept - tuned).mul_(kept.exp_()).sum(1)
+    return found
 
 
 def rows_per_chunk(vocab_size: int, device_type: str) -> int:
@@ -92,7 +133,9 @@ class _HeadLoss(torch.autograd.Function):
     """Linear head and cross-entropy; the gradient is computed in the forward pass."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, positions, labels, real, close_id, factor, with_gradient):
+    def forward(
+        ctx, hidden, weight, positions, labels, real, close_id, factor, with_gradient, anchor
+    ):
         needs_hidden, needs_weight = (with_gradient and need for need in ctx.needs_input_grad[:2])
         chunks = _Chunks(weight, len(labels), needs_hidden or needs_weight)
         nll = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
@@ -107,6 +150,8 @@ class _HeadLoss(torch.autograd.Function):
                 rows = hidden.index_select(0, positions[part]).to(weight.dtype)
                 outputs = nll[part], correct[part], close[part]
                 error = chunks.error(rows, labels[part], close_id, outputs)
+                if anchor is not None:
+                    _add_anchor(error, labels[part], anchor, anchor.logits(part, weight))
                 if needs_hidden:
                     # Scaled after the product: H numbers a row instead of V.
                     gradient = _scaled(torch.mm(error, weight), factor)
@@ -126,7 +171,7 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, *_):
         gradients = (g if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors)
-        return (*gradients, None, None, None, None, None, None)
+        return (*gradients, None, None, None, None, None, None, None)
 
 
 class _Chunks:
@@ -158,6 +203,16 @@ class _Chunks:
         error = _softmax_error(logits, labels, close_id, *outputs, self._buffer[: len(labels)])
         del logits  # before there is a third tensor of their size
         return error.to(self._dtype) if self._with_gradient else error
+
+
+def _add_anchor(
+    error: torch.Tensor, labels: torch.Tensor, anchor: Anchor, logits: torch.Tensor
+) -> None:
+    """Add weight · (softmax − base's softmax), the gradient of KL(base‖·) by the logits, in place."""
+    base = torch.softmax(logits, 1)
+    at_label = error.new_full((len(labels), 1), anchor.weight)  # error is softmax − one-hot
+    error.mul_(1 + anchor.weight).scatter_add_(1, labels.unsqueeze(1), at_label)
+    error.sub_(base.mul_(anchor.weight))
 
 
 def _has_kernel(weight: torch.Tensor) -> bool:

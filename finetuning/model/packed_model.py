@@ -17,9 +17,10 @@ import torch._functorch.config
 
 from finetuning.data.packing import PackedBatch
 from finetuning.model import attention
+from finetuning.model.adapters import adapters_off
 from finetuning.model.fused_lora import adapter_copies
 from finetuning.model.joined_lora import AdapterCopies
-from finetuning.model.loss import LossSums, packed_loss
+from finetuning.model.loss import Anchor, LossSums, divergence, packed_loss
 from finetuning.model.parallel import decoder_layers
 
 # How documents go through the decoder: in one packed row; in one with transformers' own arguments for it
@@ -52,10 +53,18 @@ class PackedLossModel(torch.nn.Module):
         model: any model with a decoder and a linear output head without bias or logit transformation.
         close_id: token id of `</think>`, for the probability of closing too early; -1 if there is none.
         way: how its documents go through the decoder, see `row_proof`.
+        kl_anchor: weight of KL(base‖model) in training, see `Anchor`; the base is the model without adapters.
     """
 
-    def __init__(self, model: torch.nn.Module, close_id: int, way: Way = "packed") -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        close_id: int,
+        way: Way = "packed",
+        kl_anchor: float = 0.0,
+    ) -> None:
         super().__init__()
+        self._kl_anchor = kl_anchor
         self.model, self.close_id, self._way = model, close_id, way
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         if way != "alone":
@@ -112,15 +121,24 @@ class PackedLossModel(torch.nn.Module):
             ).last_hidden_state[0]
 
     def forward(
-        self, batch: PackedBatch, num_targets: int, scale: float | torch.Tensor = 1.0
+        self,
+        batch: PackedBatch,
+        num_targets: int,
+        scale: float | torch.Tensor = 1.0,
+        base: Anchor | None = None,
     ) -> tuple[torch.Tensor, LossSums]:
         """Scalar `scale * loss sum / num_targets` for backward, and the sums on the device.
 
         A scale that differs from one replay of a CUDA graph to the next is a fp32 scalar on the device.
+        base: the base's states at this batch's targets; the sums then hold how far the model is from it.
         """
+        head = self._base[0].get_output_embeddings().weight
+        anchored = self._kl_anchor and torch.is_grad_enabled()
+        anchor = Anchor(self.base_rows(batch), weight=self._kl_anchor) if anchored else None
+        hidden = self.hidden_states(batch)
         loss, sums = packed_loss(
-            self.hidden_states(batch),
-            self._base[0].get_output_embeddings().weight,
+            hidden,
+            head,
             target_positions=batch.target_positions,
             labels=batch.labels,
             segments=batch.segments,
@@ -130,9 +148,25 @@ class PackedLossModel(torch.nn.Module):
             close_id=self.close_id,
             num_targets=num_targets,
             scale=scale,
+            anchor=anchor,
         )
+        if base is not None:
+            distances = divergence(hidden[batch.target_positions], head, base)
+            count = distances.new_tensor(len(distances))
+            sums = replace(sums, divergence=torch.stack((distances.sum(), count)))
         own = sums.per_document[: len(batch.documents)]  # what is behind them is padding
         return loss, replace(sums, per_document=own)
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """(V, H), detached."""
+        return self._base[0].get_output_embeddings().weight.detach()
+
+    @torch.no_grad()
+    def base_rows(self, batch: PackedBatch) -> torch.Tensor:
+        """(N, H): the base's states at the batch's targets; without adapters those of the weights now."""
+        with adapters_off(self.model):
+            return self.hidden_states(batch)[batch.target_positions]
 
     def write_adapters(self) -> None:
         """Into the matrices that hold them; one kernel, which a CUDA graph may capture."""

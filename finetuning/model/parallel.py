@@ -76,7 +76,11 @@ def parallelize(
 
 def _shard(module: torch.nn.Module, dist: Distributed, dtype: torch.dtype) -> torch.nn.Module:
     """Unit by unit, so that no rank ever holds more than its shards and one whole unit."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import (
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
 
     if dist.device.type not in BACKENDS:
         raise UserError(
@@ -97,6 +101,7 @@ def _shard(module: torch.nn.Module, dist: Distributed, dtype: torch.dtype) -> to
             if parameter.is_floating_point() and not isinstance(parameter, DTensor):
                 parameter.data = parameter.data.to(held)
         fully_shard(unit, mesh=mesh, **casts)
+    register_fsdp_forward_method(module, "base_rows")
     return module
 
 

@@ -11,7 +11,10 @@ from finetuning.common.distributed import Distributed
 from finetuning.common.paths import home_cache
 from finetuning.common.terminal import Terminal
 from finetuning.config import DirectTrainingConfig
+from finetuning.data.packing import StepPlan
+from finetuning.data.training_data import DataPart
 from finetuning.evaluation.evaluator import Evaluator, HeldOut
+from finetuning.evaluation.forgetting import BaseStates, Forgetting, GeneralText
 from finetuning.model.adapters import parts_without_adapters
 from finetuning.model.loading import load_model
 from finetuning.monitoring.system_monitor import SystemMonitor, gpu_uuid
@@ -60,13 +63,34 @@ def build_evaluator(
     return Evaluator(
         engine.packed,
         plan.inputs.tokenizer,
-        HeldOut(plan.data.held_out, plan.evaluation, plan.groups[1]),
+        HeldOut(
+            plan.data.held_out,
+            plan.evaluation,
+            plan.groups[1],
+            forgetting_of(config, plan, engine, dist),
+        ),
         dist,
         probes=plan.probes,
         max_new_tokens=plan.answer_tokens,
         sharded=plan.execution.parallel == "fsdp",
         histograms=config.log_weight_histograms,
     )
+
+
+def forgetting_of(
+    config: DirectTrainingConfig, plan: RunPlan, engine: TrainingEngine, dist: Distributed
+) -> Forgetting | None:
+    """What the base makes of held-out and of general text, before anything has changed it."""
+    if not config.forgetting:
+        return None
+
+    def states(part: DataPart, once: StepPlan) -> BaseStates:
+        head = not config.lora_r and not config.init_adapter
+        return BaseStates(engine.packed, part.tokens, once, dist, keeps_head=head)
+
+    held_out = plan.evaluation and states(plan.data.held_out, plan.evaluation)
+    general = plan.general and GeneralText(*plan.general, states(*plan.general))
+    return Forgetting(held_out, general)
 
 
 def start_system_monitor(

@@ -18,11 +18,17 @@ from finetuning.common.fingerprint import adapter_fingerprint, model_fingerprint
 from finetuning.common.machine import processors
 from finetuning.common.paths import check_name
 from finetuning.common.terminal import Terminal
-from finetuning.config import BatchSettings, DirectTrainingConfig
+from finetuning.config import BatchSettings, DirectTrainingConfig, bundled_data
 from finetuning.data.accounts import Accounts, accounts_of
 from finetuning.data.packing import StepPlan
 from finetuning.data.split import split_samples
-from finetuning.data.training_data import DataPart, TrainingData, prepare_data, read_data
+from finetuning.data.training_data import (
+    DataPart,
+    TrainingData,
+    general_part,
+    prepare_data,
+    read_data,
+)
 from finetuning.evaluation.generation import EvalPrompt, choose_probes, token_budget
 from finetuning.model.loading import load_tokenizer
 from finetuning.model.packed_model import compiler_is_there
@@ -54,6 +60,10 @@ from finetuning.training.memory_estimate import Placement, free_memory, model_sh
 MIN_CONSTANT_EFFICIENCY = 0.6  # of what compiled layers would go through, what is no padding
 
 
+# Of the training, of a pass over the held-out documents, and of general text with a pass over it.
+Plans = tuple[StepPlan, StepPlan | None, tuple[DataPart, StepPlan] | None]
+
+
 @dataclass(frozen=True)
 class RunData:
     """The model that was found, its tokenizer, and the data as its tokens."""
@@ -82,6 +92,9 @@ class RunPlan:
     settings: Mapping[str, Any]
     steps: StepPlan
     evaluation: StepPlan | None  # one pass over the held-out documents; None where there are none
+    general: (
+        tuple[DataPart, StepPlan] | None
+    )  # text by which forgetting is measured, and a pass over it
     groups: tuple[Groups, Groups]  # of the training and of the held-out documents
     probes: tuple[EvalPrompt, ...]
     answer_tokens: int  # longest answer to a probe
@@ -111,10 +124,10 @@ def plan_run(
     inputs = load_data(config, dist, terminal, trust_remote_code=trust_remote_code)
     data, settings = inputs.data, recorded_settings(config)
     rows = prove_rows(config, inputs.model, dist, terminal)
-    steps, evaluation = plan_steps(config, data, dist)
+    steps, evaluation, general = plans = plan_steps(config, inputs, dist)
     probes = tuple(choose_probes(data.held_out, inputs.tokenizer, config.num_probes))
     answer_tokens = token_budget(probes, config.probe_max_new_tokens, dist.device)
-    eval_steps = evaluation_steps(config, steps, evaluation, answer_tokens, dist)
+    eval_steps = evaluation_steps(config, plans, answer_tokens, dist)
     run_identity = identity(settings, inputs.model.name, inputs.contents, data, steps)
     check_ranks(dist.gather(run_identity))
     dtype = weight_dtype(dist.device, config.precision)
@@ -122,22 +135,15 @@ def plan_run(
     work = Workload.of(data, steps, eval_steps, answer_tokens)
     parallel, estimate = choose_parallel(config, dist, inputs, rows, work, dtype, compiled)
     (checkpointing,) = dist.any(estimate.checkpointing)  # all ranks alike
-    execution = Execution(
-        parallel=parallel,
-        dtype=dtype,
-        batch_shape=steps.constant_shape if compiled else {},
-        must_compile=config.compile == "on",
-        gradient_checkpointing=checkpointing,
-        may_checkpoint=config.gradient_checkpointing == "auto" and not checkpointing,
-        fp8=config.precision == "fp8",
-        way=rows.way,
-    )
+    shape = steps.constant_shape if compiled else {}
+    execution = execution_of(config, rows, parallel, dtype, shape, checkpointing)
     settings |= {"eval_steps": eval_steps, **resolved_settings(config, dist, execution, steps)}
     return RunPlan(
         inputs=inputs,
         settings=settings,
         steps=steps,
         evaluation=evaluation,
+        general=general,
         groups=groups_of(data),
         probes=probes,
         answer_tokens=answer_tokens,
@@ -146,6 +152,28 @@ def plan_run(
         execution=execution,
         rows=rows,
         forecast=estimate,
+    )
+
+
+def execution_of(
+    config: DirectTrainingConfig,
+    rows: RowProof,
+    parallel: str,
+    dtype: torch.dtype,
+    shape: Mapping[str, int],
+    checkpointing: bool,
+) -> Execution:
+    """How the model is held and run. shape: constant sizes of a batch; empty: not compiled."""
+    return Execution(
+        parallel=parallel,
+        dtype=dtype,
+        batch_shape=shape,
+        must_compile=config.compile == "on",
+        gradient_checkpointing=checkpointing,
+        may_checkpoint=config.gradient_checkpointing == "auto" and not checkpointing,
+        fp8=config.precision == "fp8",
+        way=rows.way,
+        kl_anchor=config.kl_anchor,
     )
 
 
@@ -204,17 +232,18 @@ def resolved_settings(
 
 def evaluation_steps(
     config: DirectTrainingConfig,
-    steps: StepPlan,
-    evaluation: StepPlan | None,
+    plans: Plans,
     answer_tokens: int,
     dist: Distributed,
 ) -> int:
     """Steps between two evaluations: as set, or as far apart as they cost."""
     if config.eval_steps != "auto":
         return config.eval_steps
+    steps, evaluation, general = plans
+    passes = [plan for plan in (evaluation, general and general[1]) if plan]
     return steps_between_evaluations(
         steps,
-        evaluation.num_tokens if evaluation else 0,
+        sum(plan.num_tokens for plan in passes),
         answer_tokens,
         device_type=dist.device.type,
         lora=bool(config.lora_r),
@@ -297,26 +326,49 @@ def find_model(
     return embedded_because(reason) if reason else found
 
 
-def plan_steps(
-    config: DirectTrainingConfig, data: TrainingData, dist: Distributed
-) -> tuple[StepPlan, StepPlan | None]:
-    """The steps of the training, and those of one pass over the held-out documents."""
-    train, held_out = data.train, data.held_out
+def plan_steps(config: DirectTrainingConfig, inputs: RunData, dist: Distributed) -> Plans:
+    """The steps of the training, those of one pass over the held-out documents, and over general text."""
+    held_out = inputs.data.held_out
+    steps = plan_of(inputs.data.train, config, config, dist)
+    evaluation = one_pass(held_out, config, dist) if len(held_out) else None
+    return steps, evaluation, plan_general(config, inputs.tokenizer, evaluation, dist)
+
+
+def plan_general(
+    config: DirectTrainingConfig,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    evaluation: StepPlan | None,
+    dist: Distributed,
+) -> tuple[DataPart, StepPlan] | None:
+    """The text by which forgetting is measured, and a pass over it; on a CPU no more than is held out."""
+    if not config.forgetting:
+        return None
+    paths = config.general_path or (bundled_data("general"),)
+    most = evaluation.num_tokens if evaluation and dist.device.type == "cpu" else 0
+    part = general_part(paths, tokenizer, config, most)
+    return part and (part, one_pass(part, config, dist))
+
+
+def one_pass(part: DataPart, config: DirectTrainingConfig, dist: Distributed) -> StepPlan:
+    """Every document of the part once."""
     once = BatchSettings(batch_size=config.batch_size, num_epochs=1)
+    return plan_of(part, config, once, dist)
 
-    def plan_of(part: DataPart, batch: BatchSettings) -> StepPlan:
-        return StepPlan(
-            part.tokens.lengths,
-            part.tokens.num_targets,
-            part.documents,
-            data=config,
-            batch=batch,
-            seed=config.seed,
-            rank=dist.rank,
-            world_size=dist.world_size,
-        )
 
-    return plan_of(train, config), plan_of(held_out, once) if len(held_out) else None
+def plan_of(
+    part: DataPart, config: DirectTrainingConfig, batch: BatchSettings, dist: Distributed
+) -> StepPlan:
+    """The steps of a part for this rank."""
+    return StepPlan(
+        part.tokens.lengths,
+        part.tokens.num_targets,
+        part.documents,
+        data=replace(config, max_seq_length=part.tokens.max_seq_length),
+        batch=batch,
+        seed=config.seed,
+        rank=dist.rank,
+        world_size=dist.world_size,
+    )
 
 
 def compiles(

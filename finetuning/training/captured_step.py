@@ -17,12 +17,18 @@ from finetuning.model.loss import LossSums
 
 
 def why_not_captured(
-    model: torch.nn.Module, *, device: torch.device, compiled: bool, alone: bool, sharded: bool
+    model: torch.nn.Module,
+    *,
+    device: torch.device,
+    compiled: bool,
+    alone: bool,
+    sharded: bool,
+    anchored: bool = False,
 ) -> str:
     """Why the passes of this model are not captured; empty if they can be.
 
     compiled: layers are, which also makes all micro-batches one shape. alone: no other rank wants the
-    gradients.
+    gradients. anchored: every micro-batch also goes through the base.
     """
     dropout = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules())
     packed = any(type(m).__module__.startswith("bitsandbytes") for m in model.modules())
@@ -32,6 +38,7 @@ def why_not_captured(
         "weights are gathered during the passes": sharded,
         "ranks exchange gradients": not alone,
         "dropout draws random numbers": dropout,
+        "the base goes along, for kl_anchor": anchored,
         "weights are unpacked from 4 bits": packed,
     }
     return next((reason for reason, holds in reasons.items() if holds), "")

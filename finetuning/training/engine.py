@@ -52,6 +52,7 @@ class Execution:
     may_checkpoint: bool = False  # it may be turned on once memory runs out
     fp8: bool = False  # products with frozen matrices are made in FP8 in training
     way: Way = "packed"  # how documents go through the decoder
+    kl_anchor: float = 0.0  # weight of KL(base‖model) in the loss
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class TrainingEngine:
         self._may_checkpoint = execution.may_checkpoint
         joins = False if parallel == "fsdp" else None
         enable_fast_lora(model, join=joins, fp8=execution.fp8)
-        self.packed = PackedLossModel(model, close_id, execution.way)
+        self.packed = PackedLossModel(model, close_id, execution.way, execution.kl_anchor)
         if self.batch_shape:
             self.packed.compile_layers()
         self.wrapped = model_parallel.parallelize(self.packed, parallel, dist, dtype).train()
@@ -105,6 +106,7 @@ class TrainingEngine:
             compiled=bool(self.batch_shape),
             alone=self.wrapped is self.packed,
             sharded=parallel == "fsdp",
+            anchored=bool(execution.kl_anchor),
         )
         self.captured: CapturedStep | None = None
         self._is_warm = False  # a step has been made kernel by kernel: all are compiled and chosen

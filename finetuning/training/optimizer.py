@@ -146,9 +146,11 @@ def build_optimizer(
     epsilon: float,
     weight_decay: float,
 ) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019), fused."""
+    """AdamW (Loshchilov & Hutter 2019), fused; norms and biases, which are vectors, do not decay."""
+    matrices = [p for p in parameters if p.dim() > 1]
+    vectors = [{"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0}]
     return torch.optim.AdamW(
-        parameters,
+        [{"params": matrices}, *vectors] if vectors[0]["params"] else matrices,
         lr=learning_rate,
         betas=betas,
         eps=epsilon,

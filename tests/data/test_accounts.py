@@ -23,7 +23,8 @@ from tests.helpers.settings import up_to
 from tests.helpers.tiny_model import FAST
 
 NAMES = [
-    "read", "broken", "control tokens", "too long", "shortened", "without thinking", "turns without loss",
+    "read", "broken", "control tokens", "too long", "shortened", "without thinking", "empty thinking",
+    "turns without loss",
     "skipped files",
 ]  # fmt: skip
 
@@ -146,7 +147,8 @@ def test_turns_without_loss_and_without_thinking(accounts):
     rows = dict(found.rows())
     assert rows["turns without loss"].startswith("2 of 4 (50.0%) assistant turns carry no loss")
     assert rows["turns without loss"].endswith("--loss-on all_turns trains them")
-    assert rows["without thinking"].startswith("1 of 2 (50.0%) teach")
+    assert rows["without thinking"].startswith("1 of 2 (50.0%) have no thinking to learn")
+    assert rows["without thinking"].endswith("; an empty think block carries no loss")
     found.check(0)
     rows = dict(accounts(lines, up_to(512, loss_on="all_turns")).rows())
     assert rows["turns without loss"] == "0" and rows["without thinking"].startswith(

@@ -107,11 +107,25 @@ def test_round_trip_of_real_samples(qwen3, shared_data):
 
 
 def test_sample_without_thinking(qwen3):
-    """The template writes an empty block, and the truncation names the sample."""
+    """The template writes an empty block, which carries no loss unless it is asked to."""
     sample = Sample("问", "", "答")
-    tokens = tokenize_samples([sample, SAMPLE], qwen3, LONG)
-    assert text_of(tokens, 0, qwen3, Segment.THINKING, Segment.CLOSE) == "\n</think>"
-    assert tokens.truncation.without_thinking == (sample.id,)
+    found = {}
+    for way in ("mask", "train", "drop"):
+        settings = replace(LONG, empty_thinking=way)
+        found[way] = tokenize_samples([sample, SAMPLE], qwen3, settings)
+    for way, learnt in (("mask", ""), ("train", "\n</think>")):
+        tokens = found[way]
+        assert text_of(tokens, 0, qwen3, Segment.THINKING, Segment.CLOSE) == learnt
+        assert text_of(tokens, 0, qwen3, Segment.ANSWER) == "\n\n答"
+        assert tokens.truncation.without_thinking == (sample.id,)
+        assert not tokens.truncation.empty_thinking
+    masked, trained = found["mask"], found["train"]
+    assert masked[0].ids.tolist() == trained[0].ids.tolist(), "the model reads the same"
+    assert text_of(masked, 0, qwen3, Segment.PROMPT).endswith("<think>\n\n</think>")
+    assert masked.num_targets[0] == trained.num_targets[0] - 2
+    assert masked[1].segments.tolist() == trained[1].segments.tolist()
+    assert found["drop"].sample_index.tolist() == [1]
+    assert found["drop"].truncation.empty_thinking == (sample.id,)
 
 
 # ---- several turns ----------------------------------------------------------------------------
@@ -349,7 +363,11 @@ def test_templates_without_reasoning_field(template, way, opens):
     prompt = encode_prompt(tokenizer, SAMPLE.messages()[:-1])
     assert tokens[0].ids[: len(prompt)].tolist() == prompt
     assert text_of(tokens, 1, tokenizer, Segment.ANSWER).strip() == "答"
-    everything = text_of(tokens, 1, tokenizer, Segment.THINKING, Segment.CLOSE)
+    assert text_of(tokens, 1, tokenizer, Segment.THINKING, Segment.CLOSE) == ""
+    trained = tokenize_samples(
+        [SAMPLE, Sample("问", "", "答")], tokenizer, replace(LONG, empty_thinking="train")
+    )
+    everything = text_of(trained, 1, tokenizer, Segment.THINKING, Segment.CLOSE)
     assert everything == ("\n</think>" if opens else "")
 
 

@@ -48,7 +48,7 @@ def sums(tiny_model: Path, part: DataPart) -> np.ndarray:
     plan = step_plan(tokens.lengths, tokens.num_targets, part.documents, data=up_to(768))
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    sums = held_out_sums(packed, tokens, plan, ONE)
+    sums = held_out_sums(packed, tokens, plan, ONE).documents
     assert packed.training and model.training
     assert torch.equal(torch.get_rng_state(), state)
     return sums
@@ -99,7 +99,7 @@ def test_two_ranks_that_share_the_documents_get_the_sums_of_all(tiny_model, part
             world_size=2,
         )
         dist = OneOfTwo(rank, 2, rank, torch.device("cpu"), left=left)
-        shares.append(held_out_sums(model, tokens, plan, dist))
+        shares.append(held_out_sums(model, tokens, plan, dist).documents)
     counts = [share[:, :, 2].sum() for share in (shares[0], sums)]
     assert 0 < counts[0] < counts[1], "each rank has a part of its own"
     np.testing.assert_allclose(shares[1], sums, rtol=1e-6)

@@ -32,6 +32,7 @@ from finetuning.common.errors import UserError
 from finetuning.common.terminal import Terminal
 from finetuning.config import DirectTrainingConfig, allowed_values
 from finetuning.data.token_table import Segment
+from finetuning.model.packed_model import PackedLossModel
 from finetuning.model.resolve import weight_dtype
 from finetuning.monitoring.system_monitor import SystemMonitor
 from finetuning.runs import plan as run_plan
@@ -254,6 +255,26 @@ def taught_answers(world: World, config: Config) -> Counter:
     tokens, decode = plan.data.train.tokens, plan.inputs.tokenizer.decode
     answers = (piece.ids[piece.segments == Segment.ANSWER] for piece in tokens)
     return Counter(decode(ids)[-1] for ids in answers)
+
+
+def empty_blocks(world: World, config: Config) -> tuple[int, int]:
+    """Documents, and those whose `</think>` carries loss."""
+    tokens = world.plan(config).data.train.tokens
+    return len(tokens), sum(Segment.CLOSE in piece.segments for piece in tokens)
+
+
+def general_sources(world: World, config: Config) -> set[str]:
+    part, _ = world.plan(config).general
+    return {Path(part.sample(int(d)).source).stem for d in part.documents}
+
+
+def reads_of_the_base(world: World, config: Config) -> int:
+    """In four updates."""
+    with mock.patch.object(
+        PackedLossModel, "base_rows", autospec=True, side_effect=PackedLossModel.base_rows
+    ) as read:
+        updates(world, config)
+    return read.call_count
 
 
 def shortened(world: World, config: Config) -> bool:
@@ -548,6 +569,11 @@ ROWS = [
     Row("data_weights", (2.0, 0.29), train_sources, {"a": 24, "b": 3}, beside=only("a", "b")),
     Row("columns", {"question": "题目"}, first_question, "另一题0", beside=only("renamed")),
     Row("eval_path", data("b"), held_out_sources, {"b"}),
+    Row("empty_thinking", "train", empty_blocks, (18, 18), beside=only("a", "talks")),
+    Row("empty_thinking", "drop", empty_blocks, (12, 12), beside=only("a", "talks")),
+    Row("forgetting", False, lambda world, config: world.plan(config).general, None),
+    Row("general_path", data("b"), general_sources, {"b"}),
+    Row("kl_anchor", 0.5, reads_of_the_base, 4),
     Row("eval_fraction", 0.3, held_out, lambda seen: 10 <= seen <= 27),
     Row("max_eval_samples", 2, held_out, 2),
     Row("max_seq_length", 200, capacity, (200, True)),

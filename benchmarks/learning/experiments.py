@@ -1,0 +1,131 @@
+"""What is tried, the most valuable first. Every list is data; `__main__` runs them, `tables` reads them."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from benchmarks.learning.trial import Trial
+
+RATES = (1e-4, 3e-4, 6e-4, 1e-3, 2e-3, 4e-3)
+FULL_RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
+FEW = (3e-4, 1e-3, 2e-3, 4e-3)
+QUESTIONS = 100
+FULL = {"lora_r": 0}
+SETS = ("crypto", "docs")
+
+
+def experiments() -> list[Trial]:
+    """All trials in order."""
+    return [
+        _thinker(),
+        *rates(seed=1),
+        *full(),
+        *rates(seed=2),
+        *thinking(seed=1),
+        *updates(),
+        *batches(),
+        *thinking(seed=2),
+        *anchors(),
+        *ranks(),
+        *replays(),
+        *thinking_rates(),
+    ]
+
+
+def rates(seed: int) -> Iterator[Trial]:
+    """Held-out loss by rate: the automatic rate is judged by these."""
+    for rate in RATES:
+        for data in SETS:
+            yield Trial("rate", data, seed, {"learning_rate": rate})
+
+
+def full() -> Iterator[Trial]:
+    """The same with all weights trained."""
+    for rate in FULL_RATES:
+        for data in SETS:
+            yield Trial("full", data, 1, FULL | {"learning_rate": rate})
+
+
+def updates() -> Iterator[Trial]:
+    """Shorter and longer runs of the same batch."""
+    for steps in (40, 400):
+        for rate in FEW:
+            for data in SETS:
+                yield Trial("updates", data, 1, {"learning_rate": rate, "max_steps": steps})
+
+
+def batches() -> Iterator[Trial]:
+    """Four rows an update, and half a row."""
+    for rows in ({"batch_size": 4}, {"max_seq_length": 1024}):
+        for rate in FEW:
+            for data in SETS if "batch_size" in rows else ("docs",):
+                yield Trial("batch", data, 1, {"learning_rate": rate, **rows})
+
+
+def ranks() -> Iterator[Trial]:
+    """Rank 4 and 64 at the same alpha."""
+    for rank in (4, 64):
+        for rate in (3e-4, 1e-3, 2e-3):
+            yield Trial("rank", "crypto", 1, {"learning_rate": rate, "lora_r": rank})
+
+
+def anchors() -> Iterator[Trial]:
+    """KL to the base in the loss."""
+    for weight in (0.1, 0.5, 2.0):
+        for rate in (1e-3, 2e-3):
+            yield Trial("anchor", "crypto", 1, {"learning_rate": rate, "kl_anchor": weight})
+
+
+def replays() -> Iterator[Trial]:
+    """English text among Chinese: a share of all tokens."""
+    for share in (0.06, 0.2):
+        for seed in (1, 2):
+            yield Trial("replay", "crypto", seed, {"learning_rate": 1e-3}, replay=share)
+
+
+def _thinker() -> Trial:
+    """The base is taught to think; the trials of `thinking` start from it."""
+    settings = FULL | {"learning_rate": 3e-4, "batch_size": 2, "max_steps": 100}
+    return Trial(
+        "teach", "sums", 1, settings, "thinking_base", saves="thinker", questions=QUESTIONS
+    )
+
+
+def thinking(seed: int) -> Iterator[Trial]:
+    """Answer-only data after that: is thinking lost?"""
+    settings = {"learning_rate": 1e-3, "max_steps": 100}
+    for data in ("sums_answers", "docs"):
+        for way in ("train", "mask"):
+            yield Trial(
+                "thinking",
+                data,
+                seed,
+                settings | {"empty_thinking": way},
+                "thinker",
+                questions=QUESTIONS,
+            )
+
+
+def thinking_rates() -> Iterator[Trial]:
+    """The same at a smaller rate."""
+    settings = {"learning_rate": 3e-4, "max_steps": 100}
+    for data in ("sums_answers", "docs"):
+        for way in ("train", "mask"):
+            yield Trial(
+                "thinking",
+                data,
+                1,
+                settings | {"empty_thinking": way},
+                "thinker",
+                questions=QUESTIONS,
+            )
+
+
+def shortened(trials: list[Trial], steps: int, questions: int) -> list[Trial]:
+    """The same trials of a few steps, to see if everything runs."""
+    few = (
+        replace(
+            t, settings={**t.settings, "max_steps": steps}, questions=min(t.questions, questions)
+        )
+        for t in trials
+    )
+    return list({trial.name: trial for trial in few}.values())

@@ -1,0 +1,190 @@
+"""Tables of what `benchmarks.learning` has found: Markdown, and one JSON object as the last line.
+
+uv run python -m benchmarks.learning.tables learning.jsonl
+"""
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Result = Mapping[str, Any]
+Rows = list[list[str]]
+UNSEEN = ("Unseen_General_Loss", "Docs_Loss", "Crypto_Loss")
+
+
+def read(path: Path) -> list[Result]:
+    """Results without an error, the newest of a name."""
+    found = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        result = json.loads(line)
+        if "error" not in result:
+            found[result["name"]] = result
+    return list(found.values())
+
+
+def setting(result: Result, name: str, default: Any = None) -> Any:
+    """A setting of the trial."""
+    return result["trial"]["settings"].get(name, default)
+
+
+def of(results: Iterable[Result], *experiments: str, **fields: Any) -> list[Result]:
+    """Those of some experiments whose trial has these fields."""
+    return [
+        r
+        for r in results
+        if r["trial"]["experiment"] in experiments
+        and all(r["trial"][name] == value for name, value in fields.items())
+    ]
+
+
+def held_out(result: Result) -> float:
+    return result["after"]["Eval/Loss"]
+
+
+def kl(result: Result) -> float:
+    return result["after"].get("Forgetting/KL_General", math.nan)
+
+
+def markdown(title: str, header: Sequence[str], rows: Rows) -> str:
+    """A titled table; nothing where it has no rows."""
+    if not rows:
+        return ""
+    lines = [f"### {title}\n", f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
+
+
+def by_rate(results: Sequence[Result], groups: Callable[[Result], str], title: str) -> str:
+    """Held-out loss, KL and unseen general loss, a row a group and a column a rate; the best is bold."""
+    rates = sorted({setting(r, "learning_rate") for r in results})
+    rows = []
+    for group in dict.fromkeys(map(groups, results)):
+        mine = {setting(r, "learning_rate"): r for r in results if groups(r) == group}
+        best = min((held_out(r) for r in mine.values()), default=math.nan)
+        first = next(iter(mine.values()))["before"]["Eval/Loss"]
+        cells = []
+        for rate in rates:
+            if rate not in mine:
+                cells.append("")
+                continue
+            loss, general = held_out(mine[rate]), mine[rate]["after"]["Unseen_General_Loss"]
+            mark = "**" if loss == best else ""
+            cells.append(f"{mark}{loss:.3f}{mark} / {kl(mine[rate]):.3f} / {general:.3f}")
+        rows.append([group, f"{first:.3f}", *cells])
+    return markdown(title, ["", "before", *(f"{rate:g}" for rate in rates)], rows)
+
+
+def group_of(result: Result) -> str:
+    """Data set, seed and what else is set."""
+    trial, hidden = result["trial"], ("learning_rate",)
+    others = (f"{k} {v}" for k, v in trial["settings"].items() if k not in hidden)
+    size = result["facts"]
+    words = [trial["data"], f"seed {trial['seed']}", *others]
+    return f"{', '.join(words)} ({size['updates']} × {size['samples_per_update']:.1f} samples)"
+
+
+def gauge_fit(results: Sequence[Result], text: str) -> dict[str, float]:
+    """How well KL on general text tells the change of the loss on another: R² of a quadratic, and of a
+    line in the root of KL."""
+    pairs = [(kl(r), r["after"][text] - r["before"][text]) for r in results]
+    points = np.array([pair for pair in pairs if all(map(math.isfinite, pair))])
+    if len(points) < 4:
+        return {}
+    x, y = points.T
+    return {"runs": len(points), **{f"R2_{n}": _r2(f, y) for n, f in _curves(x).items()}}
+
+
+def _curves(x: np.ndarray) -> dict[str, np.ndarray]:
+    one = np.ones_like(x)
+    root = np.sqrt(np.maximum(x, 0))
+    return {
+        "line": np.stack([one, x], 1),
+        "quadratic": np.stack([one, x, x**2], 1),
+        "root": np.stack([one, root, x], 1),
+    }
+
+
+def _r2(columns: np.ndarray, y: np.ndarray) -> float:
+    fitted = columns @ np.linalg.lstsq(columns, y, rcond=None)[0]
+    return float(1 - ((y - fitted) ** 2).sum() / ((y - y.mean()) ** 2).sum())
+
+
+def share(count: int, of_all: int) -> str:
+    """A rate with Wilson's 95% interval."""
+    low, high = wilson(count, of_all)
+    return f"{100 * count / of_all:.0f}% ({100 * low:.0f}–{100 * high:.0f})"
+
+
+def wilson(count: int, of_all: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson (1927): the interval of a rate."""
+    rate, extra = count / of_all, z * z / of_all
+    middle = (rate + extra / 2) / (1 + extra)
+    half = z / (1 + extra) * math.sqrt(rate * (1 - rate) / of_all + extra / (4 * of_all))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def thinking_rows(results: Sequence[Result]) -> Rows:
+    """What answer-only data do to a model that thinks."""
+    rows = []
+    for result in results:
+        given, trial = result["answers"], result["trial"]
+        rows.append(
+            [
+                f"{trial['experiment']} {trial['data']}",
+                str(trial["seed"]),
+                str(setting(result, "empty_thinking", "")),
+                f"{setting(result, 'learning_rate'):g}",
+                share(given["thinking"], given["questions"]),
+                share(given["right"], given["questions"]),
+                f"{given['thinking_tokens']:.0f}",
+                f"{held_out(result):.3f}",
+            ]
+        )
+    return rows
+
+
+def simple_rows(results: Sequence[Result], name: Callable[[Result], str]) -> Rows:
+    """Held out, KL, and the losses on texts that no training saw, a row a trial."""
+    rows = []
+    for result in results:
+        before, after = result["before"], result["after"]
+        changes = (f"{after[text] - before[text]:+.3f}" for text in UNSEEN)
+        rows.append([name(result), f"{held_out(result):.3f}", f"{kl(result):.4f}", *changes])
+    return rows
+
+
+def main() -> None:
+    results = read(Path(sys.argv[1]))
+    told = "held-out loss / KL on general text / loss on general text that is not the gauge's"
+    header = ["", "held out", "KL", "Δ general", "Δ docs", "Δ crypto"]
+    sections = [
+        by_rate(of(results, "rate"), group_of, f"Rates, adapters of rank 16: {told}"),
+        by_rate(of(results, "full"), group_of, "Rates, all weights"),
+        by_rate(of(results, "updates"), group_of, "Fewer and more updates"),
+        by_rate(of(results, "batch"), group_of, "Samples per update"),
+        by_rate(of(results, "rank"), group_of, "Ranks"),
+        markdown("Anchor", header, simple_rows(of(results, "anchor"), group_of_anchor)),
+        markdown("Replay", header, simple_rows(of(results, "replay"), group_of_anchor)),
+        markdown(
+            "Thinking: valid and right answers of held-out sums, 95% intervals",
+            ["data", "seed", "empty block", "rate", "thinks", "right", "tokens", "held out"],
+            thinking_rows(of(results, "teach", "thinking")),
+        ),
+    ]
+    print("\n".join(filter(None, sections)))
+    plain = [r for r in results if r["trial"]["model"] == "base"]
+    fits = {text: gauge_fit(plain, text) for text in UNSEEN}
+    print(json.dumps({"trials": len(results), "gauge": fits}))
+
+
+def group_of_anchor(result: Result) -> str:
+    """All that the trial sets."""
+    return result["name"]
+
+
+if __name__ == "__main__":
+    main()
