@@ -20,7 +20,7 @@ from finetuning.model.cuda_graph import recorded
 ONE_TOKEN = "one_token"
 ALIGNMENT = 8  # of the keys' number: the kernel reads the mask in pieces of this
 CHECKED_EVERY = 8  # tokens; to learn whether all rows have ended is to wait for the device
-TRIED_TOKENS = 2
+TRIED_TOKENS = 3
 # Standard deviations of a row's scores: rounding in bf16 makes a few hundredths, a wrong mask 0.2 or more.
 TOLERANCE = 0.1
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
