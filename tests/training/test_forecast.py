@@ -189,7 +189,7 @@ def test_every_rank_writes_all_answers():
                 world_size=ranks,
             ),
             0,
-            100,
+            200,
             device_type="cuda",
             lora=True,
         )
