@@ -38,6 +38,18 @@ DOCUMENT = Bound(
     256 * _MIB, "bytes", "what an Excel or Word file unpacks to",
     "the file is refused", "readers/test_office.py::test_what_a_file_unpacks_to_is_bounded",
 )  # fmt: skip
+COLUMNS = Bound(
+    4096, "columns", "a record or the header of a table",
+    "the record is broken, the table refused", "readers/test_bounds.py::test_columns_are_bounded",
+)  # fmt: skip
+NAME = Bound(
+    100, "characters", "the part of a column's name that is understood",
+    "the rest of the name says nothing", "readers/test_bounds.py::test_names_are_bounded",
+)  # fmt: skip
+NAMES = Bound(
+    2**16, "characters", "names of one record whose meaning is kept for the next record like it",
+    "it is found out anew", "readers/test_bounds.py::test_names_are_bounded",
+)  # fmt: skip
 DEPTH = Bound(
     64, "levels", "lists and objects inside each other in tools and their calls",
     "the record is broken", "readers/test_records.py::test_broken_lines_are_listed",

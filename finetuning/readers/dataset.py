@@ -9,6 +9,7 @@ import bisect
 import hashlib
 import json
 import mmap
+import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -161,17 +162,11 @@ def _accounted(found: SampleSet, files: list[DataFile], listing: Listing) -> Sam
 def _read_chunk(chunk: Chunk, findings: Findings) -> Iterator[Sample | BrokenSample]:
     """All samples of a chunk in order, and what is broken between them; the rest is found."""
     file = chunk.file
+    depends = bool(file.described) or file.kind in TEXTS
     for item in read_records(chunk):
-        if isinstance(item, Remark):
-            findings.note(item.line, item.text)
-        elif isinstance(item, BrokenSample):
-            yield item
-        elif isinstance(item, Sample):
-            findings.sample(item)
-            yield item
-        else:
+        if isinstance(item, tuple):
             line, record = item
-            columns = _columns_of(file, record)
+            columns = _columns_of(file, record) if depends else file.columns
             try:
                 reading = record_sample(record, columns)
             except BrokenRecordError as error:
@@ -181,6 +176,13 @@ def _read_chunk(chunk: Chunk, findings: Findings) -> Iterator[Sample | BrokenSam
             else:
                 findings.record(line, reading)
                 yield _placed(reading.sample, file.source, line)
+        elif isinstance(item, Remark):
+            findings.note(item.line, item.text)
+        elif isinstance(item, BrokenSample):
+            yield item
+        else:
+            findings.sample(item)
+            yield item
 
 
 def _columns_of(file: DataFile, record: Any) -> tuple[tuple[str, str], ...]:
@@ -328,7 +330,7 @@ def _write_part(chunk: Chunk, path: str) -> tuple[bytes, list[dict], Findings]:
             if isinstance(item, Sample):
                 rows.append(_row(item))
                 ids += bytes.fromhex(item.id)
-                characters += sum(len(rows[-1][name]) for name in _TEXT_COLUMNS)
+                characters += sum(map(len, rows[-1][: len(_TEXT_COLUMNS)]))
             else:
                 broken.append(asdict(item))
             if len(rows) == _ROWS or characters > _BATCH_CHARACTERS:
@@ -364,6 +366,7 @@ def _load(folder: Path) -> SampleSet | None:
 
 _JSON_COLUMNS = ("history", "tool_turns", "tool_calls")
 _TEXT_COLUMNS = ("question", "thinking", "answer", "system", "source", "tools", *_JSON_COLUMNS)
+_JSON = slice(_TEXT_COLUMNS.index(_JSON_COLUMNS[0]), len(_TEXT_COLUMNS))
 
 
 def _schema():
@@ -373,30 +376,36 @@ def _schema():
     return pa.schema([*fields, ("line", pa.int64()), ("difficulty", pa.int8())])
 
 
-def _row(sample: Sample) -> dict:
-    row = {name: getattr(sample, name) for name in (*_TEXT_COLUMNS, "line", "difficulty")}
-    for name in _JSON_COLUMNS:
-        row[name] = json.dumps(row[name], ensure_ascii=False) if row[name] else ""
-    return row
+_values = operator.attrgetter(*_TEXT_COLUMNS, "line", "difficulty")
 
 
-def _batch(rows: list[dict]):
+def _row(sample: Sample) -> tuple:
+    """A sample's values in the order of the schema, as Arrow holds them."""
+    row = _values(sample)
+    if not any(row[_JSON]):
+        return (*row[: _JSON.start], "", "", "", *row[_JSON.stop :])
+    texts = (json.dumps(value, ensure_ascii=False) if value else "" for value in row[_JSON])
+    return (*row[: _JSON.start], *texts, *row[_JSON.stop :])
+
+
+def _batch(rows: list[tuple]):
     """A record batch made of its buffers: pyarrow's own ways from lists import pandas, 60 MB."""
     import pyarrow as pa
 
     columns = []
-    for name in _TEXT_COLUMNS:
-        texts = [row[name].encode() for row in rows]
+    *held, lines, difficulties = zip(*rows, strict=True)
+    for column in held:
+        texts = [text.encode() for text in column]
         starts = np.cumsum([0, *map(len, texts)], dtype=np.int64)
         if starts[-1] >= 2**31:
-            places = f"{clean_line(rows[-1]['source'], 200)}:{rows[-1]['line']}"
+            places = f"{clean_line(held[_TEXT_COLUMNS.index('source')][-1], 200)}:{lines[-1]}"
             raise UserError(f"{places}: a sample of 2 GB can't be stored; split it")
         buffers = [None, pa.py_buffer(starts.astype(np.int32)), pa.py_buffer(b"".join(texts))]
         columns.append(pa.Array.from_buffers(pa.string(), len(rows), buffers))
-    lines = pa.py_buffer(np.array([row["line"] for row in rows], np.int64))
-    columns.append(pa.Array.from_buffers(pa.int64(), len(rows), [None, lines]))
-    known = np.array([row["difficulty"] is not None for row in rows])
-    values = np.array([row["difficulty"] or 0 for row in rows], np.int8)
+    numbers = pa.py_buffer(np.array(lines, np.int64))
+    columns.append(pa.Array.from_buffers(pa.int64(), len(rows), [None, numbers]))
+    known = np.array([stated is not None for stated in difficulties])
+    values = np.array([stated or 0 for stated in difficulties], np.int8)
     buffers = [pa.py_buffer(np.packbits(known, bitorder="little")), pa.py_buffer(values)]
     columns.append(pa.Array.from_buffers(pa.int8(), len(rows), buffers))
     return pa.RecordBatch.from_arrays(columns, schema=_schema())

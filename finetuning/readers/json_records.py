@@ -111,13 +111,17 @@ def jsonl_records(chunk: Chunk) -> Iterator[Record | BrokenSample]:
             byte = f"byte 0x{raw[error.start]:02x} at offset {at + error.start}"
             yield BrokenSample(source, line, f"{byte} is not UTF-8")
             continue
-        if text.strip(" \t\r\n"):
-            yield _json_line(decoder, text, source, line)
+        start = _skip_space(text)
+        if start < len(text):
+            yield _json_line(decoder, (text, start), source, line)
 
 
-def _json_line(decoder: _Decoder, text: str, source: str, line: int) -> Record | BrokenSample:
+def _json_line(
+    decoder: _Decoder, place: tuple[str, int], source: str, line: int
+) -> Record | BrokenSample:
+    text, start = place
     try:
-        value, end = decoder.decode_at(text, _skip_space(text))
+        value, end = decoder.decode_at(text, start)
     except json.JSONDecodeError as error:
         reason = clean_line(error.msg, 80)
         if text.lstrip().startswith("{'"):

@@ -24,6 +24,7 @@ _FORMS = (
     (rf"◁{_NAME}▷", "◁/{}▷"),
 )
 _OPENINGS = [(re.compile(opening), closing) for opening, closing in _FORMS]
+_BY_LETTER = [(opening.pattern.lstrip("\\")[0], opening) for opening, _ in _OPENINGS]
 _ESCAPED = re.compile(r"&lt;/?\s*([A-Za-z_]{1,40})\s*&gt;")
 _DETAILS = re.compile(
     r'<details type="reasoning"[^>]*>\s*(?:<summary>[^<]*</summary>)?(.*?)</details>', re.S
@@ -37,7 +38,7 @@ def split_reasoning(text: str, *, labels: bool = True) -> tuple[str, str, list[s
     """
     if labels and (label := _LINE_LABEL.match(text)) and _labels(label, "thinking"):
         return _by_labels(text)
-    if not ("<" in text or "[" in text or "【" in text or "◁" in text or "&lt;" in text):
+    if not has_marks(text):
         return "", text.strip(), []
     told: list[str] = []
     if "&lt;" in text and any(_means(m[1], "thinking") for m in _ESCAPED.finditer(text)):
@@ -59,6 +60,11 @@ def split_reasoning(text: str, *, labels: bool = True) -> tuple[str, str, list[s
         told += [f"{mark} around the answer is left out"] if mark else []
     told += _left_as_text(thinking, rest)
     return thinking, rest, told
+
+
+def has_marks(text: str) -> bool:
+    """Whether a text may hold marks of any form: one look for a letter costs less than an expression."""
+    return "<" in text or "]" in text or "】" in text or "▷" in text or "&lt;" in text
 
 
 def _means(name: str, role: str) -> bool:
@@ -130,8 +136,9 @@ def _left_as_text(thinking: str, answer: str) -> list[str]:
     """Marks of a reasoning that open nothing, or not at the beginning."""
     if thinking:
         return []
-    for opening, _ in _OPENINGS:
-        for match in opening.finditer(answer[:2000]):
+    head = answer[:2000]
+    for letter, opening in _BY_LETTER:
+        for match in opening.finditer(head) if letter in head else ():
             if _means(match["name"], "thinking") and not THINK_TAG.fullmatch(match[0]):
                 return [f"{match[0]} is read as text; write <think> around the reasoning"]
     return []

@@ -12,7 +12,8 @@ from finetuning.common.bounds import DEPTH
 # ---- reasoning inside a text ------------------------------------------------------------------
 THINK_TAG = re.compile(r"<(/?)(think(?:ing)?)(?:\s+\w+=[^<>\n]{0,100})?\s*>", re.IGNORECASE)
 WIDE_TAG = re.compile(r"＜[/／]?(?:think|THINK|Think)")
-_SURROGATE = re.compile("[\ud800-\udfff]")
+_SORTED = json.JSONEncoder(sort_keys=True)
+_quoted = json.encoder.encode_basestring_ascii
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,11 @@ class Sample:
     @property
     def id(self) -> str:
         """16 hexadecimal digits that depend on the content alone."""
-        text = json.dumps(self.content, sort_keys=True)
+        if self.history or self.tools or self.tool_turns or self.tool_calls:
+            text = _SORTED.encode(self.content)
+        else:  # the same text, written at once
+            texts = map(_quoted, (self.question, self.thinking, self.answer, self.system))
+            text = f'[{", ".join(texts)}, [], "", [], []]'
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     def messages(self) -> list[dict]:
@@ -134,11 +139,14 @@ def checked(sample: Sample) -> Sample:
         raise BrokenRecordError("empty answer")
     nested = sample.history or sample.tools or sample.tool_turns or sample.tool_calls
     plain = (sample.question, sample.thinking, sample.answer, sample.system)
-    for text in strings_of(sample.content) if nested else plain:
-        if "\0" in text:
-            raise BrokenRecordError("NUL character (is the file UTF-16 without a byte order mark?)")
-        if _SURROGATE.search(text):
-            raise BrokenRecordError("lone surrogate (half of a character, \\ud800 to \\udfff)")
+    text = "".join(strings_of(sample.content) if nested else plain)
+    if "\0" in text:
+        raise BrokenRecordError("NUL character (is the file UTF-16 without a byte order mark?)")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        reason = "lone surrogate (half of a character, \\ud800 to \\udfff)"
+        raise BrokenRecordError(reason) from None
     return sample
 
 
