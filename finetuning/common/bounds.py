@@ -50,6 +50,10 @@ NAMES = Bound(
     2**16, "characters", "names of one record whose meaning is kept for the next record like it",
     "it is found out anew", "readers/test_bounds.py::test_names_are_bounded",
 )  # fmt: skip
+OPEN_FILES = Bound(
+    64, "files", "files of samples that are open at once, however many files or bytes were read",
+    "each of them holds more", "readers/test_bounds.py::test_many_files_need_few_open_ones",
+)  # fmt: skip
 DEPTH = Bound(
     64, "levels", "lists and objects inside each other in tools and their calls",
     "the record is broken", "readers/test_records.py::test_broken_lines_are_listed",

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from finetuning.common.files import write_json
-from finetuning.readers.dataset import give_back_pages
+from finetuning.readers.arrow_samples import give_back_pages
 from finetuning.readers.sample import BrokenSample
 
 NUM_THINKING_BUCKETS = 10  # tenths of a chain of thought

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from finetuning.readers.fields import Oddity
 from finetuning.readers.sample import WIDE_TAG, Sample
 
-# What is left over, and a letter without which it is not there: one letter is found faster than any expression.
+# What is left over, and a letter without which it is not there: a letter is found faster than an expression.
 _KINDS = {
     "marks of another format": (
         ("<", r"<(?:\|[A-Za-z][\w-]{0,40}\|>|｜[^｜<>\n]{1,40}｜>|/?s>|</?SYS>>|/?(?:bos|eos)>"
@@ -42,13 +42,14 @@ _ROLES_IN_TEXT = re.compile(rf"{_ROLE}[ \t]*[:：]")
 def damages(sample: Sample) -> Iterator[Oddity]:
     """What is odd in the texts that are learnt or asked."""
     text = "\n".join((sample.question, sample.thinking, sample.answer, sample.system))
-    told = set()
+    found: dict[str, re.Match] = {}
     for letter, forms in _BY_LETTER.items():
-        if letter in text:
-            for kind, form in forms:
-                if kind not in told and (match := form.search(text)):
-                    told.add(kind)
-                    yield Oddity(f"{kind}, such as {{}}, stay in the text", match[0])
+        for kind, form in forms if letter in text else ():
+            match = form.search(text)
+            if match and (kind not in found or match.start() < found[kind].start()):
+                found[kind] = match
+    for kind, match in found.items():
+        yield Oddity(f"{kind}, such as {{}}, stay in the text", match[0])
     if "＜" in text and WIDE_TAG.search(text):
         yield Oddity("＜think＞ with full-width brackets is read as text; write <think>")
     for text in (sample.question, sample.answer):

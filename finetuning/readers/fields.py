@@ -94,7 +94,7 @@ class Fields:
 
     def first(self, role: str, fits: Callable[[Any], bool] | None = None) -> str | None:
         """The likeliest column of a role that holds something fitting."""
-        for name in self.layout.of(role):
+        for name in self.layout.columns.get(role, ()):
             if name in self._filled and (fits is None or fits(self._filled[name])):
                 return name
         return None

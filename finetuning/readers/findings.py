@@ -87,15 +87,18 @@ class Findings:
                 else:
                     mine[name] = told
 
-    def remarks(self, source: str) -> list[Remark]:
-        """What is to be said, by line."""
+    def remarks(self, file: DataFile) -> list[Remark]:
+        """What is to be said of the file, by line."""
+        source = file.source
         found = [
             Remark(source, told.line, self._text(text, told)) for text, told in self._told.items()
         ]
         if self._left:
             first = min(told.line for told in self._left.values())
             found.append(Remark(source, first, self._unused()))
-        return sorted(found, key=lambda remark: remark.line)
+        name = _ENCODINGS.get(file.encoding)
+        encoding = [Remark(source, 1, f"read as {name}")] if name else []
+        return [*sorted(found, key=lambda remark: remark.line), *encoding]
 
     def _text(self, text: str, told: _Told) -> str:
         text = text.replace("{}", clean_line(told.example, 60)) if told.example else text
@@ -157,12 +160,6 @@ def urgency(remark: Remark) -> int:
     """How soon a remark is to be seen: what is lost first, what is read all the same last."""
     lost = ("no reasoning was found", "left out", "not used")
     return next((i for i, text in enumerate(lost) if text in remark.text), len(lost))
-
-
-def encoding_remark(file: DataFile) -> Remark | None:
-    """That a text file is in another encoding than UTF-8."""
-    name = _ENCODINGS.get(file.encoding)
-    return Remark(file.source, 1, f"read as {name}") if name else None
 
 
 def without_sample(file: DataFile, broken: list[BrokenSample], left_out: bool) -> str:

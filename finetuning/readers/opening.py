@@ -13,11 +13,13 @@ from typing import BinaryIO
 
 from finetuning.common.errors import UserError
 from finetuning.common.text import clean_line
-from finetuning.readers.files import COMPRESSIONS, DataFile
+from finetuning.readers.files import COMPRESSIONS, NOT_TEXT, DataFile
 
 CHUNK = 16 * 2**20
 """Bytes of a JSONL file that one worker reads at a time."""
 BLOCK = 2**20
+SMALL = 2**16
+"""Bytes of a file that is opened once: they are held until it has been read."""
 
 _HEAD = 1000  # bytes that tell the encoding
 _LOOKED_AT = 16 * 2**20  # bytes by which an encoding is judged
@@ -35,10 +37,28 @@ class Chunk:
     """Byte range [start, stop) of a plain JSONL file."""
     first_line: int = 1
 
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return (self.file.size if self.stop is None else self.stop) - self.start
+
+
+def held(file: DataFile) -> DataFile:
+    """The file with its bytes, where they are few."""
+    if file.size > SMALL or file.kind in NOT_TEXT:
+        return file
+    with _opened(file) as raw:
+        content = raw.read(SMALL + 1)
+    return replace(file, content=content) if len(content) <= SMALL else file
+
 
 def split_file(file: DataFile, seen: Callable[[int], None]) -> tuple[list[Chunk], str]:
     """(chunks in order, content hash) in one pass; `seen` gets the size of every block read."""
     digest = hashlib.blake2b(digest_size=16)
+    if file.content is not None:
+        digest.update(file.content)
+        seen(file.size)
+        return [Chunk(replace(file, content=None))], digest.hexdigest()
     utf8 = file.encoding in ("utf-8", "utf-8-sig")
     splittable = file.kind == "jsonl" and utf8 and not file.path.lower().endswith(COMPRESSIONS)
     chunks, position, line = [Chunk(file)], 0, 1
@@ -61,6 +81,8 @@ def split_file(file: DataFile, seen: Callable[[int], None]) -> tuple[list[Chunk]
 
 
 def _opened(file: DataFile) -> BinaryIO:
+    if file.content is not None:
+        return io.BufferedReader(io.BytesIO(file.content))
     try:
         return open(file.path, "rb")
     except OSError as error:
@@ -105,7 +127,7 @@ def with_encoding(file: DataFile) -> DataFile:
 
     A file that is UTF-8 save for some lines stays UTF-8, so that those lines are named.
     """
-    if file.kind not in ("markdown", "text", "json", "jsonl", "csv"):
+    if file.kind in NOT_TEXT:
         return file
     try:
         with byte_stream(file) as stream:
