@@ -34,6 +34,22 @@ RECORD = Bound(
     16 * _MIB, "bytes", "a line of JSON or CSV, a value in a JSON array, a description of a folder",
     "broken, with its line", "readers/test_formats.py::test_overlong_line_is_skipped",
 )  # fmt: skip
+UNPACKED = Bound(
+    128 * _MIB, "bytes", "what a compressed file gives, however small it is (.gz, .zst, Parquet, Arrow)",
+    "the file is refused", "readers/test_bounds.py::test_a_bomb_is_refused",
+)  # fmt: skip
+EXPANSION = Bound(
+    100, "times", "what a larger compressed file gives, by its own size (text gives 3 to 20 times)",
+    "the file is refused", "readers/test_bounds.py::test_a_bomb_is_refused",
+)  # fmt: skip
+TEXT = Bound(
+    64 * 2**20, "characters", "a text that is read whole: Markdown, .txt, Word",
+    "the file is refused", "readers/test_bounds.py::test_texts_are_bounded",
+)  # fmt: skip
+LINES = Bound(
+    1_000_000, "lines", "the same",
+    "the file is refused", "readers/test_bounds.py::test_texts_are_bounded",
+)  # fmt: skip
 DOCUMENT = Bound(
     256 * _MIB, "bytes", "what an Excel or Word file unpacks to",
     "the file is refused", "readers/test_office.py::test_what_a_file_unpacks_to_is_bounded",

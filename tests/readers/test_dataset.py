@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from finetuning.common.errors import UserError
-from finetuning.readers import dataset, opening
+from finetuning.readers import arrow_samples, dataset, opening
 from finetuning.readers.arrow_samples import ArrowSamples
 from finetuning.readers.dataset import read_samples
 from tests.helpers.read_text import GOOD, JSONL, PLAIN, RECORDS, TOOL_CALL
