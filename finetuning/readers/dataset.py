@@ -29,7 +29,9 @@ from finetuning.readers.records import SAMPLE_KEYS, record_sample
 from finetuning.readers.sample import (
     BrokenRecordError,
     BrokenSample,
+    Finding,
     LeftOutError,
+    NothingLeftError,
     Remark,
     Sample,
 )
@@ -131,6 +133,7 @@ def _accounted(found: SampleSet, listing: Listing) -> SampleSet:
         broken.setdefault(item.source, []).append(item)
     left_out = {r.source for r in found.remarks if r.text.startswith("left out")}
     skipped, per_file = [*dict.fromkeys(listing.skipped)], dict(found.samples_per_file)
+    empty: list[Finding] = []
     for file in listing.files:
         if found.samples_per_file[file.source]:
             continue
@@ -138,12 +141,17 @@ def _accounted(found: SampleSet, listing: Listing) -> SampleSet:
             per_file.pop(file.source)
             skipped.append(Remark(file.source, 1, "skipped: no question was found in it"))
             continue
-        raise UserError(without_sample(file, broken.get(file.source, []), file.source in left_out))
+        reason = without_sample(file, broken.get(file.source, []), file.source in left_out)
+        empty.append(Finding("without a sample", file.source, 1, reason))
     if not per_file:
-        raise UserError(
-            f"no question was found in {clean_line(listing.files[0].source, 200)}; {HINTS['text']}"
-        )
+        shown = clean_line(listing.files[0].source, 200)
+        reason = f"no question was found in {shown}; {HINTS['text']}"
+        empty.append(Finding("without a sample", listing.files[0].source, 1, reason))
     remarks = sorted((*found.remarks, *dict.fromkeys(listing.remarks), *skipped), key=urgency)
+    if empty:
+        lost = (Finding("broken", b.source, b.line, b.reason) for b in found.broken)
+        odd = (Finding("remark", r.source, r.line, r.text) for r in remarks)
+        raise NothingLeftError(empty[0].note, (*lost, *empty, *odd))
     return replace(found, remarks=tuple(remarks), skipped=tuple(skipped), samples_per_file=per_file)
 
 

@@ -3,11 +3,12 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from finetuning.common.bounds import DEPTH
+from finetuning.common.errors import UserError
 
 # ---- reasoning inside a text ------------------------------------------------------------------
 THINK_TAG = re.compile(r"<(/?)(think(?:ing)?)(?:\s+\w+=[^<>\n]{0,100})?\s*>", re.IGNORECASE)
@@ -97,6 +98,23 @@ class Remark:
 
     def __str__(self) -> str:
         return f"{self.source}:{self.line}: {self.text}"
+
+
+class Finding(NamedTuple):
+    """Something that is wrong with a place in the data, or odd about it."""
+
+    kind: str
+    source: str
+    line: int
+    note: str
+
+
+class NothingLeftError(UserError):
+    """No sample is left, of a file or of all; `findings` say why, place by place, for --check-data."""
+
+    def __init__(self, message: str, findings: Iterable[Finding]) -> None:
+        super().__init__(message)
+        self.findings = tuple(findings)
 
 
 class BrokenRecordError(ValueError):
