@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -80,8 +81,8 @@ class _Decoder:
     def _object(self, pairs: list[tuple[str, Any]]) -> dict:
         value = dict(pairs)
         if len(value) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
+            counts = Counter(key for key, _ in pairs)
+            twice = next(key for key, count in counts.items() if count > 1)
             self.faults.append(f"duplicate key {clean_line(twice, 40)!r}")
         return value
 

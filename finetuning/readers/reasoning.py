@@ -27,7 +27,7 @@ _OPENINGS = [(re.compile(opening), closing) for opening, closing in _FORMS]
 _BY_LETTER = [(opening.pattern.lstrip("\\")[0], opening) for opening, _ in _OPENINGS]
 _ESCAPED = re.compile(r"&lt;/?\s*([A-Za-z_]{1,40})\s*&gt;")
 _DETAILS = re.compile(
-    r'<details type="reasoning"[^>]*>\s*(?:<summary>[^<]*</summary>)?(.*?)</details>', re.S
+    r'<details type="reasoning"[^>]*+>\s*+(?:<summary>[^<]*</summary>)?(.*?)</details>', re.S
 )
 
 
@@ -36,7 +36,7 @@ def split_reasoning(text: str, *, labels: bool = True) -> tuple[str, str, list[s
 
     labels: labels such as `思考过程：` and `答案：` count as marks, too.
     """
-    if labels and (label := _LINE_LABEL.match(text)) and _labels(label, "thinking"):
+    if labels and (label := _first_label(text)) and _labels(label, "thinking"):
         return _by_labels(text)
     if not has_marks(text):
         return "", text.strip(), []
@@ -93,17 +93,21 @@ def _pair(text: str, role: str) -> tuple[re.Match, int, int] | None:
     return None
 
 
-_LINE_LABEL = re.compile(rf"[#*\s【\[]*{_NAME}(?:[】\]*]*[ \t]*[:：][*]*|】)")
+_LINE_LABEL = re.compile(rf"[#* \t\u3000\xa0【\[]*+{_NAME}(?:[】\]*]*+[ \t]*+[:：][*]*+|】)")
+
+
+def _first_label(text: str) -> re.Match | None:
+    return _LINE_LABEL.match(text, len(text) - len(text.lstrip()) if text[:1].isspace() else 0)
 
 
 def _by_labels(text: str) -> tuple[str, str, list[str]]:
     """A text that opens with a label of a reasoning, `思考过程：…`, and goes on with one of the answer on a
     line below, `答案：…`; without the latter it is read as it stands, and told."""
-    opening = _LINE_LABEL.match(text)
+    opening = _first_label(text)
     at = text.find("\n", opening.end())
     while at >= 0:
         label = _LINE_LABEL.match(text, at + 1)
-        if label and _labels(label, "answer") and "\n" not in label[0].strip():
+        if label and _labels(label, "answer"):
             marks = f"“{opening[0].strip()}” and “{label[0].strip()}”"
             told = f"{marks} are read as marks of the reasoning and the answer"
             return text[opening.end() : at].strip(), text[label.end() :].strip(), [told]

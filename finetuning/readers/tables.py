@@ -3,6 +3,7 @@
 import csv
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -77,7 +78,7 @@ def _names(cells: list[Any], line: int, file: DataFile) -> list[str | None]:
     """The columns' names. One without a name is called by its place, save the first: pandas writes its row
     numbers there."""
     names = [str(cell).strip() if _filled(cell) else "" for cell in cells]
-    twice = sorted({name for name in names if name and names.count(name) > 1})
+    twice = sorted(name for name, count in Counter(names).items() if name and count > 1)
     if twice:
         shown = clean_line(twice[0], 40)
         raise UserError(
