@@ -37,6 +37,7 @@ if (
     process.imports_begin()
 
 import dataclasses
+import functools
 import math
 from contextlib import nullcontext
 from pathlib import Path
@@ -468,9 +469,8 @@ def run(command: CommandLine) -> int:
     trust = {"trust_remote_code": command.trust_remote_code}
     trainer = DirectTrainer(config, resume=command.resume, quiet=command.quiet, **trust)
     if command.check_data:
-        inputs = load_data(config, trainer.dist, trainer.terminal, **trust)
-        found = inputs.data, inputs.statistics, inputs.accounts
-        return check_data(*found, trainer.terminal, quiet=command.quiet)
+        load = functools.partial(load_data, config, trainer.dist, trainer.terminal, **trust)
+        return check_data(load, trainer.terminal, quiet=command.quiet)
     if command.plan:
         show_plan(trainer.terminal, plan_run(config, trainer.dist, trainer.terminal, **trust))
     else:
