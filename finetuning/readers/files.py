@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from finetuning.common.bounds import RECORD
 from finetuning.common.errors import UserError
 from finetuning.common.files import read_json_object
 from finetuning.common.text import clean_line
@@ -52,9 +53,6 @@ _SPLIT_WORD = re.compile(
 )
 _FOR_TESTS = "its name says that it is for tests; it is read all the same"
 _SHARD = re.compile(r"[-_.]?\d+(?:[-_]of[-_]\d+)?$")
-
-MAX_RECORD = 16 * 2**20
-"""Longest record read, in bytes (of a line) or characters (of a JSON element)."""
 
 
 @dataclass(frozen=True)
@@ -327,7 +325,7 @@ def _add_described_columns(path: str, found: Listing) -> None:
     info = os.path.join(path, "dataset_info.json")
     if not os.path.isfile(info):
         return
-    described = read_json_object(Path(info), MAX_RECORD)
+    described = read_json_object(Path(info), RECORD.limit)
     by_name = {}
     for entry in described.values():
         columns = entry.get("columns") if isinstance(entry, dict) else None
@@ -359,7 +357,7 @@ def _splits(path: str) -> list[str]:
     listing = os.path.join(path, "dataset_dict.json")
     if not os.path.isfile(listing):
         return []
-    splits = read_json_object(Path(listing), MAX_RECORD).get("splits")
+    splits = read_json_object(Path(listing), RECORD.limit).get("splits")
     if not isinstance(splits, list) or not all(_plain_name(split) for split in splits):
         raise UserError(f"{clean_line(listing, 200)} lists no splits")
     return ["train"] if "train" in splits else splits
@@ -368,7 +366,7 @@ def _splits(path: str) -> list[str]:
 def _saved_dataset(path: str, source: str, split: str) -> list[DataFile]:
     """The Arrow files of a folder made by `Dataset.save_to_disk`."""
     state = os.path.join(path, split, "state.json")
-    entries = read_json_object(Path(state), MAX_RECORD).get("_data_files")
+    entries = read_json_object(Path(state), RECORD.limit).get("_data_files")
     names = [e.get("filename") if isinstance(e, dict) else None for e in entries or []]
     if not names or not all(_plain_name(name) for name in names):
         raise UserError(f"{clean_line(state, 200)} lists no data files")

@@ -5,11 +5,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from finetuning.common.bounds import DEPTH
 from finetuning.common.text import clean_line
 from finetuning.readers.fields import Oddity
 from finetuning.readers.files import DataFile
 from finetuning.readers.records import Reading
-from finetuning.readers.sample import MAX_DEPTH, BrokenSample, Remark, Sample, strings_of
+from finetuning.readers.sample import BrokenSample, Remark, Sample, strings_of
 from finetuning.readers.values import is_text, shown, width
 
 _NAMED = 8  # columns that one remark names
@@ -131,10 +132,10 @@ def _strings(value: Any, depth: int = 0) -> Iterator[str]:
     """All texts in a value, whatever else is in it."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, dict) and depth < MAX_DEPTH:
+    elif isinstance(value, dict) and depth < DEPTH.limit:
         for item in value.values():
             yield from _strings(item, depth + 1)
-    elif isinstance(value, (list, tuple)) and depth < MAX_DEPTH:
+    elif isinstance(value, (list, tuple)) and depth < DEPTH.limit:
         for item in value:
             yield from _strings(item, depth + 1)
 

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from finetuning.common.bounds import RECORD
 from finetuning.common.errors import UserError
 from finetuning.common.text import clean_line
-from finetuning.readers.files import MAX_RECORD, DataFile
+from finetuning.readers.files import DataFile
 from finetuning.readers.names import is_record
 from finetuning.readers.opening import BLOCK, Chunk, text_stream, utf8_stream
 from finetuning.readers.sample import BrokenSample, Remark
@@ -28,12 +29,12 @@ def with_layout(file: DataFile) -> DataFile:
     if file.kind != "jsonl":
         return file
     with text_stream(file) as stream:
-        text = stream.readline(MAX_RECORD)
+        text = stream.readline(RECORD.limit)
         for _ in range(_BLANK_LINES):
-            if text.strip() or len(text) >= MAX_RECORD:
+            if text.strip() or len(text) >= RECORD.limit:
                 break
-            text = stream.readline(MAX_RECORD)
-        more = stream.readline(MAX_RECORD).strip()
+            text = stream.readline(RECORD.limit)
+        more = stream.readline(RECORD.limit).strip()
     text = text.strip()
     if not text.startswith(("{", "[")):
         return file
@@ -102,7 +103,7 @@ def jsonl_records(chunk: Chunk) -> Iterator[Record | BrokenSample]:
     decoder, source = _Decoder(), chunk.file.source
     for line, raw, at in _raw_lines(chunk):
         if raw is None:
-            yield BrokenSample(source, line, f"line longer than {MAX_RECORD >> 20} MiB")
+            yield BrokenSample(source, line, f"line longer than {RECORD}")
             continue
         try:
             text = raw.decode("utf-8")
@@ -138,15 +139,15 @@ def _raw_lines(chunk: Chunk) -> Iterator[tuple[int, bytes | None, int]]:
         if position:
             stream.seek(position)
         while chunk.stop is None or position < chunk.stop:
-            raw = stream.readline(MAX_RECORD + 1)
+            raw = stream.readline(RECORD.limit + 1)
             if not raw:
                 return
-            too_long = len(raw) > MAX_RECORD
+            too_long = len(raw) > RECORD.limit
             mark = len(codecs.BOM_UTF8) if not position and raw.startswith(codecs.BOM_UTF8) else 0
             yield line, None if too_long else raw[mark:], position + mark
             position += len(raw)
             while too_long and raw and not raw.endswith(b"\n"):
-                raw = stream.readline(MAX_RECORD)
+                raw = stream.readline(RECORD.limit)
                 position += len(raw)
             line += 1
 
@@ -209,7 +210,7 @@ def json_records(chunk: Chunk) -> Iterator[Record | BrokenSample | Remark]:
 
 
 class _TooLongError(UserError):
-    """A value that goes on beyond `MAX_RECORD`."""
+    """A value that goes on beyond `RECORD.limit`."""
 
 
 def _long_object(window: _Window, file: DataFile) -> Iterator[Record | BrokenSample]:
@@ -336,11 +337,9 @@ def _element(window: _Window, file: DataFile) -> tuple[Any, list[str]]:
             value, end = decoder.decode_at(window.text, window.position)
         except json.JSONDecodeError as error:
             ahead = error.pos - window.position
-            if len(window.text) - window.position > MAX_RECORD:
+            if len(window.text) - window.position > RECORD.limit:
                 place = f"{clean_line(file.source, 200)}:{window.line}"
-                raise _TooLongError(
-                    f"{place}: a value longer than {MAX_RECORD >> 20} MiB; split it"
-                ) from None
+                raise _TooLongError(f"{place}: a value longer than {RECORD}; split it") from None
             if not window.grow():
                 raise _broken_json(file, window, error.msg, window.position + ahead) from None
             continue

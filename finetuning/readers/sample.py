@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-MAX_DEPTH = 64
-"""Levels of lists and objects within tools and tool calls; more is not data but an attack."""
+from finetuning.common.bounds import DEPTH
 
 # ---- reasoning inside a text ------------------------------------------------------------------
 THINK_TAG = re.compile(r"<(/?)(think(?:ing)?)(?:\s+\w+=[^<>\n]{0,100})?\s*>", re.IGNORECASE)
@@ -147,8 +146,8 @@ def strings_of(value: Any, depth: int = 0) -> Iterator[str]:
     """All strings of a nested value, keys included."""
     if isinstance(value, str):
         yield value
-    elif depth > MAX_DEPTH:
-        raise BrokenRecordError(f"nested deeper than {MAX_DEPTH} levels")
+    elif depth > DEPTH.limit:
+        raise BrokenRecordError(f"nested deeper than {DEPTH.limit} levels")
     elif isinstance(value, dict):
         for key, item in value.items():
             yield from strings_of(key, depth)

@@ -6,9 +6,10 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from finetuning.common.bounds import RECORD
 from finetuning.common.errors import UserError
 from finetuning.common.text import clean_line
-from finetuning.readers.files import MAX_RECORD, DataFile
+from finetuning.readers.files import DataFile
 from finetuning.readers.names import NAMELESS, is_record
 from finetuning.readers.opening import Chunk, text_stream
 from finetuning.readers.sample import BrokenSample, Remark
@@ -95,7 +96,7 @@ def _nameless(i: int) -> str:
 def csv_records(chunk: Chunk) -> Iterator[tuple[int, Any] | BrokenSample | Remark]:
     """Records of a CSV file; what separates its columns is seen from its first lines."""
     file = chunk.file
-    csv.field_size_limit(MAX_RECORD)
+    csv.field_size_limit(RECORD.limit)
     with text_stream(file) as text:
         head = list(itertools.islice(text, _HEADER_WITHIN))
         mark, skipped = _separator(file, head)
