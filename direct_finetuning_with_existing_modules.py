@@ -450,9 +450,8 @@ class DirectTrainer:
         self.terminal.stop_progress()
         ends = {"completed": "success", "stopped": "success"}
         self.record.close(ends.get(self.outcome))
-        at_once = isinstance(sys.exc_info()[1], KeyboardInterrupt)  # nobody waits for a page
-        if self.dist.is_main and not at_once:
-            leave_report(self.record.run, self.terminal)
+        if self.dist.is_main and not self.stop.name:  # else nobody waits for a page
+            leave_report(self.record.run, self.terminal, lambda: bool(self.stop.name))
 
 
 # -----------------------------------------------------------------------------

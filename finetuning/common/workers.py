@@ -1,7 +1,6 @@
 """Results of a function, computed by worker processes and given back in order."""
 
 import contextlib
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -9,6 +8,8 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+
+from finetuning.common.limited import end_with
 
 
 def in_order(
@@ -43,10 +44,7 @@ def in_order(
 def _begin(parent: int, initializer: Callable | None, initargs: tuple) -> None:
     """A worker ends with its parent, however that ends; Ctrl-C is for the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
-        if os.getppid() != parent:  # it has ended meanwhile
-            os._exit(1)
+    end_with(parent)
     if initializer is not None:
         initializer(*initargs)
 

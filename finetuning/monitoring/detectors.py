@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,21 @@ WINDOW = 64  # logged values that the short memories keep
 QUIET = 10  # logged steps that a trouble must be away before it is news again
 LEAK_BINS = 64  # a memory series is squeezed into 32 to 64 bins, however long the run
 PROBES = 4  # answers an evaluation's format rate is taken to be the mean of
+
+_GPU = re.compile(r"GPU_(\d+)/(Temperature_C|Utilization_Percent)")
+_WATCHED = re.compile(
+    r"Training/(Loss|Gradient_Norm|Learning_Rate)|Eval/(Loss|Think_Length_Ratio|Format_Valid_Rate)"
+    r"|Throughput/(?:Step_)?(?:Seconds[_/])?(?:Data|Forward_Backward|Optimizer|Logging)(?:_Seconds)?"
+    r"|Throughput/Straggler_Percent|Monitoring/(NonFinite_Steps|Forecast_Final_Loss_High)"
+    r"|Memory/(Host_RSS_MB|Host_Percent|GPU_(Allocated_MB|Peak_MB|Total_MB|Utilization_Percent))"
+    rf"|{_GPU.pattern}"
+)
+
+
+@functools.lru_cache(maxsize=10_000)
+def is_watched(tag: str) -> bool:
+    """Whether a detector looks at the tag; of all others it need not be told."""
+    return bool(_WATCHED.fullmatch(tag))
 
 
 @dataclass(frozen=True)
@@ -116,7 +132,7 @@ def is_spike(loss: float, before: list[float], z: float = 6.0, ratio: float = 1.
     True where log(loss) - median of the last seven logs exceeds both log(ratio) and z sigma.
     """
     height = _log(loss) - median(_log(x) for x in before[-7:])
-    return height > max(z * log_noise(before), math.log(ratio))
+    return height > math.log(ratio) and height > z * log_noise(before)
 
 
 def log_noise(losses: Sequence[float]) -> float:
@@ -299,8 +315,8 @@ def _worst_gpu(metrics: Mapping, quantity: str, worst) -> tuple[int, float] | No
     """(index, value) of the GPU with the largest or smallest `quantity`."""
     values = []
     for name, value in metrics.items():
-        match = re.fullmatch(rf"GPU_(\d+)/{quantity}", name)
-        if match and value is not None and math.isfinite(value):
+        match = _GPU.fullmatch(name)
+        if match and match[2] == quantity and value is not None and math.isfinite(value):
             values.append((int(match[1]), float(value)))
     return worst(values, key=lambda pair: pair[1]) if values else None
 
