@@ -99,12 +99,11 @@ def _gradient_explosion(memory: DetectorMemory, metrics: Mapping):
     memory.remember("log_gradient", log)
     if len(before) < 10:
         return None
-    centre = median(before)
+    centre, limit = median(before), math.log(memory.limits.gradient_ratio)
+    if log - centre <= limit:
+        return None
     scale = 1.4826 * max(0.1, median(abs(x - centre) for x in before))
-    limit = max(
-        memory.limits.gradient_z * scale,
-        math.log(memory.limits.gradient_ratio),
-    )
+    limit = max(limit, memory.limits.gradient_z * scale)
     if log - centre <= limit:
         return None
     return Finding(norm, math.exp(centre + limit), {"usual norm": math.exp(centre)})
@@ -207,10 +206,10 @@ def _divergence(memory: DetectorMemory, metrics: Mapping):
     if not _follow_loss(memory, metrics):
         return KEEP
     marks, losses = memory.marks, memory.series["loss"]
-    noise = log_noise(losses[-31:]) * marks["level"]
-    limit = marks["best"] + max(
-        memory.limits.divergence * marks["best"], 2 * noise, 0.02 * marks["start"]
-    )
+    least = max(memory.limits.divergence * marks["best"], 0.02 * marks["start"])
+    if marks["level"] <= marks["best"] + least:
+        return None
+    limit = marks["best"] + max(least, 2 * log_noise(losses[-31:]) * marks["level"])
     if marks["level"] <= limit:
         return None
     return Finding(marks["level"], limit, {"best smoothed loss": marks["best"]})

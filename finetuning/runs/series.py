@@ -17,6 +17,8 @@ MEDIANS = (
     "Throughput/Tokens_Per_Second",
     "Throughput/MFU_Percent",
 )  # of all values, not of what is kept
+# What reading and counting raise for a file of another kind.
+_OTHERS = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 class Series(Sequence):
@@ -107,7 +109,7 @@ class RunSeries:
                 if count >= VALUES_AT_ONCE:
                     count = found._settle()
             found._settle()
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, OSError) as error:
+        except (*_OTHERS, OSError) as error:
             raise UserError(
                 f"{path}: not a metrics file of this program ({error!r:.120})"
             ) from error
