@@ -273,7 +273,8 @@ class DirectTrainer:
         straggler, slowest = self.metrics.straggler()
         if slowest is not None:  # an alert about it names the rank
             self.record.evidence["slowest_rank"] = slowest
-        return metrics | straggler | self.record.overhead_percent(self.metrics.session_seconds)
+        spent = self.metrics.session_seconds, self.metrics.spent.seconds
+        return metrics | straggler | self.record.overhead_percent(*spent)
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Held-out losses, answers and adapter health; keeps the best model."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +15,8 @@ from finetuning.common.bounds import RECORD
 from finetuning.common.errors import UserError
 from finetuning.common.files import read_json_object, regular
 from finetuning.monitoring.detectors import is_watched
+from finetuning.monitoring.rows import Rows
 
-ROWS_AT_ONCE = 1000
 PLANNED, EPOCH = "total_steps", "Training/Epoch"
 
 
@@ -33,70 +32,6 @@ class Curve:
     steps_per_epoch: float | None
 
 
-class Rows(Sequence):
-    """Rows of numbers by name, in columns: a tenth of what as many dicts take.
-
-    steps: (n,), rising. columns: name -> values (n,) and which of the rows have one (n,).
-    """
-
-    def __init__(
-        self, steps: np.ndarray, columns: Mapping[str, tuple[np.ndarray, np.ndarray]]
-    ) -> None:
-        self.steps, self.columns = steps, columns
-
-    @classmethod
-    def of(cls, rows: Iterable[Mapping[str, float]]) -> Rows:
-        """Rows by step; a later row of the same step (after a resume) replaces its values."""
-        steps, found = array("d"), {}
-        for number, row in enumerate(rows):
-            steps.append(row["step"])
-            for name, value in row.items():
-                if name not in (PLANNED, EPOCH) and not is_watched(name):
-                    continue
-                places, values = found.setdefault(name, (array("q"), array("d")))
-                places.append(number)
-                values.append(value)
-        ordered, row_of = np.unique(np.asarray(steps), return_inverse=True)
-        columns = {}
-        for name, (places, values) in found.items():
-            column, known = np.zeros(len(ordered)), np.zeros(len(ordered), bool)
-            rows_here = row_of[
-                np.asarray(places)
-            ]  # in the order of the file, so that the last one stays
-            column[rows_here], known[rows_here] = np.asarray(values), True
-            columns[name] = column, known
-        return cls(ordered, columns)
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __getitem__(self, place: int) -> dict[str, float]:
-        row = {"step": float(self.steps[place])}
-        for name, (values, known) in self.columns.items():
-            if known[place]:
-                row[name] = float(values[place])
-        return row
-
-    def __iter__(self) -> Iterator[dict[str, float]]:
-        for start in range(0, len(self), ROWS_AT_ONCE):
-            some = slice(start, start + ROWS_AT_ONCE)
-            rows = [{"step": step} for step in self.steps[some].tolist()]
-            for name, (values, known) in self.columns.items():
-                for row, value, here in zip(
-                    rows, values[some].tolist(), known[some].tolist(), strict=True
-                ):
-                    if here:
-                        row[name] = value
-            yield from rows
-
-    def column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Steps and values of the rows that have this number."""
-        if name not in self.columns:
-            return np.empty(0), np.empty(0)
-        values, known = self.columns[name]
-        return self.steps[known], values[known]
-
-
 def read_curve(path: str | Path) -> Curve:
     """Read a run directory of ours, a metrics.jsonl, a csv or an HF trainer_state.json.
 
@@ -107,7 +42,7 @@ def read_curve(path: str | Path) -> Curve:
     if path.suffix not in readers:
         raise UserError(f"{path}: give a run directory, a .csv, .jsonl or trainer_state.json")
     try:
-        points = Rows.of(readers[path.suffix](regular(path)))
+        points = Rows.of(readers[path.suffix](regular(path)), _is_needed)
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: not readable as {path.suffix[1:]} ({error})") from error
     steps, losses = points.column("Training/Loss")
@@ -122,6 +57,11 @@ def read_curve(path: str | Path) -> Curve:
     planned = points.column(PLANNED)[1]
     total = max(float(points.steps[-1]), float(planned.max(initial=0)))
     return Curve(points, int(total), _steps_per_epoch(points))
+
+
+def _is_needed(name: str) -> bool:
+    """Whether score, forecast or an alert is made of it."""
+    return name in (PLANNED, EPOCH) or is_watched(name)
 
 
 def _curve_file(path: Path) -> Path:
@@ -209,9 +149,7 @@ def _read_metrics(path: Path):
             if not record["metrics"].keys() & CURVES:
                 continue  # a metric of the user's, which may be over another axis than steps
             own = record["metrics"].items()
-            record = {t: value for t, value in own if t == EPOCH or is_watched(t)} | {
-                "step": record.get("step")
-            }
+            record = {t: value for t, value in own if _is_needed(t)} | {"step": record.get("step")}
         row = _numbers(record, f"{path}:{number}") if isinstance(record, dict) else None
         if row:
             # JSON has no NaN: a null loss is a loss that was not finite
