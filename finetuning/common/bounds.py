@@ -28,6 +28,13 @@ class Bound:
         return f"{self.limit // _MIB:,} MiB" if whole else f"{self.limit:,} {self.unit}"
 
 
+# ---- waiting ------------------------------------------------------------------------------------
+
+SILENCE = Bound(
+    10, "seconds", "the time without a line where there is no terminal (but with --quiet)",
+    "a line says what is being done", "common/test_heartbeat.py::test_silence_is_broken",
+)  # fmt: skip
+
 # ---- what is shown of a run ---------------------------------------------------------------------
 
 CURVE_COLUMNS = Bound(

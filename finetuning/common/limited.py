@@ -76,10 +76,10 @@ def run_limited(
     return Ended(child.returncode, said.decode(errors="replace"), lines[-1] if lines else "")
 
 
-def end_with(parent: int) -> None:
-    """From here on this process ends with its parent, however that ends (Linux)."""
+def end_with(parent: int, how: int = getattr(signal, "SIGKILL", 0)) -> None:
+    """From here on this process gets the signal `how` when its parent ends, however that ends (Linux)."""
     if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, int(how))  # PR_SET_PDEATHSIG
         if os.getppid() != parent:  # it has ended meanwhile
             os._exit(1)
 

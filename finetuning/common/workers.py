@@ -27,7 +27,10 @@ def in_order(
     pool = ProcessPoolExecutor(workers, context, _begin, (os.getpid(), initializer, initargs))
     try:
         for job in jobs:
-            with _main_stays_out():  # a process is started by the job that needs it
+            with (
+                _main_stays_out(),
+                _without_interrupts(),
+            ):  # a process is started by the job that needs it
                 waiting.append(pool.submit(function, *job))
             if len(waiting) > 2 * workers:
                 yield waiting.popleft().result()
@@ -47,6 +50,19 @@ def _begin(parent: int, initializer: Callable | None, initargs: tuple) -> None:
     end_with(parent)
     if initializer is not None:
         initializer(*initargs)
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Processes started meanwhile never hear of Ctrl-C, not even before `_begin`; here it waits meanwhile."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager
