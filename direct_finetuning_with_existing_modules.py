@@ -274,7 +274,8 @@ class DirectTrainer:
         straggler, slowest = self.metrics.straggler()
         if slowest is not None:  # an alert about it names the rank
             self.record.evidence["slowest_rank"] = slowest
-        return metrics | straggler | self.record.overhead_percent(self.metrics.session_seconds)
+        spent = self.metrics.session_seconds, self.metrics.spent.seconds
+        return metrics | straggler | self.record.overhead_percent(*spent)
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Held-out losses, answers and adapter health; keeps the best model."""
@@ -451,9 +452,8 @@ class DirectTrainer:
         self.terminal.stop_progress()
         ends = {"completed": "success", "stopped": "success"}
         self.record.close(ends.get(self.outcome))
-        at_once = isinstance(sys.exc_info()[1], KeyboardInterrupt)  # nobody waits for a page
-        if self.dist.is_main and not at_once:
-            leave_report(self.record.run, self.terminal)
+        if self.dist.is_main and not self.stop.name:  # else nobody waits for a page
+            leave_report(self.record.run, self.terminal, lambda: bool(self.stop.name))
 
 
 # -----------------------------------------------------------------------------

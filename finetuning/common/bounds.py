@@ -28,6 +28,41 @@ class Bound:
         return f"{self.limit // _MIB:,} MiB" if whole else f"{self.limit:,} {self.unit}"
 
 
+# ---- waiting ------------------------------------------------------------------------------------
+
+SILENCE = Bound(
+    10, "seconds", "the time without a line where there is no terminal (but with --quiet)",
+    "a line says what is being done", "common/test_heartbeat.py::test_silence_is_broken",
+)  # fmt: skip
+
+# ---- what is shown of a run ---------------------------------------------------------------------
+
+CURVE_COLUMNS = Bound(
+    500, "columns", "the course of one tag of a run that is read back: lowest and highest of each are kept",
+    "neighbours become one", "runs/test_series.py::test_memory_stays_and_no_spike_is_lost",
+)  # fmt: skip
+CURVES = Bound(
+    1000, "tags", "tags of a run that are read back",
+    "left out, and told", "runs/test_series.py::test_more_tags_than_are_read_are_told",
+)  # fmt: skip
+SHOWN_ALERTS = Bound(
+    500, "alerts", "alerts that a report lists", "the newest are listed, all are counted",
+    "runs/test_series.py::test_of_many_alerts_the_newest_are_shown",
+)  # fmt: skip
+REPORT_MEMORY = Bound(
+    2048 * _MIB, "bytes", "memory of the process that writes a report at the end of a run",
+    "no report, which is told; the run is as it was",
+    "runs/test_report.py::test_a_report_that_fails_harms_no_run",
+)  # fmt: skip
+REPORT_CPU = Bound(
+    300, "seconds", "processor time of that process", "the same",
+    "runs/test_report.py::test_a_report_that_fails_harms_no_run",
+)  # fmt: skip
+REPORT_WALL = Bound(
+    600, "seconds", "the wait for it", "the same",
+    "runs/test_report.py::test_a_report_that_fails_harms_no_run",
+)  # fmt: skip
+
 # ---- readers ------------------------------------------------------------------------------------
 
 RECORD = Bound(

@@ -123,9 +123,19 @@ class ConvergenceMonitor:
         """0 up to ten logged losses, 1 from twenty."""
         return min(1.0, max(0.0, (self.count - 10) / (FULL_EVIDENCE - 10)))
 
-    def scalars(self) -> dict[str, float]:
+    def is_due(self) -> bool:
+        """Whether there is more to be fitted than before: a bin is full, or the run has come to its end.
+
+        The first 128 logged losses have a bin each; from there on each forecast costs a smaller share.
+        """
+        at_end = bool(self.recent) and self.recent[-1][0] >= (self.total_steps or math.inf)
+        return at_end or not self.bins or self.bins[-1][0] == self.width
+
+    def scalars(self, *, only_due: bool = False) -> dict[str, float]:
         """Monitoring/... values; a value that cannot be known yet is absent. Without evidence the score
-        is 0 by its formula, and has no interval."""
+        is 0 by its formula, and has no interval. only_due: none where nothing new `is_due`."""
+        if only_due and not self.is_due():
+            return {}
         values = {} if self.evidence() else {"Monitoring/Convergence_Score": 0.0}
         if len(self.bins) >= 5:
             values["Monitoring/Loss_Trend"] = loss_trend(self.bins)

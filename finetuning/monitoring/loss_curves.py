@@ -5,22 +5,29 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from finetuning.common.bounds import RECORD
 from finetuning.common.errors import UserError
-from finetuning.common.files import read_json_object
+from finetuning.common.files import read_json_object, regular
+from finetuning.monitoring.detectors import is_watched
+from finetuning.monitoring.rows import Rows
+
+PLANNED, EPOCH = "total_steps", "Training/Epoch"
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A recorded run: one dict per logged step with "step", "Training/Loss" and what else it has.
+    """A recorded run. points: a row for each logged step, {"step": …, "Training/Loss": …, what else it has}.
 
     total_steps: those planned, where the run says so; else its last step.
     """
 
-    points: tuple[dict[str, float], ...]
+    points: Rows
     total_steps: int
     steps_per_epoch: float | None
 
@@ -35,20 +42,26 @@ def read_curve(path: str | Path) -> Curve:
     if path.suffix not in readers:
         raise UserError(f"{path}: give a run directory, a .csv, .jsonl or trainer_state.json")
     try:
-        rows = list(readers[path.suffix](path))
+        points = Rows.of(readers[path.suffix](regular(path)), _is_needed)
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: not readable as {path.suffix[1:]} ({error})") from error
-    points = tuple(sorted(_latest(rows).values(), key=lambda row: row["step"]))
-    if not any("Training/Loss" in row for row in points):
+    steps, losses = points.column("Training/Loss")
+    if not len(losses):
         raise UserError(f"{path}: holds no loss; a step and a loss per row are needed")
-    below = next((row for row in points if row.get("Training/Loss", 0) < 0), None)
-    if below:
+    below = np.flatnonzero(losses < 0)
+    if len(below):
         raise UserError(
-            f"{path}: the loss at step {below['step']:g} is negative; score and forecast are for "
+            f"{path}: the loss at step {steps[below[0]]:g} is negative; score and forecast are for "
             "losses that end at zero or above, as a cross-entropy does"
         )
-    total = max(max(row["step"], row.pop("total_steps", 0)) for row in points)
+    planned = points.column(PLANNED)[1]
+    total = max(float(points.steps[-1]), float(planned.max(initial=0)))
     return Curve(points, int(total), _steps_per_epoch(points))
+
+
+def _is_needed(name: str) -> bool:
+    """Whether score, forecast or an alert is made of it."""
+    return name in (PLANNED, EPOCH) or is_watched(name)
 
 
 def _curve_file(path: Path) -> Path:
@@ -78,17 +91,9 @@ FOREIGN_NAMES = {
     "learning_rate": "Training/Learning_Rate",
     "lr": "Training/Learning_Rate",
     "grad_norm": "Training/Gradient_Norm",
-    "epoch": "Training/Epoch",
+    "epoch": EPOCH,
     "eval_loss": "Eval/Loss",
 }
-
-
-def _latest(rows: Iterable[dict]) -> dict[float, dict]:
-    """Rows by step; a later row of the same step (after a resume) replaces its values."""
-    merged: dict[float, dict] = {}
-    for row in rows:
-        merged[row["step"]] = merged.get(row["step"], {}) | row
-    return merged
 
 
 def _numbers(record: Mapping, place: str) -> dict[str, float] | None:
@@ -124,33 +129,39 @@ def _read_csv(path: Path):
 def _planned_steps(record: dict, name: str) -> dict[str, float]:
     """As a column of the curve: what `record` has under `name`."""
     steps = record.get(name)
-    return {"total_steps": float(steps)} if isinstance(steps, int) else {}
+    return {PLANNED: float(steps)} if isinstance(steps, int) else {}
 
 
 def _read_metrics(path: Path):
     configuration = path.with_name("configuration.json")
     recorded = read_json_object(configuration) if configuration.is_file() else {}
     planned = _planned_steps(recorded, "steps")
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):  # a crash may cut the last line
+        except ValueError as error:
+            if not line.endswith(b"\n"):  # a crash may cut the last line
                 return
-            raise UserError(f"{path}:{number}: broken JSON ({error.msg})") from error
+            raise UserError(f"{path}:{number}: broken JSON ({error})") from error
         if isinstance(record, dict) and isinstance(record.get("metrics"), dict):  # our own lines
             if not record["metrics"].keys() & CURVES:
                 continue  # a metric of the user's, which may be over another axis than steps
-            record = {"step": record.get("step"), **record["metrics"]}
+            own = record["metrics"].items()
+            record = {t: value for t, value in own if _is_needed(t)} | {"step": record.get("step")}
         row = _numbers(record, f"{path}:{number}") if isinstance(record, dict) else None
         if row:
             # JSON has no NaN: a null loss is a loss that was not finite
             if "Training/Loss" in record and record["Training/Loss"] is None:
                 row["Training/Loss"] = math.nan
             yield planned | row
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while line := file.readline(RECORD.limit):
+            yield line
 
 
 def _read_trainer_state(path: Path):
@@ -165,11 +176,11 @@ def _read_trainer_state(path: Path):
             yield planned | row
 
 
-def _steps_per_epoch(points) -> float | None:
+def _steps_per_epoch(points: Rows) -> float | None:
     """From the epoch column, where there is one."""
-    known = [p for p in points if p.get("Training/Epoch", 0) > 0]
-    if len(known) < 2:
+    steps, epochs = points.column(EPOCH)
+    steps, epochs = steps[epochs > 0], epochs[epochs > 0]
+    if len(steps) < 2:
         return None
-    steps = known[-1]["step"] - known[0]["step"]
-    epochs = known[-1]["Training/Epoch"] - known[0]["Training/Epoch"]
+    steps, epochs = float(steps[-1] - steps[0]), float(epochs[-1] - epochs[0])
     return steps / epochs if epochs > 0 and steps > 0 else None

@@ -330,3 +330,21 @@ def test_healthy_runs_are_silent_and_converge(shared_data, number):
     half, end = (recorded(shared_data, number, upto) for upto in (0.5, 1.0))
     assert half["alerts"] == end["alerts"] == []
     assert end["score"] > 0.85 and end["score"] > half["score"] - 0.05
+
+
+def test_a_forecast_is_fitted_where_there_is_more_to_fit(monkeypatch):
+    """Of 20,000 logged losses less than every 30th; the first 128, the last one, and as after a resume."""
+    monkeypatch.setattr(convergence, "fit_curve", lambda *_, **__: fits.append(1))
+    monkeypatch.setattr(convergence, "loss_trend", lambda bins: 0.0)
+    fits: list[int] = []
+    total = 20_000
+    monitor, due = convergence.ConvergenceMonitor(total), []
+    for step in range(1, total + 1):
+        monitor.observe(step, 1 + 1 / step)
+        shown = bool(monitor.scalars(only_due=True))
+        if step == 5_000:
+            monitor = convergence.ConvergenceMonitor(total, state=monitor.state_dict())
+        assert shown == monitor.is_due() or step <= 5
+        due += [step] if shown else []
+    assert due[:118] == list(range(due[0], due[0] + 118)) and due[0] <= 10 and due[-1] == total
+    assert len(fits) <= len(due) < total / 30
