@@ -1,16 +1,21 @@
-"""Recorded training runs as one kind of curve: ours, a csv or an HF trainer_state.json."""
+"""Recorded training runs as one kind of curve, whichever tool wrote them."""
 
 from __future__ import annotations
 
 import csv
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from finetuning.common.errors import UserError
 from finetuning.common.files import read_json_object
+from finetuning.events.reading import read_run
+from finetuning.monitoring.column_names import PLANNED, STEP, meanings
+from finetuning.monitoring.console_log import console_records, has_records
+
+EVENTS = "*tfevents*"
 
 
 @dataclass(frozen=True)
@@ -26,16 +31,15 @@ class Curve:
 
 
 def read_curve(path: str | Path) -> Curve:
-    """Read a run directory of ours, a metrics.jsonl, a csv or an HF trainer_state.json.
+    """Read a run of ours or of another tool.
 
-    Raises UserError where there is no such file, no loss in it, a negative one, or a broken line.
+    A run directory of ours, metrics.jsonl, trainer_state.json (HF), trainer_log.jsonl (LLaMA-Factory), csv,
+    json or jsonl of rows (wandb, SwanLab), a folder of TensorBoard's, or what a run printed. Raises UserError
+    where there is no such file, no loss in it, a negative one, or a broken line.
     """
     path = _curve_file(Path(path))
-    readers = {".csv": _read_csv, ".json": _read_trainer_state, ".jsonl": _read_metrics}
-    if path.suffix not in readers:
-        raise UserError(f"{path}: give a run directory, a .csv, .jsonl or trainer_state.json")
     try:
-        rows = list(readers[path.suffix](path))
+        rows = list(_rows(path))
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: not readable as {path.suffix[1:]} ({error})") from error
     points = tuple(sorted(_latest(rows).values(), key=lambda row: row["step"]))
@@ -47,40 +51,50 @@ def read_curve(path: str | Path) -> Curve:
             f"{path}: the loss at step {below['step']:g} is negative; score and forecast are for "
             "losses that end at zero or above, as a cross-entropy does"
         )
-    total = max(max(row["step"], row.pop("total_steps", 0)) for row in points)
+    total = max(max(row["step"], row.pop(PLANNED, 0)) for row in points)
     return Curve(points, int(total), _steps_per_epoch(points))
 
 
 def _curve_file(path: Path) -> Path:
-    """The file that holds the curve of `path`."""
+    """The file that holds the curve of `path`, or a folder of event files."""
     if path.is_file():
         return path
     if not path.is_dir():
         raise UserError(f"{path}: no such file or directory")
     log = Path("training_logs") / path.name / "metrics.jsonl"
     places = [path / "metrics.jsonl", *(p / log for p in path.resolve().parents[:2])]
-    places += [path / "trainer_state.json"]
+    places += [path / "trainer_state.json", path / "trainer_log.jsonl"]
     newest = sorted(path.glob("training_logs/*/metrics.jsonl"), key=lambda p: p.stat().st_mtime)
     newest += sorted(path.glob("checkpoint-*/trainer_state.json"), key=lambda p: p.stat().st_mtime)
     for place in [*places, *reversed(newest)]:
         if place.is_file():
             return place
-    raise UserError(f"{path}: neither a metrics.jsonl nor a trainer_state.json belongs to it")
+    folders = sorted({file.parent for file in path.rglob(EVENTS)})
+    if len(folders) > 1:
+        some = ", ".join(str(folder.relative_to(path)) for folder in folders[:4])
+        raise UserError(f"{path}: {len(folders)} folders with event files ({some}); name one")
+    if folders:
+        return folders[0]
+    raise UserError(f"{path}: no metrics.jsonl, trainer_state.json or event file belongs to it")
 
 
-CURVES = {
-    "Training/Loss",
-    "Eval/Loss",
-}  # a line of ours with neither tells nothing about convergence
-FOREIGN_NAMES = {
-    "loss": "Training/Loss",
-    "train_loss": "Training/Loss",
-    "learning_rate": "Training/Learning_Rate",
-    "lr": "Training/Learning_Rate",
-    "grad_norm": "Training/Gradient_Norm",
-    "epoch": "Training/Epoch",
-    "eval_loss": "Eval/Loss",
-}
+def _rows(path: Path) -> Iterator[dict[str, float]]:
+    """The rows of a file under our names."""
+    if path.is_dir() or path.match(EVENTS):
+        return _named(_read_events(path), str(path))
+    if path.suffix == ".csv":
+        return _named(_read_csv(path), str(path))
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix == ".jsonl":
+        return _named(_read_lines(path, text), str(path))
+    if path.suffix == ".json":
+        return _named(_read_json(path, text), str(path))
+    if has_records(text):
+        return _named(((path, row) for row in console_records(text)), str(path))
+    raise UserError(
+        f"{path}: give a run directory, a .csv, .json, .jsonl, event files, or a text with lines such as "
+        "{'loss': 1.23}"
+    )
 
 
 def _latest(rows: Iterable[dict]) -> dict[float, dict]:
@@ -91,47 +105,62 @@ def _latest(rows: Iterable[dict]) -> dict[float, dict]:
     return merged
 
 
+def _named(records: Iterable[tuple[object, Mapping]], place: str) -> Iterator[dict[str, float]]:
+    """The numbers of (where it stands, record), under our names; records without a step are left out."""
+    # The last record of HF's Trainer holds the mean loss of the whole run.
+    records = [r for r in records if not any(str(k).endswith("train_runtime") for k in r[1])]
+    names = meanings((str(name) for _, record in records for name in record if name), place)
+    for where, record in records:
+        row = _numbers({names.get(str(k), str(k)): v for k, v in record.items()}, str(where))
+        if row:
+            yield row
+
+
 def _numbers(record: Mapping, place: str) -> dict[str, float] | None:
-    """The numeric fields of a record under our names; None where it has no step."""
-    if record.get("step") in (None, ""):
+    """The numeric fields of a record; None where it has no step."""
+    if record.get(STEP) in (None, ""):
         return None
     row = {}
     for name, value in record.items():
-        if name is None or value in (None, "") or isinstance(value, (bool, list, dict)):
+        if value in (None, "") or isinstance(value, (bool, list, dict)):
             continue
         try:
-            row[FOREIGN_NAMES.get(name.strip(), name.strip())] = float(value)
+            row[name] = float(value)
         except ValueError:
-            if name.strip() in ("step", "loss"):
+            if name in (STEP, "Training/Loss"):
+                name = {"Training/Loss": "loss"}.get(name, name)
                 raise UserError(f"{place}: {name} is no number: {value!r:.40}") from None
-    if not (math.isfinite(row["step"]) and row["step"] >= 0):
-        raise UserError(f"{place}: step must be a number from 0 up, not {row['step']:g}")
+    if not (math.isfinite(row[STEP]) and row[STEP] >= 0):
+        raise UserError(f"{place}: step must be a number from 0 up, not {row[STEP]:g}")
     return row
 
 
-def _read_csv(path: Path):
+def _read_csv(path: Path) -> Iterator[tuple[str, dict]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
-        if not {"step", "loss"} <= {(n or "").strip() for n in reader.fieldnames or ()}:
+        names = [name.strip() for name in reader.fieldnames or ()]
+        found = set(meanings(names, f"{path}:1").values())
+        if not {STEP, "Training/Loss"} <= found:
             raise UserError(f"{path}:1: the first line must name the columns step and loss")
-        reader.fieldnames = [name.strip() for name in reader.fieldnames]
+        reader.fieldnames = names
         for record in reader:
-            row = _numbers(record, f"{path}:{reader.line_num}")
-            if row:
-                yield row
+            yield f"{path}:{reader.line_num}", record
 
 
-def _planned_steps(record: dict, name: str) -> dict[str, float]:
-    """As a column of the curve: what `record` has under `name`."""
-    steps = record.get(name)
-    return {"total_steps": float(steps)} if isinstance(steps, int) else {}
+def _read_events(path: Path) -> Iterator[tuple[str, dict]]:
+    """Scalars by step; tags that mean nothing here are left out."""
+    series = read_run(path)
+    for tag in meanings(series, str(path)):
+        for step, value in series[tag]:
+            yield str(path), {STEP: step, tag: value}
 
 
-def _read_metrics(path: Path):
+def _read_lines(path: Path, text: str) -> Iterator[tuple[str, dict]]:
+    """One JSON object a line: ours, LLaMA-Factory's, or rows of any tool."""
     configuration = path.with_name("configuration.json")
     recorded = read_json_object(configuration) if configuration.is_file() else {}
-    planned = _planned_steps(recorded, "steps")
-    lines = path.read_text(encoding="utf-8").splitlines()
+    planned = {PLANNED: recorded["steps"]} if isinstance(recorded.get("steps"), int) else {}
+    lines = text.splitlines()
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -141,28 +170,32 @@ def _read_metrics(path: Path):
             if number == len(lines):  # a crash may cut the last line
                 return
             raise UserError(f"{path}:{number}: broken JSON ({error.msg})") from error
-        if isinstance(record, dict) and isinstance(record.get("metrics"), dict):  # our own lines
-            if not record["metrics"].keys() & CURVES:
+        if not isinstance(record, dict):
+            continue
+        if isinstance(record.get("metrics"), dict):  # our own lines
+            if not record["metrics"].keys() & {"Training/Loss", "Eval/Loss"}:
                 continue  # a metric of the user's, which may be over another axis than steps
-            record = {"step": record.get("step"), **record["metrics"]}
-        row = _numbers(record, f"{path}:{number}") if isinstance(record, dict) else None
-        if row:
-            # JSON has no NaN: a null loss is a loss that was not finite
-            if "Training/Loss" in record and record["Training/Loss"] is None:
-                row["Training/Loss"] = math.nan
-            yield planned | row
+            record = {STEP: record.get(STEP), **record["metrics"]}
+        if "Training/Loss" in record and record["Training/Loss"] is None:
+            record["Training/Loss"] = math.nan  # JSON has no NaN: a null loss was not finite
+        yield f"{path}:{number}", planned | record
 
 
-def _read_trainer_state(path: Path):
-    state = read_json_object(path)
-    history = state.get("log_history")
-    if not isinstance(history, list):
+def _read_json(path: Path, text: str) -> Iterator[tuple[str, dict]]:
+    """HF's trainer_state.json, or a list of rows."""
+    try:
+        state = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: can't be read as JSON ({error})") from error
+    planned = {}
+    if isinstance(state, dict):
+        steps, state = state.get("max_steps"), state.get("log_history")
+        planned = {PLANNED: steps} if isinstance(steps, int) else {}
+    if not isinstance(state, list):
         raise UserError(f"{path}: no log_history; is it the trainer_state.json of a Trainer run?")
-    planned = _planned_steps(state, "max_steps")
-    for number, record in enumerate(history):
-        row = _numbers(record, f"{path}: log_history[{number}]")
-        if row and "train_runtime" not in row:  # the end's, with the mean loss of the whole run
-            yield planned | row
+    for number, record in enumerate(state):
+        if isinstance(record, dict):
+            yield f"{path}: log_history[{number}]", planned | record
 
 
 def _steps_per_epoch(points) -> float | None:
