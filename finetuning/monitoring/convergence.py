@@ -17,7 +17,7 @@ from statistics import median
 from finetuning.common.errors import UserError
 from finetuning.monitoring.alerts import AlertMonitor
 from finetuning.monitoring.curve_fit import Fit, fit_curve, merged
-from finetuning.monitoring.detectors import is_spike
+from finetuning.monitoring.detectors import is_spike, log_noise
 from finetuning.monitoring.loss_curves import Curve
 
 MAX_BINS = 128  # two neighbours are merged when full, so 64 to 128 bins describe any run
@@ -26,7 +26,10 @@ FULL_EVIDENCE = 20  # up to so many logged losses the score is held down
 RECENT = 31  # logged losses that tell what a spike is
 STALE = 16  # a fit holds until the run is longer by a 16th, 32 logged losses at most
 SLACK = 0.04  # by which the score may fall while the loss does not rise
-RISE = 0.02  # of the smoothed loss, as a share of its fall, that is a rise
+RISE = (
+    0.02,
+    1.0,
+)  # of the smoothed loss that is a rise: as a share of its fall, and in sigma of one loss
 
 
 class ConvergenceMonitor:
@@ -128,7 +131,8 @@ class ConvergenceMonitor:
         More data may show that more is to be gained; what has been gained is not lost by that.
         """
         score, level = self.held
-        rise = RISE * max(median(self.first) - level, 0.0) if math.isfinite(level) else math.inf
+        noise = fit.level * log_noise([point[1] for point in self.recent])
+        rise = max(RISE[0] * (median(self.first) - fit.level), RISE[1] * noise)
         if fit.score >= score or fit.level > level + rise:
             self.held = [fit.score, fit.level]
             return fit
