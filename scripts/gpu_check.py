@@ -13,16 +13,20 @@ run's metrics.jsonl.
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -43,6 +47,7 @@ FIGURES = {
     "peak_gib": False,
     "error": False,
 }
+AT_ONCE = 6  # processes that may be beside each other
 TOLERANCE = 0.03  # of a figure; two runs on one machine differ by less
 
 
@@ -53,17 +58,20 @@ class Phase:
     Args:
         limit: seconds after which it is ended.
         needs: seconds without which it is not begun.
-        read: its output -> facts; what raises here is a failure of the phase.
+        read: its output, and when it began, -> facts; what raises here is a failure of the phase.
+        beside: it asks what is right and how much memory it takes: its neighbours in the list run at the
+            same time, and no rate of it is kept.
     """
 
     name: str
     command: Sequence[str]
     limit: float
     needs: float
-    read: Callable[[str], dict]
+    read: Callable[[str, float], dict]
+    beside: bool = False
 
 
-def last_json(said: str) -> dict:
+def last_json(said: str, _: float = 0) -> dict:
     """The last line that is an object."""
     return json.loads([line for line in said.splitlines() if line.startswith("{")][-1])
 
@@ -83,7 +91,7 @@ class Check:
             "date": time.strftime("%Y-%m-%d", time.gmtime()),
         }
         self.phases: dict[str, dict] = {}
-        self.began = time.time()  # of the phase
+        self._writing = threading.Lock()
         for directory in (out, work):
             directory.mkdir(parents=True, exist_ok=True)
 
@@ -93,7 +101,7 @@ class Check:
 
     def run(self, phase: Phase) -> None:
         """One phase, if time is left for it."""
-        limit, self.began = min(phase.limit, self.budget - self.seconds() - 3), time.time()
+        limit, began = min(phase.limit, self.budget - self.seconds() - 3), time.time()
         if limit < phase.needs:
             self.note(phase.name, f"left out: {limit:.0f} s left of the {phase.needs:.0f} it needs")
             return
@@ -101,12 +109,19 @@ class Check:
         verdict, said, wrong = self._process(phase.command, limit)
         facts: dict = {}
         try:
-            facts = phase.read(said) if verdict == "ok" else {}
+            facts = phase.read(said, began) if verdict == "ok" else {}
+            facts = without_rates(facts) if phase.beside else facts
         except (ValueError, KeyError, IndexError, OSError, AssertionError) as error:
             verdict = f"unreadable: {type(error).__name__}: {error}"[:300]
         if verdict != "ok":
             facts["last_lines"] = [li for li in (wrong or said).splitlines() if li.strip()][-12:]
         self.note(phase.name, verdict, took=round(self.seconds() - begun, 1), **facts)
+
+    def run_all(self, phases: Sequence[Phase]) -> None:
+        """One after the other; those that may be beside each other at once."""
+        for beside, group in itertools.groupby(phases, key=lambda phase: phase.beside):
+            with ThreadPoolExecutor(AT_ONCE if beside else 1) as threads:
+                list(threads.map(self.run, group))
 
     def _process(self, command: Sequence[str], limit: float) -> tuple[str, str, str]:
         """(verdict, stdout, stderr); a command that hangs is ended with everything that it started."""
@@ -147,9 +162,10 @@ class Check:
 
     def note(self, name: str, verdict: str, **facts: object) -> None:
         """Into the record, and onto the terminal."""
-        self.phases[name] = {"verdict": verdict, **facts}
-        print(f"[{self.seconds():6.1f} s] {name}: {verdict}", flush=True)
-        self.write()
+        with self._writing:
+            self.phases[name] = {"verdict": verdict, **facts}
+            print(f"[{self.seconds():6.1f} s] {name}: {verdict}", flush=True)
+            self.write()
 
     def write(self, **more: object) -> None:
         """result.json, whole or not at all."""
@@ -179,40 +195,49 @@ class Phases:
     def all(self) -> list[Phase]:
         """In this order."""
         return [
-            self.own("step 2048", "step", limit=100, needs=40),
-            self.bench("bench 2048", 2048, ["ours"], limit=80),
             self.own("model", "model", limit=90, needs=30),
             self.job("run 2048", limit=130, needs=60),
+            self.job("run FP8 2048", "--precision", "fp8", limit=150, needs=50),
+            self.job("run again 2048", limit=100, needs=30),
+            self.own("answers", "answers", limit=90, needs=40),
+            self.own("step 2048", "step", limit=100, needs=40),
+            self.own("step FP8 2048", "step", "--fp8", limit=100, needs=40),
+            self.bench("bench 2048", 2048, ["ours"], limit=80),
+            self.own("step 8B", "step", "--shape", "8B", limit=100, needs=50),
             self.bench("bench 8192", 8192, ["ours"], limit=90),
+            self.bench("bench FP8 2048", 2048, ["ours, FP8"], limit=80),
+            self.bench("bench FP8 8192", 8192, ["ours, FP8"], limit=90),
             self.own("facts", "facts", limit=40, needs=12),
             self.own("step 2048 deterministic", "step", "--deterministic", limit=90, needs=45),
             self.own("attention", "attention", limit=60, needs=25),
             self.kernels(limit=90),
             self.own("step 8192", "step", "--row-tokens", "8192", limit=110, needs=60),
             self.job("run 8192", "--max-seq-length", "8192", limit=150, needs=70),
-            self.job("run again 2048", limit=100, needs=50),
-            self.job("run FP8 2048", "--precision", "fp8", limit=120, needs=50),
             self.job("run bundled 2048", "--data-path", str(BUNDLED), limit=100, needs=50),
-            self.bench("bench FP8 2048", 2048, ["ours, FP8"], limit=80),
-            self.bench("bench FP8 8192", 8192, ["ours, FP8"], limit=90),
-            self.tests(
-                "tests of kernels",
-                "replayed or capture_fails or softmax or written",
-                limit=65,
-                needs=30,
-            ),
-            self.tests("tests", "not in_a_group and not all_weights", limit=100),
             self.bench("bench 2048 without graph", 2048, ["ours, no graph"], limit=80),
             self.bench("bench 8192 without graph", 8192, ["ours, no graph"], limit=90),
             self.bench("peers 2048", 2048, ["HF Trainer + PEFT", "TRL + Liger"], limit=150),
-            self.job("run fsdp", "--parallel", "fsdp", "--max-steps", "12", limit=90, needs=45),
-            self.job(
-                "run 4-bit", "--quantization", "4bit", "--max-steps", "12", limit=90, needs=45
-            ),
             self.own("step 0.6B", "step", "--shape", "0.6B", limit=80, needs=40),
-            self.own("step 8B", "step", "--shape", "8B", limit=100, needs=50),
-            self.own("row 32768", "long_row", "--row-tokens", "32768", limit=100, needs=50),
-            self.own("row 65536", "long_row", "--row-tokens", "65536", limit=150, needs=80),
+            *self.beside(),
+        ]
+
+    def beside(self) -> list[Phase]:
+        """What fits beside each other: right or wrong, and how much memory."""
+        rows = ((32768, 100), (65536, 150))
+        small = ("--max-steps", "12")
+        return [
+            self.job(
+                "run 4-bit", "--quantization", "4bit", *small, limit=120, needs=45, beside=True
+            ),
+            self.tests("tests", "not in_a_group and not all_weights", limit=150),
+            self.job("run fsdp", "--parallel", "fsdp", *small, limit=120, needs=45, beside=True),
+            *(
+                replace(
+                    self.own(f"row {n}", "long_row", "--row-tokens", str(n), limit=limit, needs=60),
+                    beside=True,
+                )
+                for n, limit in rows
+            ),
             self.tests("tests of runs", "in_a_group or all_weights", limit=240),
         ]
 
@@ -228,7 +253,7 @@ class Phases:
         command = [*PYTHON, "-m", "benchmarks.train_gpu", "--sides", *sides]
         command += ["--row-tokens", size[0], "--steps", size[1]]
 
-        def read(said: str) -> dict:
+        def read(said: str, _: float) -> dict:
             found = last_json(said)
             names = ("mfu_percent", "mfu_of_data_sheet_percent", "matmul_teraflops", "faults")
             return {"sides": found["sides"], **{n: found[n] for n in names}}
@@ -241,7 +266,7 @@ class Phases:
         command += ["--small", "--device", self.device] if self.small else []
         return Phase("kernels", command, limit, 30, last_json)
 
-    def job(self, name: str, *more: str, limit: float, needs: float) -> Phase:
+    def job(self, name: str, *more: str, limit: float, needs: float, beside: bool = False) -> Phase:
         """The program itself from a fresh start; its speed after the warm-up."""
         folder = self.check.work / re.sub(r"\W+", "_", name)
         shutil.rmtree(folder, ignore_errors=True)
@@ -262,9 +287,9 @@ class Phases:
         pairs = [word for pair in options.items() for word in pair]
         program = str(ROOT / "direct_finetuning_with_existing_modules.py")
         command = [*PYTHON, program, *pairs]
-        return Phase(name, command, limit, needs, lambda said: self.read_run(folder, name, said))
+        return Phase(name, command, limit, needs, partial(self.read_run, folder), beside)
 
-    def read_run(self, folder: Path, name: str, said: str) -> dict:
+    def read_run(self, folder: Path, said: str, began: float) -> dict:
         """Rates by the run's own metrics, without the steps of the first third and the last one."""
         (lines,) = folder.glob("training_logs/*/metrics.jsonl")
         shutil.copy(lines, self.check.out / f"metrics_{folder.name}.jsonl")
@@ -279,21 +304,30 @@ class Phases:
         losses = {row["step"]: row["metrics"]["Training/Loss"] for row in rows}
         assert losses and all(loss is not None for loss in losses.values()), losses
         told = [line for line in said.splitlines() if line.startswith(("CUDA graph", "compiled"))]
-        until = {"seconds_to_first_logged_step": first - self.check.began}
+        until = {"seconds_to_first_logged_step": first - began}
         return {**run_rates(rows), **until, "losses": losses, "held_out": held_out, "told": told}
 
     def tests(self, name: str, which: str, *, limit: float, needs: float = 60) -> Phase:
         """Those of test_cuda.py."""
-        command = [*PYTHON, "-m", "pytest", "tests/runs/test_cuda.py", "-k", which, "-n", "4", "-q"]
+        command = [*PYTHON, "-m", "pytest", "tests/runs/test_cuda.py", "-k", which, "-n", "8", "-v"]
         command += ["-p", "no:cacheprovider", "-rA", "--tb=short", "-m", "long or not long"]
 
-        def read(said: str) -> dict:
+        def read(said: str, _: float) -> dict:
             kinds = ("PASSED ", "FAILED ", "ERROR ", "SKIPPED ")
             return {
                 "outcomes": [line[:200] for line in said.splitlines() if line.startswith(kinds)]
             }
 
-        return Phase(name, command, limit, needs, read)
+        return Phase(name, command, limit, needs, read, beside=True)
+
+
+def without_rates(facts: dict) -> dict:
+    """The facts, and of the figures that are compared only memory."""
+    return {
+        name: without_rates(value) if isinstance(value, dict) else value
+        for name, value in facts.items()
+        if name not in FIGURES or name == "peak_gib"
+    }
 
 
 def run_rates(rows: list[dict]) -> dict:
@@ -416,9 +450,9 @@ def main() -> None:
         parser.error("--out is where the results go")
     commit = arguments.commit or commit_of_the_tree()
     check = Check(arguments.out, arguments.work, arguments.budget, commit)
-    for phase in Phases(check, arguments.device, arguments.small).all():
-        if any(fnmatch(phase.name, name) for name in arguments.only or ["*"]):
-            check.run(phase)
+    phases = Phases(check, arguments.device, arguments.small).all()
+    wanted = arguments.only or ["*"]
+    check.run_all([p for p in phases if any(fnmatch(p.name, name) for name in wanted)])
     conclude(check)
 
 

@@ -20,7 +20,9 @@ import torch
 
 from benchmarks import train_gpu
 from finetuning.data.packing import StepPlan
-from finetuning.training.captured_step import recorded
+from finetuning.model.attention import ordinary_attention
+from finetuning.model.cuda_graph import recorded
+from finetuning.model.decoding import Decoder
 from finetuning.training.engine import TrainingEngine
 from finetuning.training.state import TrainState
 
@@ -96,8 +98,9 @@ def seconds_of(work: Callable[[], object], times: int = 20) -> float:
 
 def model(arguments: argparse.Namespace) -> dict:
     """Random weights of real shapes with the real vocabulary, as a folder that a run can load, and data."""
-    from qwen3_tokenizer import qwen3_tokenizer
     from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from tests.helpers.qwen3_tokenizer import qwen3_tokenizer
 
     shape = TINY if arguments.small else train_gpu.QWEN3_4B | SHAPES[arguments.shape]
     config = Qwen3Config(
@@ -146,10 +149,10 @@ def write_documents(path: Path, count: int) -> None:
 class Steps:
     """A model in training on the benchmark's documents, with and without the graph."""
 
-    def __init__(self, work: train_gpu.Work) -> None:
+    def __init__(self, work: train_gpu.Work, *, fp8: bool = False) -> None:
         self.work, self.tokens = work, work.documents()
         self.plan: StepPlan = work.plan(self.tokens)
-        self.training: TrainingEngine = train_gpu.in_training(self.plan)
+        self.training: TrainingEngine = train_gpu.in_training(self.plan, fp8=fp8)
         on_cuda = train_gpu.ON_CUDA
         timeline = train_gpu.CudaTimeline() if on_cuda else train_gpu.HostTimeline()
         self.clock, self.state = train_gpu.StepClock(timeline=timeline), TrainState()
@@ -236,7 +239,7 @@ def step(arguments: argparse.Namespace) -> dict:
     Attention's backward pass adds up in no fixed order, so that plain passes differ from plain passes
     too: with `--deterministic` nothing may differ.
     """
-    steps = Steps(work_of(arguments))
+    steps = Steps(work_of(arguments), fp8=arguments.fp8)
     steps.use_graph(False)
     start = time.perf_counter()
     steps.step(1)
@@ -244,7 +247,8 @@ def step(arguments: argparse.Namespace) -> dict:
     first = time.perf_counter() - start
     saved = copied(steps.training.tensors())
     plain, again = steps.course(saved), steps.course(saved)
-    name = f"{steps.work.row_tokens}_{arguments.shape.replace('.', '_')}.txt"
+    shape = arguments.shape.replace(".", "_") + "_fp8" * arguments.fp8
+    name = f"{steps.work.row_tokens}_{shape}.txt"
     result: dict = {"first_step_s": first, "plain_against_plain": difference(again, plain)}
     if not arguments.deterministic:
         result["plain"] = steps.timed(6) | steps.profile(arguments.out / f"profile_plain_{name}")
@@ -406,7 +410,41 @@ def long_row(arguments: argparse.Namespace) -> dict:
     return found | {"row_tokens": tokens}
 
 
-PHASES = {f.__name__: f for f in (facts, model, step, attention, long_row)}
+def answers(arguments: argparse.Namespace) -> dict:
+    """Seconds of 32 answers of 512 tokens in one batch, by graph, and of a token by `generate`."""
+    most, rows = (24, 4) if arguments.small else (512, 32)
+    training = train_gpu.in_training(work_of(arguments).plan(work_of(arguments).documents()))
+    decoder = Decoder(training.packed.model.eval(), training.packed.write_adapters)
+    plain = Decoder(decoder.model, decoder.prepare, why_no_graph="to compare")
+    rng, device = random.Random(0), train_gpu.DEVICE
+    width = 40 if arguments.small else 300
+    ids = torch.randint(8, train_gpu.config().vocab_size, (rows, width), device=device)
+    mask = torch.ones_like(ids)
+    for row in range(rows - 1):
+        mask[row, : rng.randrange(width * 3 // 4)] = 0
+    found: dict = {"rows": rows, "tokens": most}
+    with torch.no_grad(), ordinary_attention(decoder.model):
+        for name, writer, count in (
+            ("first", decoder, most),
+            ("second", decoder, most),
+            ("generate", plain, most // 8),
+        ):
+            train_gpu.Record.synchronize()
+            start = time.perf_counter()
+            written = writer.write(
+                ids, mask, most=count, end_id=train_gpu.END, enough=lambda _: False
+            )
+            train_gpu.Record.synchronize()
+            found |= {
+                f"{name}_answers_seconds": time.perf_counter() - start,
+                f"{name}_written": written.shape[1],
+            }
+    if train_gpu.ON_CUDA:
+        found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return found | {"why_no_graph": decoder.why_no_graph}
+
+
+PHASES = {f.__name__: f for f in (facts, model, step, attention, long_row, answers)}
 
 
 def main() -> None:
@@ -419,6 +457,7 @@ def main() -> None:
     parser.add_argument("--row-tokens", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--deterministic", action="store_true")
+    parser.add_argument("--fp8", action="store_true")
     arguments = parser.parse_args()
     if arguments.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"

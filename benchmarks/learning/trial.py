@@ -23,6 +23,7 @@ from finetuning.data.chat_template import encode_prompt
 from finetuning.data.training_data import general_part
 from finetuning.evaluation.evaluator import held_out_sums
 from finetuning.evaluation.generation import Completion, complete
+from finetuning.model.decoding import Decoder
 from finetuning.runs.build import build_engine, build_evaluator
 from finetuning.runs.plan import RunPlan, one_pass, plan_run
 from finetuning.training.engine import TrainingEngine
@@ -245,10 +246,11 @@ def answers(
         encode_prompt(tokenizer, [{"role": "user", "content": record["question"]}])
         for record in records
     ]
+    decoder = Decoder(engine.packed.model, engine.packed.write_adapters)
     replies: list[Completion] = []
     for start in range(0, len(prompts), ANSWERED_AT_ONCE):
         replies += complete(
-            engine.packed,
+            decoder,
             tokenizer,
             prompts[start : start + ANSWERED_AT_ONCE],
             max_new_tokens=ANSWER_TOKENS,

@@ -27,6 +27,7 @@ from finetuning.evaluation.generation import (
 )
 from finetuning.evaluation.hardest_samples import hardest, hardest_text, loss_rows
 from finetuning.evaluation.loss_metrics import LossMetrics
+from finetuning.model.decoding import Decoder
 from finetuning.model.packed_model import PackedLossModel
 
 
@@ -56,7 +57,7 @@ class Evaluator:
     """Measures a model on held-out data, always the same samples and questions.
 
     Args:
-        packed: the model, whole or sharded; its `generate` answers the questions.
+        packed: the model, whole or sharded.
         held_out: what is measured; without documents only adapters are.
         probes: questions answered each time.
         max_new_tokens: longest answer.
@@ -77,6 +78,11 @@ class Evaluator:
         histograms: bool,
     ) -> None:
         self._packed, self._tokenizer = packed, tokenizer
+        self._decoder = Decoder(
+            packed.model,
+            packed.write_adapters,
+            why_no_graph="weights are gathered" if sharded else "",
+        )
         self._part, self._plan, self._dist = held_out.part, held_out.plan, dist
         self._losses, self._forgetting = LossMetrics(held_out.groups), held_out.forgetting
         self._probes, self._max_new_tokens = probes, max_new_tokens
@@ -157,7 +163,7 @@ class Evaluator:
             return left
 
         completions = complete(  # on all ranks alike: sharded weights need all of them
-            self._packed,
+            self._decoder,
             self._tokenizer,
             [probe.prompt for probe in self._probes],
             max_new_tokens=self._max_new_tokens,

@@ -21,6 +21,7 @@ from finetuning.data.chat_template import encode_prompt, parse_completion
 from finetuning.data.token_table import Segment, carries_loss
 from finetuning.data.training_data import DataPart
 from finetuning.model.attention import ordinary_attention
+from finetuning.model.decoding import Decoder
 from finetuning.readers.sample import Sample
 
 REPETITION_NGRAM = 10  # tokens
@@ -102,7 +103,7 @@ def token_budget(probes: Sequence[EvalPrompt], wanted: int, device: torch.device
 
 @torch.no_grad()
 def complete(
-    model: torch.nn.Module,
+    decoder: Decoder,
     tokenizer: object,
     prompts: Sequence[Sequence[int]],
     *,
@@ -114,9 +115,10 @@ def complete(
 ) -> list[Completion]:
     """Greedy completions of all prompts in one batch, padded on the left.
 
-    `model` has `generate`. Training mode and random state are as before afterwards. `progress` is called
-    with (tokens written, tokens at most); where its result is true, no more are written.
+    Training mode and random state are as before afterwards. `progress` is called now and then with (tokens
+    written, tokens at most); where its result is true, no more are written.
     """
+    model = decoder.model
     width = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), width), end_id, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -124,30 +126,20 @@ def complete(
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
 
-    def written(so_far: torch.Tensor, _scores: object, **_: object) -> torch.Tensor:
-        enough = bool(progress(so_far.shape[1] - width, max_new_tokens))
-        return torch.full((len(so_far),), enough, dtype=torch.bool, device=so_far.device)
-
     was_training = model.training
     model.eval()
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), ordinary_attention(model), _few_threads(model, device):
-        out = model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            eos_token_id=end_id,
-            pad_token_id=end_id,
-            stopping_criteria=[written],
+        out = decoder.write(
+            ids.to(device),
+            mask.to(device),
+            most=max_new_tokens,
+            end_id=end_id,
+            enough=lambda count: bool(progress(count, max_new_tokens)),
         )
     model.train(was_training)
     return [
-        read_completion(row[width:].tolist(), tokenizer, end_id=end_id, close_id=close_id)
-        for row in out
+        read_completion(row.tolist(), tokenizer, end_id=end_id, close_id=close_id) for row in out
     ]
 
 

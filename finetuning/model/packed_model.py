@@ -95,7 +95,7 @@ class PackedLossModel(torch.nn.Module):
 
     def hidden_states(self, batch: PackedBatch) -> torch.Tensor:
         """(T, H): the decoder's output for all tokens of the batch."""
-        self._write_adapters()
+        self.write_adapters()
         base = self._base[0]
         decoder = decoder_of(base)
         if self._way == "alone":
@@ -168,12 +168,7 @@ class PackedLossModel(torch.nn.Module):
         with adapters_off(self.model):
             return self.hidden_states(batch)[batch.target_positions]
 
-    def generate(self, **kwargs: object) -> torch.Tensor:
-        """Token ids (B, T) of the wrapped model's `generate`; call it within `ordinary_attention`."""
-        self._write_adapters()
-        return self.model.generate(**kwargs)
-
-    def _write_adapters(self) -> None:
+    def write_adapters(self) -> None:
         """Into the matrices that hold them; one kernel, which a CUDA graph may capture."""
         if self._adapters is None:
             self._adapters = adapter_copies(self.model)

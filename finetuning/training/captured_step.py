@@ -6,12 +6,13 @@ kernels in the same order on the same addresses. So everything that differs betw
 buffers that stay: the batch, the scale of its loss, the gradients and the sums.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
 from finetuning.data.packing import PackedBatch
+from finetuning.model.cuda_graph import recorded
 from finetuning.model.loss import LossSums
 
 
@@ -41,27 +42,6 @@ def why_not_captured(
         "weights are unpacked from 4 bits": packed,
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
-
-
-def recorded(work: Callable[[], object], stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
-    """The work as a graph; it is not done yet. What goes wrong leaves nothing behind but a RuntimeError."""
-    graph, generator = torch.cuda.CUDAGraph(), torch.cuda.default_generators[stream.device_index]
-    random_state = generator.get_state()
-    try:
-        # A capture that breaks off would else leave its stream the current one.
-        with (
-            torch.cuda.stream(torch.cuda.current_stream()),
-            # Threads of the monitor may ask the driver what they like meanwhile.
-            torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
-        ):
-            work()
-    except RuntimeError:
-        # And the generator waiting for the capture to end: it gets a state that does not.
-        fresh = torch.Generator(stream.device)
-        fresh.set_state(random_state)
-        generator.graphsafe_set_state(fresh.graphsafe_get_state())
-        raise
-    return graph
 
 
 class StaticStep:

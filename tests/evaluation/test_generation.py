@@ -28,6 +28,7 @@ from finetuning.evaluation.generation import (
     term_recall,
     token_budget,
 )
+from finetuning.model.decoding import Decoder
 from finetuning.readers.sample import Sample
 from tests.helpers.settings import up_to
 
@@ -86,7 +87,7 @@ def probe_of(sample: Sample, tokenizer) -> EvalPrompt:
 def completions(tiny_model: Path, tokenizer, ids):
     model = Scripted(tiny_model, tokenizer, list(SCRIPT.values()))
     prompts = [(1, 2, 3)] * (len(SCRIPT) - 1) + [(1,)]  # one shorter than the others
-    done = complete(model, tokenizer, prompts, max_new_tokens=64, device=CPU, **ids)
+    done = complete(Decoder(model), tokenizer, prompts, max_new_tokens=64, device=CPU, **ids)
     return dict(zip(SCRIPT, done, strict=True))
 
 
@@ -260,13 +261,13 @@ def test_a_batch_is_answered_like_each_question_alone_and_nothing_is_left_behind
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     together = complete(
-        model, tokenizer, prompts, progress=lambda *where: told.append(where), **options
+        Decoder(model), tokenizer, prompts, progress=lambda *where: told.append(where), **options
     )
     assert torch.get_num_threads() == 2
     torch.set_num_threads(threads)
     longest = max(len(completion.tokens) + completion.ended for completion in together)
     assert told == [(count, 12) for count in range(1, longest + 1)]
-    alone = [complete(model, tokenizer, [prompt], **options)[0] for prompt in prompts]
+    alone = [complete(Decoder(model), tokenizer, [prompt], **options)[0] for prompt in prompts]
     assert together == alone
     assert model.training and all(module.training for module in model.modules())
     assert torch.equal(torch.get_rng_state(), state)

@@ -84,7 +84,9 @@ def _context() -> multiprocessing.context.BaseContext:
     context.set_forkserver_preload(list(PRELOADED))
     # Not every Python hands the server this process's path for imports.
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    with mock.patch.dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS="1"):
+    # Asked of the driver, "is there a GPU?" makes it useless to who is forked later; NVML may be asked.
+    ask = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    with mock.patch.dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS="1", **ask):
         multiprocessing.forkserver.ensure_running()
     return context
 

@@ -261,8 +261,8 @@ def test_documents_that_go_through_the_model_alone_give_the_same():
         assert model.config._attn_implementation == "sdpa"
         ids = torch.tensor([[0, 0, 7, 8], [6, 7, 8, 9]])
         mask = (ids > 0).long()
-        found = packed.generate(input_ids=ids, attention_mask=mask, max_new_tokens=3)
-        alone = packed.generate(input_ids=ids[:1, 2:], max_new_tokens=3)
+        found = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=3)
+        alone = model.generate(input_ids=ids[:1, 2:], max_new_tokens=3)
     assert found[0, 4:].tolist() == alone[0, 2:].tolist()
 
 

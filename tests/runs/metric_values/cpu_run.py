@@ -17,6 +17,7 @@ import direct_finetuning_with_existing_modules as program
 import tb_logger
 from finetuning.config import DirectTrainingConfig
 from finetuning.evaluation.evaluator import Evaluator
+from finetuning.model.decoding import Decoder
 from finetuning.model.packed_model import PackedLossModel
 from finetuning.runs import metrics as run_metrics
 from finetuning.runs import session as run_session
@@ -155,8 +156,8 @@ class Answers:
             return self.tokenizer.encode(text, add_special_tokens=False), True
         return self.tokenizer.encode("啊", add_special_tokens=False)[:1] * BUDGET, False
 
-    def generate(self, *, input_ids: torch.Tensor, max_new_tokens: int, **_) -> torch.Tensor:
-        assert max_new_tokens == BUDGET
+    def write(self, input_ids: torch.Tensor, mask: torch.Tensor, *, most: int, **_) -> torch.Tensor:
+        assert most == BUDGET
         replies = REPLIES[len(self.given)]
         self.given.append(replies)
         end = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -166,8 +167,7 @@ class Answers:
             ids, _ = self.ids(replies[asked])
             rows.append(ids + [end] * (BUDGET + 1 - len(ids)))
         width = min(BUDGET, max(row.index(end) + 1 if end in row else BUDGET for row in rows))
-        written = torch.tensor([row[:width] for row in rows])
-        return torch.cat([input_ids, written], dim=1)
+        return torch.tensor([row[:width] for row in rows])
 
 
 def schooled(model: Path, folder: Path) -> Path:
@@ -286,7 +286,7 @@ def do_cpu_run(ledger: Ledger, folder: Path, model: Path, cache: Path) -> CpuRun
         pytest.MonkeyPatch.context() as patch,
     ):
         patch.setattr(
-            PackedLossModel, "generate", lambda self, **kwargs: answers.generate(**kwargs)
+            Decoder, "write", lambda self, *args, **kwargs: answers.write(*args, **kwargs)
         )
         session(config, machine, "", STOPPED - 1)
         trainer = session(config, machine, "latest", 0)

@@ -1,0 +1,279 @@
+"""Greedy tokens behind prompts of different lengths; on a GPU one token of all rows is one CUDA graph.
+
+Qwen3-4B takes some two thousand kernels for a token: the host launches for 30 ms what the GPU does in
+five. So keys and values, mask and positions lie in buffers that stay, and a token is one launch. Whether
+a model can be run that way is tried: its own `generate` writes the first tokens too, and the scores
+must agree; else it writes all of them.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers import AttentionInterface, PreTrainedModel, StaticCache
+from transformers.cache_utils import StaticLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from finetuning.model.cuda_graph import recorded
+
+ONE_TOKEN = "one_token"
+ALIGNMENT = 8  # of the keys' number: the kernel reads the mask in pieces of this
+CHECKED_EVERY = 8  # tokens; to learn whether all rows have ended is to wait for the device
+TRIED_TOKENS = 3
+# Standard deviations of a row's scores: rounding in bf16 makes a few hundredths, a wrong mask 0.2 or more.
+TOLERANCE = 0.1
+GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
+
+class Decoder:
+    """Writes greedy tokens with a model, by graph where that is right.
+
+    Args:
+        model: a transformers causal language model, maybe within peft's.
+        prepare: called before each answer, as adapters that are kept in other matrices want it.
+        why_no_graph: not empty: the model's own `generate` writes, for this reason.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        prepare: Callable[[], object] = lambda: None,
+        *,
+        why_no_graph: str = "",
+    ) -> None:
+        self.model = model
+        self.prepare = prepare
+        self.why_no_graph = why_no_graph
+        self._is_tried = False
+
+    def write(
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        *,
+        most: int,
+        end_id: int,
+        enough: Callable[[int], bool],
+    ) -> torch.Tensor:
+        """(B, n) new tokens behind the prompts ids (B, T), padded on the left, where mask (B, T) is 0.
+
+        What stands behind a row's first end token is of no meaning. n is `most`, or less where all rows have
+        ended or `enough(tokens written)` became true, which is asked now and then.
+        """
+        self.prepare()
+        if ids.device.type != "cuda":
+            self.why_no_graph = "there is no CUDA device"
+        if not self.why_no_graph:
+            try:
+                return self._by_graph(ids, mask, most, end_id, enough)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                self.why_no_graph = str(error).strip().partition("\n")[0] or type(error).__name__
+        return self._by_generate(ids, mask, most, end_id, enough)
+
+    def _by_graph(
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        most: int,
+        end_id: int,
+        enough: Callable[[int], bool],
+    ) -> torch.Tensor:
+        if not self._is_tried:
+            self._try(ids, mask)
+            self._is_tried = True
+        with _one_token_attention(self.model):
+            decoder = StaticDecoder(self.model, ids, mask, most)
+            return greedy_tokens(decoder, most, end_id, enough, record=most > CHECKED_EVERY)
+
+    def _try(self, ids: torch.Tensor, mask: torch.Tensor) -> None:
+        """Raise RuntimeError unless the first scores are those of the model's own way."""
+        own = self.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=TRIED_TOKENS,
+            min_new_tokens=TRIED_TOKENS,
+            output_logits=True,
+            return_dict_in_generate=True,
+            **GREEDY,
+        )
+        with _one_token_attention(self.model):
+            decoder = StaticDecoder(self.model, ids, mask, TRIED_TOKENS)
+            scores = decoder.scores
+            for place, expected in enumerate(own.logits):
+                expected = expected.float()
+                off = ((scores - expected).square().mean(1).sqrt() / expected.std(1)).max().item()
+                if not off < TOLERANCE:
+                    raise RuntimeError(
+                        f"scores are {off:.2f} standard deviations from those of `generate`"
+                    )
+                scores = decoder.append(own.sequences[:, ids.shape[1] + place])
+
+    def _by_generate(
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        most: int,
+        end_id: int,
+        enough: Callable[[int], bool],
+    ) -> torch.Tensor:
+        width = ids.shape[1]
+
+        def written(so_far: torch.Tensor, _scores: object, **_: object) -> torch.Tensor:
+            stop = enough(so_far.shape[1] - width)
+            return torch.full((len(so_far),), stop, dtype=torch.bool, device=so_far.device)
+
+        out = self.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=most,
+            eos_token_id=end_id,
+            pad_token_id=end_id,
+            stopping_criteria=[written],
+            **GREEDY,
+        )
+        return out[:, width:]
+
+
+class StaticDecoder:
+    """Rows of tokens with keys and values that stay where they are.
+
+    Args:
+        model: a transformers causal language model, maybe within peft's.
+        ids: (B, T) prompts, padded on the left; mask (B, T) is 0 there.
+        most: new tokens for which there is room.
+    Raises RuntimeError for a model whose layers keep something else than all keys and values.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, most: int
+    ) -> None:
+        rows, width = ids.shape
+        room = math.ceil((width + most) / ALIGNMENT) * ALIGNMENT
+        self._model = model
+        self._cache = StaticCache(config=_pretrained(model).config, max_cache_len=room)
+        if any(type(layer) is not StaticLayer for layer in self._cache.layers):
+            raise RuntimeError("not every layer attends to all tokens before its own")
+        there = mask.bool()
+        self._seen = torch.zeros(rows, 1, 1, room, dtype=torch.bool, device=ids.device)
+        self._seen[:, 0, 0, :width] = there
+        positions = (there.cumsum(1) - 1).clamp(min=0)
+        self._position = positions[:, -1:] + 1  # (B, 1), of the next token
+        self._place = torch.tensor([width], device=ids.device)  # of its key
+        self._ids = torch.zeros(rows, 1, dtype=torch.long, device=ids.device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self.scores = self._read(ids, positions)  # (B, V) fp32, of the next token
+
+    def append(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Put a token (B,) behind each row; the scores of the next one, valid until the next call."""
+        self._ids.copy_(tokens[:, None])
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            self._step()
+        return self.scores
+
+    def record(self) -> None:
+        """From the next token on it is one launch; after a first `append`. Raises RuntimeError."""
+        torch.cuda.synchronize(self._ids.device)
+        self._graph = recorded(self._step, torch.cuda.Stream(self._ids.device))
+
+    def _read(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        width, device = ids.shape[1], ids.device
+        earlier = torch.ones(width, width, dtype=torch.bool, device=device).tril()
+        itself = torch.eye(width, dtype=torch.bool, device=device)  # what pads sees something, too
+        mask = self._seen.repeat(1, 1, width, 1)
+        mask[..., :width] = (mask[..., :width] & earlier) | itself
+        return self._forward(ids, mask, positions)
+
+    def _step(self) -> None:
+        self._seen.index_fill_(3, self._place, True)
+        self.scores.copy_(self._forward(self._ids, self._seen, self._position))
+        self._place += 1
+        self._position += 1
+
+    def _forward(
+        self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        out = self._model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return out.logits[:, -1].float()
+
+
+def greedy_tokens(
+    decoder: StaticDecoder,
+    most: int,
+    end_id: int,
+    enough: Callable[[int], bool],
+    *,
+    record: bool,
+) -> torch.Tensor:
+    """(B, n) tokens of the highest scores, see `Decoder.write`; with a graph if `record`."""
+    scores = decoder.scores
+    tokens = torch.full((len(scores), most), end_id, dtype=torch.long, device=scores.device)
+    ended = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
+    for count in range(1, most + 1):
+        chosen = scores.argmax(1)
+        tokens[:, count - 1] = chosen
+        ended |= chosen == end_id
+        if count % CHECKED_EVERY == 0 or count == most:
+            stop = enough(count)  # asked before the wait
+            if stop or count == most or bool(ended.all()):
+                return tokens[:, :count]
+        scores = decoder.append(chosen)
+        if record and count == 1:
+            decoder.record()
+    raise AssertionError("most is at least 1")
+
+
+@contextmanager
+def _one_token_attention(model: torch.nn.Module) -> Iterator[None]:
+    """SDPA reads keys and values as they are where a row has one token; other attention stays as it is."""
+    pretrained = _pretrained(model)
+    if pretrained.config._attn_implementation != "sdpa":
+        yield
+        return
+    AttentionInterface.register(ONE_TOKEN, _one_token)
+    pretrained.set_attn_implementation(ONE_TOKEN)
+    try:
+        yield
+    finally:
+        pretrained.set_attn_implementation("sdpa")
+
+
+def _one_token(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    **others: object,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface: query (B, Hq, 1, d), key and value (B, Hkv, T, d).
+
+    Heads that read the same keys become rows of one product: else SDPA with a mask wants each key once a
+    head, four times the memory's work for Qwen3-4B.
+    """
+    rows, heads, length, width = query.shape
+    if length > 1 or attention_mask is None:
+        options = {"scaling": scaling, **others}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    grouped = query.reshape(rows, key.shape[1], heads // key.shape[1], width)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        grouped, key, value, attention_mask, scale=scaling
+    )
+    return out.reshape(rows, 1, heads, -1), None
+
+
+def _pretrained(model: torch.nn.Module) -> PreTrainedModel:
+    return next(module for module in model.modules() if isinstance(module, PreTrainedModel))

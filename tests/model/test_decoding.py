@@ -1,0 +1,138 @@
+"""Tokens written with keys and values that stay, against the model's own `generate`."""
+
+import pytest
+import torch
+from transformers import (
+    FalconH1Config,
+    FalconH1ForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from finetuning.model import decoding
+from finetuning.model.decoding import Decoder, StaticDecoder, greedy_tokens
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+END, MOST = 1, 21
+IDS = torch.tensor([[0, 0, 0, 7, 8], [3, 4, 5, 6, 9], [0, 5, 6, 7, 8]])
+MASK = (IDS > 0).long()
+
+
+@pytest.fixture(scope="module")
+def model() -> Qwen3ForCausalLM:
+    torch.manual_seed(0)
+    config = Qwen3Config(**SIZES, head_dim=16, initializer_range=0.3)
+    return Qwen3ForCausalLM(config).eval()
+
+
+def expected_tokens(model: torch.nn.Module, most: int = MOST) -> torch.Tensor:
+    out = model.generate(
+        input_ids=IDS,
+        attention_mask=MASK,
+        max_new_tokens=most,
+        do_sample=False,
+        eos_token_id=END,
+        pad_token_id=END,
+    )
+    return out[:, IDS.shape[1] :]
+
+
+def until_end(rows: torch.Tensor) -> list[list[int]]:
+    lists = rows.tolist()
+    return [row[: row.index(END)] if END in row else row for row in lists]
+
+
+@torch.no_grad()
+def test_buffers_that_stay_give_the_tokens_of_generate(model):
+    expected = until_end(expected_tokens(model))
+    assert len({tuple(row) for row in expected}) == 3 and max(map(len, expected)) > 8
+    with decoding._one_token_attention(model):
+        decoder = StaticDecoder(model, IDS, MASK, MOST)
+        found = greedy_tokens(decoder, MOST, END, lambda count: False, record=False)
+    assert until_end(found) == expected
+    assert model.config._attn_implementation == "sdpa"
+
+
+@torch.no_grad()
+def test_scores_are_those_of_generate(model):
+    """In fp32 nearly to the last digit, with and without the products of one token."""
+    own = model.generate(
+        input_ids=IDS,
+        attention_mask=MASK,
+        max_new_tokens=5,
+        min_new_tokens=5,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    with decoding._one_token_attention(model):
+        decoder = StaticDecoder(model, IDS, MASK, 5)
+        for place, scores in enumerate(own.logits):
+            torch.testing.assert_close(decoder.scores, scores, rtol=1e-4, atol=1e-4)
+            decoder.append(own.sequences[:, IDS.shape[1] + place])
+
+
+def test_it_ends_where_all_rows_ended_or_enough_is_written(model, monkeypatch):
+    with torch.no_grad(), decoding._one_token_attention(model):
+        told: list[int] = []
+        decoder = StaticDecoder(model, IDS, MASK, MOST)
+        greedy_tokens(decoder, MOST, END, lambda count: bool(told.append(count)), record=False)
+        assert told[:2] == [8, 16][: len(told)]
+        decoder = StaticDecoder(model, IDS, MASK, MOST)
+        short = greedy_tokens(decoder, MOST, END, lambda count: count >= 8, record=False)
+        assert short.shape == (3, 8)
+        first = short[:, 0]
+        monkeypatch.setattr(decoding, "CHECKED_EVERY", 2)
+        same = first.clone().fill_(first[1])
+        decoder = StaticDecoder(model, IDS[1:2].repeat(3, 1), MASK[1:2].repeat(3, 1), MOST)
+        ended = greedy_tokens(decoder, MOST, int(same[0]), lambda count: False, record=False)
+        assert ended.shape == (3, 2), "all rows ended at the first token"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        (MistralConfig(**SIZES, sliding_window=4), MistralForCausalLM),
+        (FalconH1Config(**SIZES, mamba_d_ssm=32, mamba_n_heads=4), FalconH1ForCausalLM),
+    ],
+)
+def test_layers_that_keep_something_else_are_left_to_generate(config, kind):
+    with pytest.raises(RuntimeError, match="not every layer"):
+        StaticDecoder(kind(config).eval(), IDS, MASK, MOST)
+
+
+@torch.no_grad()
+def test_a_model_whose_scores_differ_is_found_out(model):
+    decoder = Decoder(model)
+    decoder._try(IDS, MASK)  # nothing is raised
+    frozen = StaticDecoder._step
+
+    def step(self) -> None:
+        frozen(self)
+        self._position -= 1
+
+    try:
+        StaticDecoder._step = step
+        with pytest.raises(RuntimeError, match="standard deviations"):
+            decoder._try(IDS, MASK)
+    finally:
+        StaticDecoder._step = frozen
+
+
+@torch.no_grad()
+def test_a_cpu_leaves_it_to_generate(model):
+    prepared: list[int] = []
+    decoder = Decoder(model, lambda: prepared.append(1))
+    found = decoder.write(IDS, MASK, most=MOST, end_id=END, enough=lambda count: False)
+    assert torch.equal(found, expected_tokens(model)) and prepared == [1]
+    assert decoder.why_no_graph == "there is no CUDA device"
