@@ -30,6 +30,7 @@ CONDITIONS = {
     "evaluation": "每次评估",
     "evaluation after step 0": "第 0 步之后的评估",
     "evaluation, end of an epoch": "评估与 epoch 结束",
+    "measured forgetting": "测量遗忘时（`--forgetting`）",
     "generation probes": "有生成探针时",
     "judged probes": "有可评判的探针时",
     "logged weights": "`--log-weight-histograms`",

@@ -35,6 +35,7 @@ WITHOUT_TORCH = ("readers", "monitoring", "events")  # when they are imported
 # At the root. What is started by people is imported by nothing; two files show names of others to users.
 PROGRAMS = {
     "direct_finetuning_with_existing_modules", "ask", "export", "compare_runs", "convergence",
+    "sweep",
 }  # fmt: skip
 PUBLIC = {"tb_logger", "dataset_stats"}
 ROOT_FILES = {f"{name}.py" for name in PROGRAMS | PUBLIC} | {"test_tensorboard_integration.py"}

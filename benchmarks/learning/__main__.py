@@ -69,11 +69,9 @@ def told(result: dict[str, Any]) -> str:
     if "error" in result:
         return f"{result['name']}: {result['error']}\n{result['trace']}"
     before, after, seconds = result["before"], result["after"], result["seconds"]
-    kl = after.get("Forgetting/KL_General", float("nan"))
-    text = (
-        f"{result['name']}: held out {before['Eval/Loss']:.3f} -> {after['Eval/Loss']:.3f}, KL {kl:.4f}, "
-        f"unseen general {before['Unseen_General_Loss']:.3f} -> {after['Unseen_General_Loss']:.3f}"
-    )
+    shown = ("Eval/Loss", "Forgetting/KL_General", "Unseen_General_Loss")
+    changes = (f"{n} {before[n]:.3f} -> {after[n]:.3f}" for n in shown if n in after)
+    text = f"{result['name']}: {', '.join(changes)}"
     if given := result.get("answers"):
         text += f"; thinking {given['thinking']}, right {given['right']} of {given['questions']}"
     return f"{text} ({seconds['to_train']} + {seconds['training']} s, {seconds['all']} in all)"
@@ -94,12 +92,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("/tmp/learning"))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
+    parser.add_argument("--light", action="store_true", help="of the measures only held-out loss")
     parser.add_argument("--seconds", type=float, default=3600)
     parser.add_argument("--only", nargs="*", default=[""], help="beginnings of trial names")
     parser.add_argument("--few", type=int, default=0, help="steps of each trial, to see if it runs")
     options = parser.parse_args()
 
-    place = Place(options.model.resolve(), options.work, options.device)
+    place = Place(options.model.resolve(), options.work, options.device, options.light)
     write_all(place.work / "data", share=0.1 if options.few else 1.0)
     make_thinking_base(place.model, place.model_of("thinking_base"))
     trials = experiments()

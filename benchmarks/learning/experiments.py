@@ -28,6 +28,7 @@ def experiments() -> list[Trial]:
         *ranks(),
         *replays(),
         *thinking_rates(),
+        *thinking_on_a_cpu(),
     ]
 
 
@@ -118,6 +119,19 @@ def thinking_rates() -> Iterator[Trial]:
                 "thinker",
                 questions=QUESTIONS,
             )
+
+
+def thinking_on_a_cpu() -> Iterator[Trial]:
+    """The question of `thinking` in so few tokens that two processors answer it in half an hour; with
+    --light, as the measures would take most of it."""
+    short = {"max_seq_length": 1024}
+    teacher = FULL | short | {"learning_rate": 3e-4, "max_steps": 40}
+    yield Trial("cpu_teach", "sums", 1, teacher, "thinking_base", saves="cpu_thinker", questions=60)
+    settings = short | {"learning_rate": 1e-3, "max_steps": 24}
+    for data in ("sums_answers", "docs"):
+        for way in ("train", "mask"):
+            chosen = settings | {"empty_thinking": way}
+            yield Trial("cpu_thinking", data, 1, chosen, "cpu_thinker", questions=60)
 
 
 def shortened(trials: list[Trial], steps: int, questions: int) -> list[Trial]:

@@ -172,7 +172,7 @@ def main() -> None:
         markdown(
             "Thinking: valid and right answers of held-out sums, 95% intervals",
             ["data", "seed", "empty block", "rate", "thinks", "right", "tokens", "held out"],
-            thinking_rows(of(results, "teach", "thinking")),
+            thinking_rows(of(results, "teach", "thinking", "cpu_teach", "cpu_thinking")),
         ),
     ]
     print("\n".join(filter(None, sections)))

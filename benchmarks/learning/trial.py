@@ -79,6 +79,7 @@ class Place:
     model: Path  # the base
     work: Path  # data sets, models that trials save, caches
     device: str
+    light: bool = False  # of the measures only the held-out loss
 
     def model_of(self, name: str) -> Path:
         return self.model if name == "base" else self.work / "models" / name
@@ -112,6 +113,7 @@ def run_trial(trial: Trial, place: Place) -> dict[str, Any]:
         "Docs_Loss": place.data_of("docs", "held_out"),
         "Crypto_Loss": place.data_of("crypto", "held_out"),
     }
+    unseen = {} if place.light else unseen
 
     def measured() -> Numbers:
         found = evaluator.measure(0, NullLogger()) or {}
@@ -161,6 +163,7 @@ def configuration(trial: Trial, place: Place) -> DirectTrainingConfig:
         compile="off",
         gradient_checkpointing="off",
         num_probes=0,
+        forgetting=not place.light,
         workers=1,
         max_broken_fraction=0.9,
         output_dir=str(place.work / "out"),

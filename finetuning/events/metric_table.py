@@ -96,6 +96,12 @@ Eval/By_Source/<name> | nats/token | evaluation | evaluation.evaluator
     Held-out loss on samples of one source file.
 Eval/By_Category/<name> | nats/token | evaluation | evaluation.evaluator
     Held-out loss on samples by the category of most of their terms; none: without a term.
+Forgetting/KL_Held_Out | nats/token | measured forgetting | evaluation.forgetting
+    KL(base‖tuned) on the first 16,384 held-out tokens: how far training has moved the model there.
+Forgetting/KL_General | nats/token | measured forgetting | evaluation.forgetting
+    KL(base‖tuned) on general text: how far the model has moved where nothing was to be learnt.
+Forgetting/General_Loss | nats/token | measured forgetting | evaluation.forgetting
+    Loss on the answers of the general text. A rise is what the model has forgotten.
 Memory/GPU_Allocated_MB | MB | GPU | runs.metrics
     Device memory held by tensors of this process.
 Memory/GPU_Reserved_MB | MB | GPU | runs.metrics
@@ -394,6 +400,8 @@ LAYOUT = {
         "Thinking against answer": [r"^Thinking/Loss$", r"^Answer/Loss$"],
         "The ends: of thinking and of the answer": [r"^Boundary/.*_Loss$"],
         "Held out: thinking against answer": [r"^Eval/Thinking_Loss$", r"^Eval/Answer_Loss$"],
+        "Learnt and forgotten": [r"^Eval/Loss$", r"^Forgetting/General_Loss$"],
+        "Distance from the base (KL)": [r"^Forgetting/KL_.*"],
         "Loss and its forecast": [r"^Training/Loss$", r"^Monitoring/Forecast_Final_Loss"],
         "Token accuracy": [r"^(Training|Eval)/Token_Accuracy$", r"^(Thinking|Answer)/Accuracy$"],
     },

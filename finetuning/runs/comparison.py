@@ -31,6 +31,9 @@ METRICS: dict[str, tuple[Callable[[RecordedRun, str], float | None], str]] = {
     "last held-out thinking loss": (RecordedRun.last, "Eval/Thinking_Loss"),
     "last held-out answer loss": (RecordedRun.last, "Eval/Answer_Loss"),
     "held-out token accuracy": (RecordedRun.last, "Eval/Token_Accuracy"),
+    "KL, held out": (RecordedRun.last, "Forgetting/KL_Held_Out"),
+    "KL, general text": (RecordedRun.last, "Forgetting/KL_General"),
+    "loss on general text": (RecordedRun.last, "Forgetting/General_Loss"),
     "convergence score": (RecordedRun.last, "Monitoring/Convergence_Score"),
     "tokens per second, median": (RecordedRun.median, "Throughput/Tokens_Per_Second"),
     "MFU, %, median": (RecordedRun.median, "Throughput/MFU_Percent"),
@@ -48,13 +51,15 @@ BEST = {
 # Settings by which the held-out tokens are what they are.
 HELD_OUT_BY = {
     "model", "model_name", "data_path", "columns", "eval_path", "eval_fraction", "max_eval_samples",
-    "max_seq_length", "over_length", "loss_on", "control_tokens", "seed",
+    "max_seq_length", "over_length", "loss_on", "empty_thinking", "control_tokens", "seed",
 }  # fmt: skip
 CHARTS = {
     "Training loss": "Training/Loss",
     "Held-out loss": "Eval/Loss",
     "Held-out thinking loss": "Eval/Thinking_Loss",
     "Held-out answer loss": "Eval/Answer_Loss",
+    "KL on general text": "Forgetting/KL_General",
+    "Loss on general text": "Forgetting/General_Loss",
     "Gradient norm": "Training/Gradient_Norm",
     "Learning rate": "Training/Learning_Rate",
     "Tokens per second": "Throughput/Tokens_Per_Second",

@@ -41,6 +41,8 @@ CHARTS = {
     "Held-out loss by difficulty": (r"Eval/By_Difficulty_\d",),
     "Held-out loss by category": (r"Eval/By_Category/.+",),
     "Held-out loss by source": (r"Eval/By_Source/.+",),
+    "Distance from the base (KL)": (r"Forgetting/KL_.+",),
+    "Loss on general text": (r"Forgetting/General_Loss",),
     "Answers of the probes": (
         r"Eval/(Format_Valid|Repetition|Budget_Hit)_Rate",
         r"Eval/(Term_Recall|Exact_Answer)",

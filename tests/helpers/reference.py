@@ -48,7 +48,8 @@ def tokens_of(tokenizer, record: Mapping, *groups: str) -> Document:
     behind = tokenizer.encode(whole[len(prompt) :], add_special_tokens=False)
     close = behind.index(tokenizer.convert_tokens_to_ids("</think>"))
     end = behind.index(tokenizer.convert_tokens_to_ids("<|im_end|>"))
-    parts = ["thinking"] * close + ["close"] + ["answer"] * (end - close - 1) + ["end"]
+    block = ["thinking"] * close + ["close"] if record["thinking"] else [""] * (close + 1)  # masked
+    parts = [*block, *["answer"] * (end - close - 1), "end"]
     return Document(before + behind[: end + 1], [""] * len(before) + parts, groups)
 
 
@@ -144,10 +145,14 @@ class Adapters:
 
 @dataclass
 class Evaluation:
-    """Of each held-out sample its sums, and the adapters."""
+    """Of each held-out sample its sums, and the adapters; the mean KL(base‖model) of a learnt token of the
+    held-out and of the general samples, and the loss on the latter."""
 
     samples: list[Sums]
     adapters: Adapters
+    kl_held_out: float = math.nan
+    kl_general: float = math.nan
+    general_loss: float = math.nan
 
     @property
     def sums(self) -> Sums:
@@ -249,6 +254,12 @@ class PlainTraining:
         }
         (held_out,) = config.eval_path
         self.held_out = list(self.read(folder / held_out))
+        general = [d for name in config.general_path for d in self.read(folder / name)]
+        room = sum(
+            len(document.ids) for document in self.held_out
+        )  # on a CPU no more than is held out
+        ends = itertools.accumulate(len(document.ids) for document in general)
+        self.general = [d for d, end in zip(general, ends, strict=True) if end <= room]
         self.scale = config.lora_alpha / config.lora_r
         lora = LoraConfig(
             r=config.lora_r,
@@ -335,7 +346,26 @@ class PlainTraining:
     def evaluate(self) -> Evaluation:
         self.model.eval()
         samples = [losses_of(self.model, d, self.close_id)[1] for d in self.held_out]
-        return Evaluation(samples, self.adapters())
+        general = sum((losses_of(self.model, d, self.close_id)[1] for d in self.general), Sums())
+        return Evaluation(
+            samples,
+            self.adapters(),
+            self.divergence(self.held_out),
+            self.divergence(self.general),
+            general.mean() if self.general else math.nan,
+        )
+
+    def divergence(self, documents: Sequence[Document]) -> float:
+        """The mean KL(base‖model) of a supervised token."""
+        found = []
+        for document in documents:
+            ids = torch.tensor([document.ids])
+            carries = torch.tensor([bool(part) for part in document.parts[1:]])
+            own = self.model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
+            with self.model.disable_adapter():
+                base = self.model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
+            found.append((base.exp() * (base - own)).sum(-1)[carries])
+        return torch.cat(found).mean().item() if found else math.nan
 
     def layers(self) -> list[tuple[str, str, str]]:
         """Of each adapted layer its name in the transformer, and the names of its A and B."""

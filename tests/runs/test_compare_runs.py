@@ -102,6 +102,7 @@ HELD_OUT_OTHERWISE = {
     "max_seq_length": 4096,
     "over_length": "error",
     "loss_on": "all_turns",
+    "empty_thinking": "train",
     "control_tokens": "split",
     "seed": 2,
 }

@@ -233,6 +233,7 @@ def cpu_config(folder: Path, model: Path, cache: Path) -> DirectTrainingConfig:
         ),
         data_weights=(2.0, 0.5),
         eval_path=(write(folder, "held.jsonl", HELD_OUT),),
+        general_path=(write(folder, "general.jsonl", training_rows("戊", 6)),),
         max_seq_length=270,
         gradient_accumulation_steps=3,
         num_epochs=STEPS / EPOCH,

@@ -110,6 +110,18 @@ def steps_of_the_optimizer(cpu: CpuRun) -> None:
     cpu.values.scalars("Monitoring/Convergence_Score", score)
 
 
+def distances_from_the_base(cpu: CpuRun) -> None:
+    found = cpu.reference.evaluations
+    for tag, of in {
+        "KL_Held_Out": lambda evaluation: evaluation.kl_held_out,
+        "KL_General": lambda evaluation: evaluation.kl_general,
+        "General_Loss": lambda evaluation: evaluation.general_loss,
+    }.items():
+        values = {step: of(evaluation) for step, evaluation in found.items()}
+        assert len(set(values.values())) > 2, "nothing to see"
+        cpu.values.scalars(f"Forgetting/{tag}", values, rel=1e-4, abs=1e-6)
+
+
 def held_out_losses(cpu: CpuRun) -> None:
     tags = {
         "Loss": (),
@@ -608,6 +620,7 @@ CHECKS = (
     losses_by_group,
     steps_of_the_optimizer,
     held_out_losses,
+    distances_from_the_base,
     the_numbers_at_the_end,
     answers_to_the_probes,
     answers_as_text,
