@@ -55,7 +55,7 @@ DOCUMENT = Bound(
     "the file is refused", "readers/test_office.py::test_what_a_file_unpacks_to_is_bounded",
 )  # fmt: skip
 COLUMNS = Bound(
-    4096, "columns", "a record or the header of a table",
+    4096, "columns", "a record, or the header of a table",
     "the record is broken, the table refused", "readers/test_bounds.py::test_columns_are_bounded",
 )  # fmt: skip
 NAME = Bound(
@@ -65,6 +65,10 @@ NAME = Bound(
 NAMES = Bound(
     2**16, "characters", "names of one record whose meaning is kept for the next record like it",
     "it is found out anew", "readers/test_bounds.py::test_names_are_bounded",
+)  # fmt: skip
+BROKEN = Bound(
+    100_000, "records", "what is broken in 16 MiB of JSON lines, or in one other file",
+    "the file is refused", "readers/test_bounds.py::test_broken_records_are_bounded",
 )  # fmt: skip
 OPEN_FILES = Bound(
     64, "files", "files of samples that are open at once, however many files or bytes were read",
