@@ -51,8 +51,16 @@ LINES = Bound(
     "the file is refused", "readers/test_bounds.py::test_texts_are_bounded",
 )  # fmt: skip
 DOCUMENT = Bound(
-    256 * _MIB, "bytes", "what an Excel or Word file unpacks to",
+    128 * _MIB, "bytes", "what an Excel or Word file unpacks to",
     "the file is refused", "readers/test_office.py::test_what_a_file_unpacks_to_is_bounded",
+)  # fmt: skip
+TAGS = Bound(
+    4_000_000, "tags", "a Word file, which is held as a tree",
+    "the file is refused", "readers/test_bounds.py::test_an_office_file_is_no_bomb",
+)  # fmt: skip
+PARAGRAPHS = Bound(
+    200_000, "paragraphs", "a Word file",
+    "the file is refused", "readers/test_bounds.py::test_an_office_file_is_no_bomb",
 )  # fmt: skip
 COLUMNS = Bound(
     4096, "columns", "a record, or the header of a table",

@@ -11,14 +11,19 @@ from finetuning.readers.values import shown
 _MEDIA = word_set("media image images img imgs picture pictures photo audio audios video videos")
 _MEDIA_CHINESE = ("图片", "图像", "音频", "视频", "配图")
 _MEDIA_FORM = word_set("path paths url urls file files bytes base64 data list")
-_RIGHT = word_set("correct correctness label passed good valid right usable accepted desirable")
+_RIGHT = word_set(
+    "correct correctness label passed good valid right usable accepted desirable kto ok okay"
+)
 _CHECKED = word_set("verified reviewed checked approved")
 _WRONG = word_set("incorrect wrong deleted discarded cancelled canceled rejected bad invalid")
 _RIGHT_CHINESE = ("正确", "对错", "合格", "可用", "有效", "采纳", "采用")
-_STATE = word_set("status state review verdict")
-_STATE_CHINESE = ("状态", "审核", "复核", "质检")
+_STATE = word_set(
+    "status state review verdict result verify verification judge judgement judgment feedback outcome vote"
+)
+_STATE_CHINESE = ("状态", "审核", "复核", "质检", "评判", "判定", "反馈")
 _REFUSED = word_set(
-    "discarded rejected invalid deleted wrong 驳回 不通过 未通过 不合格 已删除 废弃 作废 错误"
+    "discarded rejected reject invalid deleted wrong incorrect fail failed dislike disliked bad downvote "
+    "驳回 不通过 未通过 不合格 已删除 废弃 作废 错误 差评 踩 点踩 不正确 不采纳"
 )
 _NO = word_set("false no n 0 否 错 错误 不正确 不合格 incorrect wrong failed fail")
 _YES = word_set("true yes y 1 是")
@@ -34,6 +39,8 @@ _NO_LOSS = {
     "ignore",
     "ignore loss",
     "no loss",
+    "masked",
+    "mask out",
     "skip loss",
     "ignored",
 }
@@ -73,6 +80,11 @@ def _flag(name: str) -> str:
     return "right" if any(word in chinese for word in _RIGHT_CHINESE) else ""
 
 
+def says_no(value: Any) -> bool:
+    """Whether a value that nothing heeds may say that its record is not to be learnt."""
+    return value is False or (isinstance(value, str) and _word(value) in _REFUSED)
+
+
 def heed_flags(fields: Fields) -> None:
     """Take the flags of a record. Raises LeftOutError where it says that it is not to be learnt, and
     BrokenRecordError where it is about a picture or a sound."""
@@ -86,6 +98,8 @@ def heed_flags(fields: Fields) -> None:
             _heed_weight(fields, name, value)
         elif _says_no(flag, name, value):
             _say_no(fields, flag, name, value)
+        elif isinstance(value, bool):
+            fields.take(name)  # it says yes
 
 
 def _heed_weight(fields: Fields, name: str, value: Any) -> None:
@@ -133,6 +147,11 @@ def _is_loss(name: str) -> bool:
 
 def carries_no_loss(fields: Fields) -> str:
     """Take the flags of a turn; which one says that the turn is not to be learnt, '' for none."""
+    if mask := fields.first_of(("mask",)):
+        fields.take(mask)
+        fields.remark(
+            "mask of a turn may mean either way and is not heeded; loss: true or false says it"
+        )
     said = ""
     for name, value in fields.flags(_is_loss):
         if not _word(value):

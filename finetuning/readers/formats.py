@@ -11,6 +11,7 @@ from finetuning.readers.opening import (
     Chunk,
     Unpacking,
     archive_errors,
+    check_unpacked,
     damaged,
     encoding_error,
     held,
@@ -29,8 +30,9 @@ _DENSE = 20  # times its size that a column of text seldom unpacks to
 
 def recognized(file: DataFile) -> DataFile:
     """The file with what is to be known before it is read in parts: its encoding, how its JSON stands."""
-    file = with_encoding(held(file))
     try:
+        check_unpacked(file)
+        file = with_encoding(held(file))
         return with_layout(file)
     except UnicodeDecodeError:
         return file

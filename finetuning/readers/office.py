@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from datetime import date, datetime, time
 from typing import Any
 
-from finetuning.common.bounds import DOCUMENT
+from finetuning.common.bounds import DOCUMENT, PARAGRAPHS, TAGS
 from finetuning.common.errors import UserError
 from finetuning.common.text import clean_line
 from finetuning.readers.files import DataFile
 from finetuning.readers.names import meaning
-from finetuning.readers.opening import Chunk
+from finetuning.readers.opening import BLOCK, Chunk
 from finetuning.readers.sample import BrokenSample, Remark
 from finetuning.readers.tables import Row, is_header, table_records
 
@@ -39,6 +39,25 @@ def _check_size(file: DataFile) -> None:
     if total > DOCUMENT.limit:
         raise UserError(
             f"{shown} unpacks to {total >> 20} MiB, more than {DOCUMENT}; split it, or save it as CSV"
+        )
+
+
+def _check_markup(file: DataFile) -> None:
+    """Refuse a Word file whose tree would be many times as large as its text."""
+    tags = paragraphs = 0
+    with zipfile.ZipFile(file.path) as archive:
+        for name in archive.namelist():
+            if name.endswith(".xml"):
+                with archive.open(name) as part:
+                    while block := part.read(BLOCK):
+                        tags += block.count(b"<")
+                        paragraphs += (
+                            block.count(b"<w:p>") + block.count(b"<w:p ") + block.count(b"<w:p/")
+                        )
+    if tags > TAGS.limit or paragraphs > PARAGRAPHS.limit:
+        raise UserError(
+            f"{clean_line(file.source, 200)} holds {tags:,} tags and {paragraphs:,} paragraphs, more than "
+            f"{TAGS} or {PARAGRAPHS}; split it"
         )
 
 
@@ -154,6 +173,7 @@ def word_text(file: DataFile) -> tuple[str, list[list[Row]]]:
     _check_size(file)
     lines, tables = [], []
     with _told(file):
+        _check_markup(file)
         for part in docx.Document(file.path).iter_inner_content():
             if not hasattr(part, "rows"):
                 lines.append(_paragraph(part))
