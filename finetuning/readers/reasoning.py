@@ -30,6 +30,12 @@ _DETAILS = re.compile(
     r"<details(?P<kind>[^>]*+)>\s*+(?:<summary>(?P<title>[^<]*+)</summary>)?(?P<text>.*?)</details>",
     re.S,
 )
+_CHANNELS = re.compile(
+    r"(?:<\|start\|>assistant)?<\|channel\|>analysis<\|message\|>(?P<thinking>(?:(?!<\|end\|>).)*+)<\|end\|>\s*+"
+    r"(?:<\|start\|>assistant)?<\|channel\|>final<\|message\|>(?P<answer>(?:(?!<\|(?:end|return)\|>).)*+)"
+    r"(?:<\|(?:end|return)\|>)?\s*+",
+    re.S,
+)
 _FENCED = re.compile(rf"```[ ]?{_NAME}[ ]?\n(?P<text>.*?)\n```[ \t]*(?:\n|\Z)", re.S)
 
 
@@ -133,6 +139,8 @@ def _in_other_marks(text: str) -> tuple[str, str, str]:
     """(thinking, rest, mark) of a text that opens with a pair of marks; ('', text, '') without."""
     if text[:1] not in ("<", "[", "【", "◁", "`"):
         return "", text, ""
+    if channels := _CHANNELS.fullmatch(text):
+        return channels["thinking"].strip(), channels["answer"].strip(), "<|channel|>analysis"
     details = _DETAILS.match(text)
     if details and ("reasoning" in details["kind"] or _means(details["title"] or "", "thinking")):
         quoted = re.sub(r"^> ?", "", details["text"].strip(), flags=re.MULTILINE)

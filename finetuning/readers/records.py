@@ -15,6 +15,7 @@ from finetuning.readers.fields import Fields, Notes, Oddity
 from finetuning.readers.flags import heed_flags
 from finetuning.readers.names import NEUTRAL, is_record, meaning, word_set, words
 from finetuning.readers.sample import (
+    THINK_TAG,
     BrokenRecordError,
     LeftOutError,
     Sample,
@@ -30,7 +31,7 @@ from finetuning.readers.turns import (
     reasoning_in,
     tools_text,
 )
-from finetuning.readers.values import is_absent, kind, parsed, text_of, width
+from finetuning.readers.values import NOTHING, is_absent, kind, parsed, text_of, width
 
 SAMPLE_KEYS = (
     "question", "thinking", "answer", "system", "history", "tools", "difficulty", "messages",
@@ -40,7 +41,6 @@ SAMPLE_KEYS = (
 
 _JOINS_INPUT = ("instruction", "prompt", "指令", "提示", "提示词")
 _INPUT = ("input", "输入")
-_NOTHING = ("无", "空", "暂无", "无。", "/", "-", "—", "－")  # what people write for no input
 _PREFERS = word_set(
     "winner better best preferred preference prefer choice chosen 优选 更优 胜者 偏好"
 )
@@ -167,9 +167,14 @@ def _answer_of(fields: Fields, key: str) -> Any:
 
 def _preferred(fields: Fields, key: str | None) -> str | None:
     """Of answers that differ in a letter or number alone (`response_0`, `response_1`) the one that a column
-    such as `winner` or `better_response_id` names; else the first."""
+    such as `winner` or `better_response_id` names; of others the one that holds the reasoning."""
     if key is None or len(fields.layout.of("answer")) < 2 or fields.is_ruled("answer"):
         return key
+    if fields.first_text("thinking") is None and not _reasons(fields.peek(key)):
+        for name in fields.layout.of("answer"):
+            if _reasons(fields.peek(name)):
+                fields.remark(f"{name} is read as the answer, since it holds the reasoning")
+                return name
     rivals = {
         words(n)[-1]: n for n in fields.layout.of("answer") if words(n)[:-1] == words(key)[:-1]
     }
@@ -180,6 +185,10 @@ def _preferred(fields: Fields, key: str | None) -> str | None:
             fields.remark(f"{rivals[said[0]]} is read as the answer, since {name} says so")
             return rivals[said[0]]
     return key
+
+
+def _reasons(answer: Any) -> bool:
+    return isinstance(answer, str) and any(tag[1] for tag in THINK_TAG.finditer(answer))
 
 
 def _prefers(name: str) -> bool:
@@ -242,7 +251,7 @@ def _input(question_key: str, fields: Fields) -> str:
     ]
     for name in names:
         if name != question_key and (text := text_of(fields.take(name), name).strip()):
-            if text in _NOTHING and not ruled:
+            if text in NOTHING and not ruled:
                 fields.remark(f"“{text}” in {name} is read as no value")
                 continue
             return text
