@@ -1,5 +1,6 @@
 """Excel and Word files: sheets and tables to records, paragraphs to text. What they unpack to is bounded."""
 
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -87,7 +88,8 @@ def excel_records(chunk: Chunk) -> Iterator[tuple[int, Any] | BrokenSample | Rem
     import openpyxl
 
     _check_size(chunk.file)
-    with _told(chunk.file):
+    with _told(chunk.file), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of parts that nobody reads
         book = openpyxl.load_workbook(chunk.file.path, read_only=True, data_only=True)
         sheets = [sheet for sheet in book.worksheets if hasattr(sheet, "iter_rows")]
     try:
