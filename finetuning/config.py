@@ -32,6 +32,7 @@ ALERT_NAMES = (
     "Data_Starvation",
     "Thinking_Collapse",
     "Overfitting",
+    "Forgetting",
     "Slow_Rank",
 )
 

@@ -236,6 +236,8 @@ Alerts/Thinking_Collapse | 0 or 1 | always | monitoring.alerts
     The generated chains of thought are much shorter than at first and than the reference's, or not closed.
 Alerts/Overfitting | 0 or 1 | always | monitoring.alerts
     The held-out loss has risen above its best.
+Alerts/Forgetting | 0 or 1 | always | monitoring.alerts
+    The loss on general text has risen above that of the base.
 Alerts/Slow_Rank | 0 or 1 | always | monitoring.alerts
     One rank holds up all others.
 Config/Batch_Size | | always | runs.metrics

@@ -214,6 +214,7 @@ LIMITS = {
     "Data_Starvation": ("starvation",),
     "Thinking_Collapse": ("collapse", "format_drop"),
     "Overfitting": ("overfit",),
+    "Forgetting": ("forgotten",),
     "Slow_Rank": ("straggler",),
 }
 
