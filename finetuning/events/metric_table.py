@@ -97,7 +97,7 @@ Eval/By_Source/<name> | nats/token | evaluation | evaluation.evaluator
 Eval/By_Category/<name> | nats/token | evaluation | evaluation.evaluator
     Held-out loss on samples by the category of most of their terms; none: without a term.
 Forgetting/KL_Held_Out | nats/token | measured forgetting | evaluation.forgetting
-    KL(base‖tuned) on the first 16,384 held-out tokens: how far training has moved the model there.
+    KL(base‖tuned) on the first 16,384 held-out tokens (CPU: 4,096): how far the model has moved there.
 Forgetting/KL_General | nats/token | measured forgetting | evaluation.forgetting
     KL(base‖tuned) on general text: how far the model has moved where nothing was to be learnt.
 Forgetting/General_Loss | nats/token | measured forgetting | evaluation.forgetting

@@ -29,6 +29,7 @@ from finetuning.data.training_data import (
     prepare_data,
     read_data,
 )
+from finetuning.evaluation.forgetting import CPU_TOKENS
 from finetuning.evaluation.generation import EvalPrompt, choose_probes, token_budget
 from finetuning.model.loading import load_tokenizer
 from finetuning.model.packed_model import compiler_is_there
@@ -344,11 +345,14 @@ def plan_general(
     evaluation: StepPlan | None,
     dist: Distributed,
 ) -> tuple[DataPart, StepPlan] | None:
-    """The text by which forgetting is measured, and a pass over it; on a CPU no more than is held out."""
+    """The text by which forgetting is measured, and a pass over it; on a CPU no more than is held out, and
+    little."""
     if not config.forgetting:
         return None
     paths = config.general_path or (bundled_data("general"),)
-    most = evaluation.num_tokens if evaluation and dist.device.type == "cpu" else 0
+    most = 0
+    if dist.device.type == "cpu":
+        most = min(evaluation.num_tokens, CPU_TOKENS) if evaluation else CPU_TOKENS
     part = general_part(paths, tokenizer, config, most)
     return part and (part, one_pass(part, config, dist))
 
