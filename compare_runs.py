@@ -22,13 +22,14 @@ from finetuning.runs.comparison import (
     labels,
     metric_rows,
     outcomes,
+    read_all,
     results_title,
-    rich_table,
+    rich_tables,
     setting_rows,
     sparkline,
     write_page,
 )
-from finetuning.runs.recorded import RecordedRun, find_runs, read_recorded
+from finetuning.runs.recorded import RecordedRun, find_runs
 
 # -----------------------------------------------------------------------------
 # Terminal
@@ -39,9 +40,13 @@ def print_comparison(runs: Sequence[RecordedRun]) -> None:
     console = Console(highlight=False)
     sparks = [sparkline([y for _, y in run.series.get("Training/Loss", ())]) for run in runs]
     names = labels(runs)
-    console.print(rich_table("Settings that differ", names, setting_rows(runs)))
     results = [*outcomes(runs), *metric_rows(runs), ("training loss", sparks)]
-    console.print(rich_table(results_title(runs), names, results))
+    for title, rows in (
+        ("Settings that differ", setting_rows(runs)),
+        (results_title(runs), results),
+    ):
+        for table in rich_tables(title, names, rows, console.width):
+            console.print(table)
 
 
 # -----------------------------------------------------------------------------
@@ -61,7 +66,7 @@ def main(
         html: Also write a page with curves to this file.
         json: Print one JSON object and nothing else.
     """
-    runs = [read_recorded(run) for run in find_runs(places)]
+    runs = read_all(find_runs(places), curves=html is not None)
     if json:
         print(dumps(runs))
     else:

@@ -37,6 +37,7 @@ if (
     process.imports_begin()
 
 import dataclasses
+import functools
 import math
 from contextlib import nullcontext
 from pathlib import Path
@@ -274,7 +275,8 @@ class DirectTrainer:
         straggler, slowest = self.metrics.straggler()
         if slowest is not None:  # an alert about it names the rank
             self.record.evidence["slowest_rank"] = slowest
-        return metrics | straggler | self.record.overhead_percent(self.metrics.session_seconds)
+        spent = self.metrics.session_seconds, self.metrics.spent.seconds
+        return metrics | straggler | self.record.overhead_percent(*spent)
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Held-out losses, answers and adapter health; keeps the best model."""
@@ -451,9 +453,8 @@ class DirectTrainer:
         self.terminal.stop_progress()
         ends = {"completed": "success", "stopped": "success"}
         self.record.close(ends.get(self.outcome))
-        at_once = isinstance(sys.exc_info()[1], KeyboardInterrupt)  # nobody waits for a page
-        if self.dist.is_main and not at_once:
-            leave_report(self.record.run, self.terminal)
+        if self.dist.is_main and not self.stop.name:  # else nobody waits for a page
+            leave_report(self.record.run, self.terminal, lambda: bool(self.stop.name))
 
 
 # -----------------------------------------------------------------------------
@@ -469,9 +470,8 @@ def run(command: CommandLine) -> int:
     trust = {"trust_remote_code": command.trust_remote_code}
     trainer = DirectTrainer(config, resume=command.resume, quiet=command.quiet, **trust)
     if command.check_data:
-        inputs = load_data(config, trainer.dist, trainer.terminal, **trust)
-        found = inputs.data, inputs.statistics, inputs.accounts
-        return check_data(*found, trainer.terminal, quiet=command.quiet)
+        load = functools.partial(load_data, config, trainer.dist, trainer.terminal, **trust)
+        return check_data(load, trainer.terminal, quiet=command.quiet)
     if command.plan:
         show_plan(trainer.terminal, plan_run(config, trainer.dist, trainer.terminal, **trust))
     else:

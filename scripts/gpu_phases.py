@@ -427,7 +427,7 @@ def answers(arguments: argparse.Namespace) -> dict:
         for name, writer, count in (
             ("first", decoder, most),
             ("second", decoder, most),
-            ("generate", plain, most // 8),
+            ("generate", plain, most // 32 + 2),
         ):
             train_gpu.Record.synchronize()
             start = time.perf_counter()

@@ -26,8 +26,8 @@ ROOMS = {
     "model": "common config readers data",
     "training": "common config readers data analysis model",
     "evaluation": "common config readers data analysis model",
-    "monitoring": "common",
     "events": "common",
+    "monitoring": "common events",
     "runs": "common config readers data analysis model training evaluation monitoring events",
     "root": "common config readers data analysis model training evaluation monitoring events runs",
 }

@@ -22,7 +22,7 @@ LEVEL_WEIGHTS = {1: 0.0, 2: 1.0, 3: 2.5, 4: 5.0}
 _DECOYS = ("mac地址", "mac 地址", "mac层", "资格证书", "毕业证书", "荣誉证书", "培训证书", "ip地址")
 _FULL_WIDTH = re.compile("[\uff10-\uff5a]")
 _CITATION = re.compile(
-    r"(?<![A-Za-z0-9])(GM|GB)\s*/?\s*([TZ])?[\s—-]*(\d{4,5})(?!\d)", re.IGNORECASE
+    r"(?<![A-Za-z0-9])(GM|GB)\s*+/?\s*+([TZ])?[\s—-]*+(\d{4,5})(?!\d)", re.IGNORECASE
 )
 _FORMULA = re.compile(r"[=≡≠≈≤≥∈⊕⊗∑∏√×÷±∞∘∀∃^→⇒]|\bmod\b", re.IGNORECASE)
 # 4 analysis or design, 3 procedure or comparison, 2 enumeration, 1 definition; first match wins.

@@ -1,18 +1,22 @@
 """What is wrong with training data, by kind and by file and line: the answer of --check-data."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from finetuning.analysis.statistics import DatasetStatistics
 from finetuning.common.files import atomic_write_text
 from finetuning.common.terminal import Terminal
 from finetuning.common.text import clean_line
 from finetuning.data.accounts import Accounts, account_rows
+from finetuning.data.token_table import less_of
 from finetuning.data.training_data import TrainingData
+from finetuning.readers.sample import NothingLeftError
 
 # Kinds that lose samples or falsify the held-out loss: with one of them the check fails.
 SERIOUS = ("broken", "dropped", "control token", "leak")
+SHOWN_OF_ALL = 100  # of a kind where no sample is left, and so no file of all of them
 SHOWN = 3  # faults of a kind on the terminal; all of them are in the file
 
 
@@ -50,24 +54,39 @@ def data_faults(
 ) -> list[FaultKind]:
     """All kinds of faults that there are, the serious ones first."""
     found = [fault for account in accounts for fault in _of_files(account, data.max_seq_length)]
-    kinds = {name: [] for name in (*SERIOUS, *sorted({fault.kind for fault in found}))}
-    for fault in dict.fromkeys(found):
-        kinds[fault.kind].append(fault)
-    result = {name: FaultKind(name, len(faults), tuple(faults)) for name, faults in kinds.items()}
+    result = {kind.name: kind for kind in _by_kind(found)}
     result |= {kind.name: kind for kind in _repetitions(statistics)}
     return [kind for kind in result.values() if kind.total]
 
 
-def check_data(
-    data: TrainingData,
-    statistics: DatasetStatistics,
-    accounts: Sequence[Accounts],
-    terminal: Terminal,
-    *,
-    quiet: bool,
-) -> int:
+def _by_kind(found: Iterable[Fault]) -> list[FaultKind]:
+    """The serious kinds first, whether there are any or not."""
+    kinds: dict[str, list[Fault]] = {name: [] for name in SERIOUS}
+    for fault in dict.fromkeys(found):
+        kinds.setdefault(fault.kind, []).append(fault)
+    others = sorted(kinds.keys() - set(SERIOUS))
+    return [FaultKind(name, len(kinds[name]), tuple(kinds[name])) for name in (*SERIOUS, *others)]
+
+
+class Inputs(Protocol):
+    """What is checked."""
+
+    data: TrainingData
+    accounts: Sequence[Accounts]
+
+    @property
+    def statistics(self) -> DatasetStatistics:
+        """What is in the data."""
+
+
+def check_data(load: Callable[[], Inputs], terminal: Terminal, *, quiet: bool) -> int:
     """Print what became of the data, unless quiet, and the worst faults of each kind; the rest, with the
     statistics, goes into a file of the cache. 1 if something serious is wrong, else 0."""
+    try:
+        found = load()
+    except NothingLeftError as error:
+        return _nothing_left(error, terminal)
+    data, statistics, accounts = found.data, found.statistics, found.accounts
     kinds = data_faults(data, statistics, accounts)
     if not quiet:
         terminal.table("Data", account_rows(accounts))
@@ -85,6 +104,17 @@ def check_data(
             terminal.info(where)
     terminal.final("\n".join([*lines, summary(kinds, len(data.split.read.samples))]))
     return 0 if is_good(kinds) else 1
+
+
+def _nothing_left(error: NothingLeftError, terminal: Terminal) -> int:
+    """Print why no sample is left, of a file or of all: every finding by kind. Always 1."""
+    faults = [Fault(f.source, f.line, f.kind, f.note) for f in error.findings]
+    kinds = [kind for kind in _by_kind(faults) if kind.total]
+    lines = [line for kind in kinds for line in kind.lines(SHOWN_OF_ALL)]
+    counts = ", ".join(f"{kind.total} {kind.name}" for kind in kinds)
+    terminal.final("\n".join([*lines, f"nothing to train on: {counts}"]))
+    terminal.error(str(error))
+    return 1
 
 
 def is_good(kinds: Iterable[FaultKind]) -> bool:
@@ -116,36 +146,10 @@ def _of_files(account: Accounts, limit: int) -> Iterator[Fault]:
     """What is told of the files' samples: records that are lost, and those that are used otherwise."""
     for record in account.broken:
         yield Fault(record.source, record.line, "broken", record.reason)
-    yield from _lengths(account, limit)
+    for finding in less_of(account.report, account.read.samples, limit):
+        yield Fault(finding.source, finding.line, finding.kind, finding.note)
     for remark in account.read.remarks:
         yield Fault(remark.source, remark.line, "remark", remark.text)
-
-
-def _lengths(account: Accounts, limit: int) -> Iterator[Fault]:
-    """What the tokens tell less of than the file, the longest first."""
-    report = account.report
-    lengths = dict(zip(report.truncated, report.long_lengths, strict=True))
-    kinds = {
-        "dropped": (report.dropped, f"longer than max_seq_length {limit}; left out"),
-        "shortened": (
-            report.shortened,
-            f"longer than max_seq_length {limit}; the middle of its thinking is left out",
-        ),
-        "control token": (report.control_tokens, "its text spells a control token"),
-        "no thinking": (report.without_thinking, "teaches to answer without thinking"),
-    }
-    of_id = {kind: set(ids) for kind, (ids, _) in kinds.items()}
-    if not any(of_id.values()):
-        return  # large data are not read once more for nothing
-    found: list[tuple[int, Fault]] = []
-    for sample in account.read.samples:
-        for kind, ids in of_id.items():
-            if sample.id in ids:
-                length = lengths.get(sample.id, 0) if kind in ("dropped", "shortened") else 0
-                note = f"{length} tokens, {kinds[kind][1]}" if length else kinds[kind][1]
-                found.append((-length, Fault(sample.source, sample.line, kind, note)))
-    for _, fault in sorted(found):
-        yield fault
 
 
 def _repetitions(statistics: DatasetStatistics) -> Iterator[FaultKind]:

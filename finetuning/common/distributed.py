@@ -6,6 +6,7 @@ file reads it once.
 
 import atexit
 import os
+import signal
 import sys
 import threading
 import time
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as torch_distributed
 
 from finetuning.common.errors import UserError
+from finetuning.common.limited import end_with
 from finetuning.common.machine import processors
 from finetuning.common.text import clean_line
 
@@ -157,6 +159,8 @@ def init_distributed(device: str = "auto", timeout_seconds: float = 600.0) -> Di
     if torch_device.type == "cuda":  # what is asked without a device is about this one
         torch.cuda.set_device(torch_device)
     job_store = group_store = None
+    if torch_distributed.is_torchelastic_launched():  # the launcher may be killed
+        end_with(os.getppid(), signal.SIGTERM)
     if world_size > 1 or torch_distributed.is_torchelastic_launched():
         timeout = timedelta(seconds=timeout_seconds)
         job_store = _job_store(timeout)

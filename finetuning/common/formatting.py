@@ -1,5 +1,6 @@
 """Numbers, sizes and durations as people read them."""
 
+from collections.abc import Mapping
 from typing import Any
 
 UNKNOWN = "–"
@@ -51,3 +52,16 @@ def axis_number(value: float) -> str:
 def due(step: int, every: int) -> bool:
     """True at every `every`-th step; never for 0."""
     return every > 0 and step % every == 0
+
+
+def flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mapping to one level, names joined by dots; lists become text."""
+    rows: dict[str, Any] = {}
+    for key, value in record.items():
+        if isinstance(value, Mapping) and value:
+            rows |= flat(value, f"{prefix}{key}.")
+        else:
+            rows[f"{prefix}{key}"] = (
+                ", ".join(map(str, value)) if isinstance(value, (list, tuple, Mapping)) else value
+            )
+    return rows

@@ -27,6 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from finetuning.common.formatting import duration
+from finetuning.common.heartbeat import Activity, Heartbeat
 from finetuning.common.text import clean_line, redact
 
 PLAIN_LINE_SECONDS = 5.0  # between progress lines where there is no terminal
@@ -54,6 +55,8 @@ class Terminal:
         self._console = Console(file=_LastingStream(sys.stdout, self._write_log), **style)
         self._errors = Console(file=_LastingStream(sys.stderr, self._write_log), **style)
         self._panel: RunPanel | None = None
+        self._heartbeat = Heartbeat(self._say_alive, lambda: self._console.file.written_at)
+        self._training: Activity | None = None  # where there is no panel
         self._live: Live | None = None  # what is drawn again and again: the panel, or a bar
         self._total, self._last_line = 0, 0.0
 
@@ -114,7 +117,8 @@ class Terminal:
     def working(self, what: str) -> Iterator[Report]:
         """While it lasts, `what` is shown with a bar; call the result with (done, total) to move it.
 
-        In the panel where there is one. Without a terminal, one line after work that took long.
+        In the panel where there is one. Without a terminal, a line now and then, and one after work that
+        took long.
         """
         started = time.monotonic()
         if self._panel is not None:
@@ -124,6 +128,9 @@ class Terminal:
         if self._shows and _moves(self._console) and self._live is None:
             with self._bar(what) as report:
                 yield report
+        elif self._shows:
+            with self._heartbeat.doing(what) as activity:
+                yield activity.report
         else:
             yield _ignore
         seconds = time.monotonic() - started
@@ -152,10 +159,15 @@ class Terminal:
                 self._panel, console=self._console, refresh_per_second=REFRESHES_PER_SECOND
             )
             self._live.start()
+        elif self._shows:
+            self._training = self._heartbeat.begin("training")
+            self._training.report(done, total)
 
     def advance(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
         """Move the bars; `metrics` of a logged step are shown below them."""
         line = _metric_line(metrics) if metrics else ""
+        if self._training is not None:
+            self._training.report(step, self._total)
         if self._panel is not None:
             self._panel.advance(step, metrics or {})
         elif line:
@@ -165,9 +177,16 @@ class Terminal:
 
     def stop_progress(self) -> None:
         """End the panel; its last state stays on the screen."""
+        if self._training is not None:
+            self._heartbeat.end(self._training)
+            self._training = None
         if self._panel is not None:
             self._live.stop()
             self._panel = self._live = None
+
+    def _say_alive(self, line: str) -> None:
+        self._console.print(Text(line))
+        self._console.file.flush()
 
     def _plain_line(self, step: int, line: str, always: bool) -> None:
         now = time.monotonic()
@@ -270,12 +289,14 @@ class _LastingStream:
 
     def __init__(self, stream: TextIO, tell: Callable[[str], None]) -> None:
         self._stream, self._tell = stream, tell
+        self.written_at = time.monotonic()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
         """As a stream does it."""
+        self.written_at = time.monotonic()
         try:
             return self._stream.write(text)
         except OSError as error:

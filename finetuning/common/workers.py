@@ -1,7 +1,6 @@
 """Results of a function, computed by worker processes and given back in order."""
 
 import contextlib
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -9,6 +8,8 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+
+from finetuning.common.limited import end_with
 
 
 def in_order(
@@ -26,7 +27,10 @@ def in_order(
     pool = ProcessPoolExecutor(workers, context, _begin, (os.getpid(), initializer, initargs))
     try:
         for job in jobs:
-            with _main_stays_out():  # a process is started by the job that needs it
+            with (
+                _main_stays_out(),
+                _without_interrupts(),
+            ):  # a process is started by the job that needs it
                 waiting.append(pool.submit(function, *job))
             if len(waiting) > 2 * workers:
                 yield waiting.popleft().result()
@@ -43,12 +47,22 @@ def in_order(
 def _begin(parent: int, initializer: Callable | None, initargs: tuple) -> None:
     """A worker ends with its parent, however that ends; Ctrl-C is for the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
-        if os.getppid() != parent:  # it has ended meanwhile
-            os._exit(1)
+    end_with(parent)
     if initializer is not None:
         initializer(*initargs)
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Processes started meanwhile never hear of Ctrl-C, not even before `_begin`; here it waits meanwhile."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from finetuning.data.chat_template import (
 from finetuning.data.verification import RenderingFault, Turn, Verifier
 from finetuning.readers.sample import Sample
 
-_EMPTY_BLOCK = re.compile(rf"\A\s*(?:{OPEN})?\s*{CLOSE}\s*")
+_EMPTY_BLOCK = re.compile(rf"\A\s*+(?:{OPEN})?\s*+{CLOSE}\s*+")
 Pieces = list[str]  # encoded one by one and joined, so that no token reaches across their borders
 
 

@@ -13,7 +13,8 @@ from finetuning.common.errors import UserError
 from finetuning.common.text import clean_line
 from finetuning.config import DataSettings
 from finetuning.data.near_duplicates import SampleClusters, joined_labels
-from finetuning.readers.dataset import ArrowSamples, SampleSet
+from finetuning.readers.arrow_samples import ArrowSamples
+from finetuning.readers.dataset import SampleSet
 from finetuning.readers.sample import Sample
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from finetuning.common.files import write_json
-from finetuning.readers.dataset import give_back_pages
-from finetuning.readers.sample import BrokenSample
+from finetuning.readers.arrow_samples import give_back_pages
+from finetuning.readers.sample import BrokenSample, Finding, Sample
 
 NUM_THINKING_BUCKETS = 10  # tenths of a chain of thought
 
@@ -87,6 +87,31 @@ class TruncationReport:
         values = {k: v if isinstance(v, int) else tuple(v) for k, v in stored.items()}
         broken = (b if isinstance(b, BrokenSample) else BrokenSample(**b) for b in stored["broken"])
         return cls(**{**values, "broken": tuple(broken)})
+
+
+def less_of(report: TruncationReport, samples: Sequence[Sample], limit: int) -> Iterator[Finding]:
+    """The samples of which less becomes tokens than their file holds, the longest first."""
+    lengths = dict(zip(report.truncated, report.long_lengths, strict=True))
+    kinds = {
+        "dropped": (report.dropped, f"longer than max_seq_length {limit}; left out"),
+        "shortened": (
+            report.shortened,
+            f"longer than max_seq_length {limit}; the middle of its thinking is left out",
+        ),
+        "control token": (report.control_tokens, "its text spells a control token"),
+        "no thinking": (report.without_thinking, "teaches to answer without thinking"),
+    }
+    of_id = {kind: set(ids) for kind, (ids, _) in kinds.items()}
+    if not any(of_id.values()):
+        return  # large data are not read once more for nothing
+    found: list[tuple[int, Finding]] = []
+    for sample in samples:
+        for kind, ids in of_id.items():
+            if sample.id in ids:
+                length = lengths.get(sample.id, 0) if kind in ("dropped", "shortened") else 0
+                note = f"{length} tokens, {kinds[kind][1]}" if length else kinds[kind][1]
+                found.append((-length, Finding(kind, sample.source, sample.line, note)))
+    yield from (finding for _, finding in sorted(found))
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,13 +31,14 @@ from finetuning.data.token_table import (
     TokenizedSamples,
     TokenPart,
     TruncationReport,
+    less_of,
     load_tokens,
     tokens_in_memory,
     write_tokens,
 )
 from finetuning.data.verification import RenderingFault
 from finetuning.readers.dataset import Progress, SampleSet
-from finetuning.readers.sample import BrokenSample, Sample, strings_of
+from finetuning.readers.sample import BrokenSample, Finding, NothingLeftError, Sample, strings_of
 
 _CHUNK = 500  # samples encoded together: more only costs memory
 _POOL_FROM = 2_000  # samples from which on worker processes pay for their start
@@ -257,17 +258,33 @@ def tokenize_samples(
         )
         if progress:
             progress(len(samples), len(samples))
+    if not len(arrays["lengths"]):
+        raise _nothing_left(samples, truncation, settings.max_seq_length)
     return _table(arrays, truncation, form, settings.max_seq_length)
+
+
+def _nothing_left(
+    samples: Sequence[Sample], truncation: TruncationReport, limit: int
+) -> NothingLeftError:
+    broken = truncation.broken
+    first = f" (the first: {broken[0]})" if broken else ""
+    lost = (Finding("broken", b.source, b.line, b.reason) for b in broken)
+    return NothingLeftError(
+        f"no sample is left to train on: {len(truncation.dropped)} are longer than "
+        f"{limit} tokens, {len(truncation.control_tokens)} hold control tokens, {len(broken)} are "
+        f"broken{first}; raise max_seq_length, use another model or mend the data",
+        (*lost, *less_of(truncation, samples, limit)),
+    )
 
 
 def _table(
     arrays: dict[str, np.ndarray], truncation: TruncationReport, form: ChatFormat, limit: int
 ) -> TokenizedSamples:
-    """The documents in one table. Raises UserError where there are none."""
+    """The documents in one table."""
     lengths = arrays.pop("lengths")
     offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
     np.cumsum(lengths, out=offsets[1:])
-    tokens = TokenizedSamples(
+    return TokenizedSamples(
         **arrays,
         offsets=offsets,
         truncation=truncation,
@@ -276,15 +293,6 @@ def _table(
         max_seq_length=limit,
         asked_with=", ".join(f"{name}={value}" for name, value in form.switch.items()),
     )
-    if not len(tokens):
-        broken = truncation.broken
-        first = f" (the first: {broken[0]})" if broken else ""
-        raise UserError(
-            f"no sample is left to train on: {len(truncation.dropped)} are longer than "
-            f"{limit} tokens, {len(truncation.control_tokens)} hold control tokens, {len(broken)} are "
-            f"broken{first}; raise max_seq_length, use another model or mend the data"
-        )
-    return tokens
 
 
 def _parts(

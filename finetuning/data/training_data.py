@@ -11,10 +11,10 @@ from finetuning.common.text import clean_line
 from finetuning.config import DataSettings
 from finetuning.data.chat_template import chat_format
 from finetuning.data.split import Split
-from finetuning.data.token_table import TokenizedSamples
+from finetuning.data.token_table import TokenizedSamples, less_of
 from finetuning.data.tokenization import tokenize_samples
 from finetuning.readers.dataset import Progress, SampleSet, read_samples
-from finetuning.readers.sample import Sample
+from finetuning.readers.sample import NothingLeftError, Sample
 
 GENERAL_LENGTH = 1024  # tokens that a general text may have, however short the samples are cut
 
@@ -129,10 +129,11 @@ def prepare_data(
         held_out = DataPart(samples, tokens, np.arange(len(tokens)))
     limit, lost = settings.max_seq_length, tokens.truncation
     if not len(train):
-        raise UserError(
+        raise NothingLeftError(
             f"data: none of {len(split.train)} samples can be trained on: {len(lost.dropped)} do not fit in "
             f"max_seq_length {limit} tokens, {len(lost.control_tokens)} spell a control token, "
             f"{len(lost.broken)} are broken; raise --max-seq-length, use --over-length truncate_thinking, or "
-            "mend them (--check-data lists them)"
+            "mend them (--check-data lists them)",
+            less_of(lost, split.read.samples, limit),
         )
     return TrainingData(split, train, held_out, limit, workers, cache_dir)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import google_crc32c
+from google.protobuf.message import DecodeError
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 from finetuning.common.files import atomic_write, durable_file, fsync_directory
@@ -62,6 +63,10 @@ def read_records(path: Path) -> Iterator[tuple[int, bytes | None]]:
         while len(header := file.read(_HEADER.size)) == _HEADER.size:
             length, crc = _HEADER.unpack(header)
             if masked_crc(header[: _LENGTH.size]) != crc:
+                return
+            if (
+                length > os.fstat(file.fileno()).st_size - file.tell()
+            ):  # and nothing is set aside for it
                 return
             body = file.read(length + _CRC.size)
             if len(body) < length + _CRC.size:
@@ -238,6 +243,14 @@ def is_start(event: Event) -> bool:
     return event.HasField("session_log") and event.session_log.status == SessionLog.START
 
 
+def parsed(payload: bytes) -> Event:
+    """The event of a record; an empty one where the bytes are none of TensorBoard's, though whole."""
+    try:
+        return Event.FromString(payload)
+    except DecodeError:
+        return Event()
+
+
 def _payloads(paths: Sequence[Path]) -> Iterator[bytes]:
     for path in paths:
         for _, payload in read_records(path):
@@ -245,15 +258,20 @@ def _payloads(paths: Sequence[Path]) -> Iterator[bytes]:
                 yield payload
 
 
-def surviving_events(paths: Sequence[Path]) -> Iterator[Event]:
-    """Events with a summary, in file order, without those that a later START withdraws."""
-    short = (Event.FromString(p) for p in _payloads(paths) if len(p) < _SHORT)
+def surviving_events(paths: Sequence[Path], holding: bytes = b"") -> Iterator[Event]:
+    """Events with a summary, in file order, without those that a later START withdraws.
+
+    holding: of long events only those whose bytes hold these; parsing takes most of the time.
+    """
+    short = (parsed(p) for p in _payloads(paths) if len(p) < _SHORT)
     limits = [event.step for event in short if is_start(event)] + [math.inf]
     for i in reversed(range(len(limits) - 1)):  # limits[i]: lowest step withdrawn from START i on
         limits[i] = min(limits[i], limits[i + 1])
     passed = 0
     for payload in _payloads(paths):
-        event = Event.FromString(payload)
+        if len(payload) >= _SHORT and holding not in payload:
+            continue
+        event = parsed(payload)
         if is_start(event):
             passed = min(passed + 1, len(limits) - 1)  # a live file may have grown since
         elif event.HasField("summary") and event.step < limits[passed]:
@@ -342,7 +360,7 @@ def _end_of_kept(path: Path, rewind: Rewind) -> int:
     """Offset of the end of the last record before the first one with a value that has to go."""
     end = 0
     for record_end, payload in read_records(path):
-        event = Event.FromString(payload) if payload is not None else None
+        event = parsed(payload) if payload is not None else None
         if event is None:
             break
         count = len(event.summary.value)
@@ -354,7 +372,7 @@ def _end_of_kept(path: Path, rewind: Rewind) -> int:
 
 def _version_end(path: Path) -> int:
     for end, payload in read_records(path):
-        is_version = payload is not None and Event.FromString(payload).HasField("file_version")
+        is_version = payload is not None and parsed(payload).HasField("file_version")
         return end if is_version else 0
     return 0
 

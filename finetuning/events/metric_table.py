@@ -211,7 +211,7 @@ Monitoring/NonFinite_Steps | steps | always | runs.metrics
 Monitoring/Resume_Count | | always | runs.metrics
     How often this run was resumed.
 Monitoring/Logging_Overhead_Percent | % | always | runs.metrics
-    Time that logging took from the training loop.
+    Time that logged steps took from the training loop: numbers, forecast, alerts and the logger itself.
 Alerts/Gradient_Explosion | 0 or 1 | always | monitoring.alerts
     The gradient norm is far above its usual range.
 Alerts/Loss_Spike | 0 or 1 | always | monitoring.alerts

@@ -28,6 +28,7 @@ from finetuning.monitoring.detectors import (
     AlertLimits,
     DetectorMemory,
     Finding,
+    is_watched,
 )
 
 SHOWN_STEPS = 400  # steps the table names for one kind of alert
@@ -102,6 +103,7 @@ class AlertMonitor:
         this step (sample ids, module, ...); it is passed on with the alert.
         """
         raised = []
+        metrics = {tag: value for tag, value in metrics.items() if is_watched(tag)}
         for name, detector in DETECTORS.items():
             finding = detector(self.memory, metrics)
             if finding is KEEP:

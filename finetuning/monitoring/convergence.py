@@ -9,19 +9,27 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from statistics import median
 
 from finetuning.common.errors import UserError
 from finetuning.monitoring.alerts import AlertMonitor
-from finetuning.monitoring.curve_fit import Fit, fit_curve
-from finetuning.monitoring.detectors import is_spike
+from finetuning.monitoring.curve_fit import Fit, fit_curve, merged
+from finetuning.monitoring.detectors import is_spike, log_noise
 from finetuning.monitoring.loss_curves import Curve
 
 MAX_BINS = 128  # two neighbours are merged when full, so 64 to 128 bins describe any run
 MIN_POINTS = 8  # fewer logged losses give no forecast
 FULL_EVIDENCE = 20  # up to so many logged losses the score is held down
 RECENT = 31  # logged losses that tell what a spike is
+STALE = 16  # a fit holds until the run is longer by a 16th, 32 logged losses at most
+SLACK = 0.04  # by which the score may fall while the loss does not rise
+RISE = (
+    0.02,
+    1.0,
+)  # of the smoothed loss that is a rise: as a share of its fall, and in sigma of one loss
 
 
 class ConvergenceMonitor:
@@ -49,14 +57,15 @@ class ConvergenceMonitor:
         self.recent = state.get("recent", [])  # [step, loss, lr]
         self.spikes = state.get("spikes", [])  # [index of the logged loss]
         self.in_spike = state.get("in_spike", False)
-        self._fit: Fit | None = None
+        self.fitted = state.get("fitted", 0)  # logged losses when the fit was made
+        self.held = state.get("held", [0.0, math.inf])  # the highest score, and the level it was at
+        self._fit = Fit(**state["fit"]) if state.get("fit") else None
 
     def observe(self, step: int, loss: float, learning_rate: float | None = None) -> None:
         """Take one logged loss. A non-finite one is counted and never fitted."""
         if not math.isfinite(loss):
             self.nonfinite += 1
             return
-        self._fit = None
         self.count += 1
         if len(self.first) < 3:
             self.first.append(float(loss))
@@ -90,25 +99,50 @@ class ConvergenceMonitor:
         else:
             self.bins.append([1, step, loss, rate])
         if len(self.bins) == MAX_BINS and self.bins[-1][0] == self.width:
-            self.bins = [_merge(*self.bins[i : i + 2]) for i in range(0, MAX_BINS, 2)]
+            self.bins = [merged(*self.bins[i : i + 2]) for i in range(0, MAX_BINS, 2)]
             self.width *= 2
 
-    def fit(self) -> Fit | None:
-        """The fit of the moment, None until there is enough evidence. Few milliseconds; cached."""
-        if self._fit is None and self.count >= MIN_POINTS and self._is_loss():
-            self._fit = fit_curve(
-                self.bins,
-                start_loss=median(self.first),
-                now=self.recent[-1][0],
-                total=self.total_steps or 2 * self.recent[-1][0],
-                steps_per_epoch=self.steps_per_epoch,
-                calm=self.calm() * self.evidence(),
+    def fit(self, fresh: bool = False) -> Fit | None:
+        """The fit of the moment, None until there is enough evidence.
+
+        It takes 3 ms, so it is made anew when the run is longer by a sixteenth, at its last step, or where a
+        `fresh` one is wanted.
+        """
+        old = self.count - self.fitted
+        ended = self.recent and self.recent[-1][0] >= (self.total_steps or math.inf)
+        due = old >= min(max(1, self.fitted // STALE), 2 * STALE) or (old and (fresh or ended))
+        if due and self.count >= MIN_POINTS and self._is_loss():
+            self.fitted = self.count
+            self._fit = self._steady(
+                fit_curve(
+                    self.bins,
+                    start_loss=median(self.first),
+                    now=self.recent[-1][0],
+                    total=self.total_steps or 2 * self.recent[-1][0],
+                    steps_per_epoch=self.steps_per_epoch,
+                    calm=self.calm() * self.evidence(),
+                )
             )
-        return self._fit
+        return self._fit if self._is_loss() else None
+
+    def _steady(self, fit: Fit) -> Fit:
+        """The fit, its score at most `SLACK` below the highest one since the loss last rose.
+
+        More data may show that more is to be gained; what has been gained is not lost by that.
+        """
+        score, level = self.held
+        noise = fit.level * log_noise([point[1] for point in self.recent])
+        rise = max(RISE[0] * (median(self.first) - fit.level), RISE[1] * noise)
+        if fit.score >= score or fit.level > level + rise:
+            self.held = [fit.score, fit.level]
+            return fit
+        self.held[1] = min(level, fit.level)
+        lowest = (score - SLACK) * min(1.0, self.calm() * self.evidence() or 1.0)
+        return replace(fit, score=max(fit.score, lowest), score_high=max(fit.score_high, lowest))
 
     def _is_loss(self) -> bool:
         """No negative values, as a cross-entropy has none: the family's floor is at zero or above."""
-        return min(b[2] for b in self.bins) >= 0
+        return min((b[2] for b in self.bins), default=0) >= 0
 
     def calm(self) -> float:
         """1 for a curve without sudden rises, 1/2 when three of them are fresh.
@@ -123,9 +157,19 @@ class ConvergenceMonitor:
         """0 up to ten logged losses, 1 from twenty."""
         return min(1.0, max(0.0, (self.count - 10) / (FULL_EVIDENCE - 10)))
 
-    def scalars(self) -> dict[str, float]:
+    def is_due(self) -> bool:
+        """Whether there is more to be fitted than before: a bin is full, or the run has come to its end.
+
+        The first 128 logged losses have a bin each; from there on each forecast costs a smaller share.
+        """
+        at_end = bool(self.recent) and self.recent[-1][0] >= (self.total_steps or math.inf)
+        return at_end or not self.bins or self.bins[-1][0] == self.width
+
+    def scalars(self, *, only_due: bool = False) -> dict[str, float]:
         """Monitoring/... values; a value that cannot be known yet is absent. Without evidence the score
-        is 0 by its formula, and has no interval."""
+        is 0 by its formula, and has no interval. only_due: none where nothing new `is_due`."""
+        if only_due and not self.is_due():
+            return {}
         values = {} if self.evidence() else {"Monitoring/Convergence_Score": 0.0}
         if len(self.bins) >= 5:
             values["Monitoring/Loss_Trend"] = loss_trend(self.bins)
@@ -150,12 +194,9 @@ class ConvergenceMonitor:
     def state_dict(self) -> dict:
         """Everything seen so far, as strict JSON, at most about 15 kB however long the run."""
         names = ("count", "nonfinite", "width", "bins", "first", "recent", "spikes", "in_spike")
-        return copy.deepcopy({name: getattr(self, name) for name in names})
-
-
-def _merge(a: list, b: list) -> list:
-    rate = None if a[3] is None or b[3] is None else a[3] + b[3]
-    return [a[0] + b[0], a[1] + b[1], a[2] + b[2], rate]
+        state = {name: getattr(self, name) for name in (*names, "fitted", "held")}
+        state["held"] = self.held if math.isfinite(self.held[1]) else [0.0, sys.float_info.max]
+        return copy.deepcopy(state | {"fit": self._fit and asdict(self._fit)})
 
 
 def loss_trend(bins: list[list]) -> float:
@@ -189,6 +230,7 @@ def describe(curve: Curve, upto: float = 1.0) -> dict:
         spoken += alerts.observe(int(row["step"]), row | forecast, {})
     if not used:
         raise UserError(f"--upto {upto:g} leaves no logged loss; raise it")
+    monitor.fit(fresh=True)
     values = monitor.scalars()
     result = {
         "score": values.get("Monitoring/Convergence_Score") if monitor.evidence() else None,

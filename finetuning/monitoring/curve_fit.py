@@ -1,43 +1,63 @@
-"""A saturating curve through a loss history: where it will end and how much of the fall is done.
+"""Where a loss curve will end and how much of its fall is done: a mixture of models, in closed form.
 
-A small family of curves is fitted on a grid and every member is kept, weighted by its BIC, so that
-one posterior gives the score, the forecast and their intervals; nothing can fail to converge. Plain
-functions of plain arrays, without state; `convergence.py` keeps the history.
+Each model is a Gaussian process over the binned losses: a saturating curve or a constant, an effect of the
+annealed learning rate, drops between epochs with a common size, and a random walk. Plain functions of
+plain arrays, without state; nothing can fail to converge. `convergence.py` keeps the history.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
+from scipy.linalg import solve_triangular
+
+from finetuning.monitoring.learning_clock import Course, course
+from finetuning.monitoring.staircase import boundaries_passed, find_epochs
 
 FLOOR_HORIZON = 10.0  # a power law never ends: at a constant rate its floor is at ten runs' length
-ANNEALING_GAIN = 0.06  # share of the fall that a full decay of the learning rate still gives
-MODEL_ERROR = 0.03  # 1 sigma that no fit knows of, as a share of the fall, per doubling of the run
-UNSEEN_EPOCH = 0.04  # 1 sigma, as a share of the loss, for each kind of epoch not yet seen
-NEAR = 0.02  # share of the learning so far, ahead, over which a forecast leaves the recent level
+SCORE_ERROR = 0.03  # 1 sigma of the score that no fit knows of, as a share
+END = 0.05  # the loss at the end is that of this last share of the run
 Z80 = 1.2816  # an 80% interval of the normal distribution is mean +- 1.2816 sigma
+OFFSET_SD = 3.0  # of the level, in falls: as good as free
+PAST = (0.4, 0.5, 0.6, 0.7, 0.8)  # shares of the steps so far from which the present is forecast
+TAU = np.geomspace(0.02, 4, 12)[:, None]  # of exp(-x / tau)
+POWER = np.array([(p, u) for p in (0.15, 0.3, 0.5, 0.75, 1.0, 1.5) for u in (0.003, 0.02, 0.1)])
 
 
 @dataclass(frozen=True)
-class _Run:
-    """What the family is not fitted to, but is judged by. Losses in nats."""
+class Beliefs:
+    """What is believed before a curve is seen; (mean, sigma) in shares of the fall so far where not said.
 
-    start_loss: float
-    noise: float  # standard deviation of one logged loss
-    best: float  # lowest mean of three bins in a row
-    decay: float  # the course's: how far the learning rate will still fall
-    future: float  # the drops at epochs still to come, as a factor of the loss
-    unseen: float  # kinds of epoch not yet seen
-    unit: float  # steps of x = 1
-    doublings: float  # of the steps so far, until the run's end
+    Chosen on recorded runs; `benchmarks/forecast_quality.py` says which and how they do on others.
+    """
+
+    annealing: tuple[float, float] = (0.06, 0.03)  # gain of a full decay of the learning rate
+    lag: float = 0.03  # of the run's learning, after which most of it has come
+    stairs: tuple[tuple[float, float, float, float], ...] = (
+        (0.15, 0.06, 0.1, 0.06),  # (probability, common drop: mean, sigma, sigma of each beside it)
+        (0.05, 0.2, 0.3, 0.2),  # of the fall, at most of the level
+    )
+    wander: tuple[float, ...] = (0.01, 0.03)  # sigma of the walk per doubling of the run
+    flat: float = 0.5  # probability of a constant
+    steps_clock: float = 0.8  # probability that learning goes by steps rather than by rates
+    slope_sd: float = 1.0
+    temper: float = 0.7  # exponent of the evidence: neighbouring bins are not independent
+    skip: float = 0.02  # first share of the run so far that no model explains
+    recency: float = 0.6  # the noise of a bin counts as if it grew with its age to half this power
+    trust: tuple[float, float] = (0.7, 0.6)  # share of a forecast change that comes
+    trust_noise: float = 0.03  # with which the past tells it
+    unknown: float = 0.015  # 1 sigma that no model knows of while anything is to come
+
+
+BELIEFS = Beliefs()
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What the fitted family says, now and about the run's last step. Losses in nats."""
+    """What the mixture says, now and about the run's last step. Losses in nats."""
 
     score: float
     score_low: float
@@ -50,6 +70,29 @@ class Fit:
     steps_to_99: float | None
 
 
+@dataclass(frozen=True)
+class _Data:
+    """The bins that are explained, scaled, and three places behind them: now, the run's end, the floor.
+
+    z (m,): losses as falls above the level; noise (m,); at (m + 3,) steps; clocks; annealed (m + 3,);
+    passed: boundaries (m + 3, k) or None.
+    """
+
+    z: np.ndarray
+    noise: np.ndarray
+    at: np.ndarray
+    clocks: tuple[np.ndarray, ...]
+    annealed: np.ndarray
+    passed: np.ndarray | None
+    level: float
+    fall: float
+    end_noise: float  # of one bin at the end, in falls
+
+    @property
+    def seen(self) -> int:
+        return len(self.z)
+
+
 def fit_curve(
     bins: list[list],
     *,
@@ -58,54 +101,108 @@ def fit_curve(
     total: float,
     steps_per_epoch: float | None = None,
     calm: float = 1.0,
+    beliefs: Beliefs = BELIEFS,
 ) -> Fit:
-    """Fit the family to the bins and read score and forecast off its posterior.
+    """Weigh all models by their evidence and read score and forecast off them.
 
     bins: rows [count, sum of steps, sum of losses, sum of learning rates or None].
 
-    Family: L(x) = c + a g(x), a >= 0, c >= 0, with g = 0 (constant), exp(-x/tau) or (1 + x/u)^-p
-    on a grid of tau, p, u. x is the share of the learning seen so far: the sum of the learning
-    rates (Tissue et al. 2024, arXiv:2408.11029), or of the steps where no rate is known.
-    (c, a) by weighted least squares with Huber weights; recent bins weigh more (w = x).
-    Posterior: exp(-BIC/2), BIC = n log(RSS/n) + k log n (Schwarz 1978), with n shortened for the
-    autocorrelation rho of the residuals, n (1 - rho)/(1 + rho).
+    Model: L(x) = c + a g(x) - k A(x) - sum of drops + walk + noise, L >= 0 at its floor, with g one of
+    exp(-x/tau) and (1 + x/u)^-p on a grid, or 0; x is a clock and A the annealing (`learning_clock.py`).
+    The drops share a size that is learned with them; the walk is Brownian in log2 of the step. c and a are
+    solved for, the others are parts of the covariance (Rasmussen & Williams 2006, chapter 2). Weight: the
+    evidence, which is the product of all one-step-ahead forecasts (Dawid 1984), to the power `temper`.
 
-    score = mean over the posterior of (L_start - L_now) / (L_start - floor), floor being L where
-    the learning ends (`_course`); times `calm` and how certain the fall is (`_fall_certainty`).
+    The mixture's own past forecasts of the present, from 40 to 80% of the steps so far, tell how much of a
+    change that it forecasts comes; so it holds the level where holding has been better.
+
+    score = mean over the models of (L_start - L_now) / (L_start - floor), floor being L where the
+    learning ends; times `calm` and how certain the fall is (`_fall_certainty`).
     """
+    total = max(float(total), float(now))
+    bins = _at_most_64(bins)
     count = np.array([b[0] for b in bins], float)
     steps = np.array([b[1] for b in bins]) / count
     losses = np.array([b[2] for b in bins]) / count
     rates = None if any(b[3] is None for b in bins) else np.array([b[3] for b in bins]) / count
-    total = max(float(total), float(now))
-    noise = _noise(losses)
-    begin = _segment_start(losses, noise)
-    steps_per_epoch = steps_per_epoch or _find_epochs(steps, losses, now, total)
-    drops = _epoch_drops(steps, losses, steps_per_epoch, now)
-    unstepped, future, unseen = _remove_stairs(steps, losses, drops, steps_per_epoch, now, total)
-    course = _course(steps, rates, now, total)
-    x, y, weight = course.x[begin:], unstepped[begin:], count[begin:] / count.max()
-    origin = x[0] if begin else 0.0  # after a restart the learning starts anew
-    x, ends = ((v - origin) / (1 - origin) for v in (x, np.array([1.0, course.end, course.far])))
-    keep = x > 0.03 if (x > 0.03).sum() >= 6 else x >= 0
-    post = _posterior(x[keep], y[keep], weight[keep], ends)
-    run = _Run(
-        start_loss=start_loss,
-        noise=noise * math.sqrt(np.median(count)),
-        best=float(np.min(np.convolve(losses, np.ones(3) / 3, "valid"))),
-        decay=course.decay,
-        future=future,
-        unseen=unseen,
-        unit=now * (1 - origin),
-        doublings=math.log2(total / now),
+    period = steps_per_epoch or find_epochs(steps, losses, now, total)
+    times = now, (1 - END / 2) * total, total
+    whole = course(steps, rates, times, beliefs.lag)
+    data = _scaled(steps, losses, whole, (*times, period), beliefs)
+    members = _members(data, beliefs)
+    best = float(np.min(np.convolve(losses, np.ones(3) / 3, "valid")))
+    end = _End(
+        start_loss, best, now < times[1], now - (data.at[0] if data.at[0] > steps[0] else 0.0)
     )
-    return _summary(post, run, calm)
+    return _summary(members, data, end, calm, beliefs)
+
+
+def _at_most_64(bins: list[list]) -> list[list]:
+    while len(bins) > 64:
+        bins = [
+            merged(*bins[i : i + 2]) if i + 1 < len(bins) else bins[i]
+            for i in range(0, len(bins), 2)
+        ]
+    return bins
+
+
+def merged(a: list, b: list) -> list:
+    """Two neighbouring bins as one."""
+    rate = None if a[3] is None or b[3] is None else a[3] + b[3]
+    return [a[0] + b[0], a[1] + b[1], a[2] + b[2], rate]
+
+
+def _scaled(steps, losses, whole: Course, times, beliefs: Beliefs) -> _Data:
+    now, end, total, period = times
+    begin = _segment_start(losses, _noise(losses))
+    keep = np.arange(begin, len(steps))
+    if begin == 0:
+        late = np.flatnonzero(steps > beliefs.skip * steps[-1])
+        keep = late if len(late) >= 8 else keep
+    y = losses[keep]
+    level = float(np.median(y[-max(3, len(y) // 20) :]))
+    first = float(np.median(losses[begin : begin + 2]))
+    fall = max(first - level, 4 * _noise(losses), 1e-9)
+    # After a restart the learning starts anew, half a bin before the first one.
+    origin = steps[begin] - 0.5 * (steps[1] - steps[0]) if begin else 0.0
+    far = 1 + (FLOOR_HORIZON - 1) * whole.last_rate
+    pick = np.append(keep, len(steps) + np.arange(3))
+    at = np.append(steps, [now, end, total])[pick]
+    clocks = []
+    for clock in whole.clocks:
+        x = clock[pick] - (clock[begin] - (clock[1] - clock[0]) if begin else 0.0)
+        x /= x[-1]
+        x[-1] = far
+        clocks.append(x)
+    z = (y - level) / fall
+    noise = _local_noise(z)
+    age = np.maximum((at - origin)[: len(z)] / (at[-3] - origin), 1e-3)
+    return _Data(
+        z=z,
+        noise=noise * age ** (-0.5 * beliefs.recency),
+        at=at - origin,
+        clocks=tuple(clocks),
+        annealed=whole.annealed[pick],
+        passed=boundaries_passed(at, period, float(np.median(np.diff(steps))), total),
+        level=level,
+        fall=fall,
+        end_noise=float(noise[-1]),
+    )
 
 
 def _noise(losses) -> float:
     """Standard deviation of the binned losses around their course, from second differences."""
     second = losses[2:] - 2 * losses[1:-1] + losses[:-2]
     return float(1.4826 * np.median(np.abs(second)) / math.sqrt(6)) + 1e-12
+
+
+def _local_noise(z):
+    """The same in up to eight parts of the run, straight in between."""
+    second = np.abs(z[2:] - 2 * z[1:-1] + z[:-2]) * (1.4826 / math.sqrt(6))
+    parts = [np.median(p) for p in np.array_split(second, min(8, max(1, len(second) // 6)))]
+    places = (np.arange(len(parts)) + 0.5) / len(parts) * len(z)
+    local = np.interp(np.arange(len(z)), places, parts)
+    return np.maximum(local, 0.3 * np.median(second)) + 1e-4
 
 
 def _segment_start(losses, noise: float) -> int:
@@ -119,211 +216,232 @@ def _segment_start(losses, noise: float) -> int:
     return min(last + int(np.argmax(losses[last : last + 4])), len(losses) - 6)
 
 
-def _step_change(steps, losses, boundary: float, reach: float) -> tuple[float, float, int]:
-    """Change of the log loss at `boundary` beside a common slope: (change, its error, bins used)."""
-    near = np.abs(steps - boundary) <= reach
-    after = steps[near] > boundary
-    n_after, n_before = int(after.sum()), int((~after).sum())
-    if min(n_after, n_before) < 3:
-        return 0.0, math.inf, min(n_after, n_before)
-    t = (steps[near] - boundary) / reach
-    design = np.stack([np.ones(len(t)), t, after.astype(float)], 1)
-    y = np.log(np.maximum(losses[near], 1e-12))
-    coef, *_ = np.linalg.lstsq(design, y, rcond=None)
-    variance = ((y - design @ coef) ** 2).sum() / max(1, len(y) - 3)
-    cov = np.linalg.inv(design.T @ design) * variance
-    return float(coef[2]), float(math.sqrt(cov[2, 2]) + 1e-9), min(n_after, n_before)
+# ------------------------------------------------------------------------------------- the models
 
 
-def _find_epochs(steps, losses, now: float, total: float) -> float | None:
-    """Steps per epoch when the curve shows a staircase whose period divides the run, else None.
+@dataclass(frozen=True)
+class _Shapes:
+    """g of every model at every place, scaled to 1 at the first bin and 0 now.
 
-    Every boundary seen must drop by over 4% and 5 sigma; of two to ten epochs the surest wins.
+    g (models, m + 3); floor (models,): its value where x is infinite; prior (models + 1,), the constant last.
     """
-    surest, found = 5.0, None
-    for epochs in range(2, 11):
-        period = total / epochs
-        sureness = _staircase_sureness(steps, losses, period, now)
-        if sureness > surest:
-            surest, found = sureness, period
+
+    g: np.ndarray
+    floor: np.ndarray
+    prior: np.ndarray
+    unscaled: tuple[np.ndarray, np.ndarray]  # (models,): raw g at the first bin and now
+
+
+def _shapes(data: _Data, beliefs: Beliefs) -> _Shapes:
+    raw = [
+        np.concatenate([np.exp(-x[None] / TAU), (1 + x[None] / POWER[:, 1:]) ** -POWER[:, :1]])
+        for x in data.clocks
+    ]
+    share = [1.0] if len(raw) == 1 else [1 - beliefs.steps_clock, beliefs.steps_clock]
+    prior = [
+        np.full(len(g), s * (1 - beliefs.flat) / len(g)) for g, s in zip(raw, share, strict=True)
+    ]
+    g = np.concatenate(raw)
+    first, now = g[:, 0], g[:, data.seen]
+    scale = first - now
+    return _Shapes(
+        g=(g - now[:, None]) / scale[:, None],
+        floor=-now / scale,
+        prior=np.concatenate([*prior, [beliefs.flat]]),
+        unscaled=(first, now),
+    )
+
+
+@dataclass(frozen=True)
+class _Members:
+    """All models: weight (M,), mean and variance (M, 3) now, at the end and at the floor, in falls.
+
+    past: (log weight (k, M), forecasts (k, M) of the present) from k earlier places.
+    """
+
+    weight: np.ndarray
+    mean: np.ndarray
+    variance: np.ndarray
+    slope: np.ndarray
+    past: tuple[np.ndarray, np.ndarray]
+    origins: list[int]
+    shapes: _Shapes
+
+
+def _members(data: _Data, beliefs: Beliefs) -> _Members:
+    """Every shape under every hypothesis of walk and staircase."""
+    shapes = _shapes(data, beliefs)
+    m = data.seen
+    ends = [int((data.at[:m] <= share * data.at[m]).sum()) for share in PAST]
+    origins = [end - 1 for end in ends if end >= 8]
+    doublings = np.log2(data.at / data.at[0])
+    walk = np.minimum(doublings[:, None], doublings[None, :])
+    rows = []
+    for sigma, (prior, mean, covariance) in product(beliefs.wander, _drops(data, beliefs)):
+        process = mean, covariance + sigma**2 * walk
+        weight, means, variances, slope, then, past = _solve(
+            data, shapes, process, origins, beliefs
+        )
+        log = math.log(prior)
+        rows.append((weight + log, means, variances, slope, (then + log).T, past.T))
+    joined = [np.concatenate(part) for part in zip(*rows, strict=True)]
+    return _Members(_normal(joined[0]), *joined[1:4], (joined[4].T, joined[5].T), origins, shapes)
+
+
+def _normal(log_weight):
+    weight = np.exp(log_weight - log_weight.max(-1, keepdims=True))
+    return weight / weight.sum(-1, keepdims=True)
+
+
+def _drops(data: _Data, beliefs: Beliefs) -> list[tuple]:
+    """(probability, mean (m + 3,), covariance) of annealing and drops together, per hypothesis."""
+    gain, sigma = beliefs.annealing
+    mean, covariance = -gain * data.annealed, sigma**2 * np.outer(data.annealed, data.annealed)
+    if data.passed is None:
+        return [(1.0, mean, covariance)]
+    found = [(1 - sum(s[0] for s in beliefs.stairs), mean, covariance)]
+    unit, number = min(data.level / data.fall, 1.0), data.passed.sum(1)
+    for probability, drop, common, each in beliefs.stairs:
+        shared = (common * unit) ** 2 * np.outer(number, number)
+        own = (each * unit) ** 2 * data.passed @ data.passed.T
+        found.append((probability, mean - drop * unit * number, covariance + shared + own))
     return found
 
 
-def _staircase_sureness(steps, losses, period: float, now: float) -> float:
-    """Smallest drop at a multiple of `period` seen so far, in sigma; 0 where one does not drop."""
-    sureness = math.inf
-    for boundary in np.arange(period, now, period):
-        change, error, used = _step_change(steps, losses, boundary, 0.4 * period)
-        if used < 3:
-            continue
-        if change > -0.04:
-            return 0.0
-        sureness = min(sureness, -change / error)
-    return sureness if math.isfinite(sureness) else 0.0
+def _solve(data: _Data, shapes: _Shapes, process, origins, beliefs: Beliefs):
+    """All shapes under one Gaussian process (mean (m + 3,), covariance), by one Cholesky factor.
 
-
-def _epoch_drops(steps, losses, period: float | None, now: float) -> dict[float, float]:
-    """Ratio by which the loss drops at each epoch boundary seen, {boundary: ratio <= 1}."""
-    drops = {}
-    if not period:
-        return drops
-    for k in range(max(1, int(now / period) - 20), int(now / period) + 1):
-        change, error, used = _step_change(steps, losses, k * period, 0.4 * period)
-        if used >= 3:
-            drops[k * period] = math.exp(change) if change < -3 * error and change < -0.02 else 1.0
-    return drops
-
-
-def _remove_stairs(steps, losses, drops, period, now, total):
-    """Scale the older epochs to the present one; the ratio that epochs to come will still bring.
-
-    Returns (losses without stairs, ratio <= 1 of the future drops, number of epochs unknown).
+    Returns (log weight, mean (M, 3), variance (M, 3), slope (M,)) and, from the leading parts of the same
+    factor, (log weight (k, M), forecast of the present (k, M)) from each of the k origins.
     """
-    flat = losses.copy()
-    for boundary, ratio in drops.items():
-        flat[steps <= boundary] *= ratio
-    if not period:
-        return flat, 1.0, 0
-    seen = max(drops, default=0.0)
-    ahead = [
-        k for k in range(1, math.ceil(total / period)) if seen < k * period < total - 0.03 * period
-    ]
-    if not drops:
-        return flat, 1.0, len(ahead)
-    typical = float(np.exp(np.mean(np.log(list(drops.values())[-3:]))))
-    return flat, typical ** len(ahead), 0
+    mean, covariance = process
+    m = data.seen
+    factor = np.linalg.cholesky(covariance[:m, :m] + np.diag(data.noise**2))
+    columns = np.column_stack(
+        [data.z - mean[:m], np.ones(m), covariance[:m, m:], shapes.g[:, :m].T]
+    )
+    white = solve_triangular(factor, columns, lower=True, check_finite=False)
+    y, one, ahead, g = white[:, 0], white[:, 1], white[:, 2:5], white[:, 5:]
+    log_det = 2 * np.cumsum(np.log(np.diag(factor)))
+    y, one = y[:, None], one[:, None]
+    products = (one * one, one * g, g * g, one * y, y * g, y * y)  # (m, 1) or (m, M)
+    now = _Regression([p.sum(0) for p in products], log_det[-1], beliefs)
+    level = (ahead.T @ y)[:, 0] + mean[m:]
+    h_one, h_g = 1 - (one.T @ ahead)[0], shapes.g[:, m:] - g.T @ ahead
+    means = level + now.c[:, None] * h_one + now.a[:, None] * h_g
+    known = np.diag(covariance)[m:] - (ahead * ahead).sum(0)
+    variances = known + now.variance(h_one, h_g)
+    flat = now.constant
+    means = np.vstack([means, level + flat * h_one])
+    variances = np.vstack([variances, known + h_one**2 / now.of_one])
+    bottom = data.level / data.fall + now.c + now.a * shapes.floor
+    impossible = np.where(bottom < 0, (bottom / (0.1 * data.level / data.fall + 1e-9)) ** 2, 0.0)
+    weight = np.append(
+        beliefs.temper * now.evidence - impossible, beliefs.temper * now.flat_evidence
+    )
+    prior = np.log(shapes.prior)
+    then = _Regression(
+        [np.cumsum(p, 0)[origins] for p in products],
+        log_det[origins][:, None],
+        beliefs,
+    )
+    parts = [np.cumsum(ahead[:, :1] * p, 0)[origins] for p in (y, one, g)]
+    past = mean[m] + parts[0] + then.c * (1 - parts[1]) + then.a * (shapes.g[:, m] - parts[2])
+    then_weight = beliefs.temper * then.evidence + prior[:-1]
+    return weight + prior, means, variances, np.append(now.a, 0.0), then_weight, past
+
+
+class _Regression:
+    """c and a >= 0 of y ~ c + a g for all shapes, from sums of products; priors N(0, 3^2) and N(1, sd^2).
+
+    products: sums of 1*1, 1*g, g*g, 1*y, y*g, y*y over whitened rows; (1,) and (M,), or with a leading axis.
+    """
+
+    def __init__(self, products, log_det, beliefs: Beliefs) -> None:
+        one_one, one_g, g_g, one_y, y_g, y_y = products
+        tight = 1 / beliefs.slope_sd**2
+        self.of_one, self.cross, self.of_g = one_one + 1 / OFFSET_SD**2, one_g, g_g + tight
+        right = y_g + tight
+        self.det = self.of_one * self.of_g - self.cross**2
+        a = (self.of_one * right - self.cross * one_y) / self.det
+        self.constant = one_y / self.of_one
+        self.a = np.maximum(a, 0)
+        self.c = np.where(a < 0, self.constant, (self.of_g * one_y - self.cross * right) / self.det)
+        explained = self.c * one_y + self.a * right
+        volume = np.log(self.det * OFFSET_SD**2 / tight)
+        self.evidence = -0.5 * (y_y + tight - explained + log_det + volume)
+        flat = y_y - self.constant * one_y + log_det + np.log(self.of_one * OFFSET_SD**2)
+        self.flat_evidence = -0.5 * flat
+
+    def variance(self, h_one, h_g):
+        """Of c h_one + a h_g: h_one (3,), h_g (M, 3)."""
+        square = h_one**2 * self.of_g[:, None] - 2 * h_one * h_g * self.cross[:, None]
+        return (square + h_g**2 * self.of_one) / self.det[:, None]
+
+
+# ------------------------------------------------------------------------------------ the summary
 
 
 @dataclass(frozen=True)
-class _Course:
-    """The learning done and to come, in units of the learning so far."""
+class _End:
+    """What is known beside the models."""
 
-    x: np.ndarray  # of each bin
-    end: float  # of the run's last step
-    far: float  # where the floor is read
-    decay: float  # of the learning rate from now to the end, as a share of its peak
+    start_loss: float
+    best: float  # lowest mean of three bins in a row
+    ahead: bool  # is the end still to come?
+    learned: float  # steps since the start, or since the last restart
 
 
-def _course(steps, rates, now: float, total: float) -> _Course:
-    """Without rates x is the step. With them it is the sum of the learning rates.
+def _trust(members: _Members, data: _Data, beliefs: Beliefs) -> tuple[float, float]:
+    """The share of a forecast change that comes, 0 to 1, by past forecasts of the present; its sigma.
 
-    Those to come follow the schedule seen since the peak (`_rates_to_come`). The floor lies at the
-    end of a schedule that anneals to zero, for nothing can follow it; at ten times the run where
-    the rate stays at its peak; in between in proportion to the last rate.
+    A ridge regression of what came on what was forecast, both as changes of the level held.
     """
-    to_come = (
-        None if rates is None or rates.max() <= 0 else _rates_to_come(steps, rates, now, total)
+    mean, sigma = beliefs.trust
+    if not members.origins:
+        return 1.0, 0.0
+    forecasts = (_normal(members.past[0]) * members.past[1]).sum(1)
+    held = np.array(
+        [np.median(data.z[max(0, k + 1 - max(3, (k + 1) // 20)) : k + 1]) for k in members.origins]
     )
-    area = steps * 0 if to_come is None else np.cumsum(rates * np.gradient(steps))
-    if area[-1] <= 0:
-        return _Course(steps / now, total / now, FLOOR_HORIZON * total / now, 0.0)
-    end = 1 + float(to_come.mean()) * (total - now) / area[-1]
-    last = float(to_come[-1] / rates.max())
-    far = end * (1 + (FLOOR_HORIZON - 1) * last)
-    return _Course(area / area[-1], end, far, max(0.0, float(rates[-1] / rates.max()) - last))
+    change, came = forecasts - held, -held
+    sure = 1 / (beliefs.trust_noise**2 + data.end_noise**2) / max(1.0, len(held) / 2)
+    precision = 1 / sigma**2 + sure * change @ change
+    share = (mean / sigma**2 + sure * change @ came) / precision
+    return float(min(max(share, 0.0), 1.0)), float(precision**-0.5)
 
 
-def _rates_to_come(steps, rates, now: float, total: float):
-    """The learning rate at 65 even points from now to the end, None where it follows no shape."""
-    peak = int(np.argmax(rates))
-    t, r = steps[peak:], rates[peak:]
-    if len(t) < 5:
-        return None
-    ahead = np.linspace(now, total, 65)
-    span = max(total - t[0], 1.0)
-    shapes = (lambda s: (s - t[0]) / span, lambda s: np.cos(np.pi * (s - t[0]) / span))
-    fits = []
-    for shape in shapes:
-        design = np.stack([np.ones(len(t)), shape(t)], 1)
-        coef, *_ = np.linalg.lstsq(design, r, rcond=None)
-        error = float(np.abs(design @ coef - r).max())
-        fits.append((error, coef[0] + coef[1] * shape(ahead)))
-    error, future = min(fits, key=lambda f: f[0])
-    return np.clip(future, 0, rates.max()) if error < 0.1 * rates.max() else None
-
-
-@dataclass(frozen=True)
-class _Posterior:
-    """Members of the family as arrays (m,): weight, and L now, at the end and at the floor."""
-
-    weight: np.ndarray
-    now: np.ndarray
-    end: np.ndarray
-    floor: np.ndarray
-    sigma: np.ndarray
-    reached: Callable[[np.ndarray], np.ndarray]  # target losses (m,) -> x of each member there
-
-
-def _family(x, ends):
-    """g at x: (m, n), at each of `ends`: (m, len(ends)); and the inverse of g: (m,) -> (m,)."""
-    at = np.concatenate([x, ends])[None, :]
-    tau = np.geomspace(0.05, 6.0, 16)[:, None]
-    p, u = (
-        v.reshape(-1, 1) for v in np.meshgrid([0.15, 0.3, 0.5, 0.75, 1.0, 1.5], [0.005, 0.03, 0.15])
+def _summary(members: _Members, data: _Data, end: _End, calm: float, beliefs: Beliefs) -> Fit:
+    """Score, forecast and intervals of the mixture."""
+    losses = np.maximum(data.level + data.fall * members.mean, 0)
+    trust, unsure = _trust(members, data, beliefs)
+    level, there, _ = members.weight @ losses
+    forecast = level + trust * (there - level)
+    variance = members.weight @ (
+        (losses[:, 1] - there) ** 2 + data.fall**2 * np.maximum(members.variance[:, 1], 0)
     )
-    g = np.concatenate([np.exp(-at / tau), (1 + at / u) ** -p])
-
-    def inverse(value):
-        value = np.clip(value, 1e-12, 1.0)
-        return np.concatenate(
-            [
-                -tau[:, 0] * np.log(value[: len(tau)]),
-                u[:, 0] * (value[len(tau) :] ** (-1 / p[:, 0]) - 1),
-            ]
-        )
-
-    return g[:, : len(x)], g[:, len(x) :], inverse
-
-
-def _posterior(x, y, weight, ends) -> _Posterior:
-    """Weighted least squares of every member, with BIC weights (see `fit_curve`).
-
-    Of what the recent losses differ from a member, half stays for good, and all of it where the
-    end is now: a loss that is known need not be forecast.
-    """
-    g, at, inverse = _family(x, ends)
-    n, base = len(x), weight * np.maximum(x, 0.02)
-    w = base / base.mean()
-    for _ in range(3):
-        c, a, residual = _least_squares(g, y, w)
-        best = residual[np.argmin((w * residual**2).sum(1))]
-        scale = 1.4826 * np.median(np.abs(best)) + 1e-12
-        w = base * np.minimum(1, 2 * scale / np.maximum(np.abs(best), 1e-300))
-        w = w / w.mean()
-    c, a, residual = _least_squares(g, y, w)
-    constant = float((w * y).sum() / n)
-    residual = np.vstack([residual, y - constant])
-    rss = (w * residual**2).sum(1) + 1e-18
-    best = residual[np.argmin(rss)]
-    rho = float(np.clip((best[1:] * best[:-1]).sum() / max((best**2).sum(), 1e-300), 0, 0.9))
-    independent = max(4.0, n * (1 - rho) / (1 + rho))
-    k = np.append(np.full(len(a), 3.0), 1.0)
-    bic = independent * np.log(rss / n) + k * np.log(independent)
-    # all members together are one hypothesis against the constant, and spread over a grid
-    prior = np.append(np.full(len(a), 3.0 / len(a)), 1.0)
-    p = prior * np.exp(-0.5 * (bic - bic.min()))
-    recent = max(3, n // 12)
-    shift = 0.5 * (w[-recent:] * residual[:, -recent:]).sum(1) / w[-recent:].sum()
-    values = np.vstack([c[:, None] + a[:, None] * at, np.full((1, 3), constant)]) + shift[:, None]
-    values[:, 1] += shift * math.exp((1 - ends[1]) / NEAR)
-    error = np.sqrt(rss / n / independent)
-
-    def reached(target):
-        return np.append(inverse((target[:-1] - shift[:-1] - c) / np.maximum(a, 1e-12)), 0.0)
-
-    return _Posterior(p / p.sum(), *np.maximum(values, 0).T, error, reached)
-
-
-def _least_squares(g, y, w):
-    """c, a >= 0 of y ~ c + a g for every row of g (m, n): (c (m,), a (m,), residuals (m, n))."""
-    mean_g, mean_y = (g * w).sum(1) / w.sum(), (y * w).sum() / w.sum()
-    centred = g - mean_g[:, None]
-    a = (centred * w * (y - mean_y)).sum(1) / np.maximum((centred**2 * w).sum(1), 1e-300)
-    a = np.maximum(a, 0)
-    c = mean_y - a * mean_g
-    through_zero = (g * w * y).sum(1) / np.maximum((g**2 * w).sum(1), 1e-300)
-    a, c = np.where(c < 0, through_zero, a), np.maximum(c, 0)
-    return c, a, y - c[:, None] - a[:, None] * g
+    # Where the end is reached the level is known but for its noise and what it falls within the end.
+    error = (unsure if end.ahead else 1.0) * (there - level)
+    unknown = end.ahead * beliefs.unknown * data.fall
+    measured = data.end_noise * data.fall / math.sqrt(3)
+    spread = math.sqrt(variance + error**2 + unknown**2 + measured**2)
+    now, floor = losses[:, 0], losses[:, 0] + trust * (losses[:, 2] - losses[:, 0])
+    floor = np.minimum(floor, end.best)
+    start = end.start_loss
+    certain = calm * _fall_certainty(start, float(level), data.end_noise * data.fall / math.sqrt(3))
+    share = np.clip((start - now) / np.maximum(start - floor, 1e-12), 0, 1) * certain
+    left = _steps_to(start - 0.99 * (start - floor), members, data, end) if certain > 0 else None
+    return Fit(
+        score=float(members.weight @ share),
+        score_low=_quantile(share, members.weight, 0.1) * (1 - Z80 * SCORE_ERROR),
+        score_high=min(1.0, _quantile(share, members.weight, 0.9) * (1 + Z80 * SCORE_ERROR)),
+        forecast=float(forecast),
+        forecast_low=max(0.0, float(forecast) - Z80 * spread),
+        forecast_high=float(forecast) + Z80 * spread,
+        floor=float(members.weight @ floor),
+        level=float(level),
+        steps_to_99=None if left is None else max(0.0, _quantile(left, members.weight, 0.5)),
+    )
 
 
 def _fall_certainty(start: float, level: float, error: float) -> float:
@@ -334,36 +452,28 @@ def _fall_certainty(start: float, level: float, error: float) -> float:
     return float(min(1, max(0, relative)) * min(1, max(0, sure)))
 
 
-def _summary(post: _Posterior, run: _Run, calm: float) -> Fit:
-    """Score, forecast and intervals of the posterior."""
-    start = run.start_loss
-    level = float(post.weight @ post.now)
-    fall = max(start - level, 0.0)
-    gain = ANNEALING_GAIN * run.decay * fall
-    end = np.maximum(post.end * run.future - gain, 0)
-    floor = np.minimum(np.maximum(post.floor * run.future - gain, 0), run.best)
-    trust = calm * _fall_certainty(start, level, run.noise / math.sqrt(3))
-    share = np.clip((start - post.now) / np.maximum(start - floor, 1e-12), 0, 1) * trust
-    forecast = float(post.weight @ end)
-    spread = math.sqrt(
-        float(post.weight @ ((end - forecast) ** 2 + post.sigma**2))
-        + (MODEL_ERROR * fall * max(1.0, run.doublings)) ** 2
-        + gain**2
-        + run.unseen * (UNSEEN_EPOCH * level) ** 2
-        + (0.3 * level * (1 - run.future)) ** 2
+def _steps_to(target, members: _Members, data: _Data, end: _End):
+    """Steps (M,) until each model's curve reaches its target loss, at the mean learning so far."""
+    first, now = members.shapes.unscaled
+    hypotheses = len(members.weight) // (len(first) + 1)
+    drop = (target / data.fall - data.level / data.fall - members.mean[:, 0]).reshape(
+        hypotheses, -1
     )
-    left = (post.reached(start - 0.99 * (start - floor)) - 1) * run.unit if trust > 0 else None
-    return Fit(
-        score=float(post.weight @ share),
-        score_low=_quantile(share, post.weight, 0.1) * (1 - Z80 * MODEL_ERROR),
-        score_high=min(1.0, _quantile(share, post.weight, 0.9) * (1 + Z80 * MODEL_ERROR)),
-        forecast=forecast,
-        forecast_low=max(0.0, forecast - Z80 * spread),
-        forecast_high=forecast + Z80 * spread,
-        floor=float(post.weight @ floor),
-        level=level,
-        steps_to_99=None if left is None else max(0.0, _quantile(left, post.weight, 0.5)),
+    slope = members.slope.reshape(hypotheses, -1)[:, :-1]
+    value = now + drop[:, :-1] / np.maximum(slope, 1e-12) * (first - now)
+    value = np.clip(value, 1e-12, 1.0).reshape(hypotheses, len(data.clocks), -1)
+    curves = len(TAU)
+    x = np.concatenate(
+        [
+            -TAU[:, 0] * np.log(value[..., :curves]),
+            POWER[:, 1] * (value[..., curves:] ** (-1 / POWER[:, 0]) - 1),
+        ],
+        axis=-1,
     )
+    x = np.minimum(x, np.array([clock[-1] for clock in data.clocks])[None, :, None])
+    so_far = np.array([clock[data.seen] for clock in data.clocks])[None, :, None]
+    steps = ((x / so_far - 1) * end.learned).reshape(hypotheses, -1)
+    return np.column_stack([steps, np.zeros(hypotheses)]).ravel()
 
 
 def _quantile(values, weight, q: float) -> float:

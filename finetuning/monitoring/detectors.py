@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,21 @@ WINDOW = 64  # logged values that the short memories keep
 QUIET = 10  # logged steps that a trouble must be away before it is news again
 LEAK_BINS = 64  # a memory series is squeezed into 32 to 64 bins, however long the run
 PROBES = 4  # answers an evaluation's format rate is taken to be the mean of
+
+_GPU = re.compile(r"GPU_(\d+)/(Temperature_C|Utilization_Percent)")
+_WATCHED = re.compile(
+    r"Training/(Loss|Gradient_Norm|Learning_Rate)|Eval/(Loss|Think_Length_Ratio|Format_Valid_Rate)"
+    r"|Throughput/(?:Step_)?(?:Seconds[_/])?(?:Data|Forward_Backward|Optimizer|Logging)(?:_Seconds)?"
+    r"|Throughput/Straggler_Percent|Monitoring/(NonFinite_Steps|Forecast_Final_Loss_High)"
+    r"|Memory/(Host_RSS_MB|Host_Percent|GPU_(Allocated_MB|Peak_MB|Total_MB|Utilization_Percent))"
+    rf"|{_GPU.pattern}"
+)
+
+
+@functools.lru_cache(maxsize=10_000)
+def is_watched(tag: str) -> bool:
+    """Whether a detector looks at the tag; of all others it need not be told."""
+    return bool(_WATCHED.fullmatch(tag))
 
 
 @dataclass(frozen=True)
@@ -84,12 +100,11 @@ def _gradient_explosion(memory: DetectorMemory, metrics: Mapping):
     memory.remember("log_gradient", log)
     if len(before) < 10:
         return None
-    centre = median(before)
+    centre, limit = median(before), math.log(memory.limits.gradient_ratio)
+    if log - centre <= limit:
+        return None
     scale = 1.4826 * max(0.1, median(abs(x - centre) for x in before))
-    limit = max(
-        memory.limits.gradient_z * scale,
-        math.log(memory.limits.gradient_ratio),
-    )
+    limit = max(limit, memory.limits.gradient_z * scale)
     if log - centre <= limit:
         return None
     return Finding(norm, math.exp(centre + limit), {"usual norm": math.exp(centre)})
@@ -117,7 +132,7 @@ def is_spike(loss: float, before: list[float], z: float = 6.0, ratio: float = 1.
     True where log(loss) - median of the last seven logs exceeds both log(ratio) and z sigma.
     """
     height = _log(loss) - median(_log(x) for x in before[-7:])
-    return height > max(z * log_noise(before), math.log(ratio))
+    return height > math.log(ratio) and height > z * log_noise(before)
 
 
 def log_noise(losses: Sequence[float]) -> float:
@@ -192,10 +207,10 @@ def _divergence(memory: DetectorMemory, metrics: Mapping):
     if not _follow_loss(memory, metrics):
         return KEEP
     marks, losses = memory.marks, memory.series["loss"]
-    noise = log_noise(losses[-31:]) * marks["level"]
-    limit = marks["best"] + max(
-        memory.limits.divergence * marks["best"], 2 * noise, 0.02 * marks["start"]
-    )
+    least = max(memory.limits.divergence * marks["best"], 0.02 * marks["start"])
+    if marks["level"] <= marks["best"] + least:
+        return None
+    limit = marks["best"] + max(least, 2 * log_noise(losses[-31:]) * marks["level"])
     if marks["level"] <= limit:
         return None
     return Finding(marks["level"], limit, {"best smoothed loss": marks["best"]})
@@ -300,8 +315,8 @@ def _worst_gpu(metrics: Mapping, quantity: str, worst) -> tuple[int, float] | No
     """(index, value) of the GPU with the largest or smallest `quantity`."""
     values = []
     for name, value in metrics.items():
-        match = re.fullmatch(rf"GPU_(\d+)/{quantity}", name)
-        if match and value is not None and math.isfinite(value):
+        match = _GPU.fullmatch(name)
+        if match and match[2] == quantity and value is not None and math.isfinite(value):
             values.append((int(match[1]), float(value)))
     return worst(values, key=lambda pair: pair[1]) if values else None
 

@@ -1,175 +1,252 @@
-"""Recorded training runs as one kind of curve: ours, a csv or an HF trainer_state.json."""
+"""Recorded training runs as one kind of curve, whichever tool wrote them."""
 
 from __future__ import annotations
 
 import csv
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from finetuning.common.bounds import RECORD
 from finetuning.common.errors import UserError
-from finetuning.common.files import read_json_object
+from finetuning.common.files import read_json_object, regular
+from finetuning.events.reading import read_run
+from finetuning.monitoring.column_names import LOSS, PLANNED, STEP, meanings
+from finetuning.monitoring.console_log import console_records, has_records
+from finetuning.monitoring.detectors import is_watched
+from finetuning.monitoring.rows import Rows
+
+EVENTS, EPOCH = "*tfevents*", "Training/Epoch"
+CURVES = {LOSS, "Eval/Loss"}  # a line of ours with neither tells nothing about convergence
+Records = Callable[
+    [], Iterable[tuple[object, Mapping]]
+]  # (where it stands, record), from the start
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A recorded run: one dict per logged step with "step", "Training/Loss" and what else it has.
+    """A recorded run. points: a row for each logged step, {"step": …, "Training/Loss": …, what else it has}.
 
     total_steps: those planned, where the run says so; else its last step.
     """
 
-    points: tuple[dict[str, float], ...]
+    points: Rows
     total_steps: int
     steps_per_epoch: float | None
 
 
 def read_curve(path: str | Path) -> Curve:
-    """Read a run directory of ours, a metrics.jsonl, a csv or an HF trainer_state.json.
+    """Read a run of ours or of another tool.
 
-    Raises UserError where there is no such file, no loss in it, a negative one, or a broken line.
+    A run directory of ours, metrics.jsonl, trainer_state.json (HF), trainer_log.jsonl (LLaMA-Factory), csv,
+    json or jsonl of rows (wandb, SwanLab), a folder of TensorBoard's, or what a run printed. Raises UserError
+    where there is no such file, no loss in it, a negative one, or a broken line.
     """
     path = _curve_file(Path(path))
-    readers = {".csv": _read_csv, ".json": _read_trainer_state, ".jsonl": _read_metrics}
-    if path.suffix not in readers:
-        raise UserError(f"{path}: give a run directory, a .csv, .jsonl or trainer_state.json")
     try:
-        rows = list(readers[path.suffix](path))
+        points = Rows.of(_rows(path), _is_needed)
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: not readable as {path.suffix[1:]} ({error})") from error
-    points = tuple(sorted(_latest(rows).values(), key=lambda row: row["step"]))
-    if not any("Training/Loss" in row for row in points):
+    steps, losses = points.column(LOSS)
+    if not len(losses):
         raise UserError(f"{path}: holds no loss; a step and a loss per row are needed")
-    below = next((row for row in points if row.get("Training/Loss", 0) < 0), None)
-    if below:
+    below = np.flatnonzero(losses < 0)
+    if len(below):
         raise UserError(
-            f"{path}: the loss at step {below['step']:g} is negative; score and forecast are for "
+            f"{path}: the loss at step {steps[below[0]]:g} is negative; score and forecast are for "
             "losses that end at zero or above, as a cross-entropy does"
         )
-    total = max(max(row["step"], row.pop("total_steps", 0)) for row in points)
+    planned = points.column(PLANNED)[1]
+    total = max(float(points.steps[-1]), float(planned.max(initial=0)))
     return Curve(points, int(total), _steps_per_epoch(points))
 
 
+def _is_needed(name: str) -> bool:
+    """Whether score, forecast or an alert is made of it."""
+    return name in (PLANNED, EPOCH) or is_watched(name)
+
+
 def _curve_file(path: Path) -> Path:
-    """The file that holds the curve of `path`."""
+    """The file that holds the curve of `path`, or a folder of event files."""
     if path.is_file():
         return path
     if not path.is_dir():
         raise UserError(f"{path}: no such file or directory")
     log = Path("training_logs") / path.name / "metrics.jsonl"
     places = [path / "metrics.jsonl", *(p / log for p in path.resolve().parents[:2])]
-    places += [path / "trainer_state.json"]
+    places += [path / "trainer_state.json", path / "trainer_log.jsonl"]
     newest = sorted(path.glob("training_logs/*/metrics.jsonl"), key=lambda p: p.stat().st_mtime)
     newest += sorted(path.glob("checkpoint-*/trainer_state.json"), key=lambda p: p.stat().st_mtime)
     for place in [*places, *reversed(newest)]:
         if place.is_file():
             return place
-    raise UserError(f"{path}: neither a metrics.jsonl nor a trainer_state.json belongs to it")
+    folders = sorted({file.parent for file in path.rglob(EVENTS)})
+    if len(folders) > 1:
+        some = ", ".join(str(folder.relative_to(path)) for folder in folders[:4])
+        raise UserError(f"{path}: {len(folders)} folders with event files ({some}); name one")
+    if folders:
+        return folders[0]
+    raise UserError(f"{path}: no metrics.jsonl, trainer_state.json or event file belongs to it")
 
 
-CURVES = {
-    "Training/Loss",
-    "Eval/Loss",
-}  # a line of ours with neither tells nothing about convergence
-FOREIGN_NAMES = {
-    "loss": "Training/Loss",
-    "train_loss": "Training/Loss",
-    "learning_rate": "Training/Learning_Rate",
-    "lr": "Training/Learning_Rate",
-    "grad_norm": "Training/Gradient_Norm",
-    "epoch": "Training/Epoch",
-    "eval_loss": "Eval/Loss",
-}
+# -----------------------------------------------------------------------------
+# Rows under our names
 
 
-def _latest(rows: Iterable[dict]) -> dict[float, dict]:
-    """Rows by step; a later row of the same step (after a resume) replaces its values."""
-    merged: dict[float, dict] = {}
-    for row in rows:
-        merged[row["step"]] = merged.get(row["step"], {}) | row
-    return merged
+def _rows(path: Path) -> Iterator[dict[str, float]]:
+    """The rows of a file or of a folder of event files."""
+    if path.is_dir() or path.match(EVENTS):
+        return _named(lambda: _read_events(path), str(path))
+    regular(path)
+    if path.suffix == ".csv":
+        return _named(lambda: _read_csv(path), str(path))
+    if path.suffix == ".jsonl":
+        ours = isinstance(next(_objects(path), (0, {}))[1].get("metrics"), dict)
+        return _own_rows(path) if ours else _named(lambda: _read_lines(path), str(path))
+    if path.suffix == ".json":
+        return _named(lambda: _read_json(path), str(path))
+    text = path.read_text(encoding="utf-8-sig")
+    if has_records(text):
+        return _named(lambda: ((path, row) for row in console_records(text)), str(path))
+    raise UserError(
+        f"{path}: give a run directory, a .csv, .json, .jsonl, event files, or a text with lines such as "
+        "{'loss': 1.23}"
+    )
+
+
+def _own_rows(path: Path) -> Iterator[dict[str, float]]:
+    """Of our metrics.jsonl, in which all names are ours."""
+    planned = _planned_steps(path)
+    for number, record in _objects(path):
+        metrics = record.get("metrics")
+        if not isinstance(metrics, dict) or not metrics.keys() & CURVES:
+            continue  # a metric of the user's, which may be over another axis than steps
+        needed = {tag: value for tag, value in metrics.items() if _is_needed(tag)}
+        row = _numbers(_with_nan(needed | {STEP: record.get(STEP)}), f"{path}:{number}")
+        if row:
+            yield planned | row
+
+
+def _named(records: Records, place: str) -> Iterator[dict[str, float]]:
+    """The numbers of another tool's records under our names; records without a step are left out."""
+
+    def steps() -> Iterator[tuple[object, Mapping]]:
+        # The last record of HF's Trainer holds the mean loss of the whole run.
+        return (r for r in records() if not any(str(k).endswith("train_runtime") for k in r[1]))
+
+    names = meanings((str(name) for _, record in steps() for name in record if name), place)
+    for where, record in steps():
+        ours = {names.get(str(name), str(name)): value for name, value in record.items()}
+        row = _numbers(_with_nan(ours), str(where))
+        if row:
+            yield row
+
+
+def _with_nan(record: dict) -> dict:
+    """JSON has no NaN: a loss of null is a loss that was not finite."""
+    return record | {LOSS: math.nan} if LOSS in record and record[LOSS] is None else record
 
 
 def _numbers(record: Mapping, place: str) -> dict[str, float] | None:
-    """The numeric fields of a record under our names; None where it has no step."""
-    if record.get("step") in (None, ""):
+    """The numeric fields of a record; None where it has no step."""
+    if record.get(STEP) in (None, ""):
         return None
     row = {}
     for name, value in record.items():
-        if name is None or value in (None, "") or isinstance(value, (bool, list, dict)):
+        if value in (None, "") or isinstance(value, (bool, list, dict)):
             continue
         try:
-            row[FOREIGN_NAMES.get(name.strip(), name.strip())] = float(value)
+            row[name] = float(value)
         except ValueError:
-            if name.strip() in ("step", "loss"):
+            if name in (STEP, LOSS):
+                name = {LOSS: "loss"}.get(name, name)
                 raise UserError(f"{place}: {name} is no number: {value!r:.40}") from None
-    if not (math.isfinite(row["step"]) and row["step"] >= 0):
-        raise UserError(f"{place}: step must be a number from 0 up, not {row['step']:g}")
+    if not (math.isfinite(row[STEP]) and row[STEP] >= 0):
+        raise UserError(f"{place}: step must be a number from 0 up, not {row[STEP]:g}")
     return row
 
 
-def _read_csv(path: Path):
+def _planned_steps(path: Path) -> dict[str, float]:
+    """As a column of the curve, from the settings beside a metrics.jsonl of ours."""
+    configuration = path.with_name("configuration.json")
+    steps = read_json_object(configuration).get("steps") if configuration.is_file() else None
+    return {PLANNED: float(steps)} if isinstance(steps, int) else {}
+
+
+# -----------------------------------------------------------------------------
+# Files
+
+
+def _read_csv(path: Path) -> Iterator[tuple[str, dict]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
-        if not {"step", "loss"} <= {(n or "").strip() for n in reader.fieldnames or ()}:
+        names = [name.strip() for name in reader.fieldnames or ()]
+        found = set(meanings(names, f"{path}:1").values())
+        if not {STEP, LOSS} <= found:
             raise UserError(f"{path}:1: the first line must name the columns step and loss")
-        reader.fieldnames = [name.strip() for name in reader.fieldnames]
+        reader.fieldnames = names
         for record in reader:
-            row = _numbers(record, f"{path}:{reader.line_num}")
-            if row:
-                yield row
+            yield f"{path}:{reader.line_num}", record
 
 
-def _planned_steps(record: dict, name: str) -> dict[str, float]:
-    """As a column of the curve: what `record` has under `name`."""
-    steps = record.get(name)
-    return {"total_steps": float(steps)} if isinstance(steps, int) else {}
+def _read_events(path: Path) -> Iterator[tuple[str, dict]]:
+    """Scalars by step; tags that mean nothing here are left out."""
+    series = read_run(path)
+    for tag in meanings(series, str(path)):
+        for step, value in series[tag]:
+            yield str(path), {STEP: step, tag: value}
 
 
-def _read_metrics(path: Path):
-    configuration = path.with_name("configuration.json")
-    recorded = read_json_object(configuration) if configuration.is_file() else {}
-    planned = _planned_steps(recorded, "steps")
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):  # a crash may cut the last line
-                return
-            raise UserError(f"{path}:{number}: broken JSON ({error.msg})") from error
-        if isinstance(record, dict) and isinstance(record.get("metrics"), dict):  # our own lines
-            if not record["metrics"].keys() & CURVES:
-                continue  # a metric of the user's, which may be over another axis than steps
-            record = {"step": record.get("step"), **record["metrics"]}
-        row = _numbers(record, f"{path}:{number}") if isinstance(record, dict) else None
-        if row:
-            # JSON has no NaN: a null loss is a loss that was not finite
-            if "Training/Loss" in record and record["Training/Loss"] is None:
-                row["Training/Loss"] = math.nan
-            yield planned | row
+def _read_lines(path: Path) -> Iterator[tuple[str, dict]]:
+    """LLaMA-Factory's log, or rows of any tool."""
+    for number, record in _objects(path):
+        yield f"{path}:{number}", record
 
 
-def _read_trainer_state(path: Path):
-    state = read_json_object(path)
-    history = state.get("log_history")
-    if not isinstance(history, list):
+def _objects(path: Path) -> Iterator[tuple[int, dict]]:
+    """(line, object) of a file with one JSON object a line. Raises UserError for a broken line."""
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(RECORD.limit):
+            number += 1
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line.removeprefix(b"\xef\xbb\xbf"))
+            except ValueError as error:
+                if not line.endswith(b"\n"):  # a crash may cut the last line
+                    return
+                raise UserError(f"{path}:{number}: broken JSON ({error})") from error
+            if isinstance(record, dict):
+                yield number, record
+
+
+def _read_json(path: Path) -> Iterator[tuple[str, dict]]:
+    """HF's trainer_state.json, or a list of rows."""
+    try:
+        state = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: can't be read as JSON ({error})") from error
+    planned = {}
+    if isinstance(state, dict):
+        steps, state = state.get("max_steps"), state.get("log_history")
+        planned = {PLANNED: steps} if isinstance(steps, int) else {}
+    if not isinstance(state, list):
         raise UserError(f"{path}: no log_history; is it the trainer_state.json of a Trainer run?")
-    planned = _planned_steps(state, "max_steps")
-    for number, record in enumerate(history):
-        row = _numbers(record, f"{path}: log_history[{number}]")
-        if row and "train_runtime" not in row:  # the end's, with the mean loss of the whole run
-            yield planned | row
+    for number, record in enumerate(state):
+        if isinstance(record, dict):
+            yield f"{path}: log_history[{number}]", planned | record
 
 
-def _steps_per_epoch(points) -> float | None:
+def _steps_per_epoch(points: Rows) -> float | None:
     """From the epoch column, where there is one."""
-    known = [p for p in points if p.get("Training/Epoch", 0) > 0]
-    if len(known) < 2:
+    steps, epochs = points.column(EPOCH)
+    steps, epochs = steps[epochs > 0], epochs[epochs > 0]
+    if len(steps) < 2:
         return None
-    steps = known[-1]["step"] - known[0]["step"]
-    epochs = known[-1]["Training/Epoch"] - known[0]["Training/Epoch"]
+    steps, epochs = float(steps[-1] - steps[0]), float(epochs[-1] - epochs[0])
     return steps / epochs if epochs > 0 and steps > 0 else None

@@ -5,32 +5,33 @@ so that a million samples take the memory of a few thousand; order and content d
 the number of workers, and the files are kept under `cache_dir` by the hash of what was read.
 """
 
-import bisect
 import hashlib
+import itertools
 import json
-import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from finetuning.common.bounds import OPEN_FILES
 from finetuning.common.cache import cached_folder, code_version, temporary_folder
 from finetuning.common.errors import UserError
 from finetuning.common.files import write_json
 from finetuning.common.text import clean_line
 from finetuning.common.workers import in_order
+from finetuning.readers.arrow_samples import ArrowSamples, write_samples
 from finetuning.readers.files import COMPRESSIONS, TEXTS, DataFile, Listing, list_files
-from finetuning.readers.findings import HINTS, Findings, encoding_remark, urgency, without_sample
+from finetuning.readers.findings import HINTS, Findings, urgency, without_sample
 from finetuning.readers.formats import read_records, recognized
-from finetuning.readers.opening import Chunk, split_file
+from finetuning.readers.opening import CHUNK, Chunk, split_file
 from finetuning.readers.records import SAMPLE_KEYS, record_sample
 from finetuning.readers.sample import (
     BrokenRecordError,
     BrokenSample,
+    Finding,
     LeftOutError,
+    NothingLeftError,
     Remark,
     Sample,
 )
@@ -38,10 +39,7 @@ from finetuning.readers.sample import (
 LARGE_DATA = 4 * 2**20
 """Bytes of input from which on samples live in Arrow files and are read in parallel."""
 
-_BATCH_CHARACTERS = 32 * 2**20  # beyond which a batch is written with fewer rows
-_ROWS = 1000  # per record batch: the unit that is decoded when samples are read in order
 SPAN = 500  # samples that a worker looks at before it hands in what it found
-_LOOKS = 100  # samples taken one by one until the pages that they lie on are given back
 
 Progress = Callable[[int, int], None]
 
@@ -83,14 +81,14 @@ def read_samples(
     """
     _check_columns(columns)
     listing = _all_files(paths, cache_dir)
-    ruled = tuple((columns or {}).items())
-    files = [recognized(replace(file, columns=ruled)) for file in listing.files]
-    total = sum(_expected_bytes(file) for file in files)
-    if total <= LARGE_DATA:
+    files = listing.files
+    if columns:
+        files = [replace(file, columns=tuple(columns.items())) for file in files]
+    if sum(map(_expected_bytes, files)) <= LARGE_DATA:
         found = _read_small(files, progress)
     else:
         found = _read_large(files, cache_dir, max(1, workers), progress)
-    return _accounted(found, files, listing)
+    return _accounted(found, listing)
 
 
 def _check_columns(columns: dict[str, str] | None) -> None:
@@ -107,16 +105,15 @@ def _all_files(paths: Sequence[str], cache_dir: Path | None) -> Listing:
     for path in paths:
         found = list_files(os.fspath(path), cache_dir)
         for file in found.files:
-            real = os.path.realpath(file.path)
-            if real not in seen:
-                seen.add(real)
+            if file.real not in seen:
+                seen.add(file.real)
                 whole.files.append(file)
         whole.remarks.extend(found.remarks)
         whole.skipped.extend(found.skipped)
     if not whole.files:
         raise UserError("no data path given; name a file, a folder or a glob")
     for file in whole.files:
-        if os.path.getsize(file.path) == 0:
+        if file.size == 0:
             raise UserError(f"{clean_line(file.source, 200)} is empty; remove it or fill it")
     return whole
 
@@ -125,10 +122,10 @@ def _expected_bytes(file: DataFile) -> int:
     """Rough size of the text inside, only to tell small data from large."""
     packed = ("parquet", "excel", "word")
     compressed = file.kind in packed or file.path.lower().endswith(COMPRESSIONS)
-    return os.path.getsize(file.path) * (4 if compressed else 1)
+    return file.size * (4 if compressed else 1)
 
 
-def _accounted(found: SampleSet, files: list[DataFile], listing: Listing) -> SampleSet:
+def _accounted(found: SampleSet, listing: Listing) -> SampleSet:
     """What was read with a word on every file. A text in a folder that holds no question was not meant to be
     read; any other file without a sample is most likely not what its user meant it to be."""
     broken: dict[str, list[BrokenSample]] = {}
@@ -136,22 +133,25 @@ def _accounted(found: SampleSet, files: list[DataFile], listing: Listing) -> Sam
         broken.setdefault(item.source, []).append(item)
     left_out = {r.source for r in found.remarks if r.text.startswith("left out")}
     skipped, per_file = [*dict.fromkeys(listing.skipped)], dict(found.samples_per_file)
-    for file in files:
+    empty: list[Finding] = []
+    for file in listing.files:
         if found.samples_per_file[file.source]:
             continue
         if not file.named and file.kind in TEXTS and file.source not in broken:
             per_file.pop(file.source)
             skipped.append(Remark(file.source, 1, "skipped: no question was found in it"))
             continue
-        raise UserError(without_sample(file, broken.get(file.source, []), file.source in left_out))
+        reason = without_sample(file, broken.get(file.source, []), file.source in left_out)
+        empty.append(Finding("without a sample", file.source, 1, reason))
     if not per_file:
-        raise UserError(
-            f"no question was found in {clean_line(files[0].source, 200)}; {HINTS['text']}"
-        )
-    encodings = [remark for file in files if (remark := encoding_remark(file))]
-    remarks = sorted(
-        (*found.remarks, *dict.fromkeys(listing.remarks), *encodings, *skipped), key=urgency
-    )
+        shown = clean_line(listing.files[0].source, 200)
+        reason = f"no question was found in {shown}; {HINTS['text']}"
+        empty.append(Finding("without a sample", listing.files[0].source, 1, reason))
+    remarks = sorted((*found.remarks, *dict.fromkeys(listing.remarks), *skipped), key=urgency)
+    if empty:
+        lost = (Finding("broken", b.source, b.line, b.reason) for b in found.broken)
+        odd = (Finding("remark", r.source, r.line, r.text) for r in remarks)
+        raise NothingLeftError(empty[0].note, (*lost, *empty, *odd))
     return replace(found, remarks=tuple(remarks), skipped=tuple(skipped), samples_per_file=per_file)
 
 
@@ -161,17 +161,11 @@ def _accounted(found: SampleSet, files: list[DataFile], listing: Listing) -> Sam
 def _read_chunk(chunk: Chunk, findings: Findings) -> Iterator[Sample | BrokenSample]:
     """All samples of a chunk in order, and what is broken between them; the rest is found."""
     file = chunk.file
+    depends = bool(file.described) or file.kind in TEXTS
     for item in read_records(chunk):
-        if isinstance(item, Remark):
-            findings.note(item.line, item.text)
-        elif isinstance(item, BrokenSample):
-            yield item
-        elif isinstance(item, Sample):
-            findings.sample(item)
-            yield item
-        else:
+        if isinstance(item, tuple):
             line, record = item
-            columns = _columns_of(file, record)
+            columns = _columns_of(file, record) if depends else file.columns
             try:
                 reading = record_sample(record, columns)
             except BrokenRecordError as error:
@@ -181,6 +175,13 @@ def _read_chunk(chunk: Chunk, findings: Findings) -> Iterator[Sample | BrokenSam
             else:
                 findings.record(line, reading)
                 yield _placed(reading.sample, file.source, line)
+        elif isinstance(item, Remark):
+            findings.note(item.line, item.text)
+        elif isinstance(item, BrokenSample):
+            yield item
+        else:
+            findings.sample(item)
+            yield item
 
 
 def _columns_of(file: DataFile, record: Any) -> tuple[tuple[str, str], ...]:
@@ -204,15 +205,15 @@ def _placed(sample: Sample, source: str, line: int) -> Sample:
 def _read_small(files: list[DataFile], progress: Progress | None) -> SampleSet:
     samples, broken, remarks = [], [], []
     per_file = dict.fromkeys((file.source for file in files), 0)
-    total = sum(os.path.getsize(file.path) for file in files)
+    total = sum(file.size for file in files)
     done = 0
-    for file in files:
+    for file in map(recognized, files):
         findings = Findings()
         for item in _read_chunk(Chunk(file), findings):
             (samples if isinstance(item, Sample) else broken).append(item)
             per_file[file.source] += isinstance(item, Sample)
-        remarks += findings.remarks(file.source)
-        done += os.path.getsize(file.path)
+        remarks += findings.remarks(file)
+        done += file.size
         if progress:
             progress(done, total)
     fingerprint = _fingerprint(bytes.fromhex(sample.id) for sample in samples)
@@ -230,9 +231,9 @@ def _fingerprint(ids: Iterable[bytes]) -> str:
 
 
 _READERS = (
-    "damage", "dataset", "fields", "files", "findings", "flags", "formats", "json_records", "labelled",
-    "markdown", "names", "office", "opening", "reasoning", "records", "sample", "tables", "texts", "turns",
-    "values",
+    "arrow_samples", "damage", "dataset", "fields", "files", "findings", "flags", "formats", "json_records",
+    "labelled", "markdown", "names", "office", "opening", "reasoning", "records", "sample", "tables", "texts",
+    "turns", "values",
 )  # fmt: skip
 
 
@@ -243,10 +244,10 @@ def _read_large(
     progress: Progress | None,
 ) -> SampleSet:
     """Arrow files of all samples, from the cache or written now; two passes over the bytes."""
-    total = 2 * sum(os.path.getsize(file.path) for file in files)
+    total = 2 * sum(file.size for file in files)
     meter = _Meter(total, progress)
     chunks, hashes = [], []
-    for file in files:
+    for file in map(recognized, files):
         parts, digest = split_file(file, meter.add)
         chunks += parts
         hashes.append((file.source, file.kind, file.encoding, file.described, digest))
@@ -262,6 +263,20 @@ def _read_large(
     return found
 
 
+def _parts(chunks: list[Chunk]) -> list[list[Chunk]]:
+    """Consecutive chunks that are written to one Arrow file. Each of these stays open while they are read, so
+    large data have larger ones, not more."""
+    least = max(CHUNK, sum(chunk.size for chunk in chunks) // OPEN_FILES.limit)
+    parts, held = [], least
+    for chunk in chunks:
+        if held >= least:
+            parts.append([])
+            held = 0
+        parts[-1].append(chunk)
+        held += chunk.size
+    return parts
+
+
 class _Meter:
     def __init__(self, total: int, progress: Progress | None) -> None:
         self.done, self._total, self._progress = 0, total, progress
@@ -273,27 +288,30 @@ class _Meter:
 
 
 def _write_parts(chunks: list[Chunk], building: Path, workers: int, meter: _Meter) -> None:
-    """One Arrow file per chunk, then the index."""
-    jobs = [(chunk, str(building / _part(i))) for i, chunk in enumerate(chunks)]
+    """Arrow files of consecutive chunks, then the index."""
+    parts = _parts(chunks)
+    jobs = [(part, str(building / _part(i))) for i, part in enumerate(parts)]
     if workers > 1 and len(jobs) > 1:
         written = in_order(_write_part, jobs, workers)
     else:
         written = (_write_part(*job) for job in jobs)
     index = {
-        "parts": len(chunks),
+        "parts": len(parts),
         "samples_per_file": dict.fromkeys((chunk.file.source for chunk in chunks), 0),
         "broken": [],
     }
     fingerprint = hashlib.blake2b(digest_size=16)
     found: dict[str, Findings] = {}
-    for chunk, (ids, broken, findings) in zip(chunks, written, strict=True):
+    for part, (ids, broken, findings) in zip(parts, written, strict=True):
         fingerprint.update(ids)
-        index["samples_per_file"][chunk.file.source] += len(ids) // 8
         index["broken"] += broken
-        found.setdefault(chunk.file.source, Findings()).merge(findings)
-        meter.add((chunk.stop or os.path.getsize(chunk.file.path)) - chunk.start)
+        for chunk, of_it in zip(part, findings, strict=True):
+            source = chunk.file.source
+            index["samples_per_file"][source] += of_it.samples
+            found.setdefault(source, (chunk.file, Findings()))[1].merge(of_it)
+            meter.add(chunk.size)
     index["remarks"] = [
-        asdict(remark) for source in found for remark in found[source].remarks(source)
+        asdict(remark) for file, of_it in found.values() for remark in of_it.remarks(file)
     ]
     index["fingerprint"] = fingerprint.hexdigest()
     write_json(building / "index.json", index)
@@ -317,26 +335,20 @@ def _part(i: int) -> str:
     return f"part-{i:05d}.arrow"
 
 
-def _write_part(chunk: Chunk, path: str) -> tuple[bytes, list[dict], Findings]:
-    """Write a chunk's samples as an Arrow file. Their ids (8 bytes each), what is broken or odd."""
-    import pyarrow as pa
+def _write_part(chunks: list[Chunk], path: str) -> tuple[bytes, list[dict], list[Findings]]:
+    """Write the samples of chunks as an Arrow file. Their ids (8 bytes each), what is broken, and what is
+    found in each chunk."""
+    broken: list[dict] = []
+    findings = [Findings() for _ in chunks]
 
-    broken, rows, ids, characters = [], [], bytearray(), 0
-    findings = Findings()
-    with pa.OSFile(path, "wb") as out, pa.ipc.new_file(out, _schema()) as writer:
-        for item in _read_chunk(chunk, findings):
+    def samples() -> Iterator[Sample]:
+        for item in itertools.chain.from_iterable(map(_read_chunk, chunks, findings)):
             if isinstance(item, Sample):
-                rows.append(_row(item))
-                ids += bytes.fromhex(item.id)
-                characters += sum(len(rows[-1][name]) for name in _TEXT_COLUMNS)
+                yield item
             else:
                 broken.append(asdict(item))
-            if len(rows) == _ROWS or characters > _BATCH_CHARACTERS:
-                writer.write_batch(_batch(rows))
-                rows, characters = [], 0
-        if rows:
-            writer.write_batch(_batch(rows))
-    return bytes(ids), broken, findings
+
+    return write_samples(path, samples()), broken, findings
 
 
 def _load(folder: Path) -> SampleSet | None:
@@ -358,132 +370,3 @@ def _load(folder: Path) -> SampleSet | None:
         tuple(Remark(**item) for item in index["remarks"]),
         key=folder.name,
     )
-
-
-# ---- samples in Arrow files -------------------------------------------------------------------
-
-_JSON_COLUMNS = ("history", "tool_turns", "tool_calls")
-_TEXT_COLUMNS = ("question", "thinking", "answer", "system", "source", "tools", *_JSON_COLUMNS)
-
-
-def _schema():
-    import pyarrow as pa
-
-    fields = [(name, pa.string()) for name in _TEXT_COLUMNS]
-    return pa.schema([*fields, ("line", pa.int64()), ("difficulty", pa.int8())])
-
-
-def _row(sample: Sample) -> dict:
-    row = {name: getattr(sample, name) for name in (*_TEXT_COLUMNS, "line", "difficulty")}
-    for name in _JSON_COLUMNS:
-        row[name] = json.dumps(row[name], ensure_ascii=False) if row[name] else ""
-    return row
-
-
-def _batch(rows: list[dict]):
-    """A record batch made of its buffers: pyarrow's own ways from lists import pandas, 60 MB."""
-    import pyarrow as pa
-
-    columns = []
-    for name in _TEXT_COLUMNS:
-        texts = [row[name].encode() for row in rows]
-        starts = np.cumsum([0, *map(len, texts)], dtype=np.int64)
-        if starts[-1] >= 2**31:
-            places = f"{clean_line(rows[-1]['source'], 200)}:{rows[-1]['line']}"
-            raise UserError(f"{places}: a sample of 2 GB can't be stored; split it")
-        buffers = [None, pa.py_buffer(starts.astype(np.int32)), pa.py_buffer(b"".join(texts))]
-        columns.append(pa.Array.from_buffers(pa.string(), len(rows), buffers))
-    lines = pa.py_buffer(np.array([row["line"] for row in rows], np.int64))
-    columns.append(pa.Array.from_buffers(pa.int64(), len(rows), [None, lines]))
-    known = np.array([row["difficulty"] is not None for row in rows])
-    values = np.array([row["difficulty"] or 0 for row in rows], np.int8)
-    buffers = [pa.py_buffer(np.packbits(known, bitorder="little")), pa.py_buffer(values)]
-    columns.append(pa.Array.from_buffers(pa.int8(), len(rows), buffers))
-    return pa.RecordBatch.from_arrays(columns, schema=_schema())
-
-
-def _sample(row: dict) -> Sample:
-    for name in _JSON_COLUMNS:
-        row[name] = tuple(json.loads(row[name])) if row[name] else ()
-    return Sample(**row)
-
-
-class ArrowSamples(Sequence):
-    """Samples in Arrow files; each is decoded when it is asked for.
-
-    One by one they come from mapped files, in order they are read: pages of a mapped file that were
-    looked at count as this process's memory. So those are given back from time to time.
-    """
-
-    def __init__(self, paths: list[str]) -> None:
-        import pyarrow as pa
-
-        self._paths = paths
-        self._maps = [_mapped(path) for path in paths]
-        readers = [pa.ipc.open_file(pa.BufferReader(pa.py_buffer(m))) for m in self._maps]
-        counts = [reader.num_record_batches for reader in readers]
-        self._batches = [r.get_batch(i) for r in readers for i in range(r.num_record_batches)]
-        self._places = [(part, i) for part, n in enumerate(counts) for i in range(n)]
-        self._looked_at: list[int] = []  # parts, since pages were given back
-        self._ends = np.cumsum([batch.num_rows for batch in self._batches], dtype=np.int64).tolist()
-
-    def __reduce__(self) -> tuple:
-        return ArrowSamples, (self._paths,)  # another process maps the same files
-
-    def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
-
-    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
-        if isinstance(index, slice):
-            start, stop, step = index.indices(len(self))
-            if step == 1:
-                return list(self._between(start, stop))
-            return [self[i] for i in range(start, stop, step)]
-        position = index + len(self) if index < 0 else index
-        if not 0 <= position < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        number = bisect.bisect_right(self._ends, position)
-        batch = self._batches[number]
-        row = position - (self._ends[number] - batch.num_rows)
-        sample = _sample({name: batch[name][row].as_py() for name in batch.schema.names})
-        self._looked_at.append(self._places[number][0])
-        if len(self._looked_at) >= _LOOKS:
-            for part in set(self._looked_at):
-                give_back_pages(self._maps[part])
-            self._looked_at = []
-        return sample
-
-    def __iter__(self) -> Iterator[Sample]:
-        return self._between(0, len(self))
-
-    def sources(self) -> Iterator[str]:
-        """The source of every sample, without decoding the samples."""
-        for number in range(len(self._batches)):
-            yield from self._read(number)["source"].to_pylist()
-
-    def _between(self, start: int, stop: int) -> Iterator[Sample]:
-        number = bisect.bisect_right(self._ends, start)
-        while start < stop:
-            batch, end = self._read(number), min(stop, self._ends[number])
-            first = start - (self._ends[number] - batch.num_rows)
-            yield from map(_sample, batch.slice(first, end - start).to_pylist())
-            start, number = end, number + 1
-
-    def _read(self, number: int):
-        import pyarrow as pa
-
-        part, place = self._places[number]
-        with pa.OSFile(self._paths[part]) as file:
-            return pa.ipc.open_file(file).get_batch(place)
-
-
-def _mapped(path: str) -> mmap.mmap:
-    with open(path, "rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
-def give_back_pages(mapped: mmap.mmap) -> None:
-    """Let go of the pages of a file, mapped for reading, that were looked at; they come again when
-    they are looked at again. Nothing happens on systems that take them back by themselves."""
-    if hasattr(mmap, "MADV_DONTNEED"):
-        mapped.madvise(mmap.MADV_DONTNEED)

@@ -6,8 +6,10 @@ What is taken is noted, so that what nobody took can be told; no reader has to r
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from finetuning.common.bounds import COLUMNS
 from finetuning.readers.names import layout
-from finetuning.readers.values import is_absent, is_absent_word, is_switch
+from finetuning.readers.sample import BrokenRecordError
+from finetuning.readers.values import is_absent, is_absent_word, is_no_switch
 
 
 class Oddity(NamedTuple):
@@ -42,11 +44,14 @@ class Fields:
     """A record's values. Nothing is read but through `take` and `first`."""
 
     def __init__(self, record: Mapping[str, Any], chosen: tuple[tuple[str, str], ...] = ()) -> None:
-        """chosen: (role, column) as the user rules it."""
+        """chosen: (role, column) as the user rules it. Raises BrokenRecordError for too many columns."""
         self._values = record
         self._ruled = dict(chosen)
         self._taken: set[str] = set()
         self._names = tuple(record)
+        if len(self._names) > COLUMNS.limit:
+            raise BrokenRecordError(f"{len(self._names):,} columns, more than {COLUMNS}")
+        self._filled = {name: value for name, value in record.items() if not is_absent(value)}
         self.layout = layout(self._names, chosen)
         self.remarks: list[Oddity] = []
 
@@ -66,53 +71,51 @@ class Fields:
         """Whether the user said which column a role has."""
         return role in self._ruled
 
-    def flags(self, flagged: Callable[[tuple[str, ...]], tuple[str, ...]]) -> list[tuple[str, Any]]:
+    def flags(self, flagged: Callable[[str], Any]) -> list[tuple[str, Any]]:
         """What the columns say that `flagged` picks by name, save those that the user rules."""
-        names = flagged(self._names)
+        names = self.layout.picked(flagged)
         if not names:
             return []
         ruled = self._ruled.values()
         return [
-            (name, self._values[name])
+            (name, self._filled[name])
             for name in names
-            if name not in ruled and name not in self._taken and not is_absent(self._values[name])
+            if name in self._filled and name not in ruled and name not in self._taken
         ]
 
     def take(self, name: str) -> Any:
         """A column's value, which counts as used from now on; None where it is absent."""
         self._taken.add(name)
-        value = self._values.get(name)
-        return None if is_absent(value) else value
+        return self._filled.get(name)
 
     def peek(self, name: str) -> Any:
         """A column's value, which does not count as used."""
         return self._values.get(name)
 
-    def first(self, role: str, fits: Callable[[Any], bool] = lambda value: True) -> str | None:
+    def first(self, role: str, fits: Callable[[Any], bool] | None = None) -> str | None:
         """The likeliest column of a role that holds something fitting."""
-        for name in self.layout.of(role):
-            value = self._values[name]
-            if not is_absent(value) and fits(value):
+        for name in self.layout.columns.get(role, ()):
+            if name in self._filled and (fits is None or fits(self._filled[name])):
                 return name
         return None
 
     def first_text(self, role: str) -> str | None:
         """The likeliest column of a role that holds text, or a list or object of it."""
-        return self.first(role, lambda value: not is_switch(value))
+        return self.first(role, is_no_switch)
 
     def first_of(self, names: tuple[str, ...]) -> str | None:
         """The first of these columns that holds something."""
         for name in names:
-            if name in self._values and not is_absent(self._values[name]):
+            if name in self._filled:
                 return name
         return None
 
     def left(self) -> dict[str, Any]:
         """What nobody took; and a remark on words such as nan, which were read as no value."""
-        left = {}
-        for name, value in self._values.items():
-            if is_absent_word(value):
-                self.remark(f"“{value.strip()}” in {name} is read as no value")
-            elif name not in self._taken and not is_absent(value):
-                left[name] = value
-        return left
+        if len(self._filled) < len(self._names):
+            for name, value in self._values.items():
+                if name not in self._filled and is_absent_word(value):
+                    self.remark(f"“{value.strip()}” in {name} is read as no value")
+        if self._taken.issuperset(self._filled):
+            return {}
+        return {name: v for name, v in self._filled.items() if name not in self._taken}

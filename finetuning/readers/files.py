@@ -2,6 +2,7 @@
 
 import difflib
 import glob
+import operator
 import os
 import re
 import stat
@@ -11,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from finetuning.common.bounds import RECORD
 from finetuning.common.errors import UserError
 from finetuning.common.files import read_json_object
 from finetuning.common.text import clean_line
@@ -24,7 +26,8 @@ KINDS = {
 }  # fmt: skip
 TEXTS = ("markdown", "text", "word")
 COMPRESSIONS = (".gz", ".zst")
-_WHOLE = ("parquet", "arrow", "excel", "word")  # kinds that are compressed by themselves
+NOT_TEXT = ("parquet", "arrow", "excel", "word")
+"""Kinds that are archives of their own."""
 # What to do about kinds that people have and that are not read.
 _SAVE_AS = {
     ".xls": "save it as .xlsx", ".et": "save it as .xlsx", ".ods": "save it as .xlsx",
@@ -53,11 +56,8 @@ _SPLIT_WORD = re.compile(
 _FOR_TESTS = "its name says that it is for tests; it is read all the same"
 _SHARD = re.compile(r"[-_.]?\d+(?:[-_]of[-_]\d+)?$")
 
-MAX_RECORD = 16 * 2**20
-"""Longest record read, in bytes (of a line) or characters (of a JSON element)."""
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class DataFile:
     """One file to read, under the name that its samples carry as their source."""
 
@@ -65,6 +65,10 @@ class DataFile:
     source: str
     kind: str
     """markdown, text, word, json, jsonl, csv, excel, parquet or arrow."""
+    size: int
+    """Bytes on the disk."""
+    real: str
+    """Where it lies behind all links: a file that is reached twice is read once."""
     named: bool = True
     """Whether the user named the file itself, and not the folder it lies in."""
     encoding: str = ""
@@ -73,6 +77,8 @@ class DataFile:
     """(field, name of its column), as the user rules it."""
     described: tuple[tuple[str, str], ...] = ()
     """The same, as a file beside it says; a record may lack such a column."""
+    content: bytes | None = None
+    """Its bytes while they are held: a small file is opened once."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +102,9 @@ def list_files(path: str, cache_dir: Path | None = None) -> Listing:
     if not path or "\0" in path:
         raise UserError(f"data path {shown!r} is no path; give a file, folder or glob")
     expanded = os.path.expanduser(path)
-    mode = None if path.startswith(_HUB) else _mode(expanded, shown)
-    if mode is not None:
-        _add_existing(expanded, path, mode, found)
+    there = None if path.startswith(_HUB) else _look_at(expanded, shown)
+    if there is not None:
+        _add_existing(expanded, path, there, found)
     elif path.startswith(_HUB):
         found.files.extend(_hub_files(path, cache_dir))
     elif glob.has_magic(expanded):
@@ -142,10 +148,10 @@ def _readable() -> str:
     return ", ".join(KINDS) + " and these with " + " or ".join(COMPRESSIONS)
 
 
-def _mode(path: str, shown: str) -> int | None:
-    """File mode behind symbolic links, None where nothing is there."""
+def _look_at(path: str, shown: str) -> os.stat_result | None:
+    """What is there behind symbolic links, None for nothing."""
     try:
-        return os.stat(path).st_mode
+        return os.stat(path)
     except FileNotFoundError:
         return None
     except NotADirectoryError:
@@ -155,12 +161,12 @@ def _mode(path: str, shown: str) -> int | None:
         raise UserError(f"can't look at {shown}: {reason}") from error
 
 
-def _add_existing(path: str, source: str, mode: int, found: Listing) -> None:
-    if stat.S_ISDIR(mode):
+def _add_existing(path: str, source: str, there: os.stat_result, found: Listing) -> None:
+    if stat.S_ISDIR(there.st_mode):
         _add_folder(path, source, found)
         return
     shown = clean_line(source, 200)
-    if not stat.S_ISREG(mode):
+    if not stat.S_ISREG(there.st_mode):
         raise UserError(f"{shown} is no regular file (a pipe or device?)")
     kind = _kind_of(path)
     if kind is None:
@@ -168,7 +174,8 @@ def _add_existing(path: str, source: str, mode: int, found: Listing) -> None:
         raise UserError(
             f"can't read {shown}: {todo + '; ' if todo else ''}readable are {_readable()}"
         )
-    found.files.append(DataFile(path, _source(source), kind))
+    real = os.path.realpath(path)
+    found.files.append(DataFile(path, _source(source), kind, there.st_size, real))
     if _is_held_out(os.path.basename(path), set()):
         found.remarks.append(Remark(_source(source), 1, _FOR_TESTS))
 
@@ -182,19 +189,19 @@ def _kind_of(path: str) -> str | None:
     stem, suffix = os.path.splitext(path.lower())
     if suffix in COMPRESSIONS:
         suffix = os.path.splitext(stem)[1]
-        return KINDS.get(suffix) if KINDS.get(suffix) not in _WHOLE else None
+        return KINDS.get(suffix) if KINDS.get(suffix) not in NOT_TEXT else None
     return KINDS.get(suffix)
 
 
 def _add_matched(name: str, found: Listing) -> None:
     """What a glob found; like a folder's, files that are no data are passed over."""
-    mode = _mode(name, clean_line(name, 200))
-    if mode is None or _is_lock(name):
+    there = _look_at(name, clean_line(name, 200))
+    if there is None or _is_lock(name):
         return
     if not os.path.isdir(name) and (_kind_of(name) is None or _describes(name)):
         found.skipped.append(_skipped(name, name))
     else:
-        _add_existing(name, name, mode, found)
+        _add_existing(name, name, there, found)
 
 
 def _is_lock(name: str) -> bool:
@@ -230,16 +237,18 @@ def _add_folder(path: str, source: str, found: Listing) -> None:
         found.files.extend(_saved_dataset(path, source, ""))
         return
     files, skipped = [], []
-    for inner, full in _walk(path):
+    below = "" if _source(source) == "." else _source(source).rstrip("/") + "/"
+    for inner, entry, folder in _walk(path):
         kind = None if _describes(inner) else _kind_of(inner)
-        name = _source(source, inner)
+        name = below + os.fsencode(inner).decode("utf-8", "replace")
         if kind is None:
             skipped.append(_skipped(inner, name))
             continue
-        mode = _mode(full, full)
-        if mode is None or not stat.S_ISREG(mode):
-            raise UserError(f"{clean_line(full, 200)} is no regular file; remove it")
-        files.append((inner, DataFile(full, name, kind, named=False)))
+        there = _regular(entry)
+        real = (
+            os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(folder, entry.name)
+        )
+        files.append((inner, DataFile(entry.path, name, kind, there.st_size, real, named=False)))
     if not files:
         more = f"; {len(skipped)} files of other kinds lie there" if skipped else ""
         raise UserError(f"the folder {clean_line(source, 200)} holds no {_readable()} file{more}")
@@ -261,16 +270,46 @@ def _grouped(skipped: list[Remark], source: str) -> Iterator[Remark]:
             yield Remark(_source(source), 1, f"skipped: {count} {kind}, a kind that is not read")
 
 
-def _walk(path: str) -> Iterator[tuple[str, str]]:
-    """(path below the folder, path) of all files save hidden ones and locks, in order."""
-    found = []
-    for folder, folders, names in os.walk(path, onerror=_unreadable_folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in names:
-            if not _is_lock(name):
-                full = os.path.join(folder, name)
-                found.append((os.path.relpath(full, path), full))
-    yield from sorted(found, key=lambda item: Path(item[0]).as_posix())
+def _walk(path: str) -> list[tuple[str, os.DirEntry, str]]:
+    """(path below the folder, entry, its folder behind all links) of all files save hidden ones and locks, in
+    the order of their paths; a folder that is a link is not entered."""
+    found, folders = [], [("", path, os.path.realpath(path))]
+    while folders:
+        below, folder, real = folders.pop()
+        try:
+            with os.scandir(folder) as entries:
+                inside = list(entries)
+        except OSError as error:
+            shown = clean_line(str(error.filename), 200)
+            raise UserError(f"can't look into {shown}: {error.strerror}") from error
+        for entry in inside:
+            if entry.is_dir(follow_symlinks=False):
+                if not entry.name.startswith("."):
+                    folders.append(
+                        (f"{below}{entry.name}/", entry.path, os.path.join(real, entry.name))
+                    )
+            elif not _is_lock(entry.name) and not _is_folder(entry):
+                found.append((below + entry.name, entry, real))
+    return sorted(found, key=operator.itemgetter(0))
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself: not a file, which is said where it would be read
+        return False
+
+
+def _regular(entry: os.DirEntry | Path) -> os.stat_result:
+    """What a file of a folder is behind links. Raises UserError unless it is a regular one."""
+    try:
+        there = entry.stat()
+    except OSError:
+        there = None
+    if there is None or not stat.S_ISREG(there.st_mode):
+        shown = clean_line(os.fspath(entry), 200)
+        raise UserError(f"{shown} is missing or no regular file; remove it, or bring it back")
+    return there
 
 
 def _add_for_training(files: list[tuple[str, DataFile]], found: Listing) -> None:
@@ -297,7 +336,9 @@ def _stem(inner: str) -> str:
 def _is_held_out(inner: str, names: set[str]) -> bool:
     """Whether a file is called test, validation or the like, or lies in such a folder, or is the other
     half of one that is for training (`qa_test` beside `qa_train`)."""
-    for part in (*Path(inner).parent.parts, _SHARD.sub("", _stem(inner))):
+    if not _SPLIT.search(inner):
+        return False
+    for part in (*inner.split("/")[:-1], _SHARD.sub("", _stem(inner))):
         match = _SPLIT.fullmatch(part)
         if match and match[2]:
             return True
@@ -327,7 +368,7 @@ def _add_described_columns(path: str, found: Listing) -> None:
     info = os.path.join(path, "dataset_info.json")
     if not os.path.isfile(info):
         return
-    described = read_json_object(Path(info), MAX_RECORD)
+    described = read_json_object(Path(info), RECORD.limit)
     by_name = {}
     for entry in described.values():
         columns = entry.get("columns") if isinstance(entry, dict) else None
@@ -349,17 +390,12 @@ def _add_described_columns(path: str, found: Listing) -> None:
             )
 
 
-def _unreadable_folder(error: OSError) -> None:
-    shown = clean_line(str(error.filename), 200)
-    raise UserError(f"can't look into {shown}: {error.strerror}") from error
-
-
 def _splits(path: str) -> list[str]:
     """The splits to train on of a folder made by `DatasetDict.save_to_disk`: train, else all."""
     listing = os.path.join(path, "dataset_dict.json")
     if not os.path.isfile(listing):
         return []
-    splits = read_json_object(Path(listing), MAX_RECORD).get("splits")
+    splits = read_json_object(Path(listing), RECORD.limit).get("splits")
     if not isinstance(splits, list) or not all(_plain_name(split) for split in splits):
         raise UserError(f"{clean_line(listing, 200)} lists no splits")
     return ["train"] if "train" in splits else splits
@@ -368,17 +404,15 @@ def _splits(path: str) -> list[str]:
 def _saved_dataset(path: str, source: str, split: str) -> list[DataFile]:
     """The Arrow files of a folder made by `Dataset.save_to_disk`."""
     state = os.path.join(path, split, "state.json")
-    entries = read_json_object(Path(state), MAX_RECORD).get("_data_files")
+    entries = read_json_object(Path(state), RECORD.limit).get("_data_files")
     names = [e.get("filename") if isinstance(e, dict) else None for e in entries or []]
     if not names or not all(_plain_name(name) for name in names):
         raise UserError(f"{clean_line(state, 200)} lists no data files")
     files = []
     for name in names:
-        full = os.path.join(path, split, name)
-        mode = _mode(full, full)
-        if mode is None or not stat.S_ISREG(mode):
-            raise UserError(f"{clean_line(full, 200)} is missing from the saved dataset")
-        files.append(DataFile(full, _source(source, split, name), "arrow"))
+        full = Path(path, split, name)
+        size, real = _regular(full).st_size, os.path.realpath(full)
+        files.append(DataFile(str(full), _source(source, split, name), "arrow", size, real))
     return files
 
 
@@ -418,4 +452,5 @@ def _hub_files(address: str, cache_dir: Path | None) -> list[DataFile]:
             f"the dataset {name} of the hub can't be had: {reason}; check the name, set HF_ENDPOINT to a "
             "mirror, or download it"
         ) from error
-    return [DataFile(entry["filename"], address, "arrow") for entry in data.cache_files]
+    files = [Path(entry["filename"]) for entry in data.cache_files]
+    return [DataFile(str(f), address, "arrow", _regular(f).st_size, str(f)) for f in files]

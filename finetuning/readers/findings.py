@@ -5,11 +5,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from finetuning.common.bounds import DEPTH
 from finetuning.common.text import clean_line
 from finetuning.readers.fields import Oddity
 from finetuning.readers.files import DataFile
 from finetuning.readers.records import Reading
-from finetuning.readers.sample import MAX_DEPTH, BrokenSample, Remark, Sample, strings_of
+from finetuning.readers.sample import BrokenSample, Remark, Sample, strings_of
 from finetuning.readers.values import is_text, shown, width
 
 _NAMED = 8  # columns that one remark names
@@ -86,15 +87,18 @@ class Findings:
                 else:
                     mine[name] = told
 
-    def remarks(self, source: str) -> list[Remark]:
-        """What is to be said, by line."""
+    def remarks(self, file: DataFile) -> list[Remark]:
+        """What is to be said of the file, by line."""
+        source = file.source
         found = [
             Remark(source, told.line, self._text(text, told)) for text, told in self._told.items()
         ]
         if self._left:
             first = min(told.line for told in self._left.values())
             found.append(Remark(source, first, self._unused()))
-        return sorted(found, key=lambda remark: remark.line)
+        name = _ENCODINGS.get(file.encoding)
+        encoding = [Remark(source, 1, f"read as {name}")] if name else []
+        return [*sorted(found, key=lambda remark: remark.line), *encoding]
 
     def _text(self, text: str, told: _Told) -> str:
         text = text.replace("{}", clean_line(told.example, 60)) if told.example else text
@@ -131,10 +135,10 @@ def _strings(value: Any, depth: int = 0) -> Iterator[str]:
     """All texts in a value, whatever else is in it."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, dict) and depth < MAX_DEPTH:
+    elif isinstance(value, dict) and depth < DEPTH.limit:
         for item in value.values():
             yield from _strings(item, depth + 1)
-    elif isinstance(value, (list, tuple)) and depth < MAX_DEPTH:
+    elif isinstance(value, (list, tuple)) and depth < DEPTH.limit:
         for item in value:
             yield from _strings(item, depth + 1)
 
@@ -156,12 +160,6 @@ def urgency(remark: Remark) -> int:
     """How soon a remark is to be seen: what is lost first, what is read all the same last."""
     lost = ("no reasoning was found", "left out", "not used")
     return next((i for i, text in enumerate(lost) if text in remark.text), len(lost))
-
-
-def encoding_remark(file: DataFile) -> Remark | None:
-    """That a text file is in another encoding than UTF-8."""
-    name = _ENCODINGS.get(file.encoding)
-    return Remark(file.source, 1, f"read as {name}") if name else None
 
 
 def without_sample(file: DataFile, broken: list[BrokenSample], left_out: bool) -> str:

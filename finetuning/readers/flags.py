@@ -1,6 +1,5 @@
 """What a record or a turn says about itself: that it is wrong, weighs nothing, or shows a picture."""
 
-import functools
 import re
 from typing import Any
 
@@ -52,10 +51,9 @@ def _word(value: Any) -> str:
     return str(value).strip().casefold() if isinstance(value, (bool, int, float, str)) else ""
 
 
-@functools.lru_cache(maxsize=4096)
 def _flag(name: str) -> str:
     """media, right, checked, wrong, state or weight: what a column says about its record."""
-    found = words(name[:100])
+    found = words(name)
     latin, chinese = {w for w in found if w.isascii()}, "".join(w for w in found if not w.isascii())
     if " ".join(found) in _WEIGHTS:
         return "weight"
@@ -75,15 +73,10 @@ def _flag(name: str) -> str:
     return "right" if any(word in chinese for word in _RIGHT_CHINESE) else ""
 
 
-@functools.lru_cache(maxsize=1024)
-def _flagged(names: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(name for name in names if _flag(name))
-
-
 def heed_flags(fields: Fields) -> None:
     """Take the flags of a record. Raises LeftOutError where it says that it is not to be learnt, and
     BrokenRecordError where it is about a picture or a sound."""
-    for name, value in fields.flags(_flagged):
+    for name, value in fields.flags(_flag):
         flag = _flag(name)
         if flag == "media" and not isinstance(value, (bool, int, float)):
             raise BrokenRecordError(
@@ -128,9 +121,8 @@ def _says_no(flag: str, name: str, value: Any) -> bool:
     return _word(value) in _NO
 
 
-@functools.lru_cache(maxsize=4096)
 def _is_loss(name: str) -> bool:
-    found = words(name[:100])
+    found = words(name)
     joined = " ".join(found)
     return (
         joined in _NO_LOSS
@@ -139,15 +131,10 @@ def _is_loss(name: str) -> bool:
     )
 
 
-@functools.lru_cache(maxsize=1024)
-def _losses(names: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(name for name in names if _is_loss(name))
-
-
 def carries_no_loss(fields: Fields) -> str:
     """Take the flags of a turn; which one says that the turn is not to be learnt, '' for none."""
     said = ""
-    for name, value in fields.flags(_losses):
+    for name, value in fields.flags(_is_loss):
         if not _word(value):
             continue
         fields.take(name)

@@ -6,7 +6,14 @@ from typing import Any
 from finetuning.readers.files import DataFile
 from finetuning.readers.json_records import json_records, jsonl_records, with_layout
 from finetuning.readers.office import excel_records
-from finetuning.readers.opening import Chunk, archive_errors, damaged, encoding_error, with_encoding
+from finetuning.readers.opening import (
+    Chunk,
+    archive_errors,
+    damaged,
+    encoding_error,
+    held,
+    with_encoding,
+)
 from finetuning.readers.sample import BrokenSample, Remark, Sample
 from finetuning.readers.tables import csv_records
 from finetuning.readers.texts import text_items
@@ -16,7 +23,7 @@ Record = tuple[int, Any]
 
 def recognized(file: DataFile) -> DataFile:
     """The file with what is to be known before it is read in parts: its encoding, how its JSON stands."""
-    file = with_encoding(file)
+    file = with_encoding(held(file))
     try:
         return with_layout(file)
     except UnicodeDecodeError:

@@ -5,13 +5,15 @@ import io
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from finetuning.common.bounds import RECORD
 from finetuning.common.errors import UserError
 from finetuning.common.text import clean_line
-from finetuning.readers.files import MAX_RECORD, DataFile
+from finetuning.readers.files import DataFile
 from finetuning.readers.names import is_record
 from finetuning.readers.opening import BLOCK, Chunk, text_stream, utf8_stream
 from finetuning.readers.sample import BrokenSample, Remark
@@ -28,12 +30,12 @@ def with_layout(file: DataFile) -> DataFile:
     if file.kind != "jsonl":
         return file
     with text_stream(file) as stream:
-        text = stream.readline(MAX_RECORD)
+        text = stream.readline(RECORD.limit)
         for _ in range(_BLANK_LINES):
-            if text.strip() or len(text) >= MAX_RECORD:
+            if text.strip() or len(text) >= RECORD.limit:
                 break
-            text = stream.readline(MAX_RECORD)
-        more = stream.readline(MAX_RECORD).strip()
+            text = stream.readline(RECORD.limit)
+        more = stream.readline(RECORD.limit).strip()
     text = text.strip()
     if not text.startswith(("{", "[")):
         return file
@@ -79,8 +81,8 @@ class _Decoder:
     def _object(self, pairs: list[tuple[str, Any]]) -> dict:
         value = dict(pairs)
         if len(value) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
+            counts = Counter(key for key, _ in pairs)
+            twice = next(key for key, count in counts.items() if count > 1)
             self.faults.append(f"duplicate key {clean_line(twice, 40)!r}")
         return value
 
@@ -102,7 +104,7 @@ def jsonl_records(chunk: Chunk) -> Iterator[Record | BrokenSample]:
     decoder, source = _Decoder(), chunk.file.source
     for line, raw, at in _raw_lines(chunk):
         if raw is None:
-            yield BrokenSample(source, line, f"line longer than {MAX_RECORD >> 20} MiB")
+            yield BrokenSample(source, line, f"line longer than {RECORD}")
             continue
         try:
             text = raw.decode("utf-8")
@@ -110,13 +112,17 @@ def jsonl_records(chunk: Chunk) -> Iterator[Record | BrokenSample]:
             byte = f"byte 0x{raw[error.start]:02x} at offset {at + error.start}"
             yield BrokenSample(source, line, f"{byte} is not UTF-8")
             continue
-        if text.strip(" \t\r\n"):
-            yield _json_line(decoder, text, source, line)
+        start = _skip_space(text)
+        if start < len(text):
+            yield _json_line(decoder, (text, start), source, line)
 
 
-def _json_line(decoder: _Decoder, text: str, source: str, line: int) -> Record | BrokenSample:
+def _json_line(
+    decoder: _Decoder, place: tuple[str, int], source: str, line: int
+) -> Record | BrokenSample:
+    text, start = place
     try:
-        value, end = decoder.decode_at(text, _skip_space(text))
+        value, end = decoder.decode_at(text, start)
     except json.JSONDecodeError as error:
         reason = clean_line(error.msg, 80)
         if text.lstrip().startswith("{'"):
@@ -138,15 +144,15 @@ def _raw_lines(chunk: Chunk) -> Iterator[tuple[int, bytes | None, int]]:
         if position:
             stream.seek(position)
         while chunk.stop is None or position < chunk.stop:
-            raw = stream.readline(MAX_RECORD + 1)
+            raw = stream.readline(RECORD.limit + 1)
             if not raw:
                 return
-            too_long = len(raw) > MAX_RECORD
+            too_long = len(raw) > RECORD.limit
             mark = len(codecs.BOM_UTF8) if not position and raw.startswith(codecs.BOM_UTF8) else 0
             yield line, None if too_long else raw[mark:], position + mark
             position += len(raw)
             while too_long and raw and not raw.endswith(b"\n"):
-                raw = stream.readline(MAX_RECORD)
+                raw = stream.readline(RECORD.limit)
                 position += len(raw)
             line += 1
 
@@ -209,7 +215,7 @@ def json_records(chunk: Chunk) -> Iterator[Record | BrokenSample | Remark]:
 
 
 class _TooLongError(UserError):
-    """A value that goes on beyond `MAX_RECORD`."""
+    """A value that goes on beyond `RECORD.limit`."""
 
 
 def _long_object(window: _Window, file: DataFile) -> Iterator[Record | BrokenSample]:
@@ -336,11 +342,9 @@ def _element(window: _Window, file: DataFile) -> tuple[Any, list[str]]:
             value, end = decoder.decode_at(window.text, window.position)
         except json.JSONDecodeError as error:
             ahead = error.pos - window.position
-            if len(window.text) - window.position > MAX_RECORD:
+            if len(window.text) - window.position > RECORD.limit:
                 place = f"{clean_line(file.source, 200)}:{window.line}"
-                raise _TooLongError(
-                    f"{place}: a value longer than {MAX_RECORD >> 20} MiB; split it"
-                ) from None
+                raise _TooLongError(f"{place}: a value longer than {RECORD}; split it") from None
             if not window.grow():
                 raise _broken_json(file, window, error.msg, window.position + ahead) from None
             continue

@@ -12,6 +12,7 @@ A label that means something only in some answers is text there: one that is not
 only where most records have it.
 """
 
+import bisect
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -24,25 +25,25 @@ from finetuning.readers.sample import THINK_TAG, Remark
 
 _NUMBER = r"\d{1,4}|[一二三四五六七八九十百]{1,4}"
 _LABEL = re.compile(
-    r"[ \t>]*(?P<heading>#{1,6}[ \t]*)?(?:<a [^>]*></a>[ \t]*)?(?:[-*+•][ \t]+)?(?P<bold>\*\*|__)?"
-    rf"(?:[(（【\[]?第?(?P<number>{_NUMBER})[题问条]?[)）】\].、．:：]?[ \t]*)?(?P<bold2>\*\*)?"
+    r"[ \t>]*+(?P<heading>#{1,6}[ \t]*+)?(?:<a [^>]*></a>[ \t]*+)?(?:[-*+•][ \t]++)?(?P<bold>\*\*|__)?"
+    rf"(?:[(（【\[]?第?(?P<number>{_NUMBER})[题问条]?[)）】\].、．:：]?[ \t]*+)?(?P<bold2>\*\*)?"
     r"(?P<bracket>[【\[])?(?P<name>[A-Za-z][A-Za-z ]{0,20}?|[\u4e00-\u9fff]{1,8}?)"
-    rf"[ \t]*(?P<count>{_NUMBER})?(?P<closed>[】\]])?(?P<bold3>\*\*|__)?[ \t]*"
-    r"(?:(?P<mark>[:：]|[.、．](?=[ \t]*\S))|(?<=[】\]])|(?<=\*\*)|(?<=\*\*[ \t])|$)[ \t]*(?P<bold4>\*\*)?"
+    rf"[ \t]*+(?P<count>{_NUMBER})?(?P<closed>[】\]])?(?P<bold3>\*\*|__)?"
+    r"(?:[ \t]*+(?P<mark>[:：]|[.、．](?=[ \t]*+\S))|(?<=[】\]])|(?<=\*\*)|[ \t]*+$)[ \t]*+(?P<bold4>\*\*)?"
 )
 _HEADING = re.compile(r"[ \t]{0,3}(#{1,6})[ \t]*(?!#)(?=\S)")
 _BOLD = re.compile(r"[ \t]*(?:\*\*|__)(?P<text>(?:(?!\*\*|__).)+)(?:\*\*|__)[:：]?[ \t]*$")
 _NUMBERED = re.compile(
-    rf"[ \t]*(?:第(?:{_NUMBER})[题问][:：、. ]?|[(（【](?:{_NUMBER})[)）】]|(?:{_NUMBER})[.、．)）])"
-    r"[ \t]*(?=\S)"
+    rf"[ \t]*+(?:第(?:{_NUMBER})[题问][:：、. ]?|[(（【](?:{_NUMBER})[)）】]|(?:{_NUMBER})[.、．)）])"
+    r"[ \t]*+(?=\S)"
 )
 _FENCE = re.compile(r"[ \t]*(`{3,}|~{3,})")
-_RULE = re.compile(r"(?:\n[ \t]*(?:-{3,}|\*{3,}|_{3,}|={3,})[ \t]*)+\Z")
+_RULE = re.compile(r"[ \t]*+(?:-{3,}|\*{3,}|_{3,}|={3,})[ \t]*+")
 _ASKS = re.compile(r"[?？][)）”\"'*_ ]*$")
 _MOST = 0.6  # share of records that have a label which is not among the usual ones
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Line:
     number: int
     text: str
@@ -164,11 +165,12 @@ def _is_marked(match: re.Match, line: str) -> bool:
 
 def _fields(labels: list[_Label], starts: list[_Label]) -> list[list[_Label]]:
     """The labels of each record's fields: the first of a role, if its name is usual or in most records."""
-    ends = [start.at for start in starts[1:]] + [float("inf")]
-    inside = [
-        [label for label in labels if start.at < label.at < end and label.role != "question"]
-        for start, end in zip(starts, ends, strict=True)
-    ]
+    places = [start.at for start in starts]
+    inside: list[list[_Label]] = [[] for _ in starts]
+    for label in labels:
+        at = bisect.bisect_left(places, label.at) - 1
+        if label.role != "question" and at >= 0 and label.at not in places[at + 1 : at + 2]:
+            inside[at].append(label)
     counts = Counter(name for found in inside for name in {label.name for label in found})
     most = {name for name, count in counts.items() if count >= max(2, _MOST * len(starts))}
     chosen = []
@@ -286,7 +288,7 @@ def _record(lines: list[_Line], start: _Label, labels: list[_Label], end: int) -
     for i, label in enumerate(marks):
         stop = marks[i + 1].at if i + 1 < len(marks) else end
         below = [line.text for line in lines[label.at + 1 : stop]]
-        record[label.name] = _RULE.sub("", "\n" + "\n".join([label.rest, *below]).strip()).strip()
+        record[label.name] = _without_rules("\n".join([label.rest, *below]).strip())
     if not any(label.role == "answer" for label in labels) and not labels:
         record = _cut_in_two(record, start.name)
     question = record[start.name]
@@ -295,6 +297,14 @@ def _record(lines: list[_Line], start: _Label, labels: list[_Label], end: int) -
         record[start.name] = question[: tag.start()].strip()
         record[answer] = f"{question[tag.start() :]}\n{record.get(answer, '')}".strip()
     return record
+
+
+def _without_rules(text: str) -> str:
+    """A text without the rules (`---`) that close it."""
+    lines = text.split("\n")
+    while lines and _RULE.fullmatch(lines[-1]):
+        lines.pop()
+    return "\n".join(lines).strip()
 
 
 def _cut_in_two(record: dict[str, str], name: str) -> dict[str, str]:

@@ -38,9 +38,9 @@ from finetuning.readers.sample import (
 
 # Found anywhere, since real files glue a heading to the end of the answer before it.
 _QUESTION = re.compile(
-    r"#{3,6}\s*(?:\*\*)?Q[ \t]*(\d+)(?:\*\*)?[ \t]*[:：.、]?(?:\*\*)?"
-    r"|^#{1,2}[ \t]*(?:\*\*)?Q[ \t]*(\d+)(?:\*\*)?[ \t]*[:：](?:\*\*)?"
-    r"|^#{1,6}[ \t]*(?:\*\*)?(?:q|问题?)[ \t]*(\d+)(?:\*\*)?(?:[ \t]*[:：.、](?:\*\*)?|\s|\Z)",
+    r"#{3,6}\s*+(?:\*\*)?Q[ \t]*+(\d++)(?:\*\*)?[ \t]*+[:：.、]?(?:\*\*)?"
+    r"|^#{1,2}[ \t]*+(?:\*\*)?Q[ \t]*+(\d++)(?:\*\*)?[ \t]*+[:：](?:\*\*)?"
+    r"|^#{1,6}[ \t]*+(?:\*\*)?(?:q|问题?)[ \t]*+(\d++)(?:\*\*)?(?:[ \t]*+[:：.、](?:\*\*)?|\s|\Z)",
     re.MULTILINE,
 )
 _HEADING = re.compile(r"^#{1,2}(?:[ \t\u3000]+\S|[\u4e00-\u9fff]).*$", re.MULTILINE)
@@ -49,7 +49,7 @@ _DIFFICULTY_LINE = re.compile(
     r"^[ \t]*[*_]*(?:难度|difficulty)[ \t]*[:：][ \t]*([1-4])[*_]*[ \t]*$", re.MULTILINE | re.I
 )
 _DIFFICULTY_HEADING = re.compile(r"难度[ \t]*[:：]?[ \t]*([1-4])(?!\d)")
-_ANSWER = re.compile(r"^[ \t]*\**([Aa]|答案?)[ \t]*(\d*)\**[ \t]*[:：]\**", re.MULTILINE)
+_ANSWER = re.compile(r"^[ \t]*+\**+([Aa]|答案?)[ \t]*+(\d*+)\**+[ \t]*+[:：]\**+", re.MULTILINE)
 # What in an answer looks like another question or answer.
 _STRANGER = re.compile(
     r"^(?:#{3,6}.*\n\s*\**(?:答案?|回答)\**[ \t]*[:：]"

@@ -9,8 +9,11 @@ that is *about* a text (`question_id`, `答案长度`) holds none.
 import functools
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from finetuning.common.bounds import NAME, NAMES
 
 STRONG, EXPLAINING, NEUTRAL = 100, 200, 300
 """Ranks of names by their words: one means the role, one explains an answer, one says little."""
@@ -136,9 +139,13 @@ _SIMPLIFIED = str.maketrans(
 )
 
 
-@functools.lru_cache(maxsize=4096)
 def words(name: str) -> tuple[str, ...]:
     """Lower-case words of a name: letters, digits and Chinese characters apart, simplified."""
+    return _words(name[: NAME.limit])
+
+
+@functools.lru_cache(maxsize=4096)
+def _words(name: str) -> tuple[str, ...]:
     text = unicodedata.normalize("NFKC", name)
     text = re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])", " ", text)
     found = re.findall(r"[a-z]+|\d+|[\u4e00-\u9fff]+", text.casefold().translate(_SIMPLIFIED))
@@ -174,10 +181,14 @@ _NAMES = {
 }
 
 
-@functools.lru_cache(maxsize=4096)
 def meaning(name: str) -> Meaning | None:
     """What a name means, None where it says nothing."""
-    found = words(name[:100])
+    return _meaning(name[: NAME.limit])
+
+
+@functools.lru_cache(maxsize=4096)
+def _meaning(name: str) -> Meaning | None:
+    found = words(name)
     latin, chinese = [w for w in found if w.isascii()], "".join(w for w in found if not w.isascii())
     whole = " ".join(found)
     if whole in _NAMES:
@@ -234,11 +245,13 @@ def _by_chinese(text: str) -> Meaning | None:
 class Layout:
     """Which columns of a record hold which part of a sample, the likeliest first."""
 
+    names: tuple[str, ...]
     columns: Mapping[str, tuple[str, ...]]
     explaining: frozenset[str]
     """Columns that explain an answer rather than think: they are the reasoning where nothing else is."""
     meant: frozenset[str] = frozenset()
     """Columns whose name says clearly that they are a part of a sample."""
+    _picked: dict[Callable, tuple[str, ...]] = field(default_factory=dict)
 
     @functools.cached_property
     def has_material(self) -> bool:
@@ -246,19 +259,38 @@ class Layout:
         roles = {"context", "option", "options", "input"}.intersection(self.columns)
         return bool(roles) or len(self.of("question")) > 1
 
+    @functools.cached_property
+    def is_record(self) -> bool:
+        """Whether these are the columns of a conversation, or of a question with its answer."""
+        roles = self.columns
+        return "messages" in roles or (
+            "question" in roles and ("answer" in roles or "chosen" in roles)
+        )
+
     def of(self, role: str) -> tuple[str, ...]:
         """Columns of a role."""
         return self.columns.get(role, ())
 
+    def picked(self, sign: Callable[[str], Any]) -> tuple[str, ...]:
+        """Columns whose names have a sign: it is looked for once, not in every record."""
+        if sign not in self._picked:
+            self._picked[sign] = tuple(name for name in self.names if sign(name))
+        return self._picked[sign]
 
-@functools.lru_cache(maxsize=1024)
+
 def layout(names: tuple[str, ...], chosen: tuple[tuple[str, str], ...] = ()) -> Layout:
     """What each of a record's names is for; `chosen` says (role, name) as the user does, and wins."""
+    found = _kept_layout if sum(map(len, names)) <= NAMES.limit else _layout
+    return found(names, chosen)
+
+
+def _layout(names: tuple[str, ...], chosen: tuple[tuple[str, str], ...]) -> Layout:
     ruled = dict(chosen)
-    free = [name for name in names if name not in ruled.values()]
+    taken = set(ruled.values())
+    free = [name for name in names if name not in taken]
     options = _options(free)
     ranked: dict[str, list[tuple[int, str]]] = {}
-    explaining, clear = set(), set(ruled.values())
+    explaining, clear = set(), set(taken)
     for name in free:
         meant = Meaning("option", 0) if name in options else meaning(name)
         if name.endswith(NAMELESS):
@@ -274,7 +306,10 @@ def layout(names: tuple[str, ...], chosen: tuple[tuple[str, str], ...] = ()) -> 
     if "messages" not in ruled and ("question" in ruled or "answer" in ruled):
         columns.pop("messages", None)  # the user says that it is no conversation
     columns.update({role: (name,) for role, name in ruled.items()})
-    return Layout(columns, frozenset(explaining), frozenset(clear))
+    return Layout(names, columns, frozenset(explaining), frozenset(clear))
+
+
+_kept_layout = functools.lru_cache(maxsize=128)(_layout)
 
 
 def _options(names: Iterable[str]) -> set[str]:
@@ -291,5 +326,4 @@ def _options(names: Iterable[str]) -> set[str]:
 
 def is_record(names: Iterable[str]) -> bool:
     """Whether these names are those of a record: a conversation, or a question with its answer."""
-    roles = {m.role for m in map(meaning, names) if m}
-    return "messages" in roles or {"question", "answer"} <= roles or {"question", "chosen"} <= roles
+    return layout(tuple(names)).is_record

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from datetime import date, datetime, time
 from typing import Any
 
+from finetuning.common.bounds import DOCUMENT
 from finetuning.common.errors import UserError
 from finetuning.common.text import clean_line
 from finetuning.readers.files import DataFile
@@ -15,8 +16,6 @@ from finetuning.readers.opening import Chunk
 from finetuning.readers.sample import BrokenSample, Remark
 from finetuning.readers.tables import Row, is_header, table_records
 
-MAX_UNPACKED = 256 * 2**20
-"""Bytes that an Excel or Word file may unpack to."""
 _MAX_CELLS = 256  # of a row that are looked at: a sheet may be said to be 16,384 wide
 _TOP = 20  # rows within which a sheet has its header
 _TOP_OF_TABLE = 5  # rows within which a table in Word has its header: a title may stand above
@@ -37,10 +36,9 @@ def _check_size(file: DataFile) -> None:
         raise UserError(f"{shown} is no Excel or Word file of today's kind ({hint})") from error
     if encrypted:
         raise UserError(f"{shown} is encrypted; save it without a password")
-    if total > MAX_UNPACKED:
+    if total > DOCUMENT.limit:
         raise UserError(
-            f"{shown} unpacks to {total >> 20} MiB, more than {MAX_UNPACKED >> 20}; split it, or save it "
-            "as CSV"
+            f"{shown} unpacks to {total >> 20} MiB, more than {DOCUMENT}; split it, or save it as CSV"
         )
 
 

@@ -11,13 +11,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import BinaryIO
 
+from finetuning.common.bounds import EXPANSION, LINES, TEXT, UNPACKED
 from finetuning.common.errors import UserError
 from finetuning.common.text import clean_line
-from finetuning.readers.files import COMPRESSIONS, DataFile
+from finetuning.readers.files import COMPRESSIONS, NOT_TEXT, DataFile
 
 CHUNK = 16 * 2**20
 """Bytes of a JSONL file that one worker reads at a time."""
 BLOCK = 2**20
+SMALL = 2**16
+"""Bytes of a file that is opened once: they are held until it has been read."""
 
 _HEAD = 1000  # bytes that tell the encoding
 _LOOKED_AT = 16 * 2**20  # bytes by which an encoding is judged
@@ -35,10 +38,28 @@ class Chunk:
     """Byte range [start, stop) of a plain JSONL file."""
     first_line: int = 1
 
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return (self.file.size if self.stop is None else self.stop) - self.start
+
+
+def held(file: DataFile) -> DataFile:
+    """The file with its bytes, where they are few."""
+    if file.size > SMALL or file.kind in NOT_TEXT:
+        return file
+    with _opened(file) as raw:
+        content = raw.read(file.size + 1)
+    return replace(file, content=content) if len(content) == file.size else file
+
 
 def split_file(file: DataFile, seen: Callable[[int], None]) -> tuple[list[Chunk], str]:
     """(chunks in order, content hash) in one pass; `seen` gets the size of every block read."""
     digest = hashlib.blake2b(digest_size=16)
+    if file.content is not None:
+        digest.update(file.content)
+        seen(file.size)
+        return [Chunk(replace(file, content=None))], digest.hexdigest()
     utf8 = file.encoding in ("utf-8", "utf-8-sig")
     splittable = file.kind == "jsonl" and utf8 and not file.path.lower().endswith(COMPRESSIONS)
     chunks, position, line = [Chunk(file)], 0, 1
@@ -61,24 +82,63 @@ def split_file(file: DataFile, seen: Callable[[int], None]) -> tuple[list[Chunk]
 
 
 def _opened(file: DataFile) -> BinaryIO:
+    if file.content is not None:
+        return io.BytesIO(file.content)
     try:
         return open(file.path, "rb")
     except OSError as error:
         raise UserError(f"can't open {clean_line(file.source, 200)}: {error.strerror}") from error
 
 
-def byte_stream(file: DataFile) -> io.BufferedReader:
-    """The file's bytes, decompressed on the way."""
+def byte_stream(file: DataFile) -> BinaryIO:
+    """The file's bytes, decompressed on the way. Reading raises UserError where they become too many."""
     raw = _opened(file)
     if file.path.lower().endswith(".gz"):
-        return io.BufferedReader(gzip.GzipFile(fileobj=raw))
+        return io.BufferedReader(_Unpacked(gzip.GzipFile(fileobj=raw), file), BLOCK)
     if file.path.lower().endswith(".zst"):
         import zstandard
 
         decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
         reader = decompressor.stream_reader(raw, read_across_frames=True, closefd=True)
-        return io.BufferedReader(reader, BLOCK)
+        return io.BufferedReader(_Unpacked(reader, file), BLOCK)
     return raw
+
+
+class Unpacking:
+    """How much a compressed file has given so far, and how much it may."""
+
+    def __init__(self, file: DataFile) -> None:
+        self._file, self._given = file, 0
+        self._most = max(UNPACKED.limit, EXPANSION.limit * file.size)
+
+    def add(self, count: int) -> None:
+        """Count bytes. Raises UserError beyond the bound."""
+        self._given += count
+        if self._given > self._most:
+            raise UserError(
+                f"{clean_line(self._file.source, 200)} unpacks to more than {self._most >> 20} MiB, over "
+                f"{EXPANSION} its size; if it is no attack, unpack it first"
+            )
+
+
+class _Unpacked(io.RawIOBase):
+    """What a decompressor gives, counted."""
+
+    def __init__(self, source: BinaryIO, file: DataFile) -> None:
+        super().__init__()
+        self._source, self._given = source, Unpacking(file)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        count = self._source.readinto(buffer)
+        self._given.add(count)
+        return count
+
+    def close(self) -> None:
+        self._source.close()
+        super().close()
 
 
 def archive_errors() -> tuple[type[Exception], ...]:
@@ -105,17 +165,18 @@ def with_encoding(file: DataFile) -> DataFile:
 
     A file that is UTF-8 save for some lines stays UTF-8, so that those lines are named.
     """
-    if file.kind not in ("markdown", "text", "json", "jsonl", "csv"):
+    if file.kind in NOT_TEXT:
         return file
     try:
         with byte_stream(file) as stream:
-            head = stream.peek(_HEAD)[:_HEAD]
+            first = stream.read(BLOCK)
+            head = first[:_HEAD]
             mark = next((bom for bom in _BOMS if head.startswith(bom)), None)
             if mark:
                 return replace(file, encoding=_BOMS[mark])
             if head.count(0) > max(1, len(head) // 100):
                 return replace(file, encoding=_utf16(file, head))
-            if _is_utf8(stream):
+            if _is_utf8(first, stream):
                 return replace(file, encoding="utf-8")
         with byte_stream(file) as stream:
             return replace(file, encoding=_chinese(stream) or "utf-8")
@@ -135,12 +196,12 @@ def _utf16(file: DataFile, head: bytes) -> str:
     )
 
 
-def _is_utf8(stream: BinaryIO) -> bool:
+def _is_utf8(first: bytes, stream: BinaryIO) -> bool:
     """Whether the first block that is not ASCII is UTF-8: Chinese text of another encoding never is. What
     is wrong further on is told by its place."""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    for _ in range(_LOOKED_AT // BLOCK):
-        block = stream.read(BLOCK)
+    for i in range(_LOOKED_AT // BLOCK):
+        block = stream.read(BLOCK) if i else first
         if not block.isascii():
             try:
                 decoder.decode(block, final=len(block) < BLOCK)
@@ -224,21 +285,55 @@ def text_stream(file: DataFile) -> io.TextIOWrapper:
 
 
 def utf8_stream(file: DataFile) -> BinaryIO:
-    """The file's bytes as UTF-8: a file of another encoding is converted in memory."""
+    """The file's bytes as UTF-8: another encoding is converted on the way."""
     if file.encoding in ("", "utf-8", "utf-8-sig"):
         return byte_stream(file)
-    return io.BytesIO(read_text(file).encode("utf-8", "surrogatepass"))
+    return io.BufferedReader(_Converted(text_stream(file)), BLOCK)
+
+
+class _Converted(io.RawIOBase):
+    """A text as the bytes of UTF-8."""
+
+    def __init__(self, text: io.TextIOWrapper) -> None:
+        super().__init__()
+        self._text, self._ahead = text, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        if not self._ahead:
+            self._ahead = self._text.read(BLOCK).encode("utf-8", "surrogatepass")
+        count = min(len(buffer), len(self._ahead))
+        buffer[:count] = self._ahead[:count]
+        self._ahead = self._ahead[count:]
+        return count
+
+    def close(self) -> None:
+        self._text.close()
+        super().close()
 
 
 def read_text(file: DataFile) -> str:
-    """The whole text of a file."""
+    """The whole text of a file. Raises UserError where it is too long to be held."""
     try:
         with text_stream(file) as text:
-            return text.read()
+            whole = text.read(TEXT.limit + 1)
     except UnicodeDecodeError:
         raise encoding_error(file) from None
     except archive_errors() as error:
         raise damaged(file, error) from error
+    return bounded_text(whole, file)
+
+
+def bounded_text(text: str, file: DataFile) -> str:
+    """The text itself. Raises UserError where it is too long to be held line by line."""
+    shown = clean_line(file.source, 200)
+    if len(text) > TEXT.limit:
+        raise UserError(f"{shown} holds more than {TEXT} of text; split it")
+    if (lines := text.count("\n")) > LINES.limit:
+        raise UserError(f"{shown} holds {lines:,} lines, more than {LINES}; split it")
+    return text
 
 
 def encoding_error(file: DataFile) -> UserError:

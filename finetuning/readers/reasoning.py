@@ -24,9 +24,10 @@ _FORMS = (
     (rf"◁{_NAME}▷", "◁/{}▷"),
 )
 _OPENINGS = [(re.compile(opening), closing) for opening, closing in _FORMS]
+_BY_LETTER = [(opening.pattern.lstrip("\\")[0], opening) for opening, _ in _OPENINGS]
 _ESCAPED = re.compile(r"&lt;/?\s*([A-Za-z_]{1,40})\s*&gt;")
 _DETAILS = re.compile(
-    r'<details type="reasoning"[^>]*>\s*(?:<summary>[^<]*</summary>)?(.*?)</details>', re.S
+    r'<details type="reasoning"[^>]*+>\s*+(?:<summary>[^<]*</summary>)?(.*?)</details>', re.S
 )
 
 
@@ -35,9 +36,9 @@ def split_reasoning(text: str, *, labels: bool = True) -> tuple[str, str, list[s
 
     labels: labels such as `思考过程：` and `答案：` count as marks, too.
     """
-    if labels and (label := _LINE_LABEL.match(text)) and _labels(label, "thinking"):
+    if labels and (label := _first_label(text)) and _labels(label, "thinking"):
         return _by_labels(text)
-    if not ("<" in text or "[" in text or "【" in text or "◁" in text or "&lt;" in text):
+    if not has_marks(text):
         return "", text.strip(), []
     told: list[str] = []
     if "&lt;" in text and any(_means(m[1], "thinking") for m in _ESCAPED.finditer(text)):
@@ -59,6 +60,11 @@ def split_reasoning(text: str, *, labels: bool = True) -> tuple[str, str, list[s
         told += [f"{mark} around the answer is left out"] if mark else []
     told += _left_as_text(thinking, rest)
     return thinking, rest, told
+
+
+def has_marks(text: str) -> bool:
+    """Whether a text may hold marks of any form: one look for a letter costs less than an expression."""
+    return "<" in text or "]" in text or "】" in text or "▷" in text or "&lt;" in text
 
 
 def _means(name: str, role: str) -> bool:
@@ -87,17 +93,21 @@ def _pair(text: str, role: str) -> tuple[re.Match, int, int] | None:
     return None
 
 
-_LINE_LABEL = re.compile(rf"[#*\s【\[]*{_NAME}(?:[】\]*]*[ \t]*[:：][*]*|】)")
+_LINE_LABEL = re.compile(rf"[#* \t\u3000\xa0【\[]*+{_NAME}(?:[】\]*]*+[ \t]*+[:：][*]*+|】)")
+
+
+def _first_label(text: str) -> re.Match | None:
+    return _LINE_LABEL.match(text, len(text) - len(text.lstrip()) if text[:1].isspace() else 0)
 
 
 def _by_labels(text: str) -> tuple[str, str, list[str]]:
     """A text that opens with a label of a reasoning, `思考过程：…`, and goes on with one of the answer on a
     line below, `答案：…`; without the latter it is read as it stands, and told."""
-    opening = _LINE_LABEL.match(text)
+    opening = _first_label(text)
     at = text.find("\n", opening.end())
     while at >= 0:
         label = _LINE_LABEL.match(text, at + 1)
-        if label and _labels(label, "answer") and "\n" not in label[0].strip():
+        if label and _labels(label, "answer"):
             marks = f"“{opening[0].strip()}” and “{label[0].strip()}”"
             told = f"{marks} are read as marks of the reasoning and the answer"
             return text[opening.end() : at].strip(), text[label.end() :].strip(), [told]
@@ -130,8 +140,9 @@ def _left_as_text(thinking: str, answer: str) -> list[str]:
     """Marks of a reasoning that open nothing, or not at the beginning."""
     if thinking:
         return []
-    for opening, _ in _OPENINGS:
-        for match in opening.finditer(answer[:2000]):
+    head = answer[:2000]
+    for letter, opening in _BY_LETTER:
+        for match in opening.finditer(head) if letter in head else ():
             if _means(match["name"], "thinking") and not THINK_TAG.fullmatch(match[0]):
                 return [f"{match[0]} is read as text; write <think> around the reasoning"]
     return []

@@ -6,8 +6,8 @@ White space around a question, a reasoning or an answer is not content and is dr
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from finetuning.common.text import clean_line
 from finetuning.readers.damage import damages
@@ -30,7 +30,7 @@ from finetuning.readers.turns import (
     reasoning_in,
     tools_text,
 )
-from finetuning.readers.values import is_absent, is_switch, kind, parsed, text_of, width
+from finetuning.readers.values import is_absent, kind, parsed, text_of, width
 
 SAMPLE_KEYS = (
     "question", "thinking", "answer", "system", "history", "tools", "difficulty", "messages",
@@ -44,8 +44,7 @@ _NOTHING = ("无", "空", "暂无", "无。", "/", "-", "—", "－")  # what pe
 _CITATION = 60  # width up to which a `reference` cites, and is no material to read
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
+class Reading(NamedTuple):
     """A sample and what is to be said of the record it was read from."""
 
     sample: Sample
@@ -64,11 +63,13 @@ def record_sample(record: Any, columns: tuple[tuple[str, str], ...] = ()) -> Rea
         record = {"messages": record}
     if not isinstance(record, dict):
         raise BrokenRecordError(f"a record must be an object, not {kind(record)}")
-    missing = [column for _, column in columns if column not in record]
+    missing = columns and [column for _, column in columns if column not in record]
     if missing:
         names = clean_line(", ".join(map(str, record)), 200)
         raise BrokenRecordError(f"no column {clean_line(missing[0], 60)!r}; there is: {names}")
-    fields, notes = Fields(record if columns else _inner(record), columns), Notes()
+    fields, notes = Fields(record, columns), Notes()
+    if not columns and not fields.layout.is_record:
+        fields = Fields(_inner(record))
     heed_flags(fields)
     key = fields.first("messages", _is_conversation)
     if key:
@@ -94,8 +95,6 @@ def _is_conversation(value: Any) -> bool:
 
 def _inner(record: dict) -> dict:
     """A record inside another object, as a tool that labels data writes it, beside that one's keys."""
-    if is_record(map(str, record)):
-        return record
     if labelled := _labelled(record):
         return labelled
     inner = [
@@ -327,7 +326,7 @@ def _conversation(turns: Any, fields: Fields, notes: Notes) -> Sample:
         raise LeftOutError("its last turn carries no loss")
     thinking = final.get("reasoning_content", "")
     if not any("reasoning_content" in turn for turn in messages):
-        beside = fields.first("thinking", lambda value: not is_switch(value))
+        beside = fields.first_text("thinking")
         thinking = reasoning_in(fields, beside) if beside else ""
     return Sample(
         question=messages[asked[-1]]["content"].strip(),
@@ -371,6 +370,8 @@ def _with_answer(messages: list[dict], fields: Fields, notes: Notes) -> list[dic
 def oddities(sample: Sample) -> Iterable[Oddity]:
     """What was read as it stands, though it may not have been meant so."""
     yield from damages(sample)
+    if not sample.history and not sample.tool_turns:
+        return
     earlier = [turn for turn in sample.history if turn["role"] != "system"]
     if any(turn["role"] == "system" for turn in (*sample.history, *sample.tool_turns)):
         yield Oddity("a system message among the turns is read as one of them")

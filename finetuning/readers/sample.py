@@ -3,17 +3,18 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-MAX_DEPTH = 64
-"""Levels of lists and objects within tools and tool calls; more is not data but an attack."""
+from finetuning.common.bounds import DEPTH
+from finetuning.common.errors import UserError
 
 # ---- reasoning inside a text ------------------------------------------------------------------
 THINK_TAG = re.compile(r"<(/?)(think(?:ing)?)(?:\s+\w+=[^<>\n]{0,100})?\s*>", re.IGNORECASE)
 WIDE_TAG = re.compile(r"＜[/／]?(?:think|THINK|Think)")
-_SURROGATE = re.compile("[\ud800-\udfff]")
+_SORTED = json.JSONEncoder(sort_keys=True)
+_quoted = json.encoder.encode_basestring_ascii
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,11 @@ class Sample:
     @property
     def id(self) -> str:
         """16 hexadecimal digits that depend on the content alone."""
-        text = json.dumps(self.content, sort_keys=True)
+        if self.history or self.tools or self.tool_turns or self.tool_calls:
+            text = _SORTED.encode(self.content)
+        else:  # the same text, written at once
+            texts = map(_quoted, (self.question, self.thinking, self.answer, self.system))
+            text = f'[{", ".join(texts)}, [], "", [], []]'
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     def messages(self) -> list[dict]:
@@ -93,6 +98,23 @@ class Remark:
 
     def __str__(self) -> str:
         return f"{self.source}:{self.line}: {self.text}"
+
+
+class Finding(NamedTuple):
+    """Something that is wrong with a place in the data, or odd about it."""
+
+    kind: str
+    source: str
+    line: int
+    note: str
+
+
+class NothingLeftError(UserError):
+    """No sample is left, of a file or of all; `findings` say why, place by place, for --check-data."""
+
+    def __init__(self, message: str, findings: Iterable[Finding]) -> None:
+        super().__init__(message)
+        self.findings = tuple(findings)
 
 
 class BrokenRecordError(ValueError):
@@ -135,11 +157,14 @@ def checked(sample: Sample) -> Sample:
         raise BrokenRecordError("empty answer")
     nested = sample.history or sample.tools or sample.tool_turns or sample.tool_calls
     plain = (sample.question, sample.thinking, sample.answer, sample.system)
-    for text in strings_of(sample.content) if nested else plain:
-        if "\0" in text:
-            raise BrokenRecordError("NUL character (is the file UTF-16 without a byte order mark?)")
-        if _SURROGATE.search(text):
-            raise BrokenRecordError("lone surrogate (half of a character, \\ud800 to \\udfff)")
+    text = "".join(strings_of(sample.content) if nested else plain)
+    if "\0" in text:
+        raise BrokenRecordError("NUL character (is the file UTF-16 without a byte order mark?)")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        reason = "lone surrogate (half of a character, \\ud800 to \\udfff)"
+        raise BrokenRecordError(reason) from None
     return sample
 
 
@@ -147,8 +172,8 @@ def strings_of(value: Any, depth: int = 0) -> Iterator[str]:
     """All strings of a nested value, keys included."""
     if isinstance(value, str):
         yield value
-    elif depth > MAX_DEPTH:
-        raise BrokenRecordError(f"nested deeper than {MAX_DEPTH} levels")
+    elif depth > DEPTH.limit:
+        raise BrokenRecordError(f"nested deeper than {DEPTH.limit} levels")
     elif isinstance(value, dict):
         for key, item in value.items():
             yield from strings_of(key, depth)

@@ -3,12 +3,14 @@
 import csv
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from finetuning.common.bounds import RECORD
 from finetuning.common.errors import UserError
 from finetuning.common.text import clean_line
-from finetuning.readers.files import MAX_RECORD, DataFile
+from finetuning.readers.files import DataFile
 from finetuning.readers.names import NAMELESS, is_record
 from finetuning.readers.opening import Chunk, text_stream
 from finetuning.readers.sample import BrokenSample, Remark
@@ -76,7 +78,7 @@ def _names(cells: list[Any], line: int, file: DataFile) -> list[str | None]:
     """The columns' names. One without a name is called by its place, save the first: pandas writes its row
     numbers there."""
     names = [str(cell).strip() if _filled(cell) else "" for cell in cells]
-    twice = sorted({name for name in names if name and names.count(name) > 1})
+    twice = sorted(name for name, count in Counter(names).items() if name and count > 1)
     if twice:
         shown = clean_line(twice[0], 40)
         raise UserError(
@@ -95,7 +97,7 @@ def _nameless(i: int) -> str:
 def csv_records(chunk: Chunk) -> Iterator[tuple[int, Any] | BrokenSample | Remark]:
     """Records of a CSV file; what separates its columns is seen from its first lines."""
     file = chunk.file
-    csv.field_size_limit(MAX_RECORD)
+    csv.field_size_limit(RECORD.limit)
     with text_stream(file) as text:
         head = list(itertools.islice(text, _HEADER_WITHIN))
         mark, skipped = _separator(file, head)

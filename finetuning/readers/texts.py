@@ -13,7 +13,7 @@ from finetuning.readers.sample import THINK_TAG, BrokenSample, Remark, Sample
 from finetuning.readers.tables import Row, is_header, table_records
 
 _MARK = re.compile(r"<(/?)([A-Za-z][A-Za-z_]{0,30})>")
-_TABLE_RULE = re.compile(r"[ \t]*\|?(?:[ \t]*:?-+:?[ \t]*\|)+[ \t]*:?-*:?[ \t]*")
+_TABLE_RULE = re.compile(r"[ \t]*+\|?(?:[ \t]*+:?-++:?[ \t]*+\|)++[ \t]*+:?-*+:?[ \t]*+")
 _ANCHOR = re.compile(
     r"^[ \t]*<a (?:name|id)=[^>]*></a>[ \t]*$", re.MULTILINE
 )  # of pages that Yuque exports

@@ -7,9 +7,9 @@ from finetuning.common.text import clean_line
 from finetuning.readers.fields import Fields, Notes
 from finetuning.readers.flags import carries_no_loss
 from finetuning.readers.names import is_record, meaning
-from finetuning.readers.reasoning import split_reasoning
+from finetuning.readers.reasoning import has_marks, split_reasoning
 from finetuning.readers.sample import THINK_TAG, BrokenRecordError
-from finetuning.readers.values import is_absent, is_switch, kind, parsed, steps_text, text_of
+from finetuning.readers.values import is_absent, kind, parsed, steps_text, text_of
 
 _ROLES = {
     "system": "system", "developer": "system", "系统": "system", "user": "user", "human": "user",
@@ -154,7 +154,7 @@ def _assistant(fields: Fields, parts: tuple[str, str, list[dict]], notes: Notes)
 
 def reasoned(text: str, fields: Fields) -> tuple[str, str]:
     """(thinking, answer) with the reasoning inline or in a field beside the text; twice only if equal."""
-    key = fields.first("thinking", lambda value: not is_switch(value))
+    key = fields.first_text("thinking")
     inline, answer, told = split_reasoning(text, labels=key is None)
     for odd in told:
         fields.remark(odd)
@@ -173,6 +173,8 @@ def reasoning_in(fields: Fields, key: str) -> str:
         fields.remark(
             f"{key} is read as the reasoning; --columns thinking NAME names another column"
         )
+    if not has_marks(text):
+        return text
     tags = list(THINK_TAG.finditer(text))
     if len(tags) == 1 and not tags[0][1] and not text[: tags[0].start()].strip():
         return text[tags[0].end() :].strip()  # its closing went with the answer

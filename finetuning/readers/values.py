@@ -58,6 +58,11 @@ def is_switch(value: Any) -> bool:
     return isinstance(value, (bool, int, float))
 
 
+def is_no_switch(value: Any) -> bool:
+    """Whether a value is a text, or a list or object that may hold some."""
+    return not is_switch(value)
+
+
 def is_text(value: str) -> bool:
     """Whether somebody may have meant a value to be read; ids, numbers, dates and addresses are not."""
     text = value.strip()
@@ -79,6 +84,8 @@ def kind(value: Any) -> str:
 
 def text_of(value: Any, name: str) -> str:
     """A value that must be text, with line ends of one form; absent values are ''."""
+    if type(value) is str:
+        return "" if is_absent(value) else one_line_end(value)
     if isinstance(value, dict) and "text" in value:  # as SQuAD has its answers
         value = value["text"]
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):

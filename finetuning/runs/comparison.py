@@ -2,42 +2,43 @@
 
 import html
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
 from finetuning.common.errors import UserError
 from finetuning.common.files import atomic_write_text, strict
-from finetuning.common.formatting import UNKNOWN, duration, grouped, shown
-from finetuning.common.html import Points, cell, html_page, line_chart, table
+from finetuning.common.formatting import UNKNOWN, duration, flat, grouped, shown
+from finetuning.common.html import cell, html_page, line_chart, table
 from finetuning.common.text import clean_line, redact
-from finetuning.runs.directory import RUN_PREFIX
-from finetuning.runs.recorded import RecordedRun
-from finetuning.runs.summary import flat
+from finetuning.events.metric_table import is_custom
+from finetuning.runs.directory import RUN_PREFIX, RunDirectory
+from finetuning.runs.recorded import RecordedRun, read_recorded
 
 BARS = "▁▂▃▄▅▆▇█"
-SPARK_WIDTH = 24
+SPARK_WIDTH = 16
 IGNORED = ("output_dir", "cache_dir", "workers")  # differ without meaning
-# Row -> its number in a run; None where the run has none.
-METRICS: dict[str, Callable[[RecordedRun], float | None]] = {
-    "last training loss": lambda run: run.last("Training/Loss"),
-    "first held-out loss": lambda run: _first(run.series.get("Eval/Loss", ())),
-    "last held-out loss": lambda run: run.last("Eval/Loss"),
-    "lowest held-out loss": lambda run: run.lowest("Eval/Loss"),
-    "last held-out thinking loss": lambda run: run.last("Eval/Thinking_Loss"),
-    "last held-out answer loss": lambda run: run.last("Eval/Answer_Loss"),
-    "held-out token accuracy": lambda run: run.last("Eval/Token_Accuracy"),
-    "KL, held out": lambda run: run.last("Forgetting/KL_Held_Out"),
-    "KL, general text": lambda run: run.last("Forgetting/KL_General"),
-    "loss on general text": lambda run: run.last("Forgetting/General_Loss"),
-    "convergence score": lambda run: run.last("Monitoring/Convergence_Score"),
-    "tokens per second, median": lambda run: run.median("Throughput/Tokens_Per_Second"),
-    "MFU, %, median": lambda run: run.median("Throughput/MFU_Percent"),
-    "peak GPU memory, MB": lambda run: run.highest("Memory/GPU_Peak_MB"),
-    "non-finite steps": lambda run: run.last("Monitoring/NonFinite_Steps"),
+# Row -> how its number comes from which tag of a run; None where the run has none.
+METRICS: dict[str, tuple[Callable[[RecordedRun, str], float | None], str]] = {
+    "last training loss": (RecordedRun.last, "Training/Loss"),
+    "first held-out loss": (RecordedRun.first, "Eval/Loss"),
+    "last held-out loss": (RecordedRun.last, "Eval/Loss"),
+    "lowest held-out loss": (RecordedRun.lowest, "Eval/Loss"),
+    "last held-out thinking loss": (RecordedRun.last, "Eval/Thinking_Loss"),
+    "last held-out answer loss": (RecordedRun.last, "Eval/Answer_Loss"),
+    "held-out token accuracy": (RecordedRun.last, "Eval/Token_Accuracy"),
+    "KL, held out": (RecordedRun.last, "Forgetting/KL_Held_Out"),
+    "KL, general text": (RecordedRun.last, "Forgetting/KL_General"),
+    "loss on general text": (RecordedRun.last, "Forgetting/General_Loss"),
+    "convergence score": (RecordedRun.last, "Monitoring/Convergence_Score"),
+    "tokens per second, median": (RecordedRun.median, "Throughput/Tokens_Per_Second"),
+    "MFU, %, median": (RecordedRun.median, "Throughput/MFU_Percent"),
+    "peak GPU memory, MB": (RecordedRun.highest, "Memory/GPU_Peak_MB"),
+    "non-finite steps": (RecordedRun.last, "Monitoring/NonFinite_Steps"),
 }
 # Rows of which one run is the best, where all were measured on the same tokens.
 BEST = {
@@ -64,7 +65,23 @@ CHARTS = {
     "Tokens per second": "Throughput/Tokens_Per_Second",
     "GPU 0 utilisation, %": "GPU_0/Utilization_Percent",
 }
+MOST_CURVES = 24  # runs in one chart; more can't be told apart
+WIDEST_CELL = 24  # columns of the terminal, where a row is a run
 Rows = list[tuple[str, list[str]]]  # a name, and a text for each run
+
+
+def read_all(directories: Sequence[RunDirectory], *, curves: bool) -> list[RecordedRun]:
+    """What the comparison shows of each run, and no more. curves: also what `page` draws."""
+    numbers = {tag for _, tag in METRICS.values()}
+    drawn = numbers | set(CHARTS.values())
+    known = [
+        drawn if curves and i <= MOST_CURVES else numbers for i in range(len(directories), 0, -1)
+    ]
+    return [
+        read_recorded(directory, lambda tag, tags=tags: tag in tags or is_custom(tag))
+        for directory, tags in zip(directories, known, strict=True)
+    ]
+
 
 # -----------------------------------------------------------------------------
 # What differs
@@ -84,7 +101,7 @@ def differences(runs: Sequence[RecordedRun]) -> dict[str, list[Any]]:
 
 def metrics(runs: Sequence[RecordedRun]) -> dict[str, list[float | None]]:
     """Numbers of all runs by row, those of the users' own tags last; rows that no run has are left out."""
-    table = {name: [of(run) for run in runs] for name, of in METRICS.items()}
+    table = {name: [of(run, tag) for run in runs] for name, (of, tag) in METRICS.items()}
     own = sorted({tag for run in runs for tag in run.custom})
     table |= {f"{tag}, last": [run.last(tag) for run in runs] for tag in own}
     return {name: row for name, row in table.items() if any(value is not None for value in row)}
@@ -96,7 +113,7 @@ def outcomes(runs: Sequence[RecordedRun]) -> Rows:
         ("status", [clean_line(str(run.status.get("status", "unknown"))) for run in runs]),
         ("steps", [_steps(run) for run in runs]),
         ("training time", [duration(run.seconds) for run in runs]),
-        ("alerts", [str(len(run.alerts)) for run in runs]),
+        ("alerts", [str(run.alerts.count) for run in runs]),
         *_changed(runs),
     ]
 
@@ -159,10 +176,6 @@ def _steps(run: RecordedRun) -> str:
     return f"{run.steps}/{planned}" if planned else str(run.steps)
 
 
-def _first(points: Points) -> float | None:
-    return points[0][1] if points else None
-
-
 def setting_rows(runs: Sequence[RecordedRun]) -> Rows:
     """The settings that differ, a row each, with every run's value."""
     found = differences(runs).items()
@@ -189,13 +202,48 @@ def _number(value: float | None) -> str:
     return grouped(value, 0) if value is not None and abs(value) >= 1000 else shown(value)
 
 
-def rich_table(title: str, names: Sequence[str], rows: Rows) -> Table:
-    """The rows as a table for the terminal, a column a run."""
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for name in ("", *names):
-        table.add_column(Text(clean_line(name)), overflow="fold")
-    for name, values in rows:
-        table.add_row(*(Text(clean_line(cell, 200)) for cell in (name, *values)))
+def rich_tables(title: str, names: Sequence[str], rows: Rows, width: int) -> list[Table]:
+    """The rows for a terminal of `width` columns: a column a run; a row a run where these are too many,
+    in as many tables as it takes."""
+    down = [[name, *(values[i] for _, values in rows)] for i, name in enumerate(names)]
+    heads = ["", *(name for name, _ in rows)]
+    if _width(heads) + sum(map(_width, down)) < width:
+        return [_table(title, ["", *names], [[name, *values] for name, values in rows])]
+    tables, first = [], 1
+    columns = [_column([*head.split(), *(row[i] for row in down)]) for i, head in enumerate(heads)]
+    while first < len(heads):
+        last, used = first + 1, 1 + columns[0] + columns[first]
+        while last < len(heads) and used + columns[last] <= width:
+            used, last = used + columns[last], last + 1
+        part = [[row[0], *row[first:last]] for row in down]
+        widths = [columns[0] - 3, *(width - 3 for width in columns[first:last])]
+        tables.append(
+            _table(title if first == 1 else "", ["run", *heads[first:last]], part, widths)
+        )
+        first = last
+    return tables
+
+
+def _width(texts: Iterable[str]) -> int:
+    """Of a column with these texts, with what stands around them."""
+    return 3 + max((cell_len(clean_line(text, 200)) for text in texts), default=0)
+
+
+def _column(texts: Iterable[str]) -> int:
+    return min(_width(texts), 3 + WIDEST_CELL)  # what is longer goes on below
+
+
+def _table(
+    title: str,
+    header: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    widths: Sequence[int | None] | None = None,
+) -> Table:
+    table = Table(title=title or None, title_justify="left", title_style="bold")
+    for name, width in zip(header, widths or [None] * len(header), strict=True):
+        table.add_column(Text(clean_line(name)), overflow="fold", width=width)
+    for row in rows:
+        table.add_row(*(Text(clean_line(cell, 200)) for cell in row))
     return table
 
 
@@ -220,19 +268,18 @@ def page(runs: Sequence[RecordedRun]) -> str:
     """Tables and curves of all runs in one page, offline and without scripts."""
     names = labels(runs)
     results = _html_table(names, [*outcomes(runs), *metric_rows(runs)])
-    own = {clean_line(tag, 60): tag for run in runs for tag in run.custom}
+    newest = list(zip(names, runs, strict=True))[-MOST_CURVES:]
+    own = {clean_line(tag, 60): tag for _, run in newest for tag in run.custom}
     charts = "".join(
-        line_chart(
-            title,
-            {n: run.series[tag] for n, run in zip(names, runs, strict=True) if tag in run.series},
-        )
+        line_chart(title, {name: run.series[tag] for name, run in newest if tag in run.series})
         for title, tag in (CHARTS | own).items()
     )
+    some = f" of the newest {len(newest)}" if len(newest) < len(runs) else ""
     body = (
         f"<h1>{len(runs)} runs</h1>"
         f"<h2>Settings that differ</h2>{_html_table(names, setting_rows(runs))}"
         f"<h2>{html.escape(results_title(runs))}</h2>{results}"
-        f'<h2>Curves</h2><div class="charts">{charts}</div>'
+        f'<h2>Curves{some}</h2><div class="charts">{charts}</div>'
     )
     return html_page("Runs", body)
 

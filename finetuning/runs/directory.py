@@ -6,6 +6,8 @@
 <output_dir>/earlier_models/<run>/      final_model/ and best_model/ of the runs before
 """
 
+from __future__ import annotations
+
 import os
 import shutil
 import socket
@@ -15,13 +17,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from finetuning.common.distributed import Distributed
 from finetuning.common.errors import RunStopped, UserError
 from finetuning.common.files import atomic_write, write_json
 from finetuning.common.paths import check_name
+
+if TYPE_CHECKING:
+    from finetuning.common.distributed import (
+        Distributed,  # imports torch, which a report has no need of
+    )
 
 RUN_PREFIX = "qwen3_4b_thinking_"
 LOCK_NAME = ".run.lock"

@@ -19,7 +19,13 @@ from finetuning.runs.summary import epoch_summary
 from finetuning.training.captured_step import CapturedStep
 from finetuning.training.optimizer import StepResult
 from finetuning.training.state import TrainState
-from finetuning.training.step_clock import CudaTimeline, HostTimeline, StepClock, straggler
+from finetuning.training.step_clock import (
+    CudaTimeline,
+    HostTimeline,
+    StepClock,
+    Stopwatch,
+    straggler,
+)
 
 
 class MetricsProcessor:
@@ -40,6 +46,7 @@ class MetricsProcessor:
             peak_flops=peak and peak * dist.world_size,
             timeline=CudaTimeline() if on_cuda else HostTimeline(),
         )
+        self.spent = Stopwatch()  # on what a logged step shows, without the wait for other ranks
         self._started = self._counted = time.monotonic()
 
     @property
@@ -126,6 +133,12 @@ class MetricsProcessor:
 
         pending: later steps, which the state's counters hold already.
         """
+        with self.spent, self.clock.phase("logging"):
+            return self._training(step, learning_rate, state, pending)
+
+    def _training(
+        self, step: int, learning_rate: float, state: TrainState, pending: Sequence[StepResult]
+    ) -> dict[str, float]:
         queued = sum(result.planned.num_tokens for result in pending)
         metrics = self.losses.training_metrics(np.asarray(state.interval))
         state.last_loss = metrics["Training/Loss"]
@@ -138,7 +151,7 @@ class MetricsProcessor:
             "Throughput/Tokens_Seen": float(state.tokens_seen - queued),
             "Monitoring/NonFinite_Steps": float(sum(s <= step for s in state.nonfinite_steps)),
             "Monitoring/Resume_Count": float(state.resume_count),
-            **self.convergence.scalars(),
+            **self.convergence.scalars(only_due=True),
         }
         if state.grad_norm_max is not None:  # a step with a finite one
             metrics["Training/Gradient_Norm_Max"] = state.grad_norm_max

@@ -30,6 +30,7 @@ from finetuning.runs.plan import RunPlan
 from finetuning.training.checkpoint import Checkpoint
 from finetuning.training.engine import TrainingEngine
 from finetuning.training.state import TrainState
+from finetuning.training.step_clock import Stopwatch
 
 STATUS_SECONDS = 10.0  # after which status.json names the newest step
 
@@ -66,6 +67,7 @@ class RunRecord:
         self.changes = list(changes)
         self.stop_alerts: list[str] = []  # alerts that have asked for the end of the run
         self._told_status = time.monotonic()
+        self._spent = Stopwatch()  # on alerts
         self.evidence: dict[str, object] = {}  # what the alerts of the next logged step may cite
         self.alerts = AlertMonitor(alert_state or None)
         if logger and resume_step is not None:
@@ -73,11 +75,13 @@ class RunRecord:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> set[str]:
         """Write one step's numbers; returns what its alerts ask for: any of "save" and "stop"."""
-        raised = self.alerts.observe(step, metrics, self.evidence)
+        with self._spent:
+            raised = self.alerts.observe(step, metrics, self.evidence)
+            scalars, table = self.alerts.scalars(), self.alerts.table() if raised else ""
         self.evidence = {}
-        self.logger.log(step, {**metrics, **self.alerts.scalars()})
+        self.logger.log(step, {**metrics, **scalars})
         if raised:
-            self.logger.add_text("Alerts/Table", self.alerts.table(), step)
+            self.logger.add_text("Alerts/Table", table, step)
         if time.monotonic() - self._told_status >= STATUS_SECONDS:
             self.status("running", step=step)
         return {self._act(alert) for alert in raised} & {"save", "stop"}
@@ -118,11 +122,13 @@ class RunRecord:
         details = {"step": step, "saved": max(saved, 0), "reason": repr(error)}
         self.status(kinds.get(type(error), "failed"), **details)
 
-    def overhead_percent(self, seconds: float) -> dict[str, float]:
-        """Share of `seconds` of training that calls of the logger took."""
+    def overhead_percent(self, seconds: float, elsewhere: float) -> dict[str, float]:
+        """Share of `seconds` of training that logged steps took from it: calls of the logger, alerts, and
+        the seconds that were spent elsewhere on the numbers themselves."""
         if seconds <= 0 or not self.logger:
             return {}
-        return {"Monitoring/Logging_Overhead_Percent": 100 * self.logger.overhead_seconds / seconds}
+        spent = self.logger.overhead_seconds + self._spent.seconds + elsewhere
+        return {"Monitoring/Logging_Overhead_Percent": 100 * spent / seconds}
 
     def close(self, status: str | None) -> None:
         """End writing; `status` "success" or "failure" only when the run will not be resumed."""

@@ -5,21 +5,48 @@ Finished, running and broken-off runs alike; what a run has not written is empty
 
 import json
 import math
-import statistics
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from finetuning.common.bounds import RECORD, SHOWN_ALERTS
 from finetuning.common.errors import UserError
-from finetuning.common.files import read_json_object
+from finetuning.common.files import read_json_object, regular
 from finetuning.common.paths import expanded
+from finetuning.common.text import clean_line
 from finetuning.events.metric_table import is_custom
-from finetuning.events.reading import read_metrics, read_texts
+from finetuning.events.reading import read_end_texts
 from finetuning.runs.directory import RunDirectory
+from finetuning.runs.series import RunSeries
 
-Points = list[tuple[int, float]]  # (step, value), steps rise
+Points = Sequence[tuple[int, float]]  # (step, value), steps rise
+
+
+@dataclass(frozen=True)
+class Alerts:
+    """Those of a run: how many there were, and the newest of them."""
+
+    count: int = 0
+    newest: tuple[dict[str, Any], ...] = ()
+
+    @classmethod
+    def read(cls, path: Path) -> "Alerts":
+        """One object a line; a last line that a crash cut is left out. Raises UserError for a broken line."""
+        if not path.is_file():
+            return cls()
+        count, newest = 0, deque(maxlen=SHOWN_ALERTS.limit)
+        try:
+            with open(regular(path), "rb") as file:
+                while line := file.readline(RECORD.limit):
+                    if not line.endswith(b"\n") or not line.strip():
+                        continue
+                    count += 1
+                    newest.append(dict(json.loads(line)))
+        except (ValueError, TypeError, RecursionError, OSError) as error:
+            raise UserError(f"{path}: broken JSON ({clean_line(str(error), 200)})") from error
+        return cls(count, tuple(newest))
 
 
 @dataclass(frozen=True)
@@ -28,11 +55,12 @@ class RecordedRun:
 
     directory: RunDirectory
     series: dict[str, Points]  # by tag; a value that was not finite is NaN
+    medians: dict[str, float]  # of some tags, over all their values
+    left_out: int  # tags that were too many to be read
     seconds: float  # of training in all its sessions, without the pauses between them
-    alerts: list[dict[str, Any]]
+    alerts: Alerts
     configuration: dict[str, Any]  # settings, model, versions
     status: dict[str, Any]
-    dataset: dict[str, Any]
 
     @property
     def name(self) -> str:
@@ -52,10 +80,14 @@ class RecordedRun:
         """The smallest finite value of a tag."""
         return min((v for _, v in self.series.get(tag, ()) if math.isfinite(v)), default=None)
 
+    def first(self, tag: str) -> float | None:
+        """The oldest value of a tag."""
+        points = self.series.get(tag)
+        return points[0][1] if points else None
+
     def median(self, tag: str) -> float | None:
-        """The median of a tag's finite values: what one odd interval does not move."""
-        finite = [v for _, v in self.series.get(tag, ()) if math.isfinite(v)]
-        return statistics.median(finite) if finite else None
+        """The median of a tag's finite values (`series.MEDIANS`): what one odd interval does not move."""
+        return self.medians.get(tag)
 
     @property
     def steps(self) -> int:
@@ -69,9 +101,13 @@ class RecordedRun:
         """The series of the user's own tags."""
         return {tag: points for tag, points in sorted(self.series.items()) if is_custom(tag)}
 
+    def dataset(self) -> dict[str, Any]:
+        """The statistics of its data, read when they are asked for; empty where there are none."""
+        return _json(self.directory.logs / "dataset_statistics.json")
+
     def texts(self) -> dict[str, list[tuple[int, str]]]:
-        """The texts of its event files by tag: (step, Markdown)."""
-        return read_texts(self.directory.tensorboard)
+        """The first and the last text of each tag of its event files: (step, Markdown)."""
+        return read_end_texts(self.directory.tensorboard)
 
 
 def find_runs(places: Sequence[str | Path]) -> list[RunDirectory]:
@@ -104,63 +140,24 @@ def _runs_at(place: Path) -> list[RunDirectory]:
     return runs
 
 
-def read_recorded(run: RunDirectory) -> RecordedRun:
-    """Read a run's files. Raises UserError for one that is broken, naming it."""
-    series, seconds = _curves(run.logs / "metrics.jsonl")
+def read_recorded(
+    run: RunDirectory, wanted: Callable[[str], bool] = lambda tag: True
+) -> RecordedRun:
+    """Read a run's files. wanted: tags whose series are kept. Raises UserError for a file that is broken,
+    naming it."""
+    found = RunSeries.read(run.logs / "metrics.jsonl", wanted)
     return RecordedRun(
         directory=run,
-        series=series,
-        seconds=seconds,
-        alerts=_json_lines(run.logs / "alerts.jsonl"),
+        series=found.by_tag,
+        medians=found.medians,
+        left_out=len(found.left_out),
+        seconds=found.seconds,
+        alerts=Alerts.read(run.logs / "alerts.jsonl"),
         configuration=_json(run.logs / "configuration.json"),
         status=_json(run.logs / "status.json"),
-        dataset=_json(run.logs / "dataset_statistics.json"),
     )
-
-
-def _curves(path: Path) -> tuple[dict[str, Points], float]:
-    """Points by tag, and the seconds of training; a later record of a step replaces its values."""
-    by_tag: dict[str, dict[int, float]] = {}
-    try:
-        records = read_metrics(path)
-        for record in records:
-            for tag, value in record["metrics"].items():
-                number = math.nan if value is None else float(value)
-                by_tag.setdefault(tag, {})[int(record["step"])] = number
-        seconds = _training_seconds(records)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise UserError(f"{path}: not a metrics file of this program ({error!r:.120})") from error
-    return {tag: sorted(points.items()) for tag, points in by_tag.items()}, seconds
-
-
-def _training_seconds(records: Sequence[Mapping[str, Any]]) -> float:
-    """Whole epochs as the run itself has measured them; after them from record to record, without the
-    longest gap where the count of resumes rises."""
-    gaps = [float(after["time"]) - float(before["time"]) for before, after in pairwise(records)]
-    resumes = [(0, 0.0), *_places(records, "Monitoring/Resume_Count")]
-    for (start, before), (end, after) in pairwise(resumes):
-        if before != after and start < end:
-            gaps[max(range(start, end), key=gaps.__getitem__)] = 0.0
-    epochs = [(0, 0.0), *_places(records, "Epoch/Duration_Seconds")]
-    return sum(seconds for _, seconds in epochs) + sum(gaps[epochs[-1][0] :])
-
-
-def _places(records: Sequence[Mapping[str, Any]], tag: str) -> list[tuple[int, float]]:
-    """Which records have the tag, and its value there."""
-    return [(i, r["metrics"][tag]) for i, r in enumerate(records) if tag in r["metrics"]]
 
 
 def _json(path: Path) -> dict[str, Any]:
     """The object in a file; empty where the file is missing."""
     return read_json_object(path) if path.is_file() else {}
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    """One object a line; a last line that a crash cut is left out."""
-    if not path.is_file():
-        return []
-    whole = path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
-    try:
-        return [json.loads(line) for line in whole if line.strip()]
-    except ValueError as error:
-        raise UserError(f"{path}: broken JSON ({error})") from error

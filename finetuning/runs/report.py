@@ -10,7 +10,7 @@ import html
 import io
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,16 @@ from markdown_it import MarkdownIt
 from markdown_it.rules_inline import StateInline
 
 from finetuning.analysis import report as analysis_report
-from finetuning.common.errors import UserError, exit_code
+from finetuning.common.bounds import REPORT_CPU, REPORT_MEMORY, REPORT_WALL
+from finetuning.common.errors import exit_code
 from finetuning.common.files import atomic_write_text
-from finetuning.common.formatting import UNKNOWN, duration, shown
+from finetuning.common.formatting import UNKNOWN, duration, flat, shown
 from finetuning.common.html import Points, cell, html_page, line_chart, table
+from finetuning.common.limited import STOPPED, Ended, Limits, run_limited
 from finetuning.common.terminal import Terminal
 from finetuning.common.text import clean_line, redact, redact_values
 from finetuning.runs.directory import RunDirectory
-from finetuning.runs.recorded import RecordedRun, find_runs, read_recorded
-from finetuning.runs.summary import flat
+from finetuning.runs.recorded import Alerts, RecordedRun, find_runs, read_recorded
 
 # Title of a chart -> expressions; every tag that fits one is a curve, named by what the title leaves out.
 CHARTS = {
@@ -69,6 +70,8 @@ TEXTS = (
     ("Dataset/Mask_Audit", "Which tokens carry loss"),
 )
 Rows = Iterable[Sequence[object]]
+REPORT = "finetuning.runs.report"  # this module's name as a program
+LIMITS = Limits(REPORT_MEMORY, REPORT_CPU, REPORT_WALL)
 
 
 def write_report(run: RunDirectory) -> Path:
@@ -78,14 +81,21 @@ def write_report(run: RunDirectory) -> Path:
     return path
 
 
-def leave_report(run: RunDirectory, terminal: Terminal) -> None:
-    """`write_report` at the end of a run, which no full disk and no file that somebody broke ends."""
+def leave_report(run: RunDirectory, terminal: Terminal, unwanted: Callable[[], bool]) -> None:
+    """`write_report` at the end of a run, in a process of its own with limits: nothing that it does, no
+    file that somebody broke and no full disk harms the run. unwanted: asked whether to leave it now."""
     try:
         with terminal.working("writing the report"):
-            path = write_report(run)
-        terminal.info(f"report: {path}")
-    except (OSError, UserError) as error:
-        terminal.warning(f"no report.html: {error}")
+            ended = run_limited(REPORT, (str(run.logs),), LIMITS, unwanted=unwanted)
+    except OSError as error:
+        ended = Ended(STOPPED, "", str(error))
+    if ended.code == 0:
+        terminal.info(f"report: {ended.said.strip()}")
+        return
+    reason = ended.complaint.removeprefix("error: ") or (
+        "a signal came" if unwanted() else "it took too much memory or time"
+    )
+    terminal.warning(f"no report.html: {reason}; uv run python -m {REPORT} {run.output_dir}")
 
 
 def page(run: RecordedRun) -> str:
@@ -93,10 +103,10 @@ def page(run: RecordedRun) -> str:
     sections = [
         _head(run),
         _section("Alerts", _alerts(run.alerts)),
-        _section("Curves", _charts(run.series)),
+        _section("Curves", _left_out(run) + _charts(run.series)),
         _section("Your own metrics", _custom(run.custom)),
         _section("Samples and tables", _texts(run.texts())),
-        _section("Data", _dataset(run.dataset)),
+        _section("Data", _dataset(run.dataset())),
         _section("Configuration", _pairs(flat(run.configuration.get("config", {})))),
         _section("Changed by resumes", _changes(run.configuration.get("changes", ()))),
         _section("Model and versions", _pairs(_about(run.configuration))),
@@ -145,12 +155,12 @@ def headline(run: RecordedRun) -> dict[str, str]:
         "lowest held-out loss": shown(run.lowest("Eval/Loss"), ""),
         "tokens per second, median": "" if speed is None else f"{speed:,.0f}",
         "training time": duration(run.seconds),
-        "alerts": str(len(run.alerts)),
+        "alerts": str(run.alerts.count),
     }
     return {name: value for name, value in numbers.items() if value}
 
 
-def _alerts(alerts: Sequence[Mapping[str, Any]]) -> str:
+def _alerts(alerts: Alerts) -> str:
     rows = [
         (
             a.get("name"),
@@ -159,17 +169,22 @@ def _alerts(alerts: Sequence[Mapping[str, Any]]) -> str:
             shown(a.get("threshold"), ""),
             a.get("advice"),
         )
-        for a in alerts
+        for a in alerts.newest
     ]
-    return (
-        _table(("alert", "step", "value", "threshold", "advice"), rows) if rows else "<p>None.</p>"
-    )
+    if not rows:
+        return "<p>None.</p>"
+    more = "" if alerts.count == len(rows) else f"<p>The newest {len(rows)} of {alerts.count}.</p>"
+    return more + _table(("alert", "step", "value", "threshold", "advice"), rows)
 
 
 def _charts(series: Mapping[str, Points]) -> str:
     charts = [_chart(title, curves_of(series, patterns)) for title, patterns in CHARTS.items()]
     charts = [chart for chart in charts if chart]
     return f'<div class="charts">{"".join(charts)}</div>' if charts else "<p>No point yet.</p>"
+
+
+def _left_out(run: RecordedRun) -> str:
+    return f"<p>{run.left_out} or more tags are not shown.</p>" if run.left_out else ""
 
 
 def _custom(series: Mapping[str, Points]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from finetuning.common.distributed import Distributed
 from finetuning.common.files import json_text
-from finetuning.common.formatting import shown
+from finetuning.common.formatting import flat, shown
 from finetuning.common.text import table_cell
 from finetuning.data.accounts import account_rows
 from finetuning.data.packing import StepPlan
@@ -37,19 +37,6 @@ def epoch_summary(epoch: int, steps: int, metrics: Mapping[str, float]) -> str:
     """One epoch's line in TEXT."""
     rows = {name.partition("/")[2].replace("_", " "): f"{v:.4g}" for name, v in metrics.items()}
     return f"**Epoch {epoch}**, {steps} steps\n\n" + markdown_table(rows)
-
-
-def flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mapping to one level, names joined by dots; lists become text."""
-    rows: dict[str, Any] = {}
-    for key, value in record.items():
-        if isinstance(value, Mapping) and value:
-            rows |= flat(value, f"{prefix}{key}.")
-        else:
-            rows[f"{prefix}{key}"] = (
-                ", ".join(map(str, value)) if isinstance(value, (list, tuple, Mapping)) else value
-            )
-    return rows
 
 
 def hparams(settings: Mapping[str, Any]) -> dict[str, bool | float | str]:

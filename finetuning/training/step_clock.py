@@ -70,6 +70,21 @@ class _Interval:
         return own / self.counts["steps"]
 
 
+class Stopwatch:
+    """Seconds that were spent within it, in all."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._since = 0.0
+
+    def __enter__(self) -> Stopwatch:
+        self._since = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._since
+
+
 class StepClock:
     """Time and rates of training steps.
 

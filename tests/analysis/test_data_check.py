@@ -196,3 +196,26 @@ def test_what_is_read_in_an_unexpected_way_is_told_but_passes(check):
     code, said = check(lines)
     assert code == 0 and said[-1] == "20 samples: 1 remark"
     assert "mine.jsonl:4: remark: not used: instruction" in said[0]
+
+
+def test_data_of_which_nothing_is_left_are_listed_like_others(check, tmp_path):
+    """Broken when they are read, and when they become tokens; with the reason of every record."""
+    code, said = check(["{\n", '{"a": 1}\n', line("", "答")])
+    places = [f"{tmp_path.as_posix()}/mine.jsonl:{i}: broken: " for i in (1, 2, 3)]
+    assert code == 1 and all(
+        text.startswith(place) for text, place in zip(said, places, strict=False)
+    )
+    assert said[-1] == "nothing to train on: 3 broken, 1 without a sample"
+
+    code, said = check([line("太长的问题", "长" * 9000), line("问", "答<|im_end|>")])
+    assert code == 1 and said[-1] == "nothing to train on: 1 dropped, 1 control token"
+    assert "mine.jsonl:1: dropped: " in said[0] and "mine.jsonl:2: control token: " in said[1]
+
+
+def test_one_file_without_a_sample_hides_nothing_of_the_others(check, tmp_path):
+    (tmp_path / "other.jsonl").write_text("[]\n", encoding="utf-8")
+    code, said = check(
+        [*good(), "{\n"], "--data-path", str(tmp_path / "other.jsonl"), str(tmp_path / "mine.jsonl")
+    )
+    assert code == 1 and any("mine.jsonl:21: broken: " in text for text in said)
+    assert any("other.jsonl:1: without a sample: " in text for text in said)

@@ -18,10 +18,15 @@ def noisy(curve, sigma=0.02, seed=1):
     return curve * np.exp(sigma * np.random.default_rng(seed).standard_normal(len(curve)))
 
 
-def watch(losses, total=None, rates=None, **known):
+def watch(losses, total=None, rates=None, looking=False, **known):
+    """A monitor that has seen the losses; `looking`: it was asked at each of them, as a run does."""
     monitor = ConvergenceMonitor(total or len(losses), **known)
     for i, loss in enumerate(losses):
         monitor.observe(i + 1, loss, None if rates is None else rates[i])
+        if looking:
+            monitor.fit()
+    if looking:
+        monitor.fit(fresh=True)
     return monitor
 
 
@@ -145,13 +150,18 @@ def test_trend_is_the_median_slope_per_100_steps():
 @pytest.mark.parametrize("cut", [1, 7, 128, 129, 300, 511])
 def test_interrupted_and_uninterrupted_runs_agree(cut):
     losses, rates = noisy(1 + 2 * np.exp(-STEPS / 100)), 1e-4 * (1 - STEPS / 600)
-    whole = watch(losses, rates=rates)
-    first = watch(losses[:cut], total=600, rates=rates)
+    whole, first = (ConvergenceMonitor(600) for _ in range(2))
+    for i in range(600):
+        for monitor in (whole, first)[: 1 + (i < cut)]:
+            monitor.observe(i + 1, losses[i], rates[i])
+            monitor.fit()
     state = json.loads(json.dumps(first.state_dict(), allow_nan=False))
     second = ConvergenceMonitor(600, state=state)
     for i in range(cut, 600):
         second.observe(i + 1, losses[i], rates[i])
+        second.fit()
     assert second.scalars() == pytest.approx(whole.scalars(), abs=1e-9)
+    assert second.state_dict() == whole.state_dict()
 
 
 def test_a_resumed_run_remembers_its_spikes():
@@ -173,7 +183,30 @@ def test_at_least_four_of_five_forecasts_hold_what_comes():
     assert share >= 0.8 - 3 * math.sqrt(0.8 * 0.2 / 60)
     for fit in fits:
         assert fit.forecast - fit.forecast_low == pytest.approx(fit.forecast_high - fit.forecast)
-        assert fit.forecast_high - fit.forecast_low < 0.1 * (curve[0] - curve[-1]) * 2
+        assert fit.forecast_high - fit.forecast_low < 0.25 * (curve[0] - curve[-1])
+    widths = [fit.forecast_high - fit.forecast_low for fit in fits]
+    assert np.mean(widths) < 0.2 * (curve[0] - curve[-1])
+
+
+def test_the_score_falls_only_where_the_loss_rises():
+    for seed, curve in enumerate(
+        (2.3 - 0.3 * np.log(STEPS), 1.2 * 0.7 ** ((STEPS - 1) // 150), 1 + 2 / STEPS**0.3)
+    ):
+        monitor, highest = ConvergenceMonitor(600), 0.0
+        for step, loss in enumerate(noisy(curve, 0.01, seed), 1):
+            monitor.observe(step, loss)
+            fit = monitor.fit()
+            if fit:
+                assert fit.score >= highest - 0.05
+                highest = max(highest, fit.score)
+
+
+def test_a_fit_is_kept_until_it_is_stale_and_made_at_the_end():
+    monitor, fits = ConvergenceMonitor(600), set()
+    for step, loss in enumerate(noisy(1 + 2 * np.exp(-STEPS / 100)), 1):
+        monitor.observe(step, loss)
+        fits.add(id(monitor.fit()))
+    assert monitor.fitted == 600 and 20 < len(fits) < 100
 
 
 def test_a_saved_state_does_not_change_when_the_run_goes_on():
@@ -243,7 +276,7 @@ def test_an_unfinished_run_is_forecast_for_the_steps_it_planned(tmp_path, capsys
     rows = [{"step": i, "metrics": {"Training/Loss": x}} for i, x in enumerate(losses, 1)]
     ours.write_text("".join(json.dumps(row) + "\n" for row in rows))
     ours.with_name("configuration.json").write_text(json.dumps({"steps": 600}))
-    logged = watch(losses, total=600).scalars()
+    logged = watch(losses, total=600, looking=True).scalars()
     for path in (foreign, ours, ours.parent):
         code, printed = run_tool(capsys, path, "--json")
         result = json.loads(printed.out)
@@ -274,6 +307,7 @@ def test_the_mean_loss_at_the_end_of_a_trainer_run_is_no_logged_loss(tmp_path):
         ("a.json", "{", "can't be read"),
         ("a.jsonl", '{"step": 1}\n{broken\n{"step": 2}\n', ":2:"),
         ("a.txt", "hello", "give a run directory"),
+        ("a.csv", "Step,a - train/loss,b - train/loss\n1,2,3\n", "2 training losses"),
     ],
 )
 def test_bad_files_are_one_line_and_exit_code_2(tmp_path, capsys, name, content, said):
@@ -293,6 +327,74 @@ def test_epoch_column_tells_the_steps_per_epoch(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("step,loss,epoch\n" + "".join(f"{i},1.0,{i / 40}\n" for i in range(1, 99)))
     assert loss_curves.read_curve(path).steps_per_epoch == pytest.approx(40)
+
+
+FOREIGN = {
+    "trainer_log.jsonl": lambda i, x: json.dumps(  # LLaMA-Factory
+        {"current_steps": 5 * i, "total_steps": 500, "loss": x, "lr": 1e-4, "epoch": i / 20}
+    ),
+    "wandb.csv": lambda i, x: (
+        (
+            ""
+            if i > 1
+            else '"Step","run-7 - train/loss","run-7 - train/loss__MIN","run-7 - train/loss__MAX"\n'
+        )
+        + f'"{5 * i}","{x}","{x}","{x}"'
+    ),
+    "history.jsonl": lambda i, x: json.dumps(  # wandb: its own count of calls is no step
+        {"_step": 2 * i, "_timestamp": 1.0, "train/global_step": 5 * i, "train/loss": x}
+    ),
+    "swanlab.csv": lambda i, x: (
+        ("" if i > 1 else "step,my-run-loss,my-run-loss_timestamp\n") + f"{5 * i},{x},17{i}"
+    ),
+    "pasted.txt": lambda i, x: (
+        f"\r  1%|▏  | {5 * i}/500 [00:10<01:00]\n"
+        f"{{'loss': {x}, 'grad_norm': 'nan', 'learning_rate': '1e-05', 'epoch': {i / 20}}}"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_logs_of_other_tools_give_the_same_curve(tmp_path, name):
+    losses = noisy(1 + 2 * np.exp(-np.arange(1, 61) / 15))
+    path = tmp_path / name
+    path.write_text("\n".join(FOREIGN[name](i, float(x)) for i, x in enumerate(losses, 1)) + "\n")
+    curve = loss_curves.read_curve(path)
+    assert [p["step"] for p in curve.points] == list(range(5, 301, 5))
+    assert [p["Training/Loss"] for p in curve.points] == pytest.approx(list(losses))
+    planned = "500" in FOREIGN[name](1, 1.0)
+    assert curve.total_steps == (500 if planned else 300)
+    assert convergence.describe(curve)["forecast"] is not None
+
+
+def test_a_pasted_log_without_progress_counts_its_lines(tmp_path):
+    path = tmp_path / "log.txt"
+    lines = [f"{{'loss': {3 - i / 50}, 'epoch': {i / 10}}}" for i in range(40)]
+    path.write_text(
+        "some words\n" + "\n".join(lines) + "\n{'train_runtime': 9.0, 'train_loss': 2.0}\n"
+    )
+    points = loss_curves.read_curve(path).points
+    assert [p["step"] for p in points] == list(range(1, 41)) and points[-1][
+        "Training/Loss"
+    ] == pytest.approx(2.22)
+
+
+def test_a_folder_of_tensorboards_is_read_by_its_tags(tmp_path):
+    from tests.helpers.foreign_events import write_scalars
+
+    for folder, tag in (("hf", "train/loss"), ("lightning", "train_loss")):
+        rows = {
+            step: {tag: 3 - step / 50, "train/lr": 1e-4, "eval/loss": 9.0} for step in range(1, 60)
+        }
+        write_scalars(tmp_path / folder / "runs", rows)
+        curve = loss_curves.read_curve(tmp_path / folder)
+        assert [p["Training/Loss"] for p in curve.points] == pytest.approx(
+            [3 - s / 50 for s in range(1, 60)]
+        )
+        assert curve.points[0]["Training/Learning_Rate"] == pytest.approx(1e-4)
+        assert curve.points[0]["Eval/Loss"] == 9.0
+    with pytest.raises(UserError, match="name one"):
+        loss_curves.read_curve(tmp_path)
 
 
 def test_null_loss_of_our_log_counts_as_not_finite(tmp_path):
@@ -330,3 +432,22 @@ def test_healthy_runs_are_silent_and_converge(shared_data, number):
     half, end = (recorded(shared_data, number, upto) for upto in (0.5, 1.0))
     assert half["alerts"] == end["alerts"] == []
     assert end["score"] > 0.85 and end["score"] > half["score"] - 0.05
+
+
+def test_a_forecast_is_fitted_where_there_is_more_to_fit(monkeypatch):
+    """Of 20,000 logged losses less than every 30th; the first 128, the last one, and as after a resume."""
+    monkeypatch.setattr(convergence, "fit_curve", lambda *_, **__: fits.append(1))
+    monkeypatch.setattr(convergence, "loss_trend", lambda bins: 0.0)
+    monkeypatch.setattr(convergence.ConvergenceMonitor, "_steady", lambda self, fit: fit)
+    fits: list[int] = []
+    total = 20_000
+    monitor, due = convergence.ConvergenceMonitor(total), []
+    for step in range(1, total + 1):
+        monitor.observe(step, 1 + 1 / step)
+        shown = bool(monitor.scalars(only_due=True))
+        if step == 5_000:
+            monitor = convergence.ConvergenceMonitor(total, state=monitor.state_dict())
+        assert shown == monitor.is_due() or step <= 5
+        due += [step] if shown else []
+    assert due[:118] == list(range(due[0], due[0] + 118)) and due[0] <= 10 and due[-1] == total
+    assert len(fits) <= len(due) < total / 30

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from finetuning.monitoring.alerts import ADVICE, AlertMonitor
-from finetuning.monitoring.detectors import AlertLimits, phase_shares
+from finetuning.monitoring.detectors import (
+    DETECTORS,
+    AlertLimits,
+    DetectorMemory,
+    is_watched,
+    phase_shares,
+)
 from tests.helpers.metric_traces import FAULT, FAULTS, busy_elsewhere, clean_trace, play
 
 
@@ -164,3 +170,24 @@ def test_thresholds_are_plain_values():
     assert alert.threshold == 70.0
     with pytest.raises(TypeError):
         AlertMonitor(limits=AlertLimits(overheat=70.0))
+
+
+def test_all_that_a_detector_asks_for_is_watched():
+    """The others of a step's numbers are not handed to the detectors."""
+    asked = set()
+
+    class Noting(dict):
+        def get(self, name, default=None):
+            asked.add(name)
+            return super().get(name, default)
+
+    memory = DetectorMemory(AlertLimits(), {})
+    for _, row in clean_trace(1, 120):
+        for detector in DETECTORS.values():
+            detector(memory, Noting(row))
+    assert len(asked) > 12 and not [name for name in asked if not is_watched(name)]
+    assert all(map(is_watched, ("GPU_7/Temperature_C", "GPU_0/Utilization_Percent")))
+    assert phase_shares({n: 1.0 for n in row if is_watched(n)}).keys() == {
+        "data", "forward_backward", "optimizer", "logging",
+    }  # fmt: skip
+    assert not is_watched("LoRA/q_proj/Update_Ratio") and not is_watched("GPU_0/Power_W")

@@ -9,8 +9,8 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
+from finetuning.common.bounds import RECORD
 from finetuning.common.errors import UserError
-from finetuning.readers import files
 from finetuning.readers.dataset import read_samples
 from finetuning.readers.sample import BrokenSample
 from tests.helpers.read_text import GOOD, JSONL, PLAIN, RECORDS, only, read, remarks, texts
@@ -51,7 +51,7 @@ def test_long_elements_cross_the_window(tmp_path):
 
 
 def test_overlong_line_is_skipped(tmp_path):
-    long = '{"question": "' + "x" * (files.MAX_RECORD * 2) + '", "answer": "答"}'
+    long = '{"question": "' + "x" * (RECORD.limit * 2) + '", "answer": "答"}'
     found = read(tmp_path, "a.jsonl", f"{GOOD}\n{long}\n{GOOD}\n")
     assert [sample.line for sample in found.samples] == [1, 3]
     assert found.broken == (BrokenSample(str(tmp_path / "a.jsonl"), 2, "line longer than 16 MiB"),)

@@ -5,8 +5,8 @@ import zipfile
 import openpyxl
 import pytest
 
+from finetuning.common.bounds import DOCUMENT
 from finetuning.common.errors import UserError
-from finetuning.readers import office
 from finetuning.readers.dataset import read_samples
 from tests.helpers.reading_cases import write_file
 
@@ -19,10 +19,10 @@ def test_what_a_file_unpacks_to_is_bounded(tmp_path):
         with zipfile.ZipFile(tmp_path / name, "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr("[Content_Types].xml", "<Types/>")
             with archive.open("xl/worksheets/sheet1.xml", "w", force_zip64=True) as part:
-                for _ in range(office.MAX_UNPACKED // 2**20 + 1):
+                for _ in range(DOCUMENT.limit // 2**20 + 1):
                     part.write(bytes(2**20))
         assert (tmp_path / name).stat().st_size < 2**20
-        with pytest.raises(UserError, match=r"unpacks to 257 MiB, more than 256"):
+        with pytest.raises(UserError, match=r"unpacks to 257 MiB, more than 256 MiB"):
             read_samples([str(tmp_path / name)])
 
 

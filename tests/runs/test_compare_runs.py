@@ -6,13 +6,16 @@ uv run pytest tests/runs/test_compare_runs.py
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 import tyro
+from rich.cells import cell_len
 
 import compare_runs
 from finetuning.common.errors import exit_code
+from finetuning.common.formatting import four_digits
 from finetuning.config import DataSettings, DirectTrainingConfig
 from finetuning.runs import comparison
 from finetuning.runs.comparison import (
@@ -183,3 +186,40 @@ def test_a_page_that_cannot_be_written(output, tmp_path, monkeypatch, capfd):
     )
     assert exit_code(lambda: tyro.cli(compare_runs.main)) == 2
     assert "can't be written" in capfd.readouterr().err
+
+
+def test_many_runs_are_legible_at_80_columns(tmp_path, capfd, monkeypatch):
+    """A row a run: no line is wider, no number and no name is split over two lines."""
+    monkeypatch.setenv("COLUMNS", "80")
+    for i in range(20):
+        losses = [3.0, 2.0 + i / 7, 1.0 + i / 7]
+        make_run(tmp_path, f"20250101_0000{i:02d}", losses, learning_rate=1e-4 * (i + 1), lora_r=i)
+    compare_runs.main((str(tmp_path),))
+    lines = capfd.readouterr().out.splitlines()
+    assert max(map(cell_len, lines)) <= 80
+    rows = [line for line in lines if line.startswith("│")]
+    assert len(rows) % 20 == 0 and all(re.match(r"│ 20250101_0000\d\d │", row) for row in rows)
+    said = "\n".join(lines)
+    for i, run in enumerate(recorded(tmp_path)):
+        assert said.count(f"│ {run.name.removeprefix(RUN_PREFIX)} │") == len(rows) // 20
+        assert f" {four_digits(run.last('Eval/Loss'))} " in said and f" {i} " in said
+    assert "held-out" in said and "learning_rate" in said and "█" in said
+
+
+def test_a_page_of_many_runs_draws_the_newest(tmp_path):
+    for i in range(comparison.MOST_CURVES + 3):
+        make_run(tmp_path, f"20250101_0000{i:02d}", [3.0, 1.0])
+    text = page(comparison.read_all(find_runs([tmp_path]), curves=True))
+    assert text.count("<path") == 2 * comparison.MOST_CURVES and "of the newest 24" in text
+    assert text.count("20250101_000000") == 2, "in both tables"
+
+
+def test_only_what_is_shown_is_read(output):
+    logs = sorted(output.glob("training_logs/*"))
+    line = {"step": 9, "time": 1.0, "metrics": {"Training/Gradient_Norm": 1.0, "My/Own": 2.0}}
+    for folder in logs:
+        with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+    plain, drawn = (comparison.read_all(find_runs([output]), curves=c) for c in (False, True))
+    assert set(plain[0].series) == {"Training/Loss", "Eval/Loss", "My/Own"}
+    assert set(drawn[0].series) == {*plain[0].series, "Training/Gradient_Norm"}

@@ -72,12 +72,14 @@ def test_a_run_that_goes_back_takes_back_its_alerts_and_evidence(tmp_path: Path)
     record = open_record(run, resume_step=None)
     for step in range(6):
         log(record, step, bad=5)
-    spent = record.overhead_percent(1.0)
+    spent = record.overhead_percent(1.0, 0.0)
     record.evidence["samples"] = ["of a step that is done again"]
     record.rewind(3, {})
     assert alerts(run) == []
     tag = "Monitoring/Logging_Overhead_Percent"
-    assert record.overhead_percent(1.0)[tag] >= spent[tag] > 0
+    assert record.overhead_percent(1.0, 0.0)[tag] >= spent[tag] > 0
+    more = record.overhead_percent(1.0, 0.5)[tag] - record.overhead_percent(1.0, 0.0)[tag]
+    assert more == pytest.approx(50)
     log(record, 4, bad=4)
     record.close(None)
     (alert,) = read_alerts(run)

@@ -3,17 +3,22 @@
 uv run pytest tests/runs/test_report.py
 """
 
+import dataclasses
 import json
 import math
 import re
 import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import tyro
 
+from finetuning.common.bounds import REPORT_CPU, REPORT_MEMORY, REPORT_WALL
 from finetuning.common.errors import UserError, exit_code
+from finetuning.common.terminal import Terminal
 from finetuning.evaluation.generation import Completion, EvalPrompt, samples_text
 from finetuning.readers.sample import Sample
 from finetuning.runs import comparison, report
@@ -47,6 +52,61 @@ def test_a_run_leaves_its_page(finished: Path):
     assert "learning_rate" in text and "0.0003" in text, "the configuration"
     assert text.count("<svg") >= 8 and "Lengths" in text
     assert len(text) < 2_000_000
+
+
+HARMED = {
+    "memory": ("MEMORY", "x = bytearray(2**33)", "too much memory|MemoryError"),
+    "killed": ("MEMORY", "import os; os.kill(os.getpid(), 9)", "too much memory or time"),
+    "broken": ("MEMORY", "raise RuntimeError('odd')", "RuntimeError: odd"),
+    "time": ("WALL", "import time; time.sleep(60)", "too much memory or time"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("harm", HARMED)
+def test_a_report_that_fails_harms_no_run(harm, run, capfd, monkeypatch, tmp_path):
+    """It runs in a process of its own: whatever becomes of that, this one says a line and goes on."""
+    which, code, expected = HARMED[harm]
+    (tmp_path / "harmed_report.py").write_text(code, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(report, "REPORT", "harmed_report")
+    if which == "WALL":
+        limits = report.Limits(REPORT_MEMORY, REPORT_CPU, dataclasses.replace(REPORT_WALL, limit=1))
+        monkeypatch.setattr(report, "LIMITS", limits)
+    report.leave_report(run, Terminal(), lambda: False)
+    said = capfd.readouterr().err
+    assert re.search(f"warning: no report.html: .*({expected}).*uv run python -m", said), said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_signal_leaves_the_report(run, capfd, monkeypatch, tmp_path):
+    (tmp_path / "slow_report.py").write_text("import time; time.sleep(60)", encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(report, "REPORT", "slow_report")
+    began = time.monotonic()
+    report.leave_report(run, Terminal(), lambda: time.monotonic() > began + 0.5)
+    assert time.monotonic() - began < 2 and "a signal came" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_long_run_is_reported_in_little_memory(run, tmp_path):
+    """20,000 logged steps of 60 tags: 100 MB above what the imports take (it was a gigabyte)."""
+    tags = {f"LoRA/part_{i}/Update_Ratio": i + 0.25 for i in range(60)}
+    with (run.logs / "metrics.jsonl").open("w", encoding="utf-8") as file:
+        for step in range(1, 20_001):
+            record = {"step": step, "time": 1.0 * step, "metrics": {"Training/Loss": 1.0, **tags}}
+            file.write(json.dumps(record) + "\n")
+    code = (
+        "import sys, resource; from finetuning.runs import report, recorded;"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024; before = peak();"
+        "report.write_report(recorded.find_runs([sys.argv[1]])[0]); print(peak() - before);"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    command = [sys.executable, "-c", code, str(run.logs)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 100
 
 
 def test_every_pattern_of_the_charts_fits_a_known_tag():

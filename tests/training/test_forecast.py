@@ -147,7 +147,7 @@ def steps_between(samples: int, held_out: int, answer_tokens: int = 0, **changes
     steps = steps_between_evaluations(plan, 500 * held_out, answer_tokens, **options)
     number = training_forecast.number_of_evaluations(plan.num_steps, steps, held_out)
     cost = 500 * held_out / (2 if options["lora"] else 3)
-    cost += answer_tokens * (40 if options["device_type"] == "cpu" else 500)
+    cost += answer_tokens * (40 if options["device_type"] == "cpu" else 250)
     return steps, number, number * cost / (3 * 500 * samples)
 
 
@@ -189,7 +189,7 @@ def test_every_rank_writes_all_answers():
                 world_size=ranks,
             ),
             0,
-            100,
+            200,
             device_type="cuda",
             lora=True,
         )

@@ -109,6 +109,8 @@ def test_what_cannot_be_counted_is_one_clear_error(tiny_model: Path, tmp_path: P
         (CUDA, 146),
         (Placement("cuda", 2, compiled=True), 78),
         (Placement("cuda", 2, fused_lora=False), 146 + 104 - 29),
+        (Placement("cuda", 2, fused_lora=False, quantized=True), 146 + 104 - 29),
+        (Placement("cuda", 2, fused_lora=False, quantized=True, compiled=True), 78),
     ],
 )
 def test_activations_of_a_token_and_layer(qwen3_4b, placement, kib):

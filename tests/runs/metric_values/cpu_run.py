@@ -19,6 +19,8 @@ from finetuning.config import DirectTrainingConfig
 from finetuning.evaluation.evaluator import Evaluator
 from finetuning.model.decoding import Decoder
 from finetuning.model.packed_model import PackedLossModel
+from finetuning.monitoring.alerts import AlertMonitor
+from finetuning.monitoring.convergence import ConvergenceMonitor
 from finetuning.runs import metrics as run_metrics
 from finetuning.runs import session as run_session
 from finetuning.training import optimizer, step_clock
@@ -110,6 +112,8 @@ SPENT = {  # seconds by hand; the first two for each document
     "model": 4.0,
     "checkpoint": 2.0,
     "logging": 1 / 8,
+    "forecast": 1 / 16,
+    "alerts": 1 / 32,
 }
 
 
@@ -140,6 +144,8 @@ def hand_clock() -> Iterator[HandTime]:
         slow(Evaluator, "measure", lambda *_: SPENT["evaluation"])
         slow(TrainingEngine, "save", lambda *_: SPENT["model"])
         slow(CheckpointManager, "save", lambda *_: SPENT["checkpoint"])
+        slow(ConvergenceMonitor, "observe", lambda *_: SPENT["forecast"])
+        slow(AlertMonitor, "observe", lambda *_: SPENT["alerts"])
         slow(tb_logger.TensorBoardLogger, "_numbers", lambda *_: SPENT["logging"])
         yield clock
 

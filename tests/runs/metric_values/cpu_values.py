@@ -288,8 +288,9 @@ class Diary:
                 self.spend("saving", SPENT["model"])
 
     def log(self) -> None:
-        self.overhead += SPENT["logging"]
-        self.spend("logging", SPENT["logging"])
+        seconds = SPENT["alerts"] + SPENT["logging"]
+        self.overhead += seconds
+        self.spend("logging", seconds)
 
     def step(self, cpu: CpuRun, step: int, held_out: dict[int, float]) -> None:
         for documents in cpu.micro_batches[step - 1]:
@@ -318,6 +319,8 @@ class Diary:
 
     def read(self, step: int) -> None:
         """The point of a logged step: then a new interval begins."""
+        self.overhead += SPENT["forecast"]
+        self.spend("logging", SPENT["forecast"])
         training = sum(s for p, s in self.parts.items() if p not in ("evaluation", "saving"))
         counts, phases = self.counts, ("data", "forward_backward", "optimizer", "logging")
         found = {

@@ -1,0 +1,121 @@
+"""How large things may get: one row for every limit, which the code that keeps it takes from here.
+
+Input of strangers is bounded in bytes, characters, levels and seconds before it is held or worked on.
+`SECURITY.md` shows this table (`scripts/update_bounds.py`); the tests name a row that no code cites, or whose
+test is not there.
+"""
+
+from dataclasses import dataclass
+
+_MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """One limit, and what it holds."""
+
+    limit: int
+    unit: str
+    what: str
+    beyond: str
+    """What becomes of input that is larger."""
+    held_by: str
+    """The test, `file::name` below `tests/`."""
+
+    def __str__(self) -> str:
+        """The limit with its unit; bytes in MiB where that is a whole number."""
+        whole = self.unit == "bytes" and self.limit % _MIB == 0
+        return f"{self.limit // _MIB:,} MiB" if whole else f"{self.limit:,} {self.unit}"
+
+
+# ---- waiting ------------------------------------------------------------------------------------
+
+SILENCE = Bound(
+    10, "seconds", "the time without a line where there is no terminal (but with --quiet)",
+    "a line says what is being done", "common/test_heartbeat.py::test_silence_is_broken",
+)  # fmt: skip
+
+# ---- what is shown of a run ---------------------------------------------------------------------
+
+CURVE_COLUMNS = Bound(
+    500, "columns", "the course of one tag of a run that is read back: lowest and highest of each are kept",
+    "neighbours become one", "runs/test_series.py::test_memory_stays_and_no_spike_is_lost",
+)  # fmt: skip
+CURVES = Bound(
+    1000, "tags", "tags of a run that are read back",
+    "left out, and told", "runs/test_series.py::test_more_tags_than_are_read_are_told",
+)  # fmt: skip
+SHOWN_ALERTS = Bound(
+    500, "alerts", "alerts that a report lists", "the newest are listed, all are counted",
+    "runs/test_series.py::test_of_many_alerts_the_newest_are_shown",
+)  # fmt: skip
+REPORT_MEMORY = Bound(
+    2048 * _MIB, "bytes", "memory of the process that writes a report at the end of a run",
+    "no report, which is told; the run is as it was",
+    "runs/test_report.py::test_a_report_that_fails_harms_no_run",
+)  # fmt: skip
+REPORT_CPU = Bound(
+    300, "seconds", "processor time of that process", "the same",
+    "runs/test_report.py::test_a_report_that_fails_harms_no_run",
+)  # fmt: skip
+REPORT_WALL = Bound(
+    600, "seconds", "the wait for it", "the same",
+    "runs/test_report.py::test_a_report_that_fails_harms_no_run",
+)  # fmt: skip
+
+# ---- readers ------------------------------------------------------------------------------------
+
+RECORD = Bound(
+    16 * _MIB, "bytes", "a line of JSON or CSV, a value in a JSON array, a description of a folder",
+    "broken, with its line", "readers/test_formats.py::test_overlong_line_is_skipped",
+)  # fmt: skip
+UNPACKED = Bound(
+    128 * _MIB, "bytes", "what a compressed file gives, however small it is (.gz, .zst, Parquet, Arrow)",
+    "the file is refused", "readers/test_bounds.py::test_a_bomb_is_refused",
+)  # fmt: skip
+EXPANSION = Bound(
+    100, "times", "what a larger compressed file gives, by its own size (text gives 3 to 20 times)",
+    "the file is refused", "readers/test_bounds.py::test_a_bomb_is_refused",
+)  # fmt: skip
+TEXT = Bound(
+    64 * 2**20, "characters", "a text that is read whole: Markdown, .txt, Word",
+    "the file is refused", "readers/test_bounds.py::test_texts_are_bounded",
+)  # fmt: skip
+LINES = Bound(
+    1_000_000, "lines", "the same",
+    "the file is refused", "readers/test_bounds.py::test_texts_are_bounded",
+)  # fmt: skip
+DOCUMENT = Bound(
+    256 * _MIB, "bytes", "what an Excel or Word file unpacks to",
+    "the file is refused", "readers/test_office.py::test_what_a_file_unpacks_to_is_bounded",
+)  # fmt: skip
+COLUMNS = Bound(
+    4096, "columns", "a record or the header of a table",
+    "the record is broken, the table refused", "readers/test_bounds.py::test_columns_are_bounded",
+)  # fmt: skip
+NAME = Bound(
+    100, "characters", "the part of a column's name that is understood",
+    "the rest of the name says nothing", "readers/test_bounds.py::test_names_are_bounded",
+)  # fmt: skip
+NAMES = Bound(
+    2**16, "characters", "names of one record whose meaning is kept for the next record like it",
+    "it is found out anew", "readers/test_bounds.py::test_names_are_bounded",
+)  # fmt: skip
+OPEN_FILES = Bound(
+    64, "files", "files of samples that are open at once, however many files or bytes were read",
+    "each of them holds more", "readers/test_bounds.py::test_many_files_need_few_open_ones",
+)  # fmt: skip
+DEPTH = Bound(
+    64, "levels", "lists and objects inside each other in tools and their calls",
+    "the record is broken", "readers/test_records.py::test_broken_lines_are_listed",
+)  # fmt: skip
+
+
+BOUNDS = {name: value for name, value in globals().items() if isinstance(value, Bound)}
+"""All of them by name."""
+
+
+def table() -> str:
+    """The rows as a Markdown table."""
+    rows = [f"| {b.what} | {b} | {b.beyond} | `tests/{b.held_by}` |" for b in BOUNDS.values()]
+    return "\n".join(["| what | at most | beyond it | held by |", "|---|---|---|---|", *rows])
