@@ -66,6 +66,8 @@ Boundary/EOS_Loss | nats/token | always | evaluation.loss_metrics
     Loss on the <|im_end|> token, which ends the answer.
 Eval/Loss | nats/token | evaluation | evaluation.evaluator
     Loss on the held-out samples.
+Eval/Loss_Error | nats/token | evaluation | evaluation.loss_metrics
+    Standard error of Eval/Loss over the held-out samples: twice as much either way is an interval of 95%.
 Eval/Perplexity | | evaluation | evaluation.evaluator
     exp(Eval/Loss).
 Eval/Token_Accuracy | fraction | evaluation | evaluation.evaluator
