@@ -201,7 +201,8 @@ class DirectTrainer:
         """
         state, clock = self.state, self.metrics.clock
         planned, num_steps = self.plan.steps[step], self.plan.steps.num_steps
-        learning_rate = learning_rate_at(step, num_steps, self.config)
+        trains_all = not self.config.lora_r
+        learning_rate = learning_rate_at(step, num_steps, self.config, trains_all=trains_all)
         tokens = self.plan.data.train.tokens
         sums, self.interrupted = self.engine.forward_backward(
             planned, tokens, clock, state, lambda: bool(self.stop.name)

@@ -209,11 +209,12 @@ def _last_line(member: Member) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """A combination: the numbers of its seeds, one list a column."""
+    """A combination: the numbers of its seeds, one list a column; errors: of the held-out losses."""
 
     settings: Mapping[str, str]
     numbers: Mapping[str, Sequence[float]]
     seconds: Sequence[float]
+    errors: Sequence[float] = ()
 
     def mean(self, column: str = "held-out loss") -> float:
         found = self.numbers[column]
@@ -249,7 +250,10 @@ def rows_of(members: Sequence[Member]) -> list[Row]:
             else tuple(values)
             for column, values in row.numbers.items()
         }
-        found[key] = replace(row, numbers=numbers, seconds=(*row.seconds, run.seconds))
+        error = run.last("Eval/Loss_Error")
+        errors = row.errors if error is None else (*row.errors, error)
+        seconds = (*row.seconds, run.seconds)
+        found[key] = replace(row, numbers=numbers, seconds=seconds, errors=errors)
     return sorted(found.values(), key=lambda row: (math.isnan(row.mean()), row.mean()))
 
 
@@ -262,7 +266,8 @@ def verdict(rows: Sequence[Row]) -> str:
     named = " ".join(f"--{name} {value}" for name, value in best.settings.items()) or "the defaults"
     text = f"lowest held-out loss: {named}, {best.text('held-out loss')}"
     if math.isnan(best.half_interval()):
-        return f"{text}. One seed tells no interval; --seeds 1 2 3 does"
+        error = f" ± {shown(2 * best.errors[0])} over the held-out samples" if best.errors else ""
+        return f"{text}{error}. Only --seeds 1 2 3 tell whether another order would choose it, too"
     near = [row for row in known[1:] if row.mean() - _reach(row) <= best.mean() + _reach(best)]
     return f"{text}; {len(near)} others are not told apart from it by these seeds"
 

@@ -32,6 +32,7 @@ ALERT_NAMES = (
     "Data_Starvation",
     "Thinking_Collapse",
     "Overfitting",
+    "Forgetting",
     "Slow_Rank",
 )
 
@@ -77,6 +78,9 @@ _FROM_ONE = _Rule(lambda value: value >= 1, "at least 1")
 _BELOW_ONE = _Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")
 _SHARE = _Rule(lambda value: 0 <= value <= 1, "between 0 and 1")
 _NOT_EMPTY = _Rule(bool, "not empty")
+_RATE = _Rule(
+    lambda value: value == "auto" or (_finite(value) and value > 0), "auto, or above 0 and finite"
+)
 _STEPS = _Rule(
     lambda value: value == "auto" or (isinstance(value, int) and value >= 0), "auto, or 0 or more"
 )
@@ -239,8 +243,9 @@ class BatchSettings(_Settings):
 class OptimizerSettings(_Settings):
     """AdamW, its learning rate, and what follows a non-finite gradient."""
 
-    learning_rate: float = 3e-4
-    """Peak learning rate."""
+    learning_rate: float | Literal["auto"] = "auto"
+    """Peak learning rate. auto: 3e-4, in runs of fewer than 150 updates 0.045 / updates but at most 1e-3; a
+    tenth of that where all weights are trained (docs/recipes.md)."""
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Course of the learning rate after the warmup; the first two end at min_lr_ratio of the peak."""
     warmup_ratio: float = 0.05
@@ -268,7 +273,8 @@ class OptimizerSettings(_Settings):
     """Seed of packing, order and adapter initialisation."""
 
     def _faults(self) -> Iterator[str]:
-        yield from self._breaches(_ABOVE_ZERO, "learning_rate", "adam_epsilon")
+        yield from self._breaches(_ABOVE_ZERO, "adam_epsilon")
+        yield from self._breaches(_RATE, "learning_rate")
         yield from self._breaches(_BELOW_ONE, "warmup_ratio", "adam_beta1", "adam_beta2")
         yield from self._breaches(_SHARE, "min_lr_ratio")
         not_negative = ("weight_decay", "max_grad_norm", "kl_anchor", "max_nonfinite_steps", "seed")

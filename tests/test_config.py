@@ -253,7 +253,7 @@ def test_a_mark_at_the_beginning_is_no_fault(tmp_path: Path):
             'alert_actions = {Loss_Spik = "stop"}',
             "no alert 'Loss_Spik' (did you mean 'Loss_Spike'?)",
         ),
-        ("learning_rate = inf", "learning_rate is inf, must be finite and above 0"),
+        ("learning_rate = inf", "learning_rate is inf, must be auto, or above 0 and finite"),
     ],
 )
 def test_a_fault_says_what_would_be_right(tmp_path: Path, text, said):
@@ -315,7 +315,7 @@ def test_every_number_has_bounds_that_hold(subtests):
         field.name
         for field in dataclasses.fields(DirectTrainingConfig)
         if field.type in (int, float)
-        or (get_origin(field.type) is Union and int in get_args(field.type))
+        or (get_origin(field.type) is Union and {int, float} & set(get_args(field.type)))
     }
     assert numbers == set(BOUNDS), "a new number needs its row"
     for name, (smallest, largest, below, above) in BOUNDS.items():

@@ -117,9 +117,8 @@ THINGS = "apples pencils stamps marbles tickets candles shells cards buttons coo
 def word_problems(count: int, seed: int = 7) -> list[Record]:
     """Questions with two or three steps of arithmetic, each in the thinking; the answer is the number."""
     draw, records = random.Random(seed), []
-    kinds = (_shopping, _sharing, _journey, _saving, _garden)
     while len(records) < count:
-        question, steps, number = kinds[len(records) % len(kinds)](draw)
+        question, steps, number = KINDS[len(records) % len(KINDS)](draw)
         thinking = "\n".join(steps)
         records.append(
             {"question": question, "thinking": thinking, "answer": f"The answer is {number}."}
@@ -198,3 +197,6 @@ def _garden(draw: random.Random) -> tuple[str, list[str], int]:
         f"Left are {rows * plants} - {dead} = {rows * plants - dead}.",
     ]
     return question, steps, rows * plants - dead
+
+
+KINDS = (_shopping, _sharing, _journey, _saving, _garden)

@@ -192,7 +192,7 @@ def train(engine: TrainingEngine, plan: RunPlan, config: DirectTrainingConfig) -
     ends: dict[str, list] = {"First": [], "Last": []}
     for step in range(1, steps.num_steps + 1):
         sums, _ = engine.forward_backward(steps[step], tokens, clock, state, lambda: False)
-        rate = learning_rate_at(step, steps.num_steps, config)
+        rate = learning_rate_at(step, steps.num_steps, config, trains_all=not config.lora_r)
         engine.update(rate, max_grad_norm=config.max_grad_norm)
         state.step = step
         found = [s.per_document.sum((0, 1)) for _, s in sums]

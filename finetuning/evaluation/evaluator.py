@@ -3,6 +3,7 @@
 Nothing here touches the training state: modes are restored and no random number is drawn.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +27,7 @@ from finetuning.evaluation.generation import (
     samples_text,
 )
 from finetuning.evaluation.hardest_samples import hardest, hardest_text, loss_rows
-from finetuning.evaluation.loss_metrics import LossMetrics
+from finetuning.evaluation.loss_metrics import LossMetrics, standard_error
 from finetuning.model.decoding import Decoder
 from finetuning.model.packed_model import PackedLossModel
 
@@ -142,7 +143,9 @@ class Evaluator:
         if self._dist.is_main:
             rows = hardest(loss_rows(self._plan.documents, sums))
             logger.add_text("Eval/Hardest_Samples", hardest_text(self._part, rows), step)
-        return self._losses.eval_metrics(self._losses.vector(self._plan.documents, sums))
+        error = standard_error(sums)
+        known = {} if math.isnan(error) else {"Eval/Loss_Error": error}
+        return self._losses.eval_metrics(self._losses.vector(self._plan.documents, sums)) | known
 
     def _answers(
         self, progress: Callable, wants_stop: Callable[[], bool]

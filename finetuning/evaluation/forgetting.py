@@ -2,7 +2,7 @@
 
 The base is read once, before the first step: its states at the targets stay on the host, in the type of the
 arithmetic, so that an evaluation goes through the tuned model alone. Of a large held-out part the first
-`MOST_TOKENS` of the plan are compared.
+`MOST_TOKENS` (on a CPU `CPU_TOKENS`) of the plan are compared.
 """
 
 import math
@@ -22,6 +22,7 @@ from finetuning.model.packed_model import PackedLossModel
 from finetuning.model.parallel import full_tensor, reshard
 
 MOST_TOKENS = 16_384  # of a plan, all ranks; at 4B their states take 84 MB
+CPU_TOKENS = 4_096  # there they would take as long as the evaluation itself
 
 
 class BaseStates:
@@ -43,10 +44,11 @@ class BaseStates:
     ) -> None:
         self._rows: dict[tuple[int, int], torch.Tensor] = {}
         seen, was_training = 0, packed.training
+        most = CPU_TOKENS if dist.device.type == "cpu" else MOST_TOKENS
         packed.eval()
         for step in range(1, plan.num_steps + 1):
             planned = plan[step]
-            if seen and seen + planned.num_tokens > MOST_TOKENS:
+            if seen and seen + planned.num_tokens > most:
                 break
             seen += planned.num_tokens
             for index, documents in enumerate(planned.micro_batches):

@@ -124,6 +124,20 @@ class LossMetrics:
         return ratios
 
 
+def standard_error(per_document: np.ndarray) -> float:
+    """Of the mean loss per token, as other held-out documents would give another: (D, segments, 3) sums.
+
+    That of a ratio of sums over documents (Cochran 1977, §6.4); NaN of fewer than two with a target.
+    """
+    loss, count = per_document[:, :, [0, 2]].sum(axis=1).T
+    loss, count = loss[count > 0], count[count > 0]
+    number = len(count)
+    if number < 2:
+        return math.nan
+    spread = ((loss - loss.sum() / count.sum() * count) ** 2).sum()
+    return float(math.sqrt(spread * number / (number - 1)) / count.sum())
+
+
 def _divided(ratios: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """Sum over count. Without a count the tag is absent; a NaN sum is a NaN that is shown."""
     return {tag: float(total / count) for tag, (total, count) in ratios.items() if count}

@@ -66,6 +66,8 @@ Boundary/EOS_Loss | nats/token | always | evaluation.loss_metrics
     Loss on the <|im_end|> token, which ends the answer.
 Eval/Loss | nats/token | evaluation | evaluation.evaluator
     Loss on the held-out samples.
+Eval/Loss_Error | nats/token | evaluation | evaluation.loss_metrics
+    Standard error of Eval/Loss over the held-out samples: twice as much either way is an interval of 95%.
 Eval/Perplexity | | evaluation | evaluation.evaluator
     exp(Eval/Loss).
 Eval/Token_Accuracy | fraction | evaluation | evaluation.evaluator
@@ -97,7 +99,7 @@ Eval/By_Source/<name> | nats/token | evaluation | evaluation.evaluator
 Eval/By_Category/<name> | nats/token | evaluation | evaluation.evaluator
     Held-out loss on samples by the category of most of their terms; none: without a term.
 Forgetting/KL_Held_Out | nats/token | measured forgetting | evaluation.forgetting
-    KL(base‖tuned) on the first 16,384 held-out tokens: how far training has moved the model there.
+    KL(base‖tuned) on the first 16,384 held-out tokens (CPU: 4,096): how far the model has moved there.
 Forgetting/KL_General | nats/token | measured forgetting | evaluation.forgetting
     KL(base‖tuned) on general text: how far the model has moved where nothing was to be learnt.
 Forgetting/General_Loss | nats/token | measured forgetting | evaluation.forgetting
@@ -236,6 +238,8 @@ Alerts/Thinking_Collapse | 0 or 1 | always | monitoring.alerts
     The generated chains of thought are much shorter than at first and than the reference's, or not closed.
 Alerts/Overfitting | 0 or 1 | always | monitoring.alerts
     The held-out loss has risen above its best.
+Alerts/Forgetting | 0 or 1 | always | monitoring.alerts
+    The loss on general text has risen above that of the base.
 Alerts/Slow_Rank | 0 or 1 | always | monitoring.alerts
     One rank holds up all others.
 Config/Batch_Size | | always | runs.metrics

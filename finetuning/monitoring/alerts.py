@@ -75,6 +75,8 @@ ADVICE = {
     "checkpoint before, and check that the data holds full reasoning and </think>.",
     "Overfitting": "Stop here and keep the checkpoint with the lowest held-out loss. Fewer epochs, "
     "more data or dropout help.",
+    "Forgetting": "The model answers general questions worse than its base. A third of the learning rate, "
+    "fewer epochs, --kl-anchor 0.1 or general data among your own hold it.",
     "Slow_Rank": "One rank holds up all others. Compare temperature, clocks and other processes "
     "of its GPU, and its share of long samples.",
 }

@@ -61,6 +61,7 @@ class AlertLimits:
     collapse: float = 0.6  # share of the thinking length
     format_drop: float = 0.25  # fall of the format rate
     overfit: float = 0.02  # rise of the held-out loss above its best, as a share
+    forgotten: float = 0.02  # rise of the loss on general text above the base's, as a share
     straggler: float = 20.0  # %
 
 
@@ -454,6 +455,19 @@ def _overfitting(memory: DetectorMemory, metrics: Mapping):
     return Finding(held_out, limit, {"best held-out loss": marks["eval_best"]})
 
 
+def _forgetting(memory: DetectorMemory, metrics: Mapping):
+    """The loss on general text is above what it was before the first step."""
+    loss = _loss(metrics, "Forgetting/General_Loss")
+    if loss is None:
+        return KEEP
+    limit = memory.marks.setdefault("general_first", loss) * (1 + memory.limits.forgotten)
+    if loss <= limit:
+        return None
+    distance = _finite(metrics, "Forgetting/KL_General")
+    evidence = {"loss of the base": memory.marks["general_first"]}
+    return Finding(loss, limit, evidence | ({"KL to the base": distance} if distance else {}))
+
+
 def _slow_rank(memory: DetectorMemory, metrics: Mapping):
     """The slowest rank is far behind the others over the last five logged steps."""
     percent = _finite(metrics, "Throughput/Straggler_Percent")
@@ -478,5 +492,6 @@ DETECTORS = {  # in this order: _loss_spike needs the losses before, _divergence
     "OOM_Risk": _oom_risk,
     "Thinking_Collapse": _thinking_collapse,
     "Overfitting": _overfitting,
+    "Forgetting": _forgetting,
     "Slow_Rank": _slow_rank,
 }

@@ -29,6 +29,7 @@ from finetuning.data.training_data import (
     prepare_data,
     read_data,
 )
+from finetuning.evaluation.forgetting import CPU_TOKENS
 from finetuning.evaluation.generation import EvalPrompt, choose_probes, token_budget
 from finetuning.model.loading import load_tokenizer
 from finetuning.model.packed_model import compiler_is_there
@@ -56,6 +57,7 @@ from finetuning.training.forecast import (
     steps_between_evaluations,
 )
 from finetuning.training.memory_estimate import Placement, free_memory, model_shape
+from finetuning.training.optimizer import peak_rate
 
 MIN_CONSTANT_EFFICIENCY = 0.6  # of what compiled layers would go through, what is no padding
 
@@ -98,6 +100,7 @@ class RunPlan:
     groups: tuple[Groups, Groups]  # of the training and of the held-out documents
     probes: tuple[EvalPrompt, ...]
     answer_tokens: int  # longest answer to a probe
+    auto_rate: bool  # the learning rate was left to the program
     eval_steps: int  # steps between evaluations; 0: only before the first step and at the end
     identity: Mapping[str, Any]
     execution: Execution
@@ -147,6 +150,7 @@ def plan_run(
         groups=groups_of(data),
         probes=probes,
         answer_tokens=answer_tokens,
+        auto_rate=config.learning_rate == "auto",
         eval_steps=eval_steps,
         identity=run_identity,
         execution=execution,
@@ -224,6 +228,7 @@ def resolved_settings(
         "device": dist.device.type if config.device == "auto" else config.device,
         "precision": precision if config.precision == "auto" else config.precision,
         "num_epochs": epochs,
+        "learning_rate": peak_rate(config, steps.num_steps, trains_all=not config.lora_r),
         "parallel": execution.parallel,
         "compile": "on" if execution.batch_shape else "off",
         "gradient_checkpointing": "on" if execution.gradient_checkpointing else "off",
@@ -340,11 +345,14 @@ def plan_general(
     evaluation: StepPlan | None,
     dist: Distributed,
 ) -> tuple[DataPart, StepPlan] | None:
-    """The text by which forgetting is measured, and a pass over it; on a CPU no more than is held out."""
+    """The text by which forgetting is measured, and a pass over it; on a CPU no more than is held out, and
+    little."""
     if not config.forgetting:
         return None
     paths = config.general_path or (bundled_data("general"),)
-    most = evaluation.num_tokens if evaluation and dist.device.type == "cpu" else 0
+    most = 0
+    if dist.device.type == "cpu":
+        most = min(evaluation.num_tokens, CPU_TOKENS) if evaluation else CPU_TOKENS
     part = general_part(paths, tokenizer, config, most)
     return part and (part, one_pass(part, config, dist))
 

@@ -20,6 +20,8 @@ from finetuning.training.state import TrainState
 
 PACKAGES = ("torch", "transformers", "peft", "tensorboard", "datasets", "nvidia-ml-py", "numpy")
 
+FEW_UPDATES = 100  # below which a run is told that it is short
+
 # -----------------------------------------------------------------------------
 # Markdown for TensorBoard
 
@@ -64,12 +66,23 @@ def run_rows(plan: RunPlan, engine: TrainingEngine, dist: Distributed) -> list[t
         *([("remarks", f"{remarks}; --check-data lists them")] if remarks else []),
         ("tokens per epoch", f"{steps.num_tokens:,}"),
         ("steps", f"{steps.num_steps} ({steps.steps_per_epoch} per epoch)"),
+        ("learning rate", _rate_text(plan)),
         ("packing", f"{steps.num_rows} rows, {steps.efficiency:.1%} full{alone}"),
         ("gradient checkpointing", "on" if engine.gradient_checkpointing else "off"),
         ("compiled layers", "on" if engine.batch_shape else "off"),
         ("CUDA graph", f"no: {reason}" if reason else "from the second step on"),
         *plan.forecast.short_rows(),
     ]
+
+
+def _rate_text(plan: RunPlan) -> str:
+    """The peak and, where it was left to the program, why."""
+    rate, updates = f"{plan.settings['learning_rate']:.3g}", plan.steps.num_steps
+    if not plan.auto_rate:
+        return rate
+    share = "" if plan.settings["lora_r"] else ", a tenth as all weights are trained"
+    few = f"; {updates} updates are few, more --num-epochs teach more" * (updates < FEW_UPDATES)
+    return f"{rate} (auto, for {updates} updates{share}{few})"
 
 
 def model_size(plan: RunPlan, engine: TrainingEngine) -> dict[str, Any]:

@@ -115,7 +115,6 @@ class TrainingEngine:
         self.parameters = list(self._named.values())
         self.optimizer = build_optimizer(
             self.parameters,
-            learning_rate=optimizer.learning_rate,
             betas=(optimizer.adam_beta1, optimizer.adam_beta2),
             epsilon=optimizer.adam_epsilon,
             weight_decay=optimizer.weight_decay,

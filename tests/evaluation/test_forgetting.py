@@ -94,7 +94,7 @@ def test_all_weights_are_compared_with_those_they_had(tiny_model, part):
 
 
 def test_of_much_text_the_first_tokens_are_compared(tiny_model, part, monkeypatch):
-    monkeypatch.setattr("finetuning.evaluation.forgetting.MOST_TOKENS", 1500)
+    monkeypatch.setattr("finetuning.evaluation.forgetting.CPU_TOKENS", 1500)
     packed, plan = PackedLossModel(adapted(tiny_model), part.tokens.close_id), plan_of(part)
     base = BaseStates(packed, part.tokens, plan, ONE, keeps_head=False)
     sums = held_out_sums(packed, part.tokens, plan, ONE, base=base)

@@ -38,6 +38,7 @@ def clean_trace(seed, length=LENGTH):
             row[f"GPU_{gpu}/Utilization_Percent"] = 95 + 2 * rng.normal()
         if step % 50 == 0:
             row["Eval/Loss"] = 1.1 + 1.2 * math.exp(-step / 150) + 0.003 * rng.normal()
+            row["Forgetting/General_Loss"] = 1.8 - 0.1 * (1 - math.exp(-step / 150))
             row["Eval/Think_Length_Ratio"] = 1 + 0.08 * rng.normal()
             row["Eval/Format_Valid_Rate"] = 0.9 + 0.05 * rng.normal()
         trace.append((step, row))
@@ -90,5 +91,6 @@ FAULTS = {  # detector: (change of a row, logged steps until it must have spoken
     "OOM_Risk": (set_to("Memory/GPU_Utilization_Percent", 98.0), 1),
     "Thinking_Collapse": (scale("Eval/Think_Length_Ratio", 0.35), 50),
     "Overfitting": (held_out_rises, 200),
+    "Forgetting": (scale("Forgetting/General_Loss", 1.1), 50),
     "Slow_Rank": (set_to("Throughput/Straggler_Percent", 60.0), 5),
 }

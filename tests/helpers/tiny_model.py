@@ -13,6 +13,7 @@ from finetuning.model.demo_model import train_tokenizer
 FAST = (
     *("--max-steps", "6", "--logging-steps", "2", "--eval-steps", "3", "--save-steps", "2"),
     *("--max-seq-length", "768", "--num-probes", "0", "--quiet"),
+    *("--learning-rate", "0.0003"),
 )
 TEXTS = [
     "分组密码SM4的分组长度和密钥长度都是128比特，共32轮。",

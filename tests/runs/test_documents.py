@@ -214,6 +214,7 @@ LIMITS = {
     "Data_Starvation": ("starvation",),
     "Thinking_Collapse": ("collapse", "format_drop"),
     "Overfitting": ("overfit",),
+    "Forgetting": ("forgotten",),
     "Slow_Rank": ("straggler",),
 }
 
@@ -258,7 +259,7 @@ class Runner:
         words = shlex.split(command.partition(" > ")[0])
         if words[:2] == ["uv", "run"]:
             words = words[2:]
-            while words[0] in ("--group", "--extra"):
+            while words[0] in ("--group", "--extra", "--with"):
                 words = words[2:]
         name, *arguments = words
         if name.endswith(".py"):
@@ -280,6 +281,8 @@ class Runner:
         arguments = self.placed(arguments)
         if arguments[0] == TRAINER:
             arguments += [*self.tiny, "--output-dir", str(self.folder / "other_output")]
+        if arguments[0] == "sweep.py":
+            arguments = self.swept(arguments)
         if arguments[0] == "ask.py":
             arguments += ["--max-new-tokens", "4"]
         if arguments == ["scripts/pin_versions.py"]:
@@ -294,6 +297,14 @@ class Runner:
         run = next((self.folder / OUTPUT / "tensorboard_logs").iterdir()).name
         arguments = [a.replace(MODEL_IN_DOCUMENTS, str(self.model)) for a in arguments]
         return [re.sub(r"/RUN$", f"/{run}", a) for a in arguments]
+
+    def swept(self, arguments: list[str]) -> list[str]:
+        """A sweep of one run: of each list the first value, of the seeds one, on the tiny model."""
+        cut = arguments.index("--") if "--" in arguments else len(arguments)
+        parse_command_line(arguments[cut + 1 :])  # what stands there is right
+        chosen = [a.partition(",")[0] for a in arguments[:cut] if "=" in a]
+        place = ["--output-dir", str(self.folder / "sweep")]
+        return [arguments[0], *chosen, *place, "--", *self.tiny]
 
     def knows(self, file: str, arguments: list[str]) -> None:
         """A program that takes too long here: it must compile and define the flags it is given."""

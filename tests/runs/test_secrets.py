@@ -75,4 +75,4 @@ def test_a_text_is_recorded_only_where_the_setting_is_a_name_or_a_path():
         WithMore(webhook=f"https://x/{SECRETS[0]}", model_name="/models/a")
     )
     assert settings["webhook"] == REDACTED and settings["model_name"] == "/models/a"
-    assert settings["lr_schedule"] == "cosine" and settings["learning_rate"] == 3e-4
+    assert settings["lr_schedule"] == "cosine" and settings["learning_rate"] == "auto"

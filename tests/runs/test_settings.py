@@ -97,6 +97,7 @@ class World:
             model_name=str(model),
             data_path=(str(data),),
             max_seq_length=768,
+            learning_rate=3e-4,
             device="cpu",
             num_probes=0,
             workers=1,

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,9 @@ def test_the_winner_has_an_interval_that_seeds_give():
     clear = sweep.verdict([row("1", 1.0, 1.001), row("2", 1.5, 1.501)])
     assert "--learning-rate 1" in clear and "0 others" in clear
     assert "1 others" in sweep.verdict([row("1", 1.0, 1.2), row("2", 1.1, 1.3)])
-    assert "One seed tells no interval" in sweep.verdict([row("1", 1.0), row("2", 1.1)])
+    assert "Only --seeds 1 2 3 tell" in sweep.verdict([row("1", 1.0), row("2", 1.1)])
+    measured = replace(row("1", 1.0), errors=(0.05,))
+    assert "± 0.1 over the held-out samples" in sweep.verdict([measured, row("2", 1.1)])
     assert sweep.verdict([row("1")]) == "no run has a held-out loss yet"
 
 

@@ -12,10 +12,12 @@ import torch
 
 from finetuning.config import OptimizerSettings
 from finetuning.training.optimizer import (
+    build_optimizer,
     clip_gradients,
     is_compiler_error,
     is_out_of_memory,
     learning_rate_at,
+    peak_rate,
     update_weights,
 )
 
@@ -123,3 +125,32 @@ def test_what_the_compiler_raises_is_told_from_other_errors():
             function(torch.ones(2))
         assert is_compiler_error(caught.value) and not is_out_of_memory(caught.value)
     assert not is_compiler_error(RuntimeError("size mismatch"))
+
+
+@pytest.mark.parametrize(
+    ("updates", "rate"), [(1, 1e-3), (40, 1e-3), (90, 5e-4), (150, 3e-4), (20_000, 3e-4)]
+)
+def test_the_automatic_rate_is_higher_in_short_runs_and_a_tenth_for_all_weights(updates, rate):
+    """0.045 over the updates between its ends, by hand."""
+    settings = OptimizerSettings()
+    assert peak_rate(settings, updates, trains_all=False) == pytest.approx(rate)
+    assert peak_rate(settings, updates, trains_all=True) == pytest.approx(rate / 10)
+    own = OptimizerSettings(learning_rate=0.5)
+    assert peak_rate(own, updates, trains_all=True) == 0.5, "what is set is used"
+    course = [
+        learning_rate_at(step, updates, settings, trains_all=True)
+        for step in range(1, min(updates, 200) + 1)
+    ]
+    assert max(course) <= rate / 10 * (1 + 1e-9)
+
+
+def test_norms_and_biases_do_not_decay():
+    matrix, norm = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))
+    optimizer = build_optimizer(
+        [norm, matrix], learning_rate=0.1, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.5
+    )
+    for parameter in (matrix, norm):
+        parameter.grad = torch.zeros_like(parameter)
+    update_weights(optimizer, torch.zeros(()))
+    assert norm.tolist() == [1, 1], "no gradient and no decay"
+    assert matrix.flatten().tolist() == pytest.approx([1 - 0.1 * 0.5] * 4)

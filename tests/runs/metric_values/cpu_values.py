@@ -122,6 +122,14 @@ def distances_from_the_base(cpu: CpuRun) -> None:
         cpu.values.scalars(f"Forgetting/{tag}", values, rel=1e-4, abs=1e-6)
 
 
+def error_of(samples: list[Sums]) -> float:
+    """By the delta method: each sample's deviation from what its tokens would have at the mean loss."""
+    mean = sum(samples, Sums()).mean()
+    off = [sum(s.loss[part] for part in PARTS) - mean * s.targets for s in samples]
+    variance = sum(value**2 for value in off) / (len(off) - 1)
+    return math.sqrt(len(off) * variance) / sum(s.targets for s in samples)
+
+
 def held_out_losses(cpu: CpuRun) -> None:
     tags = {
         "Loss": (),
@@ -133,6 +141,8 @@ def held_out_losses(cpu: CpuRun) -> None:
     for tag, parts in tags.items():
         losses = cpu.evaluated(lambda sums, p=parts: sums.mean(*p))
         cpu.values.scalars(f"Eval/{tag}", losses, **CLOSE_TO)
+    errors = {step: error_of(found.samples) for step, found in cpu.reference.evaluations.items()}
+    cpu.values.scalars("Eval/Loss_Error", errors, rel=1e-3)
     perplexity = cpu.evaluated(lambda sums: math.exp(sums.mean()))
     cpu.values.scalars("Eval/Perplexity", perplexity, rel=1e-4)
     right = cpu.evaluated(lambda sums: sums.accuracy())

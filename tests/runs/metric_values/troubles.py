@@ -55,6 +55,10 @@ def plain_scenes() -> list[Scene]:
             {"Slow_Rank": [0, 0, 0, 0, 1, 1, 1, 0]},  # the median of five
         ),
         Scene(
+            of("Forgetting/General_Loss", 2.0, 1.8, 2.03, 2.05, 2.06, 2.0),
+            {"Forgetting": [0, 0, 0, 1, 1, 0]},  # 2% above the first
+        ),
+        Scene(
             of("GPU_1/Utilization_Percent", *[70] * 10, *[100] * 4),
             {"Low_GPU_Utilization": [0] * 9 + [1, 1, 1, 1, 0]},  # the mean of ten
         ),
@@ -114,6 +118,7 @@ TOLD = {
     "GPU_Overheat": (1, 86, 85),
     "OOM_Risk": (1, 96, 95),
     "Slow_Rank": (1, 30, 20),
+    "Forgetting": (1, 2.06, 2.04),
     "Low_GPU_Utilization": (1, 70, 80),
     "Data_Starvation": (1, 0.4, 0.3),
     "NonFinite": (1, 2, 0),
@@ -187,7 +192,7 @@ def the_table_of_alerts(troubles: Troubles) -> None:
             value = LIMIT_OF_LOSS_SPIKE + 0.01
         rows[name] = (name, rows[name], value, limit)
         expected[step] = list(rows.values())
-    assert len(expected) == 14
+    assert len(expected) == 15
 
     def table(text: str) -> list[tuple]:
         return [

@@ -1,0 +1,118 @@
+"""The benchmark of learning: its data are right, its tables say what stands in the results, a trial runs.
+
+uv run pytest -m "not long" tests/runs/test_learning.py
+"""
+
+import json
+import random
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.learning import tables
+from benchmarks.learning.data_sets import KINDS, write_all
+from benchmarks.learning.experiments import experiments
+from benchmarks.learning.trial import (
+    Place,
+    Trial,
+    make_thinking_base,
+    names,
+    run_trial,
+    with_replay,
+)
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "learning.jsonl"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("learning") / "data"
+    write_all(folder, share=0.1)
+    return folder
+
+
+def records(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_what_is_held_out_is_not_trained_and_halves_have_both_languages(data):
+    for name in ("crypto", "docs", "sums", "sums_answers"):
+        parts = [records(data / f"{name}.{part}.jsonl") for part in ("train", "held_out")]
+        questions = [{r["question"] for r in part} for part in parts]
+        assert all(questions) and not questions[0] & questions[1], name
+    halves = [records(data / f"general.{part}.jsonl") for part in ("gauge", "unseen")]
+    assert sum(map(len, halves)) == 68
+    for half in halves:
+        chinese = [any("一" <= c <= "鿿" for c in r["question"]) for r in half]
+        assert 0.4 < np.mean(chinese) < 0.6
+    assert not any(r["thinking"] for r in records(data / "sums_answers.train.jsonl"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_step_of_a_sum_is_right(kind):
+    draw = random.Random(5)
+    for _ in range(30):
+        _, steps, number = kind(draw)
+        for step in steps:
+            terms, result = re.search(r"(\d+(?: [x+/-] \d+)+) = (\d+)", step).groups()
+            assert eval(terms.replace("x", "*")) == int(result)
+        assert steps[-1].rstrip(".").rsplit(" = ", 1)[1].split()[0] == str(number)
+
+
+def test_no_trial_is_named_twice():
+    assert len(names(experiments())) > 80
+
+
+def test_replay_has_its_share_of_the_text(data):
+    own, docs = (str(data / f"{name}.train.jsonl") for name in ("crypto", "docs"))
+    (_, other), (one, weight) = with_replay(own, docs, 0.2)
+    sizes = [
+        sum(len(t.encode()) for r in records(Path(p)) for t in r.values()) for p in (own, other)
+    ]
+    assert one == 1 and weight * sizes[1] / (sizes[0] + weight * sizes[1]) == pytest.approx(0.2)
+
+
+def test_an_interval_of_a_rate_is_wilsons():
+    # Newcombe (1998), table I: 81 of 263 is 0.2553 to 0.3662.
+    assert tables.wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert tables.wilson(0, 20)[0] == 0 and tables.wilson(20, 20)[1] == pytest.approx(1)
+
+
+def test_a_gauge_that_tells_all_has_r2_of_one_and_one_that_tells_nothing_little():
+    def result(kl: float, change: float) -> dict:
+        after = {"Forgetting/KL_General": kl, "Docs_Loss": 1 + change}
+        return {"before": {"Docs_Loss": 1.0}, "after": after}
+
+    whole = [result(x, 0.3 * x * x - 0.1 * x) for x in np.linspace(0, 1, 12)]
+    assert tables.gauge_fit(whole, "Docs_Loss")["R2_quadratic"] == pytest.approx(1)
+    noise = np.random.default_rng(0).normal(size=200)
+    nothing = [result(x, y) for x, y in zip(np.linspace(0, 1, 200), noise, strict=True)]
+    assert tables.gauge_fit(nothing, "Docs_Loss")["R2_quadratic"] < 0.05
+
+
+def test_the_kept_results_say_what_the_documents_say(capsys, monkeypatch):
+    """docs/recipes.md cites these numbers."""
+    monkeypatch.setattr("sys.argv", ["tables", str(RESULTS)])
+    tables.main()
+    text = capsys.readouterr().out
+    recipes = (RESULTS.parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith(("| docs", "| crypto"))]
+    assert len(rows) >= 4 and all(row in recipes for row in rows)
+    fit = json.loads(text.splitlines()[-1])["gauge"]["Unseen_General_Loss"]
+    assert fit["runs"] >= 12 and fit["R2_quadratic"] > 0.9
+    assert f"{fit['R2_quadratic']:.3f}" in recipes and f"{fit['runs']} runs" in recipes
+
+
+@pytest.mark.slow
+def test_a_trial_trains_and_answers(tiny_model, data, tmp_path):
+    place = Place(tiny_model, data.parent, "cpu")
+    thinking = place.model_of("thinking")
+    make_thinking_base(tiny_model, thinking)
+    settings = {"max_steps": 2, "max_seq_length": 4096, "lora_r": 4}
+    found = run_trial(Trial("try", "sums_answers", 1, settings, "thinking", questions=3), place)
+    assert found["after"]["Forgetting/KL_General"] > 0 == found["before"]["Forgetting/KL_General"]
+    assert found["after"]["Eval/Loss"] != found["before"]["Eval/Loss"]
+    assert found["facts"]["updates"] == 2 and found["answers"]["questions"] == 3
+    json.dumps(found)
