@@ -196,8 +196,8 @@ def activation_bytes(dims: ModelDims, placement: Placement) -> int:
     and the product of the MLP are recomputed, b(2H + 3Q + 3K + 2I). Adapters that are not fused keep, unless
     the base is fp32, a copy of each linear layer's input in fp32, 4(5H + Q + I), and eager ones not the
     input itself, b(2H + I); compiled ones over 4-bit weights make that copy again (measured: peak 9.43 GiB
-    for Qwen3-4B and 2,048 tokens, 9.37 by this with chunks of logits of 1 GiB). Qwen3-4B in bf16: 146 and 78 KiB, and 75 more where adapters
-    are not fused.
+    for Qwen3-4B and 2,048 tokens, 9.37 by this with chunks of logits of 1 GiB). Qwen3-4B in bf16: 146 and
+    78 KiB, and 75 more where adapters are not fused.
     """
     hidden, mlp = dims.hidden, dims.intermediate
     queries, keys = dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim
