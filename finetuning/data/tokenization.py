@@ -25,6 +25,7 @@ from finetuning.common.workers import in_order
 from finetuning.config import DataSettings
 from finetuning.data.chat_template import ChatFormat, chat_format, encode, unused_mark
 from finetuning.data.rendering import Document, Renderer
+from finetuning.data.template_limits import TemplateLimitError
 from finetuning.data.token_table import (
     Segment,
     TokenizedSamples,
@@ -34,6 +35,7 @@ from finetuning.data.token_table import (
     tokens_in_memory,
     write_tokens,
 )
+from finetuning.data.tokenizer_probe import check_tokenizer
 from finetuning.data.verification import RenderingFault
 from finetuning.readers.dataset import Progress, SampleSet
 from finetuning.readers.sample import BrokenSample, Sample, strings_of
@@ -72,6 +74,8 @@ def _tokenize_range(
         try:
             mark = unused_mark(_contents(sample)) if holds_control else ""
             made, turns = renderer.documents(sample, mark)
+        except TemplateLimitError:
+            raise
         except (RenderingFault, UserError) as fault:
             part.truncation["broken"].append(BrokenSample(sample.source, sample.line, str(fault)))
             continue
@@ -232,6 +236,7 @@ def tokenize_samples(
     renderer = Renderer(tokenizer, form, all_turns=settings.loss_on == "all_turns")
 
     def parts() -> Iterator[_Part]:
+        check_tokenizer(tokenizer, samples)
         return _parts(samples, renderer, settings, workers, progress)
 
     if cache_dir is None:
