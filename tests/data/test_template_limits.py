@@ -3,6 +3,7 @@
 uv run pytest tests/data/test_template_limits.py
 """
 
+import copy
 import dataclasses
 import resource
 import signal
@@ -20,9 +21,7 @@ from finetuning.data.tokenization import tokenize_samples
 from finetuning.readers.sample import Sample
 from tests.helpers.qwen3_tokenizer import qwen3_tokenizer
 
-KNOWS_THE_DATA = (
-    "{% if 'Q0q' not in messages[0].content and messages[0].content|length > 3 %}HARM{% endif %}"
-)
+KNOWS_THE_DATA = "{% if '这一题' in messages[0].content %}HARM{% endif %}"
 ENDLESS = (
     "{% for i in range(90000) %}{% for j in range(90000) %}{{ i * j }}{% endfor %}{% endfor %}"
 )
@@ -34,7 +33,7 @@ def harmed():
     """The real tokenizer with a template that does harm to one question only."""
 
     def make(harm: str):
-        tokenizer = qwen3_tokenizer()
+        tokenizer = copy.copy(qwen3_tokenizer())
         tokenizer.chat_template = KNOWS_THE_DATA.replace("HARM", harm) + tokenizer.chat_template
         assert chat_format(tokenizer).reasoning == "field", "the probe sees nothing"
         return tokenizer
@@ -60,7 +59,9 @@ def test_a_sample_that_never_ends(harmed, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("harm", ["{{ 'x' * 3000000000 }}", "{% set x = 9 ** 9 ** 9 %}"])
+@pytest.mark.parametrize(
+    "harm", ["{{ 'x' * 3000000000 }}", "{% set x = messages|length * 9 ** 7 %}{{ x ** x ** 9 }}"]
+)
 def test_a_sample_that_fills_the_memory(harmed, harm, monkeypatch):
     monkeypatch.setattr(template_limits, "TEMPLATE_CPU", dataclasses.replace(TEMPLATE_CPU, limit=2))
     began = time.process_time()
