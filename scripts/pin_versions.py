@@ -1,12 +1,12 @@
-"""Pin every package that `uv run` installs, directly or not: versions in pyproject.toml, bytes in requirements.lock.
+"""Pin every package that `uv run` installs: versions in pyproject.toml, bytes in requirements.lock.
 
     uv run python scripts/pin_versions.py           write both
     uv run python scripts/pin_versions.py --check   exit 1 if they are not what uv resolves to
 
 `uv.lock` is not committed, because it would write one index's addresses into every clone. Instead the
 whole closure stands as `constraint-dependencies`, with the environment markers under which uv uses each
-package, so that every index gives the same versions; and requirements.lock names the SHA-256 of every file
-that an index may give for them, without any address, so that none can give other bytes. After changing a direct
+package, so that every index gives the same versions; and requirements.lock names the SHA-256 of every
+file of theirs, without any address, so that no index can give other bytes. After changing a direct
 dependency: delete `uv.lock`, run this, and commit both files.
 """
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT, LOCK = ROOT / "pyproject.toml", ROOT / "requirements.lock"
 BLOCK = re.compile(r"constraint-dependencies = \[\n.*?\n\]\n", re.DOTALL)
 PACKAGE = re.compile(r"^([\w.-]+==[^ ;\\]+)")
-HEADER = """# Every package of every group, and the SHA-256 of each file of it; made by scripts/pin_versions.py.
+HEADER = """# Every package of every group with the SHA-256 of its files; made by scripts/pin_versions.py.
 # uv pip install --require-hashes -r requirements.lock
 """
 
