@@ -1,7 +1,7 @@
 """The configuration of a saved adapter, which a stranger may have written.
 
-Kinds, ranks and modules are checked. Where it says by expressions which modules are adapted, the tensors beside
-it say so by name: the expressions of strangers are never evaluated.
+Kinds, ranks and modules are checked. Where it says by expressions which modules are adapted, the tensors
+beside it say so by name: the expressions of strangers are never evaluated.
 """
 
 import re
@@ -10,6 +10,7 @@ from typing import Any, TypedDict
 
 from peft import LoraConfig, PeftConfig
 
+from finetuning.common.bounds import MODEL_EXCESS
 from finetuning.common.errors import UserError
 from finetuning.common.fingerprint import safetensors_header
 from finetuning.common.kinds import misfit
@@ -69,19 +70,19 @@ def read_adapter_config(folder: Path) -> LoraConfig:
         config.alpha_pattern or {},
     )
     ranks = _ranks(folder / ADAPTER_WEIGHTS)
-    if ranks and max(config.r, *config.rank_pattern.values(), 0) > max(ranks.values()):
+    if ranks and max(config.r, *config.rank_pattern.values(), 0) > MODEL_EXCESS.limit * max(
+        ranks.values()
+    ):
         raise UserError(
             f"{path}: its rank is {config.r:,}, but no tensor beside it has more than "
             f"{max(ranks.values()):,}; get the adapter again"
         )
     modules = config.target_modules
-    by_pattern = isinstance(modules, str) and modules != "all-linear"
+    by_pattern = not modules or (isinstance(modules, str) and modules != "all-linear")
     if ranks and (by_pattern or any(getattr(config, name, None) for name in _PATTERNS)):
         config.target_modules = set(ranks)
-    elif by_pattern and not _PLAIN.fullmatch(modules):
-        raise UserError(
-            f"{path}: target_modules is an expression, and no tensors say what it means"
-        )
+    elif by_pattern and not (modules and _PLAIN.fullmatch(modules)):
+        raise UserError(f"{path}: target_modules names no module, and no tensors say which")
     for name in _PATTERNS:
         setattr(config, name, None)
     return config
