@@ -56,7 +56,7 @@ from finetuning.runs.plan import load_data, plan_run
 from finetuning.runs.record import show_plan
 from finetuning.runs.report import leave_report
 from finetuning.runs.session import SessionStart, begin_record, describe_data, open_run
-from finetuning.training.checkpoint import Checkpoint
+from finetuning.training.checkpoint import Checkpoint, misfits_are_told
 from finetuning.training.checkpoint_manager import CheckpointManager
 from finetuning.training.optimizer import StepResult, learning_rate_at
 from finetuning.training.state import TrainState
@@ -362,13 +362,14 @@ class DirectTrainer:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Weights, optimizer, random state and counters as they were at the checkpoint."""
+        self.state = TrainState.read(checkpoint.state, checkpoint.path)
         identity = checkpoint.state["identity"]
-        self.state = TrainState(**checkpoint.state["train_state"])
-        finished = self.state.step == identity["steps"]
+        finished = self.state.step == identity.get("steps")
         check = {"finished": finished, "warn": self.terminal.warning}
         check_identity(identity, self.plan.identity, checkpoint.path, **check)
-        self.engine.restore(checkpoint.tensors, self.state)
-        self.checkpoints.load_rng(checkpoint)
+        with misfits_are_told(checkpoint.path):
+            self.engine.restore(checkpoint.tensors, self.state)
+            self.checkpoints.load_rng(checkpoint)
 
     def roll_back(self) -> None:
         """Policy `rollback`: the newest checkpoint again, and no update at the step that failed."""

@@ -21,6 +21,7 @@ from finetuning.common.files import read_json_object, regular
 from finetuning.common.text import clean_line, redact
 from finetuning.model import demo_model
 from finetuning.model.fp8_products import require_fp8
+from finetuning.model.sizes import check_sizes
 
 DEFAULT_MODEL = "Qwen/Qwen3-4B-Thinking-2507"
 EMBEDDED = "embedded"
@@ -274,7 +275,7 @@ def check_model_folder(folder: Path, trust_remote_code: bool = False) -> None:
     if tokenizer_config.is_file():
         content = read_model_json(tokenizer_config, "")
         _check_config(content, tokenizer_config, trust_remote_code)
-    _check_weights(folder)
+    check_sizes(config, folder / "config.json", _checked_weights(folder))
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise UserError(
             f"model folder {folder} has no tokenizer (tokenizer.json, or vocab.json with merges.txt); "
@@ -294,7 +295,8 @@ def _check_config(config: Mapping[str, Any], path: Path, trust_remote_code: bool
         )
 
 
-def _check_weights(folder: Path) -> None:
+def _checked_weights(folder: Path) -> list[Path]:
+    """The files that hold the weights, each whole."""
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if not (folder / names[0]).is_file() and index.is_file():
@@ -308,6 +310,7 @@ def _check_weights(folder: Path) -> None:
         if not (folder / name).is_file():
             raise UserError(_missing_weights(folder, name))
         check_safetensors(folder / name)
+    return [folder / name for name in names]
 
 
 def _missing_weights(folder: Path, name: str) -> str:
