@@ -48,6 +48,14 @@ FIGURES = {
     "error": False,
 }
 AT_ONCE = 6  # processes that may be beside each other
+# A program whose main thread is looked at every second, into the file that is its first argument.
+WATCHED = """
+import faulthandler, runpy, sys
+seen = open(sys.argv[1], "w")
+faulthandler.dump_traceback_later(1, repeat=True, file=seen)
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 TOLERANCE = 0.03  # of a figure; two runs on one machine differ by less
 
 
@@ -198,7 +206,7 @@ class Phases:
             self.own("model", "model", limit=90, needs=30),
             self.job("run 2048", limit=130, needs=60),
             self.job("run FP8 2048", "--precision", "fp8", limit=150, needs=50),
-            self.job("run again 2048", limit=100, needs=30),
+            self.watched(self.job("run again 2048", limit=100, needs=30)),
             self.own("answers", "answers", limit=90, needs=40),
             self.own("step 2048", "step", limit=100, needs=40),
             self.own("step FP8 2048", "step", "--fp8", limit=100, needs=40),
@@ -288,6 +296,12 @@ class Phases:
         program = str(ROOT / "direct_finetuning_with_existing_modules.py")
         command = [*PYTHON, program, *pairs]
         return Phase(name, command, limit, needs, partial(self.read_run, folder), beside)
+
+    def watched(self, phase: Phase) -> Phase:
+        """The same job, and a file that says where its start was at every second."""
+        seen = str(self.check.out / f"stacks_{phase.name.replace(' ', '_')}.txt")
+        program = phase.command[len(PYTHON) :]
+        return replace(phase, command=[*PYTHON, "-c", WATCHED, seen, *program])
 
     def read_run(self, folder: Path, said: str, began: float) -> dict:
         """Rates by the run's own metrics, without the steps of the first third and the last one."""

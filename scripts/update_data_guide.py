@@ -12,6 +12,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from finetuning.common.bounds import DOCUMENT  # noqa: E402
 from finetuning.common.text import clean_line  # noqa: E402
 from finetuning.readers.records import SAMPLE_KEYS  # noqa: E402
 from tests.helpers.reading_cases import Case, all_cases  # noqa: E402
@@ -36,7 +37,7 @@ read ends the run with one line and exit code 2; in a folder, a text without a q
 told.
 
 **What is not read.** `.xls`, `.doc`, `.pdf` and others are refused by name, with what to save them as. A
-`.xlsx` or `.docx` may unpack to 256 MiB. Data of the hub are given as
+`.xlsx` or `.docx` may unpack to {DOCUMENT}. Data of the hub are given as
 `hf://datasets/owner/name[:configuration][:split]`; no other path asks the hub. In a folder with files for
 training and for tests only the former are read.
 

@@ -86,11 +86,19 @@ LINES = Bound(
     "the file is refused", "readers/test_bounds.py::test_texts_are_bounded",
 )  # fmt: skip
 DOCUMENT = Bound(
-    256 * _MIB, "bytes", "what an Excel or Word file unpacks to",
+    128 * _MIB, "bytes", "what an Excel or Word file unpacks to",
     "the file is refused", "readers/test_office.py::test_what_a_file_unpacks_to_is_bounded",
 )  # fmt: skip
+TAGS = Bound(
+    4_000_000, "tags", "a Word file, which is held as a tree",
+    "the file is refused", "readers/test_bounds.py::test_an_office_file_is_no_bomb",
+)  # fmt: skip
+PARAGRAPHS = Bound(
+    200_000, "paragraphs", "a Word file",
+    "the file is refused", "readers/test_bounds.py::test_an_office_file_is_no_bomb",
+)  # fmt: skip
 COLUMNS = Bound(
-    4096, "columns", "a record or the header of a table",
+    4096, "columns", "a record, or the header of a table",
     "the record is broken, the table refused", "readers/test_bounds.py::test_columns_are_bounded",
 )  # fmt: skip
 NAME = Bound(
@@ -100,6 +108,10 @@ NAME = Bound(
 NAMES = Bound(
     2**16, "characters", "names of one record whose meaning is kept for the next record like it",
     "it is found out anew", "readers/test_bounds.py::test_names_are_bounded",
+)  # fmt: skip
+BROKEN = Bound(
+    100_000, "records", "what is broken in 16 MiB of JSON lines, or in one other file",
+    "the file is refused", "readers/test_bounds.py::test_broken_records_are_bounded",
 )  # fmt: skip
 OPEN_FILES = Bound(
     64, "files", "files of samples that are open at once, however many files or bytes were read",

@@ -89,7 +89,7 @@ def begin(parent: int, memory_bytes: int, cpu_seconds: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with(parent)
     with contextlib.suppress(OSError):  # where memory runs out, it is this process that goes
-        Path("/proc/self/oom_score_adj").write_text("1000")
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     try:
         import resource
     except ImportError:  # Windows: the parent's clock remains

@@ -23,6 +23,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -304,7 +305,8 @@ class _Trial:
         other = ids.clone()
         other[0, CHANGED] += 1 if ids[0, CHANGED] == ids.min() else -1
         with torch.no_grad():
-            plain, changed = (self._model(input_ids=i).logits[0] for i in (ids, other))
+            changed = self._model(input_ids=other).logits[0]
+        plain = self._plain.logits[LENGTHS[0] :][: LENGTHS[1]]
         moved = (changed - plain).abs().amax(1) / plain.std()
         if moved[:CHANGED].max() > self._tolerance:
             return "its tokens see later ones, so that it is no causal language model"
@@ -378,12 +380,8 @@ class _Trial:
 
 def _small_model(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> torch.nn.Module:
     """The model of a small configuration with weights that make every part of it matter."""
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    weights = sum(p.numel() for p in empty.parameters())
-    if weights > LARGEST:
-        raise RuntimeError(f"{weights / 1e6:.0f}M weights are too many to try")
-    model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    with _of_bounded_size():
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     model.config.use_cache = model.config.get_text_config(decoder=True).use_cache = False
     if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # the grouped product has no double precision
@@ -394,6 +392,27 @@ def _small_model(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> to
             elif parameter.is_floating_point():
                 parameter.add_(torch.randn_like(parameter), alpha=0.2)
     return model.to(dtype).eval().requires_grad_(True)
+
+
+@contextmanager
+def _of_bounded_size() -> Iterator[None]:
+    """A model that is built meanwhile ends in a RuntimeError where its weights become too many."""
+    seen: dict[int, torch.nn.Parameter] = {}  # tied ones are registered twice
+    weights = 0
+
+    def count(_module: torch.nn.Module, _name: str, parameter: torch.nn.Parameter | None) -> None:
+        nonlocal weights
+        if parameter is not None and id(parameter) not in seen:
+            seen[id(parameter)] = parameter
+            weights += parameter.numel()
+        if weights > LARGEST:
+            raise RuntimeError(f"more than {LARGEST // 10**6}M weights are too many to try")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _documents(rows: int) -> list[TokenizedSample]:

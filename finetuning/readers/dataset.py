@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from finetuning.common.bounds import OPEN_FILES
+from finetuning.common.bounds import BROKEN, OPEN_FILES
 from finetuning.common.cache import cached_folder, code_version, temporary_folder
 from finetuning.common.errors import UserError
 from finetuning.common.files import write_json
@@ -39,6 +39,8 @@ from finetuning.readers.sample import (
 LARGE_DATA = 4 * 2**20
 """Bytes of input from which on samples live in Arrow files and are read in parallel."""
 
+_SAMPLE = 200  # bytes that a sample in memory takes besides its texts
+_MOST_HELD = 8  # times `LARGE_DATA` of samples in a list, which a small compressed file may give
 SPAN = 500  # samples that a worker looks at before it hands in what it found
 
 Progress = Callable[[int, int], None]
@@ -84,9 +86,9 @@ def read_samples(
     files = listing.files
     if columns:
         files = [replace(file, columns=tuple(columns.items())) for file in files]
-    if sum(map(_expected_bytes, files)) <= LARGE_DATA:
-        found = _read_small(files, progress)
-    else:
+    small = sum(map(_expected_bytes, files)) <= LARGE_DATA
+    found = _read_small(files, progress) if small else None
+    if found is None:
         found = _read_large(files, cache_dir, max(1, workers), progress)
     return _accounted(found, listing)
 
@@ -160,7 +162,7 @@ def _accounted(found: SampleSet, listing: Listing) -> SampleSet:
 
 def _read_chunk(chunk: Chunk, findings: Findings) -> Iterator[Sample | BrokenSample]:
     """All samples of a chunk in order, and what is broken between them; the rest is found."""
-    file = chunk.file
+    file, broken = chunk.file, 0
     depends = bool(file.described) or file.kind in TEXTS
     for item in read_records(chunk):
         if isinstance(item, tuple):
@@ -169,6 +171,7 @@ def _read_chunk(chunk: Chunk, findings: Findings) -> Iterator[Sample | BrokenSam
             try:
                 reading = record_sample(record, columns)
             except BrokenRecordError as error:
+                broken += 1
                 yield BrokenSample(file.source, line, str(error))
             except LeftOutError as error:
                 findings.note(line, f"left out: {error}")
@@ -178,10 +181,16 @@ def _read_chunk(chunk: Chunk, findings: Findings) -> Iterator[Sample | BrokenSam
         elif isinstance(item, Remark):
             findings.note(item.line, item.text)
         elif isinstance(item, BrokenSample):
+            broken += 1
             yield item
         else:
             findings.sample(item)
             yield item
+        if broken > BROKEN.limit:
+            place = f"{clean_line(file.source, 200)}:{chunk.first_line}"
+            raise UserError(
+                f"{place}: more than {BROKEN} from here on are broken; is this a data file?"
+            )
 
 
 def _columns_of(file: DataFile, record: Any) -> tuple[tuple[str, str], ...]:
@@ -202,16 +211,23 @@ def _placed(sample: Sample, source: str, line: int) -> Sample:
     return sample
 
 
-def _read_small(files: list[DataFile], progress: Progress | None) -> SampleSet:
+def _read_small(files: list[DataFile], progress: Progress | None) -> SampleSet | None:
+    """All samples in a list; None where compressed files turn out to hold too much for one."""
     samples, broken, remarks = [], [], []
     per_file = dict.fromkeys((file.source for file in files), 0)
     total = sum(file.size for file in files)
-    done = 0
+    done = held = 0
     for file in map(recognized, files):
         findings = Findings()
         for item in _read_chunk(Chunk(file), findings):
-            (samples if isinstance(item, Sample) else broken).append(item)
-            per_file[file.source] += isinstance(item, Sample)
+            if isinstance(item, Sample):
+                samples.append(item)
+                per_file[file.source] += 1
+                held += len(item.question) + len(item.thinking) + len(item.answer) + _SAMPLE
+                if held > _MOST_HELD * LARGE_DATA:
+                    return None
+            else:
+                broken.append(item)
         remarks += findings.remarks(file)
         done += file.size
         if progress:

@@ -9,6 +9,8 @@ from finetuning.common.bounds import DEPTH
 from finetuning.common.text import clean_line
 from finetuning.readers.fields import Oddity
 from finetuning.readers.files import DataFile
+from finetuning.readers.flags import says_no
+from finetuning.readers.names import meaning
 from finetuning.readers.records import Reading
 from finetuning.readers.sample import BrokenSample, Remark, Sample, strings_of
 from finetuning.readers.values import is_text, shown, width
@@ -60,7 +62,10 @@ class Findings:
                     known.longest = len(value)
                 continue
             meant = name in reading.notes.meant
-            if not meant and isinstance(value, (int, float)):
+            if not meant and isinstance(value, (int, float)) and value is not False:
+                continue
+            if says_no(value):
+                self._left[name] = _Told(line, shown(value))
                 continue
             texts = [text for text in _strings(value) if meant or is_text(text)]
             if texts:
@@ -119,7 +124,13 @@ class Findings:
         persona = [name for name in columns if self._left[name].example.startswith(personas)]
         if persona:
             return f"--columns system {_quoted(persona[0])} makes it the system text"
-        long = [n for n in columns if width(self._left[n].example) >= _REASONING_WIDTH]
+        others = ("question", "answer", "chosen", "rejected")
+        long = [
+            n
+            for n in columns
+            if width(self._left[n].example) >= _REASONING_WIDTH
+            and not ((meant := meaning(n)) and meant.role in others)
+        ]
         if self.samples and not self.thinking and long:
             return (
                 f"no reasoning was found: --columns thinking {_quoted(long[0])} reads it from there"

@@ -11,22 +11,42 @@ from finetuning.readers.values import shown
 _MEDIA = word_set("media image images img imgs picture pictures photo audio audios video videos")
 _MEDIA_CHINESE = ("图片", "图像", "音频", "视频", "配图")
 _MEDIA_FORM = word_set("path paths url urls file files bytes base64 data list")
-_RIGHT = word_set("correct correctness label passed good valid right usable accepted desirable")
+_RIGHT = word_set(
+    "correct correctness label passed good valid right usable accepted desirable kto ok okay"
+)
 _CHECKED = word_set("verified reviewed checked approved")
-_WRONG = word_set("incorrect wrong deleted discarded cancelled canceled rejected bad invalid")
-_RIGHT_CHINESE = ("正确", "对错", "合格", "可用", "有效", "采纳", "采用")
-_STATE = word_set("status state review verdict")
-_STATE_CHINESE = ("状态", "审核", "复核", "质检")
+_WRONG = word_set(
+    "incorrect wrong deleted discarded cancelled canceled rejected bad invalid skip skipped exclude excluded "
+    "ignore ignored discard drop dropped disabled hallucination hallucinated"
+)
+_WRONG_CHINESE = re.compile(
+    "(?:是否|已|被|标记)*(?:跳过|排除|禁用|停用|有误|有错|错误|作废|废弃|删除|忽略|幻觉)(?:标记)?"
+)
+_RIGHT_CHINESE = ("正确", "对错", "合格", "可用", "有效", "采纳", "采用", "通过")
+_STATE = word_set(
+    "status state review verdict result verify verification judge judgement judgment feedback outcome vote"
+)
+_STATE_CHINESE = ("状态", "审核", "复核", "质检", "评判", "判定", "反馈")
 _REFUSED = word_set(
-    "discarded rejected invalid deleted wrong 驳回 不通过 未通过 不合格 已删除 废弃 作废 错误"
+    "discarded rejected reject invalid deleted wrong incorrect fail failed dislike disliked bad downvote "
+    "驳回 不通过 未通过 不合格 已删除 废弃 作废 错误 差评 踩 点踩 不正确 不采纳"
 )
 _NO = word_set("false no n 0 否 错 错误 不正确 不合格 incorrect wrong failed fail")
 _YES = word_set("true yes y 1 是")
 _LOSS = word_set("loss weight train trainable learn supervise supervised trained training")
 _LOSS_BESIDE = word_set(
-    "loss is weight scale mask turn this compute calculate on need needs do token tokens"
+    "loss is weight scale mask turn this compute calculate on need needs do token tokens use used for in to"
 )
-_LOSS_CHINESE = {"损失", "权重", "是否训练", "训练", "是否学习"}
+_LOSS_CHINESE = word_set(
+    "损失 权重 是否训练 训练 是否学习 可训练 参与训练 是否参与训练 用于训练 是否用于训练"
+)
+_LOSS_ALONE = {
+    "loss",
+    "损失",
+    "权重",
+    "training",
+    "trained",
+}  # of a record: a measure, or a name of a run
 _NO_LOSS = {
     "no train",
     "do not train",
@@ -34,6 +54,8 @@ _NO_LOSS = {
     "ignore",
     "ignore loss",
     "no loss",
+    "masked",
+    "mask out",
     "skip loss",
     "ignored",
 }
@@ -52,10 +74,11 @@ def _word(value: Any) -> str:
 
 
 def _flag(name: str) -> str:
-    """media, right, checked, wrong, state or weight: what a column says about its record."""
+    """media, right, checked, wrong, state, weight or training: what a column says about its record."""
     found = words(name)
     latin, chinese = {w for w in found if w.isascii()}, "".join(w for w in found if not w.isascii())
-    if " ".join(found) in _WEIGHTS:
+    joined = " ".join(found)
+    if joined in _WEIGHTS:
         return "weight"
     media = _MEDIA & latin or any(word in chinese for word in _MEDIA_CHINESE)
     if media and latin <= _MEDIA | _MEDIA_FORM:
@@ -68,9 +91,18 @@ def _flag(name: str) -> str:
     ):
         if signs & latin:
             return kind
+    if _WRONG_CHINESE.fullmatch(chinese):
+        return "wrong"
     if any(word in chinese for word in _STATE_CHINESE):
         return "state"
+    if joined not in _LOSS_ALONE and _is_loss(name):
+        return "training"
     return "right" if any(word in chinese for word in _RIGHT_CHINESE) else ""
+
+
+def says_no(value: Any) -> bool:
+    """Whether a value that nothing heeds may say that its record is not to be learnt."""
+    return value is False or (isinstance(value, str) and _word(value) in _REFUSED)
 
 
 def heed_flags(fields: Fields) -> None:
@@ -86,6 +118,8 @@ def heed_flags(fields: Fields) -> None:
             _heed_weight(fields, name, value)
         elif _says_no(flag, name, value):
             _say_no(fields, flag, name, value)
+        elif isinstance(value, bool):
+            fields.take(name)  # it says yes
 
 
 def _heed_weight(fields: Fields, name: str, value: Any) -> None:
@@ -113,7 +147,10 @@ def _says_no(flag: str, name: str, value: Any) -> bool:
         return flag == "right" and bool(value) and all(item is False for item in value)
     text = isinstance(value, str) and meaning(name) is not None
     if flag == "state":
-        return _word(value) in _REFUSED and not text
+        no = _REFUSED | _NO if "是否" in name else _REFUSED
+        return _word(value) in no and not text
+    if flag == "training":
+        return _word(value) in (_YES if " ".join(words(name)) in _NO_LOSS else _NO)
     if flag == "wrong":
         return _word(value) in _YES and not text
     if text or ("label" in words(name) and not isinstance(value, bool)):
@@ -133,6 +170,11 @@ def _is_loss(name: str) -> bool:
 
 def carries_no_loss(fields: Fields) -> str:
     """Take the flags of a turn; which one says that the turn is not to be learnt, '' for none."""
+    if mask := fields.first_of(("mask",)):
+        fields.take(mask)
+        fields.remark(
+            "mask of a turn may mean either way and is not heeded; loss: true or false says it"
+        )
     said = ""
     for name, value in fields.flags(_is_loss):
         if not _word(value):

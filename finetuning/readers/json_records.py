@@ -249,6 +249,9 @@ def _opens_conversation(window: _Window) -> bool:
 
 def _unwrapped(value: Any, file: DataFile, line: int) -> Iterator[Record | Remark]:
     """The records of an object such as {"data": [...]}, of a table by columns, or the one that it is."""
+    if isinstance(value, dict) and (rows := _by_columns(value)):
+        yield from ((line, row) for row in rows)
+        return
     if not isinstance(value, dict) or (is_record(map(str, value)) and not _is_table(value)):
         yield line, value
         return
@@ -273,6 +276,20 @@ def _unwrapped(value: Any, file: DataFile, line: int) -> Iterator[Record | Remar
         )
         return
     yield from _listed(value, file, line)
+
+
+def _by_columns(value: dict) -> list[dict]:
+    """The rows of a table as pandas writes it by columns: under each name an object, from the same row
+    numbers to plain values; none for anything else."""
+    columns = list(value.values())
+    if len(columns) < 2 or not all(isinstance(column, dict) for column in columns):
+        return []
+    numbers = list(columns[0])
+    same = all(list(column) == numbers for column in columns)
+    numbered = bool(numbers) and all(str(number).isdigit() for number in numbers)
+    if not (same and numbered and is_record(map(str, value))):
+        return []
+    return [{name: column[number] for name, column in value.items()} for number in numbers]
 
 
 def _is_table(value: dict) -> bool:

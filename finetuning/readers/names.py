@@ -209,6 +209,10 @@ def _meaning(name: str) -> Meaning | None:
 
 def _graded(meant: Meaning, latin: list[str], chinese: str) -> Meaning:
     """An answer that is said to be right goes before others, and one of a pupil behind them."""
+    if meant.role == "options" and (
+        _SURE.intersection(latin) or any(word in chinese for word in _SURE_CHINESE)
+    ):
+        return Meaning("answer", meant.rank)  # the right one of them
     if meant.role != "answer":
         return meant
     if {"chosen", "preferred"}.intersection(latin):

@@ -1,5 +1,6 @@
 """Excel and Word files: sheets and tables to records, paragraphs to text. What they unpack to is bounded."""
 
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -7,12 +8,12 @@ from contextlib import contextmanager
 from datetime import date, datetime, time
 from typing import Any
 
-from finetuning.common.bounds import DOCUMENT
+from finetuning.common.bounds import DOCUMENT, PARAGRAPHS, TAGS
 from finetuning.common.errors import UserError
 from finetuning.common.text import clean_line
 from finetuning.readers.files import DataFile
 from finetuning.readers.names import meaning
-from finetuning.readers.opening import Chunk
+from finetuning.readers.opening import BLOCK, Chunk
 from finetuning.readers.sample import BrokenSample, Remark
 from finetuning.readers.tables import Row, is_header, table_records
 
@@ -42,6 +43,25 @@ def _check_size(file: DataFile) -> None:
         )
 
 
+def _check_markup(file: DataFile) -> None:
+    """Refuse a Word file whose tree would be many times as large as its text."""
+    tags = paragraphs = 0
+    with zipfile.ZipFile(file.path) as archive:
+        for name in archive.namelist():
+            if name.endswith(".xml"):
+                with archive.open(name) as part:
+                    while block := part.read(BLOCK):
+                        tags += block.count(b"<")
+                        paragraphs += (
+                            block.count(b"<w:p>") + block.count(b"<w:p ") + block.count(b"<w:p/")
+                        )
+    if tags > TAGS.limit or paragraphs > PARAGRAPHS.limit:
+        raise UserError(
+            f"{clean_line(file.source, 200)} holds {tags:,} tags and {paragraphs:,} paragraphs, more than "
+            f"{TAGS} or {PARAGRAPHS}; split it"
+        )
+
+
 # What the libraries raise for a file that is not what they expect; they have no error of their own for it.
 _NOT_EXPECTED = (
     *(KeyError, ValueError, TypeError, AttributeError, IndexError, ArithmeticError, SyntaxError),
@@ -68,7 +88,8 @@ def excel_records(chunk: Chunk) -> Iterator[tuple[int, Any] | BrokenSample | Rem
     import openpyxl
 
     _check_size(chunk.file)
-    with _told(chunk.file):
+    with _told(chunk.file), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of parts that nobody reads
         book = openpyxl.load_workbook(chunk.file.path, read_only=True, data_only=True)
         sheets = [sheet for sheet in book.worksheets if hasattr(sheet, "iter_rows")]
     try:
@@ -154,6 +175,7 @@ def word_text(file: DataFile) -> tuple[str, list[list[Row]]]:
     _check_size(file)
     lines, tables = [], []
     with _told(file):
+        _check_markup(file)
         for part in docx.Document(file.path).iter_inner_content():
             if not hasattr(part, "rows"):
                 lines.append(_paragraph(part))

@@ -22,6 +22,7 @@ BLOCK = 2**20
 SMALL = 2**16
 """Bytes of a file that is opened once: they are held until it has been read."""
 
+_COUNTED = 8 * 2**20  # bytes of a compressed file that is unpacked once more to be counted
 _HEAD = 1000  # bytes that tell the encoding
 _LOOKED_AT = 16 * 2**20  # bytes by which an encoding is judged
 _PUNCTUATION = frozenset("“”‘’—…·～、。《》〈〉「」『』【】（）：；，？！％＋－＝\u3000")
@@ -139,6 +140,15 @@ class _Unpacked(io.RawIOBase):
     def close(self) -> None:
         self._source.close()
         super().close()
+
+
+def check_unpacked(file: DataFile) -> None:
+    """Unpack a small compressed file once to count. Raises UserError where it gives too much: at once, and
+    not when its first million records have been read."""
+    if file.path.lower().endswith(COMPRESSIONS) and file.size <= _COUNTED:
+        with byte_stream(file) as stream:
+            while stream.read(BLOCK):
+                pass
 
 
 def archive_errors() -> tuple[type[Exception], ...]:

@@ -27,8 +27,16 @@ _OPENINGS = [(re.compile(opening), closing) for opening, closing in _FORMS]
 _BY_LETTER = [(opening.pattern.lstrip("\\")[0], opening) for opening, _ in _OPENINGS]
 _ESCAPED = re.compile(r"&lt;/?\s*([A-Za-z_]{1,40})\s*&gt;")
 _DETAILS = re.compile(
-    r'<details type="reasoning"[^>]*+>\s*+(?:<summary>[^<]*</summary>)?(.*?)</details>', re.S
+    r"<details(?P<kind>[^>]*+)>\s*+(?:<summary>(?P<title>[^<]*+)</summary>)?(?P<text>.*?)</details>",
+    re.S,
 )
+_CHANNELS = re.compile(
+    r"(?:<\|start\|>assistant)?<\|channel\|>analysis<\|message\|>(?P<thinking>(?:(?!<\|end\|>).)*+)<\|end\|>\s*+"
+    r"(?:<\|start\|>assistant)?<\|channel\|>final<\|message\|>(?P<answer>(?:(?!<\|(?:end|return)\|>).)*+)"
+    r"(?:<\|(?:end|return)\|>)?\s*+",
+    re.S,
+)
+_FENCED = re.compile(rf"```[ ]?{_NAME}[ ]?\n(?P<text>.*?)\n```[ \t]*(?:\n|\Z)", re.S)
 
 
 def split_reasoning(text: str, *, labels: bool = True) -> tuple[str, str, list[str]]:
@@ -64,7 +72,9 @@ def split_reasoning(text: str, *, labels: bool = True) -> tuple[str, str, list[s
 
 def has_marks(text: str) -> bool:
     """Whether a text may hold marks of any form: one look for a letter costs less than an expression."""
-    return "<" in text or "]" in text or "】" in text or "▷" in text or "&lt;" in text
+    return (
+        "<" in text or "]" in text or "】" in text or "▷" in text or "&lt;" in text or "```" in text
+    )
 
 
 def _means(name: str, role: str) -> bool:
@@ -96,8 +106,18 @@ def _pair(text: str, role: str) -> tuple[re.Match, int, int] | None:
 _LINE_LABEL = re.compile(rf"[#* \t\u3000\xa0【\[]*+{_NAME}(?:[】\]*]*+[ \t]*+[:：][*]*+|】)")
 
 
+_HEADING_LABEL = re.compile(
+    rf"(?:#{{1,6}}[ \t]++\**|\*\*){_NAME}\**[:：]?\**[ \t]*+$", re.MULTILINE
+)
+
+
 def _first_label(text: str) -> re.Match | None:
-    return _LINE_LABEL.match(text, len(text) - len(text.lstrip()) if text[:1].isspace() else 0)
+    return _label_at(text, len(text) - len(text.lstrip()) if text[:1].isspace() else 0)
+
+
+def _label_at(text: str, place: int) -> re.Match | None:
+    """A label that stands at a place: before a colon, in brackets, or as a heading or in bold on its own."""
+    return _LINE_LABEL.match(text, place) or _HEADING_LABEL.match(text, place)
 
 
 def _by_labels(text: str) -> tuple[str, str, list[str]]:
@@ -106,7 +126,7 @@ def _by_labels(text: str) -> tuple[str, str, list[str]]:
     opening = _first_label(text)
     at = text.find("\n", opening.end())
     while at >= 0:
-        label = _LINE_LABEL.match(text, at + 1)
+        label = _label_at(text, at + 1)
         if label and _labels(label, "answer"):
             marks = f"“{opening[0].strip()}” and “{label[0].strip()}”"
             told = f"{marks} are read as marks of the reasoning and the answer"
@@ -117,11 +137,17 @@ def _by_labels(text: str) -> tuple[str, str, list[str]]:
 
 def _in_other_marks(text: str) -> tuple[str, str, str]:
     """(thinking, rest, mark) of a text that opens with a pair of marks; ('', text, '') without."""
-    if text[:1] not in ("<", "[", "【", "◁"):
+    if text[:1] not in ("<", "[", "【", "◁", "`"):
         return "", text, ""
-    if details := _DETAILS.match(text):
-        quoted = re.sub(r"^> ?", "", details[1].strip(), flags=re.MULTILINE)
-        return quoted.strip(), text[details.end() :].strip(), '<details type="reasoning">'
+    if channels := _CHANNELS.fullmatch(text):
+        return channels["thinking"].strip(), channels["answer"].strip(), "<|channel|>analysis"
+    details = _DETAILS.match(text)
+    if details and ("reasoning" in details["kind"] or _means(details["title"] or "", "thinking")):
+        quoted = re.sub(r"^> ?", "", details["text"].strip(), flags=re.MULTILINE)
+        return quoted.strip(), text[details.end() :].strip(), "<details>"
+    fenced = _FENCED.match(text)
+    if fenced and _means(fenced["name"], "thinking") and text.count("```", fenced.end()) % 2 == 0:
+        return fenced["text"].strip(), text[fenced.end() :].strip(), f"```{fenced['name']}"
     if found := _pair(text, "thinking"):
         match, start, end = found
         return text[match.end() : start].strip(), text[end:].strip(), match[0]

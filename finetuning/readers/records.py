@@ -13,8 +13,9 @@ from finetuning.common.text import clean_line
 from finetuning.readers.damage import damages
 from finetuning.readers.fields import Fields, Notes, Oddity
 from finetuning.readers.flags import heed_flags
-from finetuning.readers.names import NEUTRAL, is_record, meaning, words
+from finetuning.readers.names import NEUTRAL, is_record, meaning, word_set, words
 from finetuning.readers.sample import (
+    THINK_TAG,
     BrokenRecordError,
     LeftOutError,
     Sample,
@@ -30,7 +31,7 @@ from finetuning.readers.turns import (
     reasoning_in,
     tools_text,
 )
-from finetuning.readers.values import is_absent, kind, parsed, text_of, width
+from finetuning.readers.values import NOTHING, is_absent, kind, parsed, text_of, width
 
 SAMPLE_KEYS = (
     "question", "thinking", "answer", "system", "history", "tools", "difficulty", "messages",
@@ -40,7 +41,9 @@ SAMPLE_KEYS = (
 
 _JOINS_INPUT = ("instruction", "prompt", "指令", "提示", "提示词")
 _INPUT = ("input", "输入")
-_NOTHING = ("无", "空", "暂无", "无。", "/", "-", "—", "－")  # what people write for no input
+_PREFERS = word_set(
+    "winner better best preferred preference prefer choice chosen 优选 更优 胜者 偏好"
+)
 _CITATION = 60  # width up to which a `reference` cites, and is no material to read
 
 
@@ -130,7 +133,7 @@ def _pair(fields: Fields, notes: Notes) -> Sample:
     question_key = fields.first_text("question")
     answer_key = fields.first_text("answer") or fields.first_text("chosen")
     question_key = question_key or fields.first("question")
-    answer_key = answer_key or fields.first("answer")
+    answer_key = _preferred(fields, answer_key or fields.first("answer"))
     chosen = fields.peek(answer_key) if answer_key else None
     if question_key is None and are_turns(chosen) and len(chosen) > 1:
         return _conversation(_answer_of(fields, answer_key), fields, notes)
@@ -160,6 +163,36 @@ def _answer_of(fields: Fields, key: str) -> Any:
             f"{key} of a preference pair is read as the answer; the other one is not used"
         )
     return fields.take(key)
+
+
+def _preferred(fields: Fields, key: str | None) -> str | None:
+    """Of answers that differ in a letter or number alone (`response_0`, `response_1`) the one that a column
+    such as `winner` or `better_response_id` names; of others the one that holds the reasoning."""
+    if key is None or len(fields.layout.of("answer")) < 2 or fields.is_ruled("answer"):
+        return key
+    if fields.first_text("thinking") is None and not _reasons(fields.peek(key)):
+        for name in fields.layout.of("answer"):
+            if _reasons(fields.peek(name)):
+                fields.remark(f"{name} is read as the answer, since it holds the reasoning")
+                return name
+    rivals = {
+        words(n)[-1]: n for n in fields.layout.of("answer") if words(n)[:-1] == words(key)[:-1]
+    }
+    for name in fields.layout.picked(_prefers) if len(rivals) > 1 else ():
+        said = words(str(fields.peek(name)))[-1:]
+        if said and said[0] in rivals and fields.peek(rivals[said[0]]):
+            fields.take(name)
+            fields.remark(f"{rivals[said[0]]} is read as the answer, since {name} says so")
+            return rivals[said[0]]
+    return key
+
+
+def _reasons(answer: Any) -> bool:
+    return isinstance(answer, str) and any(tag[1] for tag in THINK_TAG.finditer(answer))
+
+
+def _prefers(name: str) -> bool:
+    return bool(_PREFERS.intersection(words(name)))
 
 
 def _joined_turns(question: Any, answer: Any) -> list:
@@ -218,7 +251,7 @@ def _input(question_key: str, fields: Fields) -> str:
     ]
     for name in names:
         if name != question_key and (text := text_of(fields.take(name), name).strip()):
-            if text in _NOTHING and not ruled:
+            if text in NOTHING and not ruled:
                 fields.remark(f"“{text}” in {name} is read as no value")
                 continue
             return text

@@ -1,13 +1,14 @@
 """Rows of a table (CSV, Excel, Word, Markdown) become records by the names of its header."""
 
 import csv
+import functools
 import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, TextIO
 
-from finetuning.common.bounds import RECORD
+from finetuning.common.bounds import COLUMNS, RECORD
 from finetuning.common.errors import UserError
 from finetuning.common.text import clean_line
 from finetuning.readers.files import DataFile
@@ -37,8 +38,14 @@ def table_records(
         text = clean_line(" ".join(str(cell) for cell in cells if _filled(cell)), 40)
         yield Remark(file.source, line, f"“{text}” stands above the header and is not used")
     line, header = first[at]
+    if len(header) > COLUMNS.limit:
+        place = f"{clean_line(file.source, 200)}:{line}"
+        raise UserError(f"{place}: {len(header):,} columns, more than {COLUMNS}; split the table")
     names = _names(header, line, file)
     for line, cells in itertools.chain(first[at + 1 :], rows):
+        if len(cells) > len(names) + COLUMNS.limit:
+            yield BrokenSample(file.source, line, "more fields than the header has")
+            continue
         filled = [i for i, cell in enumerate(cells) if _filled(cell)]
         if (
             file.kind != "csv"
@@ -99,12 +106,22 @@ def csv_records(chunk: Chunk) -> Iterator[tuple[int, Any] | BrokenSample | Remar
     file = chunk.file
     csv.field_size_limit(RECORD.limit)
     with text_stream(file) as text:
+        text = _lines(text, file)
         head = list(itertools.islice(text, _HEADER_WITHIN))
         mark, skipped = _separator(file, head)
         lines = itertools.chain(head[skipped:], text)
         yield from table_records(
             _rows(csv.reader(lines, delimiter=mark, strict=True), file, skipped), file
         )
+
+
+def _lines(text: TextIO, file: DataFile) -> Iterator[str]:
+    most = RECORD.limit
+    for number, line in enumerate(iter(functools.partial(text.readline, most + 1), ""), 1):
+        if len(line) > most:
+            place = f"{clean_line(file.source, 200)}:{number}"
+            raise UserError(f"{place}: a line longer than {RECORD}; split it")
+        yield line
 
 
 def _rows(reader: Any, file: DataFile, skipped: int) -> Iterator[Row]:

@@ -9,7 +9,7 @@ from finetuning.readers.flags import carries_no_loss
 from finetuning.readers.names import is_record, meaning
 from finetuning.readers.reasoning import has_marks, split_reasoning
 from finetuning.readers.sample import THINK_TAG, BrokenRecordError
-from finetuning.readers.values import is_absent, kind, parsed, steps_text, text_of
+from finetuning.readers.values import NOTHING, is_absent, kind, parsed, steps_text, text_of
 
 _ROLES = {
     "system": "system", "developer": "system", "系统": "system", "user": "user", "human": "user",
@@ -169,6 +169,9 @@ def reasoned(text: str, fields: Fields) -> tuple[str, str]:
 def reasoning_in(fields: Fields, key: str) -> str:
     """Take the reasoning that has a field of its own; some sets keep the marks in it."""
     text = steps_text(fields.take(key), key)
+    if text in NOTHING and not fields.is_ruled("thinking"):
+        fields.remark(f"“{text}” in {key} is read as no value")
+        return ""
     if key in fields.layout.explaining and text:
         fields.remark(
             f"{key} is read as the reasoning; --columns thinking NAME names another column"

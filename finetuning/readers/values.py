@@ -16,6 +16,10 @@ from finetuning.readers.sample import BrokenRecordError
 _ABSENT_WORDS = {"nan", "none", "null", "nil", "n/a", "#n/a", "<na>", "nat", "undefined",
                  "<noinput>", "<none>", "<null>", "<empty>", "无输入", "無輸入"}  # fmt: skip
 _LONGEST_ABSENT = 12
+NOTHING = frozenset(
+    ("无", "無", "空", "暂无", "无。", "没有", "/", "-", "--", "—", "——", "－", "略", "略。")
+)
+"""What people write into a cell that may stay empty."""
 _SWITCHES = {"on", "off", "true", "false", "yes", "no", "low", "medium", "high", "minimal", "enabled",
              "disabled", "auto", "是", "否", "开", "关", "0", "1"}  # fmt: skip
 # Short values that say something about a record: one word or number, an address, a date.

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from finetuning.common.errors import UserError
@@ -285,3 +286,23 @@ def test_every_kind_of_layer_is_kept_twice_and_the_last_one():
 
 def replace_layers(config: Qwen3Config, kinds: list[str]) -> Qwen3Config:
     return replace(config, layer_types=kinds, sliding_window=64, use_sliding_window=True)
+
+
+def test_a_small_model_with_too_many_weights_is_not_built_to_the_end(monkeypatch):
+    """And models built afterwards may be as large as they like."""
+    monkeypatch.setattr(row_proof, "LARGEST", 1_000_000)
+    sizes = {"vocab_size": 1024, "hidden_size": 64, "intermediate_size": 256, "head_dim": 16}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    small, config = (Qwen3Config(**sizes, num_hidden_layers=n) for n in (2, 200))
+    row_proof._small_model(small, torch.float32, trust_remote_code=False)
+    layers: list[torch.nn.Module] = []
+    made = Qwen3DecoderLayer.__init__
+    monkeypatch.setattr(
+        Qwen3DecoderLayer,
+        "__init__",
+        lambda self, *a, **k: (layers.append(self), made(self, *a, **k))[1],
+    )
+    with pytest.raises(RuntimeError, match="more than 1M weights"):
+        row_proof._small_model(config, torch.float32, trust_remote_code=False)
+    assert 1 < len(layers) < 20
+    assert torch.nn.Linear(2000, 2000).weight.numel() > row_proof.LARGEST

@@ -1,24 +1,17 @@
 """Files to a list of samples: exact counts, large data through Arrow files, the cache, and hostile input."""
 
-import gzip
 import json
-import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
-import zstandard
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from finetuning.common.errors import UserError
 from finetuning.readers import arrow_samples, dataset, opening
 from finetuning.readers.arrow_samples import ArrowSamples
 from finetuning.readers.dataset import read_samples
-from tests.helpers.read_text import GOOD, JSONL, PLAIN, RECORDS, TOOL_CALL
-from tests.helpers.reading_cases import write_file
+from tests.helpers.read_text import GOOD, PLAIN, TOOL_CALL
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -213,100 +206,3 @@ def test_import_is_cheap():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
-
-
-# ---- fuzz -------------------------------------------------------------------------------------
-
-FUZZ_EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "300"))
-CHAT = json.dumps(
-    {
-        "messages": [
-            {"role": "user", "content": "问"},
-            {"role": "assistant", "content": [{"type": "reasoning", "value": "想"}]},
-            {"role": "assistant", "content": "<think>想</think>答", "tool_calls": [TOOL_CALL]},
-        ],
-        "tools": [{"name": "f"}],
-    }
-)
-TABLE = [["问题", "答案"], ["问", "答"]]
-
-
-def office_bytes(name: str, content: dict) -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
-        write_file(Path(folder) / name, content)
-        return (Path(folder) / name).read_bytes()
-
-
-SEEDS = {
-    ".md": [
-        PLAIN.encode(),
-        "**问题1：一**\n**思考**：想\n**答案**：甲\n\n|问题|答案|\n|---|---|\n|二|乙|\n".encode(),
-        ("## 难度 2\n" + PLAIN + "### Q2：二\n难度: 3\n```\n# x\n```\n").encode(),
-    ],
-    ".json": [json.dumps(RECORDS).encode(), f"[{CHAT}, {GOOD}]".encode()],
-    ".jsonl": [JSONL.encode(), f"{CHAT}\n{GOOD}\n".encode(), f"{CHAT}\n".encode("utf-16")],
-    ".csv": ['question,answer\n问,"答\n案"\n'.encode(), b"messages,tools\n[],[]\n"],
-    ".txt": [
-        "1、问：一\n思考：想\n答：甲\n\n2、问：二\n答：乙\n".encode(),
-        "一？\n答：甲\n".encode("gb18030"),
-    ],
-    ".xlsx": [office_bytes("a.xlsx", {"sheets": {"问答": TABLE}})],
-    ".docx": [office_bytes("a.docx", {"paragraphs": ["问：一", "答：甲", TABLE]})],
-    ".jsonl.gz": [gzip.compress(JSONL.encode())],
-    ".jsonl.zst": [zstandard.compress(JSONL.encode())],
-}
-SPLICES = [
-    b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"\\ud800", b"\\u0000", b"NaN", b"1e999",
-    b"<think>", b"</think>", b"<thinking>", b"</thinking>", b"### Q1:", b"A1:", b"## ", b"```",
-    "### 问题2: ".encode(), "答1：".encode(), b"### 3.", b'"input":', b'"history":', b"\t", b";",
-    b"\r", b"\xe2\x80\xa8", b"{", b"}", b"[", b"]", b'"', b",", b"null", b"9" * 5000, b"[" * 3000,
-    b'{"role":', b'"from"', b'"content":', b'"value":', b"\n", b"true", b"\\", b"-",
-]  # fmt: skip
-
-
-@st.composite
-def mutated(draw: st.DrawFn) -> tuple[str, bytes]:
-    suffix = draw(st.sampled_from(sorted(SEEDS)))
-    data = bytearray(draw(st.sampled_from(SEEDS[suffix])))
-    for _ in range(draw(st.integers(1, 6))):
-        at = draw(st.integers(0, len(data)))
-        length = draw(st.integers(0, 20))
-        kind = draw(st.sampled_from(["splice", "random", "cut", "copy"]))
-        if kind == "copy":
-            source = draw(st.integers(0, len(data)))
-            data[at : at + length] = data[source : source + 200]
-        elif kind == "cut":
-            del data[at : at + length]
-        elif kind == "splice":
-            data[at : at + length] = draw(st.sampled_from(SPLICES))
-        else:
-            data[at : at + length] = draw(st.binary(max_size=20))
-    return suffix, bytes(data)
-
-
-@given(mutated())
-@settings(
-    max_examples=FUZZ_EXAMPLES,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-def test_mutated_inputs_give_a_result_or_a_clear_error(tmp_path, mutation):
-    """FUZZ_EXAMPLES=2000 runs it longer."""
-    suffix, data = mutation
-    path = tmp_path / f"fuzz{suffix}"
-    path.write_bytes(data)
-    try:
-        found = read_samples([str(path)])
-    except UserError as error:
-        assert "\n" not in str(error)
-        assert path.name in str(error)
-        return
-    assert len(found.samples) == sum(found.samples_per_file.values()) > 0
-    for sample in found.samples:
-        assert len(sample.id) == 16
-        assert sample.question
-        assert sample.answer or sample.tool_calls
-        json.dumps(sample.messages(), ensure_ascii=False).encode()
-    for item in found.broken:
-        assert item.line > 0
-        assert item.reason

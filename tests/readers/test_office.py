@@ -22,7 +22,7 @@ def test_what_a_file_unpacks_to_is_bounded(tmp_path):
                 for _ in range(DOCUMENT.limit // 2**20 + 1):
                     part.write(bytes(2**20))
         assert (tmp_path / name).stat().st_size < 2**20
-        with pytest.raises(UserError, match=r"unpacks to 257 MiB, more than 256 MiB"):
+        with pytest.raises(UserError, match=r"unpacks to 129 MiB, more than 128 MiB"):
             read_samples([str(tmp_path / name)])
 
 

@@ -54,6 +54,9 @@ def imported(node: ast.AST) -> set[str]:
     return set()
 
 
+MASKS = {"SIG_BLOCK", "SIG_SETMASK"}  # where there is pthread_sigmask
+
+
 def attributes(tree: ast.Module, module: str) -> set[str]:
     """Names that are read as `module.name`."""
     return {
@@ -68,13 +71,14 @@ def attributes(tree: ast.Module, module: str) -> set[str]:
 def asked_for(tree: ast.Module) -> set[str]:
     """Names whose existence the module asks for: hasattr(x, "name"), getattr(x, "name", default)."""
     calls = (n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name))
-    return {
+    names = {
         call.args[1].value
         for call in calls
         if call.func.id in ("hasattr", "getattr")
         and len(call.args) > 1
         and isinstance(call.args[1], ast.Constant)
     }
+    return names | (MASKS if "pthread_sigmask" in names else set())
 
 
 def test_no_posix_module_is_needed_to_import(subtests):
