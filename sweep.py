@@ -31,7 +31,7 @@ from finetuning.common.files import atomic_write_text, json_text, read_json_obje
 from finetuning.common.formatting import UNKNOWN, shown
 from finetuning.common.paths import check_name, expanded
 from finetuning.common.text import clean_line
-from finetuning.runs.comparison import rich_table
+from finetuning.runs.comparison import rich_tables
 from finetuning.runs.recorded import RecordedRun, find_runs, read_recorded
 
 PROGRAM = Path(__file__).with_name("direct_finetuning_with_existing_modules.py")
@@ -306,7 +306,9 @@ def show(rows: Sequence[Row]) -> None:
     seconds = [statistics.fmean(row.seconds) if row.seconds else None for row in rows]
     table.append(("seconds of training", [shown(value) for value in seconds]))
     console = Console(highlight=False)
-    console.print(rich_table("Sweep, the lowest held-out loss first", names, table))
+    title = "Sweep, the lowest held-out loss first"
+    for part in rich_tables(title, names, table, console.width):
+        console.print(part)
     console.print(verdict(rows), markup=False)
 
 

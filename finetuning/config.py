@@ -44,6 +44,7 @@ NAMES_AND_PATHS = (
     "data_path",
     "eval_path",
     "general_path",
+    "probe_path",
     "columns",
     "device",
     "output_dir",
@@ -78,7 +79,7 @@ _FROM_ONE = _Rule(lambda value: value >= 1, "at least 1")
 _BELOW_ONE = _Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")
 _SHARE = _Rule(lambda value: 0 <= value <= 1, "between 0 and 1")
 _NOT_EMPTY = _Rule(bool, "not empty")
-_RATE = _Rule(
+_AUTO_OR_ABOVE_ZERO = _Rule(
     lambda value: value == "auto" or (_finite(value) and value > 0), "auto, or above 0 and finite"
 )
 _STEPS = _Rule(
@@ -228,14 +229,15 @@ class BatchSettings(_Settings):
     """Packed rows per micro-batch and rank."""
     gradient_accumulation_steps: int = 1
     """Micro-batches of one rank per optimizer update."""
-    num_epochs: float = 3.0
-    """Passes over the training data."""
+    num_epochs: float | Literal["auto"] = 3.0
+    """Passes over the training data. auto: 3, and on few data so many more that there are 150 updates, at
+    most 15."""
     max_steps: int = 0
     """Exactly so many optimizer updates instead of num_epochs; 0: off."""
 
     def _faults(self) -> Iterator[str]:
         yield from self._breaches(_FROM_ONE, "batch_size", "gradient_accumulation_steps")
-        yield from self._breaches(_ABOVE_ZERO, "num_epochs")
+        yield from self._breaches(_AUTO_OR_ABOVE_ZERO, "num_epochs")
         yield from self._breaches(_FROM_ZERO, "max_steps")
 
 
@@ -274,7 +276,7 @@ class OptimizerSettings(_Settings):
 
     def _faults(self) -> Iterator[str]:
         yield from self._breaches(_ABOVE_ZERO, "adam_epsilon")
-        yield from self._breaches(_RATE, "learning_rate")
+        yield from self._breaches(_AUTO_OR_ABOVE_ZERO, "learning_rate")
         yield from self._breaches(_BELOW_ONE, "warmup_ratio", "adam_beta1", "adam_beta2")
         yield from self._breaches(_SHARE, "min_lr_ratio")
         not_negative = ("weight_decay", "max_grad_norm", "kl_anchor", "max_nonfinite_steps", "seed")
@@ -325,8 +327,10 @@ class OutputSettings(_Settings):
     and the loss on the latter."""
     general_path: tuple[str, ...] = ()
     """General questions and answers of your own for it; empty: those that come with the program."""
+    probe_path: tuple[str, ...] = ()
+    """Questions of your own, with answers, that are answered instead of held-out ones."""
     num_probes: int = 4
-    """Held-out questions that are answered at every evaluation; 0: off."""
+    """Questions that are answered at every evaluation, held-out ones or those of probe_path; 0: off."""
     probe_max_new_tokens: int = 0
     """Longest probe answer, tokens; 0: a quarter more than the longest reference, on a CPU at most 256."""
     alert_actions: dict[str, str] = field(default_factory=dict)

@@ -23,6 +23,7 @@ from finetuning.data.token_table import (
     carries_loss,
 )
 
+AUTO_UPDATES, AUTO_EPOCHS = 150, (3, 15)  # of num_epochs auto: updates, fewest and most passes
 PACKING_WINDOW = 1 << 14  # documents that are packed together; bounds the time per document
 ALIGNMENT = 256  # bytes, of tensors in one buffer: what CUDA's own allocations have
 
@@ -87,7 +88,11 @@ class StepPlan:
             self._rows = Rows(order, np.arange(len(order) + 1, dtype=_index_type(len(order))))
         self.rows_per_step = batch.batch_size * batch.gradient_accumulation_steps * world_size
         self.steps_per_epoch = math.ceil(len(self._rows) / self.rows_per_step)
-        by_epochs = math.ceil(batch.num_epochs * self.steps_per_epoch - 1e-6)
+        epochs = batch.num_epochs
+        if epochs == "auto":
+            enough = math.ceil(AUTO_UPDATES / self.steps_per_epoch)
+            epochs = min(max(enough, AUTO_EPOCHS[0]), AUTO_EPOCHS[1])
+        by_epochs = math.ceil(epochs * self.steps_per_epoch - 1e-6)
         self.num_steps = batch.max_steps or by_epochs
         self._epoch_order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int32))
 

@@ -19,6 +19,7 @@ _GPU = re.compile(r"GPU_(\d+)/(Temperature_C|Utilization_Percent)")
 _WATCHED = re.compile(
     r"Training/(Loss|Gradient_Norm|Learning_Rate)|Eval/(Loss|Think_Length_Ratio|Format_Valid_Rate)"
     r"|Throughput/(?:Step_)?(?:Seconds[_/])?(?:Data|Forward_Backward|Optimizer|Logging)(?:_Seconds)?"
+    r"|Forgetting/(General_Loss|KL_General)"
     r"|Throughput/Straggler_Percent|Monitoring/(NonFinite_Steps|Forecast_Final_Loss_High)"
     r"|Memory/(Host_RSS_MB|Host_Percent|GPU_(Allocated_MB|Peak_MB|Total_MB|Utilization_Percent))"
     rf"|{_GPU.pattern}"

@@ -128,7 +128,7 @@ def plan_run(
     data, settings = inputs.data, recorded_settings(config)
     rows = prove_rows(config, inputs.model, dist, terminal)
     steps, evaluation, general = plans = plan_steps(config, inputs, dist)
-    probes = tuple(choose_probes(data.held_out, inputs.tokenizer, config.num_probes))
+    probes = tuple(choose_probes(probe_part(config, inputs), inputs.tokenizer, config.num_probes))
     answer_tokens = token_budget(probes, config.probe_max_new_tokens, dist.device)
     eval_steps = evaluation_steps(config, plans, answer_tokens, dist)
     run_identity = identity(settings, inputs.model.name, inputs.contents, data, steps)
@@ -223,7 +223,8 @@ def resolved_settings(
 ) -> dict[str, Any]:
     """What was left to the program, or is overridden by another setting, as it is used."""
     precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[execution.dtype]
-    epochs = steps.fractional_epoch(steps.num_steps) if config.max_steps else config.num_epochs
+    counted = config.max_steps or config.num_epochs == "auto"
+    epochs = steps.fractional_epoch(steps.num_steps) if counted else config.num_epochs
     return {
         "device": dist.device.type if config.device == "auto" else config.device,
         "precision": precision if config.precision == "auto" else config.precision,
@@ -355,6 +356,12 @@ def plan_general(
         most = min(evaluation.num_tokens, CPU_TOKENS) if evaluation else CPU_TOKENS
     part = general_part(paths, tokenizer, config, most)
     return part and (part, one_pass(part, config, dist))
+
+
+def probe_part(config: DirectTrainingConfig, inputs: RunData) -> DataPart:
+    """Where the questions of the evaluations come from."""
+    own = config.probe_path and general_part(config.probe_path, inputs.tokenizer, config)
+    return own or inputs.data.held_out
 
 
 def one_pass(part: DataPart, config: DirectTrainingConfig, dist: Distributed) -> StepPlan:

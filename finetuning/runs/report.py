@@ -60,6 +60,20 @@ CHARTS = {
     "Host memory of the run, MB": (r"Memory/Host_RSS_MB",),
     "CPU, %": (r"System/CPU_Percent",),
 }
+# Row of the first table -> its tag, and whether more is better; None: it is a distance.
+BEFORE_AND_AFTER = {
+    "held-out loss": ("Eval/Loss", False),
+    "held-out loss of the thinking": ("Eval/Thinking_Loss", False),
+    "held-out loss of the answers": ("Eval/Answer_Loss", False),
+    "held-out tokens foretold": ("Eval/Token_Accuracy", True),
+    "probes thought, answered and ended": ("Eval/Format_Valid_Rate", True),
+    "probes with the right number": ("Eval/Exact_Answer", True),
+    "terms of the reference named": ("Eval/Term_Recall", True),
+    "probes cut at their budget": ("Eval/Budget_Hit_Rate", False),
+    "loss on general text": ("Forgetting/General_Loss", False),
+    "KL to the base, general text": ("Forgetting/KL_General", None),
+    "KL to the base, held out": ("Forgetting/KL_Held_Out", None),
+}
 MOST_CURVES = 12  # in one chart
 TEXTS = (
     ("Eval/Samples", "Held-out questions and the model's answers"),
@@ -102,6 +116,7 @@ def page(run: RecordedRun) -> str:
     """The whole page; every text of the run in it is escaped."""
     sections = [
         _head(run),
+        _section("Before and after", _before_and_after(run)),
         _section("Alerts", _alerts(run.alerts)),
         _section("Curves", _left_out(run) + _charts(run.series)),
         _section("Your own metrics", _custom(run.custom)),
@@ -158,6 +173,30 @@ def headline(run: RecordedRun) -> dict[str, str]:
         "alerts": str(run.alerts.count),
     }
     return {name: value for name, value in numbers.items() if value}
+
+
+def _before_and_after(run: RecordedRun) -> str:
+    """The base against the model of the newest evaluation; nothing before there are two."""
+    errors, rows = run.series.get("Eval/Loss_Error", ()), []
+    for name, (tag, more) in BEFORE_AND_AFTER.items():
+        points = run.series.get(tag, ())
+        if len(points) < 2:
+            continue
+        before, after = points[0][1], points[-1][1]
+        texts = [shown(before), shown(after)]
+        if tag == "Eval/Loss" and len(errors) > 1:
+            texts = [
+                f"{text} ± {shown(2 * error)}"
+                for text, (_, error) in zip(texts, (errors[0], errors[-1]), strict=True)
+            ]
+        change = (
+            "" if more is None or before == after else ("worse", "better")[more == (after > before)]
+        )
+        rows.append((name, *texts, change))
+    note = (
+        "<p>±: twice the standard error over the held-out samples.</p>" if len(errors) > 1 else ""
+    )
+    return _table(("", "base", "tuned", ""), rows) + note if rows else ""
 
 
 def _alerts(alerts: Alerts) -> str:

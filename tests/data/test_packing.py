@@ -262,3 +262,12 @@ def test_a_plan_holds_few_bytes_a_document_and_leaves_the_choice_alone():
     tracemalloc.stop()
     assert held < 16 * 50_000
     assert (documents == np.arange(50_000)).all()
+
+
+@pytest.mark.parametrize(
+    ("rows", "epochs"), [(1, 15), (9, 15), (10, 15), (40, 4), (50, 3), (400, 3)]
+)
+def test_automatic_epochs_make_150_updates_of_few_data(rows: int, epochs: int):
+    """15 at most, 3 at least; 40 rows four times are 160 updates."""
+    options = {"gradient_accumulation_steps": 1, "num_epochs": "auto"}
+    assert len(make_plan(np.full(rows, 500), **options)) == rows * epochs

@@ -54,6 +54,38 @@ def test_a_run_leaves_its_page(finished: Path):
     assert len(text) < 2_000_000
 
 
+def test_the_first_table_is_the_base_against_the_tuned_model(run):
+    def record(step: int, **metrics: float) -> str:
+        return json.dumps({"step": step, "time": float(step), "metrics": metrics}) + "\n"
+
+    rows = [
+        {
+            "Eval/Loss": 2.0,
+            "Eval/Loss_Error": 0.1,
+            "Forgetting/General_Loss": 1.5,
+            "Eval/Term_Recall": 0.2,
+        },
+        {
+            "Eval/Loss": 1.5,
+            "Eval/Loss_Error": 0.2,
+            "Forgetting/General_Loss": 1.75,
+            "Eval/Term_Recall": 0.2,
+        },
+    ]
+    text = "".join(record(10 * i, **row) for i, row in enumerate(rows))
+    (run.logs / "metrics.jsonl").write_text(text, encoding="utf-8")
+    first = page(read_recorded(run)).partition("<h2>")[2].partition("</table>")[0]
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", first)
+    assert first.startswith("Before and after")
+    assert cells == [
+        *("held-out loss", "2 ± 0.2", "1.5 ± 0.4", "better"),
+        *("terms of the reference named", "0.2", "0.2", ""),
+        *("loss on general text", "1.5", "1.75", "worse"),
+    ]
+    (run.logs / "metrics.jsonl").write_text(record(0, **rows[0]), encoding="utf-8")
+    assert "Before and after" not in page(read_recorded(run)), "there is no after yet"
+
+
 HARMED = {
     "memory": ("MEMORY", "x = bytearray(2**33)", "too much memory|MemoryError"),
     "killed": ("MEMORY", "import os; os.kill(os.getpid(), 9)", "too much memory or time"),

@@ -269,6 +269,16 @@ def general_sources(world: World, config: Config) -> set[str]:
     return {Path(part.sample(int(d)).source).stem for d in part.documents}
 
 
+def probed_sources(world: World, config: Config) -> set[str]:
+    return {Path(probe.sample.source).stem for probe in world.plan(config).probes}
+
+
+def passes(world: World, config: Config) -> tuple[float, int]:
+    """Over the data, and updates."""
+    plan = world.plan(config)
+    return plan.settings["num_epochs"], plan.steps.num_steps
+
+
 def reads_of_the_base(world: World, config: Config) -> int:
     """In four updates."""
     with mock.patch.object(
@@ -699,6 +709,8 @@ ROWS = [
     Row("log_weight_histograms", True, histograms, True),
     Row("early_stopping_patience", 2, evaluations_until_the_end, 2, otherwise=-1),
     Row("num_probes", 2, questions, lambda seen: seen[0] == 2),
+    Row("probe_path", data("b"), probed_sources, {"b"}, beside={"num_probes": 2}),
+    Row("num_epochs", "auto", passes, lambda seen: 3 < seen[0] <= 15 and seen[1] >= 150),
     Row("probe_max_new_tokens", 7, questions, (2, 7), beside={"num_probes": 2}),
     Row("alert_actions", {"NonFinite": "save"}, after_an_alert, (True, "")),
     Row("alert_actions", {"NonFinite": "stop"}, after_an_alert, (False, "stopped")),

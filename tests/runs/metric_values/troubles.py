@@ -118,7 +118,7 @@ TOLD = {
     "GPU_Overheat": (1, 86, 85),
     "OOM_Risk": (1, 96, 95),
     "Slow_Rank": (1, 30, 20),
-    "Forgetting": (1, 2.06, 2.04),
+    "Forgetting": (1, 2.05, 2.04),
     "Low_GPU_Utilization": (1, 70, 80),
     "Data_Starvation": (1, 0.4, 0.3),
     "NonFinite": (1, 2, 0),
