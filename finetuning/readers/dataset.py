@@ -24,7 +24,7 @@ from finetuning.readers.arrow_samples import ArrowSamples, write_samples
 from finetuning.readers.files import COMPRESSIONS, TEXTS, DataFile, Listing, list_files
 from finetuning.readers.findings import HINTS, Findings, urgency, without_sample
 from finetuning.readers.formats import read_records, recognized
-from finetuning.readers.opening import CHUNK, Chunk, split_file
+from finetuning.readers.opening import CHUNK, Chunk, split_file, too_many_open
 from finetuning.readers.records import SAMPLE_KEYS, record_sample
 from finetuning.readers.sample import (
     BrokenRecordError,
@@ -374,7 +374,11 @@ def _load(folder: Path) -> SampleSet | None:
     try:
         index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
         samples = ArrowSamples([str(folder / _part(i)) for i in range(index["parts"])])
-    except (OSError, ValueError, KeyError, pa.ArrowException):
+    except OSError as error:
+        if too_many := too_many_open(error):
+            raise too_many from error
+        return None
+    except (ValueError, KeyError, pa.ArrowException):
         return None
     if len(samples) != sum(index["samples_per_file"].values()):
         return None

@@ -1,6 +1,7 @@
 """A file's bytes and text: decompressed, in its encoding, in parts that can be read on their own."""
 
 import codecs
+import errno
 import functools
 import gzip
 import hashlib
@@ -88,7 +89,9 @@ def _opened(file: DataFile) -> BinaryIO:
     try:
         return open(file.path, "rb")
     except OSError as error:
-        raise UserError(f"can't open {clean_line(file.source, 200)}: {error.strerror}") from error
+        raise too_many_open(error) or UserError(
+            f"can't open {clean_line(file.source, 200)}: {error.strerror}"
+        ) from error
 
 
 def byte_stream(file: DataFile) -> BinaryIO:
@@ -149,6 +152,13 @@ def check_unpacked(file: DataFile) -> None:
         with byte_stream(file) as stream:
             while stream.read(BLOCK):
                 pass
+
+
+def too_many_open(error: OSError) -> UserError | None:
+    """The error of a system that opens no more files, None for another one."""
+    if error.errno not in (errno.EMFILE, errno.ENFILE):
+        return None
+    return UserError("too many files are open (EMFILE); raise the limit, as by: ulimit -n 4096")
 
 
 def archive_errors() -> tuple[type[Exception], ...]:
