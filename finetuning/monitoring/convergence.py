@@ -17,8 +17,8 @@ from statistics import median
 from finetuning.common.errors import UserError
 from finetuning.monitoring.alerts import AlertMonitor
 from finetuning.monitoring.curve_fit import Fit, fit_curve, merged
-from finetuning.monitoring.detectors import is_spike, log_noise
 from finetuning.monitoring.loss_curves import Curve
+from finetuning.monitoring.loss_detectors import is_spike, log_noise
 
 MAX_BINS = 128  # two neighbours are merged when full, so 64 to 128 bins describe any run
 MIN_POINTS = 8  # fewer logged losses give no forecast
