@@ -285,7 +285,7 @@ def waited(rates: list[float | None]) -> int | None:
             warm += not rate > before
             before, peak = rate, max(peak, rate)
         spent = 1 - rate / peak if rate is not None and peak else 0.0
-        if warm >= 200 or (warm >= 40 and spent >= 0.25):
+        if warm >= (400 if 0 < spent < 0.1 else 200) or (warm >= 40 and spent >= 0.25):
             return i
     return None
 
@@ -448,7 +448,7 @@ def play(case: Case) -> list[tuple[int, str]]:
 
 
 def judged(cases: list[Case], show: bool) -> dict:
-    """Counts per detector: {name: {"cases", "found", "false", "delays"}}, and false alarms on healthy runs."""
+    """Counts per detector, {name: {"cases", "found", "false", "delays"}}; the healthy runs that are loud."""
     counts = {name: {"cases": 0, "found": 0, "false": 0, "delays": []} for name in NAMES}
     loud = []
     for case in cases:
@@ -471,8 +471,9 @@ def judged(cases: list[Case], show: bool) -> dict:
             loud.append(case.run.name)
         if show and (others or (case.expected and not own)):
             places = [(i, n) for i, n in raised if n in others]
-            print(f"{case.run.name} [{case.run.half}] {case.expected} {case.strength} onset {case.onset}: "
-                  f"{'missed' if case.expected and not own else ''} false {places}", file=sys.stderr)  # fmt: skip
+            missed = "missed" if case.expected and not own else ""
+            what = f"{case.run.name} [{case.run.half}] {case.expected} {case.strength}"
+            print(f"{what} onset {case.onset}: {missed} false {places}", file=sys.stderr)
     return {"counts": counts, "loud": loud, "healthy": sum(not c.expected for c in cases)}
 
 

@@ -33,6 +33,11 @@ ALERT_NAMES = (
     "Thinking_Collapse",
     "Overfitting",
     "Slow_Rank",
+    "Saturation",
+    "Forgetting",
+    "Source_Regression",
+    "Dead_Adapter",
+    "Clipping",
 )
 
 # What records may show of a text. Of a text that stands in neither they show nothing.

@@ -34,16 +34,16 @@ ADVICE = {
     "more data or dropout{dropout} help.",
     "Slow_Rank": "One rank holds up all others. Compare temperature, clocks and other processes "
     "of its GPU, and its share of long samples.",
-    "Saturation": "The training data are learned by heart; more steps on them teach nothing. Stop, take fewer "
-    "epochs{epochs} or more data.",
+    "Saturation": "The training data are learned by heart; more steps on them teach nothing. Stop, take "
+    "fewer epochs{epochs} or more data.",
     "Forgetting": "The model drifts away from what it could. Lower the learning rate{rate}, train fewer "
     "epochs{epochs}, or mix general data in (--data-path, --data-weights).",
     "Source_Regression": "Look at the samples of this source: they may contradict the others, or be damaged. "
     "Leave it out or weigh it (--data-weights), and compare the two runs.",
     "Dead_Adapter": "These adapters do not learn. Check --target-modules and that their layers are used by "
     "this model; a frozen group can be left out.",
-    "Clipping": "The clipping, not the gradient, sets the size of each step. Raise max_grad_norm{clip} to the "
-    "usual norm, or lengthen the warm-up{warmup}.",
+    "Clipping": "The clipping, not the gradient, sets the size of each step. Raise max_grad_norm{clip} to "
+    "the usual norm, or lengthen the warm-up{warmup}.",
 }
 ENDS = {  # of what the value is; it ends on the other side of the threshold
     "Gradient_Explosion": "the gradient norm is below",

@@ -40,6 +40,13 @@ class Alert:
     advice: str = ""
     ends: str = ""
 
+    def line(self) -> str:
+        """For a terminal: what, where, how far, which samples, and what to do."""
+        value, limit = four_digits(self.value), four_digits(self.threshold)
+        samples = self.evidence.get("samples")
+        named = f" Samples: {_words_of(samples)}." if samples else ""
+        return f"{self.name} at step {self.step}: {value}, limit {limit}.{named} {self.advice} {self.ends}"
+
     def record(self) -> dict:
         """As strict JSON: a value that isn't finite becomes its name, such as "nan"."""
         return strict(asdict(self), nonfinite=str)

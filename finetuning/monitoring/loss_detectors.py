@@ -171,8 +171,8 @@ def middle(losses: Sequence[float]) -> float:
 def divergence(memory: DetectorMemory, metrics: Mapping) -> Verdict:
     """The loss has risen for good, more than the noise of such rows explains; at once or slowly.
 
-    At once: three losses in a row above any of the 61 before them. Slowly: the smoothed loss is above its best
-    by a share and by six of its standard errors.
+    At once: three losses in a row above any of the 61 before them. Slowly: the smoothed loss is above its
+    best by a share and by six of its standard errors.
     """
     if not _follow_loss(memory, metrics):
         return KEEP
@@ -199,11 +199,11 @@ def divergence(memory: DetectorMemory, metrics: Mapping) -> Verdict:
 def stagnation(memory: DetectorMemory, metrics: Mapping) -> Verdict:
     """No progress while the learning rate could still give some; two forms.
 
-    Stuck: the loss has hardly fallen from its start (`_stuck`) after `patience` logged losses at a rate
-    that no longer rises, or after 40 when a quarter of the learning rate is already spent. Stalled: no better
-    loss for `patience` logged losses and half the run, well above what the forecast promised when
-    the last progress was made, at a rate over a third of its peak. A flat loss at the forecast is
-    convergence, and a flat loss at the end of the schedule is the end: neither is reported.
+    Stuck: the loss has hardly fallen from its start (`_stuck`) after `patience` logged losses at a rate that
+    no longer rises (twice as many while less than a tenth of it is spent), or after 40 when a quarter of it
+    is spent. Stalled: no better loss for `patience` logged losses and half the run, well above what the forecast
+    promised when the last progress was made, at a rate over a third of its peak. A flat loss at the forecast
+    is convergence, and a flat loss at the end of the schedule is the end: neither is reported.
     """
     marks = memory.marks
     if training_loss(memory, metrics) is None or "level" not in marks:
@@ -211,7 +211,9 @@ def stagnation(memory: DetectorMemory, metrics: Mapping) -> Verdict:
     count, rate, patience = marks["count"], marks.get("rate", 1.0), memory.limits.patience
     spent = 1 - rate / (marks.get("peak_rate") or 1.0)
     warm = marks["warm"]
-    old_enough = warm >= patience or (warm >= 40 and spent >= 0.25) or count >= 5 * patience
+    long = 0 < spent < 0.1  # it has just begun to fall: most of the run is to come
+    old_enough = warm >= (2 if long else 1) * patience or (warm >= 40 and spent >= 0.25)
+    old_enough |= count >= 5 * patience
     if old_enough and (stuck := _stuck(memory)):
         return stuck
     since = count - marks["best_at"]

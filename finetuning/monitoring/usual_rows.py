@@ -1,4 +1,4 @@
-"""What is usual for such rows: a step is compared with earlier ones of its sources, difficulties, categories, length."""
+"""What is usual for such rows: a step beside those of its sources, difficulties, categories, length."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ NEAREST = 7
 def unusual(memory: DetectorMemory, metrics: Mapping, name: str, value: float) -> float:
     """How far log(value) lies above what is usual for such rows; the smallest of several comparisons.
 
-    Compared are, as far as the step says them and enough is known: the medians of each family's groups of rows
-    (the group that rose most counts), and the seven earlier steps nearest in tokens. A step that any of them
-    explains is as usual as that. Takes the step into the memory. inf where nothing can be compared.
+    Compared are, as far as the step says them and enough is known: the medians of each family's groups of
+    rows (the group that rose most counts), and the seven earlier steps nearest in tokens. A step that any of
+    them explains is as usual as that. Takes the step into the memory. inf where nothing can be compared.
     """
     rises = [_rise_by_length(memory, metrics, name, value)]
     if name == "Training/Loss":

@@ -67,6 +67,7 @@ class RunRecord:
         self.stop_alerts: list[str] = []  # alerts that have asked for the end of the run
         self._told_status = time.monotonic()
         self.evidence: dict[str, object] = {}  # what the alerts of the next logged step may cite
+        self._settings: dict[str, Any] = {}
         self.alerts = AlertMonitor(alert_state or None)
         if logger and resume_step is not None:
             self._forget_alerts(resume_step)
@@ -87,9 +88,15 @@ class RunRecord:
     ) -> None:
         """Take back everything after `step`: the run goes on from there. `reach`: of custom tags."""
         self.logger.rewind(step, reach)
-        self.alerts, self.evidence = AlertMonitor(alert_state or None), {}
+        self.alerts = AlertMonitor(alert_state or None, settings=self._settings)
+        self.evidence = {}
         if self.logger:
             self._forget_alerts(step)
+
+    def cite(self, settings: Mapping[str, Any]) -> None:
+        """Settings of the run, which alerts look at and their advice names."""
+        self._settings = dict(settings)
+        self.alerts = AlertMonitor(self.alerts.state_dict(), settings=self._settings)
 
     @property
     def was_described(self) -> bool:
@@ -199,7 +206,7 @@ class RunRecord:
             self._warn(f"alerts after step {step} stay in {path.name}: {error.strerror or error}")
 
     def _act(self, alert: Alert) -> str:
-        self._warn(f"{alert.name} at step {alert.step}: {alert.advice}")
+        self._warn(alert.line())
         action = self._actions.get(alert.name, "log")
         if action == "stop":
             self.stop_alerts.append(alert.name)

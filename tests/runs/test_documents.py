@@ -215,6 +215,10 @@ LIMITS = {
     "Thinking_Collapse": ("collapse", "format_drop"),
     "Overfitting": ("overfit",),
     "Slow_Rank": ("straggler",),
+    "Saturation": ("saturated",),
+    "Forgetting": ("forgotten",),
+    "Source_Regression": ("source_worse",),
+    "Clipping": ("clipped_share", "clipped_times"),
 }
 
 
