@@ -274,8 +274,6 @@ class DirectTrainer:
         if slowest is not None:  # an alert about it names the rank
             self.record.evidence["slowest_rank"] = slowest
         self.record.evidence.setdefault("samples", self.metrics.hardest_places())
-            "samples", samples
-        )  # of a step that is not finite, if there is one
         return metrics | straggler | self.record.overhead_percent(self.metrics.session_seconds)
 
     def evaluate(self, step: int) -> dict[str, float]:

@@ -199,11 +199,12 @@ def divergence(memory: DetectorMemory, metrics: Mapping) -> Verdict:
 def stagnation(memory: DetectorMemory, metrics: Mapping) -> Verdict:
     """No progress while the learning rate could still give some; two forms.
 
-    Stuck: the loss has hardly fallen from its start (`_stuck`) after `patience` logged losses at a rate that
-    no longer rises (twice as many while less than a tenth of it is spent), or after 40 when a quarter of it
-    is spent. Stalled: no better loss for `patience` logged losses and half the run, well above what the forecast
-    promised when the last progress was made, at a rate over a third of its peak. A flat loss at the forecast
-    is convergence, and a flat loss at the end of the schedule is the end: neither is reported.
+    Stuck: the loss has hardly fallen from its start (`_stuck`) after `patience` logged losses at a rate
+    that no longer rises (twice as many while less than a tenth of it is spent), or after 40 when a
+    quarter of it is spent. Stalled: no better loss for `patience` logged losses and half the run, well
+    above what the forecast promised when the last progress was made, at a rate over a third of its
+    peak. A flat loss at the forecast is convergence, and a flat loss at the end of the schedule is the
+    end: neither is reported.
     """
     marks = memory.marks
     if training_loss(memory, metrics) is None or "level" not in marks:

@@ -63,8 +63,8 @@ def source_regression(memory: DetectorMemory, metrics: Mapping) -> Verdict:
     """One source gets worse while the others get better: training losses, or two held-out ones in a row.
 
     A source's level is the mean of its last ten training losses but the highest and the lowest (of two
-    held-out ones); it is worse where that lies above its best by a share and by six standard errors. The others:
-    median of level over best.
+    held-out ones); it is worse where that lies above its best by a share and by six standard errors.
+    The others: median of level over best.
     """
     found, new = None, False
     for family in SOURCES:
