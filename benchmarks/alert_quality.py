@@ -66,7 +66,7 @@ def recorded_runs() -> Iterator[Run]:
         if run["factor"] != 1:
             continue
         rows = [(step, dict(values)) for step, values in run["rows"]]
-        half = "tune" if run["seed"] == 1 or (run["seed"] == 3 and index % 2) else "judge"
+        half = "tune" if run["seed"] in (1, 2) else "judge"
         name = f"{run['shape']} {run['seed']}"
         yield Run(name, half, _with_machine(rows, index))
         if index % 3 == 0:
@@ -168,7 +168,9 @@ def scaled(row: dict, factor: float) -> None:
             row[tag] *= factor
 
 
-AROUND_A_RISE = frozenset({"Loss_Spike", "Gradient_Explosion", "Source_Regression", "Overfitting"})
+AROUND_A_RISE = frozenset(
+    {"Loss_Spike", "Gradient_Explosion", "Source_Regression", "Overfitting", "Clipping"}
+)
 
 
 def loss_faults(run: Run, at: int) -> Iterator[Case]:

@@ -64,17 +64,23 @@ def clipping(memory: DetectorMemory, metrics: Mapping) -> Verdict:
 
 
 def loss_spike(memory: DetectorMemory, metrics: Mapping) -> Verdict:
-    """One loss far above the losses just before it (`is_spike`), above its like, and above any before."""
+    """One loss far above the losses just before it, above its like, and above any before.
+
+    Far: `is_spike`, or as many sigma above its like as steps before it were.
+    """
     loss = training_loss(memory, metrics)
     if loss is None:
         return KEEP
     losses = memory.series.get("loss", [])
     rows = memory.marks["rows"] = min(unusual(memory, metrics, "Training/Loss", loss), 1e6)
     before, z, ratio = losses[-31:], memory.limits.spike_z, memory.limits.spike_ratio
-    if len(before) < ENOUGH or not is_spike(loss, before, z, ratio):
+    known = memory.series.get("unusual", [])  # how far the steps before lay above their like
+    spread = 1.4826 * median(map(abs, known)) if len(known) >= ENOUGH else math.inf
+    if len(before) < ENOUGH or not (is_spike(loss, before, z, ratio) or rows > z * spread):
         return None
     usual, highest = median(before[-7:]), math.exp(_highest([_log(x) for x in losses]))
-    limit = max(usual * ratio, usual * math.exp(z * log_noise(before)), highest * ratio**0.5)
+    noise = min(log_noise(before), max(spread, 0.01))
+    limit = max(usual * ratio, usual * math.exp(z * noise), highest * ratio**0.5)
     if loss <= limit or rows <= math.log(ratio):
         return None
     return Finding(loss, limit, {"usual loss": usual})
@@ -153,7 +159,7 @@ def _follow_loss(memory: DetectorMemory, metrics: Mapping) -> bool:
     marks["start"] = max(level, marks.get("start", level)) if count <= 45 else marks["start"]
     if count >= LONG:
         calm = fmean(memory.series["loss"][-LONG:])
-        marks["first"] = marks.get("first", calm)
+        marks["calm"], marks["first"] = calm, marks.get("first", calm)
         marks["lowest"] = min(calm, marks.get("lowest", calm))
     if level < marks.get("best", math.inf) - 0.005 * marks["start"]:
         promised = finite(metrics, "Monitoring/Forecast_Final_Loss_High")
@@ -179,7 +185,7 @@ def divergence(memory: DetectorMemory, metrics: Mapping) -> Verdict:
     marks, losses = memory.marks, memory.series["loss"]
     best, before = marks["best"], losses[:-AT_ONCE]
     share = memory.limits.divergence
-    lasting = memory.remember("unusual", marks.get("rows", math.inf), keep=SMOOTH)
+    lasting = memory.remember("unusual", marks.get("rows", math.inf), keep=31)
     if len(before) >= ENOUGH:
         limit = max((1 + share) * median(before[-SMOOTH:]), (1 + share / 3) * sorted(before)[-2])
         sudden = min(losses[-AT_ONCE:])
@@ -226,14 +232,16 @@ def stagnation(memory: DetectorMemory, metrics: Mapping) -> Verdict:
 
 
 def _stuck(memory: DetectorMemory) -> Finding | None:
-    """The lowest mean of 30 losses lies within a share of the first one, or within its noise.
+    """The mean of 30 losses lies within a share of the first one, or within its noise; it always did.
 
-    Noise: two standard errors, since the lowest of many means is low by chance.
+    Noise: two standard errors. Always: the lowest of many means may be twice as low by chance.
     """
     marks = memory.marks
     if "first" not in marks:
         return None
-    fall = 1 - marks["lowest"] / marks["first"] if marks["first"] else 0.0
+    first = marks["first"]
+    fall, most = ((1 - marks[name] / first if first else 0.0) for name in ("calm", "lowest"))
     error = log_noise(memory.series["loss"]) / math.sqrt(LONG)
     limit = max(memory.limits.stuck, 2 * error)
-    return Finding(fall, limit, {"form": "stuck since the start"}) if fall < limit else None
+    stuck = fall < limit and most < 2 * limit
+    return Finding(fall, limit, {"form": "stuck since the start"}) if stuck else None

@@ -27,6 +27,7 @@ from finetuning.common.html import Points, cell, html_page, line_chart, table
 from finetuning.common.terminal import Terminal
 from finetuning.common.text import clean_line, redact, redact_values
 from finetuning.runs.directory import RunDirectory
+from finetuning.runs.findings import findings
 from finetuning.runs.recorded import RecordedRun, find_runs, read_recorded
 from finetuning.runs.summary import flat
 
@@ -90,6 +91,7 @@ def page(run: RecordedRun) -> str:
     """The whole page; every text of the run in it is escaped."""
     sections = [
         _head(run),
+        _section("What to do next", _next_steps(run)),
         _section("Alerts", _alerts(run.alerts)),
         _section("Curves", _charts(run.series)),
         _section("Your own metrics", _custom(run.custom)),
@@ -146,6 +148,18 @@ def headline(run: RecordedRun) -> dict[str, str]:
         "alerts": str(len(run.alerts)),
     }
     return {name: value for name, value in numbers.items() if value}
+
+
+def _next_steps(run: RecordedRun) -> str:
+    """The findings of a run, each with its evidence and the command to try."""
+    items = "".join(
+        f"<li><b>{html.escape(redact(f.title))}</b> {html.escape(redact(f.evidence))}"
+        f"<pre>{html.escape(redact(f.command))}</pre></li>"
+        for f in findings(run)
+    )
+    return (
+        f"<ol>{items}</ol>" if items else "<p>The record shows nothing that should be changed.</p>"
+    )
 
 
 def _alerts(alerts: Sequence[Mapping[str, Any]]) -> str:
