@@ -158,7 +158,7 @@ def _follow_loss(memory: DetectorMemory, metrics: Mapping) -> bool:
     marks["level"] = level
     marks["start"] = max(level, marks.get("start", level)) if count <= 45 else marks["start"]
     if count >= LONG:
-        calm = fmean(memory.series["loss"][-LONG:])
+        calm = fmean(sorted(memory.series["loss"][-LONG:])[LONG // 10 : -(LONG // 10)])
         marks["calm"], marks["first"] = calm, marks.get("first", calm)
         marks["lowest"] = min(calm, marks.get("lowest", calm))
     if level < marks.get("best", math.inf) - 0.005 * marks["start"]:
@@ -192,8 +192,9 @@ def divergence(memory: DetectorMemory, metrics: Mapping) -> Verdict:
         if sudden > limit and min(lasting[-AT_ONCE:]) > math.log(1 + share / 3):
             marks["diverged"] = limit
             return Finding(sudden, limit, {"best smoothed loss": best})
-    if marks.get("diverged") and marks["level"] > marks["diverged"]:
-        return Finding(marks["level"], marks["diverged"], {"best smoothed loss": best})
+    now = median(losses[-AT_ONCE:])
+    if marks.get("diverged") and now > marks["diverged"]:
+        return Finding(now, marks["diverged"], {"best smoothed loss": best})
     marks["diverged"] = 0.0
     error = pstdev(losses[:-SMOOTH] or losses) / math.sqrt(SMOOTH)
     limit = best + max(share * best, 6 * error, 0.02 * marks["start"])
