@@ -532,11 +532,12 @@ def main() -> None:
         "folders", nargs="*", type=Path, help="recorded curves: for tuning, then for judging"
     )
     parser.add_argument("--half", choices=("tune", "judge"), nargs="*", default=["tune", "judge"])
+    parser.add_argument("--every", type=int, default=1, help="only each n-th case")
     parser.add_argument(
         "--misses", action="store_true", help="name every miss and false alarm on stderr"
     )
     options = parser.parse_args()
-    cases = library(options.folders)
+    cases = library(options.folders)[:: options.every]
     print("# Alerts on runs with and without faults\n")
     print("`uv run python -m benchmarks.alert_quality FOLDER ... > docs/alert_quality.md`\n")
     record = {}

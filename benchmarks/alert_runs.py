@@ -1,16 +1,17 @@
 """Real small runs of many shapes, recorded for the library of the alerts (`alert_quality.py`).
 
     uv run python -m benchmarks.alert_runs            writes benchmarks/results/alert_runs.json.gz
+    uv run python -m benchmarks.alert_runs --only packed --seeds 1 --steps 30 --write FILE
 
 Every run is the real trainer on a tiny model, all of its weights or adapters, each shape with four seeds of
 data and training; five more have a fault that is real. Ten minutes of one core.
 """
 
+import argparse
 import gzip
 import json
 import random
 import re
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -103,11 +104,12 @@ FAULTS = {  # real ones: shape, factor of the learning rate from step 150
 }
 
 
-def train(shape: str, seed: int, folder: Path, model: str, factor: float = 1.0) -> list[list]:
-    """[[step, {tag: value}], ...] of one run."""
+def train(run: dict, folder: Path, model: str, steps: int) -> list[list]:
+    """[[step, {tag: value}], ...] of one run: its shape, seed, and the factor of its rate from step 150."""
     import direct_finetuning_with_existing_modules as program
 
     folder.mkdir(parents=True)
+    shape, seed, factor = (run[name] for name in ("shape", "seed", "factor"))
     usual = program.learning_rate_at
 
     def changed(step: int, *args: object, **kwargs: object) -> float:
@@ -126,7 +128,7 @@ def train(shape: str, seed: int, folder: Path, model: str, factor: float = 1.0) 
         data_path=data_of(shape, folder, seed),
         cache_dir=str(folder / "cache"),
         output_dir=str(folder / "out"),
-        max_steps=300,
+        max_steps=steps,
         logging_steps=1,
         num_probes=0,
         save_steps=0,
@@ -152,24 +154,30 @@ def _short(value: float | None) -> float | None:
 
 
 def main() -> None:
-    """Record all runs."""
+    """Record all runs, or some."""
     from tests.helpers.tiny_model import make_tiny_model
 
-    wanted = sys.argv[1:]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--write", type=Path, default=RECORDED)
+    options = parser.parse_args()
+    todo = [(s, seed, 1.0) for seed in options.seeds for s in SETTINGS]
+    todo += [(s, 7, factor) for s, factor in FAULTS.items() if options.steps > 150]
     runs: list[dict] = []
     with tempfile.TemporaryDirectory() as name:
         model = str(make_tiny_model(Path(name) / "model"))
-        todo = [(s, seed, 1.0) for seed in SEEDS for s in SETTINGS]
-        todo += [(s, 7, factor) for s, factor in FAULTS.items()]
         for shape, seed, factor in todo:
-            if wanted and shape not in wanted:
-                continue
-            folder = Path(name) / f"{shape} {seed} {factor:g}".replace(" ", "_")
-            rows = train(shape, seed, folder, model, factor)
-            runs.append({"shape": shape, "seed": seed, "factor": factor, "rows": rows})
-            print(shape, seed, factor, len(rows), flush=True)
-            with gzip.open(RECORDED, "wt", encoding="utf-8") as file:
-                json.dump(runs, file, separators=(",", ":"))
+            if shape in options.only:
+                run = {"shape": shape, "seed": seed, "factor": factor}
+                folder = Path(name) / f"{shape} {seed} {factor:g}".replace(" ", "_")
+                runs.append(run | {"rows": train(run, folder, model, options.steps)})
+                print(f"{shape}, seed {seed}, rate x {factor:g}", flush=True)
+    options.write.parent.mkdir(exist_ok=True)
+    with gzip.open(options.write, "wt", encoding="utf-8") as file:
+        json.dump(runs, file, separators=(",", ":"))
+    print(json.dumps({"runs": len(runs)}))
 
 
 if __name__ == "__main__":
