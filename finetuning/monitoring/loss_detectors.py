@@ -196,7 +196,8 @@ def divergence(memory: DetectorMemory, metrics: Mapping) -> Verdict:
     if marks.get("diverged") and now > marks["diverged"]:
         return Finding(now, marks["diverged"], {"best smoothed loss": best})
     marks["diverged"] = 0.0
-    error = pstdev(losses[:-SMOOTH] or losses) / math.sqrt(SMOOTH)
+    usual = losses[:-SMOOTH] if len(losses) >= 3 * SMOOTH else losses
+    error = pstdev(usual) / math.sqrt(SMOOTH)
     limit = best + max(share * best, 6 * error, 0.02 * marks["start"])
     if marks["level"] <= limit:
         return None
