@@ -273,8 +273,7 @@ class DirectTrainer:
         metrics |= self.metrics.gpu_memory(self.engine.captured)
         metrics |= self.metrics.clock.read(metrics)
         straggler, slowest = self.metrics.straggler()
-        if slowest is not None:  # an alert about it names the rank
-            self.record.evidence["slowest_rank"] = slowest
+        self.record.note_evidence(slowest_rank=slowest, samples=self.metrics.hardest_places())
         spent = self.metrics.session_seconds, self.metrics.spent.seconds
         return metrics | straggler | self.record.overhead_percent(*spent)
 

@@ -34,6 +34,11 @@ ALERT_NAMES = (
     "Overfitting",
     "Forgetting",
     "Slow_Rank",
+    "Saturation",
+    "Forgetting",
+    "Source_Regression",
+    "Dead_Adapter",
+    "Clipping",
 )
 
 # What records may show of a text. Of a text that stands in neither they show nothing.

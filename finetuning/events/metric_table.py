@@ -242,6 +242,14 @@ Alerts/Forgetting | 0 or 1 | always | monitoring.alerts
     The loss on general text has risen above that of the base.
 Alerts/Slow_Rank | 0 or 1 | always | monitoring.alerts
     One rank holds up all others.
+Alerts/Saturation | 0 or 1 | always | monitoring.alerts
+    Every training token is predicted: the data are learned by heart.
+Alerts/Source_Regression | 0 or 1 | always | monitoring.alerts
+    The loss of one source rises while those of the others fall.
+Alerts/Dead_Adapter | 0 or 1 | always | monitoring.alerts
+    A group of adapters stays at zero while others learn.
+Alerts/Clipping | 0 or 1 | always | monitoring.alerts
+    Nearly every gradient is far longer than the limit it is clipped to.
 Config/Batch_Size | | always | runs.metrics
     Rows in a micro-batch; logged anew where out of memory has divided it (below 1: parts of a row).
 Config/Sequence_Length | tokens | always | runs.metrics

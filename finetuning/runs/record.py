@@ -69,6 +69,7 @@ class RunRecord:
         self._told_status = time.monotonic()
         self._spent = Stopwatch()  # on alerts
         self.evidence: dict[str, object] = {}  # what the alerts of the next logged step may cite
+        self._settings: dict[str, Any] = {}
         self.alerts = AlertMonitor(alert_state or None)
         if logger and resume_step is not None:
             self._forget_alerts(resume_step)
@@ -91,9 +92,15 @@ class RunRecord:
     ) -> None:
         """Take back everything after `step`: the run goes on from there. `reach`: of custom tags."""
         self.logger.rewind(step, reach)
-        self.alerts, self.evidence = AlertMonitor(alert_state or None), {}
+        self.alerts = AlertMonitor(alert_state or None, settings=self._settings)
+        self.evidence = {}
         if self.logger:
             self._forget_alerts(step)
+
+    def cite(self, settings: Mapping[str, Any]) -> None:
+        """Settings of the run, which alerts look at and their advice names."""
+        self._settings = dict(settings)
+        self.alerts = AlertMonitor(self.alerts.state_dict(), settings=self._settings)
 
     @property
     def was_described(self) -> bool:
@@ -121,6 +128,11 @@ class RunRecord:
         kinds = {RunStopped: "stopped", Interrupted: "preempted"}
         details = {"step": step, "saved": max(saved, 0), "reason": repr(error)}
         self.status(kinds.get(type(error), "failed"), **details)
+
+    def note_evidence(self, **evidence: object) -> None:
+        """What alerts of the coming logged step may name; None, or what was noted before, changes nothing."""
+        known = {name: value for name, value in evidence.items() if value is not None}
+        self.evidence = known | self.evidence
 
     def overhead_percent(self, seconds: float, elsewhere: float) -> dict[str, float]:
         """Share of `seconds` of training that logged steps took from it: calls of the logger, alerts, and
@@ -205,7 +217,7 @@ class RunRecord:
             self._warn(f"alerts after step {step} stay in {path.name}: {error.strerror or error}")
 
     def _act(self, alert: Alert) -> str:
-        self._warn(f"{alert.name} at step {alert.step}: {alert.advice}")
+        self._warn(alert.line())
         action = self._actions.get(alert.name, "log")
         if action == "stop":
             self.stop_alerts.append(alert.name)

@@ -19,7 +19,7 @@ from finetuning.common.text import clean_line
 from finetuning.events.metric_table import is_custom
 from finetuning.events.reading import read_end_texts
 from finetuning.runs.directory import RunDirectory
-from finetuning.runs.series import RunSeries
+from finetuning.runs.series import MEDIANS, RunSeries
 
 Points = Sequence[tuple[int, float]]  # (step, value), steps rise
 
@@ -87,6 +87,7 @@ class RecordedRun:
 
     def median(self, tag: str) -> float | None:
         """The median of a tag's finite values (`series.MEDIANS`): what one odd interval does not move."""
+        assert tag in MEDIANS, tag
         return self.medians.get(tag)
 
     @property

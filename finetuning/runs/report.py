@@ -29,6 +29,7 @@ from finetuning.common.limited import STOPPED, Ended, Limits, run_limited
 from finetuning.common.terminal import Terminal
 from finetuning.common.text import clean_line, redact, redact_values
 from finetuning.runs.directory import RunDirectory
+from finetuning.runs.findings import findings
 from finetuning.runs.recorded import Alerts, RecordedRun, find_runs, read_recorded
 
 # Title of a chart -> expressions; every tag that fits one is a curve, named by what the title leaves out.
@@ -117,6 +118,7 @@ def page(run: RecordedRun) -> str:
     sections = [
         _head(run),
         _section("Before and after", _before_and_after(run)),
+        _section("What to do next", _next_steps(run)),
         _section("Alerts", _alerts(run.alerts)),
         _section("Curves", _left_out(run) + _charts(run.series)),
         _section("Your own metrics", _custom(run.custom)),
@@ -197,6 +199,18 @@ def _before_and_after(run: RecordedRun) -> str:
         "<p>±: twice the standard error over the held-out samples.</p>" if len(errors) > 1 else ""
     )
     return _table(("", "base", "tuned", ""), rows) + note if rows else ""
+
+
+def _next_steps(run: RecordedRun) -> str:
+    """The findings of a run, each with its evidence and the command to try."""
+    items = "".join(
+        f"<li><b>{html.escape(redact(f.title))}</b> {html.escape(redact(f.evidence))}"
+        f"<pre>{html.escape(redact(f.command))}</pre></li>"
+        for f in findings(run)
+    )
+    return (
+        f"<ol>{items}</ol>" if items else "<p>The record shows nothing that should be changed.</p>"
+    )
 
 
 def _alerts(alerts: Alerts) -> str:

@@ -96,6 +96,7 @@ def begin_record(
         changes=start.state.changes,
         warn=terminal.warning,
     )
+    record.cite(plan.settings)
     announce(terminal, record, plan, engine, dist)
     if start.checkpoint:
         tell_resume(terminal, record, plan, start.checkpoint, start.changes)

@@ -35,7 +35,7 @@ from finetuning.command_line import parse_command_line, read_config_file
 from finetuning.events.metric_table import METRICS, find_metric
 from finetuning.events.reading import read_histograms, read_metrics, read_run, read_texts
 from finetuning.monitoring import alerts
-from finetuning.monitoring.detectors import AlertLimits
+from finetuning.monitoring.detector_memory import AlertLimits
 from finetuning.readers.dataset import read_samples
 from tests.helpers import fake_hub
 from tests.helpers.program import run_program
@@ -216,6 +216,9 @@ LIMITS = {
     "Overfitting": ("overfit",),
     "Forgetting": ("forgotten",),
     "Slow_Rank": ("straggler",),
+    "Saturation": ("saturated",),
+    "Source_Regression": ("source_worse",),
+    "Clipping": ("clipped_share", "clipped_times"),
 }
 
 
