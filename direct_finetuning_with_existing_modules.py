@@ -52,6 +52,7 @@ from finetuning.runs.directory import RunDirectory, disk_faults_stop_the_run
 from finetuning.runs.identity import check_identity
 from finetuning.runs.init_adapter import with_own_settings
 from finetuning.runs.metrics import MetricsProcessor
+from finetuning.runs.naming import trial_name
 from finetuning.runs.plan import load_data, plan_run
 from finetuning.runs.record import show_plan
 from finetuning.runs.report import leave_report
@@ -63,6 +64,7 @@ from finetuning.training.state import TrainState
 from tb_logger import NullLogger, TensorBoardLogger
 
 process.imports_are_done()
+DEFAULTS = dataclasses.asdict(DirectTrainingConfig())
 
 
 class DirectTrainer:
@@ -163,7 +165,7 @@ class DirectTrainer:
 
             saves = self.log_late() or last or self.checkpoints.is_due(step)
             epoch_ends = last or step % plan.steps_per_epoch == 0
-            logs = last or due(step, self.config.logging_steps)
+            logs = last or due(step, self.plan.logging_steps)
             must_collect = evaluates or saves or epoch_ends or self.interrupted or self.outcome
             if logs and self.logs_late and not must_collect:
                 self.unlogged = result  # its numbers are read once the next step is queued
@@ -400,7 +402,7 @@ class DirectTrainer:
         start = SessionStart.of(checkpoint, begun, self.plan, self.state)
         # Weights and both moments, one more while the old one is still there.
         needed = 6 * 4 * self.engine.num_trainable
-        run = open_run(start, Path(self.config.output_dir), self.dist, self.terminal, needed)
+        run = open_run(start, self.config, self.dist, self.terminal, needed)
         logger = self.open_logger(run, start.resume_step)
         self.stop.wait_for_loop()  # from here on a checkpoint can be written
         around, actions = (self.dist, self.terminal), self.config.alert_actions
@@ -419,6 +421,7 @@ class DirectTrainer:
         files = {"run_dir": run.tensorboard, "metrics_path": run.logs / "metrics.jsonl"}
         goes_on = {"resume_step": resume_step, "reach": self.state.reach}
         texts = {"hparams": summary.hparams(self.plan.settings), "warn": self.terminal.warning}
+        texts["trial"] = trial_name(run.name, self.plan.settings, DEFAULTS)
         return TensorBoardLogger(**files, **goes_on, **texts)
 
     # -------------------------------------------------------------------------
@@ -436,12 +439,9 @@ class DirectTrainer:
         else:
             self.save_model(self.record.run.final_model)
             self.metrics.count_seconds(state)
-            hardware = self.metrics.hardware(self.record.system.read())  # a collective
             if self.dist.is_main:
                 monitoring = self.metrics.convergence.scalars()
-                text = self.record.write_summary(
-                    self.plan, self.engine, state, monitoring, hardware, outcome
-                )
+                text = self.record.write_summary(self.plan, self.engine, state, monitoring, outcome)
                 self.terminal.final(text)
         result = summary.result(outcome, state)
         details = {"saved": self.checkpoints.step, "signal": self.stop.name, "result": result}

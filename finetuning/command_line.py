@@ -4,10 +4,11 @@ import dataclasses
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
+from finetuning.common import language
 from finetuning.common.errors import UserError
 from finetuning.common.files import regular
 from finetuning.common.paths import expanded
@@ -28,6 +29,8 @@ class CommandLine:
     check_data: bool = False
     """Read and tokenize everything, say what is wrong with it, the worst of each kind here and all in a file,
     and end with 0 (good) or 1."""
+    language: Literal["auto", "zh", "en"] = "auto"
+    """Of the terminal, alerts, report and the notes of charts; auto: that of the locale."""
     quiet: bool = False
     """Only warnings and the closing lines on the terminal."""
     trust_remote_code: bool = False
@@ -38,6 +41,7 @@ class CommandLine:
 
 def parse_command_line(arguments: list[str]) -> CommandLine:
     """Defaults, then the TOML file of --config, then the command line. Raises UserError for the file."""
+    language.use(_value_of("--language", arguments))
     path = _value_of("--config", arguments)
     defaults = CommandLine(
         training=read_config_file(Path(expanded(path, "--config")))

@@ -113,7 +113,6 @@ FOREIGN: dict[str, str | Values | Absent] = {
     # Output
     "logging_dir": Absent("event files are in tensorboard_logs/ below output_dir"),
     "overwrite_output_dir": Absent("every run has directories of its own below output_dir"),
-    "run_name": Absent("a run is named by the time it started"),
     "report_to": Values.ignored("tensorboard", ["tensorboard"], "all"),
     "eval_strategy": _STEPS,
     "evaluation_strategy": _STEPS,

@@ -20,6 +20,7 @@ GUIDE, MEANINGS = ROOT / "TENSORBOARD_GUIDE.md", ROOT / "docs" / "metrics_zh.tsv
 BEGIN, END = "<!-- tags: begin -->", "<!-- tags: end -->"
 TABS = {
     "scalar": "SCALARS 与 Time Series",
+    "detail": "metrics.jsonl 与 report.html（不在 TensorBoard 里）",
     "text": "TEXT",
     "histogram": "HISTOGRAMS",
     "image": "IMAGES",
@@ -46,6 +47,7 @@ CONDITIONS = {
 UNITS = {
     **{"fraction": "比例 0–1", "steps": "步", "samples": "样本", "characters": "字符"},
     **{"questions": "问题", "0 to 1": "0–1", "0 or 1": "0/1", "count": "个", "level": "级"},
+    **{"alerts": "个"},
     **{"loss/100 steps": "损失/100 步", "epochs": "遍", "errors": "次"},
 }
 

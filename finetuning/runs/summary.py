@@ -13,6 +13,7 @@ from finetuning.common.formatting import flat, shown
 from finetuning.common.text import table_cell
 from finetuning.data.accounts import account_rows
 from finetuning.data.packing import StepPlan
+from finetuning.events.address import pinned_address
 from finetuning.runs.directory import ORIGIN, RUN_NAME, RunDirectory
 from finetuning.runs.plan import RunPlan
 from finetuning.training.engine import TrainingEngine
@@ -64,12 +65,17 @@ def run_rows(plan: RunPlan, engine: TrainingEngine, dist: Distributed) -> list[t
         *([("remarks", f"{remarks}; --check-data lists them")] if remarks else []),
         ("tokens per epoch", f"{steps.num_tokens:,}"),
         ("steps", f"{steps.num_steps} ({steps.steps_per_epoch} per epoch)"),
+        ("logged", _logged(plan.logging_steps)),
         ("packing", f"{steps.num_rows} rows, {steps.efficiency:.1%} full{alone}"),
         ("gradient checkpointing", "on" if engine.gradient_checkpointing else "off"),
         ("compiled layers", "on" if engine.batch_shape else "off"),
         ("CUDA graph", f"no: {reason}" if reason else "from the second step on"),
         *plan.forecast.short_rows(),
     ]
+
+
+def _logged(steps: int) -> str:
+    return "every step" if steps == 1 else f"every {steps} steps"
 
 
 def model_size(plan: RunPlan, engine: TrainingEngine) -> dict[str, Any]:
@@ -110,9 +116,8 @@ def final_metrics(
     model: Mapping[str, Any],
     state: TrainState,
     monitoring: Mapping[str, float],
-    hardware: Mapping[str, float],
 ) -> dict[str, float]:
-    """The Final_* tags and Training/Final_Loss; what is not known is absent."""
+    """The Final_* tags but those of GPUs, and Training/Final_Loss; what is not known is absent."""
     data, settings = plan.data, plan.settings
     numbers = {k: v for k, v in settings.items() if type(v) in (int, float)}
     eval_losses = {
@@ -130,7 +135,6 @@ def final_metrics(
         "Final_Model/Total_Parameters": float(model["total"]),
         **{tag: value for tag, value in eval_losses.items() if value is not None},
         **{f"Final_{tag}": value for tag, value in monitoring.items()},
-        **{f"Final_{tag}": value for tag, value in hardware.items() if tag.startswith("GPU_")},
     }
 
 
@@ -241,6 +245,7 @@ def closing_lines(statistics: Mapping[str, Any], run: RunDirectory) -> str:
         *_model_lines(statistics, run),
         f"statistics: {run.statistics}",
         f"curves: uv run tensorboard --logdir={run.tensorboard.parent}",
+        f"then open: {pinned_address()}",
     ]
     return "\n".join(lines)
 
