@@ -18,6 +18,7 @@ This file is the story of a run; every other file is a module it uses.
 
 from finetuning.common import process  # first: it tunes malloc before torch allocates
 
+import os
 import sys
 
 from finetuning.common.errors import RunStopped, UserError
@@ -30,7 +31,10 @@ if (
     __name__ == "__main__"
 ):  # help, wrong settings and paths are answered before the imports that take long
     try:
-        check_paths(parse_command_line(sys.argv[1:]).training)
+        command = parse_command_line(sys.argv[1:])
+        check_paths(command.training)
+        if not command.quiet and os.environ.get("RANK", "0") == "0":
+            Terminal().info("starting: the libraries are being loaded")
     except UserError as error:
         Terminal().error(str(error))
         sys.exit(2)

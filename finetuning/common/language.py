@@ -3,7 +3,8 @@
 The program is written in English. `docs/messages_zh.tsv` holds its texts and their translations, a pair a
 line; `{}` stands for a value. A finished text finds its line by what stands between the values, so a text is
 translated where it is shown, and nobody else has to know of languages. Names of settings, tags and files stay
-as they are, and so does a text without a line. Values are looked up as well: they may be texts of the program.
+as they are, and so does a text without a line. Values are looked up as well: they may be texts of the
+program.
 """
 
 import csv
@@ -121,7 +122,7 @@ def _catalogue() -> tuple[dict[str, Message], list[Message]]:
     messages = [Message(*pair) for pair in pairs("messages_zh.tsv")]
     exact = {message.text: message for message in messages if "{}" not in message.text}
     patterns = [message for message in messages if "{}" in message.text]
-    return exact, sorted(patterns, key=lambda message: -len(message.text))
+    return exact, sorted(patterns, key=lambda message: -len(message.text.replace("{}", "")))
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from finetuning.data.accounts import account_rows
 from finetuning.data.packing import StepPlan
 from finetuning.events.address import pinned_address
 from finetuning.runs.directory import ORIGIN, RUN_NAME, RunDirectory
+from finetuning.runs.model_card import model_card
 from finetuning.runs.plan import RunPlan
 from finetuning.training.engine import TrainingEngine
 from finetuning.training.state import TrainState
@@ -108,7 +109,8 @@ def model_notes(run: str, state: TrainState, identity: Mapping[str, Any]) -> dic
     """Files beside a saved model: its run; its step, the held-out loss that was measured last, its base."""
     base = {name: identity[name] for name in ("model", "model_weights", "model_config")}
     origin = {"run": run, "step": state.step, "held_out_loss": state.last_eval_loss, "base": base}
-    return {RUN_NAME: f"{run}\n", ORIGIN: json_text(origin, indent=1) + "\n"}
+    card = model_card(run, state.step, state.last_eval_loss, identity)
+    return {RUN_NAME: f"{run}\n", ORIGIN: json_text(origin, indent=1) + "\n", "README.md": card}
 
 
 def final_metrics(
