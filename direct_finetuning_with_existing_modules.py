@@ -18,7 +18,6 @@ This file is the story of a run; every other file is a module it uses.
 
 from finetuning.common import process  # first: it tunes malloc before torch allocates
 
-import os
 import sys
 
 from finetuning.common.errors import RunStopped, UserError
@@ -33,8 +32,8 @@ if (
     try:
         command = parse_command_line(sys.argv[1:])
         check_paths(command.training)
-        if not command.quiet and os.environ.get("RANK", "0") == "0":
-            Terminal().info("starting: the libraries are being loaded")
+        first = Terminal(quiet=command.quiet, is_main=process.is_first_rank())
+        first.info("starting: the libraries are being loaded")
     except UserError as error:
         Terminal().error(str(error))
         sys.exit(2)
@@ -68,7 +67,6 @@ from finetuning.training.state import TrainState
 from tb_logger import NullLogger, TensorBoardLogger
 
 process.imports_are_done()
-DEFAULTS = dataclasses.asdict(DirectTrainingConfig())
 
 
 class DirectTrainer:
@@ -425,7 +423,7 @@ class DirectTrainer:
         files = {"run_dir": run.tensorboard, "metrics_path": run.logs / "metrics.jsonl"}
         goes_on = {"resume_step": resume_step, "reach": self.state.reach}
         texts = {"hparams": summary.hparams(self.plan.settings), "warn": self.terminal.warning}
-        texts["trial"] = trial_name(run.name, self.plan.settings, DEFAULTS)
+        texts["trial"] = trial_name(run.name, self.plan.settings)
         return TensorBoardLogger(**files, **goes_on, **texts)
 
     # -------------------------------------------------------------------------

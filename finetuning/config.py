@@ -317,10 +317,10 @@ class OutputSettings(_Settings):
     """Optimizer steps between logged points. auto: 1 in runs of less than 200 steps, else 5."""
     save_steps: int | Literal["auto"] = "auto"
     """Steps between checkpoints. auto: 50, or more where saving would take over a twentieth of the time;
-    after a quarter of an hour every tenth step will do. 0: only at the end."""
+    once the last one is a quarter of an hour old, the next multiple of 10. 0: only at the end."""
     eval_steps: int | Literal["auto"] = "auto"
-    """Steps between held-out evaluations; they also run before the first step and at the end. auto: at
-    least 40, so that they are 50 at most and, down to 4, add a fifth to the training. 0: only these two."""
+    """Steps between held-out evaluations; they also run before the first step and at the end. auto: 4 to
+    50 evaluations, 40 steps apart or more, that add at most a fifth to the time. 0: only these two."""
     save_total_limit: int = 3
     """Checkpoints of this run that are kept; the newest and the best always are."""
     log_weight_histograms: bool = False

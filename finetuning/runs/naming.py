@@ -1,5 +1,6 @@
 """What people call a run: the name they gave it, else what was set otherwise than in the runs beside it."""
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 
 from finetuning.common.formatting import UNKNOWN
 from finetuning.common.text import clean_line, redact
+from finetuning.config import DirectTrainingConfig
 from finetuning.runs.directory import RUN_PREFIX
 
 # Settings that people compare first, in this order; the others follow as they come.
@@ -51,8 +53,9 @@ def difference(settings: Mapping[str, Any], names: Sequence[str]) -> str:
     return clean_line(", ".join(texts), LONGEST)
 
 
-def unlike(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+def unlike(settings: Mapping[str, Any]) -> str:
     """What of `COMPARED` was set otherwise than by default; empty where nothing was."""
+    defaults = dataclasses.asdict(DirectTrainingConfig())
     names = [n for n in COMPARED if n in settings and _plain(settings[n]) != _plain(defaults[n])]
     if settings.get("max_steps") and "num_epochs" in names:
         names.remove("num_epochs")  # it follows from the steps
@@ -63,9 +66,9 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def trial_name(run: str, settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+def trial_name(run: str, settings: Mapping[str, Any]) -> str:
     """A run's name in the HPARAMS table, where each has its own: what differs, and when it began."""
-    text = given_name(run) or unlike(settings, defaults)
+    text = given_name(run) or unlike(settings)
     return f"{text} ({stamp(run)})" if text else stamp(run)
 
 

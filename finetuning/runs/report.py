@@ -6,7 +6,6 @@ uv run python -m finetuning.runs.report qwen3_4b_thinking_output/training_logs/<
 The page is report.html among the run's logs. Finished, running and broken-off runs alike.
 """
 
-import dataclasses
 import html
 import io
 import re
@@ -30,7 +29,6 @@ from finetuning.common.language import current, translated, use
 from finetuning.common.limited import STOPPED, Ended, Limits, run_limited
 from finetuning.common.terminal import Terminal
 from finetuning.common.text import clean_line, redact, redact_values
-from finetuning.config import DirectTrainingConfig
 from finetuning.events.address import pinned_address
 from finetuning.runs import naming
 from finetuning.runs.directory import RunDirectory
@@ -161,9 +159,8 @@ def headline(run: RecordedRun) -> dict[str, str]:
     held_out = run.series.get("Eval/Loss", ())
     speed = run.median("Throughput/Tokens_Per_Second")
     settings = flat(run.configuration.get("config", {}))
-    defaults = dataclasses.asdict(DirectTrainingConfig())
     numbers = {
-        "set": naming.unlike(settings, defaults),
+        "set": naming.unlike(settings),
         "model": clean_line(str(run.configuration.get("model", {}).get("name", "")), 60),
         "steps": f"{run.steps} of {planned}" if planned else str(run.steps),
         "training loss": shown(run.last("Training/Loss"), ""),

@@ -1,4 +1,4 @@
-"""Texts in the language of the reader: they are found by their form, and none of the first hour is missing."""
+"""Texts in the language of the reader: found by their form, and none of the first hour is missing."""
 
 import ast
 import dataclasses
@@ -105,7 +105,10 @@ def test_a_text_is_found_by_what_stands_between_its_values(chinese):
         told("held-out loss 2.1 -> 1.9, best 1.8 at step 7")
         == "留出损失 2.1 -> 1.9，最低 1.8，在第 7 步"
     )
-    assert told("error: --resume latest: no usable checkpoint in a/b; --resume auto starts fresh where there is none").startswith("错误：--resume latest：a/b 里没有")  # fmt: skip
+    missing = "no usable checkpoint in a/b; --resume auto starts fresh where there is none"
+    assert told(f"error: --resume latest: {missing}").startswith(
+        "错误：--resume latest：a/b 里没有"
+    )
     assert told("one\nevaluation") == "one\n评估"
     assert told("words of nobody, evaluation in them") == "words of nobody, evaluation in them"
     assert told("") == ""

@@ -154,7 +154,8 @@ OUTPUT = "qwen3_4b_thinking_output"
 
 def documented_tags() -> list[str]:
     """The first cells of the guide's generated tables."""
-    _, _, generated = TEXT[GUIDE].partition("<!-- tags: begin -->")
+    text = (ROOT / "docs" / "tags.md").read_text(encoding="utf-8")
+    _, _, generated = text.partition("<!-- tags: begin -->")
     return re.findall(r"^\| `([^`]+)` \|", generated, re.MULTILINE)
 
 
