@@ -42,13 +42,13 @@ def print_comparison(runs: Sequence[RecordedRun]) -> None:
     """Tables of settings and results, and a small curve of each run's loss."""
     console = Console(highlight=False)
     sparks = [sparkline([y for _, y in run.series.get("Training/Loss", ())]) for run in runs]
-    names = labels(runs)
+    names, times = labels(runs), labels(runs, by_time=True)
     results = [*outcomes(runs), *metric_rows(runs), ("training loss", sparks)]
     for title, rows in (
         ("Settings that differ", setting_rows(runs)),
         (results_title(runs), results),
     ):
-        for table in rich_tables(title, names, rows, console.width):
+        for table in rich_tables(title, names, rows, console.width, times):
             console.print(table)
 
 

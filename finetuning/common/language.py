@@ -52,9 +52,10 @@ def in_chinese(line: str, depth: int = 0) -> str:
     if found is not None:
         message, values = found
         return message.filled([in_chinese(value, depth + 1) for value in values])
-    if "; " in line and depth < DEEPEST:
-        return "；".join(in_chinese(part, depth + 1) for part in line.split("; "))
-    return line
+    parts = line.split("; ") if depth < DEEPEST else []
+    told = [in_chinese(part, depth + 1) for part in parts]
+    whole = len(parts) > 1 and all(a != b for a, b in zip(parts, told, strict=True))
+    return "；".join(told) if whole else line  # half in one language, half in another is no text
 
 
 @dataclass(frozen=True)

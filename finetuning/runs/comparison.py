@@ -142,12 +142,14 @@ def results_title(runs: Sequence[RecordedRun]) -> str:
     )
 
 
-def labels(runs: Sequence[RecordedRun]) -> list[str]:
+def labels(runs: Sequence[RecordedRun], *, by_time: bool = False) -> list[str]:
     """Short names that tell the runs apart: what they were called, or what was set otherwise, with the
-    time and the directory where needed."""
+    time and the directory where needed. by_time: only when each began, which is short."""
     differing = differences(runs)
     settings = [{n: values[i] for n, values in differing.items()} for i in range(len(runs))]
     short = naming.labels([run.name for run in runs], settings)
+    if by_time:
+        short = [naming.stamp(run.name) for run in runs]
     if len({run.directory.output_dir for run in runs}) == 1:
         return short
     return [
@@ -249,12 +251,15 @@ def _number(value: float | None) -> str:
     return grouped(value, 0) if value is not None and abs(value) >= 1000 else shown(value)
 
 
-def rich_tables(title: str, names: Sequence[str], rows: Rows, width: int) -> list[Table]:
+def rich_tables(
+    title: str, names: Sequence[str], rows: Rows, width: int, short: Sequence[str] = ()
+) -> list[Table]:
     """The rows for a terminal of `width` columns: a column a run; a row a run where these are too many,
-    in as many tables as it takes."""
-    down = [[name, *(values[i] for _, values in rows)] for i, name in enumerate(names)]
+    in as many tables as it takes. short: names of the runs for that, beside what differs; else the same."""
+    down = [[name, *(values[i] for _, values in rows)] for i, name in enumerate(short or names)]
     heads = ["", *(name for name, _ in rows)]
-    if _width(heads) + sum(map(_width, down)) < width:
+    across = [[name, *(values[i] for _, values in rows)] for i, name in enumerate(names)]
+    if _width(heads) + sum(map(_width, across)) < width:
         return [_table(title, ["", *names], [[name, *values] for name, values in rows])]
     tables, first = [], 1
     columns = [_column([*head.split(), *(row[i] for row in down)]) for i, head in enumerate(heads)]

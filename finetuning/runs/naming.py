@@ -69,7 +69,8 @@ def _plain(value: Any) -> Any:
 def trial_name(run: str, settings: Mapping[str, Any]) -> str:
     """A run's name in the HPARAMS table, where each has its own: what differs, and when it began."""
     text = given_name(run) or unlike(settings)
-    return f"{text} ({stamp(run)})" if text else stamp(run)
+    began = stamp(run)[4:]  # the table is narrow: without the year
+    return f"{text} ({began})" if text else began
 
 
 def labels(runs: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> list[str]:
