@@ -57,7 +57,7 @@ from finetuning.runs.init_adapter import with_own_settings
 from finetuning.runs.metrics import MetricsProcessor
 from finetuning.runs.naming import trial_name
 from finetuning.runs.plan import load_data, plan_run
-from finetuning.runs.record import show_plan
+from finetuning.runs.record import show_plan, show_plan_elsewhere
 from finetuning.runs.report import leave_report
 from finetuning.runs.session import SessionStart, begin_record, describe_data, open_run
 from finetuning.training.checkpoint import Checkpoint
@@ -465,6 +465,8 @@ class DirectTrainer:
 def run(command: CommandLine) -> int:
     """Do what the command line says; returns the exit code."""
     config = command.training
+    if command.gpus:
+        return show_plan_elsewhere(config, command.gpus, Terminal(quiet=command.quiet))
     if command.check_data:  # everything that is wrong is to be seen, nothing may end the reading
         policy = "drop" if config.over_length == "error" else config.over_length
         config = dataclasses.replace(config, max_broken_fraction=1.0, over_length=policy)

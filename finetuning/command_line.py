@@ -28,6 +28,9 @@ class CommandLine:
     checkpoint directory."""
     plan: bool = False
     """Say what the run would do, need and take, without loading weights, and end."""
+    gpus: str = ""
+    """With --plan: plan for these GPUs, such as 8xH100, 1x4090 or 1xA100-40G, which need not be here; of the
+    model only config.json and the tokenizer are needed."""
     check_data: bool = False
     """Read and tokenize everything, say what is wrong with it, the worst of each kind here and all in a file,
     and end with 0 (good) or 1."""

@@ -17,6 +17,7 @@ from finetuning.common.files import atomic_write_text, json_text, strict, write_
 from finetuning.common.process import Interrupted
 from finetuning.common.terminal import Terminal
 from finetuning.common.text import redact_values
+from finetuning.config import DirectTrainingConfig
 from finetuning.data.accounts import Accounts, account_rows
 from finetuning.data.mask_audit import mask_audit
 from finetuning.events.address import pinned_address
@@ -28,6 +29,7 @@ from finetuning.readers.sample import BrokenSample
 from finetuning.runs import summary
 from finetuning.runs.directory import RunDirectory
 from finetuning.runs.gpu_summary import GpuSummary
+from finetuning.runs.other_hardware import Gpus, plan_elsewhere
 from finetuning.runs.plan import RunPlan
 from finetuning.training.checkpoint import Checkpoint
 from finetuning.training.engine import TrainingEngine
@@ -264,6 +266,14 @@ def show_plan(terminal: Terminal, plan: RunPlan) -> None:
     rows = [*account_rows(plan.inputs.accounts), *plan.forecast.rows()]
     terminal.table(f"Plan for {plan.inputs.model.name}", rows, always=True)
     tell_losses(terminal, plan.inputs.accounts)
+
+
+def show_plan_elsewhere(config: DirectTrainingConfig, gpus: str, terminal: Terminal) -> int:
+    """What --plan --gpus shows; returns the exit code, 1 where the run would not fit."""
+    plan = plan_elsewhere(config, Gpus.parse(gpus), terminal)
+    terminal.table(f"Plan for {plan.model}", plan.rows(), always=True)
+    tell_losses(terminal, plan.accounts)
+    return 0 if plan.fits else 1
 
 
 def tell_losses(terminal: Terminal, accounts: Sequence[Accounts]) -> None:
