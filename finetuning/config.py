@@ -6,6 +6,7 @@ each of them.
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +45,7 @@ ALERT_NAMES = (
 # What records may show of a text. Of a text that stands in neither they show nothing.
 NAMES_AND_PATHS = (
     "model_name",
+    "run_name",
     "init_adapter",
     "target_modules",
     "data_path",
@@ -89,6 +91,15 @@ _AUTO_OR_ABOVE_ZERO = _Rule(
 )
 _STEPS = _Rule(
     lambda value: value == "auto" or (isinstance(value, int) and value >= 0), "auto, or 0 or more"
+)
+
+_LOGGING = _Rule(
+    lambda value: value == "auto" or (isinstance(value, int) and value >= 1), "auto, or 1 or more"
+)
+# Names of files on every system; digits alone number the runs of one second.
+_RUN_NAME = _Rule(
+    lambda value: re.fullmatch(r"(?!\d+$)[\w.=+-]{0,60}", value) and not value.endswith("."),
+    "at most 60 letters, digits and . _ = + -, not digits alone",
 )
 
 
@@ -313,14 +324,16 @@ class OutputSettings(_Settings):
 
     output_dir: str = "qwen3_4b_thinking_output"
     """Everything is written below this directory."""
-    logging_steps: int = 5
-    """Optimizer steps between logged points."""
+    run_name: str = ""
+    """Added to the run's name, which begins with the time: letters, digits and . _ = + - only."""
+    logging_steps: int | Literal["auto"] = "auto"
+    """Optimizer steps between logged points. auto: 1 in runs of less than 200 steps, else 5."""
     save_steps: int | Literal["auto"] = "auto"
     """Steps between checkpoints. auto: 50, or more where saving would take over a twentieth of the time;
-    after a quarter of an hour every tenth step will do. 0: only at the end."""
+    once the last one is a quarter of an hour old, the next multiple of 10. 0: only at the end."""
     eval_steps: int | Literal["auto"] = "auto"
-    """Steps between held-out evaluations; they also run before the first step and at the end. auto: at
-    least 40, so that they are 50 at most and, down to 4, add a fifth to the training. 0: only these two."""
+    """Steps between held-out evaluations; they also run before the first step and at the end. auto: 4 to
+    50 evaluations, 40 steps apart or more, that add at most a fifth to the time. 0: only these two."""
     save_total_limit: int = 3
     """Checkpoints of this run that are kept; the newest and the best always are."""
     log_weight_histograms: bool = False
@@ -349,7 +362,9 @@ class OutputSettings(_Settings):
     def _faults(self) -> Iterator[str]:
         path = _Rule(lambda value: value.strip() and "\0" not in value, "a path, not empty")
         yield from self._breaches(path, "output_dir")
-        yield from self._breaches(_FROM_ONE, "logging_steps", "save_total_limit")
+        yield from self._breaches(_RUN_NAME, "run_name")
+        yield from self._breaches(_LOGGING, "logging_steps")
+        yield from self._breaches(_FROM_ONE, "save_total_limit")
         yield from self._breaches(_STEPS, "save_steps", "eval_steps")
         not_negative = ("early_stopping_patience", "num_probes", "probe_max_new_tokens", "workers")
         yield from self._breaches(_FROM_ZERO, *not_negative)

@@ -67,6 +67,7 @@ FOREIGN: dict[str, str | Values | Absent] = {
     "split_dataset_ratio": "eval_fraction",
     "max_samples": Absent("give a data_weights share, or a smaller file"),
     "max_length": "max_seq_length",
+    "max_seq_len": "max_seq_length",
     "cutoff_len": "max_seq_length",
     "template": _TEMPLATE,
     "chat_template": _TEMPLATE,
@@ -75,6 +76,9 @@ FOREIGN: dict[str, str | Values | Absent] = {
     "dataloader_num_workers": Absent("workers is for reading and tokenizing"),
     "group_by_length": Values.ignored(False),
     # Updates
+    "lr": "learning_rate",
+    "epochs": "num_epochs",
+    "gradient_accumulation": "gradient_accumulation_steps",
     "stage": Values.ignored("sft"),
     "do_train": Values.ignored(True),
     "per_device_train_batch_size": "batch_size",
@@ -113,7 +117,6 @@ FOREIGN: dict[str, str | Values | Absent] = {
     # Output
     "logging_dir": Absent("event files are in tensorboard_logs/ below output_dir"),
     "overwrite_output_dir": Absent("every run has directories of its own below output_dir"),
-    "run_name": Absent("a run is named by the time it started"),
     "report_to": Values.ignored("tensorboard", ["tensorboard"], "all"),
     "eval_strategy": _STEPS,
     "evaluation_strategy": _STEPS,

@@ -20,6 +20,7 @@ from pathlib import Path
 from finetuning.common.errors import UserError
 from finetuning.common.files import strict
 from finetuning.common.formatting import four_digits
+from finetuning.common.language import translated
 from finetuning.common.text import REDACTED, SHORTEST_SECRET, clean_line, redact, table_cell
 from finetuning.monitoring.advice import ADVICE, advice, ending
 from finetuning.monitoring.detector_memory import KEEP, AlertLimits, DetectorMemory, Finding
@@ -113,8 +114,11 @@ class AlertMonitor:
         return alert
 
     def scalars(self) -> dict[str, float]:
-        """Alerts/<Name>: 1.0 while the trouble is present, else 0.0; every name, every time."""
-        return {f"Alerts/{name}": float(self.memory.active.get(name, False)) for name in NAMES}
+        """How many alerts are raised now, and Alerts/<Name> of each that ever was: 1.0 while the trouble is
+        present, else 0.0."""
+        active = {name: float(self.memory.active.get(name, False)) for name in NAMES}
+        told = {f"Alerts/{name}": now for name, now in active.items() if name in self.rows}
+        return {"Monitoring/Alerts_Active": sum(active.values()), **told}
 
     def table(self) -> str:
         """All alerts of the run as one Markdown table: a row per kind, with every step of it."""
@@ -132,7 +136,7 @@ class AlertMonitor:
                 four_digits(row["value"]),
                 four_digits(row["threshold"]),
                 _facts(row["evidence"]),
-                f"{row['advice']} {row.get('ends', '')}".strip(),
+                f"{translated(row['advice'])} {row.get('ends', '')}".strip(),
             )
             lines.append("| " + " | ".join(map(table_cell, cells)) + " |")
         return "\n".join(lines)

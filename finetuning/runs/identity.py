@@ -147,7 +147,7 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
     is not known to have been otherwise.
     """
     before, now = strict(before), strict(now)
-    unused = {*PLACES, *(["num_epochs"] if before.get("max_steps") else [])}
+    unused = {*PLACES, "run_name", *(["num_epochs"] if before.get("max_steps") else [])}
     return [
         f"{name} {before[name]} -> {now[name]}"
         for name in now

@@ -17,8 +17,10 @@ from finetuning.common.files import atomic_write_text, json_text, strict, write_
 from finetuning.common.process import Interrupted
 from finetuning.common.terminal import Terminal
 from finetuning.common.text import redact_values
+from finetuning.config import DirectTrainingConfig
 from finetuning.data.accounts import Accounts, account_rows
 from finetuning.data.mask_audit import mask_audit
+from finetuning.events.address import pinned_address
 from finetuning.events.event_file import Rewind, rewind_lines
 from finetuning.model.resolve import banner
 from finetuning.monitoring.alerts import Alert, AlertMonitor, run_command
@@ -26,6 +28,8 @@ from finetuning.monitoring.system_monitor import SystemMonitor
 from finetuning.readers.sample import BrokenSample
 from finetuning.runs import summary
 from finetuning.runs.directory import RunDirectory
+from finetuning.runs.gpu_summary import GpuSummary
+from finetuning.runs.other_hardware import Gpus, plan_elsewhere
 from finetuning.runs.plan import RunPlan
 from finetuning.training.checkpoint import Checkpoint
 from finetuning.training.engine import TrainingEngine
@@ -191,19 +195,30 @@ class RunRecord:
         engine: TrainingEngine,
         state: TrainState,
         monitoring: Mapping[str, float],
-        hardware: Mapping[str, float],
         outcome: str,
     ) -> str:
         """Final_* tags, Training/Final_Summary and training_statistics.json; returns the closing lines."""
         model, state.changes = summary.model_size(plan, engine), list(self.changes)
-        final = summary.final_metrics(plan, model, state, monitoring, hardware)
+        gpus = self._gpus()
+        final = summary.final_metrics(plan, model, state, monitoring) | gpus.metrics()
         end = {"run": self.run.name, "outcome": outcome, "result": summary.result(outcome, state)}
         statistics = summary.training_statistics(plan, model, state, final, end)
         self.logger.log(state.step, final)
         text = summary.final_summary(statistics)
         self.logger.add_text("Training/Final_Summary", text, state.step)
+        if gpus.gpus:
+            self.logger.add_text("GPU/Throttling", gpus.throttling(), state.step)
         write_json(self.run.statistics, statistics)
         return summary.closing_lines(statistics, self.run)
+
+    def _gpus(self) -> GpuSummary:
+        """Of the run so far; empty where its own lines can't be read, which is told."""
+        self.logger.flush()
+        try:
+            return GpuSummary.read(self.run.logs / "metrics.jsonl")
+        except (ValueError, OSError) as error:
+            self._warn(f"no Final_GPU tags: metrics.jsonl can't be read ({error})")
+            return GpuSummary(())
 
     # -------------------------------------------------------------------------
     # Alerts
@@ -247,7 +262,15 @@ def announce(
     rows = summary.run_rows(plan, engine, dist)
     terminal.table("Run", [*rows, ("run", record.run.logs)])
     tell_losses(terminal, plan.inputs.accounts)
-    terminal.info(f"watch it: uv run tensorboard --logdir={record.run.tensorboard.parent}")
+    terminal.info(watch_text(record.run))
+
+
+def watch_text(run: RunDirectory) -> str:
+    """How to see the curves: the command, and the address with the charts that matter."""
+    return (
+        f"watch it: uv run tensorboard --logdir={run.tensorboard.parent}\n"
+        f"then open: {pinned_address()}"
+    )
 
 
 def show_plan(terminal: Terminal, plan: RunPlan) -> None:
@@ -255,6 +278,14 @@ def show_plan(terminal: Terminal, plan: RunPlan) -> None:
     rows = [*account_rows(plan.inputs.accounts), *plan.forecast.rows()]
     terminal.table(f"Plan for {plan.inputs.model.name}", rows, always=True)
     tell_losses(terminal, plan.inputs.accounts)
+
+
+def show_plan_elsewhere(config: DirectTrainingConfig, gpus: str, terminal: Terminal) -> int:
+    """What --plan --gpus shows; returns the exit code, 1 where the run would not fit."""
+    plan = plan_elsewhere(config, Gpus.parse(gpus), terminal)
+    terminal.table(f"Plan for {plan.model}", plan.rows(), always=True)
+    tell_losses(terminal, plan.accounts)
+    return 0 if plan.fits else 1
 
 
 def tell_losses(terminal: Terminal, accounts: Sequence[Accounts]) -> None:

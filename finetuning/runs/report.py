@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 from markdown_it import MarkdownIt
@@ -25,9 +25,12 @@ from finetuning.common.errors import exit_code
 from finetuning.common.files import atomic_write_text
 from finetuning.common.formatting import UNKNOWN, duration, flat, shown
 from finetuning.common.html import Points, cell, html_page, line_chart, table
+from finetuning.common.language import current, translated, use
 from finetuning.common.limited import STOPPED, Ended, Limits, run_limited
 from finetuning.common.terminal import Terminal
 from finetuning.common.text import clean_line, redact, redact_values
+from finetuning.events.address import pinned_address
+from finetuning.runs import naming
 from finetuning.runs.directory import RunDirectory
 from finetuning.runs.findings import findings
 from finetuning.runs.recorded import Alerts, RecordedRun, find_runs, read_recorded
@@ -101,7 +104,8 @@ def leave_report(run: RunDirectory, terminal: Terminal, unwanted: Callable[[], b
     file that somebody broke and no full disk harms the run. unwanted: asked whether to leave it now."""
     try:
         with terminal.working("writing the report"):
-            ended = run_limited(REPORT, (str(run.logs),), LIMITS, unwanted=unwanted)
+            arguments = (str(run.logs), "--language", current())
+            ended = run_limited(REPORT, arguments, LIMITS, unwanted=unwanted)
     except OSError as error:
         ended = Ended(STOPPED, "", str(error))
     if ended.code == 0:
@@ -128,10 +132,8 @@ def page(run: RecordedRun) -> str:
         _section("Changed by resumes", _changes(run.configuration.get("changes", ()))),
         _section("Model and versions", _pairs(_about(run.configuration))),
     ]
-    footer = (
-        f"<footer>Written from {html.escape(str(run.directory.logs.name))}, metrics.jsonl and event "
-        "files.</footer>"
-    )
+    source = f"Written from {run.directory.logs.name}, metrics.jsonl and event files."
+    footer = f"<footer>{html.escape(translated(source))}</footer>"
     return html_page(run.name, "".join(sections) + footer)
 
 
@@ -140,7 +142,7 @@ def page(run: RecordedRun) -> str:
 
 
 def _section(title: str, content: str) -> str:
-    return f"<h2>{html.escape(title)}</h2>{content}" if content else ""
+    return f"<h2>{html.escape(translated(title))}</h2>{content}" if content else ""
 
 
 def _head(run: RecordedRun) -> str:
@@ -148,14 +150,23 @@ def _head(run: RecordedRun) -> str:
     known = status if status in ("completed", "failed", "running") else ""
     note = clean_line(str(run.status.get("reason", "")), 300)
     cards = "".join(
-        f'<div class="card"><span>{html.escape(name)}</span><b>{html.escape(value)}</b></div>'
+        f'<div class="card"><span>{html.escape(translated(name))}</span><b>{html.escape(value)}</b></div>'
         for name, value in headline(run).items()
     )
     return (
         f"<h1>{html.escape(run.name)}</h1>"
-        f'<p><span class="status {known}">{html.escape(status)}</span> '
+        f'<p><span class="status {known}">{html.escape(translated(status))}</span> '
         f"{html.escape(str(run.status.get('at', '')))} {html.escape(redact(note))}</p>"
-        f'<div class="cards">{cards}</div>'
+        f'<div class="cards">{cards}</div>{_watch(run)}'
+    )
+
+
+def _watch(run: RecordedRun) -> str:
+    """How to see the curves move, and the address that pins the charts that matter."""
+    command = f"uv run tensorboard --logdir={run.directory.tensorboard.parent}"
+    return (
+        f"<p>{html.escape(translated('watch it:'))} <code>{html.escape(redact(command))}</code><br>"
+        f"{html.escape(translated('then open:'))} <code>{html.escape(pinned_address())}</code></p>"
     )
 
 
@@ -164,7 +175,9 @@ def headline(run: RecordedRun) -> dict[str, str]:
     planned = run.configuration.get("steps")
     held_out = run.series.get("Eval/Loss", ())
     speed = run.median("Throughput/Tokens_Per_Second")
+    settings = flat(run.configuration.get("config", {}))
     numbers = {
+        "set": naming.unlike(settings),
         "model": clean_line(str(run.configuration.get("model", {}).get("name", "")), 60),
         "steps": f"{run.steps} of {planned}" if planned else str(run.steps),
         "training loss": shown(run.last("Training/Loss"), ""),
@@ -220,12 +233,12 @@ def _alerts(alerts: Alerts) -> str:
             a.get("step"),
             shown(a.get("value"), ""),
             shown(a.get("threshold"), ""),
-            a.get("advice"),
+            translated(str(a.get("advice"))),
         )
         for a in alerts.newest
     ]
     if not rows:
-        return "<p>None.</p>"
+        return f"<p>{translated('None.')}</p>"
     more = "" if alerts.count == len(rows) else f"<p>The newest {len(rows)} of {alerts.count}.</p>"
     return more + _table(("alert", "step", "value", "threshold", "advice"), rows)
 
@@ -270,7 +283,7 @@ def _texts(texts: Mapping[str, Sequence[tuple[int, str]]]) -> str:
         for step, text in (
             [*entries[:1], *entries[1:][-1:]] if tag == "Eval/Samples" else entries[-1:]
         ):
-            summary = f"{html.escape(title)}, step {step}"
+            summary = html.escape(translated(f"{title}, step {step}"))
             parts.append(f"<details><summary>{summary}</summary>{markdown(text)}</details>")
     return "".join(parts)
 
@@ -296,13 +309,15 @@ def _line_break(state: StateInline, silent: bool) -> bool:
 def _dataset(report: Mapping[str, Any]) -> str:
     if not report:
         return ""
-    warnings = "".join(f"<li>{html.escape(clean_line(w))}</li>" for w in report["warnings"])
+    warnings = "".join(
+        f"<li>{html.escape(translated(clean_line(w)))}</li>" for w in report["warnings"]
+    )
     pictures = "".join(
         f'<div class="picture">{_svg(figure)}</div>'
         for figure in analysis_report.figures(dict(report)).values()
     )
     tables = "".join(
-        f"<details><summary>{html.escape(title)}</summary>{_table(header, rows)}</details>"
+        f"<details><summary>{html.escape(translated(title))}</summary>{_table(header, rows)}</details>"
         for title, header, rows in analysis_report.tables(dict(report))
         if rows
     )
@@ -346,12 +361,18 @@ def _cell(value: object) -> str:
 # Command line
 
 
-def main(place: tyro.conf.Positional[Path] = Path("qwen3_4b_thinking_output"), /) -> None:
+def main(
+    place: tyro.conf.Positional[Path] = Path("qwen3_4b_thinking_output"),
+    /,
+    language: Literal["auto", "zh", "en"] = "auto",
+) -> None:
     """Write report.html of a run: curves, alerts, samples, data, settings, in one offline page.
 
     Args:
         place: An output directory, whose newest run is taken, or the log directory of one run.
+        language: Of the page; auto: that of the locale.
     """
+    use(language)
     print(write_report(find_runs([place])[-1]))
 
 

@@ -154,15 +154,18 @@ OUTPUT = "qwen3_4b_thinking_output"
 
 def documented_tags() -> list[str]:
     """The first cells of the guide's generated tables."""
-    _, _, generated = TEXT[GUIDE].partition("<!-- tags: begin -->")
+    text = (ROOT / "docs" / "tags.md").read_text(encoding="utf-8")
+    _, _, generated = text.partition("<!-- tags: begin -->")
     return re.findall(r"^\| `([^`]+)` \|", generated, re.MULTILINE)
 
 
 def emitted_tags(sandbox: Path) -> set[str]:
-    """Every tag of the run's event files."""
+    """Every tag of the run's event files, and of metrics.jsonl."""
     (run_dir,) = (sandbox / OUTPUT / "tensorboard_logs").iterdir()
+    lines = read_metrics(sandbox / OUTPUT / "training_logs" / run_dir.name / "metrics.jsonl")
+    numbers = {tag for line in lines for tag in line["metrics"]}
     images = EventAccumulator(str(run_dir)).Reload().Tags()["images"]
-    return {*read_run(run_dir), *read_texts(run_dir), *read_histograms(run_dir), *images}
+    return {*numbers, *read_run(run_dir), *read_texts(run_dir), *read_histograms(run_dir), *images}
 
 
 def test_the_guide_is_generated_from_the_metric_table(tmp_path: Path):

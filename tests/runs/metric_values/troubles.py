@@ -1,6 +1,7 @@
 """One trouble after the other, each with the alert that it raises and the step at which it does."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,11 +193,17 @@ def do_troubles(ledger: Ledger, folder: Path) -> Troubles:
 
 def alerts_at_every_step(troubles: Troubles) -> None:
     total = sum(len(scene.rows) for scene in troubles.scenes)
+    active = Counter(dict.fromkeys(range(1, total + 1), 0))
     for name in TOLD:
-        expected = dict.fromkeys(range(1, total + 1), 0.0)
+        every = dict.fromkeys(range(1, total + 1), 0.0)
         for first, scene in troubles.steps():
-            expected |= by_step(scene.raised.get(name, []), first)
+            every |= by_step(scene.raised.get(name, []), first)
+        active.update(every)
+        begun = min(step for step, raised in every.items() if raised)
+        expected = {step: raised for step, raised in every.items() if step >= begun}
         troubles.values.scalars(f"Alerts/{name}", expected)
+    assert 0 < sum(map(bool, active.values())) < total, "nothing to count"
+    troubles.values.scalars("Monitoring/Alerts_Active", dict(active))
     assert set(TOLD) == {t.partition("/")[2] for t in troubles.values.beginning("Alerts/")}
 
 
