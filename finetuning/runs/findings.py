@@ -67,6 +67,18 @@ def _setting(run: RecordedRun, name: str) -> Any:
     return run.configuration.get("config", {}).get(name, getattr(DirectTrainingConfig(), name))
 
 
+def _rate(run: RecordedRun) -> float | None:
+    """The peak learning rate, as recorded or as logged."""
+    rate = _setting(run, "learning_rate")
+    return rate if isinstance(rate, float) else run.highest("Training/Learning_Rate")
+
+
+def _epochs(run: RecordedRun) -> float | None:
+    """Passes over the data, those that were made or else those that were wanted."""
+    wanted = _setting(run, "num_epochs")
+    return run.last("Training/Epoch") or (wanted if isinstance(wanted, float) else None)
+
+
 def _alerts(run: RecordedRun, *names: str) -> list[Mapping[str, Any]]:
     return [alert for alert in run.alerts.newest if alert.get("name") in names]
 
@@ -94,9 +106,9 @@ def rate_too_high(run: RecordedRun) -> NextStep | None:
     """The loss diverged, or gradients exploded again and again."""
     diverged = _alerts(run, "Divergence")
     wild = _alerts(run, "Gradient_Explosion", "Loss_Spike", "NonFinite")
-    if not diverged and len(wild) < 3:
+    rate = _rate(run)
+    if rate is None or (not diverged and len(wild) < 3):
         return None
-    rate = _setting(run, "learning_rate")
     first = (diverged or wild)[0]
     what = f"{len(diverged)} divergences" if diverged else f"{len(wild)} spikes or explosions"
     return NextStep(
@@ -113,9 +125,9 @@ def rate_too_low(run: RecordedRun) -> NextStep | None:
         return None
     start, _, end = means
     fall = 1 - end / start if start > 0 else 1.0
-    if fall >= LEARNED and not _alerts(run, "Stagnation"):
+    rate = _rate(run)
+    if rate is None or (fall >= LEARNED and not _alerts(run, "Stagnation")):
         return None
-    rate = _setting(run, "learning_rate")
     return NextStep(
         "The run has hardly learned: the learning rate is too low.",
         f"The training loss went from {four_digits(start)} to {four_digits(end)}, {100 * fall:.1f}% less, at "
@@ -133,7 +145,9 @@ def overfitted(run: RecordedRun) -> NextStep | None:
     last = held_out[-1][1]
     if last <= best * (1 + RISEN) or step >= held_out[-1][0] or step == 0:
         return None
-    epochs = run.last("Training/Epoch") or _setting(run, "num_epochs")
+    epochs = _epochs(run)
+    if epochs is None:
+        return None
     fewer = max(0.1, round(epochs * step / max(run.steps, 1), 1))
     return NextStep(
         "The run went on too long: it overfits. Take best_model, and train fewer epochs.",
@@ -152,7 +166,9 @@ def stopped_too_early(run: RecordedRun) -> NextStep | None:
     best_last = len(held_out) < 2 or held_out[-1][1] <= min(value for _, value in held_out)
     if falls < FALLING or not best_last:
         return None
-    steps, epochs = _setting(run, "max_steps"), _setting(run, "num_epochs")
+    steps, epochs = _setting(run, "max_steps"), _epochs(run)
+    if not steps and epochs is None:
+        return None
     longer = {"max_steps": 2 * steps} if steps else {"num_epochs": 2 * epochs}
     return NextStep(
         "The run was stopped too early: it was still learning.",
@@ -215,11 +231,10 @@ def source_harmful(run: RecordedRun) -> NextStep | None:
 
 def saturated(run: RecordedRun) -> NextStep | None:
     """The data are learned by heart."""
-    spoken = _alerts(run, "Saturation")
-    if not spoken:
+    spoken, epochs = _alerts(run, "Saturation"), _epochs(run)
+    if not spoken or epochs is None:
         return None
     step = spoken[0].get("step", run.steps)
-    epochs = run.last("Training/Epoch") or _setting(run, "num_epochs")
     fewer = max(0.1, round(epochs * step / max(run.steps, 1), 1))
     return NextStep(
         "The data are learned by heart: more epochs teach nothing. Add data, or stop there.",
@@ -229,15 +244,14 @@ def saturated(run: RecordedRun) -> NextStep | None:
 
 
 def forgotten(run: RecordedRun) -> NextStep | None:
-    """The model has moved far away on general text."""
-    spoken = _alerts(run, "Forgetting")
-    if not spoken:
+    """The loss on general text rose above the base's."""
+    spoken, rate = _alerts(run, "Forgetting"), _rate(run)
+    if not spoken or rate is None:
         return None
-    rate = _setting(run, "learning_rate")
     return NextStep(
         "The model forgets what it could.",
-        f"Its divergence on general text is {four_digits(spoken[-1].get('value'))} nats a token, at step "
-        f"{spoken[-1].get('step')}.",
+        f"Its loss on general text was {four_digits(spoken[-1].get('value'))} at step "
+        f"{spoken[-1].get('step')}, where {four_digits(spoken[-1].get('threshold'))} is too much.",
         command(run, learning_rate=rate / 3),
     )
 

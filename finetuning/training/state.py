@@ -22,12 +22,15 @@ class ConvergenceState(TypedDict, total=False):
     recent: list[list[float | None]]
     spikes: list[int]
     in_spike: bool
+    fitted: int
+    held: list[float]
+    fit: dict[str, Any] | None
 
 
 class AlertState(TypedDict, total=False):
     """What `AlertMonitor.state_dict` gives; empty before the first logged step."""
 
-    series: dict[str, list[float]]
+    series: dict[str, list[float | list[float]]]
     marks: dict[str, float]
     active: dict[str, bool]
     quiet: dict[str, int]
