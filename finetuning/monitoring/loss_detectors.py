@@ -208,7 +208,7 @@ def stagnation(memory: DetectorMemory, metrics: Mapping) -> Verdict:
     """No progress while the learning rate could still give some; two forms.
 
     Stuck: the loss has hardly fallen from its start (`_stuck`) after `patience` logged losses at a rate
-    that no longer rises (twice as many while less than a tenth of it is spent), or after 40 when a
+    that no longer rises (three times as many while less than a tenth of it is spent), or after 40 when a
     quarter of it is spent. Stalled: no better loss for `patience` logged losses and half the run, well
     above what the forecast promised when the last progress was made, at a rate over a third of its
     peak. A flat loss at the forecast is convergence, and a flat loss at the end of the schedule is the
@@ -221,7 +221,7 @@ def stagnation(memory: DetectorMemory, metrics: Mapping) -> Verdict:
     spent = 1 - rate / (marks.get("peak_rate") or 1.0)
     warm = marks["warm"]
     long = 0 < spent < 0.1  # it has just begun to fall: most of the run is to come
-    old_enough = warm >= (2 if long else 1) * patience or (warm >= 40 and spent >= 0.25)
+    old_enough = warm >= (3 if long else 1) * patience or (warm >= 40 and spent >= 0.25)
     old_enough |= count >= 5 * patience
     if old_enough and (stuck := _stuck(memory)):
         return stuck
@@ -236,7 +236,8 @@ def stagnation(memory: DetectorMemory, metrics: Mapping) -> Verdict:
 def _stuck(memory: DetectorMemory) -> Finding | None:
     """The mean of 30 losses lies within a share of the first one, or within its noise; it always did.
 
-    Noise: two standard errors. Always: the lowest of many means may be twice as low by chance.
+    Noise: 1.5 standard errors, three times the share at most. Always: the lowest of many means may be lower
+    by half as much again, by chance.
     """
     marks = memory.marks
     if "first" not in marks:
@@ -244,6 +245,6 @@ def _stuck(memory: DetectorMemory) -> Finding | None:
     first = marks["first"]
     fall, most = ((1 - marks[name] / first if first else 0.0) for name in ("calm", "lowest"))
     error = log_noise(memory.series["loss"]) / math.sqrt(LONG)
-    limit = max(memory.limits.stuck, 2 * error)
-    stuck = fall < limit and most < 2 * limit
+    limit = max(memory.limits.stuck, min(1.5 * error, 3 * memory.limits.stuck))
+    stuck = fall < limit and most < 1.5 * limit
     return Finding(fall, limit, {"form": "stuck since the start"}) if stuck else None
