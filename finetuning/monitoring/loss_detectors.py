@@ -13,6 +13,7 @@ from finetuning.monitoring.usual_rows import unusual
 SMOOTH = 15  # logged losses of the smoothed one
 LONG = 30  # of the one that tells whether a run has learned anything
 AT_ONCE = 3  # logged losses in a row, all above whatever was usual, that are no spike any more
+ROWS_Z = 4.0  # sigma above steps with such rows; those vary less than steps of all kinds
 ENOUGH = 16  # logged values before one can be called unusual
 CLIPPED = 50  # logged norms that say whether clipping is the rule
 
@@ -66,7 +67,7 @@ def clipping(memory: DetectorMemory, metrics: Mapping) -> Verdict:
 def loss_spike(memory: DetectorMemory, metrics: Mapping) -> Verdict:
     """One loss far above the losses just before it, above its like, and above any before.
 
-    Far: `is_spike`, or as many sigma above its like as steps before it were.
+    Far: six sigma above the losses before it (`is_spike`), or four above steps with such rows.
     """
     loss = training_loss(memory, metrics)
     if loss is None:
@@ -74,13 +75,14 @@ def loss_spike(memory: DetectorMemory, metrics: Mapping) -> Verdict:
     losses = memory.series.get("loss", [])
     rows = memory.marks["rows"] = min(unusual(memory, metrics, "Training/Loss", loss), 1e6)
     before, z, ratio = losses[-31:], memory.limits.spike_z, memory.limits.spike_ratio
+    if len(before) < ENOUGH:
+        return None
     known = memory.series.get("unusual", [])  # how far the steps before lay above their like
     spread = 1.4826 * median(map(abs, known)) if len(known) >= ENOUGH else math.inf
-    if len(before) < ENOUGH or not (is_spike(loss, before, z, ratio) or rows > z * spread):
-        return None
     usual, highest = median(before[-7:]), math.exp(_highest([_log(x) for x in losses]))
-    noise = min(log_noise(before), max(spread, 0.01))
-    limit = max(usual * ratio, usual * math.exp(z * noise), highest * ratio**0.5)
+    noises = {usual: z * log_noise(before), loss / math.exp(rows): ROWS_Z * spread}
+    limit = min(level * max(ratio, math.exp(min(noise, 50))) for level, noise in noises.items())
+    limit = max(limit, highest * ratio**0.5)
     if loss <= limit or rows <= math.log(ratio):
         return None
     return Finding(loss, limit, {"usual loss": usual})
