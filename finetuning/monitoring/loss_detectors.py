@@ -80,8 +80,9 @@ def loss_spike(memory: DetectorMemory, metrics: Mapping) -> Verdict:
     known = memory.series.get("unusual", [])  # how far the steps before lay above their like
     spread = 1.4826 * median(map(abs, known)) if len(known) >= ENOUGH else math.inf
     usual, highest = median(before[-7:]), math.exp(_highest([_log(x) for x in losses]))
-    noises = {usual: z * log_noise(before), loss / math.exp(rows): ROWS_Z * spread}
-    limit = min(level * max(ratio, math.exp(min(noise, 50))) for level, noise in noises.items())
+    limit = usual * max(ratio, math.exp(z * log_noise(before)))
+    if rows < 50 and spread < 10:  # such rows are known, and their noise
+        limit = min(limit, loss / math.exp(rows) * max(ratio, math.exp(ROWS_Z * spread)))
     limit = max(limit, highest * ratio**0.5)
     if loss <= limit or rows <= math.log(ratio):
         return None
