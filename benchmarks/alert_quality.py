@@ -289,7 +289,7 @@ def waited(rates: list[float | None]) -> int | None:
             warm += not rate > before
             before, peak = rate, max(peak, rate)
         spent = 1 - rate / peak if rate is not None and peak else 0.0
-        if warm >= (400 if 0 < spent < 0.1 else 200) or (warm >= 40 and spent >= 0.25):
+        if warm >= (600 if 0 < spent < 0.1 else 200) or (warm >= 40 and spent >= 0.25):
             return i
     return None
 

@@ -144,9 +144,14 @@ def train(run: dict, folder: Path, model: str, steps: int) -> list[list]:
     rows: dict[int, dict] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
-        kept = {t: _short(v) for t, v in record["metrics"].items() if KEPT.fullmatch(t)}
+        kept = {_named(t): _short(v) for t, v in record["metrics"].items() if KEPT.fullmatch(t)}
         rows.setdefault(record["step"], {}).update(kept)
     return [[step, rows[step]] for step in sorted(rows)]
+
+
+def _named(tag: str) -> str:
+    """A source by its file's name, without the folder of the run."""
+    return re.sub(r"(By_Source/).*/", r"\1", tag)
 
 
 def _short(value: float | None) -> float | None:

@@ -47,7 +47,7 @@ class Beliefs:
     temper: float = 0.7  # exponent of the evidence: neighbouring bins are not independent
     skip: float = 0.02  # first share of the run so far that no model explains
     recency: float = 0.6  # the noise of a bin counts as if it grew with its age to half this power
-    trust: tuple[float, float] = (0.7, 0.6)  # share of a forecast change that comes
+    trust: tuple[float, float] = (1.0, 0.6)  # share of a forecast change that comes
     trust_noise: float = 0.03  # with which the past tells it
     unknown: float = 0.018  # 1 sigma that no model knows of while anything is to come
 

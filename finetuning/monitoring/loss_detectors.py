@@ -13,6 +13,7 @@ from finetuning.monitoring.usual_rows import unusual
 SMOOTH = 15  # logged losses of the smoothed one
 LONG = 30  # of the one that tells whether a run has learned anything
 AT_ONCE = 3  # logged losses in a row, all above whatever was usual, that are no spike any more
+ROWS_Z = 4.0  # sigma above steps with such rows; those vary less than steps of all kinds
 ENOUGH = 16  # logged values before one can be called unusual
 CLIPPED = 50  # logged norms that say whether clipping is the rule
 
@@ -66,7 +67,7 @@ def clipping(memory: DetectorMemory, metrics: Mapping) -> Verdict:
 def loss_spike(memory: DetectorMemory, metrics: Mapping) -> Verdict:
     """One loss far above the losses just before it, above its like, and above any before.
 
-    Far: `is_spike`, or as many sigma above its like as steps before it were.
+    Far: six sigma above the losses before it (`is_spike`), or four above steps with such rows.
     """
     loss = training_loss(memory, metrics)
     if loss is None:
@@ -74,13 +75,15 @@ def loss_spike(memory: DetectorMemory, metrics: Mapping) -> Verdict:
     losses = memory.series.get("loss", [])
     rows = memory.marks["rows"] = min(unusual(memory, metrics, "Training/Loss", loss), 1e6)
     before, z, ratio = losses[-31:], memory.limits.spike_z, memory.limits.spike_ratio
+    if len(before) < ENOUGH:
+        return None
     known = memory.series.get("unusual", [])  # how far the steps before lay above their like
     spread = 1.4826 * median(map(abs, known)) if len(known) >= ENOUGH else math.inf
-    if len(before) < ENOUGH or not (is_spike(loss, before, z, ratio) or rows > z * spread):
-        return None
     usual, highest = median(before[-7:]), math.exp(_highest([_log(x) for x in losses]))
-    noise = min(log_noise(before), max(spread, 0.01))
-    limit = max(usual * ratio, usual * math.exp(z * noise), highest * ratio**0.5)
+    limit = usual * max(ratio, math.exp(z * log_noise(before)))
+    if rows < 50 and spread < 10:  # such rows are known, and their noise
+        limit = min(limit, loss / math.exp(rows) * max(ratio, math.exp(ROWS_Z * spread)))
+    limit = max(limit, highest * ratio**0.5)
     if loss <= limit or rows <= math.log(ratio):
         return None
     return Finding(loss, limit, {"usual loss": usual})
@@ -208,7 +211,7 @@ def stagnation(memory: DetectorMemory, metrics: Mapping) -> Verdict:
     """No progress while the learning rate could still give some; two forms.
 
     Stuck: the loss has hardly fallen from its start (`_stuck`) after `patience` logged losses at a rate
-    that no longer rises (twice as many while less than a tenth of it is spent), or after 40 when a
+    that no longer rises (three times as many while less than a tenth of it is spent), or after 40 when a
     quarter of it is spent. Stalled: no better loss for `patience` logged losses and half the run, well
     above what the forecast promised when the last progress was made, at a rate over a third of its
     peak. A flat loss at the forecast is convergence, and a flat loss at the end of the schedule is the
@@ -221,7 +224,7 @@ def stagnation(memory: DetectorMemory, metrics: Mapping) -> Verdict:
     spent = 1 - rate / (marks.get("peak_rate") or 1.0)
     warm = marks["warm"]
     long = 0 < spent < 0.1  # it has just begun to fall: most of the run is to come
-    old_enough = warm >= (2 if long else 1) * patience or (warm >= 40 and spent >= 0.25)
+    old_enough = warm >= (3 if long else 1) * patience or (warm >= 40 and spent >= 0.25)
     old_enough |= count >= 5 * patience
     if old_enough and (stuck := _stuck(memory)):
         return stuck
@@ -236,7 +239,8 @@ def stagnation(memory: DetectorMemory, metrics: Mapping) -> Verdict:
 def _stuck(memory: DetectorMemory) -> Finding | None:
     """The mean of 30 losses lies within a share of the first one, or within its noise; it always did.
 
-    Noise: two standard errors. Always: the lowest of many means may be twice as low by chance.
+    Noise: 1.5 standard errors, three times the share at most. Always: the lowest of many means may be lower
+    by half as much again, by chance.
     """
     marks = memory.marks
     if "first" not in marks:
@@ -244,6 +248,6 @@ def _stuck(memory: DetectorMemory) -> Finding | None:
     first = marks["first"]
     fall, most = ((1 - marks[name] / first if first else 0.0) for name in ("calm", "lowest"))
     error = log_noise(memory.series["loss"]) / math.sqrt(LONG)
-    limit = max(memory.limits.stuck, 2 * error)
-    stuck = fall < limit and most < 2 * limit
+    limit = max(memory.limits.stuck, min(1.5 * error, 3 * memory.limits.stuck))
+    stuck = fall < limit and most < 1.5 * limit
     return Finding(fall, limit, {"form": "stuck since the start"}) if stuck else None
