@@ -187,7 +187,10 @@ class DataSettings(_Settings):
     max_eval_samples: int = 1000
     """Samples that eval_fraction holds out at most, as each evaluation reads them all; 0: no limit."""
     max_seq_length: int = 2048
-    """Longest sample, and capacity of a packed row, in tokens."""
+    """Longest sample, in tokens."""
+    tokens_per_row: int = 0
+    """Tokens up to which a packed row is filled; a longer sample has a row of its own. 0: max_seq_length, so
+    that with longer samples there are fewer updates, too."""
     over_length: Literal["drop", "truncate_thinking", "error"] = "drop"
     """What happens to a longer sample; it is never cut at its end."""
     loss_on: Literal["last_turn", "all_turns"] = "last_turn"
@@ -205,7 +208,7 @@ class DataSettings(_Settings):
 
     def _faults(self) -> Iterator[str]:
         yield from self._breaches(_NOT_EMPTY, "data_path")
-        yield from self._breaches(_FROM_ZERO, "max_eval_samples")
+        yield from self._breaches(_FROM_ZERO, "max_eval_samples", "tokens_per_row")
         yield from self._breaches(_BELOW_ONE, "eval_fraction")
         yield from self._breaches(_SHARE, "max_broken_fraction")
         yield from self._breaches(_Rule(lambda value: value >= 16, "at least 16"), "max_seq_length")

@@ -282,6 +282,7 @@ BOUNDS = {
     "eval_fraction": (0.0, 0.999, -0.001, 1.0),
     "max_eval_samples": (0, LARGE, -1, None),
     "max_seq_length": (16, LARGE, 15, None),
+    "tokens_per_row": (0, LARGE, -1, None),
     "max_broken_fraction": (0.0, 1.0, -0.001, 1.001),
     "batch_size": (1, LARGE, 0, None),
     "gradient_accumulation_steps": (1, LARGE, 0, None),

@@ -304,6 +304,13 @@ def capacity(world: World, config: Config) -> tuple[int, bool]:
     return plan.steps.row_tokens, len(plan.data.train.tokens.truncation.dropped) > 0
 
 
+def fullest_row(world: World, config: Config) -> int:
+    """Tokens of the fullest row with several documents."""
+    steps, lengths = world.plan(config).steps, world.plan(config).data.train.tokens.lengths
+    documents = [steps[step].documents for step in range(1, steps.steps_per_epoch + 1)]
+    return max((int(lengths[list(d)].sum()) for d in documents if len(d) > 1), default=0)
+
+
 def rows(world: World, config: Config) -> tuple[int, int]:
     """In a micro-batch of training and of evaluation."""
     plan = world.plan(config)
@@ -588,6 +595,7 @@ ROWS = [
     Row("eval_fraction", 0.3, held_out, lambda seen: 10 <= seen <= 27),
     Row("max_eval_samples", 2, held_out, 2),
     Row("max_seq_length", 200, capacity, (200, True)),
+    Row("tokens_per_row", 200, fullest_row, lambda seen: seen <= 200),
     Row("over_length", "truncate_thinking", shortened, True, beside=NARROW),
     Row("over_length", "error", refused_plan, says("max_seq_length is 200"), beside=NARROW),
     Row(
