@@ -270,6 +270,8 @@ class OptimizerSettings(_Settings):
     kl_anchor: float = 0.0
     """Weight of KL(base‖tuned) per token in the loss, which holds the model to its base; 0: off. Needs
     adapters; a step also goes through the base."""
+    answer_weight: float = 1.0
+    """Weight of the answer's tokens and of the end in the loss; those of the thinking weigh 1."""
     nonfinite: Literal["stop", "skip", "rollback"] = "stop"
     """After a NaN or infinite gradient (its update never happens): stop, go on, or reload a checkpoint."""
     max_nonfinite_steps: int = 10
@@ -278,7 +280,7 @@ class OptimizerSettings(_Settings):
     """Seed of packing, order and adapter initialisation."""
 
     def _faults(self) -> Iterator[str]:
-        yield from self._breaches(_ABOVE_ZERO, "adam_epsilon")
+        yield from self._breaches(_ABOVE_ZERO, "adam_epsilon", "answer_weight")
         yield from self._breaches(_AUTO_OR_ABOVE_ZERO, "learning_rate")
         yield from self._breaches(_BELOW_ONE, "warmup_ratio", "adam_beta1", "adam_beta2")
         yield from self._breaches(_SHARE, "min_lr_ratio")

@@ -297,6 +297,7 @@ BOUNDS = {
     "adam_epsilon": (JUST_ABOVE_ZERO, 1.0, 0.0, NEVER),
     "max_grad_norm": (0.0, LARGE, -0.001, NEVER),
     "kl_anchor": (0.0, LARGE, -0.001, NEVER),
+    "answer_weight": (JUST_ABOVE_ZERO, LARGE, 0.0, NEVER),
     "max_nonfinite_steps": (0, LARGE, -1, None),
     "seed": (0, LARGE, -1, None),
     "distributed_timeout": (JUST_ABOVE_ZERO, LARGE, 0.0, NEVER),
