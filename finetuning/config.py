@@ -203,7 +203,10 @@ class DataSettings(_Settings):
     max_eval_samples: int = 1000
     """Samples that eval_fraction holds out at most, as each evaluation reads them all; 0: no limit."""
     max_seq_length: int = 2048
-    """Longest sample, and capacity of a packed row, in tokens."""
+    """Longest sample, in tokens."""
+    tokens_per_row: int = 0
+    """Tokens up to which a packed row is filled; a longer sample has a row of its own. 0: max_seq_length, so
+    that with longer samples there are fewer updates, too."""
     over_length: Literal["drop", "truncate_thinking", "error"] = "drop"
     """What happens to a longer sample; it is never cut at its end."""
     loss_on: Literal["last_turn", "all_turns"] = "last_turn"
@@ -221,7 +224,7 @@ class DataSettings(_Settings):
 
     def _faults(self) -> Iterator[str]:
         yield from self._breaches(_NOT_EMPTY, "data_path")
-        yield from self._breaches(_FROM_ZERO, "max_eval_samples")
+        yield from self._breaches(_FROM_ZERO, "max_eval_samples", "tokens_per_row")
         yield from self._breaches(_BELOW_ONE, "eval_fraction")
         yield from self._breaches(_SHARE, "max_broken_fraction")
         yield from self._breaches(_Rule(lambda value: value >= 16, "at least 16"), "max_seq_length")
@@ -283,6 +286,8 @@ class OptimizerSettings(_Settings):
     kl_anchor: float = 0.0
     """Weight of KL(base‖tuned) per token in the loss, which holds the model to its base; 0: off. Needs
     adapters; a step also goes through the base."""
+    answer_weight: float = 1.0
+    """Weight of the answer's tokens and of the end in the loss; those of the thinking weigh 1."""
     nonfinite: Literal["stop", "skip", "rollback"] = "stop"
     """After a NaN or infinite gradient (its update never happens): stop, go on, or reload a checkpoint."""
     max_nonfinite_steps: int = 10
@@ -291,7 +296,7 @@ class OptimizerSettings(_Settings):
     """Seed of packing, order and adapter initialisation."""
 
     def _faults(self) -> Iterator[str]:
-        yield from self._breaches(_ABOVE_ZERO, "adam_epsilon")
+        yield from self._breaches(_ABOVE_ZERO, "adam_epsilon", "answer_weight")
         yield from self._breaches(_AUTO_OR_ABOVE_ZERO, "learning_rate")
         yield from self._breaches(_BELOW_ONE, "warmup_ratio", "adam_beta1", "adam_beta2")
         yield from self._breaches(_SHARE, "min_lr_ratio")

@@ -53,7 +53,8 @@ class StepPlan:
         num_targets: (n,) supervised tokens of each document of the table.
         documents: (m,) the documents to plan, by index, repeats allowed; none longer than
             `max_seq_length`. None: all.
-        data: `max_seq_length` is the capacity of a row; without `packing` there is one document in it.
+        data: `max_seq_length` is the capacity of a row, or `tokens_per_row`, beyond which only a document
+            alone goes; without `packing` there is one document in each.
         batch: rows that go through the model at once, micro-batches of one rank in one update, passes
             over the data (a fraction is rounded up to whole steps), or exactly so many steps.
         seed: of the packing and of each epoch's order.
@@ -79,11 +80,14 @@ class StepPlan:
         self.num_tokens, self._longest = _total_and_longest(self._lengths, self.documents)
         assert self._longest <= data.max_seq_length, (self._longest, data.max_seq_length)
         self.rank, self.world_size, self.seed = rank, world_size, seed
-        self.row_tokens, self.rows_per_micro_batch = data.max_seq_length, batch.batch_size
+        self._filled = min(data.tokens_per_row or data.max_seq_length, data.max_seq_length)
+        longest = min(_rounded(self._longest), data.max_seq_length)
+        self.row_tokens = max(self._filled, longest if data.tokens_per_row else 0)
+        self.rows_per_micro_batch = batch.batch_size
         order = self.documents.astype(_index_type(len(lengths)))
         if data.packing:
             np.random.default_rng([seed, 0]).shuffle(order)
-            self._rows = pack_rows(self._lengths, order, self.row_tokens)
+            self._rows = pack_rows(self._lengths, order, self._filled)
         else:
             self._rows = Rows(order, np.arange(len(order) + 1, dtype=_index_type(len(order))))
         self.rows_per_step = batch.batch_size * batch.gradient_accumulation_steps * world_size
@@ -176,7 +180,8 @@ class StepPlan:
     @property
     def efficiency(self) -> float:
         """Share of the rows' capacity that holds tokens, in [0, 1]."""
-        return self.num_tokens / (len(self._rows) * self.row_tokens)
+        capacity = np.maximum(self._rows.tokens(self._lengths), self._filled).sum()
+        return float(self.num_tokens / capacity)
 
     def _most(self, of_rows: np.ndarray) -> float:
         """The largest sum over a micro-batch of what each row has, whichever rows come together."""

@@ -16,6 +16,7 @@ from finetuning.data.token_table import NUM_SEGMENTS, NUM_THINKING_BUCKETS, Segm
 
 # Of fp32 logits: large products on an accelerator (832 rows of Qwen3's vocabulary),
 _CHUNK_BYTES = {"cuda": 1 << 29}
+_BESIDE = 4  # tensors as large as the logits where two models are compared
 _CACHE_BYTES = 2 << 20  # near the size of a core's cache elsewhere
 
 
@@ -34,6 +35,28 @@ class LossSums:
     thinking_buckets: torch.Tensor
     premature_close: torch.Tensor
     divergence: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What training minimises: Σ w · cross-entropy + kl_anchor · KL(base‖model), over the number of targets.
+
+    w is `answer_weight` for the tokens of the answer and of the end, 1 elsewhere. What is shown as loss is
+    the plain cross-entropy.
+    """
+
+    kl_anchor: float = 0.0
+    answer_weight: float = 1.0
+
+    def weights(self, segments: torch.Tensor) -> torch.Tensor | None:
+        """(N,) fp32 of the targets; None where all are 1."""
+        if self.answer_weight == 1:
+            return None
+        of_answer = (segments == Segment.ANSWER) | (segments == Segment.END)
+        return torch.where(of_answer, self.answer_weight, 1.0)
+
+
+CROSS_ENTROPY = Objective()
 
 
 @dataclass(frozen=True)
@@ -68,6 +91,7 @@ def packed_loss(
     num_targets: int | torch.Tensor,
     scale: float | torch.Tensor = 1.0,
     anchor: Anchor | None = None,
+    weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, LossSums]:
     """Cross-entropy of N targets: fp32 scalar `scale * sum / num_targets`, and its sums.
 
@@ -79,9 +103,7 @@ def packed_loss(
     `hidden`, and `head_weight` where it is trainable. No host sync.
 
     Targets of document `num_documents` are padding, for a constant N: whatever their label and
-    position, which may repeat, they add nothing to the loss, its gradient and the sums.
-
-    anchor: the gradient becomes that of the anchored loss; the loss itself stays the cross-entropy.
+    position, which may repeat, they add nothing. anchor, weights (N,): of the `Objective`'s gradient.
     """
     real = document < num_documents
     loss, nll, correct, close = _HeadLoss.apply(
@@ -94,6 +116,7 @@ def packed_loss(
         scale / num_targets,
         torch.is_grad_enabled(),
         anchor,
+        weights,
     )
     with torch.no_grad():
         thinking = (
@@ -113,7 +136,7 @@ def divergence(rows: torch.Tensor, head_weight: torch.Tensor, base: Anchor) -> t
     rows: (N, H), the states that are tuned. Σ p_base · log p is taken as a whole, so equal states give 0.
     """
     found = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
-    step = rows_per_chunk(head_weight.shape[0], rows.device.type)
+    step = max(rows_per_chunk(head_weight.shape[0], rows.device.type) // _BESIDE, 64)
     with torch.autocast(rows.device.type, enabled=False):
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
@@ -135,10 +158,21 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden, weight, positions, labels, real, close_id, factor, with_gradient, anchor
+        ctx,
+        hidden,
+        weight,
+        positions,
+        labels,
+        real,
+        close_id,
+        factor,
+        with_gradient,
+        anchor,
+        weights,
     ):
         needs_hidden, needs_weight = (with_gradient and need for need in ctx.needs_input_grad[:2])
-        chunks = _Chunks(weight, len(labels), needs_hidden or needs_weight)
+        with_gradient = needs_hidden or needs_weight
+        chunks = _Chunks(weight, len(labels), with_gradient, compared=anchor is not None)
         nll = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
         correct, close = torch.empty_like(nll), torch.empty_like(nll)
         # Padding has a row of its own after the last token, so the others are each written once.
@@ -151,8 +185,11 @@ class _HeadLoss(torch.autograd.Function):
                 rows = hidden.index_select(0, positions[part]).to(weight.dtype)
                 outputs = nll[part], correct[part], close[part]
                 error = chunks.error(rows, labels[part], close_id, outputs)
-                if anchor is not None:
-                    _add_anchor(error, labels[part], anchor, anchor.logits(part, weight))
+                if with_gradient and (weights is not None or anchor is not None):
+                    own = None if weights is None else weights[part]
+                    other = None if anchor is None else anchor.logits(part, weight)
+                    error = _objective_error(error, labels[part], own, anchor, other)
+                    del other
                 if needs_hidden:
                     # Scaled after the product: H numbers a row instead of V.
                     gradient = _scaled(torch.mm(error, weight), factor)
@@ -172,16 +209,19 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, *_):
         gradients = (g if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors)
-        return (*gradients, None, None, None, None, None, None, None)
+        return (*gradients, *[None] * 8)
 
 
 class _Chunks:
     """From logits to the error of the predictions, chunk by chunk."""
 
-    def __init__(self, weight: torch.Tensor, targets: int, with_gradient: bool) -> None:
+    def __init__(
+        self, weight: torch.Tensor, targets: int, with_gradient: bool, compared: bool
+    ) -> None:
         self._weight, self._dtype, self._with_gradient = weight, weight.dtype, with_gradient
         self._by_kernel = _has_kernel(weight)
         most = rows_per_chunk(weight.shape[0], weight.device.type)
+        most = max(most // _BESIDE // 64 * 64, 64) if compared else most
         if weight.is_cuda and not self._by_kernel:
             most = max(most // 128 * 64, 64)  # probabilities lie beside the logits
         # Chunks of about equal size: products with few rows are slow ones.
@@ -206,14 +246,23 @@ class _Chunks:
         return error.to(self._dtype) if self._with_gradient else error
 
 
-def _add_anchor(
-    error: torch.Tensor, labels: torch.Tensor, anchor: Anchor, logits: torch.Tensor
-) -> None:
-    """Add weight · (softmax − base's softmax), the gradient of KL(base‖·) by the logits, in place."""
-    base = torch.softmax(logits, 1)
-    at_label = error.new_full((len(labels), 1), anchor.weight)  # error is softmax − one-hot
-    error.mul_(1 + anchor.weight).scatter_add_(1, labels.unsqueeze(1), at_label)
-    error.sub_(base.mul_(anchor.weight))
+def _objective_error(
+    error: torch.Tensor,
+    labels: torch.Tensor,
+    weights: torch.Tensor | None,
+    anchor: Anchor | None,
+    base_logits: torch.Tensor | None,
+) -> torch.Tensor:
+    """From softmax − one-hot, in place, to w · (softmax − one-hot) + weight · (softmax − base's softmax).
+
+    These are the gradients of the `Objective` by the logits. softmax = error + one-hot.
+    """
+    row = 1.0 if weights is None else weights.unsqueeze(1).to(error.dtype)
+    if anchor is None:
+        return error.mul_(row)
+    at_label = error.new_full((len(labels), 1), anchor.weight)
+    error.mul_(row + anchor.weight).scatter_add_(1, labels.unsqueeze(1), at_label)
+    return error.sub_(torch.softmax(base_logits, 1).mul_(anchor.weight))
 
 
 def _has_kernel(weight: torch.Tensor) -> bool:

@@ -20,7 +20,14 @@ from finetuning.model import attention
 from finetuning.model.adapters import adapters_off
 from finetuning.model.fused_lora import adapter_copies
 from finetuning.model.joined_lora import AdapterCopies
-from finetuning.model.loss import Anchor, LossSums, divergence, packed_loss
+from finetuning.model.loss import (
+    CROSS_ENTROPY,
+    Anchor,
+    LossSums,
+    Objective,
+    divergence,
+    packed_loss,
+)
 from finetuning.model.parallel import decoder_layers
 
 # How documents go through the decoder: in one packed row; in one with transformers' own arguments for it
@@ -53,7 +60,7 @@ class PackedLossModel(torch.nn.Module):
         model: any model with a decoder and a linear output head without bias or logit transformation.
         close_id: token id of `</think>`, for the probability of closing too early; -1 if there is none.
         way: how its documents go through the decoder, see `row_proof`.
-        kl_anchor: weight of KL(base‖model) in training, see `Anchor`; the base is the model without adapters.
+        objective: of training; its base is the model without adapters.
     """
 
     def __init__(
@@ -61,10 +68,10 @@ class PackedLossModel(torch.nn.Module):
         model: torch.nn.Module,
         close_id: int,
         way: Way = "packed",
-        kl_anchor: float = 0.0,
+        objective: Objective = CROSS_ENTROPY,
     ) -> None:
         super().__init__()
-        self._kl_anchor = kl_anchor
+        self._objective = objective
         self.model, self.close_id, self._way = model, close_id, way
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         if way != "alone":
@@ -133,8 +140,9 @@ class PackedLossModel(torch.nn.Module):
         base: the base's states at this batch's targets; the sums then hold how far the model is from it.
         """
         head = self._base[0].get_output_embeddings().weight
-        anchored = self._kl_anchor and torch.is_grad_enabled()
-        anchor = Anchor(self.base_rows(batch), weight=self._kl_anchor) if anchored else None
+        anchor = weights = None
+        if torch.is_grad_enabled():
+            anchor, weights = self._held_to(batch), self._objective.weights(batch.segments)
         hidden = self.hidden_states(batch)
         loss, sums = packed_loss(
             hidden,
@@ -149,6 +157,7 @@ class PackedLossModel(torch.nn.Module):
             num_targets=num_targets,
             scale=scale,
             anchor=anchor,
+            weights=weights,
         )
         if base is not None:
             distances = divergence(hidden[batch.target_positions], head, base)
@@ -156,6 +165,10 @@ class PackedLossModel(torch.nn.Module):
             sums = replace(sums, divergence=torch.stack((distances.sum(), count)))
         own = sums.per_document[: len(batch.documents)]  # what is behind them is padding
         return loss, replace(sums, per_document=own)
+
+    def _held_to(self, batch: PackedBatch) -> Anchor | None:
+        weight = self._objective.kl_anchor
+        return Anchor(self.base_rows(batch), weight=weight) if weight else None
 
     @property
     def head_weight(self) -> torch.Tensor:

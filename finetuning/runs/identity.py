@@ -26,6 +26,8 @@ PLACES = (
     "cache_dir",
     "workers",
 )
+# By these the same samples make other steps.
+ORDER = ("seed", "packing", "max_seq_length", "tokens_per_row", "empty_thinking")
 # Digests, by what a person calls that of which they are.
 CONTENTS = {
     "model_weights": "the model's weights",
@@ -64,7 +66,7 @@ def identity(
         "documents": hashlib.sha256(lengths).hexdigest()[:16],
         "rows_per_step": plan.rows_per_step,
         "steps": plan.num_steps,
-        **{name: settings[name] for name in (*LORA, "seed", "packing", "max_seq_length")},
+        **{name: settings[name] for name in (*LORA, *ORDER)},
         "target_modules": sorted(settings["target_modules"]),
     }
 

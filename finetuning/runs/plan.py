@@ -32,6 +32,7 @@ from finetuning.data.training_data import (
 from finetuning.evaluation.forgetting import CPU_TOKENS
 from finetuning.evaluation.generation import EvalPrompt, choose_probes, token_budget
 from finetuning.model.loading import load_tokenizer
+from finetuning.model.loss import Objective
 from finetuning.model.packed_model import compiler_is_there
 from finetuning.model.parallel import parallel_mode
 from finetuning.model.resolve import (
@@ -182,7 +183,7 @@ def execution_of(
         may_checkpoint=config.gradient_checkpointing == "auto" and not checkpointing,
         fp8=config.precision == "fp8",
         way=rows.way,
-        kl_anchor=config.kl_anchor,
+        objective=Objective(config.kl_anchor, config.answer_weight),
     )
 
 

@@ -18,6 +18,7 @@ from finetuning.model import loading, saving
 from finetuning.model import parallel as model_parallel
 from finetuning.model.flops import dims_of, training_flops
 from finetuning.model.fused_lora import enable_fast_lora
+from finetuning.model.loss import CROSS_ENTROPY, Objective
 from finetuning.model.packed_model import PackedLossModel, Way
 from finetuning.training.captured_step import CapturedStep, why_not_captured
 from finetuning.training.checkpoint import Tensors, optimizer_tensors, restore_optimizer
@@ -52,7 +53,7 @@ class Execution:
     may_checkpoint: bool = False  # it may be turned on once memory runs out
     fp8: bool = False  # products with frozen matrices are made in FP8 in training
     way: Way = "packed"  # how documents go through the decoder
-    kl_anchor: float = 0.0  # weight of KL(base‖model) in the loss
+    objective: Objective = CROSS_ENTROPY  # of training
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class TrainingEngine:
         self._may_checkpoint = execution.may_checkpoint
         joins = False if parallel == "fsdp" else None
         enable_fast_lora(model, join=joins, fp8=execution.fp8)
-        self.packed = PackedLossModel(model, close_id, execution.way, execution.kl_anchor)
+        self.packed = PackedLossModel(model, close_id, execution.way, execution.objective)
         if self.batch_shape:
             self.packed.compile_layers()
         self.wrapped = model_parallel.parallelize(self.packed, parallel, dist, dtype).train()
@@ -106,7 +107,7 @@ class TrainingEngine:
             compiled=bool(self.batch_shape),
             alone=self.wrapped is self.packed,
             sharded=parallel == "fsdp",
-            anchored=bool(execution.kl_anchor),
+            anchored=bool(execution.objective.kl_anchor),
         )
         self.captured: CapturedStep | None = None
         self._is_warm = False  # a step has been made kernel by kernel: all are compiled and chosen

@@ -52,6 +52,23 @@ def test_rows_hold_every_document_once_and_never_overflow():
     assert len(rows) <= 11 / 9 * np.ceil(lengths.sum() / 512) + 1
 
 
+def test_a_row_is_filled_up_to_its_tokens_and_a_longer_document_is_alone():
+    lengths = np.array([700, 90, 80, 60, 300, 40, 120, 100])
+    data = up_to(1024, tokens_per_row=200)
+    plan = make_plan(lengths, data=data, gradient_accumulation_steps=1, num_epochs=1)
+    rows = [plan[step].micro_batches[0] for step in range(1, len(plan) + 1)]
+    assert sorted(d for row in rows for d in row) == list(range(8))
+    for row in rows:
+        assert len(row) == 1 or lengths[list(row)].sum() <= 200
+    assert (0,) in rows and (4,) in rows
+    assert len(plan) > len(make_plan(lengths, data=up_to(1024), gradient_accumulation_steps=1))
+    # By hand: 1490 tokens in rows of 700, 300 and three of 200.
+    assert len(plan) == 5 and plan.efficiency == pytest.approx(1490 / 1600)
+    assert plan.constant_tokens == 704 and plan.constant_shape["max_length"] == 704
+    wide = make_plan(lengths, data=up_to(1024, tokens_per_row=4096), num_epochs=1)
+    assert wide.row_tokens == 1024, "a row never holds more than the longest sample may have"
+
+
 def test_every_epoch_shows_every_document_once():
     plan = make_plan(random_lengths(), num_epochs=3)
     for epoch in range(3):

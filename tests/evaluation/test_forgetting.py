@@ -15,11 +15,13 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM
 from finetuning.common.distributed import Distributed
 from finetuning.config import DataSettings, bundled_data
 from finetuning.data.packing import StepPlan, build_batch
+from finetuning.data.token_table import Segment
 from finetuning.data.training_data import DataPart, general_part
 from finetuning.evaluation.evaluator import held_out_sums
 from finetuning.evaluation.forgetting import BaseStates, general_metrics, kl_metric
 from finetuning.events.reading import read_run
 from finetuning.model.fused_lora import enable_fast_lora
+from finetuning.model.loss import Objective
 from finetuning.model.packed_model import PackedLossModel
 from tests.helpers.settings import step_plan, up_to
 
@@ -101,12 +103,16 @@ def test_of_much_text_the_first_tokens_are_compared(tiny_model, part, monkeypatc
     assert 0 < sums.divergence[1] < sums.documents[:, :, 2].sum()
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.5, 3.0])
-def test_the_anchored_gradient_is_that_of_the_dense_loss(tiny_model, part, weight):
-    """Cross-entropy + weight · KL(base‖model), mean over the targets."""
+@pytest.mark.parametrize(
+    ("weight", "of_answer"), [(0.0, 1.0), (0.5, 1.0), (3.0, 1.0), (0.0, 2.5), (0.7, 0.25)]
+)
+def test_the_gradient_is_that_of_the_objective(tiny_model, part, weight, of_answer):
+    """Σ w · cross-entropy + weight · KL(base‖model), over the number of targets; densely."""
     batch = build_batch(part.tokens, part.documents[:3])
     ours, plain = adapted(tiny_model), adapted(tiny_model)
-    packed = PackedLossModel(ours, part.tokens.close_id, kl_anchor=weight).train()
+    packed = PackedLossModel(
+        ours, part.tokens.close_id, objective=Objective(weight, of_answer)
+    ).train()
     loss, _ = packed(batch, len(batch.labels))
     loss.backward()
     wanted = torch.zeros(())
@@ -118,9 +124,15 @@ def test_the_anchored_gradient_is_that_of_the_dense_loss(tiny_model, part, weigh
         tuned = plain(ids).logits[0, :-1].log_softmax(1)[learnt]
         with torch.no_grad(), plain.disable_adapter():
             base = plain(ids).logits[0, :-1].log_softmax(1)[learnt]
-        nll = F.nll_loss(tuned, ids[0, 1:][learnt], reduction="sum")
-        shown += nll.item()
-        wanted = wanted + nll + weight * F.kl_div(tuned, base, log_target=True, reduction="sum")
+        nll = F.nll_loss(tuned, ids[0, 1:][learnt], reduction="none")
+        shown += nll.sum().item()
+        answers = np.isin(piece.segments[1:][learnt], (Segment.ANSWER, Segment.END))
+        of_target = torch.where(torch.from_numpy(answers), of_answer, 1.0)
+        wanted = (
+            wanted
+            + (of_target * nll).sum()
+            + weight * F.kl_div(tuned, base, log_target=True, reduction="sum")
+        )
     (wanted / len(batch.labels)).backward()
     assert loss.item() == pytest.approx(shown / len(batch.labels), rel=1e-5), "the loss shown is CE"
     reference = {n: p.grad for n, p in plain.named_parameters() if p.grad is not None}

@@ -32,6 +32,7 @@ from finetuning.common.errors import UserError
 from finetuning.common.terminal import Terminal
 from finetuning.config import DirectTrainingConfig, allowed_values
 from finetuning.data.token_table import Segment
+from finetuning.model.loss import Objective
 from finetuning.model.packed_model import PackedLossModel
 from finetuning.model.resolve import weight_dtype
 from finetuning.monitoring.system_monitor import SystemMonitor
@@ -281,6 +282,21 @@ def passes(world: World, config: Config) -> tuple[float, int]:
     return plan.settings["num_epochs"], plan.steps.num_steps
 
 
+def weights_of_targets(world: World, config: Config) -> set[float]:
+    """In four updates; empty where none are made."""
+    seen = set()
+    original = Objective.weights
+
+    def note(self: Objective, segments: torch.Tensor) -> torch.Tensor | None:
+        found = original(self, segments)
+        seen.update([] if found is None else found.tolist())
+        return found
+
+    with mock.patch.object(Objective, "weights", note):
+        updates(world, config)
+    return seen
+
+
 def reads_of_the_base(world: World, config: Config) -> int:
     """In four updates."""
     with mock.patch.object(
@@ -304,6 +320,13 @@ def capacity(world: World, config: Config) -> tuple[int, bool]:
     """Of a row, and whether a document is too long."""
     plan = world.plan(config)
     return plan.steps.row_tokens, len(plan.data.train.tokens.truncation.dropped) > 0
+
+
+def fullest_row(world: World, config: Config) -> int:
+    """Tokens of the fullest row with several documents."""
+    steps, lengths = world.plan(config).steps, world.plan(config).data.train.tokens.lengths
+    documents = [steps[step].documents for step in range(1, steps.steps_per_epoch + 1)]
+    return max((int(lengths[list(d)].sum()) for d in documents if len(d) > 1), default=0)
 
 
 def rows(world: World, config: Config) -> tuple[int, int]:
@@ -597,9 +620,11 @@ ROWS = [
     Row("forgetting", False, lambda world, config: world.plan(config).general, None),
     Row("general_path", data("b"), general_sources, {"b"}),
     Row("kl_anchor", 0.5, reads_of_the_base, 4),
+    Row("answer_weight", 2.0, weights_of_targets, {1.0, 2.0}),
     Row("eval_fraction", 0.3, held_out, lambda seen: 10 <= seen <= 27),
     Row("max_eval_samples", 2, held_out, 2),
     Row("max_seq_length", 200, capacity, (200, True)),
+    Row("tokens_per_row", 200, fullest_row, lambda seen: seen <= 200),
     Row("over_length", "truncate_thinking", shortened, True, beside=NARROW),
     Row("over_length", "error", refused_plan, says("max_seq_length is 200"), beside=NARROW),
     Row(
