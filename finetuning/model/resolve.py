@@ -398,7 +398,11 @@ def as_user_error(what: str, advice: str) -> Iterator[None]:
             f"{what} does not fit into the device's memory; use --quantization 4bit, a smaller model, "
             "or a device with more memory"
         ) from error
-    except (SafetensorError, *_LOAD_ERRORS) as error:
+    except (
+        Exception
+    ) as error:  # the tokenizers' library raises bare ones for a file of another version
+        if not (type(error) is Exception or isinstance(error, (SafetensorError, *_LOAD_ERRORS))):
+            raise
         raise UserError(f"{what} can't be loaded ({short_reason(error)}); {advice}") from error
 
 
