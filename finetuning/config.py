@@ -46,6 +46,7 @@ ALERT_NAMES = (
 NAMES_AND_PATHS = (
     "model_name",
     "run_name",
+    "revision",
     "init_adapter",
     "target_modules",
     "data_path",
@@ -146,6 +147,8 @@ class ModelSettings(_Settings):
     model_name: str = ""
     """Folder or hub name of a causal language model. Empty: Qwen/Qwen3-4B-Thinking-2507 where a GPU
     can hold it and its weights are at hand, else the embedded demonstration model."""
+    revision: str = ""
+    """Branch, tag or commit of a model of the hub; empty: its main branch."""
     init_adapter: str = ""
     """Folder of a PEFT adapter (ours, TRL's, LLaMA-Factory's) to start from; empty: a fresh one."""
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
@@ -153,6 +156,13 @@ class ModelSettings(_Settings):
     fp8: bf16 whose large products are made in FP8 in training (Hopper GPUs and later)."""
     quantization: Literal["none", "4bit"] = "none"
     """4bit: QLoRA through bitsandbytes (optional extra `qlora`)."""
+
+    def _faults(self) -> Iterator[str]:
+        name = _Rule(
+            lambda value: not value or re.fullmatch(r"(?!.*\.\.)[\w][\w./-]*", value),
+            "the name of a branch or tag, or a commit",
+        )
+        yield from self._breaches(name, "revision")
 
 
 @dataclass(frozen=True)

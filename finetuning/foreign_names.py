@@ -43,6 +43,7 @@ FOREIGN: dict[str, str | Values | Absent] = {
     # The model and its adapters
     "model": "model_name",
     "model_name_or_path": "model_name",
+    "model_revision": "revision",
     "adapter_name_or_path": "init_adapter",
     "bf16": Values.switch("precision", "bf16", "fp32"),
     "fp16": Values.ignored(False),

@@ -336,6 +336,8 @@ def test_every_number_has_bounds_that_hold(subtests):
         ("data_path", ()),
         ("output_dir", " "),
         ("output_dir", "a\0b"),
+        ("revision", "a b"),
+        ("revision", "../main"),
         ("alert_actions", {"Noise": "stop"}),
     ],
 )

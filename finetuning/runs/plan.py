@@ -337,6 +337,7 @@ def find_model(
         dist.device,
         precision=config.precision,
         trust_remote_code=trust_remote_code,
+        revision=config.revision,
     )
     if found.path is not None:
         check_name(found.path, "model_name")

@@ -33,7 +33,13 @@ from finetuning.events.address import pinned_address
 from finetuning.runs import naming
 from finetuning.runs.directory import RunDirectory
 from finetuning.runs.findings import findings
-from finetuning.runs.recorded import Alerts, RecordedRun, find_runs, read_recorded
+from finetuning.runs.recorded import (
+    Alerts,
+    RecordedRun,
+    files_of_ours,
+    find_runs,
+    read_recorded,
+)
 
 # Title of a chart -> expressions; every tag that fits one is a curve, named by what the title leaves out.
 CHARTS = {
@@ -95,7 +101,10 @@ LIMITS = Limits(REPORT_MEMORY, REPORT_CPU, REPORT_WALL)
 def write_report(run: RunDirectory) -> Path:
     """Write report.html among the run's logs; returns its path. Raises UserError for broken files."""
     path = run.logs / "report.html"
-    atomic_write_text(path, page(read_recorded(run)))
+    recorded = read_recorded(run)
+    with files_of_ours(run):
+        text = page(recorded)
+    atomic_write_text(path, text)
     return path
 
 

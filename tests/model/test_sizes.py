@@ -15,6 +15,7 @@ from finetuning.common.errors import UserError
 from finetuning.common.fingerprint import safetensors_header
 from finetuning.config import LoraSettings
 from finetuning.model.resolve import named_model
+from finetuning.model.row_proof import proven_way
 from finetuning.training.memory_estimate import model_shape
 
 
@@ -58,11 +59,14 @@ def test_what_no_tensor_comes_near_is_refused(changed, lines):
     tracemalloc.stop()
 
 
-def test_heads_that_multiply_are_refused_before_they_lie_anywhere(changed):
+def test_heads_that_multiply_are_refused_before_they_lie_anywhere(changed, tmp_path):
     folder = changed(num_attention_heads=50_000, num_key_value_heads=50_000)
     named_model(str(folder), False)
-    with pytest.raises(UserError, match=r"describes [\d,]+ weights, the files hold"):
+    text = r"describes [\d,]+ weights, the files hold"
+    with pytest.raises(UserError, match=text):
         model_shape(folder, LoraSettings(lora_r=0))
+    with pytest.raises(UserError, match=text):
+        proven_way(folder, tmp_path, longest=64)
 
 
 def test_numbers_of_other_kinds_may_be_large(changed):

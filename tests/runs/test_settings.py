@@ -597,6 +597,7 @@ ROWS = [
         lambda world, config: world.plan(config).inputs.model.path.name,
         "other-model",
     ),
+    Row("revision", "v2", refused_plan, says("revision v2 is for a model of the hub")),
     Row("init_adapter", lambda world: str(world.adapter), starts_from_the_adapter, True),
     Row("precision", "bf16", frozen_types, {torch.bfloat16}),
     Row("precision", "fp32", type_on_a_gpu, torch.float32),

