@@ -156,9 +156,7 @@ def _steps(value: Any, name: str, depth: int = 0) -> Iterator[str]:
             isinstance(item, (str, list, dict)) and not is_absent(item) for item in value.values()
         ):
             keys = clean_line(", ".join(map(str, value)), 100)
-            raise BrokenRecordError(
-                f"{name} is an object without a text of a reasoning; its keys are: {keys}"
-            )
+            raise BrokenRecordError(f"{name} holds an object without a reasoning; its keys: {keys}")
     elif not isinstance(value, (int, float, bool)) and value is not None:
         raise BrokenRecordError(f"{name} holds {kind(value)} that is no step of a reasoning")
 
