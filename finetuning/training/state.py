@@ -2,13 +2,16 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
 from finetuning.common.errors import UserError
 from finetuning.common.kinds import misfit
 from finetuning.common.text import clean_line
+
+# Fields that earlier versions did not write down; a run without them goes on with their defaults.
+ADDED_LATER = ("evaluation_due", "stop_alerts", "changes", "reach")
 
 
 class ConvergenceState(TypedDict, total=False):
@@ -76,11 +79,16 @@ class TrainState:
 
     @classmethod
     def read(cls, saved: Any, path: Path) -> "TrainState":
-        """That of a checkpoint's state file. Raises UserError where it is of another version.
+        """That of a checkpoint's state file. Raises UserError where it lacks a field, or has one that is not
+        known, and so is of another version.
 
         saved: the whole content of the file: this state, the run's identity and its settings.
         """
         parts = {"train_state": cls, "identity": dict[str, Any], "config": dict[str, Any]}
+        state = saved.get("train_state") if isinstance(saved, Mapping) else None
+        if isinstance(state, Mapping):
+            defaults = {name: value for name, value in asdict(cls()).items() if name in ADDED_LATER}
+            saved = {**saved, "train_state": {**defaults, **state}}
         faults = ["it is no object"] if not isinstance(saved, Mapping) else []
         for name, kind in parts.items() if not faults else ():
             faults += [misfit(saved[name], kind, name)] if name in saved else [f"{name} is missing"]
