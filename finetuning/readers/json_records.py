@@ -44,7 +44,7 @@ def with_layout(file: DataFile) -> DataFile:
         # A first line that breaks off where a value goes on; a line cut short is told as a broken line.
         goes_on = error.pos >= len(text) and text[-1] in "{[," and not more.startswith("{")
         return file._replace(kind="json") if goes_on else file
-    except RecursionError:
+    except (RecursionError, ValueError):  # an integer of thousands of digits
         return file
     array = isinstance(value, list) and not more and not are_turns(value)
     return file._replace(kind="json") if array and not are_turns(value[:1]) else file

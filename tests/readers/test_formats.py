@@ -57,6 +57,13 @@ def test_overlong_line_is_skipped(tmp_path):
     assert found.broken == (BrokenSample(str(tmp_path / "a.jsonl"), 2, "line longer than 16 MiB"),)
 
 
+def test_an_integer_of_thousands_of_digits_breaks_its_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"n": {"9" * 5000}}}\n{GOOD}\n', encoding="utf-8")
+    (broken,) = read_samples([str(path)]).broken
+    assert broken.line == 1 and "an integer of 5000 digits" in broken.reason
+
+
 def test_line_separators_inside_a_line(tmp_path):
     record = {"question": "问", "answer": "a\u2028b\u2029c\u0085d\x0be"}
     line = json.dumps(record, ensure_ascii=False).replace("\\u000b", "\\u000B")
