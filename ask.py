@@ -4,11 +4,14 @@
     uv run python ask.py "SM4的分组长度是多少？" --compare           # the base beside it
     uv run python ask.py "…" --adapter qwen3_4b_thinking_output/checkpoints/checkpoint-50
 
+    uv run python ask.py                                         # a chat
+
 Without --adapter the newest one below --output-dir answers. Thinking and answer appear apart, as they
-are written.
+are written. A chat remembers questions and answers, shows how much was thought, and the thoughts on demand.
 """
 
 import sys
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -22,21 +25,28 @@ from rich.text import Text
 
 from finetuning.common.distributed import limit_threads, pick_device
 from finetuning.common.errors import UserError, exit_code
+from finetuning.common.language import translated
 from finetuning.common.paths import expanded
 from finetuning.evaluation.reply import Reply, generate
 from finetuning.model.loading import load_for_inference
 from finetuning.model.resolve import is_adapter
+from finetuning.runs.init_adapter import read_origin
+from finetuning.runs.model_card import EMBEDDED
 from finetuning.runs.result import find_trained
 
 STYLES = {"thinking": "dim", "answer": ""}
+CHAT_HELP = (
+    "/thinking: what was thought, /compare: the base beside it, /new: forget all, /exit: end"
+)
+DEMONSTRATION = "This is the demonstration model: its answers mean nothing."
 
 
 @dataclass(frozen=True)
 class Ask:
     """Answer a question with the trained model, its thinking shown apart."""
 
-    question: Annotated[str, tyro.conf.Positional]
-    """What to ask."""
+    question: Annotated[str | None, tyro.conf.Positional] = None
+    """What to ask; without it a chat begins."""
     adapter: str = ""
     """Folder of an adapter or a model; empty: the newest below output_dir, or a stopped run's best one."""
     output_dir: str = "qwen3_4b_thinking_output"
@@ -58,7 +68,7 @@ class Ask:
 
 
 def answer(model: torch.nn.Module, tokenizer: Any, ask: Ask, console: Console) -> None:
-    """One reply, piece by piece."""
+    """One reply to the question, piece by piece."""
     part = ""
 
     def show(new_part: str, text: str) -> None:
@@ -74,8 +84,14 @@ def answer(model: torch.nn.Module, tokenizer: Any, ask: Ask, console: Console) -
     console.rule(remark(reply, ask), style="dim")
 
 
-def compare(model: torch.nn.Module, tokenizer: Any, ask: Ask, console: Console) -> None:
-    """Base against trained, side by side."""
+def compare(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    ask: Ask,
+    console: Console,
+    history: Sequence[dict[str, str]] = (),
+) -> None:
+    """Base against trained, side by side. history: a conversation instead of the one question."""
     texts = {name: {"thinking": "", "answer": ""} for name in ("base", "trained")}
     remarks = dict.fromkeys(texts, "")
 
@@ -98,16 +114,94 @@ def compare(model: torch.nn.Module, tokenizer: Any, ask: Ask, console: Console) 
                 texts[name][part] += text
 
             with model.disable_adapter() if name == "base" else nullcontext():
-                reply = generate(model, tokenizer, messages(ask), show, **sampling_settings(ask))
+                said = history or messages(ask)
+                reply = generate(model, tokenizer, said, show, **sampling_settings(ask))
             remarks[name] = remark(reply, ask)
     if not moves:
         console.print(picture())
 
 
+class Chat:
+    """Questions and answers one after the other; the model sees all of them, but not what it has thought.
+
+    ask: everything but the question.
+    """
+
+    def __init__(self, model: torch.nn.Module, tokenizer: Any, ask: Ask, console: Console) -> None:
+        self._model, self._tokenizer, self._ask, self._console = model, tokenizer, ask, console
+        self._history = messages(ask)
+        self._thought = ""  # before the last answer
+
+    def run(self, lines: Iterable[str]) -> None:
+        """Answer each line, or do what it says, until /exit or the end."""
+        self._tell(CHAT_HELP)
+        for line in lines:
+            line = line.strip()
+            if line in ("/exit", "/quit"):
+                return
+            if line.startswith("/"):
+                self._command(line)
+            elif line:
+                self._reply(line)
+
+    def _command(self, line: str) -> None:
+        if line == "/thinking":
+            self._console.print(Text(self._thought or translated("nothing was thought yet"), "dim"))
+        elif line == "/new":
+            self._history, self._thought = messages(self._ask), ""
+            self._tell("a new conversation")
+        elif line == "/compare":
+            self._compare()
+        else:
+            self._tell(CHAT_HELP)
+
+    def _compare(self) -> None:
+        """The last question once more, to the base as well; the conversation stays as it is."""
+        if not hasattr(self._model, "disable_adapter"):
+            self._tell("this is a whole model, without an adapter that could be put aside")
+        elif self._history[-1:] and self._history[-1]["role"] == "assistant":
+            said = self._history[:-1]
+            compare(self._model, self._tokenizer, self._ask, self._console, said)
+        else:
+            self._tell("there is no question yet")
+
+    def _reply(self, question: str) -> None:
+        said = [*self._history, {"role": "user", "content": question}]
+        thought = 0
+
+        def show(part: str, text: str) -> None:
+            nonlocal thought
+            if part == "answer":
+                self._console.print(Text(text), end="", soft_wrap=True)
+            elif not thought:
+                self._tell("thinking …")
+            thought += len(text) * (part == "thinking")
+
+        reply = generate(self._model, self._tokenizer, said, show, **sampling_settings(self._ask))
+        self._history = [*said, {"role": "assistant", "content": reply.text["answer"]}]
+        self._thought = reply.text["thinking"]
+        self._console.print()
+        self._tell(
+            f"thought {thought} characters (/thinking shows them); {remark(reply, self._ask)}"
+        )
+
+    def _tell(self, text: str) -> None:
+        self._console.print(Text(translated(text), "dim"))
+
+
+def typed_lines() -> Iterator[str]:
+    """What a person types, or what comes on standard input, until its end."""
+    while True:
+        try:
+            yield input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+
+
 def messages(ask: Ask) -> list[dict[str, str]]:
-    """The conversation that the model continues."""
+    """The conversation that the model continues; in a chat what stands before the first question."""
     system = [{"role": "system", "content": ask.system}] if ask.system else []
-    return [*system, {"role": "user", "content": ask.question}]
+    return [*system, *([{"role": "user", "content": ask.question}] if ask.question else [])]
 
 
 def sampling_settings(ask: Ask) -> dict[str, Any]:
@@ -128,7 +222,7 @@ def remark(reply: Reply, ask: Ask) -> str:
 
 def run(ask: Ask, console: Console | None = None) -> None:
     """Find the model, load it, and let it reply."""
-    if not ask.question.strip():
+    if ask.question is not None and not ask.question.strip():
         raise UserError("the question is empty")
     if ask.max_new_tokens < 1 or (ask.temperature is not None and not ask.temperature >= 0):
         raise UserError("--max-new-tokens must be at least 1, --temperature 0 or more")
@@ -141,9 +235,16 @@ def run(ask: Ask, console: Console | None = None) -> None:
     device = pick_device(ask.device)
     base_model = expanded(ask.base_model, "--base-model")
     model, tokenizer = load_for_inference(folder, device=device, base_model=base_model)
-    Console(stderr=True, style="dim", highlight=False).print(Text(f"{folder} on {device}"))
+    aside = Console(stderr=True, style="dim", highlight=False)
+    aside.print(Text(f"{folder} on {device}"))
+    if read_origin(folder).get("base", {}).get("model") == EMBEDDED:
+        aside.print(Text(translated(DEMONSTRATION)))
+    console = console or Console(highlight=False)
+    if ask.question is None:
+        Chat(model, tokenizer, ask, console).run(typed_lines())
+        return
     show = compare if ask.compare else answer
-    show(model, tokenizer, ask, console or Console(highlight=False))
+    show(model, tokenizer, ask, console)
 
 
 def main(arguments: list[str] | None = None) -> int:

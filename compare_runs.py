@@ -18,16 +18,19 @@ from rich.console import Console
 from finetuning.common.errors import exit_code
 from finetuning.common.paths import expanded
 from finetuning.runs.comparison import (
+    as_csv,
     as_json,
+    as_markdown,
     labels,
     metric_rows,
     outcomes,
+    page,
     read_all,
     results_title,
     rich_tables,
     setting_rows,
     sparkline,
-    write_page,
+    write_text,
 )
 from finetuning.runs.recorded import RecordedRun, find_runs
 
@@ -39,13 +42,13 @@ def print_comparison(runs: Sequence[RecordedRun]) -> None:
     """Tables of settings and results, and a small curve of each run's loss."""
     console = Console(highlight=False)
     sparks = [sparkline([y for _, y in run.series.get("Training/Loss", ())]) for run in runs]
-    names = labels(runs)
+    names, times = labels(runs), labels(runs, by_time=True)
     results = [*outcomes(runs), *metric_rows(runs), ("training loss", sparks)]
     for title, rows in (
         ("Settings that differ", setting_rows(runs)),
         (results_title(runs), results),
     ):
-        for table in rich_tables(title, names, rows, console.width):
+        for table in rich_tables(title, names, rows, console.width, times):
             console.print(table)
 
 
@@ -57,6 +60,8 @@ def main(
     places: tyro.conf.Positional[tuple[str, ...]] = ("qwen3_4b_thinking_output",),
     /,
     html: Path | None = None,
+    markdown: Path | None = None,
+    csv: Path | None = None,
     json: bool = False,
 ) -> None:
     """Compare runs: settings that differ, final metrics, curves.
@@ -64,6 +69,8 @@ def main(
     Args:
         places: Output directories (all their runs), or directories of single runs.
         html: Also write a page with curves to this file.
+        markdown: Also write the tables to this file, as Markdown.
+        csv: Also write a row a run to this file.
         json: Print one JSON object and nothing else.
     """
     runs = read_all(find_runs(places), curves=html is not None)
@@ -71,10 +78,15 @@ def main(
         print(dumps(runs))
     else:
         print_comparison(runs)
-    if html is not None:
-        html = Path(expanded(str(html), "--html"))
-        write_page(html, runs)
-        print(f"Curves as a page: {html}", file=sys.stderr if json else sys.stdout)
+    for flag, path, text, what in (
+        ("--html", html, page, "Curves as a page"),
+        ("--markdown", markdown, as_markdown, "Tables"),
+        ("--csv", csv, as_csv, "A row a run"),
+    ):
+        if path is not None:
+            path = Path(expanded(str(path), flag))
+            write_text(flag, path, text(runs))
+            print(f"{what}: {path}", file=sys.stderr if json else sys.stdout)
 
 
 def dumps(runs: Sequence[RecordedRun]) -> str:

@@ -30,7 +30,10 @@ if (
     __name__ == "__main__"
 ):  # help, wrong settings and paths are answered before the imports that take long
     try:
-        check_paths(parse_command_line(sys.argv[1:]).training)
+        command = parse_command_line(sys.argv[1:])
+        check_paths(command.training)
+        first = Terminal(quiet=command.quiet, is_main=process.is_first_rank())
+        first.info("starting: the libraries are being loaded")
     except UserError as error:
         Terminal().error(str(error))
         sys.exit(2)
@@ -52,11 +55,12 @@ from finetuning.runs.directory import RunDirectory, disk_faults_stop_the_run
 from finetuning.runs.identity import check_identity
 from finetuning.runs.init_adapter import with_own_settings
 from finetuning.runs.metrics import MetricsProcessor
+from finetuning.runs.naming import trial_name
 from finetuning.runs.plan import load_data, plan_run
-from finetuning.runs.record import show_plan
+from finetuning.runs.record import show_plan, show_plan_elsewhere
 from finetuning.runs.report import leave_report
 from finetuning.runs.session import SessionStart, begin_record, describe_data, open_run
-from finetuning.training.checkpoint import Checkpoint
+from finetuning.training.checkpoint import Checkpoint, misfits_are_told
 from finetuning.training.checkpoint_manager import CheckpointManager
 from finetuning.training.optimizer import StepResult, learning_rate_at
 from finetuning.training.state import TrainState
@@ -163,7 +167,7 @@ class DirectTrainer:
 
             saves = self.log_late() or last or self.checkpoints.is_due(step)
             epoch_ends = last or step % plan.steps_per_epoch == 0
-            logs = last or due(step, self.config.logging_steps)
+            logs = last or due(step, self.plan.logging_steps)
             must_collect = evaluates or saves or epoch_ends or self.interrupted or self.outcome
             if logs and self.logs_late and not must_collect:
                 self.unlogged = result  # its numbers are read once the next step is queued
@@ -273,8 +277,7 @@ class DirectTrainer:
         metrics |= self.metrics.gpu_memory(self.engine.captured)
         metrics |= self.metrics.clock.read(metrics)
         straggler, slowest = self.metrics.straggler()
-        if slowest is not None:  # an alert about it names the rank
-            self.record.evidence["slowest_rank"] = slowest
+        self.record.note_evidence(slowest_rank=slowest, samples=self.metrics.hardest_places())
         spent = self.metrics.session_seconds, self.metrics.spent.seconds
         return metrics | straggler | self.record.overhead_percent(*spent)
 
@@ -362,13 +365,14 @@ class DirectTrainer:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Weights, optimizer, random state and counters as they were at the checkpoint."""
+        self.state = TrainState.read(checkpoint.state, checkpoint.path)
         identity = checkpoint.state["identity"]
-        self.state = TrainState(**checkpoint.state["train_state"])
-        finished = self.state.step == identity["steps"]
+        finished = self.state.step == identity.get("steps")
         check = {"finished": finished, "warn": self.terminal.warning}
         check_identity(identity, self.plan.identity, checkpoint.path, **check)
-        self.engine.restore(checkpoint.tensors, self.state)
-        self.checkpoints.load_rng(checkpoint)
+        with misfits_are_told(checkpoint.path):
+            self.engine.restore(checkpoint.tensors, self.state)
+            self.checkpoints.load_rng(checkpoint)
 
     def roll_back(self) -> None:
         """Policy `rollback`: the newest checkpoint again, and no update at the step that failed."""
@@ -401,7 +405,7 @@ class DirectTrainer:
         start = SessionStart.of(checkpoint, begun, self.plan, self.state)
         # Weights and both moments, one more while the old one is still there.
         needed = 6 * 4 * self.engine.num_trainable
-        run = open_run(start, Path(self.config.output_dir), self.dist, self.terminal, needed)
+        run = open_run(start, self.config, self.dist, self.terminal, needed)
         logger = self.open_logger(run, start.resume_step)
         self.stop.wait_for_loop()  # from here on a checkpoint can be written
         around, actions = (self.dist, self.terminal), self.config.alert_actions
@@ -420,6 +424,7 @@ class DirectTrainer:
         files = {"run_dir": run.tensorboard, "metrics_path": run.logs / "metrics.jsonl"}
         goes_on = {"resume_step": resume_step, "reach": self.state.reach}
         texts = {"hparams": summary.hparams(self.plan.settings), "warn": self.terminal.warning}
+        texts["trial"] = trial_name(run.name, self.plan.settings)
         return TensorBoardLogger(**files, **goes_on, **texts)
 
     # -------------------------------------------------------------------------
@@ -437,12 +442,9 @@ class DirectTrainer:
         else:
             self.save_model(self.record.run.final_model)
             self.metrics.count_seconds(state)
-            hardware = self.metrics.hardware(self.record.system.read())  # a collective
             if self.dist.is_main:
                 monitoring = self.metrics.convergence.scalars()
-                text = self.record.write_summary(
-                    self.plan, self.engine, state, monitoring, hardware, outcome
-                )
+                text = self.record.write_summary(self.plan, self.engine, state, monitoring, outcome)
                 self.terminal.final(text)
         result = summary.result(outcome, state)
         details = {"saved": self.checkpoints.step, "signal": self.stop.name, "result": result}
@@ -464,6 +466,8 @@ class DirectTrainer:
 def run(command: CommandLine) -> int:
     """Do what the command line says; returns the exit code."""
     config = command.training
+    if command.gpus:
+        return show_plan_elsewhere(config, command.gpus, Terminal(quiet=command.quiet))
     if command.check_data:  # everything that is wrong is to be seen, nothing may end the reading
         policy = "drop" if config.over_length == "error" else config.over_length
         config = dataclasses.replace(config, max_broken_fraction=1.0, over_length=policy)

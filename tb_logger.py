@@ -67,7 +67,8 @@ class TensorBoardLogger:
     same numbers. `warn(text)` is told of every kind of fault once. Without `global_step` a call belongs to
     the last step that was logged. `reach`: what the logger's own `reach` was at the checkpoint; by it custom
     tags over another axis than optimizer steps keep what they had then. `hparams`: as `add_hparams` takes
-    them; they replace the row of the session before. Raises UserError if `run_dir` holds another run.
+    them; they replace the row of the session before; `trial` names the row. Raises UserError if `run_dir`
+    holds another run.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class TensorBoardLogger:
         resume_step: int | None = None,
         reach: Mapping[str, int] | None = None,
         hparams: Mapping[str, Any] | None = None,
+        trial: str = "",
         warn: Callable[[str], None] = _print_warning,
     ):
         self.run_dir = Path(run_dir)
@@ -95,7 +97,7 @@ class TensorBoardLogger:
         self._writer = self._start_writer(start)
         atexit.register(self.close)
         if hparams:
-            self.add_hparams(hparams)
+            self.add_hparams(hparams, run_name=trial)
 
     def _start_writer(self, rewind: Rewind | None) -> StepWriter:
         """A writer that goes on behind a checkpoint, and its thread."""
@@ -342,13 +344,14 @@ class TensorBoardLogger:
         """This run's row of the HPARAMS table; call it once, at the start, or give the settings to the
         logger itself. `close(status)` ends the row.
 
-        `metric_dict` adds numbers and their columns to `HPARAM_METRICS`. The domains are not needed and
-        the row is that of this run, so `run_name` changes nothing.
+        `metric_dict` adds numbers and their columns to `HPARAM_METRICS`. The domains are not needed; the
+        row is that of this run, and `run_name` is what it is called in the table.
         """
         hparams, metrics = dict(hparam_dict), self._numbers(metric_dict or {})
         columns = tuple(dict.fromkeys((*HPARAM_METRICS, *metrics)))
         self._put(0, None, functools.partial(event_values.experiment_value, hparams, columns))
-        start = functools.partial(event_values.session_start_value, hparams, time.time())
+        about = hparams, time.time(), run_name or ""
+        start = functools.partial(event_values.session_start_value, *about)
         self._put(0, None, start)
         if metrics:
             self._put(global_step, None, metrics)

@@ -1,14 +1,19 @@
 """How good are forecast, score and alerts on recorded loss curves? Prints the tables of the docs.
 
-    uv run python -m benchmarks.forecast_quality [FOLDER] > docs/forecast_quality.md
+    uv run python -m benchmarks.forecast_quality [FOLDER ...] > docs/forecast_quality.md
 
-FOLDER holds csv files with the columns step, loss and, where known, learning_rate and grad_norm;
-without it, the recorded curves beside the checkout. Every forecast is for the last step, made from
-the first half. Controls: holding the last smoothed loss, a plain saturating fit in twenty lines,
-and the score 0.7 max(0, -slope) + 0.3 / (1 + variance) of an earlier project.
+A FOLDER holds csv files with the columns step, loss and, where known, learning_rate, grad_norm and epoch;
+without one, the recorded curves beside the checkout. Every forecast is for the last step, made from the first
+half, and so on. Controls: holding the last smoothed loss, a plain saturating fit in twenty lines, a law of
+annealing (Tissue et al. 2024, arXiv:2408.11029) that is told the learning rates to come, and the score
+0.7 max(0, -slope) + 0.3 / (1 + variance) of an earlier project.
+
+What the constants are worth on curves never seen: of a hundred sets of them, drawn at random, the best one
+on all other curves forecasts each curve ("left out"), and the best one on the first folder the others.
 """
 
 import datetime
+import random
 import sys
 import time
 import warnings
@@ -16,12 +21,34 @@ from pathlib import Path
 
 import numpy as np
 import scipy
+from scipy.optimize import nnls
 
+from finetuning.common.errors import UserError
 from finetuning.monitoring.convergence import ConvergenceMonitor, describe
+from finetuning.monitoring.curve_fit import BELIEFS, Beliefs, Fit, fit_curve
 from finetuning.monitoring.loss_curves import Curve, read_curve
 
-RECORDED = Path(__file__).resolve().parents[2] / "shared" / "data" / "loss_curves"
-BROKEN = ("15", "18", "20", "26")  # what the eye says: diverged, restarted, stuck, spiking
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+RECORDED = [DATA / "loss_curves", DATA / "loss_curves_more"]
+# What the eye says: diverged, restarted, stuck, spiking, diverged.
+BROKEN = ("15_llama3", "18_tinyllama", "20_chatglm6b", "26_arol", "25_lyric")
+SHARES = (0.5, 0.3, 0.75)
+DRAWN = {  # constants of the forecast, and values that they are drawn from
+    "annealing": [(0.03, 0.03), (0.06, 0.03), (0.06, 0.06), (0.1, 0.03), (0.1, 0.06)],
+    "stairs": [
+        ((0.1, 0.06, 0.1, 0.06), (0.03, 0.2, 0.3, 0.2)),
+        ((0.2, 0.03, 0.1, 0.06), (0.05, 0.2, 0.3, 0.2)),
+    ],
+    "wander": [(0.01, 0.03), (0.01, 0.04), (0.015, 0.05), (0.01, 0.02)],
+    "flat": [0.1, 0.3, 0.5],
+    "steps_clock": [0.5, 0.8, 0.95],
+    "temper": [0.3, 0.5, 0.7],
+    "skip": [0.01, 0.02, 0.04],
+    "recency": [0.3, 0.6, 1.0],
+    "trust": [(0.7, 0.3), (0.7, 0.6), (0.85, 0.3), (0.85, 0.6), (1.0, 0.05)],
+    "unknown": [0.01, 0.015, 0.02],
+}
+SETS = 100
 
 
 def losses_of(curve: Curve, upto: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
@@ -63,41 +90,96 @@ def plain_fit(steps, losses, total: float) -> float:
     return min(found)[1]
 
 
+def annealing_law(curve: Curve, upto: float) -> float | None:
+    """L0 + A S1^-a - C S2, all >= 0, by least squares over the losses so far; None without learning rates.
+
+    S1: sum of the learning rates; S2: the area of their annealing, which fades by 0.999 a step.
+    """
+    rows = [p for p in curve.points if "Training/Loss" in p]
+    if any("Training/Learning_Rate" not in p for p in rows):
+        return None
+    steps = np.array([p["step"] for p in rows])
+    rate = np.array([p["Training/Learning_Rate"] for p in rows])
+    losses = np.array([p["Training/Loss"] for p in rows])
+    apart = np.diff(steps, prepend=0.0)
+    lowered, fading, area = -np.diff(rate, prepend=rate[0]), 0.0, []
+    for drop, gap in zip(lowered, apart, strict=True):
+        fading = fading * 0.999**gap + drop
+        area.append(fading * gap)
+    s1 = np.cumsum(rate * apart) + 1e-12
+    s1, s2 = s1 / s1[-1], np.cumsum(area)
+    s2 = s2 / max(1e-12, np.abs(s2).max())
+    seen = steps <= upto * curve.total_steps
+    fits = []
+    for power in np.arange(0.1, 1.05, 0.1):
+        design = np.stack([np.ones(len(s1)), np.maximum(s1, 1e-3) ** -power, -s2], 1)
+        found, error = nnls(design[seen], losses[seen])
+        fits.append((error, float(design[-1] @ found)))
+    return min(fits)[1]
+
+
 def old_score(losses) -> float:
     window = losses[-50:]
     slope = np.polyfit(np.arange(len(window)), window, 1)[0] if len(window) > 1 else 0.0
     return float(0.7 * max(0.0, -slope) + 0.3 / (1 + window.var()))
 
 
+def watched(curve: Curve, upto: float) -> ConvergenceMonitor:
+    """A monitor that has seen the first share of a run."""
+    monitor = ConvergenceMonitor(curve.total_steps, curve.steps_per_epoch)
+    for p in curve.points:
+        if "Training/Loss" in p and p["step"] <= upto * curve.total_steps:
+            monitor.observe(p["step"], p["Training/Loss"], p.get("Training/Learning_Rate"))
+    return monitor
+
+
+def fit_of(monitor: ConvergenceMonitor, beliefs: Beliefs = BELIEFS) -> Fit | None:
+    """Its fit; None with too few losses."""
+    if monitor.count < 8:
+        return None
+    return fit_curve(
+        monitor.bins,
+        start_loss=float(np.median(monitor.first)),
+        now=monitor.recent[-1][0],
+        total=monitor.total_steps,
+        steps_per_epoch=monitor.steps_per_epoch,
+        beliefs=beliefs,
+    )
+
+
 def forecast_row(curve: Curve, upto: float) -> dict:
     """Errors as signed percent of the total fall."""
     start, end = start_and_end(curve)
     steps, losses = losses_of(curve, upto)
-    ours = describe(curve, upto)
-    if ours["forecast"] is None:
+    ours = fit_of(watched(curve, upto))
+    if ours is None:
         return {}
-    controls = {"hold": hold, "plain": plain_fit}
-    forecasts = {name: f(steps, losses, curve.total_steps) for name, f in controls.items()}
-    forecasts["ours"] = ours["forecast"]
-    row = {name: 100 * (value - end) / (start - end) for name, value in forecasts.items()}
-    inside = ours["forecast_low"] <= end <= ours["forecast_high"]
-    return (
-        row
-        | {"inside": inside, "negative": ours["forecast_low"] < 0, "real": end}
-        | {k: ours[k] for k in ("forecast", "forecast_low", "forecast_high")}
-    )
+    forecasts = {
+        "ours": ours.forecast,
+        "hold": hold(steps, losses, curve.total_steps),
+        "plain": plain_fit(steps, losses, curve.total_steps),
+        "law": annealing_law(curve, upto),
+    }
+    row = {n: None if v is None else 100 * (v - end) / (start - end) for n, v in forecasts.items()}
+    return row | {
+        "inside": ours.forecast_low <= end <= ours.forecast_high,
+        "width": 100 * (ours.forecast_high - ours.forecast_low) / abs(start - end),
+        "real": end,
+        "fit": ours,
+    }
 
 
 def forecast_table(curves: dict[str, Curve], upto: float) -> None:
-    print(f"\n## Forecast of the last step from the first {upto:.0%}\n")
-    print("Errors in percent of the total fall, + is too high.\n")
-    print("| curve | real end | forecast (80%) | ours | hold | plain fit | inside |")
-    print("|---|---|---|---|---|---|---|")
+    print(f"\n### From the first {upto:.0%}\n")
+    print("| curve | real end | forecast (80%) | ours | hold | plain fit | law | inside |")
+    print("|---|---|---|---|---|---|---|---|")
     rows = {name: forecast_row(curve, upto) for name, curve in curves.items()}
     for name, r in rows.items():
         if r:
-            interval = f"{r['forecast']:.3f} ({r['forecast_low']:.3f} to {r['forecast_high']:.3f})"
-            errors = " | ".join(f"{r[k]:+.1f}" for k in ("ours", "hold", "plain"))
+            fit = r["fit"]
+            interval = f"{fit.forecast:.3f} ({fit.forecast_low:.3f} to {fit.forecast_high:.3f})"
+            names = ("ours", "hold", "plain", "law")
+            errors = " | ".join("–" if r[k] is None else f"{r[k]:+.1f}" for k in names)
             print(f"| {name} | {r['real']:.3f} | {interval} | {errors} | {'yes' * r['inside']} |")
     print(summary([row for row in rows.values() if row]))
 
@@ -105,15 +187,82 @@ def forecast_table(curves: dict[str, Curve], upto: float) -> None:
 def summary(rows: list[dict]) -> str:
     if not rows:
         return ""
-    medians = {k: np.median([abs(r[k]) for r in rows]) for k in ("ours", "hold", "plain")}
+    errors = {
+        k: [abs(r[k]) for r in rows if r[k] is not None] for k in ("ours", "hold", "plain", "law")
+    }
+    medians = {k: np.median(v) if v else float("nan") for k, v in errors.items()}
     better = sum(abs(r["ours"]) < abs(r["hold"]) for r in rows)
-    close = sum(abs(r["ours"]) <= 15 for r in rows)
     return (
-        f"\nMedian |error|: ours {medians['ours']:.1f}%, hold {medians['hold']:.1f}%, plain "
-        f"fit {medians['plain']:.1f}%; within 15%: {close} of {len(rows)}; better than holding: "
-        f"{better} of {len(rows)}; inside the 80% interval: {sum(r['inside'] for r in rows)} of "
-        f"{len(rows)}; below zero: {sum(r['negative'] for r in rows)}."
+        f"\nMedian |error|: ours {medians['ours']:.1f}%, hold {medians['hold']:.1f}%, plain fit "
+        f"{medians['plain']:.1f}%, law {medians['law']:.1f}% (of {len(errors['law'])}); better than holding: "
+        f"{better} of {len(rows)}; inside the 80% interval: {sum(r['inside'] for r in rows)} of {len(rows)}, "
+        f"its median width {np.median([r['width'] for r in rows]):.1f}%."
     )
+
+
+def drawn_sets() -> list[Beliefs]:
+    """The constants of the program, and random ones."""
+    rng = random.Random(0)
+    drawn = ({name: rng.choice(values) for name, values in DRAWN.items()} for _ in range(SETS - 1))
+    return [BELIEFS, *(Beliefs(**values) for values in drawn)]
+
+
+def unseen_table(folders: list[dict[str, Curve]]) -> None:
+    """Forecasts of each curve with constants that were chosen on others."""
+    cases = [(i, n, c, u) for i, f in enumerate(folders) for n, c in f.items() for u in SHARES]
+    sets = drawn_sets()
+    rows: list[list[dict | None]] = [[] for _ in sets]
+    for _, _, curve, upto in cases:
+        start, end = start_and_end(curve)
+        held = 100 * abs(hold(*losses_of(curve, upto), curve.total_steps) - end) / abs(start - end)
+        monitor = watched(curve, upto)
+        for beliefs, own in zip(sets, rows, strict=True):
+            fit = fit_of(monitor, beliefs)
+            own.append(fit and judged(fit, start, end, held))
+    cost = np.array([[row["cost"] if row else 0.0 for row in own] for own in rows])
+    names = np.array([name for _, name, _, _ in cases])
+    place = np.array([folder for folder, _, _, _ in cases])
+    print("\n## On curves that the constants have not seen\n")
+    print(
+        f"Of {len(sets)} sets of constants, drawn at random, the best on some curves forecasts others.\n"
+    )
+    print(
+        "| constants chosen on | forecast | from | median error | better than holding | inside | width |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for upto in SHARES:
+        share = np.array([u == upto for *_, u in cases])
+        left = [
+            rows[int(cost[:, names != names[k]].sum(1).argmin())][k] for k in np.flatnonzero(share)
+        ]
+        print(unseen_row("all other curves", "each curve", upto, left))
+        if len(folders) > 1:
+            best = int(cost[:, place == 0].sum(1).argmin())
+            others = [rows[best][k] for k in np.flatnonzero(share & (place > 0))]
+            print(unseen_row("the first folder", "the others", upto, others))
+
+
+def judged(fit: Fit, start: float, end: float, held: float) -> dict:
+    """Error and width in percent of the fall, and what both cost: large errors count by their logarithm."""
+    error = 100 * abs(fit.forecast - end) / abs(start - end)
+    width = 100 * (fit.forecast_high - fit.forecast_low) / abs(start - end)
+    outside = max(0.0, error - width / 2)
+    cost = 8 * np.log1p(error) + 0.1 * min(width + 10 * outside, 150) + 4 * (error > held + 0.3)
+    return {
+        "error": error,
+        "width": width,
+        "inside": outside == 0,
+        "better": error < held,
+        "cost": cost,
+    }
+
+
+def unseen_row(chosen: str, forecast: str, upto: float, rows: list) -> str:
+    rows = [row for row in rows if row]
+    share = {k: sum(row[k] for row in rows) for k in ("better", "inside")}
+    error, width = (np.median([row[k] for row in rows]) for k in ("error", "width"))
+    counts = " | ".join(f"{share[k]} of {len(rows)} ({share[k] / len(rows):.0%})" for k in share)
+    return f"| {chosen} | {forecast} | {upto:.0%} | {error:.1f}% | {counts} | {width:.1f}% |"
 
 
 def score_table(curves: dict[str, Curve]) -> None:
@@ -135,38 +284,54 @@ def score_table(curves: dict[str, Curve]) -> None:
 
 
 def cost(curve: Curve) -> float:
-    """Milliseconds of processor time per logged step, fit included, at the run's full length."""
+    """Milliseconds of processor time per logged step, fits included, over the whole run."""
     monitor = ConvergenceMonitor(curve.total_steps)
-    for point in curve.points:
-        if "Training/Loss" in point:
-            monitor.observe(
-                point["step"], point["Training/Loss"], point.get("Training/Learning_Rate")
-            )
-    last, begin = monitor.recent[-1], time.process_time()
-    for extra in range(1, 101):
-        monitor.observe(last[0] + extra, last[1], last[2])
-        monitor.scalars()
-    return 10 * (time.process_time() - begin)
+    rows = [p for p in curve.points if "Training/Loss" in p]
+    begin = time.process_time()
+    for p in rows:
+        monitor.observe(p["step"], p["Training/Loss"], p.get("Training/Learning_Rate"))
+        monitor.fit()
+    return 1000 * (time.process_time() - begin) / len(rows)
+
+
+def curves_of(folder: Path) -> dict[str, Curve]:
+    """The csv files of a folder; those with a negative loss are left out."""
+    curves = {}
+    for path in sorted(folder.glob("*.csv")):
+        try:
+            curves[path.stem] = read_curve(path)
+        except UserError:
+            continue
+    if not curves:
+        sys.exit(f"{folder} holds no csv files")
+    return curves
 
 
 def main() -> None:
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else RECORDED
-    curves = {path.stem: read_curve(path) for path in sorted(folder.glob("*.csv"))}
-    if not curves:
-        sys.exit(f"{folder} holds no csv files")
+    folders = [curves_of(folder) for folder in map(Path, sys.argv[1:])] or [
+        *map(curves_of, RECORDED)
+    ]
     today = datetime.date.today()
     print("# Forecasts on recorded runs\n")
     print("`uv run python -m benchmarks.forecast_quality > docs/forecast_quality.md`, ", end="")
     print(f"{today}; numpy {np.__version__}, scipy {scipy.__version__}.")
-    falling = {n: c for n, c in curves.items() if n[:2] not in BROKEN}
+    print("Errors in percent of the total fall, + is too high.")
+    falling = [{n: c for n, c in f.items() if not n.startswith(BROKEN)} for f in folders]
     with warnings.catch_warnings():  # the plain fit has no covariance at times; only it warns
         warnings.simplefilter("ignore", scipy.optimize.OptimizeWarning)
         warnings.simplefilter("ignore", RuntimeWarning)
-        for upto in (0.5, 0.3, 0.75):
-            forecast_table(falling, upto)
-    score_table(curves)
-    longest = max(curves.values(), key=lambda c: len(c.points))
-    print(f"\nCost: {cost(longest):.1f} ms of one core per logged step, at any length of the run.")
+        unseen_table(falling)
+        for number, curves in enumerate(falling, 1):
+            print(f"\n## Folder {number}: forecast of the last step, with the program's constants")
+            for upto in SHARES:
+                forecast_table(curves, upto)
+    for curves in folders:
+        score_table(curves)
+    every = [curve for curves in folders for curve in curves.values()]
+    costs = [cost(curve) for curve in every]
+    print(
+        f"\nCost: {np.median(costs):.1f} ms of one core per logged step; {max(costs):.1f} ms in the shortest."
+    )
 
 
 if __name__ == "__main__":

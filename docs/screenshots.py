@@ -19,6 +19,7 @@ from playwright.sync_api import Page, sync_playwright
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from finetuning.events.address import pinned_address  # noqa: E402
 from tests.helpers.tensorboard_server import TensorBoardServer  # noqa: E402
 
 IMAGES = Path(__file__).parent / "images"
@@ -88,6 +89,14 @@ def _text(page: Page) -> None:
     _filter("Dataset/Summary|Eval/Samples", "tf-tag-filterer input")(page)
 
 
+def _first_screen(page: Page) -> None:
+    """As the address that a run prints opens it."""
+    page.goto(pinned_address(page.url.partition("/#")[0]))
+    page.reload()
+    page.wait_for_selector("card-view", state="attached", timeout=60_000)
+    settle(page)
+
+
 def _custom_scalars(page: Page) -> None:
     """The newest run only: a chart holds several curves of a run already."""
     page.locator("tf-runs-selector input").first.fill(_newest_run(page))
@@ -99,16 +108,15 @@ def _newest_run(page: Page) -> str:
 
 
 def _hparams(page: Page) -> None:
-    """Columns that tell runs apart."""
+    """The columns that come first, with the held-out loss."""
     pane = page.locator("tf-hparams-query-pane")
-    unwanted = ("adam_beta1", "adam_beta2", "adam_epsilon", "alert_actions", "batch_size")
-    for name in (*unwanted, "learning_rate", "lora_r", "max_steps", "Eval/Loss"):
-        pane.get_by_text(name, exact=True).first.click()
+    pane.get_by_text("Eval/Loss", exact=True).first.click()
     pane.evaluate("pane => pane.scrollIntoView()")
     settle(page)
 
 
 SHOTS = (
+    Shot("first_screen", "timeseries", "card-view", _first_screen),
     Shot("time_series", "timeseries", "card-view", _filter(LOSSES, "metrics-tag-filter input")),
     Shot("scalars", "scalars", "tf-scalar-card", _filter(LOSSES, "tf-tag-filterer input")),
     Shot("text", "text", "tf-text-loader", _text),

@@ -1,13 +1,16 @@
 """The command line of the main program and its TOML file: both become a `DirectTrainingConfig`."""
 
 import dataclasses
+import sys
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
+from finetuning.chinese_help import help_text
+from finetuning.common import language
 from finetuning.common.errors import UserError
 from finetuning.common.files import regular
 from finetuning.common.paths import expanded
@@ -25,9 +28,14 @@ class CommandLine:
     checkpoint directory."""
     plan: bool = False
     """Say what the run would do, need and take, without loading weights, and end."""
+    gpus: str = ""
+    """With --plan: plan for these GPUs, such as 8xH100, 1x4090 or 1xA100-40G, which need not be here; of the
+    model only config.json and the tokenizer are needed."""
     check_data: bool = False
     """Read and tokenize everything, say what is wrong with it, the worst of each kind here and all in a file,
     and end with 0 (good) or 1."""
+    language: Literal["auto", "zh", "en"] = "auto"
+    """Of the terminal, alerts, report and the notes of charts; auto: that of the locale."""
     quiet: bool = False
     """Only warnings and the closing lines on the terminal."""
     trust_remote_code: bool = False
@@ -38,6 +46,7 @@ class CommandLine:
 
 def parse_command_line(arguments: list[str]) -> CommandLine:
     """Defaults, then the TOML file of --config, then the command line. Raises UserError for the file."""
+    language.use(_value_of("--language", arguments))
     path = _value_of("--config", arguments)
     defaults = CommandLine(
         training=read_config_file(Path(expanded(path, "--config")))
@@ -46,12 +55,45 @@ def parse_command_line(arguments: list[str]) -> CommandLine:
     )
     own = {f.name for kind in (DirectTrainingConfig, CommandLine) for f in dataclasses.fields(kind)}
     arguments = our_arguments(arguments, own)
-    command = tyro.cli(CommandLine, args=arguments, default=defaults, use_underscores=False)
+    if language.current() == "zh" and {"-h", "--help"} & set(arguments):
+        print(help_text(Path(sys.argv[0]).name, CommandLine))
+        sys.exit(0)
+    command, unknown = tyro.cli(
+        CommandLine,
+        args=arguments,
+        default=defaults,
+        use_underscores=False,
+        return_unknown_args=True,
+    )
+    if unknown:
+        raise UserError(_unknown_text(unknown, own))
+    for flag, folder in (
+        ("model_name", command.training.model_name),
+        ("init_adapter", command.training.init_adapter),
+    ):
+        path = Path(folder)
+        if folder.startswith((".", "/", "\\")) and not path.exists():
+            raise UserError(f"{flag} {folder}: no such folder; check the path")
     return dataclasses.replace(command, resume=expanded(command.resume, "--resume"))
+
+
+def _unknown_text(unknown: list[str], own: set[str]) -> str:
+    """What is wrong with what no option takes, and what may have been meant."""
+    flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+    if not flags:
+        return f"{unknown[0]!r} belongs to no option; files with data go behind --data-path"
+    names = [f"--{name.replace('_', '-')}" for name in (*own, *known_names())]
+    faults = [f"unknown option {flag!r}{closest(flag.replace('_', '-'), names)}" for flag in flags]
+    return f"command line: {'; '.join(faults)}; --help lists all options"
 
 
 def read_config_file(path: Path) -> DirectTrainingConfig:
     """A configuration from TOML, `key = value` lines; all faults in one UserError."""
+    if path.suffix.lower() in (".yaml", ".yml"):
+        raise UserError(
+            f"--config {path}: YAML is not read; write it as TOML, key = value a line, and save it as "
+            f"{path.stem}.toml"
+        )
     try:
         text = regular(path).read_text(encoding="utf-8-sig")  # Notepad writes a mark
         values = tomllib.loads(text)

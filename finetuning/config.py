@@ -6,6 +6,7 @@ each of them.
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,11 +35,18 @@ ALERT_NAMES = (
     "Overfitting",
     "Forgetting",
     "Slow_Rank",
+    "Saturation",
+    "Forgetting",
+    "Source_Regression",
+    "Dead_Adapter",
+    "Clipping",
 )
 
 # What records may show of a text. Of a text that stands in neither they show nothing.
 NAMES_AND_PATHS = (
     "model_name",
+    "run_name",
+    "revision",
     "init_adapter",
     "target_modules",
     "data_path",
@@ -86,6 +94,15 @@ _STEPS = _Rule(
     lambda value: value == "auto" or (isinstance(value, int) and value >= 0), "auto, or 0 or more"
 )
 
+_LOGGING = _Rule(
+    lambda value: value == "auto" or (isinstance(value, int) and value >= 1), "auto, or 1 or more"
+)
+# Names of files on every system; digits alone number the runs of one second.
+_RUN_NAME = _Rule(
+    lambda value: re.fullmatch(r"(?!\d+$)[\w.=+-]{0,60}", value) and not value.endswith("."),
+    "at most 60 letters, digits and . _ = + -, not digits alone",
+)
+
 
 class _Settings:
     """Base of the groups: a value that can't be right is refused where it is set.
@@ -130,6 +147,8 @@ class ModelSettings(_Settings):
     model_name: str = ""
     """Folder or hub name of a causal language model. Empty: Qwen/Qwen3-4B-Thinking-2507 where a GPU
     can hold it and its weights are at hand, else the embedded demonstration model."""
+    revision: str = ""
+    """Branch, tag or commit of a model of the hub; empty: its main branch."""
     init_adapter: str = ""
     """Folder of a PEFT adapter (ours, TRL's, LLaMA-Factory's) to start from; empty: a fresh one."""
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
@@ -137,6 +156,13 @@ class ModelSettings(_Settings):
     fp8: bf16 whose large products are made in FP8 in training (Hopper GPUs and later)."""
     quantization: Literal["none", "4bit"] = "none"
     """4bit: QLoRA through bitsandbytes (optional extra `qlora`)."""
+
+    def _faults(self) -> Iterator[str]:
+        name = _Rule(
+            lambda value: not value or re.fullmatch(r"(?!.*\.\.)[\w][\w./-]*", value),
+            "the name of a branch or tag, or a commit",
+        )
+        yield from self._breaches(name, "revision")
 
 
 @dataclass(frozen=True)
@@ -313,14 +339,16 @@ class OutputSettings(_Settings):
 
     output_dir: str = "qwen3_4b_thinking_output"
     """Everything is written below this directory."""
-    logging_steps: int = 5
-    """Optimizer steps between logged points."""
+    run_name: str = ""
+    """Added to the run's name, which begins with the time: letters, digits and . _ = + - only."""
+    logging_steps: int | Literal["auto"] = "auto"
+    """Optimizer steps between logged points. auto: 1 in runs of less than 200 steps, else 5."""
     save_steps: int | Literal["auto"] = "auto"
     """Steps between checkpoints. auto: 50, or more where saving would take over a twentieth of the time;
-    after a quarter of an hour every tenth step will do. 0: only at the end."""
+    once the last one is a quarter of an hour old, the next multiple of 10. 0: only at the end."""
     eval_steps: int | Literal["auto"] = "auto"
-    """Steps between held-out evaluations; they also run before the first step and at the end. auto: at
-    least 40, so that they are 50 at most and, down to 4, add a fifth to the training. 0: only these two."""
+    """Steps between held-out evaluations; they also run before the first step and at the end. auto: 4 to
+    50 evaluations, 40 steps apart or more, that add at most a fifth to the time. 0: only these two."""
     save_total_limit: int = 3
     """Checkpoints of this run that are kept; the newest and the best always are."""
     log_weight_histograms: bool = False
@@ -349,7 +377,9 @@ class OutputSettings(_Settings):
     def _faults(self) -> Iterator[str]:
         path = _Rule(lambda value: value.strip() and "\0" not in value, "a path, not empty")
         yield from self._breaches(path, "output_dir")
-        yield from self._breaches(_FROM_ONE, "logging_steps", "save_total_limit")
+        yield from self._breaches(_RUN_NAME, "run_name")
+        yield from self._breaches(_LOGGING, "logging_steps")
+        yield from self._breaches(_FROM_ONE, "save_total_limit")
         yield from self._breaches(_STEPS, "save_steps", "eval_steps")
         not_negative = ("early_stopping_patience", "num_probes", "probe_max_new_tokens", "workers")
         yield from self._breaches(_FROM_ZERO, *not_negative)

@@ -43,6 +43,7 @@ FOREIGN: dict[str, str | Values | Absent] = {
     # The model and its adapters
     "model": "model_name",
     "model_name_or_path": "model_name",
+    "model_revision": "revision",
     "adapter_name_or_path": "init_adapter",
     "bf16": Values.switch("precision", "bf16", "fp32"),
     "fp16": Values.ignored(False),
@@ -67,6 +68,7 @@ FOREIGN: dict[str, str | Values | Absent] = {
     "split_dataset_ratio": "eval_fraction",
     "max_samples": Absent("give a data_weights share, or a smaller file"),
     "max_length": "max_seq_length",
+    "max_seq_len": "max_seq_length",
     "cutoff_len": "max_seq_length",
     "template": _TEMPLATE,
     "chat_template": _TEMPLATE,
@@ -75,6 +77,9 @@ FOREIGN: dict[str, str | Values | Absent] = {
     "dataloader_num_workers": Absent("workers is for reading and tokenizing"),
     "group_by_length": Values.ignored(False),
     # Updates
+    "lr": "learning_rate",
+    "epochs": "num_epochs",
+    "gradient_accumulation": "gradient_accumulation_steps",
     "stage": Values.ignored("sft"),
     "do_train": Values.ignored(True),
     "per_device_train_batch_size": "batch_size",
@@ -113,7 +118,6 @@ FOREIGN: dict[str, str | Values | Absent] = {
     # Output
     "logging_dir": Absent("event files are in tensorboard_logs/ below output_dir"),
     "overwrite_output_dir": Absent("every run has directories of its own below output_dir"),
-    "run_name": Absent("a run is named by the time it started"),
     "report_to": Values.ignored("tensorboard", ["tensorboard"], "all"),
     "eval_strategy": _STEPS,
     "evaluation_strategy": _STEPS,

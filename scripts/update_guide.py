@@ -1,4 +1,4 @@
-"""The tag tables of TENSORBOARD_GUIDE.md, written from the metric table and its Chinese meanings.
+"""The tag tables of docs/tags.md, written from the metric table and its Chinese meanings.
 
     uv run python scripts/update_guide.py            rewrites what stands between the two marks
     uv run python scripts/update_guide.py --check    exit code 1 where the guide is not up to date
@@ -16,10 +16,11 @@ sys.path.insert(0, str(ROOT))
 
 from finetuning.events.metric_table import METRICS, Metric  # noqa: E402
 
-GUIDE, MEANINGS = ROOT / "TENSORBOARD_GUIDE.md", ROOT / "docs" / "metrics_zh.tsv"
+GUIDE, MEANINGS = ROOT / "docs" / "tags.md", ROOT / "docs" / "metrics_zh.tsv"
 BEGIN, END = "<!-- tags: begin -->", "<!-- tags: end -->"
 TABS = {
     "scalar": "SCALARS 与 Time Series",
+    "detail": "metrics.jsonl 与 report.html（不在 TensorBoard 里）",
     "text": "TEXT",
     "histogram": "HISTOGRAMS",
     "image": "IMAGES",
@@ -46,6 +47,7 @@ CONDITIONS = {
 UNITS = {
     **{"fraction": "比例 0–1", "steps": "步", "samples": "样本", "characters": "字符"},
     **{"questions": "问题", "0 to 1": "0–1", "0 or 1": "0/1", "count": "个", "level": "级"},
+    **{"alerts": "个"},
     **{"loss/100 steps": "损失/100 步", "epochs": "遍", "errors": "次"},
 }
 
@@ -60,7 +62,7 @@ def tables() -> str:
     """A table for each group of tags, under a heading for each tab."""
     chinese, parts = meanings(), []
     for kind, metrics in groupby(METRICS, key=lambda metric: metric.kind):
-        parts.append(f"### {TABS[kind]}")
+        parts.append(f"## {TABS[kind]}")
         for group, rows in groupby(metrics, key=lambda metric: metric.tag.partition("/")[0]):
             heads = [f"**{group}**", "", "| 标签 | 单位 | 何时 | 含义 |", "|---|---|---|---|"]
             parts.append("\n".join([*heads, *(_row(metric, chinese) for metric in rows)]))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 # Before torch: workers share few cores, and subprocesses inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["LC_ALL"] = "C.UTF-8"  # the program speaks the language of the locale
 
 import pytest
 

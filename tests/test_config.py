@@ -301,7 +301,7 @@ BOUNDS = {
     "max_nonfinite_steps": (0, LARGE, -1, None),
     "seed": (0, LARGE, -1, None),
     "distributed_timeout": (JUST_ABOVE_ZERO, LARGE, 0.0, NEVER),
-    "logging_steps": (1, LARGE, 0, None),
+    "logging_steps": (1, LARGE, 0, "often"),
     "save_steps": (0, LARGE, -1, "often"),
     "eval_steps": (0, LARGE, -1, "often"),
     "save_total_limit": (1, LARGE, 0, None),
@@ -336,6 +336,8 @@ def test_every_number_has_bounds_that_hold(subtests):
         ("data_path", ()),
         ("output_dir", " "),
         ("output_dir", "a\0b"),
+        ("revision", "a b"),
+        ("revision", "../main"),
         ("alert_actions", {"Noise": "stop"}),
     ],
 )

@@ -42,7 +42,10 @@ ROOT_FILES = {f"{name}.py" for name in PROGRAMS | PUBLIC} | {"test_tensorboard_i
 AT_THE_ROOT = tuple(sorted(f"{name}.py" for name in PROGRAMS | {"dataset_stats"}))
 # Library: the only folders and files that import it.
 LIBRARIES = {
-    "peft": tuple(f"finetuning/model/{name}.py" for name in ("adapters", "saving", "fused_lora")),
+    "peft": tuple(
+        f"finetuning/model/{name}.py"
+        for name in ("adapters", "adapter_config", "saving", "fused_lora")
+    ),
     "tensorboard": ("finetuning/events/",),
     "pynvml": ("finetuning/monitoring/",),
     "openpyxl": ("finetuning/readers/office.py",),

@@ -20,7 +20,10 @@ from . import hook, report
 from .tally import Caught, SuiteError, Tally
 
 HANGS = 3600.0  # seconds after which a row is given up
-MODULES = ("checkpoints", "interruptions", "numbers", "disks", "machine", "hostile", "peers")
+MODULES = (
+    *("checkpoints", "interruptions", "numbers", "disks", "machine", "hostile", "peers"),
+    "bounds",
+)
 
 
 def arguments() -> argparse.Namespace:

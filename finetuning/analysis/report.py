@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from finetuning.analysis import crypto_terms
 from finetuning.common.formatting import UNKNOWN, grouped, percent
 from finetuning.common.html import cell, table
+from finetuning.common.language import translated
 from finetuning.common.text import clean_line, table_cell
 
 if TYPE_CHECKING:
@@ -60,6 +61,16 @@ _CJK_FONTS = (
 
 def tables(report: Report) -> list[Table]:
     """Every table of the report: (title, header, rows)."""
+    return [_told(*table) for table in _tables(report)]
+
+
+def _told(title: str, header: Row, rows: list[Row]) -> Table:
+    """In the language of the program: heads, and what a row is about."""
+    rows = [(translated(first), *others) for first, *others in rows]
+    return translated(title), tuple(map(translated, header)), rows
+
+
+def _tables(report: Report) -> list[Table]:
     return [
         ("Overview", ("", "value"), _overview(report)),
         ("Files", ("file", "samples"), _files(report)),

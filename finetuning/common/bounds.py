@@ -35,6 +35,38 @@ SILENCE = Bound(
     "a line says what is being done", "common/test_heartbeat.py::test_silence_is_broken",
 )  # fmt: skip
 
+# ---- models and templates -----------------------------------------------------------------------
+
+HEADER = Bound(
+    100 * _MIB, "bytes", "what a safetensors file says about its tensors",
+    "the file is refused", "model/test_sizes.py::test_a_header_is_bounded",
+)  # fmt: skip
+MODEL_EXCESS = Bound(
+    9, "times", "widths and weights that a config.json describes, against those in the files "
+    "(packed weights hold eight in one)", "the model is refused before it is built",
+    "model/test_sizes.py::test_what_no_tensor_comes_near_is_refused",
+)  # fmt: skip
+TEMPLATE_CPU = Bound(
+    5, "seconds", "a chat template's time for one conversation",
+    "the run ends with the sample's place", "data/test_template_limits.py::test_a_sample_that_never_ends",
+)  # fmt: skip
+TEMPLATE_MEMORY = Bound(
+    1024 * _MIB, "bytes", "a chat template's memory for one conversation",
+    "the same", "data/test_template_limits.py::test_a_sample_that_fills_the_memory",
+)  # fmt: skip
+PROBE_WALL = Bound(
+    30, "seconds", "the wait for a chat template or tokenizer that is tried in a process of its own",
+    "refused", "data/test_template_probe.py::test_one_that_never_ends_is_refused",
+)  # fmt: skip
+TOKENIZER_CPU = Bound(
+    20, "seconds", "a tokenizer's time to load, and to encode the longest samples and some others",
+    "the model is refused", "data/test_tokenizer_probe.py::test_one_that_never_ends_is_refused",
+)  # fmt: skip
+TOKENIZER_MEMORY = Bound(
+    4096 * _MIB, "bytes", "a tokenizer's memory for the same",
+    "the model is refused", "data/test_tokenizer_probe.py::test_one_that_fills_the_memory_is_refused",
+)  # fmt: skip
+
 # ---- what is shown of a run ---------------------------------------------------------------------
 
 CURVE_COLUMNS = Bound(

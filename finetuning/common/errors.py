@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 
+from finetuning.common import language
 from finetuning.common.text import clean_line, redact
 
 
@@ -25,10 +26,12 @@ def exit_code(program: Callable[[], object]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a Windows console may not be UTF-8
             stream.reconfigure(encoding="utf-8", errors="replace")
+    language.use("auto")
     try:
         program()
     except (UserError, RunStopped) as error:
-        print(f"error: {clean_line(redact(str(error)))}", file=sys.stderr)
+        line = clean_line(redact(str(error)))
+        print(language.translated(f"error: {line}"), file=sys.stderr)
         return 2 if isinstance(error, UserError) else 3
     except KeyboardInterrupt:
         return 130

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from finetuning.common.bounds import HEADER
 from finetuning.common.errors import UserError
 from finetuning.common.files import read_json_object
 from finetuning.common.text import clean_line
@@ -58,11 +59,10 @@ def tensors_digest(files: Iterable[Path]) -> str:
     places: dict[str, tuple[Path, int, Mapping[str, Any]]] = {}
     for file in files:
         try:
-            start, header = _header(file)
+            start, header = safetensors_header(file)
         except (OSError, ValueError) as error:
             reason = clean_line(str(error), 200)
             raise UserError(f"{file}: can't be read as safetensors ({reason})") from error
-        header.pop("__metadata__", None)
         places |= {name: (file, start, entry) for name, entry in header.items()}
     total = sum(_size(entry) for _, _, entry in places.values())
     digest = hashlib.blake2b(digest_size=16)
@@ -106,15 +106,22 @@ def text_digest(*texts: str) -> str:
     return digest.hexdigest()
 
 
-def _header(file: Path) -> tuple[int, dict[str, Any]]:
-    """Where the tensors of a safetensors file begin, and what it says about each."""
+def safetensors_header(file: Path) -> tuple[int, dict[str, Any]]:
+    """Where the tensors of a safetensors file begin, and what it says about each of them.
+
+    Raises OSError and ValueError where it is none.
+    """
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        if length > file.stat().st_size:
-            raise ValueError("its header is longer than the file")
-        header = json.loads(stream.read(length))
+        if length > min(file.stat().st_size, HEADER.limit):
+            raise ValueError(f"its header is longer than the file, or than {HEADER}")
+        try:
+            header = json.loads(stream.read(length))
+        except RecursionError as error:
+            raise ValueError("its header is no list of tensors") from error
     if not isinstance(header, dict):
         raise ValueError("its header is no object")
+    header.pop("__metadata__", None)
     return 8 + length, header
 
 

@@ -4,6 +4,7 @@ import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+from finetuning.common import language
 from finetuning.common.formatting import axis_number
 from finetuning.common.text import clean_line
 
@@ -53,7 +54,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 def html_page(title: str, body: str) -> str:
     """A whole page around `body`, which is HTML, with the style that tables and charts need."""
     return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<!doctype html><html lang="{language.current()}"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         f'<meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
         f"<style>{PAGE_STYLE}{CHART_STYLE}</style></head><body>{body}</body></html>\n"
@@ -62,7 +63,7 @@ def html_page(title: str, body: str) -> str:
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """A `<table>`. header: plain texts; rows: their cells, which are HTML (`cell` makes it of a text)."""
-    head = "".join(f"<th>{cell(name)}</th>" for name in header)
+    head = "".join(f"<th>{cell(language.translated(name))}</th>" for name in header)
     body = "".join(
         "<tr>" + "".join(f"<td>{content}</td>" for content in row) + "</tr>" for row in rows
     )
@@ -83,6 +84,7 @@ def line_chart(title: str, lines: Mapping[str, Points], *, x_name: str = "step")
 
     The page needs `CHART_STYLE`.
     """
+    title = language.translated(title)
     finite = [(x, y) for points in lines.values() for x, y in points if math.isfinite(y)]
     if not finite:
         return ""

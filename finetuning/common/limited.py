@@ -12,6 +12,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -58,14 +59,17 @@ def run_limited(
     command += [str(limits.memory.limit), str(limits.cpu.limit), module, *arguments]
     # Each thread of a numerical library would take some of the memory.
     alone = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     place = Path(__file__).parents[2]  # where this package is found
-    child = subprocess.Popen(command, cwd=place, env=os.environ | alone, **pipes)
+    with tempfile.TemporaryFile() as source:
+        source.write(given)
+        source.seek(0)
+        pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+        child = subprocess.Popen(command, cwd=place, env=os.environ | alone, stdin=source, **pipes)
     deadline = time.monotonic() + limits.wall.limit
     try:
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                said, complaint = child.communicate(given, timeout=POLL_SECONDS)
+                said, complaint = child.communicate(timeout=POLL_SECONDS)
                 break
             if unwanted() or time.monotonic() > deadline:
                 return Ended(STOPPED, "", "")

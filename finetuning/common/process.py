@@ -28,6 +28,11 @@ def _keep_freed_memory() -> None:
         mallopt(-3, 2**30)
 
 
+def is_first_rank() -> bool:
+    """Whether this process is rank 0, or alone, by torchrun's environment."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def imports_begin() -> None:
     """Ctrl-C needs no traceback through the imports. Where it was ignored at the start, it stays so."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:

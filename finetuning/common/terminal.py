@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group
 from rich.live import Live
 from rich.panel import Panel
@@ -28,6 +29,7 @@ from rich.text import Text
 
 from finetuning.common.formatting import duration
 from finetuning.common.heartbeat import Activity, Heartbeat
+from finetuning.common.language import translated
 from finetuning.common.text import clean_line, redact
 
 PLAIN_LINE_SECONDS = 5.0  # between progress lines where there is no terminal
@@ -75,27 +77,27 @@ class Terminal:
         """One line, or several."""
         self._write_log(text)
         if self._shows:
-            _print(self._console, text, style)
+            _print(self._console, translated(text), style)
 
     def final(self, text: str) -> None:
         """A closing line; shown even when quiet."""
         self._write_log(text)
         if self._is_main:
-            _print(self._console, text)
+            _print(self._console, translated(text))
 
     def warning(self, text: str) -> None:
         """Something that a person should look at; training goes on."""
         self._write_log(f"warning: {text}")
         if self._is_main:
             console = self._console if self._live else self._errors
-            _print(console, f"warning: {text}", "yellow")
+            _print(console, translated(f"warning: {text}"), "yellow")
         if self._panel is not None:
-            self._panel.warning = clean_line(redact(text))
+            self._panel.warning = clean_line(redact(translated(text)))
 
     def error(self, text: str) -> None:
         """Why the program ends, on standard error."""
         self._write_log(f"error: {text}")
-        _print(self._errors, f"error: {text}", "bold red")
+        _print(self._errors, translated(f"error: {text}"), "bold red")
 
     def table(
         self, title: str, rows: Iterable[tuple[str, object]], *, always: bool = False
@@ -105,11 +107,13 @@ class Terminal:
         for name, value in rows:
             self._write_log(f"{name}: {value}")
         if self._is_main and (always or not self._quiet):
-            width = max(len(name) for name, _ in rows) + 2
-            self._console.print(Text(title, style="italic"))
+            rows = [(translated(name), translated(value)) for name, value in rows]
+            width = max(cell_len(name) for name, _ in rows) + 2
+            self._console.print(Text(translated(title), style="italic"))
             for name, value in rows:
                 value = _wrapped(self._console, value, indent=width)
-                self._console.print(Text.assemble((name.ljust(width), "bold"), value))
+                space = " " * (width - cell_len(name))
+                self._console.print(Text.assemble((name + space, "bold"), value))
 
     # -- work that takes a while --------------------------------------------
 
@@ -120,13 +124,13 @@ class Terminal:
         In the panel where there is one. Without a terminal, a line now and then, and one after work that
         took long.
         """
-        started = time.monotonic()
+        started, told = time.monotonic(), translated(what)
         if self._panel is not None:
-            with self._panel.working(what) as report:
+            with self._panel.working(told) as report:
                 yield report
             return
         if self._shows and _moves(self._console) and self._live is None:
-            with self._bar(what) as report:
+            with self._bar(told) as report:
                 yield report
         elif self._shows:
             with self._heartbeat.doing(what) as activity:
@@ -185,14 +189,14 @@ class Terminal:
             self._panel = self._live = None
 
     def _say_alive(self, line: str) -> None:
-        self._console.print(Text(line))
+        self._console.print(Text(translated(line)))
         self._console.file.flush()
 
     def _plain_line(self, step: int, line: str, always: bool) -> None:
         now = time.monotonic()
         if self._shows and (always or now - self._last_line >= PLAIN_LINE_SECONDS):
             self._last_line = now
-            self._console.print(Text(f"step {step}/{self._total}  {line}"))
+            self._console.print(Text(translated(f"step {step}/{self._total}  {line}")))
             self._console.file.flush()
 
     def _write_log(self, text: str) -> None:
@@ -260,7 +264,8 @@ class RunPanel:
             Text(line, style, no_wrap=True, overflow="ellipsis") for style, line in texts if line
         ]
         width = max(options.max_width - ROOM_FOR_KEYS, 20)
-        yield Panel(Group(self._bars(), *lines), title="training", title_align="left", width=width)
+        title = translated("training")
+        yield Panel(Group(self._bars(), *lines), title=title, title_align="left", width=width)
 
     def _bars(self) -> Table:
         epochs = math.ceil(self.total / self.steps_per_epoch)
@@ -268,9 +273,10 @@ class RunPanel:
         first = epoch * self.steps_per_epoch
         length = min(self.steps_per_epoch, self.total - first)
         left = self.seconds_left()
+        time_left = "" if left is None else translated(f"{duration(left)} left")
         rows = [
-            (f"epoch {epoch + 1}/{epochs}", self.step - first, length, ""),
-            ("run", self.step, self.total, "" if left is None else f"{duration(left)} left"),
+            (translated(f"epoch {epoch + 1}/{epochs}"), self.step - first, length, ""),
+            (translated("run"), self.step, self.total, time_left),
         ]
         if self._work is not None:
             rows.append((*self._work, ""))

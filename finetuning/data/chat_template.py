@@ -14,6 +14,7 @@ from typing import Any
 
 from finetuning.common.errors import UserError
 from finetuning.common.text import clean_line
+from finetuning.data.template_limits import within_limits
 from finetuning.data.template_probe import check_template
 from finetuning.readers.sample import strings_of
 
@@ -157,9 +158,14 @@ def render(
     *,
     prompt: bool = False,
 ) -> str:
-    """The template's text for `messages`; with `prompt`, up to where the model goes on."""
-    return tokenizer.apply_chat_template(
-        messages, tools=tools, tokenize=False, add_generation_prompt=prompt, **switch
+    """The template's text for `messages`; with `prompt`, up to where the model goes on.
+
+    Raises TemplateLimitError where that takes more time or memory than any honest template does.
+    """
+    return within_limits(
+        lambda: tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=False, add_generation_prompt=prompt, **switch
+        )
     )
 
 

@@ -20,6 +20,7 @@ from finetuning.data.chat_template import (
     template_errors,
     turn_with,
 )
+from finetuning.data.template_limits import TemplateLimitError
 from finetuning.data.verification import RenderingFault, Turn, Verifier
 from finetuning.readers.sample import Sample
 
@@ -71,6 +72,9 @@ class Renderer:
         learnt = may if self._all_turns else turns[-1:]
         try:
             made = [self._document(Turn(messages[:i], messages[i], tools), mark) for i in learnt]
+        except TemplateLimitError as error:
+            place = f"{clean_line(sample.source)}:{sample.line}"
+            raise TemplateLimitError(f"{place}: {error}") from error
         except self._faults as error:
             if isinstance(error, RenderingFault):
                 raise

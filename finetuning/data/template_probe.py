@@ -7,14 +7,13 @@ filling the memory. So a template of a stranger is tried here first.
 import contextlib
 import functools
 import json
-import subprocess
 import sys
-from pathlib import Path
 
+from finetuning.common.bounds import PROBE_WALL, TEMPLATE_CPU, TEMPLATE_MEMORY
 from finetuning.common.errors import UserError
+from finetuning.common.limited import Limits, run_limited
 
-CPU_SECONDS, WALL_SECONDS = 5, 30  # the second is for a machine that is busy
-MEMORY_BYTES = 1 << 30
+LIMITS = Limits(TEMPLATE_MEMORY, TEMPLATE_CPU, PROBE_WALL)
 _TURNS = [
     {"role": "user", "content": "Q0q"},
     {"role": "assistant", "content": "A0a", "reasoning_content": "R0r"},
@@ -23,37 +22,16 @@ _TURNS = [
 
 @functools.cache
 def check_template(template: str) -> None:
-    """UserError if a short conversation takes the template more than 5 s or 1 GiB; else nothing.
+    """UserError if a short conversation takes the template more than the limits; else nothing.
 
     What else is wrong with it shows when it is rendered.
     """
-    try:
-        child = subprocess.run(
-            [sys.executable, "-m", __name__],
-            cwd=Path(__file__).parents[2],  # where this package is found
-            input=json.dumps(template).encode(),
-            capture_output=True,
-            timeout=WALL_SECONDS,
-        )
-        ended_well = child.returncode == 0
-    except subprocess.TimeoutExpired:
-        ended_well = False
-    if not ended_well:
+    if run_limited(__name__, (), LIMITS, given=json.dumps(template).encode()).code:
         raise UserError(
-            f"the model's chat template does not render a short conversation within {CPU_SECONDS} s and "
-            f"{MEMORY_BYTES >> 30} GiB; use the model's original template, and don't trust this one"
+            "the model's chat template does not render a short conversation within "
+            f"{TEMPLATE_CPU} and {TEMPLATE_MEMORY}; use the model's original template, and don't trust "
+            "this one"
         )
-
-
-def _limit() -> None:
-    """Limits on this process, where the system has them."""
-    try:
-        import resource
-    except ImportError:  # Windows: the parent's clock remains
-        return
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 1))
-    with contextlib.suppress(ValueError, OSError):  # macOS may refuse
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
 
 
 def _render(template: str) -> None:
@@ -84,5 +62,4 @@ def _render(template: str) -> None:
 
 
 if __name__ == "__main__":
-    _limit()
     _render(json.load(sys.stdin))

@@ -26,6 +26,7 @@ from finetuning.common.workers import in_order
 from finetuning.config import DataSettings
 from finetuning.data.chat_template import ChatFormat, chat_format, encode, unused_mark
 from finetuning.data.rendering import Document, Renderer
+from finetuning.data.template_limits import TemplateLimitError
 from finetuning.data.token_table import (
     Segment,
     TokenizedSamples,
@@ -36,6 +37,7 @@ from finetuning.data.token_table import (
     tokens_in_memory,
     write_tokens,
 )
+from finetuning.data.tokenizer_probe import check_tokenizer
 from finetuning.data.verification import RenderingFault
 from finetuning.readers.dataset import Progress, SampleSet
 from finetuning.readers.sample import BrokenSample, Finding, NothingLeftError, Sample, strings_of
@@ -74,6 +76,8 @@ def _tokenize_range(
         try:
             mark = unused_mark(_contents(sample)) if holds_control else ""
             made, turns = renderer.documents(sample, mark)
+        except TemplateLimitError:
+            raise
         except (RenderingFault, UserError) as fault:
             part.truncation["broken"].append(BrokenSample(sample.source, sample.line, str(fault)))
             continue
@@ -246,6 +250,7 @@ def tokenize_samples(
     renderer = Renderer(tokenizer, form, all_turns=settings.loss_on == "all_turns")
 
     def parts() -> Iterator[_Part]:
+        check_tokenizer(tokenizer, samples)
         return _parts(samples, renderer, settings, workers, progress)
 
     if cache_dir is None:

@@ -171,13 +171,19 @@ def _plain(name: str, value: Any) -> bool | float | str:
     return common_text.clean(str(common_text.redact_values(value, name)), limit=500)
 
 
+# Settings that stand first in the table, as those do of which TensorBoard knows that runs differ in them.
+FIRST_HPARAMS = ("learning_rate", "lora_r", "max_seq_length", "batch_size", "num_epochs")
+
+
 def experiment_value(hparams: Mapping[str, Any], metric_tags: Sequence[str]) -> Summary.Value:
     """The columns of the HPARAMS table. One run's list counts for the whole table: keep it constant."""
     types = {bool: api_pb2.DATA_TYPE_BOOL, float: api_pb2.DATA_TYPE_FLOAT64}
     experiment = api_pb2.Experiment(
         hparam_infos=[
             api_pb2.HParamInfo(
-                name=name, type=types.get(type(_plain(name, value)), api_pb2.DATA_TYPE_STRING)
+                name=name,
+                type=types.get(type(_plain(name, value)), api_pb2.DATA_TYPE_STRING),
+                differs=name in FIRST_HPARAMS,
             )
             for name, value in hparams.items()
         ],
@@ -186,9 +192,11 @@ def experiment_value(hparams: Mapping[str, Any], metric_tags: Sequence[str]) -> 
     return _hparams_value(EXPERIMENT_TAG, experiment=experiment)
 
 
-def session_start_value(hparams: Mapping[str, Any], start_time: float) -> Summary.Value:
-    """This run's row of the HPARAMS table."""
-    info = plugin_data_pb2.SessionStartInfo(start_time_secs=start_time)
+def session_start_value(
+    hparams: Mapping[str, Any], start_time: float, trial: str = ""
+) -> Summary.Value:
+    """This run's row of the HPARAMS table. trial: its name there, of no other run; empty: the run's."""
+    info = plugin_data_pb2.SessionStartInfo(start_time_secs=start_time, group_name=trial)
     for name, value in hparams.items():
         plain = _plain(name, value)
         if isinstance(plain, bool):

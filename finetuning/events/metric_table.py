@@ -7,6 +7,8 @@ import functools
 import re
 from dataclasses import dataclass
 
+from finetuning.common import language
+
 
 @dataclass(frozen=True, slots=True)
 class Metric:
@@ -17,7 +19,7 @@ class Metric:
     when: str  # under which condition a run writes it; "always" for every run
     source: str  # the file of the package that measures it, as room.file
     meaning: str
-    kind: str  # scalar, text, histogram, image
+    kind: str  # scalar, detail (metrics.jsonl only), text, histogram, image
 
 
 # tag | unit | when | source, with the meaning on the line below
@@ -34,32 +36,18 @@ Training/Epoch | epochs | always | data.packing
     Passes over the training data so far, with fraction.
 Training/Token_Accuracy | fraction | always | evaluation.loss_metrics
     Supervised tokens for which the most probable prediction was right.
-Training/Perplexity | | always | evaluation.loss_metrics
-    exp(Training/Loss).
-Training/By_Difficulty_<k> | nats/token | always | evaluation.loss_metrics
-    Training loss on samples of difficulty k.
-Training/By_Source/<name> | nats/token | always | evaluation.loss_metrics
-    Training loss on samples of one source file.
-Training/By_Category/<name> | nats/token | always | evaluation.loss_metrics
-    Training loss on samples by the category of most of their terms; none: without a term.
 Training/Final_Loss | nats/token | at the end | runs.metrics
     Training loss of the last logged step.
 Thinking/Loss | nats/token | always | evaluation.loss_metrics
     Loss on the chain of thought.
 Thinking/Accuracy | fraction | always | evaluation.loss_metrics
     Token accuracy on the chain of thought.
-Thinking/Tokens_Percent | % | always | evaluation.loss_metrics
-    Share of the chain of thought in the supervised tokens.
-Thinking/Loss_By_Position_<k> | nats/token | always | evaluation.loss_metrics
-    Loss in the k-th tenth of the chain of thought.
 Thinking/Premature_Close_Probability | fraction | always | evaluation.loss_metrics
     Mean probability of </think> inside the chain of thought, where it would cut it short.
 Answer/Loss | nats/token | always | evaluation.loss_metrics
     Loss on the answer.
 Answer/Accuracy | fraction | always | evaluation.loss_metrics
     Token accuracy on the answer.
-Answer/Tokens_Percent | % | always | evaluation.loss_metrics
-    Share of the answer in the supervised tokens.
 Boundary/Close_Loss | nats/token | always | evaluation.loss_metrics
     Loss on the </think> token, which ends the chain of thought.
 Boundary/EOS_Loss | nats/token | always | evaluation.loss_metrics
@@ -68,8 +56,6 @@ Eval/Loss | nats/token | evaluation | evaluation.evaluator
     Loss on the held-out samples.
 Eval/Loss_Error | nats/token | evaluation | evaluation.loss_metrics
     Standard error of Eval/Loss over the held-out samples: twice as much either way is an interval of 95%.
-Eval/Perplexity | | evaluation | evaluation.evaluator
-    exp(Eval/Loss).
 Eval/Token_Accuracy | fraction | evaluation | evaluation.evaluator
     Token accuracy on the held-out samples.
 Eval/Thinking_Loss | nats/token | evaluation | evaluation.evaluator
@@ -94,10 +80,6 @@ Eval/Exact_Answer | fraction | judged probes | evaluation.generation
     Generated answers, not cut too early, with the reference's number, where it has one.
 Eval/By_Difficulty_<k> | nats/token | evaluation | evaluation.evaluator
     Held-out loss on samples of difficulty k.
-Eval/By_Source/<name> | nats/token | evaluation | evaluation.evaluator
-    Held-out loss on samples of one source file.
-Eval/By_Category/<name> | nats/token | evaluation | evaluation.evaluator
-    Held-out loss on samples by the category of most of their terms; none: without a term.
 Forgetting/KL_Held_Out | nats/token | measured forgetting | evaluation.forgetting
     KL(base‖tuned) on the first 16,384 held-out tokens (CPU: 4,096): how far the model has moved there.
 Forgetting/KL_General | nats/token | measured forgetting | evaluation.forgetting
@@ -138,16 +120,6 @@ GPU_<i>/SM_Clock_MHz | MHz | GPU | monitoring.system_monitor
     Clock of the multiprocessors.
 GPU_<i>/Throttle_Reasons | count | GPU | monitoring.system_monitor
     Most reasons at once for which the device was slowed down; 0 is none.
-GPU_<i>/Throttle_SW_Power_Cap | 0 or 1 | GPU | monitoring.system_monitor
-    Slowed down at some time since the last logged step to keep the power limit.
-GPU_<i>/Throttle_HW_Slowdown | 0 or 1 | GPU | monitoring.system_monitor
-    Slowed down at some time since the last logged step by the hardware (heat or power).
-GPU_<i>/Throttle_SW_Thermal | 0 or 1 | GPU | monitoring.system_monitor
-    Slowed down at some time since the last logged step by the driver because of heat.
-GPU_<i>/Throttle_HW_Thermal | 0 or 1 | GPU | monitoring.system_monitor
-    Slowed down at some time since the last logged step by the hardware because of heat.
-GPU_<i>/Throttle_Power_Brake | 0 or 1 | GPU | monitoring.system_monitor
-    Slowed down at some time since the last logged step by the power supply.
 GPU_<i>/ECC_Corrected | errors | GPU with ECC | monitoring.system_monitor
     Memory errors corrected since the driver was loaded.
 GPU_<i>/ECC_Uncorrected | errors | GPU with ECC | monitoring.system_monitor
@@ -164,10 +136,6 @@ System/Net_MBps | MB/s | network counters | monitoring.system_monitor
     Bytes sent and received by the whole host.
 Throughput/Tokens_Per_Second | tokens/s | always | training.step_clock
     All real tokens of all ranks over the time of the steps.
-Throughput/Supervised_Tokens_Per_Second | tokens/s | always | training.step_clock
-    Tokens with a loss over the time of the steps.
-Throughput/Samples_Per_Second | samples/s | always | training.step_clock
-    Samples over the time of the steps.
 Throughput/Step_Seconds | s | always | training.step_clock
     Mean time of a step, without evaluation and saving.
 Throughput/Step_Seconds_Data | s | always | training.step_clock
@@ -178,16 +146,10 @@ Throughput/Step_Seconds_Optimizer | s | always | training.step_clock
     Part of the step: clipping and update.
 Throughput/Step_Seconds_Logging | s | always | training.step_clock
     Part of the step: logging.
-Throughput/Evaluation_Percent | % | always | training.step_clock
-    Share of the session's time so far that evaluations took; without the one that follows.
-Throughput/Saving_Percent | % | always | training.step_clock
-    Share of the session's time so far that saving took; without the one that follows.
 Throughput/Straggler_Percent | % | several ranks | runs.metrics
     Slowest rank's own time (data, forward, backward, no waiting) above the median of all ranks.
 Throughput/MFU_Percent | % | known GPU | training.step_clock
     Model FLOPs per second over the peak of the device.
-Throughput/Packing_Efficiency_Percent | % | always | data.packing
-    Real tokens over token places in the rows.
 Throughput/Tokens_Seen | tokens | always | data.packing
     Real tokens trained on since step 0.
 Throughput/Energy_J_Per_1K_Tokens | J/1000 tokens | GPU | training.step_clock
@@ -214,34 +176,44 @@ Monitoring/Resume_Count | | always | runs.metrics
     How often this run was resumed.
 Monitoring/Logging_Overhead_Percent | % | always | runs.metrics
     Time that logged steps took from the training loop: numbers, forecast, alerts and the logger itself.
-Alerts/Gradient_Explosion | 0 or 1 | always | monitoring.alerts
+Monitoring/Alerts_Active | alerts | always | monitoring.alerts
+    Alerts that are raised now; each has a chart of its own, Alerts/…, once it was.
+Alerts/Gradient_Explosion | 0 or 1 | alerts | monitoring.alerts
     The gradient norm is far above its usual range.
-Alerts/Loss_Spike | 0 or 1 | always | monitoring.alerts
+Alerts/Loss_Spike | 0 or 1 | alerts | monitoring.alerts
     The loss is far above its usual range.
-Alerts/NonFinite | 0 or 1 | always | monitoring.alerts
+Alerts/NonFinite | 0 or 1 | alerts | monitoring.alerts
     Loss or gradient is NaN or infinite.
-Alerts/Stagnation | 0 or 1 | always | monitoring.alerts
+Alerts/Stagnation | 0 or 1 | alerts | monitoring.alerts
     The loss no longer falls.
-Alerts/Memory_Leak | 0 or 1 | always | monitoring.alerts
+Alerts/Memory_Leak | 0 or 1 | alerts | monitoring.alerts
     Memory grows steadily.
-Alerts/GPU_Overheat | 0 or 1 | always | monitoring.alerts
+Alerts/GPU_Overheat | 0 or 1 | alerts | monitoring.alerts
     A device is hotter than 85 °C.
-Alerts/Low_GPU_Utilization | 0 or 1 | always | monitoring.alerts
+Alerts/Low_GPU_Utilization | 0 or 1 | alerts | monitoring.alerts
     A device is busy for less than 80% of the time.
-Alerts/OOM_Risk | 0 or 1 | always | monitoring.alerts
+Alerts/OOM_Risk | 0 or 1 | alerts | monitoring.alerts
     Memory of a device or of the host is nearly full.
-Alerts/Divergence | 0 or 1 | always | monitoring.alerts
+Alerts/Divergence | 0 or 1 | alerts | monitoring.alerts
     The smoothed loss has risen clearly above its best.
-Alerts/Data_Starvation | 0 or 1 | always | monitoring.alerts
+Alerts/Data_Starvation | 0 or 1 | alerts | monitoring.alerts
     Waiting for data takes a large part of the step.
-Alerts/Thinking_Collapse | 0 or 1 | always | monitoring.alerts
+Alerts/Thinking_Collapse | 0 or 1 | alerts | monitoring.alerts
     The generated chains of thought are much shorter than at first and than the reference's, or not closed.
-Alerts/Overfitting | 0 or 1 | always | monitoring.alerts
+Alerts/Overfitting | 0 or 1 | alerts | monitoring.alerts
     The held-out loss has risen above its best.
-Alerts/Forgetting | 0 or 1 | always | monitoring.alerts
+Alerts/Forgetting | 0 or 1 | alerts | monitoring.alerts
     The loss on general text has risen above that of the base.
-Alerts/Slow_Rank | 0 or 1 | always | monitoring.alerts
+Alerts/Slow_Rank | 0 or 1 | alerts | monitoring.alerts
     One rank holds up all others.
+Alerts/Saturation | 0 or 1 | alerts | monitoring.alerts
+    Every training token is predicted: the data are learned by heart.
+Alerts/Source_Regression | 0 or 1 | alerts | monitoring.alerts
+    The loss of one source rises while those of the others fall.
+Alerts/Dead_Adapter | 0 or 1 | alerts | monitoring.alerts
+    A group of adapters stays at zero while others learn.
+Alerts/Clipping | 0 or 1 | alerts | monitoring.alerts
+    Nearly every gradient is far longer than the limit it is clipped to.
 Config/Batch_Size | | always | runs.metrics
     Rows in a micro-batch; logged anew where out of memory has divided it (below 1: parts of a row).
 Config/Sequence_Length | tokens | always | runs.metrics
@@ -254,30 +226,34 @@ Epoch/Duration_Seconds | s | always | runs.metrics
     Time of an epoch.
 Epoch/Steps_Per_Second | steps/s | always | runs.metrics
     Updates per second in an epoch.
-Final_Config/<name> | | at the end | runs.metrics
-    Configuration, once more as numbers.
+Final_Config/batch_size | | at the end | runs.metrics
+    Rows in a micro-batch, once more.
+Final_Config/learning_rate | | at the end | runs.metrics
+    Peak learning rate.
+Final_Config/lora_r | | at the end | runs.metrics
+    Rank of the adapters.
+Final_Config/max_seq_length | | at the end | runs.metrics
+    Longest sequence, once more.
+Final_Config/num_epochs | | at the end | runs.metrics
+    Passes over the training data that were asked for.
 Final_Dataset/<name> | | at the end | runs.metrics
     Numbers of samples: trained on, held out, broken.
 Final_Model/<name> | | at the end | runs.metrics
     Size of the model and of its trainable part; first, last and best held-out loss.
-Final_Monitoring/<name> | | at the end | runs.metrics
-    Convergence at the end.
-Final_GPU_<i>/<name> | | GPU, at the end | runs.metrics
-    State of a device at the end.
+Final_Monitoring/Convergence_Score | 0 to 1 | at the end | runs.metrics
+    Convergence score at the end.
+Final_Monitoring/Forecast_Final_Loss | nats/token | at the end | runs.metrics
+    Last forecast.
+Final_Monitoring/Loss_Trend | loss/100 steps | at the end | runs.metrics
+    Slope of the loss at the end.
+Final_GPU_<i>/<name> | | GPU, at the end | runs.gpu_summary
+    A device over the whole run: means of the logged steps; _Max: the peak; energy: all of it.
 Dataset/Total_Samples | samples | always | analysis.statistics
     Samples that were read.
-Dataset/Broken_Samples | samples | always | analysis.statistics
-    Entries that could not be read, or that the chat template refuses or changes.
 Dataset/Avg_Instruction_Length | characters | always | analysis.statistics
     Mean length of the questions.
 Dataset/Avg_Output_Length | characters | always | analysis.statistics
     Mean length of thinking plus answer.
-Dataset/Avg_Thinking_Length | characters | always | analysis.statistics
-    Mean length of the chains of thought.
-Dataset/Avg_Answer_Length | characters | always | analysis.statistics
-    Mean length of the answers.
-Dataset/Thinking_Answer_Ratio_P50 | | always | analysis.statistics
-    Median of thinking length over answer length.
 Dataset/Thinking_Samples_Percent | % | always | analysis.statistics
     Samples with a chain of thought.
 Dataset/Avg_Instruction_Quality | 0 to 1 | always | analysis.statistics
@@ -296,6 +272,63 @@ Dataset/Quality_Level_<k>_Percent | % | always | analysis.statistics
     Share of samples of quality level k.
 Dataset/Crypto_Terms_<k>_Count | samples | always | analysis.statistics
     Samples with k different cryptographic terms; the last k: so many or more.
+LoRA/Gradient_Norm | | evaluation after step 0 | evaluation.adapter_health
+    Gradient norm of all adapters before clipping.
+"""
+# Numbers that would crowd the charts: in metrics.jsonl, from which report.html draws, and in no event file.
+_DETAILS = """
+Training/Perplexity | | always | evaluation.loss_metrics
+    exp(Training/Loss).
+Training/By_Difficulty_<k> | nats/token | always | evaluation.loss_metrics
+    Training loss on samples of difficulty k.
+Training/By_Source/<name> | nats/token | always | evaluation.loss_metrics
+    Training loss on samples of one source file.
+Training/By_Category/<name> | nats/token | always | evaluation.loss_metrics
+    Training loss on samples by the category of most of their terms; none: without a term.
+Thinking/Tokens_Percent | % | always | evaluation.loss_metrics
+    Share of the chain of thought in the supervised tokens.
+Thinking/Loss_By_Position_<k> | nats/token | always | evaluation.loss_metrics
+    Loss in the k-th tenth of the chain of thought.
+Answer/Tokens_Percent | % | always | evaluation.loss_metrics
+    Share of the answer in the supervised tokens.
+Eval/Perplexity | | evaluation | evaluation.evaluator
+    exp(Eval/Loss).
+Eval/By_Source/<name> | nats/token | evaluation | evaluation.evaluator
+    Held-out loss on samples of one source file.
+Eval/By_Category/<name> | nats/token | evaluation | evaluation.evaluator
+    Held-out loss on samples by the category of most of their terms; none: without a term.
+GPU_<i>/Throttle_SW_Power_Cap | 0 or 1 | GPU | monitoring.system_monitor
+    Slowed down at some time since the last logged step to keep the power limit.
+GPU_<i>/Throttle_HW_Slowdown | 0 or 1 | GPU | monitoring.system_monitor
+    Slowed down at some time since the last logged step by the hardware (heat or power).
+GPU_<i>/Throttle_SW_Thermal | 0 or 1 | GPU | monitoring.system_monitor
+    Slowed down at some time since the last logged step by the driver because of heat.
+GPU_<i>/Throttle_HW_Thermal | 0 or 1 | GPU | monitoring.system_monitor
+    Slowed down at some time since the last logged step by the hardware because of heat.
+GPU_<i>/Throttle_Power_Brake | 0 or 1 | GPU | monitoring.system_monitor
+    Slowed down at some time since the last logged step by the power supply.
+Throughput/Supervised_Tokens_Per_Second | tokens/s | always | training.step_clock
+    Tokens with a loss over the time of the steps.
+Throughput/Samples_Per_Second | samples/s | always | training.step_clock
+    Samples over the time of the steps.
+Throughput/Evaluation_Percent | % | always | training.step_clock
+    Share of the session's time so far that evaluations took; without the one that follows.
+Throughput/Saving_Percent | % | always | training.step_clock
+    Share of the session's time so far that saving took; without the one that follows.
+Throughput/Packing_Efficiency_Percent | % | always | data.packing
+    Real tokens over token places in the rows.
+Final_Config/<name> | | at the end | runs.metrics
+    The other settings that are numbers.
+Final_Monitoring/<name> | | at the end | runs.metrics
+    Other numbers about convergence at the end.
+Dataset/Broken_Samples | samples | always | analysis.statistics
+    Entries that could not be read, or that the chat template refuses or changes.
+Dataset/Avg_Thinking_Length | characters | always | analysis.statistics
+    Mean length of the chains of thought.
+Dataset/Avg_Answer_Length | characters | always | analysis.statistics
+    Mean length of the answers.
+Dataset/Thinking_Answer_Ratio_P50 | | always | analysis.statistics
+    Median of thinking length over answer length.
 Dataset/Quality_<name> | 0 to 1 | always | analysis.statistics
     Mean of one part of the quality score.
 Dataset/Answer_Copied_Into_Thinking | samples | always | analysis.statistics
@@ -336,8 +369,6 @@ LoRA/<name>/Effective_Rank | | evaluation after step 0 | evaluation.adapter_heal
     Effective rank of the update, at most lora_r, mean over the layers.
 LoRA/<name>/Gradient_Norm | | evaluation after step 0 | evaluation.adapter_health
     Gradient norm of A and B together before clipping, mean over the layers.
-LoRA/Gradient_Norm | | evaluation after step 0 | evaluation.adapter_health
-    Gradient norm of all adapters before clipping.
 """
 _TEXTS = """
 Dataset/Summary | Markdown | always | analysis.statistics
@@ -350,6 +381,8 @@ Training/Final_Summary | Markdown | at the end | runs.metrics
     The whole run in tables.
 Config/Training_Settings | Markdown | always | runs.metrics
     All settings.
+GPU/Throttling | Markdown | GPU | runs.gpu_summary
+    What has slowed which device down so far, and in how many logged steps.
 Alerts/Table | Markdown | alerts | monitoring.alerts
     All alerts so far.
 Eval/Samples | Markdown | generation probes | evaluation.generation
@@ -391,6 +424,7 @@ def _rows(table: str, kind: str) -> tuple[Metric, ...]:
 
 METRICS: tuple[Metric, ...] = (
     *_rows(_SCALARS, "scalar"),
+    *_rows(_DETAILS, "detail"),
     *_rows(_TEXTS, "text"),
     *_rows(_HISTOGRAMS, "histogram"),
     *_rows(_IMAGES, "image"),
@@ -456,15 +490,26 @@ def find_metric(tag: str) -> Metric | None:
 
 
 @functools.cache
+def is_detail(tag: str) -> bool:
+    """Whether a number is written to metrics.jsonl only."""
+    metric = find_metric(tag)
+    return metric is not None and metric.kind == "detail"
+
+
+@functools.cache
 def is_custom(tag: str) -> bool:
     """Whether a tag is a user's own: neither of the table, nor one by which a plugin keeps its settings."""
     return find_metric(tag) is None and not tag.startswith(("_hparams_/", "custom_scalars__"))
 
 
 def description(tag: str) -> str:
-    """Markdown behind the (i) of a chart; empty for an unknown tag."""
+    """Markdown behind the (i) of a chart, in the language of the program; empty for an unknown tag."""
     metric = find_metric(tag)
     if metric is None:
         return ""
+    chinese = language.meanings("metrics_zh.tsv").get(metric.tag)
+    if language.current() == "zh" and chinese:
+        unit = f"单位：{language.translated(metric.unit)}。" if metric.unit else ""
+        return f"{chinese}。{unit}来源：`{metric.source}`。"
     unit = f" Unit: {metric.unit}." if metric.unit else ""
     return f"{metric.meaning}{unit} Source: `{metric.source}`."

@@ -219,7 +219,8 @@ class StepWriter:
         self._preamble |= {tag: values[tag] for tag in _PREAMBLE_TAGS if tag in values}
         self._events.drain()  # notices a deleted directory before descriptions are left out
         event = self._event(step, scalars, values)
-        self._events.write(frame(event.SerializeToString()), len(scalars) + len(values))
+        if count := len(event.summary.value):
+            self._events.write(frame(event.SerializeToString()), count)
         if scalars and self._lines is not None:
             self._lines.write(json_line(step, self._wall_time, scalars), 1)
 
@@ -227,6 +228,8 @@ class StepWriter:
         event = Event(wall_time=self._wall_time, step=step)
         add = event.summary.value.add
         for tag, number in scalars.items():
+            if metric_table.is_detail(tag):
+                continue
             value = add(tag=tag, simple_value=number)
             if tag not in self._described:
                 self._described.add(tag)

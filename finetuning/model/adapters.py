@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from peft import (
     LoraConfig,
-    PeftConfig,
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
@@ -22,18 +21,14 @@ from transformers import PreTrainedModel
 from finetuning.common.errors import UserError
 from finetuning.common.text import clean_line
 from finetuning.config import LoraSettings
+from finetuning.model.adapter_config import read_adapter_config
 from finetuning.model.parallel import decoder_layers, placed_like
 from finetuning.model.resolve import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
-    as_user_error,
     check_safetensors,
-    read_model_json,
     short_reason,
 )
-
-# Initialisations that change the base weights, so that the saved adapter alone is not the model.
-BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def attach_adapters(
@@ -166,25 +161,6 @@ def load_adapter(model: PreTrainedModel, folder: Path, base_name: str) -> PeftMo
     peft_model = _with_adapters(model, config, seed=0)
     _load_exactly(peft_model, _adapter_tensors(folder), f"adapter {folder}")
     return peft_model
-
-
-def read_adapter_config(folder: Path) -> LoraConfig:
-    """The configuration of a saved adapter. Raises UserError for one that can't be continued."""
-    path = folder / ADAPTER_CONFIG
-    content = read_model_json(path, "an adapter folder of peft, TRL or LLaMA-Factory has one")
-    if content.get("peft_type") != "LORA":
-        kind = clean_line(str(content.get("peft_type")), 40)
-        raise UserError(f"{path}: peft_type is {kind}, only LORA adapters can be continued")
-    init = str(content.get("init_lora_weights") or "").lower()
-    if init.startswith(BASE_CHANGING):
-        raise UserError(
-            f"{path}: initialised with {clean_line(init, 40)}, which changes the base weights; merge that "
-            "adapter into its base, or convert it to plain LoRA, first"
-        )
-    with as_user_error(str(path), "save the adapter again with a current peft"):
-        config = PeftConfig.from_pretrained(str(folder))
-    config.inference_mode, config.init_lora_weights = False, True
-    return config
 
 
 def _adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:

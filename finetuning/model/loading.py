@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from finetuning.common.errors import UserError
 from finetuning.common.text import clean_line
 from finetuning.config import LoraSettings, ModelSettings
+from finetuning.model.adapter_config import read_adapter_config
 from finetuning.model.adapters import (
     attach_adapters,
     check_ends,
     load_adapter,
-    read_adapter_config,
 )
 from finetuning.model.resolve import (
     ADAPTER_CONFIG,

@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import is_fake
 
 from finetuning.data.token_table import NUM_SEGMENTS, NUM_THINKING_BUCKETS, Segment
 
-_CHUNK_BYTES = {"cuda": 1 << 30}  # of fp32 logits: large products on an accelerator,
+# Of fp32 logits: large products on an accelerator (832 rows of Qwen3's vocabulary),
+_CHUNK_BYTES = {"cuda": 1 << 29}
 _BESIDE = 4  # tensors as large as the logits where two models are compared
 _CACHE_BYTES = 2 << 20  # near the size of a core's cache elsewhere
 

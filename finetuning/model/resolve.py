@@ -21,6 +21,7 @@ from finetuning.common.files import read_json_object, regular
 from finetuning.common.text import clean_line, redact
 from finetuning.model import demo_model
 from finetuning.model.fp8_products import require_fp8
+from finetuning.model.sizes import check_sizes
 
 DEFAULT_MODEL = "Qwen/Qwen3-4B-Thinking-2507"
 EMBEDDED = "embedded"
@@ -48,6 +49,7 @@ class ResolvedModel:
     embedded: bool
     reason: str
     trust_remote_code: bool = False
+    revision: str = ""  # of the hub; empty: its main branch
 
 
 # -----------------------------------------------------------------------------
@@ -60,20 +62,22 @@ def resolve_model(
     *,
     precision: str = "auto",
     trust_remote_code: bool = False,
+    revision: str = "",
 ) -> ResolvedModel:
     """Find the model without loading it. `embedded` as the name asks for the embedded one.
 
-    Raises UserError for a name that can't be had, saying where it was looked for.
+    revision: branch, tag or commit of a model of the hub; empty: its main branch. Raises UserError for a
+    name that can't be had, saying where it was looked for.
     """
     if model_name == EMBEDDED:
         return embedded_because("it was asked for by name")
     if model_name:
-        return named_model(model_name, trust_remote_code)
+        return named_model(model_name, trust_remote_code, revision)
     obstacle = _no_room(torch.device(device), precision)
     if obstacle:
         return embedded_because(obstacle)
     try:
-        return named_model(DEFAULT_MODEL, trust_remote_code)
+        return named_model(DEFAULT_MODEL, trust_remote_code, revision)
     except UserError as error:
         return embedded_because(f"{DEFAULT_MODEL} is not at hand: {error}")
 
@@ -126,10 +130,15 @@ def _no_room(device: torch.device, precision: str) -> str | None:
     return None
 
 
-def named_model(name: str, trust_remote_code: bool) -> ResolvedModel:
+def named_model(name: str, trust_remote_code: bool, revision: str = "") -> ResolvedModel:
     """A folder, then the caches, then the hub."""
     folder = Path(name).expanduser()
     if folder.is_dir():
+        if revision:
+            raise UserError(
+                f"revision {clean_line(revision)} is for a model of the hub, and {clean_line(name)} is a "
+                "folder; leave --revision out"
+            )
         check_model_folder(folder, trust_remote_code)
         return ResolvedModel(name, folder.resolve(), False, "local folder", trust_remote_code)
     if folder.exists():
@@ -137,15 +146,15 @@ def named_model(name: str, trust_remote_code: bool) -> ResolvedModel:
     if not _HUB_NAME.fullmatch(name) or name.startswith("."):
         raise UserError(f"model_name {clean_line(name)}: no such folder; check the path")
     tried = [f"local folder {clean_line(name)} (not there)"]
-    for what, cached in _cached_folders(name):
+    for what, cached in _cached_folders(name, revision):
         try:
             check_model_folder(cached, trust_remote_code)
-            return ResolvedModel(name, cached, False, what, trust_remote_code)
+            return ResolvedModel(name, cached, False, what, trust_remote_code, revision)
         except UserError as error:
             tried.append(f"{what} ({error})")
-    obstacle = _hub_obstacle(name)
+    obstacle = _hub_obstacle(name, revision)
     if obstacle is None:
-        return ResolvedModel(name, None, False, f"hub {_endpoint()}", trust_remote_code)
+        return ResolvedModel(name, None, False, f"hub {_endpoint()}", trust_remote_code, revision)
     tried += [
         f"Hugging Face cache {hub_constants.HF_HUB_CACHE}",
         f"ModelScope cache {_modelscope()}",
@@ -158,15 +167,17 @@ def named_model(name: str, trust_remote_code: bool) -> ResolvedModel:
     )
 
 
-def _cached_folders(name: str) -> Iterator[tuple[str, Path]]:
+def _cached_folders(name: str, revision: str) -> Iterator[tuple[str, Path]]:
     """Folders of this model that an earlier download left, complete or not."""
     repo = Path(hub_constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
     try:
-        revision = (repo / "refs" / "main").read_text(encoding="utf-8").strip()
+        commit = (repo / "refs" / (revision or "main")).read_text(encoding="utf-8").strip()
     except OSError:
-        revision = ""
-    if revision and (repo / "snapshots" / revision).is_dir():
-        yield "Hugging Face cache", repo / "snapshots" / revision
+        commit = revision
+    if commit and (repo / "snapshots" / commit).is_dir():
+        yield "Hugging Face cache", repo / "snapshots" / commit
+    if revision:  # ModelScope's cache does not say which one it holds
+        return
     for parent in (
         _modelscope() / "models",
         _modelscope() / "hub" / "models",
@@ -187,13 +198,13 @@ def _endpoint() -> str:
     return redact(hub_constants.ENDPOINT)
 
 
-def _hub_obstacle(name: str) -> str | None:
+def _hub_obstacle(name: str, revision: str) -> str | None:
     """Why the hub does not give the model, or None when it does; answers within seconds."""
     if hub_constants.is_offline_mode():
         return f"hub {_endpoint()} (not asked: HF_HUB_OFFLINE is set)"
 
     def ask() -> None:
-        url = huggingface_hub.hf_hub_url(name, "config.json")
+        url = huggingface_hub.hf_hub_url(name, "config.json", revision=revision or None)
         huggingface_hub.get_hf_file_metadata(url, timeout=HUB_TIMEOUT)
 
     error = _within(HUB_TIMEOUT + 1, ask)
@@ -203,7 +214,7 @@ def _hub_obstacle(name: str) -> str | None:
         error.response.status_code if isinstance(error, HfHubHTTPError) and error.response else None
     )
     if status in (401, 403, 404):
-        why = f"answers {status}: no such model, or no access to it (HF_TOKEN, licence)"
+        why = f"answers {status}: no such model or revision, or no access to it (HF_TOKEN, licence)"
     elif status:
         why = f"answers {status}"
     else:
@@ -237,6 +248,7 @@ def download(resolved: ResolvedModel) -> Path:
     try:
         folder = huggingface_hub.snapshot_download(
             resolved.name,
+            revision=resolved.revision or None,
             allow_patterns=patterns,
             ignore_patterns=["original/*", "consolidated*", "*/*"],
         )
@@ -274,7 +286,7 @@ def check_model_folder(folder: Path, trust_remote_code: bool = False) -> None:
     if tokenizer_config.is_file():
         content = read_model_json(tokenizer_config, "")
         _check_config(content, tokenizer_config, trust_remote_code)
-    _check_weights(folder)
+    check_sizes(config, folder / "config.json", _checked_weights(folder))
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise UserError(
             f"model folder {folder} has no tokenizer (tokenizer.json, or vocab.json with merges.txt); "
@@ -294,7 +306,8 @@ def _check_config(config: Mapping[str, Any], path: Path, trust_remote_code: bool
         )
 
 
-def _check_weights(folder: Path) -> None:
+def _checked_weights(folder: Path) -> list[Path]:
+    """The files that hold the weights, each whole."""
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if not (folder / names[0]).is_file() and index.is_file():
@@ -308,6 +321,7 @@ def _check_weights(folder: Path) -> None:
         if not (folder / name).is_file():
             raise UserError(_missing_weights(folder, name))
         check_safetensors(folder / name)
+    return [folder / name for name in names]
 
 
 def _missing_weights(folder: Path, name: str) -> str:
@@ -384,7 +398,11 @@ def as_user_error(what: str, advice: str) -> Iterator[None]:
             f"{what} does not fit into the device's memory; use --quantization 4bit, a smaller model, "
             "or a device with more memory"
         ) from error
-    except (SafetensorError, *_LOAD_ERRORS) as error:
+    except (
+        Exception
+    ) as error:  # the tokenizers' library raises bare ones for a file of another version
+        if not (type(error) is Exception or isinstance(error, (SafetensorError, *_LOAD_ERRORS))):
+            raise
         raise UserError(f"{what} can't be loaded ({short_reason(error)}); {advice}") from error
 
 

@@ -30,11 +30,13 @@ from transformers.utils import logging as transformers_logging
 from finetuning.common.cache import cached_folder, code_version
 from finetuning.common.errors import UserError
 from finetuning.common.files import read_json_object
+from finetuning.common.fingerprint import weight_files
 from finetuning.common.text import clean_line
 from finetuning.data.packing import PackedBatch, build_batch
 from finetuning.data.token_table import Segment, TokenizedSample
 from finetuning.model.packed_model import PackedLossModel, Way, decoder_of
 from finetuning.model.resolve import as_user_error, short_reason
+from finetuning.model.sizes import check_count
 from finetuning.model.small_config import small_configs
 
 # The second begins off any round number and is longer than every limit of a small configuration and than
@@ -119,6 +121,7 @@ def proven_way(
 
     def write(path: Path) -> None:
         options = {"device": device, "trust_remote_code": trust_remote_code}
+        _check_extent(config, folder, trust_remote_code)
         proof = prove(config, longest=longest, **options)
         (path / "proof.json").write_text(json.dumps(asdict(proof)), encoding="utf-8")
 
@@ -126,6 +129,16 @@ def proven_way(
     if not proof.way:
         raise UserError(f"model {config.model_type} can't be trained here: {proof.reason}")
     return proof
+
+
+def _check_extent(config: Any, folder: Path, trust_remote_code: bool) -> None:
+    """Raise UserError where the model is far larger than its files: a relative of it would be, too."""
+    files = [file for file in weight_files(folder) if file.is_file()]
+    if not files:
+        return
+    with as_user_error(f"model folder {folder}", "check its config.json"), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    check_count(sum(p.numel() for p in model.parameters()), folder, files)
 
 
 def _fingerprint(config: Any, longest: int, device: str) -> str:

@@ -71,6 +71,18 @@ def small_configs(config: Any, longest: int) -> Iterator[Any]:
         raise ValueError(f"no smaller numbers fit each other: {refusals[-1]}") from refusals[-1]
 
 
+def is_layer_count(name: str) -> bool:
+    """Whether a setting of this name says how many layers there are."""
+    return bool(_LAYERS.fullmatch(name))
+
+
+def is_width(name: str) -> bool:
+    """Whether a setting of this name is the size of a tensor's axis; limits on positions are none."""
+    limit = _LIMIT.search(name) or _TABLE.search(name)
+    wide = _WIDTH.search(name) and not _NO_WIDTH.search(name)
+    return "vocab" in name or bool(wide and not limit)
+
+
 class _Shrinker:
     """Turns one configuration after the other into a small one.
 
@@ -92,7 +104,7 @@ class _Shrinker:
         depths = {
             key: value
             for key, value in content.items()
-            if _LAYERS.fullmatch(key) and _is_int(value) and value > 0
+            if is_layer_count(key) and _is_int(value) and value > 0
         }
         layers = {depth: chosen_layers(content, depth) for depth in set(depths.values())}
         small = {key: self._value(key, value, depths, layers) for key, value in content.items()}
@@ -134,8 +146,7 @@ class _Shrinker:
         if _LAYER_NUMBER.search(key) and not _PATTERN.search(key) and layers:
             depth, chosen = max(layers.items())
             return value if value <= 0 else max(1, round(value * len(chosen) / depth))
-        is_width = _WIDTH.search(key) and not _NO_WIDTH.search(key)
-        if is_width and value % self._divisor == 0 and value >= 2 * self._divisor:
+        if is_width(key) and value % self._divisor == 0 and value >= 2 * self._divisor:
             return value // self._divisor
         return value
 

@@ -20,16 +20,11 @@ from pathlib import Path
 from finetuning.common.errors import UserError
 from finetuning.common.files import strict
 from finetuning.common.formatting import four_digits
+from finetuning.common.language import translated
 from finetuning.common.text import REDACTED, SHORTEST_SECRET, clean_line, redact, table_cell
-from finetuning.monitoring.detectors import (
-    DETECTORS,
-    KEEP,
-    QUIET,
-    AlertLimits,
-    DetectorMemory,
-    Finding,
-    is_watched,
-)
+from finetuning.monitoring.advice import ADVICE, advice, ending
+from finetuning.monitoring.detector_memory import KEEP, AlertLimits, DetectorMemory, Finding
+from finetuning.monitoring.detectors import DETECTORS, QUIET, is_watched
 
 SHOWN_STEPS = 400  # steps the table names for one kind of alert
 
@@ -44,53 +39,39 @@ class Alert:
     threshold: float
     evidence: dict = field(default_factory=dict)
     advice: str = ""
+    ends: str = ""
+
+    def line(self) -> str:
+        """For a terminal: what, where, how far, which samples, and what to do."""
+        value, limit = four_digits(self.value), four_digits(self.threshold)
+        samples = self.evidence.get("samples")
+        named = f" Samples: {_words_of(samples)}." if samples else ""
+        return f"{self.name} at step {self.step}: {value}, limit {limit}.{named} {self.advice} {self.ends}"
 
     def record(self) -> dict:
         """As strict JSON: a value that isn't finite becomes its name, such as "nan"."""
         return strict(asdict(self), nonfinite=str)
 
 
-ADVICE = {
-    "Gradient_Explosion": "Lower the learning rate or lengthen the warm-up, keep max_grad_norm at "
-    "1.0 or less, and look at the samples of this step.",
-    "Loss_Spike": "Look at the samples of this step for broken or foreign text. If spikes repeat, "
-    "lower the learning rate or shuffle the data better.",
-    "NonFinite": "Look at the samples of this step and at the precision: use bf16 or fp32, not "
-    "fp16. If it goes on, lower the learning rate and resume from the last checkpoint.",
-    "Stagnation": "Check that the targets are not masked away and that the adapter gets gradients. "
-    "Then raise the learning rate or lora_r.",
-    "Divergence": "Stop, resume from the checkpoint before the rise and lower the learning rate "
-    "by a factor of 2 to 5.",
-    "Memory_Leak": "Something keeps objects from step to step. Look for tensors kept with their "
-    "graph (use .item() or .detach()) and for growing lists or caches in the data reader.",
-    "GPU_Overheat": "Check fans, air flow and dust, or lower the power limit "
-    "(nvidia-smi -pl WATTS).",
-    "Low_GPU_Utilization": "The named phase holds the GPU up. data: tokenize beforehand or use "
-    "more workers; logging: log less often; forward_backward: larger batches or packing.",
-    "OOM_Risk": "Lower the tokens per micro-batch or max_seq_length, or turn on gradient "
-    "checkpointing; raise the accumulation to keep the batch.",
-    "Data_Starvation": "The GPU waits for data. Tokenize beforehand, use more workers or move "
-    "the files to a faster disk.",
-    "Thinking_Collapse": "The model stops thinking or closing its thought. Stop, go back to the "
-    "checkpoint before, and check that the data holds full reasoning and </think>.",
-    "Overfitting": "Stop here and keep the checkpoint with the lowest held-out loss. Fewer epochs, "
-    "more data or dropout help.",
-    "Forgetting": "The model answers general questions worse than its base. A third of the learning rate, "
-    "fewer epochs, --kl-anchor 0.1 or general data among your own hold it.",
-    "Slow_Rank": "One rank holds up all others. Compare temperature, clocks and other processes "
-    "of its GPU, and its share of long samples.",
-}
 NAMES = tuple(ADVICE)
-ONLY_FOR = {"slowest_rank": "Slow_Rank"}  # evidence that says nothing about other alerts
+ONLY_FOR = {  # evidence that says nothing about other alerts
+    "slowest_rank": ("Slow_Rank",),
+    "samples": ("NonFinite", "Gradient_Explosion", "Loss_Spike", "Divergence", "Source_Regression"),
+}
 
 
 class AlertMonitor:
     """All detectors over one run. Deterministic; the state goes into the checkpoint."""
 
-    def __init__(self, state: Mapping | None = None, limits: AlertLimits | None = None) -> None:
+    def __init__(
+        self,
+        state: Mapping | None = None,
+        limits: AlertLimits | None = None,
+        settings: Mapping | None = None,
+    ) -> None:
         # A copy: it never shares lists with a checkpoint.
         state = json.loads(json.dumps(state)) if state else {}
-        self.memory = DetectorMemory(limits or AlertLimits(), state)
+        self.memory = DetectorMemory(limits or AlertLimits(), state, settings)
         self.quiet: dict[str, int] = state.get("quiet", {})
         self.rows: dict[str, dict] = state.get("rows", {})
 
@@ -121,11 +102,10 @@ class AlertMonitor:
         return raised
 
     def _alert(self, name: str, step: int, finding: Finding, evidence: Mapping) -> Alert:
-        known = {k: v for k, v in evidence.items() if ONLY_FOR.get(k, name) == name}
+        known = {k: v for k, v in evidence.items() if name in ONLY_FOR.get(k, (name,))}
         facts = {**finding.evidence, **known}
-        alert = Alert(
-            name, int(step), float(finding.value), float(finding.threshold), facts, ADVICE[name]
-        )
+        told = advice(name, self.memory.settings), ending(name, finding)
+        alert = Alert(name, int(step), float(finding.value), float(finding.threshold), facts, *told)
         record = alert.record()
         row = self.rows.setdefault(name, {"times": 0, "steps": [], **record})
         row["times"] += 1
@@ -134,8 +114,11 @@ class AlertMonitor:
         return alert
 
     def scalars(self) -> dict[str, float]:
-        """Alerts/<Name>: 1.0 while the trouble is present, else 0.0; every name, every time."""
-        return {f"Alerts/{name}": float(self.memory.active.get(name, False)) for name in NAMES}
+        """How many alerts are raised now, and Alerts/<Name> of each that ever was: 1.0 while the trouble is
+        present, else 0.0."""
+        active = {name: float(self.memory.active.get(name, False)) for name in NAMES}
+        told = {f"Alerts/{name}": now for name, now in active.items() if name in self.rows}
+        return {"Monitoring/Alerts_Active": sum(active.values()), **told}
 
     def table(self) -> str:
         """All alerts of the run as one Markdown table: a row per kind, with every step of it."""
@@ -153,7 +136,7 @@ class AlertMonitor:
                 four_digits(row["value"]),
                 four_digits(row["threshold"]),
                 _facts(row["evidence"]),
-                row["advice"],
+                f"{translated(row['advice'])} {row.get('ends', '')}".strip(),
             )
             lines.append("| " + " | ".join(map(table_cell, cells)) + " |")
         return "\n".join(lines)

@@ -14,17 +14,20 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from statistics import median
 
+import numpy as np
+
 from finetuning.common.errors import UserError
 from finetuning.monitoring.alerts import AlertMonitor
 from finetuning.monitoring.curve_fit import Fit, fit_curve, merged
-from finetuning.monitoring.detectors import is_spike, log_noise
 from finetuning.monitoring.loss_curves import Curve
+from finetuning.monitoring.loss_detectors import is_spike, log_noise
 
 MAX_BINS = 128  # two neighbours are merged when full, so 64 to 128 bins describe any run
 MIN_POINTS = 8  # fewer logged losses give no forecast
 FULL_EVIDENCE = 20  # up to so many logged losses the score is held down
 RECENT = 31  # logged losses that tell what a spike is
-STALE = 16  # a fit holds until the run is longer by a 16th, 32 logged losses at most
+STALE = 10  # a fit holds until the run is longer by a tenth, 32 logged losses at most
+MOST_STALE = 32
 SLACK = 0.04  # by which the score may fall while the loss does not rise
 RISE = (
     0.02,
@@ -105,12 +108,12 @@ class ConvergenceMonitor:
     def fit(self, fresh: bool = False) -> Fit | None:
         """The fit of the moment, None until there is enough evidence.
 
-        It takes 3 ms, so it is made anew when the run is longer by a sixteenth, at its last step, or where a
+        It takes 3 ms, so it is made anew when the run is longer by a tenth, at its last step, or where a
         `fresh` one is wanted.
         """
         old = self.count - self.fitted
         ended = self.recent and self.recent[-1][0] >= (self.total_steps or math.inf)
-        due = old >= min(max(1, self.fitted // STALE), 2 * STALE) or (old and (fresh or ended))
+        due = old >= min(max(1, self.fitted // STALE), MOST_STALE) or (old and (fresh or ended))
         if due and self.count >= MIN_POINTS and self._is_loss():
             self.fitted = self.count
             self._fit = self._steady(
@@ -205,11 +208,11 @@ def loss_trend(bins: list[list]) -> float:
     Theil-Sen: the median of the slopes between all pairs of points (Theil 1950, Sen 1968), here
     over the bins of the last quarter of the run so far, at least eight bins.
     """
-    from scipy.stats import theilslopes
-
     window = bins[-max(8, len(bins) // 4) :]
-    steps = [b[1] / b[0] for b in window]
-    return 100.0 * float(theilslopes([b[2] / b[0] for b in window], steps).slope)
+    steps, losses = (np.array([b[k] / b[0] for b in window]) for k in (1, 2))
+    first, second = np.triu_indices(len(window), 1)
+    slopes = (losses[second] - losses[first]) / (steps[second] - steps[first])
+    return 100.0 * float(np.median(slopes))
 
 
 # --------------------------------------------------------------------------------------- the tool

@@ -37,8 +37,8 @@ class Beliefs:
     annealing: tuple[float, float] = (0.06, 0.03)  # gain of a full decay of the learning rate
     lag: float = 0.03  # of the run's learning, after which most of it has come
     stairs: tuple[tuple[float, float, float, float], ...] = (
-        (0.15, 0.06, 0.1, 0.06),  # (probability, common drop: mean, sigma, sigma of each beside it)
-        (0.05, 0.2, 0.3, 0.2),  # of the fall, at most of the level
+        (0.1, 0.06, 0.1, 0.06),  # (probability, common drop: mean, sigma, sigma of each beside it)
+        (0.03, 0.2, 0.3, 0.2),  # of the fall, at most of the level
     )
     wander: tuple[float, ...] = (0.01, 0.03)  # sigma of the walk per doubling of the run
     flat: float = 0.5  # probability of a constant
@@ -47,9 +47,9 @@ class Beliefs:
     temper: float = 0.7  # exponent of the evidence: neighbouring bins are not independent
     skip: float = 0.02  # first share of the run so far that no model explains
     recency: float = 0.6  # the noise of a bin counts as if it grew with its age to half this power
-    trust: tuple[float, float] = (0.7, 0.6)  # share of a forecast change that comes
+    trust: tuple[float, float] = (1.0, 0.6)  # share of a forecast change that comes
     trust_noise: float = 0.03  # with which the past tells it
-    unknown: float = 0.015  # 1 sigma that no model knows of while anything is to come
+    unknown: float = 0.018  # 1 sigma that no model knows of while anything is to come
 
 
 BELIEFS = Beliefs()

@@ -24,7 +24,7 @@ from finetuning.readers.arrow_samples import ArrowSamples, write_samples
 from finetuning.readers.files import COMPRESSIONS, TEXTS, DataFile, Listing, list_files
 from finetuning.readers.findings import HINTS, Findings, urgency, without_sample
 from finetuning.readers.formats import read_records, recognized
-from finetuning.readers.opening import CHUNK, Chunk, split_file
+from finetuning.readers.opening import CHUNK, Chunk, held, split_file, too_many_open
 from finetuning.readers.records import SAMPLE_KEYS, record_sample
 from finetuning.readers.sample import (
     BrokenRecordError,
@@ -85,7 +85,7 @@ def read_samples(
     listing = _all_files(paths, cache_dir)
     files = listing.files
     if columns:
-        files = [replace(file, columns=tuple(columns.items())) for file in files]
+        files = [file._replace(columns=tuple(columns.items())) for file in files]
     small = sum(map(_expected_bytes, files)) <= LARGE_DATA
     found = _read_small(files, progress) if small else None
     if found is None:
@@ -164,7 +164,7 @@ def _read_chunk(chunk: Chunk, findings: Findings) -> Iterator[Sample | BrokenSam
     """All samples of a chunk in order, and what is broken between them; the rest is found."""
     file, broken = chunk.file, 0
     depends = bool(file.described) or file.kind in TEXTS
-    for item in read_records(chunk):
+    for item in read_records(replace(chunk, file=held(file)) if chunk.stop is None else chunk):
         if isinstance(item, tuple):
             line, record = item
             columns = _columns_of(file, record) if depends else file.columns
@@ -374,7 +374,11 @@ def _load(folder: Path) -> SampleSet | None:
     try:
         index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
         samples = ArrowSamples([str(folder / _part(i)) for i in range(index["parts"])])
-    except (OSError, ValueError, KeyError, pa.ArrowException):
+    except OSError as error:
+        if too_many := too_many_open(error):
+            raise too_many from error
+        return None
+    except (ValueError, KeyError, pa.ArrowException):
         return None
     if len(samples) != sum(index["samples_per_file"].values()):
         return None

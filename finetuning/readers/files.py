@@ -8,9 +8,9 @@ import re
 import stat
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from finetuning.common.bounds import RECORD
 from finetuning.common.errors import UserError
@@ -44,6 +44,7 @@ _DESCRIBES = re.compile(
     r"(?:readme|license|licence|changelog|contributing|requirements|(?:使用|数据)?说明)(?:[_.-].*)?",
     re.I,
 )
+_LOCKS = ("~$", ".")
 _OF_A_KIND = 20  # skipped files that are told one by one
 _HUB = "hf://datasets/"
 _SPLIT = re.compile(
@@ -57,8 +58,7 @@ _FOR_TESTS = "its name says that it is for tests; it is read all the same"
 _SHARD = re.compile(r"[-_.]?\d+(?:[-_]of[-_]\d+)?$")
 
 
-@dataclass(frozen=True, slots=True)
-class DataFile:
+class DataFile(NamedTuple):
     """One file to read, under the name that its samples carry as their source."""
 
     path: str
@@ -206,7 +206,7 @@ def _add_matched(name: str, found: Listing) -> None:
 
 def _is_lock(name: str) -> bool:
     """By files called `~$name` and `.~name` Office and WPS lock an open one."""
-    return os.path.basename(name).startswith(("~$", "."))
+    return os.path.basename(name).startswith(_LOCKS)
 
 
 def _describes(name: str) -> bool:
@@ -288,7 +288,7 @@ def _walk(path: str) -> list[tuple[str, os.DirEntry, str]]:
                     folders.append(
                         (f"{below}{entry.name}/", entry.path, os.path.join(real, entry.name))
                     )
-            elif not _is_lock(entry.name) and not _is_folder(entry):
+            elif not entry.name.startswith(_LOCKS) and not _is_folder(entry):
                 found.append((below + entry.name, entry, real))
     return sorted(found, key=operator.itemgetter(0))
 
@@ -381,7 +381,7 @@ def _add_described_columns(path: str, found: Listing) -> None:
             by_name[os.path.join(path, entry["file_name"])] = tuple(pairs)
     for i, file in enumerate(found.files):
         if pairs := by_name.get(file.path):
-            found.files[i] = replace(file, described=pairs)
+            found.files[i] = file._replace(described=pairs)
             names = ", ".join(f"{field} {column}" for field, column in pairs)
             found.remarks.append(
                 Remark(

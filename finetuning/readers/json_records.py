@@ -7,7 +7,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 from finetuning.common.bounds import RECORD
@@ -44,11 +43,11 @@ def with_layout(file: DataFile) -> DataFile:
     except json.JSONDecodeError as error:
         # A first line that breaks off where a value goes on; a line cut short is told as a broken line.
         goes_on = error.pos >= len(text) and text[-1] in "{[," and not more.startswith("{")
-        return replace(file, kind="json") if goes_on else file
+        return file._replace(kind="json") if goes_on else file
     except RecursionError:
         return file
     array = isinstance(value, list) and not more and not are_turns(value)
-    return replace(file, kind="json") if array and not are_turns(value[:1]) else file
+    return file._replace(kind="json") if array and not are_turns(value[:1]) else file
 
 
 class _Decoder:

@@ -178,7 +178,7 @@ def _number(heading: re.Match) -> str:
     return heading[1] or heading[2] or heading[3]
 
 
-def _questions(text: str) -> list[re.Match]:
+def headed_questions(text: str) -> list[re.Match]:
     """The headings of questions: every `Q`. One like `问题2` asks where a reply follows, unless it stands
     in a reasoning, in a code fence, or in the answer to a `Q` as a part that is counted anew."""
     tags = itertools.pairwise(THINK_TAG.finditer(text))
@@ -218,15 +218,13 @@ def _stranger(answer: str) -> re.Match | None:
     return next(iter(lines), None)
 
 
-def has_headed_questions(text: str) -> bool:
-    """Whether a text has questions with a heading that this reader reads."""
-    return bool(_questions(text))
+def markdown_samples(
+    text: str, anchors: list[re.Match], source: str
+) -> Iterator[Sample | BrokenSample | Remark]:
+    """Every question of a Markdown text, whatever surrounds it. Lines count from 1.
 
-
-def markdown_samples(text: str, source: str) -> Iterator[Sample | BrokenSample | Remark]:
-    """Every question of a Markdown text, whatever surrounds it. Lines count from 1."""
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    anchors = _questions(text)
+    anchors: its `headed_questions`.
+    """
     preamble = text[: anchors[0].start()] if anchors else ""
     difficulty = _section_difficulty(preamble)
     if stranger := _stranger(preamble):

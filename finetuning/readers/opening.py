@@ -1,6 +1,7 @@
 """A file's bytes and text: decompressed, in its encoding, in parts that can be read on their own."""
 
 import codecs
+import errno
 import functools
 import gzip
 import hashlib
@@ -8,7 +9,7 @@ import io
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import BinaryIO
 
 from finetuning.common.bounds import EXPANSION, LINES, TEXT, UNPACKED
@@ -47,11 +48,11 @@ class Chunk:
 
 def held(file: DataFile) -> DataFile:
     """The file with its bytes, where they are few."""
-    if file.size > SMALL or file.kind in NOT_TEXT:
+    if file.size > SMALL or file.kind in NOT_TEXT or file.content is not None:
         return file
     with _opened(file) as raw:
         content = raw.read(file.size + 1)
-    return replace(file, content=content) if len(content) == file.size else file
+    return file._replace(content=content) if len(content) == file.size else file
 
 
 def split_file(file: DataFile, seen: Callable[[int], None]) -> tuple[list[Chunk], str]:
@@ -60,7 +61,7 @@ def split_file(file: DataFile, seen: Callable[[int], None]) -> tuple[list[Chunk]
     if file.content is not None:
         digest.update(file.content)
         seen(file.size)
-        return [Chunk(replace(file, content=None))], digest.hexdigest()
+        return [Chunk(file._replace(content=None))], digest.hexdigest()
     utf8 = file.encoding in ("utf-8", "utf-8-sig")
     splittable = file.kind == "jsonl" and utf8 and not file.path.lower().endswith(COMPRESSIONS)
     chunks, position, line = [Chunk(file)], 0, 1
@@ -88,7 +89,9 @@ def _opened(file: DataFile) -> BinaryIO:
     try:
         return open(file.path, "rb")
     except OSError as error:
-        raise UserError(f"can't open {clean_line(file.source, 200)}: {error.strerror}") from error
+        raise too_many_open(error) or UserError(
+            f"can't open {clean_line(file.source, 200)}: {error.strerror}"
+        ) from error
 
 
 def byte_stream(file: DataFile) -> BinaryIO:
@@ -151,6 +154,13 @@ def check_unpacked(file: DataFile) -> None:
                 pass
 
 
+def too_many_open(error: OSError) -> UserError | None:
+    """The error of a system that opens no more files, None for another one."""
+    if error.errno not in (errno.EMFILE, errno.ENFILE):
+        return None
+    return UserError("too many files are open (EMFILE); raise the limit, as by: ulimit -n 4096")
+
+
 def archive_errors() -> tuple[type[Exception], ...]:
     """What reading can raise on a damaged disk or archive."""
     zstandard = sys.modules.get("zstandard")
@@ -183,13 +193,13 @@ def with_encoding(file: DataFile) -> DataFile:
             head = first[:_HEAD]
             mark = next((bom for bom in _BOMS if head.startswith(bom)), None)
             if mark:
-                return replace(file, encoding=_BOMS[mark])
+                return file._replace(encoding=_BOMS[mark])
             if head.count(0) > max(1, len(head) // 100):
-                return replace(file, encoding=_utf16(file, head))
+                return file._replace(encoding=_utf16(file, head))
             if _is_utf8(first, stream):
-                return replace(file, encoding="utf-8")
+                return file._replace(encoding="utf-8")
         with byte_stream(file) as stream:
-            return replace(file, encoding=_chinese(stream) or "utf-8")
+            return file._replace(encoding=_chinese(stream) or "utf-8")
     except archive_errors() as error:
         raise damaged(file, error) from error
 
@@ -326,9 +336,14 @@ class _Converted(io.RawIOBase):
 
 def read_text(file: DataFile) -> str:
     """The whole text of a file. Raises UserError where it is too long to be held."""
+    packed = file.path.lower().endswith(COMPRESSIONS)
     try:
-        with text_stream(file) as text:
-            whole = text.read(TEXT.limit + 1)
+        if file.content is not None and not packed:
+            return bounded_text(file.content.decode(file.encoding or "utf-8"), file)
+        with text_stream(
+            file
+        ) as text:  # its size bounds a plain file, and reading it at once is faster
+            whole = text.read(TEXT.limit + 1 if packed or file.size > TEXT.limit else -1)
     except UnicodeDecodeError:
         raise encoding_error(file) from None
     except archive_errors() as error:

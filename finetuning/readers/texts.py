@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from finetuning.readers.labelled import labelled_records
-from finetuning.readers.markdown import has_headed_questions, markdown_samples
+from finetuning.readers.markdown import headed_questions, markdown_samples
 from finetuning.readers.names import NEUTRAL, meaning
 from finetuning.readers.office import word_text
 from finetuning.readers.opening import Chunk, read_text
@@ -29,8 +29,10 @@ def text_items(chunk: Chunk) -> Iterator[tuple[int, Any] | Sample | BrokenSample
     if marks:
         yield Remark(file.source, 1, f"{marks} is read as <think>")
     text, more = _without_tables(_ANCHOR.sub("", text))
-    reader = markdown_samples if has_headed_questions(text) else labelled_records
-    yield from reader(text, file.source)
+    if anchors := headed_questions(text):
+        yield from markdown_samples(text, anchors, file.source)
+    else:
+        yield from labelled_records(text, file.source)
     for table in (*tables, *more):
         yield from table_records(table, file)
 

@@ -1,6 +1,8 @@
 """Several runs side by side: settings that differ, results, curves."""
 
+import csv
 import html
+import io
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -14,14 +16,15 @@ from finetuning.common.errors import UserError
 from finetuning.common.files import atomic_write_text, strict
 from finetuning.common.formatting import UNKNOWN, duration, flat, grouped, shown
 from finetuning.common.html import cell, html_page, line_chart, table
-from finetuning.common.text import clean_line, redact
+from finetuning.common.text import clean_line, redact, table_cell
 from finetuning.events.metric_table import is_custom
-from finetuning.runs.directory import RUN_PREFIX, RunDirectory
+from finetuning.runs import naming
+from finetuning.runs.directory import RunDirectory
 from finetuning.runs.recorded import RecordedRun, read_recorded
 
 BARS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 16
-IGNORED = ("output_dir", "cache_dir", "workers")  # differ without meaning
+IGNORED = ("output_dir", "cache_dir", "workers", "run_name")  # differ without meaning
 # Row -> how its number comes from which tag of a run; None where the run has none.
 METRICS: dict[str, tuple[Callable[[RecordedRun, str], float | None], str]] = {
     "last training loss": (RecordedRun.last, "Training/Loss"),
@@ -139,9 +142,14 @@ def results_title(runs: Sequence[RecordedRun]) -> str:
     )
 
 
-def labels(runs: Sequence[RecordedRun]) -> list[str]:
-    """Short names that tell the runs apart: the time in the name, with the directory where needed."""
-    short = [run.name.removeprefix(RUN_PREFIX) for run in runs]
+def labels(runs: Sequence[RecordedRun], *, by_time: bool = False) -> list[str]:
+    """Short names that tell the runs apart: what they were called, or what was set otherwise, with the
+    time and the directory where needed. by_time: only when each began, which is short."""
+    differing = differences(runs)
+    settings = [{n: values[i] for n, values in differing.items()} for i in range(len(runs))]
+    short = naming.labels([run.name for run in runs], settings)
+    if by_time:
+        short = [naming.stamp(run.name) for run in runs]
     if len({run.directory.output_dir for run in runs}) == 1:
         return short
     return [
@@ -161,6 +169,47 @@ def as_json(runs: Sequence[RecordedRun]) -> dict[str, Any]:
             "metrics": metrics(runs),
         }
     )
+
+
+def as_markdown(runs: Sequence[RecordedRun]) -> str:
+    """The two tables of the terminal, a column a run."""
+    names, parts = labels(runs), []
+    for title, rows in (
+        ("Settings that differ", setting_rows(runs)),
+        (results_title(runs), [*outcomes(runs), *metric_rows(runs)]),
+    ):
+        lines = [
+            ["", *names],
+            ["---"] * (len(names) + 1),
+            *([name, *texts] for name, texts in rows),
+        ]
+        cells = ("| " + " | ".join(table_cell(text, 200) for text in line) + " |" for line in lines)
+        parts.append(f"## {title}\n\n" + "\n".join(cells))
+    return "\n\n".join(parts) + "\n"
+
+
+def as_csv(runs: Sequence[RecordedRun]) -> str:
+    """A row a run: its label and name, the settings that differ, the results as plain numbers."""
+    columns = {
+        "label": labels(runs),
+        "run": [run.name for run in runs],
+        "status": [str(run.status.get("status", "unknown")) for run in runs],
+        "steps": [run.steps for run in runs],
+        "seconds": [run.seconds for run in runs],
+        **dict(setting_rows(runs) if differences(runs) else ()),
+        **metrics(runs),
+    }
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(columns)
+    for row in zip(*columns.values(), strict=True):
+        writer.writerow(["" if cell is None else _safe(cell) for cell in row])
+    return out.getvalue()
+
+
+def _safe(cell: object) -> object:
+    """A text that a spreadsheet would take for a formula gets a mark before it."""
+    return f"'{cell}" if isinstance(cell, str) and cell[:1] in "=+-@" and cell[:1] else cell
 
 
 def _settings(run: RecordedRun) -> dict[str, Any]:
@@ -202,12 +251,15 @@ def _number(value: float | None) -> str:
     return grouped(value, 0) if value is not None and abs(value) >= 1000 else shown(value)
 
 
-def rich_tables(title: str, names: Sequence[str], rows: Rows, width: int) -> list[Table]:
+def rich_tables(
+    title: str, names: Sequence[str], rows: Rows, width: int, short: Sequence[str] = ()
+) -> list[Table]:
     """The rows for a terminal of `width` columns: a column a run; a row a run where these are too many,
-    in as many tables as it takes."""
-    down = [[name, *(values[i] for _, values in rows)] for i, name in enumerate(names)]
+    in as many tables as it takes. short: names of the runs for that, beside what differs; else the same."""
+    down = [[name, *(values[i] for _, values in rows)] for i, name in enumerate(short or names)]
     heads = ["", *(name for name, _ in rows)]
-    if _width(heads) + sum(map(_width, down)) < width:
+    across = [[name, *(values[i] for _, values in rows)] for i, name in enumerate(names)]
+    if _width(heads) + sum(map(_width, across)) < width:
         return [_table(title, ["", *names], [[name, *values] for name, values in rows])]
     tables, first = [], 1
     columns = [_column([*head.split(), *(row[i] for row in down)]) for i, head in enumerate(heads)]
@@ -288,9 +340,9 @@ def _html_table(names: Sequence[str], rows: Rows) -> str:
     return table(("", *names), ([cell(v, 300) for v in (name, *values)] for name, values in rows))
 
 
-def write_page(path: Path, runs: Sequence[RecordedRun]) -> None:
-    """Write `page`. Raises UserError where that can't be done."""
+def write_text(flag: str, path: Path, text: str) -> None:
+    """Write the file of an option. Raises UserError, which names the option, where that can't be done."""
     try:
-        atomic_write_text(path, page(runs))
+        atomic_write_text(path, text)
     except OSError as error:
-        raise UserError(f"--html {path}: can't be written ({error.strerror or error})") from error
+        raise UserError(f"{flag} {path}: can't be written ({error.strerror or error})") from error

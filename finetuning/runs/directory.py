@@ -156,12 +156,13 @@ def check_writable(output_dir: Path, needed_bytes: int) -> None:
         )
 
 
-def new_run(output_dir: Path) -> RunDirectory:
-    """A fresh run directory named by the clock; two starts in one second get two directories."""
+def new_run(output_dir: Path, given_name: str = "") -> RunDirectory:
+    """A fresh run directory named by the clock, and by what the user calls it; two starts in one second
+    get two directories."""
     stamp = time.strftime("%Y%m%d_%H%M%S")
     number = 1
     while True:
-        suffix = "" if number == 1 else f"_{number}"
+        suffix = ("" if number == 1 else f"_{number}") + (f"_{given_name}" if given_name else "")
         run = RunDirectory(output_dir, f"{RUN_PREFIX}{stamp}{suffix}")
         try:
             run.tensorboard.mkdir(parents=True)
@@ -180,6 +181,7 @@ def open_directory(
     dist: Distributed,
     known: str,
     *,
+    given_name: str = "",
     needed_bytes: int,
     say: Callable[[str], None],
 ) -> RunDirectory:
@@ -189,7 +191,7 @@ def open_directory(
     """
     if dist.is_main:
         check_writable(output_dir, needed_bytes)
-    name = dist.broadcast(dist.is_main and (known or new_run(output_dir).name))
+    name = dist.broadcast(dist.is_main and (known or new_run(output_dir, given_name).name))
     dist.put("run", name)
     if not dist.is_main:
         return shared_run(output_dir, name)

@@ -116,7 +116,7 @@ def check_identity(
     advice = (
         "Use the settings and data of the run that wrote it, or start a fresh run without --resume"
     )
-    if not by_content and found["model"] != wanted["model"]:
+    if not by_content and found.get("model") != wanted["model"]:
         advice = (
             "The checkpoint is of an earlier version, which knew a model by its name only: give that as "
             "--model-name, or start a fresh run without --resume"
@@ -136,7 +136,7 @@ def _difference(name: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) 
         has, had = ("no init_adapter", "one") if found[name] else ("an init_adapter", "none")
         return f"this run has {has}, the checkpoint's had {had}"
     if name in CONTENTS:
-        names = dict.fromkeys((wanted["model"], found["model"]))
+        names = dict.fromkeys(map(str, (wanted["model"], found.get("model"))))
         of = f" (model {', then '.join(names)})" if "model" in name else ""
         return f"{CONTENTS[name]} changed since the checkpoint was written{of}"
     return f"{name} is {wanted[name]}, the checkpoint has {found[name]}"
@@ -149,7 +149,7 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
     is not known to have been otherwise.
     """
     before, now = strict(before), strict(now)
-    unused = {*PLACES, *(["num_epochs"] if before.get("max_steps") else [])}
+    unused = {*PLACES, "run_name", *(["num_epochs"] if before.get("max_steps") else [])}
     return [
         f"{name} {before[name]} -> {now[name]}"
         for name in now

@@ -11,7 +11,7 @@ from finetuning.common.files import read_json_object
 from finetuning.common.fingerprint import model_fingerprint
 from finetuning.common.text import clean_line
 from finetuning.config import DirectTrainingConfig
-from finetuning.model.adapters import read_adapter_config
+from finetuning.model.adapter_config import read_adapter_config
 from finetuning.model.resolve import ResolvedModel, hub_spelling
 from finetuning.runs.directory import ORIGIN
 

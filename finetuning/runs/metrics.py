@@ -9,7 +9,7 @@ import torch
 
 from finetuning.common.distributed import Distributed
 from finetuning.data.packing import PlannedStep
-from finetuning.evaluation.hardest_samples import LEVEL_DECAY, hardest, hardest_text, loss_rows
+from finetuning.evaluation.hardest_samples import LEVEL_DECAY, Row, hardest, hardest_text, loss_rows
 from finetuning.evaluation.loss_metrics import LossMetrics
 from finetuning.model.flops import peak_flops
 from finetuning.monitoring.convergence import ConvergenceMonitor
@@ -26,6 +26,8 @@ from finetuning.training.step_clock import (
     Stopwatch,
     straggler,
 )
+
+NAMED = 4  # samples that an alert names
 
 
 class MetricsProcessor:
@@ -48,6 +50,7 @@ class MetricsProcessor:
         )
         self.spent = Stopwatch()  # on what a logged step shows, without the wait for other ranks
         self._started = self._counted = time.monotonic()
+        self._interval: list[Row] = []  # this rank's hardest documents since the last logged step
 
     @property
     def session_seconds(self) -> float:
@@ -115,6 +118,13 @@ class MetricsProcessor:
         level = state.loss_level[0] / state.loss_level[1]
         rows = [r for d, sums in losses for r in loss_rows(d, sums, step=step, level=level)]
         state.hardest = hardest([*state.hardest, *rows])
+        self._interval = hardest([*self._interval, *rows], NAMED)
+
+    def hardest_places(self) -> list[str]:
+        """`file:line` of the hardest samples since this was last asked, of all ranks. A collective."""
+        rows = [r for own in self._dist.gather(self._interval) for r in own]
+        self._interval = []
+        return [self._data.train.place(row[2]) for row in hardest(rows, NAMED)]
 
     def nonfinite_places(self, result: StepResult) -> list[str]:
         """`file:line` of the samples of a step without a finite gradient, of all ranks; 20 at most."""

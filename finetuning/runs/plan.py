@@ -18,7 +18,7 @@ from finetuning.common.fingerprint import adapter_fingerprint, model_fingerprint
 from finetuning.common.machine import processors
 from finetuning.common.paths import check_name
 from finetuning.common.terminal import Terminal
-from finetuning.config import BatchSettings, DirectTrainingConfig, bundled_data
+from finetuning.config import BatchSettings, DirectTrainingConfig, OutputSettings, bundled_data
 from finetuning.data.accounts import Accounts, accounts_of
 from finetuning.data.packing import StepPlan
 from finetuning.data.split import split_samples
@@ -60,6 +60,7 @@ from finetuning.training.forecast import (
 from finetuning.training.memory_estimate import Placement, free_memory, model_shape
 from finetuning.training.optimizer import peak_rate
 
+SHORT_RUN = 200  # steps, below which every one is logged
 MIN_CONSTANT_EFFICIENCY = 0.6  # of what compiled layers would go through, what is no padding
 
 
@@ -103,6 +104,7 @@ class RunPlan:
     answer_tokens: int  # longest answer to a probe
     auto_rate: bool  # the learning rate was left to the program
     eval_steps: int  # steps between evaluations; 0: only before the first step and at the end
+    logging_steps: int  # steps between logged points
     identity: Mapping[str, Any]
     execution: Execution
     rows: RowProof  # whether packed rows are right for the model, else why not
@@ -141,7 +143,9 @@ def plan_run(
     (checkpointing,) = dist.any(estimate.checkpointing)  # all ranks alike
     shape = steps.constant_shape if compiled else {}
     execution = execution_of(config, rows, parallel, dtype, shape, checkpointing)
-    settings |= {"eval_steps": eval_steps, **resolved_settings(config, dist, execution, steps)}
+    logging_steps = steps_between_points(config, steps.num_steps)
+    settings |= {"eval_steps": eval_steps, "logging_steps": logging_steps}
+    settings |= resolved_settings(config, dist, execution, steps)
     return RunPlan(
         inputs=inputs,
         settings=settings,
@@ -153,6 +157,7 @@ def plan_run(
         answer_tokens=answer_tokens,
         auto_rate=config.learning_rate == "auto",
         eval_steps=eval_steps,
+        logging_steps=logging_steps,
         identity=run_identity,
         execution=execution,
         rows=rows,
@@ -235,6 +240,13 @@ def resolved_settings(
         "compile": "on" if execution.batch_shape else "off",
         "gradient_checkpointing": "on" if execution.gradient_checkpointing else "off",
     }
+
+
+def steps_between_points(output: OutputSettings, num_steps: int) -> int:
+    """As set; every step of a short run, which has few points anyway."""
+    if output.logging_steps != "auto":
+        return output.logging_steps
+    return 1 if num_steps < SHORT_RUN else 5
 
 
 def evaluation_steps(
@@ -325,6 +337,7 @@ def find_model(
         dist.device,
         precision=config.precision,
         trust_remote_code=trust_remote_code,
+        revision=config.revision,
     )
     if found.path is not None:
         check_name(found.path, "model_name")

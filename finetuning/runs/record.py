@@ -17,8 +17,10 @@ from finetuning.common.files import atomic_write_text, json_text, strict, write_
 from finetuning.common.process import Interrupted
 from finetuning.common.terminal import Terminal
 from finetuning.common.text import redact_values
+from finetuning.config import DirectTrainingConfig
 from finetuning.data.accounts import Accounts, account_rows
 from finetuning.data.mask_audit import mask_audit
+from finetuning.events.address import pinned_address
 from finetuning.events.event_file import Rewind, rewind_lines
 from finetuning.model.resolve import banner
 from finetuning.monitoring.alerts import Alert, AlertMonitor, run_command
@@ -26,6 +28,8 @@ from finetuning.monitoring.system_monitor import SystemMonitor
 from finetuning.readers.sample import BrokenSample
 from finetuning.runs import summary
 from finetuning.runs.directory import RunDirectory
+from finetuning.runs.gpu_summary import GpuSummary
+from finetuning.runs.other_hardware import Gpus, plan_elsewhere
 from finetuning.runs.plan import RunPlan
 from finetuning.training.checkpoint import Checkpoint
 from finetuning.training.engine import TrainingEngine
@@ -69,6 +73,7 @@ class RunRecord:
         self._told_status = time.monotonic()
         self._spent = Stopwatch()  # on alerts
         self.evidence: dict[str, object] = {}  # what the alerts of the next logged step may cite
+        self._settings: dict[str, Any] = {}
         self.alerts = AlertMonitor(alert_state or None)
         if logger and resume_step is not None:
             self._forget_alerts(resume_step)
@@ -91,9 +96,15 @@ class RunRecord:
     ) -> None:
         """Take back everything after `step`: the run goes on from there. `reach`: of custom tags."""
         self.logger.rewind(step, reach)
-        self.alerts, self.evidence = AlertMonitor(alert_state or None), {}
+        self.alerts = AlertMonitor(alert_state or None, settings=self._settings)
+        self.evidence = {}
         if self.logger:
             self._forget_alerts(step)
+
+    def cite(self, settings: Mapping[str, Any]) -> None:
+        """Settings of the run, which alerts look at and their advice names."""
+        self._settings = dict(settings)
+        self.alerts = AlertMonitor(self.alerts.state_dict(), settings=self._settings)
 
     @property
     def was_described(self) -> bool:
@@ -121,6 +132,11 @@ class RunRecord:
         kinds = {RunStopped: "stopped", Interrupted: "preempted"}
         details = {"step": step, "saved": max(saved, 0), "reason": repr(error)}
         self.status(kinds.get(type(error), "failed"), **details)
+
+    def note_evidence(self, **evidence: object) -> None:
+        """What alerts of the coming logged step may name; None, or what was noted before, changes nothing."""
+        known = {name: value for name, value in evidence.items() if value is not None}
+        self.evidence = known | self.evidence
 
     def overhead_percent(self, seconds: float, elsewhere: float) -> dict[str, float]:
         """Share of `seconds` of training that logged steps took from it: calls of the logger, alerts, and
@@ -179,19 +195,30 @@ class RunRecord:
         engine: TrainingEngine,
         state: TrainState,
         monitoring: Mapping[str, float],
-        hardware: Mapping[str, float],
         outcome: str,
     ) -> str:
         """Final_* tags, Training/Final_Summary and training_statistics.json; returns the closing lines."""
         model, state.changes = summary.model_size(plan, engine), list(self.changes)
-        final = summary.final_metrics(plan, model, state, monitoring, hardware)
+        gpus = self._gpus()
+        final = summary.final_metrics(plan, model, state, monitoring) | gpus.metrics()
         end = {"run": self.run.name, "outcome": outcome, "result": summary.result(outcome, state)}
         statistics = summary.training_statistics(plan, model, state, final, end)
         self.logger.log(state.step, final)
         text = summary.final_summary(statistics)
         self.logger.add_text("Training/Final_Summary", text, state.step)
+        if gpus.gpus:
+            self.logger.add_text("GPU/Throttling", gpus.throttling(), state.step)
         write_json(self.run.statistics, statistics)
         return summary.closing_lines(statistics, self.run)
+
+    def _gpus(self) -> GpuSummary:
+        """Of the run so far; empty where its own lines can't be read, which is told."""
+        self.logger.flush()
+        try:
+            return GpuSummary.read(self.run.logs / "metrics.jsonl")
+        except (ValueError, OSError) as error:
+            self._warn(f"no Final_GPU tags: metrics.jsonl can't be read ({error})")
+            return GpuSummary(())
 
     # -------------------------------------------------------------------------
     # Alerts
@@ -205,7 +232,7 @@ class RunRecord:
             self._warn(f"alerts after step {step} stay in {path.name}: {error.strerror or error}")
 
     def _act(self, alert: Alert) -> str:
-        self._warn(f"{alert.name} at step {alert.step}: {alert.advice}")
+        self._warn(alert.line())
         action = self._actions.get(alert.name, "log")
         if action == "stop":
             self.stop_alerts.append(alert.name)
@@ -235,7 +262,15 @@ def announce(
     rows = summary.run_rows(plan, engine, dist)
     terminal.table("Run", [*rows, ("run", record.run.logs)])
     tell_losses(terminal, plan.inputs.accounts)
-    terminal.info(f"watch it: uv run tensorboard --logdir={record.run.tensorboard.parent}")
+    terminal.info(watch_text(record.run))
+
+
+def watch_text(run: RunDirectory) -> str:
+    """How to see the curves: the command, and the address with the charts that matter."""
+    return (
+        f"watch it: uv run tensorboard --logdir={run.tensorboard.parent}\n"
+        f"then open: {pinned_address()}"
+    )
 
 
 def show_plan(terminal: Terminal, plan: RunPlan) -> None:
@@ -243,6 +278,14 @@ def show_plan(terminal: Terminal, plan: RunPlan) -> None:
     rows = [*account_rows(plan.inputs.accounts), *plan.forecast.rows()]
     terminal.table(f"Plan for {plan.inputs.model.name}", rows, always=True)
     tell_losses(terminal, plan.inputs.accounts)
+
+
+def show_plan_elsewhere(config: DirectTrainingConfig, gpus: str, terminal: Terminal) -> int:
+    """What --plan --gpus shows; returns the exit code, 1 where the run would not fit."""
+    plan = plan_elsewhere(config, Gpus.parse(gpus), terminal)
+    terminal.table(f"Plan for {plan.model}", plan.rows(), always=True)
+    tell_losses(terminal, plan.accounts)
+    return 0 if plan.fits else 1
 
 
 def tell_losses(terminal: Terminal, accounts: Sequence[Accounts]) -> None:

@@ -6,20 +6,22 @@ Finished, running and broken-off runs alike; what a run has not written is empty
 import json
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from finetuning.common.bounds import RECORD, SHOWN_ALERTS
 from finetuning.common.errors import UserError
 from finetuning.common.files import read_json_object, regular
+from finetuning.common.kinds import misfit
 from finetuning.common.paths import expanded
 from finetuning.common.text import clean_line
 from finetuning.events.metric_table import is_custom
 from finetuning.events.reading import read_end_texts
 from finetuning.runs.directory import RunDirectory
-from finetuning.runs.series import RunSeries
+from finetuning.runs.series import MEDIANS, RunSeries
 
 Points = Sequence[tuple[int, float]]  # (step, value), steps rise
 
@@ -87,6 +89,7 @@ class RecordedRun:
 
     def median(self, tag: str) -> float | None:
         """The median of a tag's finite values (`series.MEDIANS`): what one odd interval does not move."""
+        assert tag in MEDIANS, tag
         return self.medians.get(tag)
 
     @property
@@ -153,9 +156,39 @@ def read_recorded(
         left_out=len(found.left_out),
         seconds=found.seconds,
         alerts=Alerts.read(run.logs / "alerts.jsonl"),
-        configuration=_json(run.logs / "configuration.json"),
+        configuration=_record(run.logs / "configuration.json", _Configuration),
         status=_json(run.logs / "status.json"),
     )
+
+
+class _Configuration(TypedDict, total=False):
+    """What of a configuration.json is read by name."""
+
+    config: dict[str, Any]
+    model: dict[str, Any]
+    steps: int
+    changes: list[str]
+
+
+def _record(path: Path, kind: Any) -> dict[str, Any]:
+    """The object in a file, empty where it is missing; what is read of it by name has the kinds of ours."""
+    content = _json(path)
+    fault = misfit({name: content[name] for name in kind.__annotations__ if name in content}, kind)
+    if fault:
+        raise UserError(f"{path}: not of this program, or of another version of it ({fault})")
+    return content
+
+
+@contextmanager
+def files_of_ours(run: RunDirectory) -> Iterator[None]:
+    """Within it, what does not fit in a run's files is a UserError: another program wrote them."""
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        reason = clean_line(repr(error), 200)
+        raise UserError(
+            f"{run.logs}: its files are not of this program, or of another version of it ({reason})"
+        ) from error
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 from markdown_it import MarkdownIt
@@ -25,11 +25,21 @@ from finetuning.common.errors import exit_code
 from finetuning.common.files import atomic_write_text
 from finetuning.common.formatting import UNKNOWN, duration, flat, shown
 from finetuning.common.html import Points, cell, html_page, line_chart, table
+from finetuning.common.language import current, translated, use
 from finetuning.common.limited import STOPPED, Ended, Limits, run_limited
 from finetuning.common.terminal import Terminal
 from finetuning.common.text import clean_line, redact, redact_values
+from finetuning.events.address import pinned_address
+from finetuning.runs import naming
 from finetuning.runs.directory import RunDirectory
-from finetuning.runs.recorded import Alerts, RecordedRun, find_runs, read_recorded
+from finetuning.runs.findings import findings
+from finetuning.runs.recorded import (
+    Alerts,
+    RecordedRun,
+    files_of_ours,
+    find_runs,
+    read_recorded,
+)
 
 # Title of a chart -> expressions; every tag that fits one is a curve, named by what the title leaves out.
 CHARTS = {
@@ -91,7 +101,10 @@ LIMITS = Limits(REPORT_MEMORY, REPORT_CPU, REPORT_WALL)
 def write_report(run: RunDirectory) -> Path:
     """Write report.html among the run's logs; returns its path. Raises UserError for broken files."""
     path = run.logs / "report.html"
-    atomic_write_text(path, page(read_recorded(run)))
+    recorded = read_recorded(run)
+    with files_of_ours(run):
+        text = page(recorded)
+    atomic_write_text(path, text)
     return path
 
 
@@ -100,7 +113,8 @@ def leave_report(run: RunDirectory, terminal: Terminal, unwanted: Callable[[], b
     file that somebody broke and no full disk harms the run. unwanted: asked whether to leave it now."""
     try:
         with terminal.working("writing the report"):
-            ended = run_limited(REPORT, (str(run.logs),), LIMITS, unwanted=unwanted)
+            arguments = (str(run.logs), "--language", current())
+            ended = run_limited(REPORT, arguments, LIMITS, unwanted=unwanted)
     except OSError as error:
         ended = Ended(STOPPED, "", str(error))
     if ended.code == 0:
@@ -117,6 +131,7 @@ def page(run: RecordedRun) -> str:
     sections = [
         _head(run),
         _section("Before and after", _before_and_after(run)),
+        _section("What to do next", _next_steps(run)),
         _section("Alerts", _alerts(run.alerts)),
         _section("Curves", _left_out(run) + _charts(run.series)),
         _section("Your own metrics", _custom(run.custom)),
@@ -126,10 +141,8 @@ def page(run: RecordedRun) -> str:
         _section("Changed by resumes", _changes(run.configuration.get("changes", ()))),
         _section("Model and versions", _pairs(_about(run.configuration))),
     ]
-    footer = (
-        f"<footer>Written from {html.escape(str(run.directory.logs.name))}, metrics.jsonl and event "
-        "files.</footer>"
-    )
+    source = f"Written from {run.directory.logs.name}, metrics.jsonl and event files."
+    footer = f"<footer>{html.escape(translated(source))}</footer>"
     return html_page(run.name, "".join(sections) + footer)
 
 
@@ -138,7 +151,7 @@ def page(run: RecordedRun) -> str:
 
 
 def _section(title: str, content: str) -> str:
-    return f"<h2>{html.escape(title)}</h2>{content}" if content else ""
+    return f"<h2>{html.escape(translated(title))}</h2>{content}" if content else ""
 
 
 def _head(run: RecordedRun) -> str:
@@ -146,14 +159,23 @@ def _head(run: RecordedRun) -> str:
     known = status if status in ("completed", "failed", "running") else ""
     note = clean_line(str(run.status.get("reason", "")), 300)
     cards = "".join(
-        f'<div class="card"><span>{html.escape(name)}</span><b>{html.escape(value)}</b></div>'
+        f'<div class="card"><span>{html.escape(translated(name))}</span><b>{html.escape(value)}</b></div>'
         for name, value in headline(run).items()
     )
     return (
         f"<h1>{html.escape(run.name)}</h1>"
-        f'<p><span class="status {known}">{html.escape(status)}</span> '
+        f'<p><span class="status {known}">{html.escape(translated(status))}</span> '
         f"{html.escape(str(run.status.get('at', '')))} {html.escape(redact(note))}</p>"
-        f'<div class="cards">{cards}</div>'
+        f'<div class="cards">{cards}</div>{_watch(run)}'
+    )
+
+
+def _watch(run: RecordedRun) -> str:
+    """How to see the curves move, and the address that pins the charts that matter."""
+    command = f"uv run tensorboard --logdir={run.directory.tensorboard.parent}"
+    return (
+        f"<p>{html.escape(translated('watch it:'))} <code>{html.escape(redact(command))}</code><br>"
+        f"{html.escape(translated('then open:'))} <code>{html.escape(pinned_address())}</code></p>"
     )
 
 
@@ -162,7 +184,9 @@ def headline(run: RecordedRun) -> dict[str, str]:
     planned = run.configuration.get("steps")
     held_out = run.series.get("Eval/Loss", ())
     speed = run.median("Throughput/Tokens_Per_Second")
+    settings = flat(run.configuration.get("config", {}))
     numbers = {
+        "set": naming.unlike(settings),
         "model": clean_line(str(run.configuration.get("model", {}).get("name", "")), 60),
         "steps": f"{run.steps} of {planned}" if planned else str(run.steps),
         "training loss": shown(run.last("Training/Loss"), ""),
@@ -199,6 +223,18 @@ def _before_and_after(run: RecordedRun) -> str:
     return _table(("", "base", "tuned", ""), rows) + note if rows else ""
 
 
+def _next_steps(run: RecordedRun) -> str:
+    """The findings of a run, each with its evidence and the command to try."""
+    items = "".join(
+        f"<li><b>{html.escape(redact(f.title))}</b> {html.escape(redact(f.evidence))}"
+        f"<pre>{html.escape(redact(f.command))}</pre></li>"
+        for f in findings(run)
+    )
+    return (
+        f"<ol>{items}</ol>" if items else "<p>The record shows nothing that should be changed.</p>"
+    )
+
+
 def _alerts(alerts: Alerts) -> str:
     rows = [
         (
@@ -206,12 +242,12 @@ def _alerts(alerts: Alerts) -> str:
             a.get("step"),
             shown(a.get("value"), ""),
             shown(a.get("threshold"), ""),
-            a.get("advice"),
+            translated(str(a.get("advice"))),
         )
         for a in alerts.newest
     ]
     if not rows:
-        return "<p>None.</p>"
+        return f"<p>{translated('None.')}</p>"
     more = "" if alerts.count == len(rows) else f"<p>The newest {len(rows)} of {alerts.count}.</p>"
     return more + _table(("alert", "step", "value", "threshold", "advice"), rows)
 
@@ -256,7 +292,7 @@ def _texts(texts: Mapping[str, Sequence[tuple[int, str]]]) -> str:
         for step, text in (
             [*entries[:1], *entries[1:][-1:]] if tag == "Eval/Samples" else entries[-1:]
         ):
-            summary = f"{html.escape(title)}, step {step}"
+            summary = html.escape(translated(f"{title}, step {step}"))
             parts.append(f"<details><summary>{summary}</summary>{markdown(text)}</details>")
     return "".join(parts)
 
@@ -282,13 +318,15 @@ def _line_break(state: StateInline, silent: bool) -> bool:
 def _dataset(report: Mapping[str, Any]) -> str:
     if not report:
         return ""
-    warnings = "".join(f"<li>{html.escape(clean_line(w))}</li>" for w in report["warnings"])
+    warnings = "".join(
+        f"<li>{html.escape(translated(clean_line(w)))}</li>" for w in report["warnings"]
+    )
     pictures = "".join(
         f'<div class="picture">{_svg(figure)}</div>'
         for figure in analysis_report.figures(dict(report)).values()
     )
     tables = "".join(
-        f"<details><summary>{html.escape(title)}</summary>{_table(header, rows)}</details>"
+        f"<details><summary>{html.escape(translated(title))}</summary>{_table(header, rows)}</details>"
         for title, header, rows in analysis_report.tables(dict(report))
         if rows
     )
@@ -332,12 +370,18 @@ def _cell(value: object) -> str:
 # Command line
 
 
-def main(place: tyro.conf.Positional[Path] = Path("qwen3_4b_thinking_output"), /) -> None:
+def main(
+    place: tyro.conf.Positional[Path] = Path("qwen3_4b_thinking_output"),
+    /,
+    language: Literal["auto", "zh", "en"] = "auto",
+) -> None:
     """Write report.html of a run: curves, alerts, samples, data, settings, in one offline page.
 
     Args:
         place: An output directory, whose newest run is taken, or the log directory of one run.
+        language: Of the page; auto: that of the locale.
     """
+    use(language)
     print(write_report(find_runs([place])[-1]))
 
 

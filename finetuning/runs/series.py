@@ -13,10 +13,12 @@ from finetuning.common.errors import UserError
 from finetuning.events.reading import metric_records
 
 VALUES_AT_ONCE = 50_000  # that wait to be put into their series
-MEDIANS = (
+MEDIANS = (  # of all values, not of what is kept
     "Throughput/Tokens_Per_Second",
     "Throughput/MFU_Percent",
-)  # of all values, not of what is kept
+    "Throughput/Step_Seconds",
+    "Throughput/Step_Seconds_Data",
+)
 # What reading and counting raise for a file of another kind.
 _OTHERS = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 

@@ -9,6 +9,7 @@ from typing import Any
 from finetuning.common.distributed import Distributed
 from finetuning.common.process import StopSignal
 from finetuning.common.terminal import Terminal
+from finetuning.config import OutputSettings
 from finetuning.runs import directory
 from finetuning.runs.build import start_system_monitor
 from finetuning.runs.directory import RunDirectory
@@ -54,15 +55,16 @@ class SessionStart:
 
 def open_run(
     start: SessionStart,
-    output_dir: Path,
+    output: OutputSettings,
     dist: Distributed,
     terminal: Terminal,
     needed_bytes: int,
 ) -> RunDirectory:
     """The directory of the run, alike on all ranks, with what it has left elsewhere; and its log file."""
+    output_dir = Path(output.output_dir)
     if start.checkpoint and dist.is_main:
         carry_run(start.checkpoint, output_dir, start.state, terminal.info)
-    options = {"needed_bytes": needed_bytes, "say": terminal.info}
+    options = {"needed_bytes": needed_bytes, "say": terminal.info, "given_name": output.run_name}
     run = directory.open_directory(output_dir, dist, start.run, **options)
     if start.begun:
         terminal.info(f"{start.begun} begins again: it had no checkpoint yet")
@@ -96,6 +98,7 @@ def begin_record(
         changes=start.state.changes,
         warn=terminal.warning,
     )
+    record.cite(plan.settings)
     announce(terminal, record, plan, engine, dist)
     if start.checkpoint:
         tell_resume(terminal, record, plan, start.checkpoint, start.changes)

@@ -13,7 +13,9 @@ from finetuning.common.formatting import flat, shown
 from finetuning.common.text import table_cell
 from finetuning.data.accounts import account_rows
 from finetuning.data.packing import StepPlan
+from finetuning.events.address import pinned_address
 from finetuning.runs.directory import ORIGIN, RUN_NAME, RunDirectory
+from finetuning.runs.model_card import model_card
 from finetuning.runs.plan import RunPlan
 from finetuning.training.engine import TrainingEngine
 from finetuning.training.state import TrainState
@@ -67,6 +69,7 @@ def run_rows(plan: RunPlan, engine: TrainingEngine, dist: Distributed) -> list[t
         ("tokens per epoch", f"{steps.num_tokens:,}"),
         ("steps", f"{steps.num_steps} ({steps.steps_per_epoch} per epoch)"),
         ("learning rate", _rate_text(plan)),
+        ("logged", _logged(plan.logging_steps)),
         ("packing", f"{steps.num_rows} rows, {steps.efficiency:.1%} full{alone}"),
         ("gradient checkpointing", "on" if engine.gradient_checkpointing else "off"),
         ("compiled layers", "on" if engine.batch_shape else "off"),
@@ -83,6 +86,10 @@ def _rate_text(plan: RunPlan) -> str:
     share = "" if plan.settings["lora_r"] else ", a tenth as all weights are trained"
     few = f"; {updates} updates are few, more --num-epochs teach more" * (updates < FEW_UPDATES)
     return f"{rate} (auto, for {updates} updates{share}{few})"
+
+
+def _logged(steps: int) -> str:
+    return "every step" if steps == 1 else f"every {steps} steps"
 
 
 def model_size(plan: RunPlan, engine: TrainingEngine) -> dict[str, Any]:
@@ -115,7 +122,8 @@ def model_notes(run: str, state: TrainState, identity: Mapping[str, Any]) -> dic
     """Files beside a saved model: its run; its step, the held-out loss that was measured last, its base."""
     base = {name: identity[name] for name in ("model", "model_weights", "model_config")}
     origin = {"run": run, "step": state.step, "held_out_loss": state.last_eval_loss, "base": base}
-    return {RUN_NAME: f"{run}\n", ORIGIN: json_text(origin, indent=1) + "\n"}
+    card = model_card(run, state.step, state.last_eval_loss, identity)
+    return {RUN_NAME: f"{run}\n", ORIGIN: json_text(origin, indent=1) + "\n", "README.md": card}
 
 
 def final_metrics(
@@ -123,9 +131,8 @@ def final_metrics(
     model: Mapping[str, Any],
     state: TrainState,
     monitoring: Mapping[str, float],
-    hardware: Mapping[str, float],
 ) -> dict[str, float]:
-    """The Final_* tags and Training/Final_Loss; what is not known is absent."""
+    """The Final_* tags but those of GPUs, and Training/Final_Loss; what is not known is absent."""
     data, settings = plan.data, plan.settings
     numbers = {k: v for k, v in settings.items() if type(v) in (int, float)}
     eval_losses = {
@@ -143,7 +150,6 @@ def final_metrics(
         "Final_Model/Total_Parameters": float(model["total"]),
         **{tag: value for tag, value in eval_losses.items() if value is not None},
         **{f"Final_{tag}": value for tag, value in monitoring.items()},
-        **{f"Final_{tag}": value for tag, value in hardware.items() if tag.startswith("GPU_")},
     }
 
 
@@ -254,6 +260,7 @@ def closing_lines(statistics: Mapping[str, Any], run: RunDirectory) -> str:
         *_model_lines(statistics, run),
         f"statistics: {run.statistics}",
         f"curves: uv run tensorboard --logdir={run.tensorboard.parent}",
+        f"then open: {pinned_address()}",
     ]
     return "\n".join(lines)
 

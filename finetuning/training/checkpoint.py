@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -268,6 +269,22 @@ def checkpoint_at(path: Path) -> Checkpoint:
         raise UserError(
             f"--resume {path}: not a usable checkpoint ({error}); name another directory below "
             "checkpoints/, or use --resume latest"
+        ) from error
+
+
+@contextmanager
+def misfits_are_told(path: Path) -> Iterator[None]:
+    """Within it, tensors that are missing or of another kind are a UserError: who wrote them was another
+    program, or another version."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (KeyError, TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+        raise UserError(
+            f"--resume {path}: its tensors are of another version of this program "
+            f"({clean_line(repr(error), 200)}); go on with the version that wrote it, or start a new run "
+            "with --init-adapter and this folder"
         ) from error
 
 

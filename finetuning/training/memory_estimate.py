@@ -10,17 +10,29 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetuning.common.errors import UserError
+from finetuning.common.fingerprint import weight_files
 from finetuning.common.machine import available_memory
 from finetuning.common.text import clean_line
 from finetuning.config import LoraSettings
 from finetuning.model.adapters import attach_adapters
 from finetuning.model.flops import ModelDims, dims_of
 from finetuning.model.loss import rows_per_chunk
+from finetuning.model.sizes import check_count
 
 FP32 = 4  # bytes
 BITS_4 = 0.516  # bytes a weight in NF4: half a byte, and its doubly quantised scales
 USABLE = 0.92  # of the free memory; the rest goes to fragmentation and what the estimate leaves out
 
+# What the library raises for a configuration of which it can't make a model.
+_UNBUILDABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    ImportError,
+    TypeError,
+    RuntimeError,
+    ArithmeticError,
+)
 HOST_LAYERS = 3  # layers' activations that glibc's malloc holds in gaps no tensor fits into
 HOST_LIBRARIES = 40 * 2**20  # bytes that libraries take with their first products
 
@@ -63,7 +75,7 @@ def model_shape(
         )
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
+    except (*_UNBUILDABLE, AttributeError) as error:
         raise UserError(
             f"model folder {folder}: its architecture can't be built ({clean_line(str(error), 200)}); "
             "check that this version of transformers knows it"
@@ -75,6 +87,9 @@ def model_shape(
         if isinstance(module, torch.nn.Linear) and module is not head
     )
     dims, parameters = dims_of(model), sum(p.numel() for p in model.parameters())
+    files = [file for file in weight_files(folder) if file.is_file()]
+    if files:  # a benchmark may ask about a model of which only the configuration is here
+        check_count(parameters, folder, files)
     trainable = parameters
     if init_adapter:
         trainable = adapter_size(Path(init_adapter).expanduser())
@@ -196,8 +211,8 @@ def activation_bytes(dims: ModelDims, placement: Placement) -> int:
     and the product of the MLP are recomputed, b(2H + 3Q + 3K + 2I). Adapters that are not fused keep, unless
     the base is fp32, a copy of each linear layer's input in fp32, 4(5H + Q + I), and eager ones not the
     input itself, b(2H + I); compiled ones over 4-bit weights make that copy again (measured: peak 9.43 GiB
-    for Qwen3-4B and 2,048 tokens, 9.37 by this). Qwen3-4B in bf16: 146 and 78 KiB, and 75 more where adapters
-    are not fused.
+    for Qwen3-4B and 2,048 tokens, 9.37 by this with chunks of logits of 1 GiB). Qwen3-4B in bf16: 146 and
+    78 KiB, and 75 more where adapters are not fused.
     """
     hidden, mlp = dims.hidden, dims.intermediate
     queries, keys = dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim

@@ -1,7 +1,40 @@
 """What a run knows besides its weights: counters, sums in progress, monitors. Strict JSON."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypedDict
+
+from finetuning.common.errors import UserError
+from finetuning.common.kinds import misfit
+from finetuning.common.text import clean_line
+
+
+class ConvergenceState(TypedDict, total=False):
+    """What `ConvergenceMonitor.state_dict` gives; empty before the first logged step."""
+
+    count: int
+    nonfinite: int
+    width: int
+    bins: list[list[float | None]]
+    first: list[float]
+    recent: list[list[float | None]]
+    spikes: list[int]
+    in_spike: bool
+    fitted: int
+    held: list[float]
+    fit: dict[str, Any] | None
+
+
+class AlertState(TypedDict, total=False):
+    """What `AlertMonitor.state_dict` gives; empty before the first logged step."""
+
+    series: dict[str, list[float | list[float]]]
+    marks: dict[str, float]
+    active: dict[str, bool]
+    quiet: dict[str, int]
+    rows: dict[str, dict[str, Any]]
 
 
 @dataclass
@@ -38,8 +71,26 @@ class TrainState:
     stop_alerts: list[str] = field(default_factory=list)  # alerts whose action "stop" ended the run
     changes: list[str] = field(default_factory=list)  # of settings, by resumes, and at which step
     reach: dict[str, int] | None = None  # of a user's own tags, see `events.event_file.Rewind`
-    convergence: dict = field(default_factory=dict)
-    alerts: dict = field(default_factory=dict)
+    convergence: ConvergenceState = field(default_factory=dict)
+    alerts: AlertState = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, saved: Any, path: Path) -> "TrainState":
+        """That of a checkpoint's state file. Raises UserError where it is of another version.
+
+        saved: the whole content of the file: this state, the run's identity and its settings.
+        """
+        parts = {"train_state": cls, "identity": dict[str, Any], "config": dict[str, Any]}
+        faults = ["it is no object"] if not isinstance(saved, Mapping) else []
+        for name, kind in parts.items() if not faults else ():
+            faults += [misfit(saved[name], kind, name)] if name in saved else [f"{name} is missing"]
+        if fault := next(filter(None, faults), ""):
+            raise UserError(
+                f"--resume {path}: its state file is of another version of this program "
+                f"({clean_line(fault)}); go on with the version that wrote it, or start a new run with "
+                "--init-adapter and this folder"
+            )
+        return cls(**saved["train_state"])
 
     def note_evaluation(self, step: int, loss: float) -> bool:
         """Take a held-out loss; True if it is the best so far."""

@@ -3,15 +3,17 @@
 uv run pytest -m "not long" tests/data/test_template_probe.py
 """
 
-import subprocess
+import dataclasses
+import json
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from finetuning.common.bounds import PROBE_WALL, TEMPLATE_CPU
 from finetuning.common.errors import UserError
+from finetuning.common.limited import STOPPED, run_limited
 from finetuning.data import template_probe
 from finetuning.data.chat_template import chat_format
 from finetuning.data.template_probe import check_template
@@ -49,7 +51,11 @@ def test_one_that_fills_the_memory_is_refused():
 
 @needs_limits
 def test_one_that_never_ends_is_refused(monkeypatch):
-    monkeypatch.setattr(template_probe, "WALL_SECONDS", 2)  # the parent's clock, before the limit
+    # The parent's clock, before the limit.
+    hurried = dataclasses.replace(
+        template_probe.LIMITS, wall=dataclasses.replace(PROBE_WALL, limit=2)
+    )
+    monkeypatch.setattr(template_probe, "LIMITS", hurried)
     began = time.monotonic()
     with pytest.raises(UserError, match="does not render a short conversation"):
         check_template(ENDLESS)
@@ -58,11 +64,11 @@ def test_one_that_never_ends_is_refused(monkeypatch):
 
 @needs_limits
 def test_the_limit_on_time_works_without_the_parent():
-    code = "from finetuning.data import template_probe as t; "
-    code += "t.CPU_SECONDS = 1; t._limit(); t._render(t.sys.argv[1])"
-    folder = Path(__file__).parents[2]
-    child = subprocess.run([sys.executable, "-c", code, ENDLESS], cwd=folder, timeout=60)
-    assert child.returncode < 0
+    cpu = dataclasses.replace(TEMPLATE_CPU, limit=1)
+    limits = dataclasses.replace(template_probe.LIMITS, cpu=cpu)
+    given = json.dumps(ENDLESS).encode()
+    ended = run_limited("finetuning.data.template_probe", (), limits, given=given)
+    assert ended.code < 0 and ended.code != STOPPED
 
 
 def test_a_template_that_breaks_out_is_a_clear_refusal():

@@ -27,6 +27,7 @@ from finetuning.evaluation.hardest_samples import hardest, hardest_text, loss_ro
 from finetuning.events.reading import read_histograms, read_metrics, read_run, read_texts
 from finetuning.model.packed_model import PackedLossModel
 from finetuning.readers.dataset import read_samples
+from finetuning.runs.recorded import read_recorded
 from finetuning.training.state import TrainState
 from tests.helpers.settings import step_plan, up_to
 
@@ -335,9 +336,9 @@ def test_losses_are_bit_equal_with_and_without_evaluation_probes_and_health(
 
 
 @pytest.mark.slow
-def test_adapter_health_in_tensorboard(tmp_path, tiny_model, tiny_data, cache_dir):
+def test_adapter_health_is_recorded(tmp_path, tiny_model, tiny_data, cache_dir):
     trainer = train(tmp_path / "out", tiny_model, tiny_data, cache_dir, max_steps=2, eval_steps=1)
-    scalars = read_run(trainer.record.run.tensorboard)
+    scalars = read_recorded(trainer.record.run).series
     ratios = dict(scalars["LoRA/q_proj/Update_Ratio"])
     assert ratios[0] == 0.0 < ratios[1] < ratios[2]
     norms = dict(scalars["LoRA/Gradient_Norm"])

@@ -82,6 +82,25 @@ def test_events_and_json_lines_are_equal(tmp_path):
         json.loads(text, parse_constant=pytest.fail)  # strict: no NaN literal
 
 
+def test_details_are_in_json_lines_only(tmp_path):
+    """Also where a step has nothing else; a resume takes them back like all others."""
+    lines = tmp_path / "metrics.jsonl"
+    for resume in (None, 2):
+        logger = TensorBoardLogger(
+            tmp_path / "run", metrics_path=lines, resume_step=resume, warn=NO_WARNING
+        )
+        with logger:
+            for step in range((resume or 0) + 1, 4):
+                logger.log(step, {"Training/Loss": 1.0, "Training/By_Difficulty_1": float(step)})
+            logger.log(4, {"Training/By_Source/a.jsonl": 4.0})
+    assert read_run(tmp_path / "run").keys() == {"Training/Loss"}
+    assert max(event.step for event in records(tmp_path / "run")) == 3
+    found = {line["step"]: line["metrics"] for line in read_metrics(lines)}
+    assert [line["step"] for line in read_metrics(lines)] == [1, 2, 3, 4]
+    assert found[2]["Training/By_Difficulty_1"] == 2.0
+    assert found[4] == {"Training/By_Source/a.jsonl": 4.0}
+
+
 def test_one_event_and_one_line_for_a_step(tmp_path):
     lines = tmp_path / "metrics.jsonl"
     with TensorBoardLogger(tmp_path / "run", metrics_path=lines, warn=NO_WARNING) as logger:
@@ -198,10 +217,10 @@ def test_null_logger_takes_every_call():
 
 def test_strange_tags_and_texts(tmp_path):
     with TensorBoardLogger(tmp_path / "run", warn=NO_WARNING) as logger:
-        logger.log(1, {"Eval/By_Source/密码学.jsonl": 1.0, "bad\ud800\x1b[31m\ntag": 2.0})
+        logger.log(1, {"Custom/密码学.jsonl": 1.0, "bad\ud800\x1b[31m\ntag": 2.0})
         logger.add_text("text", "one\ud800 \x1b[31mtwo\x00 sk-abcdefghijklmnopqrstuv", 1)
     tags = read_run(tmp_path / "run")
-    assert tags.keys() == {"Eval/By_Source/密码学.jsonl", "bad tag"}
+    assert tags.keys() == {"Custom/密码学.jsonl", "bad tag"}
     assert reading.read_texts(tmp_path / "run") == {"text": [(1, "one two [redacted]")]}
 
 

@@ -19,7 +19,8 @@ from PIL import Image
 
 from finetuning.events import event_values
 from finetuning.events.event_file import event_files, surviving_events
-from finetuning.events.metric_table import METRICS, find_metric
+from finetuning.events.metric_table import METRICS, find_metric, is_detail
+from finetuning.events.reading import read_metrics
 
 KINDS = {"simple_value": "scalar", "tensor": "text", "histo": "histogram", "image": "image"}
 Found = dict[int, Any]  # step -> what an event holds
@@ -51,17 +52,24 @@ class Values:
                 points = self._found.setdefault((kind, value.tag), {})
                 assert event.step not in points, f"{value.tag} has step {event.step} twice"
                 points[event.step] = _content(kind, value)
+        lines = run_dir.parents[1] / "training_logs" / run_dir.name / "metrics.jsonl"
+        for record in read_metrics(lines) if lines.is_file() else ():
+            for tag, value in record["metrics"].items():
+                if is_detail(tag):
+                    number = value if value is not None else float(record["nonfinite"][tag])
+                    self._found.setdefault(("detail", tag), {})[record["step"]] = number
 
     def scalars(self, tag: str, expected: Mapping[int, float], **tolerance: float) -> None:
         """A tag at all its steps; float32 holds seven digits."""
-        self._compare("scalar", tag, self._points("scalar", tag), expected, _close(tolerance))
+        kind = _kind(tag)
+        self._compare(kind, tag, self._points(kind, tag), expected, _close(tolerance))
 
     def scalars_at(self, tag: str, expected: Mapping[int, float], **tolerance: float) -> None:
         """A tag at some of its steps, where what it must be is known only there."""
-        points = self._points("scalar", tag)
+        points = self._points(kind := _kind(tag), tag)
         assert points.keys() >= expected.keys(), (tag, points.keys())
         some = {step: points[step] for step in expected}
-        self._compare("scalar", tag, some, expected, _close(tolerance))
+        self._compare(kind, tag, some, expected, _close(tolerance))
 
     def texts(
         self,
@@ -109,11 +117,12 @@ class Values:
 
     def beginning(self, prefix: str) -> set[str]:
         """Scalars of this run that begin so."""
-        return {tag for kind, tag in self._found if kind == "scalar" and tag.startswith(prefix)}
+        numbers = ("scalar", "detail")
+        return {tag for kind, tag in self._found if kind in numbers and tag.startswith(prefix)}
 
     def last(self, tag: str) -> float:
         """The newest value of a scalar, for what follows from it."""
-        return list(self._points("scalar", tag).values())[-1]
+        return list(self._points(_kind(tag), tag).values())[-1]
 
     def half_checked(self) -> list[str]:
         """Tags of this run that nobody compared although one of their row was."""
@@ -137,6 +146,11 @@ class Values:
     def _note(self, kind: str, tag: str) -> None:
         self._checked.add((kind, tag))
         self._ledger.rows.add((kind, _row(kind, tag)))
+
+
+def _kind(tag: str) -> str:
+    """Where a number is written: to event files, or to metrics.jsonl only."""
+    return "detail" if is_detail(tag) else "scalar"
 
 
 def _close(tolerance: Mapping[str, float]) -> Callable[[float], Any]:

@@ -89,6 +89,36 @@ def test_the_hub_cache(nowhere, tiny):
     assert resolve_model(NAME, "cpu").path == folder
 
 
+def test_a_revision_of_the_hub_is_that_one_or_none(nowhere, tiny):
+    """By branch or tag, by commit; another one is not taken for it, nor ModelScope's, which says none."""
+    main = in_hub_cache(nowhere, tiny)
+    tagged = Path(shutil.copytree(tiny, main.parent / "def456"))
+    (main.parents[1] / "refs" / "v2").write_text("def456")
+    for revision, folder in (("", main), ("main", main), ("v2", tagged), ("abc123", main)):
+        found = resolve_model(NAME, "cpu", revision=revision)
+        assert (found.path, found.revision) == (folder, revision)
+    shutil.copytree(tiny, nowhere / "ms" / "models" / NAME)
+    with pytest.raises(UserError, match="can't be had"):
+        resolve_model(NAME, "cpu", revision="v3")
+    with pytest.raises(UserError, match="revision v2 is for a model of the hub"):
+        resolve_model(str(tiny), "cpu", revision="v2")
+
+
+def test_a_download_asks_for_its_revision(monkeypatch, nowhere, tiny):
+    asked = {}
+    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(
+        huggingface_hub, "get_hf_file_metadata", lambda url, **_: asked.update(url=url)
+    )
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda name, **options: asked.update(options) or str(tiny),
+    )
+    found = resolve.ensure_local(resolve_model(NAME, "cpu", revision="v2"))
+    assert found.path == tiny and asked["revision"] == "v2" and "/v2/" in asked["url"]
+
+
 def test_an_incomplete_download_is_named(nowhere, tiny):
     (in_hub_cache(nowhere, tiny) / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"Hugging Face cache \(.*has no model.safetensors"):
@@ -108,7 +138,9 @@ def test_an_unreachable_endpoint_is_named_without_its_password(monkeypatch, nowh
     monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub_constants, "ENDPOINT", "http://me:canary99@127.0.0.1:9")
     monkeypatch.setattr(
-        huggingface_hub, "hf_hub_url", lambda name, file: f"{hub_constants.ENDPOINT}/{name}/{file}"
+        huggingface_hub,
+        "hf_hub_url",
+        lambda name, file, **_: f"{hub_constants.ENDPOINT}/{name}/{file}",
     )
     monkeypatch.setenv("HF_TOKEN", "hf_canarycanarycanary")
     with pytest.raises(UserError) as error:
@@ -121,7 +153,7 @@ def test_a_hub_that_never_answers_costs_seconds(monkeypatch, nowhere):
     monkeypatch.setattr(resolve, "HUB_TIMEOUT", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}/config.json"
-        monkeypatch.setattr(huggingface_hub, "hf_hub_url", lambda name, file: url)
+        monkeypatch.setattr(huggingface_hub, "hf_hub_url", lambda name, file, **_: url)
         start = time.monotonic()
         with pytest.raises(UserError, match="not reachable"):
             resolve_model(NAME, "cpu")

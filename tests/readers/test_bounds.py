@@ -3,17 +3,28 @@
 Each attack is read by a process of its own, which says how long it took and how large it grew.
 """
 
+import errno
 import gzip
+import json
 import os
 import resource
 import subprocess
 import sys
+import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import zstandard
 
+from finetuning.common.bounds import BROKEN, COLUMNS, LINES, NAME, NAMES, OPEN_FILES, RECORD, TEXT
+from finetuning.common.errors import UserError
+from finetuning.readers import arrow_samples, dataset, names, opening
+from finetuning.readers.dataset import read_samples
+from finetuning.readers.names import layout, meaning
+from tests.helpers.generated_records import outcome
+from tests.helpers.read_text import GOOD
 from tests.helpers.reading_cases import write_file
 
 ROOT = Path(__file__).parents[2]
@@ -160,3 +171,172 @@ def test_an_office_file_is_no_bomb(tmp_path, name, part, unit, mib):
     rest = parts_of(tmp_path / f"good{Path(name).suffix}", part)
     said = attacked(deflated(tmp_path / name, part, unit, mib, rest))
     assert "unpacks to" in said or "holds" in said or "samples" in said, said
+
+
+# ---- bounds of what is not packed ------------------------------------------------------------------
+
+
+def test_columns_are_bounded(tmp_path):
+    count = 20_000
+    header = ",".join(["question", "answer", *(f"c{i}" for i in range(count))])
+    (tmp_path / "a.csv").write_text(f"{header}\n问,答{',1' * count}\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"a.csv:1: 20,002 columns, more than 4,096 columns"):
+        read_samples([str(tmp_path / "a.csv")])
+    record = json.dumps(
+        {"question": "问", "answer": "答", **{f"c{i}": 1 for i in range(COLUMNS.limit)}}
+    )
+    (tmp_path / "b.jsonl").write_text(f"{record}\n{GOOD}\n", encoding="utf-8")
+    found = read_samples([str(tmp_path / "b.jsonl")])
+    assert len(found.samples) == 1 and "4,098 columns" in found.broken[0].reason
+
+
+def test_names_are_bounded():
+    """What is found out about names is kept for few of them, and of each a beginning is understood."""
+    before = names._kept_layout.cache_info().currsize
+    long = tuple(f"{i}{'x' * NAMES.limit}" for i in range(3))
+    assert layout(long).columns == {} and names._kept_layout.cache_info().currsize == before
+    assert meaning("x" * 10**7 + " answer") == meaning("x" * NAME.limit)
+
+
+def test_texts_are_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(opening, "TEXT", replace(TEXT, limit=1000))
+    monkeypatch.setattr(opening, "LINES", replace(LINES, limit=50))
+    for name, text, told in (
+        ("a.txt", "问：甲\n答：" + "乙" * 1000, "more than 1,000 characters of text"),
+        ("b.md", "\n" * 60, "60 lines, more than 50 lines"),
+        ("c.txt", "问：甲\n答：乙\n" + "\n" * 40, ""),
+    ):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        if told:
+            with pytest.raises(UserError, match=f"{name} holds {told}"):
+                read_samples([str(tmp_path / name)])
+        else:
+            assert len(read_samples([str(tmp_path / name)]).samples) == 1
+
+
+def test_broken_records_are_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "BROKEN", replace(BROKEN, limit=20))
+    (tmp_path / "a.jsonl").write_text("{\n" * 30 + GOOD, encoding="utf-8")
+    with pytest.raises(UserError, match=r"a.jsonl:1: more than 20 records from here on are broken"):
+        read_samples([str(tmp_path / "a.jsonl")])
+
+
+def test_a_line_of_csv_is_bounded(tmp_path):
+    (tmp_path / "a.csv").write_text(
+        f"question,answer\n问,{'答' * (RECORD.limit + 1)}\n", encoding="utf-8"
+    )
+    with pytest.raises(UserError, match=r"a.csv:2: a line longer than 16 MiB"):
+        read_samples([str(tmp_path / "a.csv")])
+
+
+@pytest.mark.parametrize("keys", [2000, 200_000])
+def test_a_record_with_a_key_twice_is_told_in_linear_time(tmp_path, keys):
+    record = ", ".join(f'"k{i}": 1' for i in (*range(keys), keys - 1))
+    (tmp_path / "a.jsonl").write_text(f"{{{record}}}\n{GOOD}\n", encoding="utf-8")
+    start = time.process_time()
+    found = read_samples([str(tmp_path / "a.jsonl")])
+    assert f"duplicate key 'k{keys - 1}'" in found.broken[0].reason
+    assert time.process_time() - start < 3
+
+
+RUNS = ["A" + " " * 40_000, "问题" + " " * 40_000 + "x", "密" * 40_000, "# " * 20_000]
+
+
+@pytest.mark.parametrize("text", RUNS, ids=range(len(RUNS)))
+@pytest.mark.parametrize("suffix", ["md", "txt", "csv", "jsonl"])
+def test_long_runs_take_linear_time(tmp_path, text, suffix):
+    if suffix == "jsonl":
+        content = json.dumps({"question": "问" + text, "thinking": text, "answer": text + "答"})
+    elif suffix == "csv":
+        content = f"question,answer\n问{text},{text}答\n"
+    else:
+        content = (
+            f"### Q1: 问{text}\n{text}\nA1: {text}答\n"
+            if suffix == "md"
+            else f"问：{text}甲\n{text}\n答：{text}乙"
+        )
+    (tmp_path / f"a.{suffix}").write_text(content, encoding="utf-8")
+    start = time.process_time()
+    outcome(tmp_path / f"a.{suffix}")
+    assert time.process_time() - start < 1
+
+
+def test_thousands_of_labelled_questions_take_linear_time(tmp_path):
+    spent = []
+    for count in (2000, 8000):
+        text = "".join(f"{i}、问：第{i}个？\n解析：想。\n答：第{i}个。\n\n" for i in range(count))
+        (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+        start = time.process_time()
+        assert len(read_samples([str(tmp_path / "a.txt")]).samples) == count
+        spent.append(time.process_time() - start)
+    assert spent[1] < 8 * spent[0], spent
+
+
+# ---- one broken sample, not the end -----------------------------------------------------------------
+
+
+def test_wrong_types_of_a_field_break_one_record(tmp_path):
+    values = [5, True, 1.5, "x", {"a": 1}, [1], [[1]], [["问"]], [["问", 5]], [{"role": 1}]]
+    roles = (
+        "history",
+        "messages",
+        "tools",
+        "system",
+        "thinking",
+        "options",
+        "context",
+        "difficulty",
+        "weight",
+    )
+    lines = [
+        json.dumps({"question": "问", "answer": "答", role: v}) for role in roles for v in values
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines, GOOD]), encoding="utf-8")
+    found = read_samples([str(tmp_path / "a.jsonl")])
+    assert len(found.samples) + len(found.broken) >= len(lines) // 2
+    assert "history must be a list of [question, answer] pairs" in found.broken[0].reason
+
+
+def test_what_python_can_not_hold_in_an_unused_column_is_no_fault(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    late = pa.array([10**18, 0], pa.timestamp("us"))
+    inside = pa.StructArray.from_arrays([late], ["made"])
+    table = pa.table(
+        {"question": ["问", "问二"], "answer": ["答", "答二"], "made": late, "more": inside}
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    found = read_samples([str(tmp_path / "a.parquet")])
+    assert [sample.answer for sample in found.samples] == ["答", "答二"] and not found.broken
+
+
+# ---- many files -------------------------------------------------------------------------------------
+
+
+def many_files(folder: Path, count: int, characters: int) -> Path:
+    folder.mkdir()
+    for i in range(count):
+        record = {"question": f"第{i}个问题？", "answer": "答" * characters}
+        (folder / f"{i}.jsonl").write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.slow
+def test_many_files_need_few_open_ones(tmp_path):
+    folder = many_files(tmp_path / "many", 1200, 2000)
+    assert "1200 samples" in attacked(folder, files=OPEN_FILES.limit + 32)
+
+
+def test_too_many_open_files_are_called_so(tmp_path, monkeypatch):
+    folder = many_files(tmp_path / "many", 2, 10)
+
+    def full(*arguments: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    for place, data in ((opening, 2**30), (arrow_samples, 1)):
+        with monkeypatch.context() as patch:
+            patch.setattr(dataset, "LARGE_DATA", data)
+            patch.setattr(place, "open", full, raising=False)
+            with pytest.raises(UserError, match=r"too many files are open.*ulimit -n"):
+                read_samples([str(folder)], cache_dir=tmp_path / "cache")

@@ -6,6 +6,7 @@ uv run pytest tests/runs/test_ask.py
 import io
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -207,3 +208,71 @@ def test_bad_input_is_one_clear_line(tmp_path, tiny_model, capsys):
         assert main(arguments) == 2
         said = capsys.readouterr().err
         assert expected in said and "Traceback" not in said and said.startswith("error:")
+
+
+# -----------------------------------------------------------------------------
+# A chat
+
+
+@pytest.fixture
+def replies(monkeypatch) -> list[list[dict]]:
+    """The conversations that the model was given; its reply is made of their length."""
+    given: list[list[dict]] = []
+
+    def generate(model, tokenizer, said, show, **settings) -> Reply:
+        given.append(list(said))
+        reply = Reply.__new__(Reply)
+        reply.text = {"thinking": f"想了{len(said)}", "answer": f"答{len(said)}"}
+        reply.num_tokens, reply.ended, reply.looped = 7, True, False
+        for part, text in reply.text.items():
+            show(part, text)
+        return reply
+
+    monkeypatch.setattr(ask, "generate", generate)
+    return given
+
+
+def test_a_chat_remembers_what_was_said_but_not_what_was_thought(replies):
+    screen = console()
+    chat = ask.Chat(None, None, Ask(system="简短"), screen)
+    chat.run(["一", "", "二", "/new", "三", "/exit", "四"])
+    first, second, third = replies
+    assert [m["content"] for m in first] == ["简短", "一"]
+    assert [m["content"] for m in second] == ["简短", "一", "答2", "二"]
+    assert [m["content"] for m in third] == ["简短", "三"]
+    assert "想了" not in str(replies)
+
+
+def test_thinking_is_folded_until_it_is_asked_for(replies):
+    screen = console()
+    ask.Chat(None, None, Ask(), screen).run(["一"])
+    shown = screen.file.getvalue()
+    assert "答1" in shown and "想了1" not in shown and "thought 3 characters" in shown
+    screen = console()
+    ask.Chat(None, None, Ask(), screen).run(["/thinking", "一", "/thinking", "/what"])
+    shown = screen.file.getvalue()
+    assert "想了1" in shown and "nothing was thought yet" in shown
+    assert shown.count(ask.CHAT_HELP) == 2, "an unknown command is answered with the known ones"
+
+
+def test_compare_in_a_chat_asks_both_the_last_question(replies, monkeypatch):
+    class Model:
+        def disable_adapter(self):
+            return nullcontext()
+
+    screen = console()
+    ask.Chat(Model(), None, Ask(), screen).run(["/compare", "一", "/compare", "二"])
+    assert [[m["content"] for m in said] for said in replies] == [
+        *(["一"], ["一"], ["一"]),
+        ["一", "答1", "二"],
+    ]
+    shown = screen.file.getvalue()
+    assert "there is no question yet" in shown and "base" in shown and "trained" in shown
+
+
+@pytest.mark.slow
+def test_a_chat_with_a_real_model_from_a_pipe(adapter, tiny_model, monkeypatch, capfd):
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{QUESTION}\n/exit\n"))
+    options = ["--adapter", str(adapter), "--device", "cpu", "--max-new-tokens", "4"]
+    assert main(options) == 0
+    assert "4 tokens" in capfd.readouterr().out

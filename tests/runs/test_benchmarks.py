@@ -23,6 +23,11 @@ CASE = json.dumps({"hidden": 64, "layers": 2, "vocab": 512, "tokens": 512})
 # (program and its arguments, what must stand in the last line)
 SHORT = [
     ("faults.faults_hf_trainer --only F16", '"F16 a gradient is NaN"'),
+    ("alert_quality --half judge --every 12", '"judge"'),
+    (
+        "alert_runs --only packed --seeds 1 --steps 3 --write FOLDER/runs.json.gz",
+        '{"runs": 1}',
+    ),
     ("forecast_quality FOLDER", "Cost:"),
     ("gpu_kernels --small --device cpu", '"gpu_kernels": [{"what": "q, k, v, forward"'),
     ("hardware_monitor", "read() while NVML hangs"),

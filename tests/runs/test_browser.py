@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from direct_finetuning_with_existing_modules import main
+from finetuning.events.address import PINNED, pinned_address
 from finetuning.events.metric_table import LAYOUT
 from tests.helpers.tensorboard_server import TensorBoardServer
 
@@ -134,8 +135,29 @@ def wait_until(page, condition: Callable[[], bool], what: str) -> None:
 # A finished run
 
 
+def test_the_first_screen_shows_what_matters(finished, page):
+    """By the address that a run prints: the losses on top, curves in them, and no line that is flat at 0."""
+    page.goto(pinned_address(finished.url))
+    page.wait_for_load_state("networkidle")
+    page.locator("card-view", has_text=PINNED[0]).first.wait_for()
+    settle(page)
+    height = page.viewport_size["height"]
+    cards = [c for c in page.locator("card-view").all() if c.bounding_box()["y"] < height - 200]
+    titles = ["".join(card.inner_text().split()) for card in cards]
+    names = [next(tag for tag in PINNED if title.startswith(tag)) for title in titles]
+    assert names[:4] == list(PINNED[:4])
+    (run,) = finished.get("runs")
+    for name, card in zip(names, cards, strict=True):
+        assert any(value for _, value in finished.scalars(run, name)), f"{name} is flat at 0"
+        assert card.locator("line-chart").count() == 1, name
+    assert (
+        "smoothing=0" in page.url or page.locator("input[type=number]").first.input_value() == "0"
+    )
+    assert not [tag for tag in finished.scalar_tags(run) if tag.startswith("Alerts/")]
+
+
 def test_charts_with_their_curves(finished, page):
-    tags = ["Training/Loss", "Thinking/Loss", "Eval/Loss", "Alerts/Loss_Spike"]
+    tags = ["Training/Loss", "Thinking/Loss", "Eval/Loss", "Monitoring/Alerts_Active"]
     open_tab(page, finished.url, "scalars", "tf-scalar-card")
     page.locator("tf-tag-filterer input").fill(f"^({'|'.join(tags)})$")
     page.locator("tf-scalar-card:visible", has_text=f"tag: {tags[0]}").first.wait_for()

@@ -158,9 +158,11 @@ def test_the_page_is_harmless_and_has_the_curves(output, tmp_path, capfd):
 
 def test_runs_of_several_directories_are_told_apart(output, tmp_path):
     make_run(tmp_path / "other", "20250101_000000", [1.0], seed=1)
-    names = labels(recorded(output, tmp_path / "other"))
+    names = labels(recorded(output, tmp_path / "other"), by_time=True)
     assert len(set(names)) == 3 and "other/20250101_000000" in names
-    assert labels(recorded(output)) == ["20250101_000000", "20250102_000000"]
+    assert labels(recorded(output), by_time=True) == ["20250101_000000", "20250102_000000"]
+    assert labels(recorded(output)) == ["learning_rate=1e-4", "learning_rate=3e-4"]
+    assert len(set(labels(recorded(output, tmp_path / "other")))) == 3
 
 
 def test_sparkline():

@@ -35,7 +35,7 @@ from finetuning.command_line import parse_command_line, read_config_file
 from finetuning.events.metric_table import METRICS, find_metric
 from finetuning.events.reading import read_histograms, read_metrics, read_run, read_texts
 from finetuning.monitoring import alerts
-from finetuning.monitoring.detectors import AlertLimits
+from finetuning.monitoring.detector_memory import AlertLimits
 from finetuning.readers.dataset import read_samples
 from tests.helpers import fake_hub
 from tests.helpers.program import run_program
@@ -154,15 +154,18 @@ OUTPUT = "qwen3_4b_thinking_output"
 
 def documented_tags() -> list[str]:
     """The first cells of the guide's generated tables."""
-    _, _, generated = TEXT[GUIDE].partition("<!-- tags: begin -->")
+    text = (ROOT / "docs" / "tags.md").read_text(encoding="utf-8")
+    _, _, generated = text.partition("<!-- tags: begin -->")
     return re.findall(r"^\| `([^`]+)` \|", generated, re.MULTILINE)
 
 
 def emitted_tags(sandbox: Path) -> set[str]:
-    """Every tag of the run's event files."""
+    """Every tag of the run's event files, and of metrics.jsonl."""
     (run_dir,) = (sandbox / OUTPUT / "tensorboard_logs").iterdir()
+    lines = read_metrics(sandbox / OUTPUT / "training_logs" / run_dir.name / "metrics.jsonl")
+    numbers = {tag for line in lines for tag in line["metrics"]}
     images = EventAccumulator(str(run_dir)).Reload().Tags()["images"]
-    return {*read_run(run_dir), *read_texts(run_dir), *read_histograms(run_dir), *images}
+    return {*numbers, *read_run(run_dir), *read_texts(run_dir), *read_histograms(run_dir), *images}
 
 
 def test_the_guide_is_generated_from_the_metric_table(tmp_path: Path):
@@ -216,6 +219,9 @@ LIMITS = {
     "Overfitting": ("overfit",),
     "Forgetting": ("forgotten",),
     "Slow_Rank": ("straggler",),
+    "Saturation": ("saturated",),
+    "Source_Regression": ("source_worse",),
+    "Clipping": ("clipped_share", "clipped_times"),
 }
 
 

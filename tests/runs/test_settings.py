@@ -41,7 +41,9 @@ from finetuning.runs.build import build_engine, build_evaluator
 from finetuning.runs.metrics import MetricsProcessor
 from finetuning.runs.plan import RunPlan, plan_run
 from finetuning.runs.record import RunRecord
+from finetuning.runs.session import SessionStart, open_run
 from finetuning.training.engine import TrainingEngine
+from finetuning.training.state import TrainState
 
 FIELDS = {f.name: f for f in dataclasses.fields(DirectTrainingConfig)}
 
@@ -523,6 +525,16 @@ def has_written(world: World, config: Config) -> str:
     return directory.name if is_there else "nothing"
 
 
+def named(world: World, config: Config) -> bool:
+    """Whether a run's directory ends with the name that it was given."""
+    place = world.folder / f"named-{config.run_name}"
+    place.mkdir(exist_ok=True)
+    start = SessionStart(None, "", TrainState())
+    output = replace(config, output_dir=str(place))
+    dist = init_distributed("cpu", 60)
+    return open_run(start, output, dist, Terminal(quiet=True), 0).name.endswith("_quick")
+
+
 # -----------------------------------------------------------------------------
 # The table
 
@@ -585,6 +597,7 @@ ROWS = [
         lambda world, config: world.plan(config).inputs.model.path.name,
         "other-model",
     ),
+    Row("revision", "v2", refused_plan, says("revision v2 is for a model of the hub")),
     Row("init_adapter", lambda world: str(world.adapter), starts_from_the_adapter, True),
     Row("precision", "bf16", frozen_types, {torch.bfloat16}),
     Row("precision", "fp32", type_on_a_gpu, torch.float32),
@@ -724,6 +737,7 @@ ROWS = [
         "elsewhere",
         slow=True,
     ),
+    Row("run_name", "quick", named, True),
     Row("logging_steps", 3, curve("Training/Loss"), [3, 6, 7], slow=True),
     Row("save_steps", 2, saved, {"checkpoint-4", "checkpoint-6", "checkpoint-7"}, slow=True),
     Row("save_steps", 2, checkpoints_due, [2, 4, 6, 8, 10, 12]),

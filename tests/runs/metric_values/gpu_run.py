@@ -17,7 +17,7 @@ from finetuning.runs.metrics import MetricsProcessor
 from finetuning.runs.plan import plan_run
 from finetuning.runs.record import RunRecord
 from tests.helpers import fake_nvml
-from tests.helpers.checked_values import Ledger, Values
+from tests.helpers.checked_values import Ledger, Values, table_rows
 from tests.helpers.hand_machine import MB, HandMachine, Reading
 from tests.helpers.pretended_gpus import (
     Device,
@@ -277,10 +277,36 @@ def gauges_of_gpus(gpus: GpuRun) -> None:
         assert {0, 1, 2} <= set(series["Throttle_Reasons"].values())
         for name, points in series.items():
             gpus.values.scalars(f"GPU_{gpu}/{name}", points)
-        for name, value in gpu_gauges(gpu, len(POINTS)).items():
-            gpus.values.scalars(f"Final_GPU_{gpu}/{name}", {LAST: value})
+        check_end(gpus, gpu, {name: list(points.values()) for name, points in series.items()})
     gpus.values.scalars("GPU_8/Temperature_C", dict.fromkeys(POINTS, 51))  # of another node
-    gpus.values.scalars("Final_GPU_8/Temperature_C", {LAST: 51})
+    for name in ("Temperature_C", "Temperature_C_Max"):
+        gpus.values.scalars(f"Final_GPU_8/{name}", {LAST: 51})
+
+
+def check_end(gpus: GpuRun, gpu: int, series: dict[str, list[float]]) -> None:
+    """Means and peaks over all logged steps, not the last reading."""
+    means = ("Utilization_Percent", "Memory_Usage_Percent", "Temperature_C", "Power_W")
+    expected = {name: fmean(series[name]) for name in (*means, "SM_Clock_MHz")}
+    expected |= {f"{name}_Max": max(series[name]) for name in (*means[1:], "Throttle_Reasons")}
+    expected |= {
+        "Utilization_Percent_Max": max(series["Utilization_Percent_Max"]),
+        "Energy_J": series["Energy_J"][-1],
+    }
+    for name, value in expected.items():
+        gpus.values.scalars(f"Final_GPU_{gpu}/{name}", {LAST: value})
+
+
+def what_slowed_the_gpus(gpus: GpuRun) -> None:
+    rows = []
+    for gpu in (0, 1):
+        looks = {step: gpu_gauges(gpu, read) for read, step in enumerate(POINTS)}
+        for name in sorted(THROTTLED):
+            slowed = [step for step, look in looks.items() if look[f"Throttle_{name}"]]
+            if slowed:
+                words, share = name.replace("_", " "), f"{len(slowed)} of {len(POINTS)}"
+                rows.append([str(gpu), words, share, str(slowed[0])])
+    assert len(rows) > 1, "nothing to see"
+    gpus.values.texts("GPU/Throttling", {LAST: rows}, table_rows)
 
 
 def convergence_on_a_known_curve(gpus: GpuRun) -> None:
@@ -297,19 +323,19 @@ def convergence_on_a_known_curve(gpus: GpuRun) -> None:
     ends = {"Low": score * (1 - 1.2816 * 0.03), "High": min(1.0, score * (1 + 1.2816 * 0.03))}
     for end, value in ends.items():
         values.scalars_at(f"Monitoring/Convergence_Score_{end}", {HALF: value}, rel=0.005)
-    forecast, fall = curve(LAST + 2), start - now
+    # The forecast is of the last twentieth of the run.
+    forecast, fall = FLOOR + FALL * math.exp(-0.975 * LAST / TAU), start - now
     close = {"rel": 0, "abs": 0.005 * fall}
-    values.scalars_at(
-        "Monitoring/Forecast_Final_Loss", {HALF: forecast, LAST: curve(LAST)}, **close
-    )
-    spread = 1.2816 * 0.03 * fall  # for up to a doubling of the run
+    values.scalars_at("Monitoring/Forecast_Final_Loss", {HALF: forecast, LAST: forecast}, **close)
+    spread = 1.2816 * 0.018 * fall  # of what no model knows; the models agree on such a curve
     for end, sign in (("Low", -1), ("High", 1)):
         tag = f"Monitoring/Forecast_Final_Loss_{end}"
         values.scalars_at(tag, {HALF: forecast + sign * spread}, rel=0, abs=0.01 * fall)
     target = start - 0.99 * (start - FLOOR)
     left = -TAU * math.log((target - FLOOR) / FALL) - HALF
     assert left > 20
-    values.scalars_at("Monitoring/Steps_To_99_Percent", {HALF: left}, rel=0.05)
+    # The median over models, which differ more about so small a rest than about the loss.
+    values.scalars_at("Monitoring/Steps_To_99_Percent", {HALF: left}, rel=0.25)
 
 
 def trend_of_the_loss(gpus: GpuRun) -> None:
@@ -325,12 +351,12 @@ def trend_of_the_loss(gpus: GpuRun) -> None:
 
 def monitoring_at_the_end(gpus: GpuRun) -> None:
     """The newest points once more."""
-    for tag in gpus.values.family("scalar", "Final_Monitoring/<name>"):
+    for tag in gpus.values.beginning("Final_Monitoring/"):
         newest = gpus.values.last(tag.removeprefix("Final_"))
         gpus.values.scalars(tag, {LAST: newest})
     names = ("Convergence_Score", "Loss_Trend", "Forecast_Final_Loss", "Forecast_Final_Loss_Low")
     for name in names:
-        assert f"Final_Monitoring/{name}" in gpus.values.family("scalar", "Final_Monitoring/<name>")
+        assert f"Final_Monitoring/{name}" in gpus.values.beginning("Final_Monitoring/")
 
 
 CHECKS = (
@@ -339,6 +365,7 @@ CHECKS = (
     rates_of_two_ranks,
     memory_of_the_device,
     gauges_of_gpus,
+    what_slowed_the_gpus,
     convergence_on_a_known_curve,
     trend_of_the_loss,
     monitoring_at_the_end,

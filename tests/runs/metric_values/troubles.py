@@ -1,6 +1,7 @@
 """One trouble after the other, each with the alert that it raises and the step at which it does."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,11 +67,11 @@ def plain_scenes() -> list[Scene]:
         Scene(
             [
                 *of("Monitoring/NonFinite_Steps", 0, 2, 2),
-                *of("Training/Gradient_Norm", math.inf, *[1] * 10, 4.9, 5.1, 1),
+                *of("Training/Gradient_Norm", math.inf, *[1] * 16, 4.9, 5.1, 1),
             ],
             {
-                "NonFinite": [0, 1, 0, 1, *[0] * 13],
-                "Gradient_Explosion": [0] * 15 + [1, 0],  # five times the usual
+                "NonFinite": [0, 1, 0, 1, *[0] * 19],
+                "Gradient_Explosion": [0] * 21 + [1, 0],  # five times the usual
             },
         ),
         Scene(
@@ -80,17 +81,37 @@ def plain_scenes() -> list[Scene]:
     ]
 
 
+def scenes_of_learning() -> list[Scene]:
+    """What is learned by heart, forgotten, contradicted, left at zero, clipped."""
+    source, adapter = "Training/By_Source/", "LoRA/{}/Update_Ratio"
+    worse = [{f"{source}a": 1.0, f"{source}b": b} for b in [1.0] * 20 + [1.3] * 8 + [1.0] * 4]
+    ratios = [{adapter.format("q_proj"): 0.1, adapter.format("k_proj"): k} for k in (0, 0, 0, 0.05)]
+    return [
+        Scene(of("Training/Token_Accuracy", *[0.996] * 10, 0.99), {"Saturation": [0] * 9 + [1, 0]}),
+        # The mean of ten but the highest and the lowest: six of eight are 0.3 higher.
+        Scene(worse, {"Source_Regression": [0] * 26 + [1] * 5 + [0]}),
+        Scene(ratios, {"Dead_Adapter": [0, 1, 1, 0]}),
+        # Two of fifty are not longer than 1: the scenes before left 1, 4.9, 5.1, 1 as the last four.
+        Scene(
+            of("Training/Gradient_Norm", *[6] * 50, 1, 1, 1),
+            {"Clipping": [0] * 45 + [1] * 7 + [0]},
+        ),
+    ]
+
+
 def scene_of_losses() -> Scene:
     """A spike; a jump that is a spike at first and a divergence later; no progress for 200 losses; then some,
     while the held-out loss rises."""
-    losses = [*[2.0] * 20, 2.49, 2.51, *[2.0] * 38, *[2.7] * 12, *[2.0] * 128]
+    losses = [*[2.0] * 20, 2.49, 2.51, *[2.0] * 38, *[3.0] * 12, *[2.0] * 128]
     assert len(losses) == 200
     rows = of("Training/Loss", *losses, *[1.9] * 15, *[1.8] * 15)
     spike, divergence, stagnation = ([0] * len(rows) for _ in range(3))
     spike[21] = 1
-    spike[60:64] = [1] * 4  # until half of the last seven losses are as high
-    divergence[67:79] = [1] * 12  # half of the last 15 are
-    stagnation[199:207] = [1] * 8  # until half of the last 15 are better
+    spike[60:62] = [1] * 2  # until two losses before it were as high
+    divergence[62:78] = [1] * 16  # from the third on, until less than 9 of the last 15 are
+    stagnation[199:207] = [
+        1
+    ] * 8  # until 8 of 30 are better, of which the three lowest do not count
     rows[210]["Eval/Loss"] = 1.0
     for at in (224, 226):  # twice more than 2% above the best, and the training loss has fallen
         rows[at]["Eval/Loss"] = 1.03
@@ -124,11 +145,15 @@ TOLD = {
     "NonFinite": (1, 2, 0),
     "Gradient_Explosion": (1, 5.1, 5),
     "Thinking_Collapse": (1, 0.59, 0.6),
-    "Loss_Spike": (2, 2.7, LIMIT_OF_LOSS_SPIKE),
-    "Divergence": (1, 2.7, 2.6),
+    "Loss_Spike": (2, 3, LIMIT_OF_LOSS_SPIKE),
+    "Divergence": (1, 3, 2.739),  # a tenth above the highest but one before
     "Stagnation": (1, 0, 0.01),
     "Overfitting": (1, 1.03, 1.02),
     "Memory_Leak": (1, 192, 50),  # over the 24 pairs of the last half
+    "Saturation": (1, 0.996, 0.995),
+    "Source_Regression": (1, 0.225, 0.2),
+    "Dead_Adapter": (1, 0, 1e-7),
+    "Clipping": (1, 6, 5),
 }
 
 
@@ -149,7 +174,7 @@ class Troubles:
 
 def do_troubles(ledger: Ledger, folder: Path) -> Troubles:
     run = new_run(folder)
-    scenes = [*plain_scenes(), scene_of_losses(), scene_of_a_leak()]
+    scenes = [*plain_scenes(), *scenes_of_learning(), scene_of_losses(), scene_of_a_leak()]
     record = RunRecord(
         run,
         tb_logger.TensorBoardLogger(run.tensorboard),
@@ -159,6 +184,7 @@ def do_troubles(ledger: Ledger, folder: Path) -> Troubles:
         alert_actions={},
         warn=lambda text: None,
     )
+    record.cite({"max_grad_norm": 1.0})
     for step, row in enumerate((row for scene in scenes for row in scene.rows), start=1):
         record.log(step, row)
     record.close("success")
@@ -167,11 +193,17 @@ def do_troubles(ledger: Ledger, folder: Path) -> Troubles:
 
 def alerts_at_every_step(troubles: Troubles) -> None:
     total = sum(len(scene.rows) for scene in troubles.scenes)
+    active = Counter(dict.fromkeys(range(1, total + 1), 0))
     for name in TOLD:
-        expected = dict.fromkeys(range(1, total + 1), 0.0)
+        every = dict.fromkeys(range(1, total + 1), 0.0)
         for first, scene in troubles.steps():
-            expected |= by_step(scene.raised.get(name, []), first)
+            every |= by_step(scene.raised.get(name, []), first)
+        active.update(every)
+        begun = min(step for step, raised in every.items() if raised)
+        expected = {step: raised for step, raised in every.items() if step >= begun}
         troubles.values.scalars(f"Alerts/{name}", expected)
+    assert 0 < sum(map(bool, active.values())) < total, "nothing to count"
+    troubles.values.scalars("Monitoring/Alerts_Active", dict(active))
     assert set(TOLD) == {t.partition("/")[2] for t in troubles.values.beginning("Alerts/")}
 
 
@@ -192,7 +224,7 @@ def the_table_of_alerts(troubles: Troubles) -> None:
             value = LIMIT_OF_LOSS_SPIKE + 0.01
         rows[name] = (name, rows[name], value, limit)
         expected[step] = list(rows.values())
-    assert len(expected) == 15
+    assert len(expected) == 18
 
     def table(text: str) -> list[tuple]:
         return [

@@ -1,0 +1,113 @@
+"""What to do about an alert, with the run's own settings in it, and what would end it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from finetuning.common.formatting import four_digits
+from finetuning.monitoring.detector_memory import Finding
+
+ADVICE = {
+    "Gradient_Explosion": "Look at the samples of this step. If there are more of them, lower the learning "
+    "rate{rate} or lengthen the warm-up{warmup}, and keep max_grad_norm at 1.0 or less{clip}.",
+    "Loss_Spike": "Look at the samples of this step for broken or foreign text. If spikes repeat, "
+    "lower the learning rate{rate} or shuffle the data better.",
+    "NonFinite": "Look at the samples of this step and at the precision{precision}: use bf16 or fp32, not "
+    "fp16. If it goes on, lower the learning rate{rate} and resume from the last checkpoint.",
+    "Stagnation": "Check that the targets are not masked away (Dataset/Mask_Audit) and that the adapter gets "
+    "gradients. Then raise the learning rate{faster} or lora_r{rank}.",
+    "Divergence": "Stop, resume from the checkpoint before the rise and lower the learning rate "
+    "by a factor of 2 to 5{rate}.",
+    "Memory_Leak": "Something keeps objects from step to step. Look for tensors kept with their "
+    "graph (use .item() or .detach()) and for growing lists or caches in the data reader.",
+    "GPU_Overheat": "Check fans, air flow and dust, or lower the power limit "
+    "(nvidia-smi -pl WATTS).",
+    "Low_GPU_Utilization": "The named phase holds the GPU up. data: tokenize beforehand or use "
+    "more workers; logging: log less often; forward_backward: larger batches{batch} or packing.",
+    "OOM_Risk": "Lower the tokens per micro-batch{batch} or max_seq_length{length}, or turn on gradient "
+    "checkpointing; raise the accumulation to keep the batch.",
+    "Data_Starvation": "The GPU waits for data. Tokenize beforehand, use more workers{workers} or move "
+    "the files to a faster disk.",
+    "Thinking_Collapse": "The model stops thinking or closing its thought. Stop, go back to the "
+    "checkpoint before, and check that the data holds full reasoning and </think>.",
+    "Overfitting": "Stop here and keep the checkpoint with the lowest held-out loss. Fewer epochs{epochs}, "
+    "more data or dropout{dropout} help.",
+    "Slow_Rank": "One rank holds up all others. Compare temperature, clocks and other processes "
+    "of its GPU, and its share of long samples.",
+    "Saturation": "The training data are learned by heart; more steps on them teach nothing. Stop, take "
+    "fewer epochs{epochs} or more data.",
+    "Forgetting": "The model answers general questions worse than its base. Lower the learning rate{rate}, "
+    "train fewer epochs{epochs}, hold it with --kl-anchor 0.1, or mix general data in (--data-path, "
+    "--data-weights).",
+    "Source_Regression": "Look at the samples of this source: they may contradict the others, or be damaged. "
+    "Leave it out or weigh it (--data-weights), and compare the two runs.",
+    "Dead_Adapter": "These adapters do not learn. Check --target-modules and that their layers are used by "
+    "this model; a frozen group can be left out.",
+    "Clipping": "The clipping, not the gradient, sets the size of each step. Raise max_grad_norm{clip} to "
+    "the usual norm, or lengthen the warm-up{warmup}.",
+}
+ENDS = {  # of what the value is; it ends on the other side of the threshold
+    "Gradient_Explosion": "the gradient norm is below",
+    "Loss_Spike": "the loss is below",
+    "Divergence": "the smoothed loss is below",
+    "Memory_Leak": "the growth stops, or is below (MB)",
+    "GPU_Overheat": "the temperature is below 80 °C; it began at",
+    "Low_GPU_Utilization": "the GPU is busy for more than (%)",
+    "OOM_Risk": "the memory in use is 3 points below (%)",
+    "Data_Starvation": "data take less than this share of a step:",
+    "Overfitting": "the held-out loss is below",
+    "Slow_Rank": "the slowest rank is behind by less than (%)",
+    "Saturation": "one of ten logged accuracies is below",
+    "Forgetting": "the loss on general text is below",
+    "Source_Regression": "the rise of this source's loss is below",
+    "Dead_Adapter": "each group's update ratio is above",
+    "Clipping": "the usual norm is below this many times the limit:",
+}
+
+
+def advice(name: str, settings: Mapping) -> str:
+    """What to do about an alert, with the run's settings where they are known."""
+    return ADVICE[name].format_map({place: text(settings) for place, text in PLACES.items()})
+
+
+def ending(name: str, finding: Finding) -> str:
+    """What would end it, in one sentence."""
+    form = finding.evidence.get("form") or finding.evidence.get("metric")
+    what = {
+        "NonFinite": "the next finite step",
+        "Stagnation": "a lower smoothed loss",
+        "Thinking_Collapse": f"{form} at or above {four_digits(finding.threshold)}",
+    }
+    if name in what:
+        return f"It ends with {what[name]}."
+    return f"It ends when {ENDS[name]} {four_digits(finding.threshold)}."
+
+
+def _setting(name: str, change=None):
+    """ " (it is VALUE)", or " (it is VALUE; try --name CHANGED)"; nothing where the setting is not known."""
+
+    def text(settings: Mapping) -> str:
+        value = settings.get(name)
+        if value is None or value == "":
+            return ""
+        other = change(value) if change and isinstance(value, (int, float)) else None
+        more = f"; try --{name.replace('_', '-')} {other:.2g}" if other is not None else ""
+        shown = f"{value:g}" if isinstance(value, (int, float)) else str(value)
+        return f" (it is {shown}{more})"
+
+    return text
+
+
+PLACES = {
+    "rate": _setting("learning_rate", lambda rate: rate / 3),
+    "faster": _setting("learning_rate", lambda rate: rate * 3),
+    "warmup": _setting("warmup_ratio", lambda ratio: max(2 * ratio, 0.05)),
+    "clip": _setting("max_grad_norm"),
+    "rank": _setting("lora_r", lambda rank: 2 * rank if rank else None),
+    "precision": _setting("precision"),
+    "batch": _setting("batch_size"),
+    "length": _setting("max_seq_length"),
+    "workers": _setting("workers"),
+    "epochs": _setting("num_epochs", lambda epochs: max(1.0, epochs / 2)),
+    "dropout": _setting("lora_dropout", lambda dropout: max(2 * dropout, 0.05)),
+}

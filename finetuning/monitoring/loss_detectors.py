@@ -1,0 +1,253 @@
+"""Detectors of trouble with the training loss and the gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from statistics import fmean, median, pstdev
+
+from finetuning.monitoring.detector_memory import KEEP, DetectorMemory, Finding, Verdict, finite
+from finetuning.monitoring.usual_rows import unusual
+
+SMOOTH = 15  # logged losses of the smoothed one
+LONG = 30  # of the one that tells whether a run has learned anything
+AT_ONCE = 3  # logged losses in a row, all above whatever was usual, that are no spike any more
+ROWS_Z = 4.0  # sigma above steps with such rows; those vary less than steps of all kinds
+ENOUGH = 16  # logged values before one can be called unusual
+CLIPPED = 50  # logged norms that say whether clipping is the rule
+
+
+def gradient_explosion(memory: DetectorMemory, metrics: Mapping) -> Verdict:
+    """A gradient norm far above the usual: robust z-score of its log, its ratio, its like, and any before.
+
+    (log g - median) / (1.4826 MAD), MAD >= 0.1. A norm of exactly 0, where nothing was to be learned, is
+    left aside.
+    """
+    norm = metrics.get("Training/Gradient_Norm")
+    if norm is None or not math.isfinite(norm) or norm <= 0:
+        return KEEP
+    before = memory.series.get("log_gradient", [])
+    rows = unusual(memory, metrics, "Training/Gradient_Norm", norm)
+    log = math.log(norm)
+    memory.remember("log_gradient", log)
+    if len(before) < ENOUGH:
+        return None
+    centre = median(before)
+    scale = 1.4826 * max(0.1, median(abs(x - centre) for x in before))
+    least = math.log(memory.limits.gradient_ratio)
+    limit = max(memory.limits.gradient_z * scale, least, _highest(before) - centre + 0.5 * least)
+    if log - centre <= limit or rows <= least:
+        return None
+    return Finding(norm, math.exp(centre + limit), {"usual norm": math.exp(centre)})
+
+
+def _highest(logs: Sequence[float]) -> float:
+    """The highest but one: a single earlier outlier does not hide a second one."""
+    return sorted(logs)[-2]
+
+
+def clipping(memory: DetectorMemory, metrics: Mapping) -> Verdict:
+    """Nearly every gradient is far longer than the limit that it is clipped to, over the last 50 norms.
+
+    So the limit, and not the gradient, says how long a step is.
+    """
+    norm, most = finite(metrics, "Training/Gradient_Norm"), memory.settings.get("max_grad_norm")
+    if norm is None or not most:
+        return KEEP
+    recent = memory.remember("norm", norm, keep=CLIPPED)
+    share = sum(x > most for x in recent) / len(recent)
+    times = median(recent) / most
+    limit = memory.limits.clipped_times
+    if len(recent) < CLIPPED or share < memory.limits.clipped_share or times <= limit:
+        return None
+    return Finding(times, limit, {"share of steps clipped": share, "max_grad_norm": most})
+
+
+def loss_spike(memory: DetectorMemory, metrics: Mapping) -> Verdict:
+    """One loss far above the losses just before it, above its like, and above any before.
+
+    Far: six sigma above the losses before it (`is_spike`), or four above steps with such rows.
+    """
+    loss = training_loss(memory, metrics)
+    if loss is None:
+        return KEEP
+    losses = memory.series.get("loss", [])
+    rows = memory.marks["rows"] = min(unusual(memory, metrics, "Training/Loss", loss), 1e6)
+    before, z, ratio = losses[-31:], memory.limits.spike_z, memory.limits.spike_ratio
+    if len(before) < ENOUGH:
+        return None
+    known = memory.series.get("unusual", [])  # how far the steps before lay above their like
+    spread = 1.4826 * median(map(abs, known)) if len(known) >= ENOUGH else math.inf
+    usual, highest = median(before[-7:]), math.exp(_highest([_log(x) for x in losses]))
+    limit = usual * max(ratio, math.exp(z * log_noise(before)))
+    if rows < 50 and spread < 10:  # such rows are known, and their noise
+        limit = min(limit, loss / math.exp(rows) * max(ratio, math.exp(ROWS_Z * spread)))
+    limit = max(limit, highest * ratio**0.5)
+    if loss <= limit or rows <= math.log(ratio):
+        return None
+    return Finding(loss, limit, {"usual loss": usual})
+
+
+def is_spike(loss: float, before: list[float], z: float = 6.0, ratio: float = 1.25) -> bool:
+    """Is `loss` far above the losses `before` it, more than noise and trend explain?
+
+    True where log(loss) - median of the last seven logs exceeds both log(ratio) and z sigma.
+    """
+    height = _log(loss) - median(_log(x) for x in before[-7:])
+    return height > max(z * log_noise(before), math.log(ratio))
+
+
+def log_noise(losses: Sequence[float]) -> float:
+    """Sigma of the log loss from neighbours: 1.4826 median|difference| / sqrt(2), at least 0.01.
+
+    Differences, so that a falling loss is not taken for a noisy one; the median, so that a spike
+    does not hide itself (Hampel 1974).
+    """
+    logs = [_log(x) for x in losses]
+    steps = [abs(b - a) for a, b in pairwise(logs)]
+    return max(0.01, 1.4826 * median(steps) / math.sqrt(2))
+
+
+def _log(value: float) -> float:
+    return math.log(max(value, 1e-12))
+
+
+def training_loss(memory: DetectorMemory, metrics: Mapping) -> float | None:
+    """A loss to compare with others by ratio. A run with a negative one has another objective, and none."""
+    value = finite(metrics, "Training/Loss")
+    if value is not None and value < 0:
+        memory.marks["negative"] = 1.0
+    return None if value is None or memory.marks.get("negative") else value
+
+
+def non_finite(memory: DetectorMemory, metrics: Mapping) -> Verdict:
+    """A loss or gradient norm that is no number, or a suppressed update since the last log."""
+    for name in ("Training/Loss", "Training/Gradient_Norm"):
+        value = metrics.get(name)
+        if value is not None and not math.isfinite(value):
+            return Finding(value, 0.0, {"metric": name})
+    counted = metrics.get("Monitoring/NonFinite_Steps", 0.0)
+    known = memory.marks.get("nonfinite", 0.0)
+    memory.marks["nonfinite"] = counted
+    if counted > known:
+        return Finding(counted, known, {"metric": "Monitoring/NonFinite_Steps"})
+    return None
+
+
+def _follow_loss(memory: DetectorMemory, metrics: Mapping) -> bool:
+    """Keep the smoothed loss, its start, its best and when it was reached. False without a loss.
+
+    Smoothed: the mean of the last 15 logged losses. It runs first among the detectors of the loss,
+    `loss_spike` excepted, which needs the losses before this one.
+    """
+    loss = training_loss(memory, metrics)
+    if loss is None:
+        return False
+    marks = memory.marks
+    level = middle(memory.remember("loss", loss)[-SMOOTH:])
+    marks["count"] = count = marks.get("count", 0) + 1
+    rate = finite(metrics, "Training/Learning_Rate")
+    if rate is not None:
+        rising = rate > marks.get("rate", math.inf)
+        marks["warm"] = marks.get("warm", 0) + (
+            not rising
+        )  # logged losses since the rate has risen
+        marks["rate"], marks["peak_rate"] = rate, max(rate, marks.get("peak_rate", 0.0))
+    else:
+        marks["warm"] = marks.get("warm", 0) + 1
+    if count < SMOOTH:
+        return False
+    marks["level"] = level
+    marks["start"] = max(level, marks.get("start", level)) if count <= 45 else marks["start"]
+    if count >= LONG:
+        calm = fmean(sorted(memory.series["loss"][-LONG:])[LONG // 10 : -(LONG // 10)])
+        marks["calm"], marks["first"] = calm, marks.get("first", calm)
+        marks["lowest"] = min(calm, marks.get("lowest", calm))
+    if level < marks.get("best", math.inf) - 0.005 * marks["start"]:
+        promised = finite(metrics, "Monitoring/Forecast_Final_Loss_High")
+        marks |= {"best": level, "best_at": count}
+        if promised is not None:
+            marks["promised"] = promised
+    return True
+
+
+def middle(losses: Sequence[float]) -> float:
+    """The mean without the highest and the lowest: of two kinds of rows it moves little by chance."""
+    return fmean(sorted(losses)[1:-1]) if len(losses) > 2 else fmean(losses)
+
+
+def divergence(memory: DetectorMemory, metrics: Mapping) -> Verdict:
+    """The loss has risen for good, more than the noise of such rows explains; at once or slowly.
+
+    At once: three losses in a row above any of the 61 before them. Slowly: the smoothed loss is above its
+    best by a share and by six of its standard errors.
+    """
+    if not _follow_loss(memory, metrics):
+        return KEEP
+    marks, losses = memory.marks, memory.series["loss"]
+    best, before = marks["best"], losses[:-AT_ONCE]
+    share = memory.limits.divergence
+    lasting = memory.remember("unusual", marks.get("rows", math.inf), keep=31)
+    if len(before) >= ENOUGH:
+        limit = max((1 + share) * median(before[-SMOOTH:]), (1 + share / 3) * sorted(before)[-2])
+        sudden = min(losses[-AT_ONCE:])
+        if sudden > limit and min(lasting[-AT_ONCE:]) > math.log(1 + share / 3):
+            marks["diverged"] = limit
+            return Finding(sudden, limit, {"best smoothed loss": best})
+    now = median(losses[-AT_ONCE:])
+    if marks.get("diverged") and now > marks["diverged"]:
+        return Finding(now, marks["diverged"], {"best smoothed loss": best})
+    marks["diverged"] = 0.0
+    usual = losses[:-SMOOTH] if len(losses) >= 3 * SMOOTH else losses
+    error = pstdev(usual) / math.sqrt(SMOOTH)
+    limit = best + max(share * best, 6 * error, 0.02 * marks["start"])
+    if marks["level"] <= limit:
+        return None
+    return Finding(marks["level"], limit, {"best smoothed loss": best})
+
+
+def stagnation(memory: DetectorMemory, metrics: Mapping) -> Verdict:
+    """No progress while the learning rate could still give some; two forms.
+
+    Stuck: the loss has hardly fallen from its start (`_stuck`) after `patience` logged losses at a rate
+    that no longer rises (three times as many while less than a tenth of it is spent), or after 40 when a
+    quarter of it is spent. Stalled: no better loss for `patience` logged losses and half the run, well
+    above what the forecast promised when the last progress was made, at a rate over a third of its
+    peak. A flat loss at the forecast is convergence, and a flat loss at the end of the schedule is the
+    end: neither is reported.
+    """
+    marks = memory.marks
+    if training_loss(memory, metrics) is None or "level" not in marks:
+        return KEEP
+    count, rate, patience = marks["count"], marks.get("rate", 1.0), memory.limits.patience
+    spent = 1 - rate / (marks.get("peak_rate") or 1.0)
+    warm = marks["warm"]
+    long = 0 < spent < 0.1  # it has just begun to fall: most of the run is to come
+    old_enough = warm >= (3 if long else 1) * patience or (warm >= 40 and spent >= 0.25)
+    old_enough |= count >= 5 * patience
+    if old_enough and (stuck := _stuck(memory)):
+        return stuck
+    since = count - marks["best_at"]
+    promised = marks.get("promised", math.inf) + 0.01 * marks["start"]
+    stalled = since >= max(patience, count / 2) and spent < 2 / 3 and marks["best"] > promised
+    if not stalled:
+        return None
+    return Finding(marks["level"], promised, {"form": "stalled", "logged losses": int(since)})
+
+
+def _stuck(memory: DetectorMemory) -> Finding | None:
+    """The mean of 30 losses lies within a share of the first one, or within its noise; it always did.
+
+    Noise: 1.5 standard errors, three times the share at most. Always: the lowest of many means may be lower
+    by half as much again, by chance.
+    """
+    marks = memory.marks
+    if "first" not in marks:
+        return None
+    first = marks["first"]
+    fall, most = ((1 - marks[name] / first if first else 0.0) for name in ("calm", "lowest"))
+    error = log_noise(memory.series["loss"]) / math.sqrt(LONG)
+    limit = max(memory.limits.stuck, min(1.5 * error, 3 * memory.limits.stuck))
+    stuck = fall < limit and most < 1.5 * limit
+    return Finding(fall, limit, {"form": "stuck since the start"}) if stuck else None

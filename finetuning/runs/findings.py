@@ -1,0 +1,282 @@
+"""What a run's record says to do next: at most five findings in plain words, with evidence and a command.
+
+Each kind is a function of a recorded run that returns a finding or None. They come in the order of what costs
+most to leave as it is.
+"""
+
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from statistics import fmean
+from typing import Any
+
+from finetuning.common.formatting import four_digits
+from finetuning.common.text import REDACTED
+from finetuning.config import COMMANDS, DirectTrainingConfig
+from finetuning.runs.recorded import Points, RecordedRun
+
+MOST = 5
+PROGRAM = "uv run python direct_finetuning_with_existing_modules.py"
+RISEN = 0.02  # of the held-out loss above its best, as a share, that is overfitting
+FALLING = 0.02  # of the loss over the last quarter of the run, as a share, that is still falling
+LEARNED = 0.05  # fall of the loss, as a share of its start, below which a run has hardly learned
+CUT = 0.05  # share of the samples that is left out or shortened for its length
+SOURCE_WORSE = 0.05  # rise of a source's held-out loss above its best
+WAITING = 0.3  # share of a step that waits for data
+
+
+@dataclass(frozen=True)
+class NextStep:
+    """One finding: what is the matter, the numbers that say so, and the one command to try."""
+
+    title: str
+    evidence: str
+    command: str
+
+
+def findings(run: RecordedRun) -> list[NextStep]:
+    """The findings of a run, the costliest first, five at most; none for a run that went as it should."""
+    found = [finding for kind in KINDS if (finding := kind(run))]
+    return found[:MOST]
+
+
+def command(run: RecordedRun, **changes: object) -> str:
+    """The run's own command line with some settings changed; commands of alerts are not recorded."""
+    settings = {**run.configuration.get("config", {}), **changes}
+    default = DirectTrainingConfig()
+    words = [PROGRAM]
+    for field in fields(DirectTrainingConfig):
+        value = settings.get(field.name, getattr(default, field.name))
+        value = tuple(value) if isinstance(value, list) else value
+        hidden = field.name in COMMANDS or REDACTED in str(value)
+        if hidden or value == getattr(default, field.name):
+            continue
+        name = "--" + field.name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(name if value else f"--no-{name[2:]}")
+        elif isinstance(value, Mapping):
+            words += [name, *(shlex.quote(str(x)) for pair in value.items() for x in pair)]
+        elif isinstance(value, tuple):
+            words += [name, *(shlex.quote(str(x)) for x in value)]
+        else:
+            words += [name, shlex.quote(f"{value:g}" if isinstance(value, float) else str(value))]
+    return " ".join(words)
+
+
+def _setting(run: RecordedRun, name: str) -> Any:
+    return run.configuration.get("config", {}).get(name, getattr(DirectTrainingConfig(), name))
+
+
+def _rate(run: RecordedRun) -> float | None:
+    """The peak learning rate, as recorded or as logged."""
+    rate = _setting(run, "learning_rate")
+    return rate if isinstance(rate, float) else run.highest("Training/Learning_Rate")
+
+
+def _epochs(run: RecordedRun) -> float | None:
+    """Passes over the data, those that were made or else those that were wanted."""
+    wanted = _setting(run, "num_epochs")
+    return run.last("Training/Epoch") or (wanted if isinstance(wanted, float) else None)
+
+
+def _alerts(run: RecordedRun, *names: str) -> list[Mapping[str, Any]]:
+    return [alert for alert in run.alerts.newest if alert.get("name") in names]
+
+
+def _finite(points: Points) -> Points:
+    return [
+        (step, value) for step, value in points if value == value and abs(value) != float("inf")
+    ]
+
+
+def _quarters(run: RecordedRun, tag: str) -> tuple[float, float, float] | None:
+    """Means of a tag over the first tenth, the third and the last quarter; None with under 16 points."""
+    values = [value for _, value in _finite(run.series.get(tag, []))]
+    n = len(values)
+    if n < 16:
+        return None
+    return (
+        fmean(values[: max(2, n // 10)]),
+        fmean(values[n // 2 : 3 * n // 4]),
+        fmean(values[3 * n // 4 :]),
+    )
+
+
+def rate_too_high(run: RecordedRun) -> NextStep | None:
+    """The loss diverged, or gradients exploded again and again."""
+    diverged = _alerts(run, "Divergence")
+    wild = _alerts(run, "Gradient_Explosion", "Loss_Spike", "NonFinite")
+    rate = _rate(run)
+    if rate is None or (not diverged and len(wild) < 3):
+        return None
+    first = (diverged or wild)[0]
+    what = f"{len(diverged)} divergences" if diverged else f"{len(wild)} spikes or explosions"
+    return NextStep(
+        "The learning rate is too high for these data.",
+        f"{what}, the first at step {first.get('step')}; the learning rate was {rate:g}.",
+        command(run, learning_rate=rate / 3),
+    )
+
+
+def rate_too_low(run: RecordedRun) -> NextStep | None:
+    """The loss has hardly fallen, and no alert says that it was thrown about."""
+    means = _quarters(run, "Training/Loss")
+    if means is None or rate_too_high(run) or saturated(run):
+        return None
+    start, _, end = means
+    fall = 1 - end / start if start > 0 else 1.0
+    rate = _rate(run)
+    if rate is None or (fall >= LEARNED and not _alerts(run, "Stagnation")):
+        return None
+    return NextStep(
+        "The run has hardly learned: the learning rate is too low.",
+        f"The training loss went from {four_digits(start)} to {four_digits(end)}, {100 * fall:.1f}% less, at "
+        f"a learning rate of {rate:g}.",
+        command(run, learning_rate=3 * rate),
+    )
+
+
+def overfitted(run: RecordedRun) -> NextStep | None:
+    """The held-out loss was best long before the end."""
+    held_out = _finite(run.series.get("Eval/Loss", []))
+    if len(held_out) < 3:
+        return None
+    step, best = min(held_out, key=lambda point: point[1])
+    last = held_out[-1][1]
+    if last <= best * (1 + RISEN) or step >= held_out[-1][0] or step == 0:
+        return None
+    epochs = _epochs(run)
+    if epochs is None:
+        return None
+    fewer = max(0.1, round(epochs * step / max(run.steps, 1), 1))
+    return NextStep(
+        "The run went on too long: it overfits. Take best_model, and train fewer epochs.",
+        f"The held-out loss was {four_digits(best)} at step {step}, and {four_digits(last)} at the end.",
+        command(run, num_epochs=fewer, max_steps=0),
+    )
+
+
+def stopped_too_early(run: RecordedRun) -> NextStep | None:
+    """The loss was still falling when the schedule had come to its end, on held-out data too."""
+    means, held_out = _quarters(run, "Training/Loss"), _finite(run.series.get("Eval/Loss", []))
+    if means is None or rate_too_low(run) or rate_too_high(run):
+        return None
+    _, before, end = means
+    falls = 1 - end / before if before > 0 else 0.0
+    best_last = len(held_out) < 2 or held_out[-1][1] <= min(value for _, value in held_out)
+    if falls < FALLING or not best_last:
+        return None
+    steps, epochs = _setting(run, "max_steps"), _epochs(run)
+    if not steps and epochs is None:
+        return None
+    longer = {"max_steps": 2 * steps} if steps else {"num_epochs": 2 * epochs}
+    return NextStep(
+        "The run was stopped too early: it was still learning.",
+        f"Over its last quarter the training loss fell by {100 * falls:.1f}%, to {four_digits(end)}"
+        + (
+            f"; the last held-out loss, {four_digits(held_out[-1][1])}, was the best."
+            if held_out
+            else "."
+        ),
+        command(run, **longer),
+    )
+
+
+def data_too_long(run: RecordedRun) -> NextStep | None:
+    """Many samples are left out, or lose the middle of their thinking, for their length."""
+    data = run.dataset()
+    counts, total = data.get("truncation") or {}, data.get("total_samples")
+    cut = counts.get("dropped", 0) + counts.get("shortened", 0)
+    if not total or cut / total < CUT:
+        return None
+    length = _setting(run, "max_seq_length")
+    return NextStep(
+        "The data are too long for --max-seq-length: samples are left out or shortened.",
+        f"{cut} of {total} samples, {100 * cut / total:.0f}%, are longer than {length} tokens.",
+        command(run, max_seq_length=2 * length),
+    )
+
+
+def source_harmful(run: RecordedRun) -> NextStep | None:
+    """One source's held-out loss rose while that of all fell, or its alert spoke."""
+    spoken = [
+        a["evidence"]["source"]
+        for a in _alerts(run, "Source_Regression")
+        if a.get("evidence", {}).get("source")
+    ]
+    whole = _finite(run.series.get("Eval/Loss", []))
+    rises = {}
+    if len(whole) > 1 and whole[-1][1] < whole[0][1]:
+        for tag, points in run.series.items():
+            values = [value for _, value in _finite(points)]
+            if tag.startswith("Eval/By_Source/") and len(values) > 2 and min(values) > 0:
+                rises[tag.removeprefix("Eval/By_Source/")] = values[-1] / min(values) - 1
+    worst = max(rises, key=rises.get) if len(rises) > 1 else None
+    if worst is not None and rises[worst] >= SOURCE_WORSE:
+        rest = 100 * max((rise for name, rise in rises.items() if name != worst), default=0.0)
+        name, own = worst, 100 * rises[worst]
+        said = f"Its held-out loss rose by {own:.0f}%; no other by over {rest:.0f}%."
+    elif spoken:
+        name, said = spoken[0], "Its training loss rose while those of the others fell."
+    else:
+        return None
+    paths = list(_setting(run, "data_path"))
+    others = [path for path in paths if name not in str(path)]
+    weights = [0.2 if name in str(path) else 1.0 for path in paths]
+    change = (
+        {"data_weights": weights} if len(others) < len(paths) and others else {"num_epochs": 1.0}
+    )
+    return NextStep(f"The source {name} does harm.", said, command(run, **change))
+
+
+def saturated(run: RecordedRun) -> NextStep | None:
+    """The data are learned by heart."""
+    spoken, epochs = _alerts(run, "Saturation"), _epochs(run)
+    if not spoken or epochs is None:
+        return None
+    step = spoken[0].get("step", run.steps)
+    fewer = max(0.1, round(epochs * step / max(run.steps, 1), 1))
+    return NextStep(
+        "The data are learned by heart: more epochs teach nothing. Add data, or stop there.",
+        f"From step {step} on every training token was predicted (at least 99.5%).",
+        command(run, num_epochs=fewer, max_steps=0),
+    )
+
+
+def forgotten(run: RecordedRun) -> NextStep | None:
+    """The loss on general text rose above the base's."""
+    spoken, rate = _alerts(run, "Forgetting"), _rate(run)
+    if not spoken or rate is None:
+        return None
+    return NextStep(
+        "The model forgets what it could.",
+        f"Its loss on general text was {four_digits(spoken[-1].get('value'))} at step "
+        f"{spoken[-1].get('step')}, where {four_digits(spoken[-1].get('threshold'))} is too much.",
+        command(run, learning_rate=rate / 3),
+    )
+
+
+def waits_for_data(run: RecordedRun) -> NextStep | None:
+    """The device waits for data."""
+    data, whole = run.median("Throughput/Step_Seconds_Data"), run.median("Throughput/Step_Seconds")
+    if not data or not whole or data / whole < WAITING:
+        return None
+    workers = _setting(run, "workers")
+    return NextStep(
+        "The device waits for data.",
+        f"Data take {100 * data / whole:.0f}% of a step, {four_digits(data)} s of {four_digits(whole)} s.",
+        command(run, workers=max(4, 2 * workers)),
+    )
+
+
+KINDS: tuple[Callable[[RecordedRun], NextStep | None], ...] = (
+    rate_too_high,
+    source_harmful,
+    overfitted,
+    forgotten,
+    data_too_long,
+    rate_too_low,
+    saturated,
+    stopped_too_early,
+    waits_for_data,
+)

@@ -1,0 +1,170 @@
+"""Texts in the language of the reader: found by their form, and none of the first hour is missing."""
+
+import ast
+import dataclasses
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from finetuning.chinese_help import GROUPS, help_text
+from finetuning.command_line import CommandLine
+from finetuning.common import language
+from finetuning.common.errors import UserError
+from finetuning.config import DirectTrainingConfig
+from finetuning.events.metric_table import METRICS, description
+from finetuning.monitoring.alerts import ADVICE
+from finetuning.runs import report
+
+ROOT = Path(__file__).parents[2]
+# What a newcomer may meet in the first hour. Texts of others are shown in English.
+FIRST_HOUR = [
+    *("direct_finetuning_with_existing_modules.py", "ask.py", "export.py"),
+    *(f"finetuning/{name}.py" for name in ("command_line", "config")),
+    *(f"finetuning/readers/{name}.py" for name in ("files", "dataset", "office", "tables")),
+    *(f"finetuning/model/{name}.py" for name in ("resolve", "loading")),
+    *(f"finetuning/data/{name}.py" for name in ("accounts", "split", "tokenization")),
+    *(
+        f"finetuning/runs/{name}.py"
+        for name in ("directory", "record", "session", "result", "recorded", "build", "plan")
+    ),
+    *("finetuning/training/checkpoint_manager.py", "finetuning/training/checkpoint.py"),
+]
+SAYING = {"info", "warning", "final", "say", "warn", "_warn", "working", "UserError", "RunStopped"}
+CHINESE = re.compile("[\u4e00-\u9fff]")
+
+
+@pytest.fixture
+def chinese() -> Iterator[None]:
+    language.use("zh")
+    yield
+    language.use("en")
+
+
+def form(node: ast.AST) -> str | None:
+    """A text as the catalogue has it, `{}` for each value; None where it is made elsewhere."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(
+            part.value if isinstance(part, ast.Constant) else "{}" for part in node.values
+        )
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        left, right = form(node.left), form(node.right)
+        return None if left is None else left + ("{}" if right is None else right)
+    return None
+
+
+def said(file: str) -> Iterator[str]:
+    """Every text that a file hands to somebody who shows it."""
+    for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and node.args:
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            text = form(node.args[0]) if name in SAYING else None
+            if text and text.strip("{}: "):
+                yield from text.split("\n")
+
+
+def missing(texts: Iterator[str]) -> list[str]:
+    """Texts without a translation, with a word for every value."""
+    filled = (re.sub(r"\{\}", "X1", text) for text in texts)
+    return [text for text in filled if language.in_chinese(text) == text]
+
+
+@pytest.mark.parametrize("file", FIRST_HOUR)
+def test_the_texts_of_the_first_hour_have_a_translation(file: str):
+    assert not missing(said(file))
+
+
+def test_alerts_settings_charts_and_headings_have_one():
+    assert not missing(iter(ADVICE.values()))
+    settings = language.meanings("settings_zh.tsv")
+    fields = [
+        f.name for kind in (DirectTrainingConfig, CommandLine) for f in dataclasses.fields(kind)
+    ]
+    assert settings.keys() == set(fields) - {"training"}
+    assert {m.tag for m in METRICS} <= language.meanings("metrics_zh.tsv").keys()
+    assert not missing(iter([*report.CHARTS, *(title for _, title in report.TEXTS)]))
+
+
+def test_translations_have_the_values_of_their_texts():
+    for text, translation in language.pairs("messages_zh.tsv"):
+        holes = re.findall(r"\{(\d?)\}", translation)
+        numbered = {int(hole) for hole in holes if hole}
+        free = holes.count("")
+        count = text.count("{}")
+        places = numbered | set(range(free))
+        assert places == set(range(count)) and len(holes) == count, text
+
+
+def test_a_text_is_found_by_what_stands_between_its_values(chinese):
+    told = language.translated
+    assert told("step 3/12  loss 1.2") == "第 3/12 步  loss 1.2"
+    assert (
+        told("held-out loss 2.1 -> 1.9, best 1.8 at step 7")
+        == "留出损失 2.1 -> 1.9，最低 1.8，在第 7 步"
+    )
+    missing = "no usable checkpoint in a/b; --resume auto starts fresh where there is none"
+    assert told(f"error: --resume latest: {missing}").startswith(
+        "错误：--resume latest：a/b 里没有"
+    )
+    assert told("one\nevaluation") == "one\n评估"
+    assert told("words of nobody, evaluation in them") == "words of nobody, evaluation in them"
+    assert told("") == ""
+
+
+def test_faults_of_settings_are_translated_one_by_one(chinese):
+    with pytest.raises(UserError) as caught:
+        DirectTrainingConfig(learning_rate=0.0, batch_size=0)
+    told = language.translated(f"error: {caught.value}")
+    assert told.startswith("错误：配置有误：") and "batch_size 是 0，应为" in told
+    assert not re.search(r"must be|above", told)
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"LANG": "zh_CN.UTF-8"}, "zh"),
+        ({"LANG": "zh_CN.UTF-8", "LC_ALL": "en_US.UTF-8"}, "en"),
+        ({"LC_MESSAGES": "zh_TW", "LANG": "de_DE"}, "zh"),
+        ({"LANG": "C"}, "en"),
+        ({"HOME": "/"}, "en"),
+    ],
+)
+def test_the_locale_says_which_language(environment: dict, expected: str):
+    assert language.of_locale(environment) == expected
+
+
+def test_help_in_chinese_has_every_option(chinese):
+    page = help_text("program.py", CommandLine)
+    for kind in GROUPS.values():
+        for field in dataclasses.fields(kind):
+            assert f"--{field.name.replace('_', '-')}" in page
+    lines = [line for line in page.splitlines() if line.startswith("      ")]
+    assert all(CHINESE.search(line) for line in lines)
+
+
+def test_notes_of_charts(chinese):
+    assert CHINESE.search(description("Training/Loss"))
+    assert "`evaluation.loss_metrics`" in description("Training/Loss")
+
+
+@pytest.mark.slow
+def test_a_whole_run_speaks_chinese(
+    tiny_run: Callable[..., int], tmp_path: Path, capfd: pytest.CaptureFixture
+):
+    """Every line of the terminal, and the report's heads; the log stays in English."""
+    first = ("--max-steps", "4", "--eval-steps", "2", "--num-probes", "0")
+    try:
+        assert tiny_run(tmp_path, "--language", "zh", first=first) == 0
+    finally:
+        language.use("en")
+    lines = [line for line in capfd.readouterr().out.splitlines() if line.strip()]
+    silent = [line for line in lines if not CHINESE.search(line)]
+    assert len(lines) > 20 and not [line for line in silent if not line.startswith("CUDA graph")]
+    (page,) = (tmp_path / "out").glob("training_logs/*/report.html")
+    heads = re.findall(r"<(?:h2|figcaption|summary)>([^<]+)<", page.read_text(encoding="utf-8"))
+    assert len(heads) > 20 and not [h for h in heads if not CHINESE.search(h) and h != "CPU，%"]
+    (log,) = (tmp_path / "out").glob("training_logs/*/training.log")
+    assert "held-out loss" in log.read_text(encoding="utf-8")

@@ -1,0 +1,143 @@
+"""What to do next: each finding on a run that was built to have it, and its absence on one that has not."""
+
+import json
+import math
+import shlex
+from pathlib import Path
+
+import pytest
+
+from finetuning.command_line import parse_command_line
+from finetuning.runs.directory import RUN_PREFIX, RunDirectory
+from finetuning.runs.findings import KINDS, findings
+from finetuning.runs.recorded import read_recorded
+from finetuning.runs.report import page
+
+STEPS = range(1, 201)
+
+
+def healthy() -> dict:
+    """A run as it should go, by the files that it leaves."""
+    rows = {}
+    for step in STEPS:
+        loss = 1 + 2 * math.exp(-step / 25)
+        rows[step] = {
+            "Training/Loss": loss,
+            "Training/Epoch": 3 * step / 200,
+            "Throughput/Step_Seconds": 1.0,
+            "Throughput/Step_Seconds_Data": 0.01,
+        }
+        if step % 40 == 0:
+            rows[step]["Eval/Loss"] = loss + 0.1
+            rows[step] |= {"Eval/By_Source/good": loss, "Eval/By_Source/poor": loss}
+    settings = {"learning_rate": 3e-4, "num_epochs": 3.0, "data_path": ["good.jsonl", "poor.jsonl"]}
+    return {"rows": rows, "alerts": [], "dataset": {}, "settings": settings}
+
+
+def recorded(folder: Path, files: dict):
+    run = RunDirectory(folder / "out", RUN_PREFIX + "20250101_000000")
+    run.logs.mkdir(parents=True)
+    run.tensorboard.mkdir(parents=True)
+    lines = [{"step": s, "time": 1e9 + s, "metrics": row} for s, row in files["rows"].items()]
+    (run.logs / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    (run.logs / "alerts.jsonl").write_text("".join(json.dumps(x) + "\n" for x in files["alerts"]))
+    (run.logs / "dataset_statistics.json").write_text(json.dumps(files["dataset"]))
+    configuration = {"config": files["settings"], "steps": 200}
+    (run.logs / "configuration.json").write_text(json.dumps(configuration))
+    return read_recorded(run)
+
+
+def alert(name: str, step: int = 100, **evidence: object) -> dict:
+    return {"name": name, "step": step, "value": 1.0, "threshold": 0.5, "evidence": evidence}
+
+
+def diverged(files):
+    files["alerts"] += [alert("Divergence", 120)]
+
+
+def poor_source(files):
+    for step in (120, 160, 200):
+        files["rows"][step]["Eval/By_Source/poor"] *= step / 80
+
+
+def overfits(files):
+    for step in (80, 120, 160, 200):
+        files["rows"][step]["Eval/Loss"] = 1.1 + step / 1000
+
+
+def forgets(files):
+    files["alerts"] += [alert("Forgetting")]
+
+
+def too_long(files):
+    counts = {"dropped": 20, "shortened": 5}
+    files["dataset"] |= {"total_samples": 100, "truncation": counts}
+
+
+def too_slow(files):
+    for step in STEPS:
+        files["rows"][step]["Training/Loss"] = 3 - step / 4000
+
+
+def by_heart(files):
+    files["alerts"] += [alert("Saturation", 50)]
+
+
+def goes_on(files):
+    for step in STEPS:
+        files["rows"][step]["Training/Loss"] = 3 - step / 200
+        if "Eval/Loss" in files["rows"][step]:
+            files["rows"][step]["Eval/Loss"] = 3.1 - step / 200
+
+
+def waits(files):
+    for step in STEPS:
+        files["rows"][step]["Throughput/Step_Seconds_Data"] = 0.5
+
+
+BUILT = {  # kind: (what makes a run have it, words of its title, settings that its command changes)
+    "rate_too_high": (diverged, "too high", {"learning_rate": 1e-4}),
+    "source_harmful": (poor_source, "poor does harm", {"data_weights": (1.0, 0.2)}),
+    "overfitted": (overfits, "overfits", {"num_epochs": 1.2}),
+    "forgotten": (forgets, "forgets", {"learning_rate": 1e-4}),
+    "data_too_long": (too_long, "too long", {"max_seq_length": 4096}),
+    "rate_too_low": (too_slow, "too low", {"learning_rate": 9e-4}),
+    "saturated": (by_heart, "by heart", {"num_epochs": 0.8}),
+    "stopped_too_early": (goes_on, "too early", {"num_epochs": 6.0}),
+    "waits_for_data": (waits, "waits for data", {"workers": 4}),
+}
+
+
+def test_every_kind_is_built():
+    assert list(BUILT) == [kind.__name__ for kind in KINDS]
+
+
+def test_a_run_that_went_as_it_should_has_no_finding(tmp_path):
+    run = recorded(tmp_path, healthy())
+    assert findings(run) == []
+    assert "nothing that should be changed" in page(run)
+
+
+@pytest.mark.parametrize("kind", BUILT)
+def test_a_run_with_the_trouble_has_its_finding_and_no_other(tmp_path, kind):
+    files = healthy()
+    change, words, settings = BUILT[kind]
+    change(files)
+    run = recorded(tmp_path, files)
+    (found,) = findings(run)
+    assert words in found.title and any(c.isdigit() for c in found.evidence)
+    config = parse_command_line(shlex.split(found.command)[4:]).training
+    for name, value in settings.items():
+        assert getattr(config, name) == pytest.approx(value), name
+    assert tuple(config.data_path) == ("good.jsonl", "poor.jsonl"), (
+        "the run's own settings come along"
+    )
+    if not run.dataset:  # of which the page shows more than this test has
+        assert words in page(run)
+
+
+def test_the_costliest_five_are_told(tmp_path):
+    files = healthy()
+    for change in (diverged, poor_source, overfits, forgets, too_long, by_heart, waits):
+        change(files)
+    assert len(findings(recorded(tmp_path, files))) == 5

@@ -1,0 +1,113 @@
+"""Plans for GPUs that are not here, and the recipes whose plans must fit.
+
+uv run pytest tests/runs/test_other_hardware.py
+"""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import Qwen3Config
+
+from direct_finetuning_with_existing_modules import main
+from finetuning.command_line import parse_command_line
+from finetuning.common.errors import UserError
+from finetuning.common.terminal import Terminal
+from finetuning.model.flops import peak_flops
+from finetuning.runs.other_hardware import GPUS, Gpus, PlanElsewhere, plan_elsewhere
+
+RECIPES = Path(__file__).parents[2] / "docs" / "recipes_by_gpu.md"
+PLANS = re.findall(r"^uv run python \S+ (--plan .+)$", RECIPES.read_text("utf-8"), re.MULTILINE)
+DOCUMENTED = "/models/Qwen3-4B-Thinking-2507"
+
+
+@pytest.fixture(scope="module")
+def qwen3_4b(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """A folder with the configuration of Qwen3-4B and a tokenizer, without a weight."""
+    folder = tmp_path_factory.mktemp("qwen3") / "Qwen3-4B"
+    folder.mkdir()
+    for path in tiny_model.iterdir():
+        if path.suffix in (".json", ".jinja") and path.name != "config.json":
+            shutil.copy(path, folder)
+    Qwen3Config(
+        vocab_size=151936,
+        hidden_size=2560,
+        intermediate_size=9728,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=True,
+        max_position_embeddings=262144,
+    ).save_pretrained(folder)
+    assert not list(folder.glob("*.safetensors"))
+    return folder
+
+
+def planned(arguments: str, model: Path, data: Path, cache: Path) -> PlanElsewhere:
+    """The plan of a documented command line."""
+    words = shlex.split(arguments.replace(DOCUMENTED, str(model)).replace("my_qa.jsonl", str(data)))
+    command = parse_command_line([*words, "--cache-dir", str(cache)])
+    return plan_elsewhere(command.training, Gpus.parse(command.gpus), Terminal(quiet=True))
+
+
+@pytest.mark.parametrize("arguments", PLANS)
+def test_a_recipe_fits(arguments: str, qwen3_4b, tiny_data, cache_dir):
+    plan = planned(arguments, qwen3_4b, tiny_data, cache_dir)
+    assert plan.fits
+    estimate = plan.forecast.estimates[plan.forecast.checkpointing]
+    assert estimate.total > 7e9 / (plan.gpus.count if plan.parallel == "fsdp" else 1)
+    assert plan.forecast.seconds is not None
+
+
+def test_every_size_of_memory_has_a_recipe():
+    gpus = {str(Gpus.parse(re.search(r"--gpus (\S+)", plan)[1])) for plan in PLANS}
+    assert {"1x4090-24G", "1xL40S-45G", "1xH100-80G", "8xH100-80G"} <= gpus
+
+
+def test_what_does_not_fit_is_told_with_what_to_change(
+    qwen3_4b, tiny_data, tmp_path, cache_dir, capfd
+):
+    words = f"--plan --gpus 1xL4-10G --data-path {tiny_data} --model-name {qwen3_4b} --lora-r 0"
+    assert main([*words.split(), "--cache-dir", str(cache_dir), "--output-dir", str(tmp_path)]) == 1
+    said = capfd.readouterr().out
+    assert (
+        "no: try" in said
+        and "more GPUs with --parallel fsdp" in said
+        and "tokens an update" in said
+    )
+
+
+def test_shards_where_replicas_do_not_fit(qwen3_4b, tiny_data, cache_dir):
+    common = f"--data-path my_qa.jsonl --model-name {DOCUMENTED}"
+    small = planned(f"--gpus 8xA10-9G {common}", qwen3_4b, tiny_data, cache_dir)
+    large = planned(f"--gpus 8xH100 {common}", qwen3_4b, tiny_data, cache_dir)
+    assert (small.parallel, large.parallel) == ("fsdp", "ddp")
+    one = planned(f"--gpus 1xH100 {common}", qwen3_4b, tiny_data, cache_dir)
+    assert large.steps.num_steps < one.steps.num_steps, "eight ranks take eight rows an update"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("8xH100", "8xH100-80G"),
+        ("1x4090", "1x4090-24G"),
+        ("rtx4090", "1x4090-24G"),
+        ("1xA100-40G", "1xA100-40G"),
+        ("2xa100-40gb", "2xA100-40G"),
+    ],
+)
+def test_ways_to_write_gpus(text: str, expected: str):
+    assert str(Gpus.parse(text)) == expected
+
+
+@pytest.mark.parametrize("text", ["", "8x", "0xH100", "8xH9", "H100x8", "8 H100"])
+def test_other_ways_are_answered(text: str):
+    with pytest.raises(UserError, match="such as 8xH100"):
+        Gpus.parse(text)
+
+
+def test_the_peak_of_every_gpu_is_known():
+    assert not [name for name, (driver_name, _) in GPUS.items() if peak_flops(driver_name) is None]
