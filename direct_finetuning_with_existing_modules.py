@@ -203,22 +203,17 @@ class DirectTrainer:
 
         Nothing here waits for the device. evaluates: keep the gradient norms for the evaluation.
         """
-        state, clock = self.state, self.metrics.clock
-        planned, num_steps = self.plan.steps[step], self.plan.steps.num_steps
-        trains_all = not self.config.lora_r
-        learning_rate = learning_rate_at(step, num_steps, self.config, trains_all=trains_all)
-        tokens = self.plan.data.train.tokens
+        state, clock, config = self.state, self.metrics.clock, self.config
+        planned, steps = self.plan.steps[step], self.plan.steps.num_steps
+        learning_rate = learning_rate_at(step, steps, config, trains_all=not config.lora_r)
         sums, self.interrupted = self.engine.forward_backward(
-            planned, tokens, clock, state, lambda: bool(self.stop.name)
+            planned, self.plan.data.train.tokens, clock, state, lambda: bool(self.stop.name)
         )
         if evaluates:
             self.evaluator.note_gradients()
         with clock.phase("optimizer"):
-            grad_norm = self.engine.update(
-                learning_rate,
-                max_grad_norm=self.config.max_grad_norm,
-                skip=step in state.skipped_steps,
-            )
+            skip, most = step in state.skipped_steps, config.max_grad_norm
+            grad_norm = self.engine.update(learning_rate, max_grad_norm=most, skip=skip)
         result = StepResult(step, learning_rate, planned, sums, grad_norm)
         self.pending.append(result)
         self.advance(step, planned)

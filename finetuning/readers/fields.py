@@ -46,7 +46,7 @@ class Fields:
     def __init__(self, record: Mapping[str, Any], chosen: tuple[tuple[str, str], ...] = ()) -> None:
         """chosen: (role, column) as the user rules it. Raises BrokenRecordError for too many columns."""
         self._values = record
-        self._ruled = dict(chosen)
+        self._ruled = dict(chosen) if chosen else {}
         self._taken: set[str] = set()
         self._names = tuple(record)
         if len(self._names) > COLUMNS.limit:

@@ -41,6 +41,7 @@ _LOSS_CHINESE = word_set(
     "损失 权重 是否训练 训练 是否学习 可训练 参与训练 是否参与训练 用于训练 是否用于训练"
 )
 _LOSS_ALONE = {
+    "mask",
     "loss",
     "损失",
     "权重",
@@ -163,6 +164,7 @@ def _is_loss(name: str) -> bool:
     joined = " ".join(found)
     return (
         joined in _NO_LOSS
+        or joined == "mask"
         or joined in _LOSS_CHINESE
         or (bool(_LOSS & set(found)) and set(found) <= _LOSS | _LOSS_BESIDE)
     )
@@ -170,16 +172,17 @@ def _is_loss(name: str) -> bool:
 
 def carries_no_loss(fields: Fields) -> str:
     """Take the flags of a turn; which one says that the turn is not to be learnt, '' for none."""
-    if mask := fields.first_of(("mask",)):
-        fields.take(mask)
-        fields.remark(
-            "mask of a turn may mean either way and is not heeded; loss: true or false says it"
-        )
     said = ""
     for name, value in fields.flags(_is_loss):
         if not _word(value):
             continue
         fields.take(name)
+        if words(name) == ("mask",):
+            told = (
+                "mask of a turn may mean either way and is not heeded; loss: true or false says it"
+            )
+            fields.remark(told)
+            continue
         inverse = " ".join(words(name)) in _NO_LOSS
         if _word(value) in (_YES if inverse else _NO):
             said = f"{name} {_word(value)}"

@@ -70,11 +70,12 @@ def split_reasoning(text: str, *, labels: bool = True) -> tuple[str, str, list[s
     return thinking, rest, told
 
 
+_FIRST_LETTERS = ("]", "】", "▷", "&", "`")
+
+
 def has_marks(text: str) -> bool:
     """Whether a text may hold marks of any form: one look for a letter costs less than an expression."""
-    return (
-        "<" in text or "]" in text or "】" in text or "▷" in text or "&lt;" in text or "```" in text
-    )
+    return "<" in text or any([letter in text for letter in _FIRST_LETTERS])
 
 
 def _means(name: str, role: str) -> bool:

@@ -27,6 +27,9 @@ _PLAIN = re.compile(
     r"[!-~]{1,100}|\d{4}[-/.年]\d{1,2}[-/.月]\d{1,2}日?(?:[ T]\d{1,2}:\d\d(?::\d\d)?\S*)?"
 )
 _ADDRESS = re.compile(r"(?:https?|ftp|file|s3|hf)://\S+|[\w./\\~:-]+\.[a-z]{2,5}", re.IGNORECASE)
+_COUNTED = re.compile(
+    r"(?:step|步骤|第)?[ _-]?(?:\d{1,4}|[一二三四五六七八九十]{1,3})步?", re.IGNORECASE
+)
 _LEAST_WIDTH = 8  # of text, in half-width characters
 
 
@@ -146,6 +149,14 @@ def _steps(value: Any, name: str, depth: int = 0) -> Iterator[str]:
         key = _step_key(value)
         if key is not None:
             yield from _steps(value[key], name, depth + 1)
+        elif all(_COUNTED.fullmatch(str(k)) for k in value):
+            for item in value.values():
+                yield from _steps(item, name, depth + 1)
+        elif any(
+            isinstance(item, (str, list, dict)) and not is_absent(item) for item in value.values()
+        ):
+            keys = clean_line(", ".join(map(str, value)), 100)
+            raise BrokenRecordError(f"{name} holds an object without a reasoning; its keys: {keys}")
     elif not isinstance(value, (int, float, bool)) and value is not None:
         raise BrokenRecordError(f"{name} holds {kind(value)} that is no step of a reasoning")
 

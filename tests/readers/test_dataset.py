@@ -47,6 +47,7 @@ def large(tmp_path, monkeypatch) -> Path:
     """Two files that count as large data, in chunks of a few kilobytes, one record broken."""
     monkeypatch.setattr(dataset, "LARGE_DATA", 1)
     monkeypatch.setattr(opening, "CHUNK", 4000)
+    monkeypatch.setattr(dataset, "CHUNK", 4000)
     monkeypatch.setattr(opening, "BLOCK", 1000)
     folder = tmp_path / "large"
     folder.mkdir()
