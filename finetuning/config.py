@@ -36,7 +36,6 @@ ALERT_NAMES = (
     "Forgetting",
     "Slow_Rank",
     "Saturation",
-    "Forgetting",
     "Source_Regression",
     "Dead_Adapter",
     "Clipping",

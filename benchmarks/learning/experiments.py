@@ -132,6 +132,8 @@ def thinking_on_a_cpu() -> Iterator[Trial]:
         for way in ("train", "mask"):
             chosen = settings | {"empty_thinking": way}
             yield Trial("cpu_thinking", data, 1, chosen, "cpu_thinker", questions=60)
+    slower = settings | {"empty_thinking": "mask", "learning_rate": 3e-4}
+    yield Trial("cpu_thinking", "sums_answers", 1, slower, "cpu_thinker", questions=60)
 
 
 def shortened(trials: list[Trial], steps: int, questions: int) -> list[Trial]:

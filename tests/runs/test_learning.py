@@ -100,6 +100,10 @@ def test_the_kept_results_say_what_the_documents_say(capsys, monkeypatch):
     recipes = (RESULTS.parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
     rows = [line for line in text.splitlines() if line.startswith(("| docs", "| crypto"))]
     assert len(rows) >= 4 and all(row in recipes for row in rows)
+    monkeypatch.setattr("sys.argv", ["tables", str(RESULTS.with_name("learning_cpu.jsonl"))])
+    tables.main()
+    rows = [r for r in capsys.readouterr().out.splitlines() if r.startswith("| cpu_")]
+    assert len(rows) >= 3 and all(row in recipes for row in rows)
     fit = json.loads(text.splitlines()[-1])["gauge"]["Unseen_General_Loss"]
     assert fit["runs"] >= 12 and fit["R2_quadratic"] > 0.9
     assert f"{fit['R2_quadratic']:.3f}" in recipes and f"{fit['runs']} runs" in recipes

@@ -224,7 +224,7 @@ def the_table_of_alerts(troubles: Troubles) -> None:
             value = LIMIT_OF_LOSS_SPIKE + 0.01
         rows[name] = (name, rows[name], value, limit)
         expected[step] = list(rows.values())
-    assert len(expected) == 18
+    assert len(expected) == 19, len(expected)
 
     def table(text: str) -> list[tuple]:
         return [
