@@ -18,6 +18,7 @@ from rich.console import Console
 from finetuning.common.errors import exit_code
 from finetuning.common.paths import expanded
 from finetuning.runs.comparison import (
+    WIDEST_CELL,
     as_csv,
     as_json,
     as_markdown,
@@ -42,13 +43,14 @@ def print_comparison(runs: Sequence[RecordedRun]) -> None:
     """Tables of settings and results, and a small curve of each run's loss."""
     console = Console(highlight=False)
     sparks = [sparkline([y for _, y in run.series.get("Training/Loss", ())]) for run in runs]
-    names, times = labels(runs), labels(runs, by_time=True)
+    names = labels(runs)
+    short = names if max(map(len, names)) <= WIDEST_CELL else labels(runs, by_time=True)
     results = [*outcomes(runs), *metric_rows(runs), ("training loss", sparks)]
     for title, rows in (
         ("Settings that differ", setting_rows(runs)),
         (results_title(runs), results),
     ):
-        for table in rich_tables(title, names, rows, console.width, times):
+        for table in rich_tables(title, names, rows, console.width, short):
             console.print(table)
 
 

@@ -26,9 +26,7 @@ from finetuning.command_line import CommandLine, parse_command_line
 from finetuning.config import DirectTrainingConfig
 from finetuning.readers.files import check_paths
 
-if (
-    __name__ == "__main__"
-):  # help, wrong settings and paths are answered before the imports that take long
+if __name__ == "__main__":  # help, wrong settings and paths need none of the slow imports
     try:
         command = parse_command_line(sys.argv[1:])
         check_paths(command.training)

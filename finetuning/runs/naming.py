@@ -17,6 +17,11 @@ COMPARED = (
     *("learning_rate", "lora_r", "max_seq_length", "batch_size", "num_epochs", "max_steps"),
     *("lora_alpha", "gradient_accumulation_steps", "model_name", "data_path", "seed"),
 )
+# The HPARAMS table shows 16 characters of a name.
+SHORT = {
+    **{"learning_rate": "lr", "lora_r": "r", "max_seq_length": "length", "batch_size": "batch"},
+    **{"num_epochs": "epochs", "max_steps": "steps", "lora_alpha": "alpha"},
+}
 NAMED = 2  # settings in a label
 LONGEST = 48  # characters of a label
 _NAME = re.compile(rf"{RUN_PREFIX}(\d{{8}}_\d{{6}}(?:_\d+)?)(?:_(.+))?")
@@ -69,6 +74,8 @@ def _plain(value: Any) -> Any:
 def trial_name(run: str, settings: Mapping[str, Any]) -> str:
     """A run's name in the HPARAMS table, where each has its own: what differs, and when it began."""
     text = given_name(run) or unlike(settings)
+    for name, short in SHORT.items():
+        text = text.replace(f"{name}=", f"{short}=")
     began = stamp(run)[4:]  # the table is narrow: without the year
     return f"{text} ({began})" if text else began
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 from direct_finetuning_with_existing_modules import main
 from finetuning.events.address import PINNED, pinned_address
+from finetuning.events.event_values import FIRST_HPARAMS
 from finetuning.events.metric_table import LAYOUT
 from tests.helpers.tensorboard_server import TensorBoardServer
 
@@ -200,7 +201,9 @@ def test_histograms_pictures_and_hyperparameters(finished, page):
     assert all(picture.evaluate(loaded) for picture in pictures.all())
     open_tab(page, finished.url, "hparams", "tf-hparams-table-view")
     table = seen(page.locator("tf-hparams-table-view"))
-    assert "Training/Final_Loss" in table and "qwen3_4b_think" in table
+    assert "Training/Final_Loss" in table
+    assert "steps=12" in table, "a trial is called by what was set"
+    assert all(name in table.partition("adam_beta1")[0] for name in FIRST_HPARAMS)
 
 
 def test_time_series_card_with_its_last_value(finished, page):
