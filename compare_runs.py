@@ -31,7 +31,7 @@ from finetuning.runs.comparison import (
     rich_tables,
     setting_rows,
     sparkline,
-    write_text,
+    write_file,
 )
 from finetuning.runs.recorded import RecordedRun, find_runs
 
@@ -87,7 +87,7 @@ def main(
     ):
         if path is not None:
             path = Path(expanded(str(path), flag))
-            write_text(flag, path, text(runs))
+            write_file(flag, path, text(runs))
             print(f"{what}: {path}", file=sys.stderr if json else sys.stdout)
 
 

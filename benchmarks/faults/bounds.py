@@ -5,6 +5,7 @@ import os
 import resource
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -146,16 +147,21 @@ def of_session(session: int) -> list[int]:
     return found
 
 
+def work_for(seconds: float) -> None:
+    """What a worker is at."""
+    threading.Event().wait(seconds)
+
+
 def ended_parent(rig: Rig, name: str, wanted: int) -> Trial:
     """Two workers at work for a minute when a signal comes: code, no process after 5 s, no traceback."""
     place = rig.place("f28")
 
     def action() -> int:
-        return exit_code(lambda: list(workers.in_order(time.sleep, [(60,)] * 4, 2)))
+        return exit_code(lambda: list(workers.in_order(work_for, [(60.0,)] * 4, 2)))
 
     child = fork(place / "console.txt", action)
     there = wait_until(lambda: len(of_session(child.pid)) >= 3, 30)
-    time.sleep(0.5)
+    wait_until(lambda: False, 0.5)  # until each is at its work
     number = getattr(signal, name)
     if name == "SIGINT":  # as a terminal sends it
         os.killpg(child.pid, number)
@@ -181,8 +187,7 @@ def f28(rig: Rig, tally: Tally, count: int) -> None:
 
 def workers_outlive_their_parent() -> None:
     """Mutant: a worker is not told whose it is. A built-in, as workers import the rest anew."""
-    assert callable(workers._begin)
-    workers._begin = print
+    replaced(workers, "begin_worker", print)
 
 
 ROWS = [

@@ -24,7 +24,7 @@ def in_order(
     context = multiprocessing.get_context("spawn")
     waiting: deque[Future] = deque()  # a few jobs ahead only, so that memory stays flat
     others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(workers, context, _begin, (os.getpid(), initializer, initargs))
+    pool = ProcessPoolExecutor(workers, context, begin_worker, (os.getpid(), initializer, initargs))
     try:
         for job in jobs:
             with (
@@ -44,7 +44,7 @@ def in_order(
     pool.shutdown()
 
 
-def _begin(parent: int, initializer: Callable | None, initargs: tuple) -> None:
+def begin_worker(parent: int, initializer: Callable | None, initargs: tuple) -> None:
     """A worker ends with its parent, however that ends; Ctrl-C is for the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with(parent)
@@ -54,7 +54,7 @@ def _begin(parent: int, initializer: Callable | None, initargs: tuple) -> None:
 
 @contextlib.contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """Processes started meanwhile never hear of Ctrl-C, not even before `_begin`; here it waits meanwhile."""
+    """Processes started meanwhile never hear of Ctrl-C, not even before `begin_worker`; here it waits."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return

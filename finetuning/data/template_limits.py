@@ -5,21 +5,20 @@ filling the memory, for one sample among all. Where the system has no such limit
 than the main one), the template was still tried once in a process of its own (`template_probe.py`).
 """
 
+import importlib
+import importlib.util
 import os
 import signal
 import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
-
 from finetuning.common.bounds import TEMPLATE_CPU, TEMPLATE_MEMORY
 from finetuning.common.errors import UserError
 
 T = TypeVar("T")
+# Windows has none.
+resource = importlib.import_module("resource") if importlib.util.find_spec("resource") else None
 
 
 class TemplateLimitError(UserError):
@@ -39,7 +38,7 @@ class _Alarm:
 
     def run(self, action: Callable[[], T]) -> T:
         """What `action` returns. Raises _TooLongError when the time is up."""
-        if not hasattr(signal, "setitimer"):
+        if not (hasattr(signal, "setitimer") and hasattr(signal, "SIGVTALRM")):
             return action()
         if threading.current_thread() is not threading.main_thread():
             return action()

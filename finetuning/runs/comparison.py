@@ -340,7 +340,7 @@ def _html_table(names: Sequence[str], rows: Rows) -> str:
     return table(("", *names), ([cell(v, 300) for v in (name, *values)] for name, values in rows))
 
 
-def write_text(flag: str, path: Path, text: str) -> None:
+def write_file(flag: str, path: Path, text: str) -> None:
     """Write the file of an option. Raises UserError, which names the option, where that can't be done."""
     try:
         atomic_write_text(path, text)

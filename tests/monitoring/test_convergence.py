@@ -420,7 +420,14 @@ def recorded(shared_data, number, upto=1.0):
     return convergence.describe(loss_curves.read_curve(path), upto)
 
 
-@pytest.mark.parametrize("number", ["15", "18", "20", "26"])
+@pytest.mark.parametrize("upto", [0.5, 1.0])
+def test_rises_at_the_end_of_each_epoch_are_no_alert_but_no_convergence_either(shared_data, upto):
+    """Curve 26: a last row of an epoch that is always harder, each time lower than the time before."""
+    result = recorded(shared_data, "26", upto)
+    assert result["alerts"] == [] and result["score"] < 0.7
+
+
+@pytest.mark.parametrize("number", ["15", "18", "20"])
 @pytest.mark.parametrize("upto", [0.5, 1.0])
 def test_broken_runs_alarm_and_do_not_converge(shared_data, number, upto):
     result = recorded(shared_data, number, upto)

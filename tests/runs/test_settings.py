@@ -38,6 +38,7 @@ from finetuning.model.resolve import weight_dtype
 from finetuning.monitoring.system_monitor import SystemMonitor
 from finetuning.runs import plan as run_plan
 from finetuning.runs.build import build_engine, build_evaluator
+from finetuning.runs.directory import RunDirectory
 from finetuning.runs.metrics import MetricsProcessor
 from finetuning.runs.plan import RunPlan, plan_run
 from finetuning.runs.record import RunRecord
@@ -459,7 +460,7 @@ def after_an_alert(world: World, config: Config) -> tuple[bool, str]:
     """Whether a step with an alert asks for a checkpoint, and how the run ends."""
     place = world.fresh()
     trainer = world.trainer(config)
-    run = SimpleNamespace(tensorboard=place / "tb", logs=place / "logs", output_dir=place)
+    run = RunDirectory(place, "run")
     run.logs.mkdir(parents=True)
     options = {"resume_step": None, "alert_state": {}, "alert_actions": config.alert_actions}
     quiet = {"warn": lambda text: None}
