@@ -1,10 +1,10 @@
 """What people read, in their language: English texts come in, Chinese ones go out where that is asked for.
 
 The program is written in English. `docs/messages_zh.tsv` holds its texts and their translations, a pair a
-line; `{}` stands for a value. A finished text finds its line by what stands between the values, so a text is
-translated where it is shown, and nobody else has to know of languages. Names of settings, tags and files stay
-as they are, and so does a text without a line. Values are looked up as well: they may be texts of the
-program.
+line; `{}` stands for a value, and `{name}` for one that may be empty. A finished text finds its line by what
+stands between the values, so a text is translated where it is shown, and nobody else has to know of
+languages. Names of settings, tags and files stay as they are, and so does a text without a line. Values are
+looked up as well: they may be texts of the program.
 """
 
 import csv
@@ -17,7 +17,8 @@ from pathlib import Path
 
 LANGUAGES = ("en", "zh")
 DOCS = Path(__file__).parents[2] / "docs"
-DEEPEST = 4  # values within values
+DEEPEST = 6  # values within values
+PLACE = re.compile(r"\{(\w*)\}")  # of a value
 _current = ["en"]  # of this process, as a locale is
 
 
@@ -68,10 +69,21 @@ class Message:
     @functools.cached_property
     def fixed(self) -> tuple[str, ...]:
         """What stands around the values."""
-        return tuple(self.text.split("{}"))
+        return tuple(PLACE.split(self.text)[::2])
+
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """Of its values, empty where one has none."""
+        return tuple(PLACE.findall(self.text))
 
     def values(self, line: str) -> list[str] | None:
         """The values in a line that was made of this text; None where it was made of another one."""
+        found = self._between(line)
+        if found and not all(value or name for value, name in zip(found, self.names, strict=True)):
+            return None
+        return found
+
+    def _between(self, line: str) -> list[str] | None:
         first, *others = self.fixed
         if not line.startswith(first):
             return None
@@ -90,11 +102,10 @@ class Message:
         return [*found, line[place:last]]
 
     def filled(self, values: list[str]) -> str:
-        """The translation with these values: {} takes the next one, {0} the first."""
-        rest = iter(values)
-        return re.sub(
-            r"\{(\d?)\}", lambda hole: values[int(hole[1])] if hole[1] else next(rest), self.chinese
-        )
+        """The translation with these values: {} takes the next, {0} the first, {name} the one of this name."""
+        rest, known = iter(values), dict(zip(self.names, values, strict=True))
+        known |= {str(number): value for number, value in enumerate(values)}
+        return PLACE.sub(lambda place: known[place[1]] if place[1] else next(rest), self.chinese)
 
 
 def find(line: str) -> tuple[Message, list[str]] | None:
@@ -104,7 +115,7 @@ def find(line: str) -> tuple[Message, list[str]] | None:
         return exact[line], []
     for message in patterns:
         values = message.values(line)
-        if values is not None and all(values):
+        if values is not None:
             return message, values
     return None
 
@@ -121,9 +132,9 @@ def pairs(name: str) -> Iterator[tuple[str, str]]:
 @functools.cache
 def _catalogue() -> tuple[dict[str, Message], list[Message]]:
     messages = [Message(*pair) for pair in pairs("messages_zh.tsv")]
-    exact = {message.text: message for message in messages if "{}" not in message.text}
-    patterns = [message for message in messages if "{}" in message.text]
-    return exact, sorted(patterns, key=lambda message: -len(message.text.replace("{}", "")))
+    exact = {message.text: message for message in messages if not message.names}
+    patterns = [message for message in messages if message.names]
+    return exact, sorted(patterns, key=lambda message: -len("".join(message.fixed)))
 
 
 @functools.cache
