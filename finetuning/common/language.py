@@ -1,10 +1,10 @@
 """What people read, in their language: English texts come in, Chinese ones go out where that is asked for.
 
 The program is written in English. `docs/messages_zh.tsv` holds its texts and their translations, a pair a
-line; `{}` stands for a value, and `{name}` for one that may be empty. A finished text finds its line by what
-stands between the values, so a text is translated where it is shown, and nobody else has to know of
-languages. Names of settings, tags and files stay as they are, and so does a text without a line. Values are
-looked up as well: they may be texts of the program.
+line; `{}` stands for a value, and `{name}` for one within a sentence that may be empty. A finished text finds
+its line by what stands between the values, so a text is translated where it is shown, and nobody else has to
+know of languages. Names of settings, tags and files stay as they are, and so does a text without a line.
+Values are looked up as well: they may be texts of the program.
 """
 
 import csv
@@ -18,6 +18,7 @@ from pathlib import Path
 LANGUAGES = ("en", "zh")
 DOCS = Path(__file__).parents[2] / "docs"
 DEEPEST = 6  # values within values
+FRAMES = ("warning: {}", "error: {}")  # around any text, so they are taken off first
 PLACE = re.compile(r"\{(\w*)\}")  # of a value
 _current = ["en"]  # of this process, as a locale is
 
@@ -79,9 +80,7 @@ class Message:
     def values(self, line: str) -> list[str] | None:
         """The values in a line that was made of this text; None where it was made of another one."""
         found = self._between(line)
-        if found and not all(value or name for value, name in zip(found, self.names, strict=True)):
-            return None
-        return found
+        return found if found is None or all(map(_fits, self.names, found)) else None
 
     def _between(self, line: str) -> list[str] | None:
         first, *others = self.fixed
@@ -102,14 +101,19 @@ class Message:
         return [*found, line[place:last]]
 
     def filled(self, values: list[str]) -> str:
-        """The translation with these values: {} takes the next, {0} the first, {name} the one of this name."""
+        """The translation with these values: {} takes the next, {0} the first, {name} that of this name."""
         rest, known = iter(values), dict(zip(self.names, values, strict=True))
         known |= {str(number): value for number, value in enumerate(values)}
         return PLACE.sub(lambda place: known[place[1]] if place[1] else next(rest), self.chinese)
 
 
+def _fits(name: str, value: str) -> bool:
+    """Whether it can be the value of such a place: one with a name stays within its sentence."""
+    return ". " not in value if name else bool(value)
+
+
 def find(line: str) -> tuple[Message, list[str]] | None:
-    """The message that a line was made of, and its values. The one with most fixed text goes first."""
+    """The message that a line was made of, and its values: `FRAMES`, then those with most fixed text."""
     exact, patterns = _catalogue()
     if line in exact:
         return exact[line], []
@@ -134,7 +138,8 @@ def _catalogue() -> tuple[dict[str, Message], list[Message]]:
     messages = [Message(*pair) for pair in pairs("messages_zh.tsv")]
     exact = {message.text: message for message in messages if not message.names}
     patterns = [message for message in messages if message.names]
-    return exact, sorted(patterns, key=lambda message: -len("".join(message.fixed)))
+    patterns.sort(key=lambda message: (message.text not in FRAMES, -len("".join(message.fixed))))
+    return exact, patterns
 
 
 @functools.cache

@@ -154,6 +154,8 @@ def test_a_text_is_found_by_what_stands_between_its_values(chinese):
     assert told(f"error: --resume latest: {missing}").startswith(
         "错误：--resume latest：a/b 里没有"
     )
+    columns = "error: a.csv:1: 5,000 columns, more than 4,096 columns; split the table"
+    assert told(columns).startswith("错误：a.csv:1")
     assert told("one\nevaluation") == "one\n评估"
     assert told("words of nobody, evaluation in them") == "words of nobody, evaluation in them"
     assert told("") == ""
