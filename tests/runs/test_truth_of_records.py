@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionStartInfo
 
 import compare_runs
 import convergence
@@ -43,16 +43,29 @@ def json_of(path: Path) -> dict:
 
 
 def hparams_of(out: Path) -> dict:
+    """The settings in the run's row."""
+    return row_of(out).hparams
+
+
+def row_of(out: Path) -> SessionStartInfo:
     """The run's row as TensorBoard's reader has it."""
     (events,) = (out / "tensorboard_logs").iterdir()
     reader = EventAccumulator(str(events))
     reader.Reload()
     content = reader.SummaryMetadata(SESSION_START_TAG).plugin_data.content
-    return HParamsPluginData.FromString(content).session_start_info.hparams
+    return HParamsPluginData.FromString(content).session_start_info
 
 
 # -----------------------------------------------------------------------------
 # Settings
+
+
+@pytest.mark.slow
+def test_a_trial_is_called_by_what_was_set_and_has_the_rate_that_was_used(tmp_path, run):
+    assert run(tmp_path, first=("--max-steps", "2", "--num-probes", "0")) == 0
+    row = row_of(tmp_path / "out")
+    assert row.group_name.startswith("steps=2") and "lr=" not in row.group_name
+    assert row.hparams["learning_rate"].number_value == pytest.approx(1e-3)
 
 
 @pytest.mark.slow
