@@ -23,6 +23,7 @@ from finetuning.events.event_values import SESSION_START_TAG
 from finetuning.events.reading import read_metrics, read_run, read_texts
 from finetuning.monitoring import detectors
 from finetuning.monitoring.convergence import describe
+from finetuning.monitoring.detector_memory import Finding
 from finetuning.monitoring.loss_curves import read_curve
 from finetuning.runs import record, report
 from finetuning.runs.comparison import metric_rows, outcomes
@@ -164,8 +165,8 @@ def test_a_final_model_whose_run_went_to_its_end_is_the_result(finished, tmp_pat
 
 @pytest.mark.slow
 def test_a_run_that_an_alert_has_stopped_stays_stopped(tmp_path, run, monkeypatch):
-    def with_a_loss(memory: object, metrics: dict) -> detectors.Finding | None:
-        return detectors.Finding(1.0, 0.0) if "Training/Loss" in metrics else None
+    def with_a_loss(memory: object, metrics: dict) -> Finding | None:
+        return Finding(1.0, 0.0) if "Training/Loss" in metrics else None
 
     monkeypatch.setitem(detectors.DETECTORS, "Stagnation", with_a_loss)
     stop, log = (["--alert-actions", "Stagnation", action] for action in ("stop", "log"))
