@@ -50,7 +50,7 @@ from finetuning.data.packing import PlannedStep
 from finetuning.runs import directory, summary
 from finetuning.runs.build import build_engine, build_evaluator
 from finetuning.runs.directory import RunDirectory, disk_faults_stop_the_run
-from finetuning.runs.identity import check_identity
+from finetuning.runs.identity import check_identity, recorded_settings
 from finetuning.runs.init_adapter import with_own_settings
 from finetuning.runs.metrics import MetricsProcessor
 from finetuning.runs.naming import trial_name
@@ -417,7 +417,7 @@ class DirectTrainer:
         files = {"run_dir": run.tensorboard, "metrics_path": run.logs / "metrics.jsonl"}
         goes_on = {"resume_step": resume_step, "reach": self.state.reach}
         texts = {"hparams": summary.hparams(self.plan.settings), "warn": self.terminal.warning}
-        texts["trial"] = trial_name(run.name, self.plan.settings)
+        texts["trial"] = trial_name(run.name, recorded_settings(self.config))
         return TensorBoardLogger(**files, **goes_on, **texts)
 
     # -------------------------------------------------------------------------

@@ -1,10 +1,10 @@
 """What people read, in their language: English texts come in, Chinese ones go out where that is asked for.
 
 The program is written in English. `docs/messages_zh.tsv` holds its texts and their translations, a pair a
-line; `{}` stands for a value. A finished text finds its line by what stands between the values, so a text is
-translated where it is shown, and nobody else has to know of languages. Names of settings, tags and files stay
-as they are, and so does a text without a line. Values are looked up as well: they may be texts of the
-program.
+line; `{}` stands for a value, and `{name}` for one within a sentence that may be empty. A finished text finds
+its line by what stands between the values, so a text is translated where it is shown, and nobody else has to
+know of languages. Names of settings, tags and files stay as they are, and so does a text without a line.
+Values are looked up as well: they may be texts of the program.
 """
 
 import csv
@@ -17,7 +17,9 @@ from pathlib import Path
 
 LANGUAGES = ("en", "zh")
 DOCS = Path(__file__).parents[2] / "docs"
-DEEPEST = 4  # values within values
+DEEPEST = 6  # values within values
+FRAMES = ("warning: {}", "error: {}")  # around any text, so they are taken off first
+PLACE = re.compile(r"\{(\w*)\}")  # of a value
 _current = ["en"]  # of this process, as a locale is
 
 
@@ -68,10 +70,19 @@ class Message:
     @functools.cached_property
     def fixed(self) -> tuple[str, ...]:
         """What stands around the values."""
-        return tuple(self.text.split("{}"))
+        return tuple(PLACE.split(self.text)[::2])
+
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """Of its values, empty where one has none."""
+        return tuple(PLACE.findall(self.text))
 
     def values(self, line: str) -> list[str] | None:
         """The values in a line that was made of this text; None where it was made of another one."""
+        found = self._between(line)
+        return found if found is None or all(map(_fits, self.names, found)) else None
+
+    def _between(self, line: str) -> list[str] | None:
         first, *others = self.fixed
         if not line.startswith(first):
             return None
@@ -90,21 +101,25 @@ class Message:
         return [*found, line[place:last]]
 
     def filled(self, values: list[str]) -> str:
-        """The translation with these values: {} takes the next one, {0} the first."""
-        rest = iter(values)
-        return re.sub(
-            r"\{(\d?)\}", lambda hole: values[int(hole[1])] if hole[1] else next(rest), self.chinese
-        )
+        """The translation with these values: {} takes the next, {0} the first, {name} that of this name."""
+        rest, known = iter(values), dict(zip(self.names, values, strict=True))
+        known |= {str(number): value for number, value in enumerate(values)}
+        return PLACE.sub(lambda place: known[place[1]] if place[1] else next(rest), self.chinese)
+
+
+def _fits(name: str, value: str) -> bool:
+    """Whether it can be the value of such a place: one with a name stays within its sentence."""
+    return ". " not in value if name else bool(value)
 
 
 def find(line: str) -> tuple[Message, list[str]] | None:
-    """The message that a line was made of, and its values. The one with most fixed text goes first."""
+    """The message that a line was made of, and its values: `FRAMES`, then those with most fixed text."""
     exact, patterns = _catalogue()
     if line in exact:
         return exact[line], []
     for message in patterns:
         values = message.values(line)
-        if values is not None and all(values):
+        if values is not None:
             return message, values
     return None
 
@@ -121,9 +136,10 @@ def pairs(name: str) -> Iterator[tuple[str, str]]:
 @functools.cache
 def _catalogue() -> tuple[dict[str, Message], list[Message]]:
     messages = [Message(*pair) for pair in pairs("messages_zh.tsv")]
-    exact = {message.text: message for message in messages if "{}" not in message.text}
-    patterns = [message for message in messages if "{}" in message.text]
-    return exact, sorted(patterns, key=lambda message: -len(message.text.replace("{}", "")))
+    exact = {message.text: message for message in messages if not message.names}
+    patterns = [message for message in messages if message.names]
+    patterns.sort(key=lambda message: (message.text not in FRAMES, -len("".join(message.fixed))))
+    return exact, patterns
 
 
 @functools.cache

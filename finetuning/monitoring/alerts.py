@@ -136,7 +136,7 @@ class AlertMonitor:
                 four_digits(row["value"]),
                 four_digits(row["threshold"]),
                 _facts(row["evidence"]),
-                f"{translated(row['advice'])} {row.get('ends', '')}".strip(),
+                translated(f"{row['advice']} {row.get('ends', '')}".strip()),
             )
             lines.append("| " + " | ".join(map(table_cell, cells)) + " |")
         return "\n".join(lines)

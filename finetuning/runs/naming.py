@@ -72,7 +72,10 @@ def _plain(value: Any) -> Any:
 
 
 def trial_name(run: str, settings: Mapping[str, Any]) -> str:
-    """A run's name in the HPARAMS table, where each has its own: what differs, and when it began."""
+    """A run's name in the HPARAMS table, where each has its own: what was set, and when it began.
+
+    settings: as they were set. What was left at "auto" is not in the name; its value is in the table.
+    """
     text = given_name(run) or unlike(settings)
     for name, short in SHORT.items():
         text = text.replace(f"{name}=", f"{short}=")

@@ -150,6 +150,11 @@ def page(run: RecordedRun) -> str:
 # Sections
 
 
+def _said(text: str) -> str:
+    """A sentence of the program, in the reader's language."""
+    return html.escape(translated(redact(text)))
+
+
 def _section(title: str, content: str) -> str:
     return f"<h2>{html.escape(translated(title))}</h2>{content}" if content else ""
 
@@ -216,23 +221,21 @@ def _before_and_after(run: RecordedRun) -> str:
         change = (
             "" if more is None or before == after else ("worse", "better")[more == (after > before)]
         )
-        rows.append((name, *texts, change))
-    note = (
-        "<p>±: twice the standard error over the held-out samples.</p>" if len(errors) > 1 else ""
-    )
-    return _table(("", "base", "tuned", ""), rows) + note if rows else ""
+        rows.append((translated(name), *texts, translated(change)))
+    note = _said("±: twice the standard error over the held-out samples.")
+    table_ = _table(("", "base", "tuned", ""), rows)
+    return table_ + (f"<p>{note}</p>" if len(errors) > 1 else "") if rows else ""
 
 
 def _next_steps(run: RecordedRun) -> str:
     """The findings of a run, each with its evidence and the command to try."""
     items = "".join(
-        f"<li><b>{html.escape(redact(f.title))}</b> {html.escape(redact(f.evidence))}"
+        f"<li><b>{_said(f.title)}</b> {_said(f.evidence)}"
         f"<pre>{html.escape(redact(f.command))}</pre></li>"
         for f in findings(run)
     )
-    return (
-        f"<ol>{items}</ol>" if items else "<p>The record shows nothing that should be changed.</p>"
-    )
+    nothing = _said("The record shows nothing that should be changed.")
+    return f"<ol>{items}</ol>" if items else f"<p>{nothing}</p>"
 
 
 def _alerts(alerts: Alerts) -> str:
@@ -242,24 +245,30 @@ def _alerts(alerts: Alerts) -> str:
             a.get("step"),
             shown(a.get("value"), ""),
             shown(a.get("threshold"), ""),
-            translated(str(a.get("advice"))),
+            translated(f"{a.get('advice')} {a.get('ends', '')}".strip()),
         )
         for a in alerts.newest
     ]
     if not rows:
         return f"<p>{translated('None.')}</p>"
-    more = "" if alerts.count == len(rows) else f"<p>The newest {len(rows)} of {alerts.count}.</p>"
+    newest = _said(f"The newest {len(rows)} of {alerts.count}.")
+    more = "" if alerts.count == len(rows) else f"<p>{newest}</p>"
     return more + _table(("alert", "step", "value", "threshold", "advice"), rows)
 
 
 def _charts(series: Mapping[str, Points]) -> str:
     charts = [_chart(title, curves_of(series, patterns)) for title, patterns in CHARTS.items()]
     charts = [chart for chart in charts if chart]
-    return f'<div class="charts">{"".join(charts)}</div>' if charts else "<p>No point yet.</p>"
+    return (
+        f'<div class="charts">{"".join(charts)}</div>'
+        if charts
+        else f"<p>{_said('No point yet.')}</p>"
+    )
 
 
 def _left_out(run: RecordedRun) -> str:
-    return f"<p>{run.left_out} or more tags are not shown.</p>" if run.left_out else ""
+    text = f"{run.left_out} or more tags are not shown."
+    return f"<p>{_said(text)}</p>" if run.left_out else ""
 
 
 def _custom(series: Mapping[str, Points]) -> str:

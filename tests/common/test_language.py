@@ -14,7 +14,9 @@ from finetuning.common import language
 from finetuning.common.errors import UserError
 from finetuning.config import DirectTrainingConfig
 from finetuning.events.metric_table import METRICS, description
-from finetuning.monitoring.alerts import ADVICE
+from finetuning.monitoring.advice import ADVICE, advice, ending
+from finetuning.monitoring.alerts import Alert, AlertMonitor
+from finetuning.monitoring.detector_memory import Finding
 from finetuning.runs import report
 
 ROOT = Path(__file__).parents[2]
@@ -33,6 +35,7 @@ FIRST_HOUR = [
 ]
 SAYING = {"info", "warning", "final", "say", "warn", "_warn", "working", "UserError", "RunStopped"}
 CHINESE = re.compile("[\u4e00-\u9fff]")
+ENGLISH = re.compile("[a-z]+ [a-z]+ [a-z]+")  # a part of a sentence; names and commands are shorter
 
 
 @pytest.fixture
@@ -85,11 +88,53 @@ def test_alerts_settings_charts_and_headings_have_one():
     ]
     assert settings.keys() == set(fields) - {"training"}
     assert {m.tag for m in METRICS} <= language.meanings("metrics_zh.tsv").keys()
-    assert not missing(iter([*report.CHARTS, *(title for _, title in report.TEXTS)]))
+    titles = [*report.CHARTS, *(title for _, title in report.TEXTS), *report.BEFORE_AND_AFTER]
+    assert not missing(iter(titles))
+
+
+def test_every_fault_of_settings_has_one():
+    """What a setting must be, and what is wrong between settings."""
+    texts = []
+    for node in ast.walk(ast.parse((ROOT / "finetuning/config.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Yield):
+            texts.append(form(node.value))
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "_Rule":
+            texts.append(form(node.args[1]))
+        elif isinstance(node, ast.Dict):  # remedies, which end a fault
+            texts += [form(key) for key in node.keys]
+    texts = [text for text in texts if text]
+    assert len(texts) > 20 and not missing(iter(texts))
+
+
+SETTINGS = dataclasses.asdict(DirectTrainingConfig(learning_rate=3e-4)) | {"precision": "bf16"}
+
+
+@pytest.mark.parametrize("name", ADVICE)
+@pytest.mark.parametrize("settings", [{}, SETTINGS], ids=["unknown", "known"])
+@pytest.mark.parametrize("evidence", [{}, {"samples": ["a.jsonl:7", "b.jsonl:3"]}])
+def test_an_alert_is_shown_whole(chinese, name: str, settings: dict, evidence: dict):
+    """Its advice is filled with settings before it is shown; nothing of it stays in English."""
+    finding = Finding(2.5, 1.25, {"metric": "Eval/Format_Valid_Rate"})
+    told = advice(name, settings), ending(name, finding)
+    line = Alert(name, 7, finding.value, finding.threshold, evidence, *told).line()
+    for text in (*told, " ".join(told), line, f"warning: {line}"):
+        shown = language.translated(text)
+        assert CHINESE.search(shown) and not ENGLISH.search(shown), shown
+    assert ("a.jsonl:7" in language.translated(line)) == bool(evidence)
+    if settings and "{rate}" in ADVICE[name]:
+        assert "（现为 0.0003，可试 --learning-rate 0.0001）" in language.translated(told[0])
+
+
+def test_the_table_of_alerts_says_what_to_do_and_what_ends_it(chinese):
+    monitor = AlertMonitor(settings=SETTINGS)
+    assert monitor.observe(3, {"GPU_0/Temperature_C": 95.0})
+    assert "检查风扇" in monitor.table() and "时报警结束" in monitor.table()
 
 
 def test_translations_have_the_values_of_their_texts():
     for text, translation in language.pairs("messages_zh.tsv"):
+        names = [re.findall(r"\{([a-z]+)\}", side) for side in (text, translation)]
+        assert sorted(names[0]) == sorted(names[1]), text
         holes = re.findall(r"\{(\d?)\}", translation)
         numbered = {int(hole) for hole in holes if hole}
         free = holes.count("")
@@ -109,6 +154,8 @@ def test_a_text_is_found_by_what_stands_between_its_values(chinese):
     assert told(f"error: --resume latest: {missing}").startswith(
         "错误：--resume latest：a/b 里没有"
     )
+    columns = "error: a.csv:1: 5,000 columns, more than 4,096 columns; split the table"
+    assert told(columns).startswith("错误：a.csv:1")
     assert told("one\nevaluation") == "one\n评估"
     assert told("words of nobody, evaluation in them") == "words of nobody, evaluation in them"
     assert told("") == ""

@@ -2,12 +2,14 @@
 
 import json
 import math
+import re
 import shlex
 from pathlib import Path
 
 import pytest
 
 from finetuning.command_line import parse_command_line
+from finetuning.common import language
 from finetuning.runs.directory import RUN_PREFIX, RunDirectory
 from finetuning.runs.findings import KINDS, findings
 from finetuning.runs.recorded import read_recorded
@@ -132,8 +134,23 @@ def test_a_run_with_the_trouble_has_its_finding_and_no_other(tmp_path, kind):
     assert tuple(config.data_path) == ("good.jsonl", "poor.jsonl"), (
         "the run's own settings come along"
     )
+    for text in (found.title, found.evidence):
+        told = language.in_chinese(text)
+        assert told != text and not re.search("[a-z]+ [a-z]+ [a-z]+", told)
     if not run.dataset:  # of which the page shows more than this test has
         assert words in page(run)
+
+
+def test_the_page_says_them_in_chinese(tmp_path):
+    files = healthy()
+    waits(files)
+    run = recorded(tmp_path, files)
+    language.use("zh")
+    try:
+        text = page(run)
+    finally:
+        language.use("en")
+    assert "设备在等数据。" in text and "读数据占一步的 50%" in text and "接下来做什么" in text
 
 
 def test_the_costliest_five_are_told(tmp_path):

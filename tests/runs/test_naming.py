@@ -56,7 +56,8 @@ def test_labels_say_what_differs():
 
 
 def test_a_trial_has_a_name_of_its_own():
-    assert naming.trial_name(FIRST, {"learning_rate": 3e-4}) == "0101_000000"
+    assert naming.trial_name(FIRST, {"learning_rate": "auto"}) == "0101_000000"
+    assert naming.trial_name(FIRST, {"learning_rate": 3e-4}) == "lr=3e-4 (0101_000000)"
     assert naming.trial_name(FIRST, {"learning_rate": 1e-3, "lora_r": 8}) == (
         "lr=1e-3, r=8 (0101_000000)"
     )

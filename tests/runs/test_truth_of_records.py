@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionStartInfo
 
 import compare_runs
 import convergence
@@ -23,6 +23,7 @@ from finetuning.events.event_values import SESSION_START_TAG
 from finetuning.events.reading import read_metrics, read_run, read_texts
 from finetuning.monitoring import detectors
 from finetuning.monitoring.convergence import describe
+from finetuning.monitoring.detector_memory import Finding
 from finetuning.monitoring.loss_curves import read_curve
 from finetuning.runs import record, report
 from finetuning.runs.comparison import metric_rows, outcomes
@@ -43,16 +44,29 @@ def json_of(path: Path) -> dict:
 
 
 def hparams_of(out: Path) -> dict:
+    """The settings in the run's row."""
+    return row_of(out).hparams
+
+
+def row_of(out: Path) -> SessionStartInfo:
     """The run's row as TensorBoard's reader has it."""
     (events,) = (out / "tensorboard_logs").iterdir()
     reader = EventAccumulator(str(events))
     reader.Reload()
     content = reader.SummaryMetadata(SESSION_START_TAG).plugin_data.content
-    return HParamsPluginData.FromString(content).session_start_info.hparams
+    return HParamsPluginData.FromString(content).session_start_info
 
 
 # -----------------------------------------------------------------------------
 # Settings
+
+
+@pytest.mark.slow
+def test_a_trial_is_called_by_what_was_set_and_has_the_rate_that_was_used(tmp_path, run):
+    assert run(tmp_path, first=("--max-steps", "2", "--num-probes", "0")) == 0
+    row = row_of(tmp_path / "out")
+    assert row.group_name.startswith("steps=2") and "lr=" not in row.group_name
+    assert row.hparams["learning_rate"].number_value == pytest.approx(1e-3)
 
 
 @pytest.mark.slow
@@ -151,8 +165,8 @@ def test_a_final_model_whose_run_went_to_its_end_is_the_result(finished, tmp_pat
 
 @pytest.mark.slow
 def test_a_run_that_an_alert_has_stopped_stays_stopped(tmp_path, run, monkeypatch):
-    def with_a_loss(memory: object, metrics: dict) -> detectors.Finding | None:
-        return detectors.Finding(1.0, 0.0) if "Training/Loss" in metrics else None
+    def with_a_loss(memory: object, metrics: dict) -> Finding | None:
+        return Finding(1.0, 0.0) if "Training/Loss" in metrics else None
 
     monkeypatch.setitem(detectors.DETECTORS, "Stagnation", with_a_loss)
     stop, log = (["--alert-actions", "Stagnation", action] for action in ("stop", "log"))
