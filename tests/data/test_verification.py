@@ -175,7 +175,8 @@ def losses(read: list[Sample], template: str) -> tuple[int, int]:
     ]
     tokenizer = tokenizer_with(template)
     try:
-        tokens = tokenize_samples(placed, tokenizer, up_to(100_000, control_tokens="split"))
+        settings = up_to(100_000, control_tokens="split", empty_thinking="train")
+        tokens = tokenize_samples(placed, tokenizer, settings)
     except UserError as refusal:
         assert f"{len(placed)} are broken (the first: a:1: the chat template" in str(refusal)
         return 0, len(placed)

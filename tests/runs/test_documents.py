@@ -253,6 +253,10 @@ def start_program(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     return 0
 
 
+def _parameter(flag: str) -> str:
+    return flag[2:].replace("-", "_")
+
+
 class Runner:
     """Runs documented commands in a folder as the documents have it."""
 
@@ -317,7 +321,10 @@ class Runner:
         assert (ROOT / file).is_file(), f"{file} is documented but not there"
         text = (ROOT / file).read_text(encoding="utf-8")
         compile(text, file, "exec")
-        assert not [a for a in arguments if a.startswith("--") and f'"{a}"' not in text]
+        flags = [
+            a for a in arguments if a.startswith("--")
+        ]  # by argparse, or by tyro from a signature
+        assert not [f for f in flags if f'"{f}"' not in text and f" {_parameter(f)}: " not in text]
 
     def pin_versions(self) -> None:
         """On a copy, because it writes: there the pins are then what they are here."""
@@ -414,6 +421,12 @@ class Runner:
 
     def uv(self, arguments: list[str]) -> None:
         """What `uv run` has installed before this test; nothing is changed under its feet."""
+        if arguments[0] == "pip":  # from the lock: there is a file, and uv has the options
+            *options, lock = arguments[2:]
+            assert "--hash=sha256:" in (ROOT / lock).read_text(encoding="utf-8")
+            said = self.tool("uv", "pip", arguments[1], "--help")
+            assert all(option in said for option in options)
+            return
         self.tool("uv", *arguments, "--dry-run", "--offline", "--project", str(ROOT))
 
     def ssh(self, arguments: list[str]) -> None:
