@@ -204,7 +204,7 @@ def stand_still() -> None:
 
 def fault_on_rank_1(fault: Callable[[], None]) -> None:
     if os.environ["RANK"] == "1":
-        program.learning_rate_at = lambda *_: fault()
+        program.learning_rate_at = lambda *_, **__: fault()
 
 
 @pytest.mark.slow
@@ -265,12 +265,12 @@ def rank_1_is_short_of_memory(*, always: bool) -> None:
     """In step 2, first in a forward pass, then in a backward pass; or in every pass."""
     forward, calls = PackedLossModel.forward, [0]
 
-    def short_forward(self, batch, *rest):
+    def short_forward(self, batch, *rest, **named):
         mine = os.environ["RANK"] == "1" and torch.is_grad_enabled()
         calls[0] += mine
         if mine and (always or calls[0] == 3):  # the first of the two micro-batches of step 2
             no_memory()
-        loss, sums = forward(self, batch, *rest)
+        loss, sums = forward(self, batch, *rest, **named)
         if mine and calls[0] == 5:  # the second one, after the first was done again
             weight = next(p for n, p in self.named_parameters() if "lora_B" in n)
             handle = weight.register_hook(lambda gradient: (handle.remove(), no_memory()))
@@ -413,9 +413,9 @@ def test_all_ranks_take_the_embedded_model_if_one_must(elsewhere, tiny_model, mo
 def rank_1_is_slow() -> None:
     forward = PackedLossModel.forward
 
-    def slow_forward(*arguments):
+    def slow_forward(*arguments, **named):
         time.sleep(0.5 * (os.environ["RANK"] == "1"))
-        return forward(*arguments)
+        return forward(*arguments, **named)
 
     PackedLossModel.forward = slow_forward
 
