@@ -27,7 +27,7 @@ from finetuning.common.errors import UserError
 from finetuning.common.ngrams import normalized
 from finetuning.data import near_duplicates
 from finetuning.data.token_table import TokenizedSamples, TruncationReport
-from finetuning.readers import dataset
+from finetuning.readers import arrow_samples, dataset
 from finetuning.readers.dataset import read_samples
 from finetuning.readers.sample import Sample
 from tests.helpers.program import Done, run_program
@@ -401,11 +401,11 @@ def test_samples_in_files_and_workers_give_the_same(tmp_path, monkeypatch):
     path = _write(tmp_path / "a.jsonl", [*SAMPLES, SAMPLES[3]])
     expected = compute_statistics(read_samples([path]).samples).to_json()
     monkeypatch.setattr(dataset, "LARGE_DATA", 1)
-    monkeypatch.setattr(dataset, "_ROWS", 7)
+    monkeypatch.setattr(arrow_samples, "_ROWS", 7)
     monkeypatch.setattr(dataset, "SPAN", 20)
     monkeypatch.setattr(statistics, "_POOL_FROM", 1)
     stored = read_samples([path]).samples
-    assert isinstance(stored, dataset.ArrowSamples)
+    assert isinstance(stored, arrow_samples.ArrowSamples)
     assert compute_statistics(stored, workers=2).to_json() == expected
 
 

@@ -19,7 +19,7 @@ from finetuning.config import DataSettings
 from finetuning.data import near_duplicates
 from finetuning.data.split import split_samples
 from finetuning.data.training_data import TrainingData, prepare_data, read_data
-from finetuning.readers import dataset
+from finetuning.readers import arrow_samples, dataset
 from tests.helpers.qwen3_tokenizer import qwen3_tokenizer
 from tests.helpers.settings import up_to
 
@@ -108,8 +108,9 @@ def test_facts_and_groups_of_large_data_are_made_once(tmp_path, monkeypatch, qwe
 
 @pytest.mark.slow
 def test_worker_processes_label_the_same(tmp_path, monkeypatch, qwen3):
-    for name, value in (("LARGE_DATA", 1), ("SPAN", 7), ("_ROWS", 5)):
+    for name, value in (("LARGE_DATA", 1), ("SPAN", 7)):
         monkeypatch.setattr(dataset, name, value)
+    monkeypatch.setattr(arrow_samples, "_ROWS", 5)
     read = dataset.read_samples([write(tmp_path / "a.jsonl", 30, "SM4")])
     sources, every = list(read.samples_per_file), np.arange(30)
     alone = sample_groups.loss_groups(read, every, sources)
