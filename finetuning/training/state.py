@@ -33,8 +33,8 @@ class ConvergenceState(TypedDict, total=False):
 class AlertState(TypedDict, total=False):
     """What `AlertMonitor.state_dict` gives; empty before the first logged step."""
 
-    series: dict[str, list[float | list[float]]]
-    marks: dict[str, float]
+    series: dict[str, list[float | None | list[float | None]]]
+    marks: dict[str, float | None]
     active: dict[str, bool]
     quiet: dict[str, int]
     rows: dict[str, dict[str, Any]]
@@ -49,12 +49,14 @@ class TrainState:
     samples_seen: int = 0
     training_seconds: float = 0.0  # wall time of the loop over all sessions
     resume_count: int = 0
-    interval: list[float] = field(default_factory=list)  # loss sums since the last logged step
-    epoch: list[float] = field(
+    interval: list[float | None] = field(
+        default_factory=list
+    )  # loss sums since the last logged step
+    epoch: list[float | None] = field(
         default_factory=list
     )  # loss sums since the epoch began, finite steps
     epoch_seconds: float = 0.0
-    grad_norm: float = 0.0  # of the newest step, before clipping
+    grad_norm: float | None = 0.0  # of the newest step, before clipping; None was not finite
     grad_norm_max: float | None = None  # of the finite ones since the last logged step
     last_loss: float | None = None  # the newest Training/Loss
     first_eval_loss: float | None = None

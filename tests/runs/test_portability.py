@@ -157,7 +157,7 @@ from direct_finetuning_with_existing_modules import main
 sys.exit(main(arguments))
 """
 # Libraries of this system still call these where they would call another thing on Windows.
-LIBRARIES_NEED = {"statvfs", "uname", "sysconf", "sched_getaffinity"}
+LIBRARIES_NEED = {"fchmod", "statvfs", "uname", "sysconf", "sched_getaffinity"}
 BLOCKING = {"SIG_BLOCK", "SIG_SETMASK", "SIG_UNBLOCK"}
 
 
