@@ -74,7 +74,8 @@ def run_limited(
             if unwanted() or time.monotonic() > deadline:
                 return Ended(STOPPED, "", "")
     finally:
-        child.kill()
+        if child.poll() is None:
+            child.kill()
         child.wait()
     lines = complaint.decode(errors="replace").strip().splitlines()
     return Ended(child.returncode, said.decode(errors="replace"), lines[-1] if lines else "")

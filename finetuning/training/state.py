@@ -33,7 +33,7 @@ class ConvergenceState(TypedDict, total=False):
 class AlertState(TypedDict, total=False):
     """What `AlertMonitor.state_dict` gives; empty before the first logged step."""
 
-    series: dict[str, list[float | None | list[float | None]]]
+    series: dict[str, list[float | list[float | None] | None]]
     marks: dict[str, float | None]
     active: dict[str, bool]
     quiet: dict[str, int]
