@@ -60,6 +60,7 @@ class Evaluator:
     Args:
         packed: the model, whole or sharded.
         held_out: what is measured; without documents only adapters are.
+        decoder: writes the answers with the same model.
         probes: questions answered each time.
         max_new_tokens: longest answer.
         sharded: the ranks hold parts of the weights, so that each needs all others for every token.
@@ -73,17 +74,14 @@ class Evaluator:
         held_out: HeldOut,
         dist: Distributed,
         *,
+        decoder: Decoder,
         probes: Sequence[EvalPrompt],
         max_new_tokens: int,
         sharded: bool,
         histograms: bool,
     ) -> None:
         self._packed, self._tokenizer = packed, tokenizer
-        self._decoder = Decoder(
-            packed.model,
-            packed.write_adapters,
-            why_no_graph="weights are gathered" if sharded else "",
-        )
+        self._decoder = decoder
         self._part, self._plan, self._dist = held_out.part, held_out.plan, dist
         self._losses, self._forgetting = LossMetrics(held_out.groups), held_out.forgetting
         self._probes, self._max_new_tokens = probes, max_new_tokens

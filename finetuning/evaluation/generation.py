@@ -21,7 +21,7 @@ from finetuning.data.chat_template import encode_prompt, parse_completion
 from finetuning.data.token_table import Segment, carries_loss
 from finetuning.data.training_data import DataPart
 from finetuning.model.attention import ordinary_attention
-from finetuning.model.decoding import Decoder
+from finetuning.model.decoding import Decoder, Request
 from finetuning.readers.sample import Sample
 
 REPETITION_NGRAM = 10  # tokens
@@ -131,11 +131,13 @@ def complete(
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), ordinary_attention(model), _few_threads(model, device):
         out = decoder.write(
-            ids.to(device),
-            mask.to(device),
-            most=max_new_tokens,
-            end_id=end_id,
-            enough=lambda count: bool(progress(count, max_new_tokens)),
+            Request(
+                ids.to(device),
+                mask.to(device),
+                most=max_new_tokens,
+                end_id=end_id,
+                enough=lambda count: bool(progress(count, max_new_tokens)),
+            )
         )
     model.train(was_training)
     return [

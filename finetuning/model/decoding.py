@@ -7,8 +7,9 @@ must agree; else it writes all of them.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel, StaticCache
@@ -26,6 +27,21 @@ TOLERANCE = 0.1
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
+@dataclass(frozen=True)
+class Request:
+    """Prompts that are written on.
+
+    ids: (B, T), padded on the left, where mask (B, T) is 0. most: new tokens. end_id: what ends a row.
+    enough: asked now and then with the number of tokens written; true ends them all.
+    """
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    most: int
+    end_id: int
+    enough: Callable[[int], bool] = lambda count: False
+
+
 class Decoder:
     """Writes greedy tokens with a model, by graph where that is right.
 
@@ -33,6 +49,7 @@ class Decoder:
         model: a transformers causal language model, maybe within peft's.
         prepare: called before each answer, as adapters that are kept in other matrices want it.
         why_no_graph: not empty: the model's own `generate` writes, for this reason.
+        warn: told once where a graph turns out to be wrong for the model.
     """
 
     def __init__(
@@ -41,100 +58,91 @@ class Decoder:
         prepare: Callable[[], object] = lambda: None,
         *,
         why_no_graph: str = "",
+        warn: Callable[[str], object] = lambda text: None,
     ) -> None:
-        self.model = model
-        self.prepare = prepare
-        self.why_no_graph = why_no_graph
+        self.model, self.prepare = model, prepare
+        self.why_no_graph, self._warn = why_no_graph, warn
         self._is_tried = False
 
-    def write(
-        self,
-        ids: torch.Tensor,
-        mask: torch.Tensor,
-        *,
-        most: int,
-        end_id: int,
-        enough: Callable[[int], bool],
-    ) -> torch.Tensor:
-        """(B, n) new tokens behind the prompts ids (B, T), padded on the left, where mask (B, T) is 0.
+    def write(self, request: Request) -> torch.Tensor:
+        """(B, n) new tokens; what stands behind a row's first end token is of no meaning.
 
-        What stands behind a row's first end token is of no meaning. n is `most`, or less where all rows have
-        ended or `enough(tokens written)` became true, which is asked now and then.
+        n is the most, or less where all rows have ended or enough is written.
         """
         self.prepare()
-        if ids.device.type != "cuda":
+        if not _can_have_graphs(request):
             self.why_no_graph = "there is no CUDA device"
         if not self.why_no_graph:
             try:
-                return self._by_graph(ids, mask, most, end_id, enough)
+                return self._by_graph(request)
             except torch.OutOfMemoryError:
                 raise
-            except RuntimeError as error:
-                self.why_no_graph = str(error).strip().partition("\n")[0] or type(error).__name__
-        return self._by_generate(ids, mask, most, end_id, enough)
+            except Exception as error:  # of any library, for any reason: this way does not work
+                reason = str(error).strip().partition("\n")[0] or type(error).__name__
+                self.why_no_graph = reason
+                self._warn(f"answers are written without a CUDA graph: {reason}")
+        return self._by_generate(request)
 
-    def _by_graph(
-        self,
-        ids: torch.Tensor,
-        mask: torch.Tensor,
-        most: int,
-        end_id: int,
-        enough: Callable[[int], bool],
-    ) -> torch.Tensor:
+    def _by_graph(self, request: Request) -> torch.Tensor:
         if not self._is_tried:
-            self._try(ids, mask)
+            self._try(request)
             self._is_tried = True
         with _one_token_attention(self.model):
-            decoder = StaticDecoder(self.model, ids, mask, most)
-            return greedy_tokens(decoder, most, end_id, enough, record=most > CHECKED_EVERY)
+            decoder = StaticDecoder(self.model, request)
+            return greedy_tokens(decoder, request, record=request.most > CHECKED_EVERY)
 
-    def _try(self, ids: torch.Tensor, mask: torch.Tensor) -> None:
+    def _try(self, request: Request) -> None:
         """Raise RuntimeError unless the first scores are those of the model's own way."""
         own = self.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
+            input_ids=request.ids,
+            attention_mask=request.mask,
             max_new_tokens=TRIED_TOKENS,
             min_new_tokens=TRIED_TOKENS,
             output_logits=True,
             return_dict_in_generate=True,
             **GREEDY,
         )
+        new = own.sequences[:, request.ids.shape[1] :].unbind(1)
         with _one_token_attention(self.model):
-            decoder = StaticDecoder(self.model, ids, mask, TRIED_TOKENS)
-            scores = decoder.scores
-            for place, expected in enumerate(own.logits):
-                expected = expected.float()
-                off = ((scores - expected).square().mean(1).sqrt() / expected.std(1)).max().item()
-                if not off < TOLERANCE:
-                    raise RuntimeError(
-                        f"scores are {off:.2f} standard deviations from those of `generate`"
-                    )
-                scores = decoder.append(own.sequences[:, ids.shape[1] + place])
+            off = self._difference(replace(request, most=TRIED_TOKENS), own.logits, new)
+        if not off < TOLERANCE:
+            raise RuntimeError(f"scores are {off:.2f} standard deviations from those of `generate`")
 
-    def _by_generate(
-        self,
-        ids: torch.Tensor,
-        mask: torch.Tensor,
-        most: int,
-        end_id: int,
-        enough: Callable[[int], bool],
-    ) -> torch.Tensor:
-        width = ids.shape[1]
+    def _difference(
+        self, request: Request, scores: Sequence[torch.Tensor], tokens: Sequence[torch.Tensor]
+    ) -> float:
+        """The largest of all rows and tokens, in standard deviations of a row's scores; the last by graph."""
+        decoder, worst = StaticDecoder(self.model, request), 0.0
+        for place, (expected, chosen) in enumerate(zip(scores, tokens, strict=True)):
+            expected = expected.float()
+            off = (decoder.scores - expected).square().mean(1).sqrt() / expected.std(1)
+            worst = max(worst, float(off.max()))
+            if place == 1 and request.ids.is_cuda:
+                decoder.record()
+            decoder.append(chosen)
+        return worst
+
+    def _by_generate(self, request: Request) -> torch.Tensor:
+        width = request.ids.shape[1]
 
         def written(so_far: torch.Tensor, _scores: object, **_: object) -> torch.Tensor:
-            stop = enough(so_far.shape[1] - width)
+            stop = request.enough(so_far.shape[1] - width)
             return torch.full((len(so_far),), stop, dtype=torch.bool, device=so_far.device)
 
         out = self.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=most,
-            eos_token_id=end_id,
-            pad_token_id=end_id,
+            input_ids=request.ids,
+            attention_mask=request.mask,
+            max_new_tokens=request.most,
+            eos_token_id=request.end_id,
+            pad_token_id=request.end_id,
             stopping_criteria=[written],
             **GREEDY,
         )
         return out[:, width:]
+
+
+def _can_have_graphs(request: Request) -> bool:
+    return request.ids.is_cuda
 
 
 class StaticDecoder:
@@ -142,21 +150,19 @@ class StaticDecoder:
 
     Args:
         model: a transformers causal language model, maybe within peft's.
-        ids: (B, T) prompts, padded on the left; mask (B, T) is 0 there.
-        most: new tokens for which there is room.
+        request: its prompts, and the number of tokens for which there is to be room.
     Raises RuntimeError for a model whose layers keep something else than all keys and values.
     """
 
-    def __init__(
-        self, model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, most: int
-    ) -> None:
+    def __init__(self, model: torch.nn.Module, request: Request) -> None:
+        ids = request.ids
         rows, width = ids.shape
-        room = math.ceil((width + most) / ALIGNMENT) * ALIGNMENT
+        room = math.ceil((width + request.most) / ALIGNMENT) * ALIGNMENT
         self._model = model
         self._cache = StaticCache(config=_pretrained(model).config, max_cache_len=room)
         if any(type(layer) is not StaticLayer for layer in self._cache.layers):
             raise RuntimeError("not every layer attends to all tokens before its own")
-        there = mask.bool()
+        there = request.mask.bool()
         self._seen = torch.zeros(rows, 1, 1, room, dtype=torch.bool, device=ids.device)
         self._seen[:, 0, 0, :width] = there
         positions = (there.cumsum(1) - 1).clamp(min=0)
@@ -208,24 +214,17 @@ class StaticDecoder:
         return out.logits[:, -1].float()
 
 
-def greedy_tokens(
-    decoder: StaticDecoder,
-    most: int,
-    end_id: int,
-    enough: Callable[[int], bool],
-    *,
-    record: bool,
-) -> torch.Tensor:
+def greedy_tokens(decoder: StaticDecoder, request: Request, *, record: bool) -> torch.Tensor:
     """(B, n) tokens of the highest scores, see `Decoder.write`; with a graph if `record`."""
-    scores = decoder.scores
-    tokens = torch.full((len(scores), most), end_id, dtype=torch.long, device=scores.device)
+    scores, most = decoder.scores, request.most
+    tokens = torch.full((len(scores), most), request.end_id, device=scores.device)
     ended = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
     for count in range(1, most + 1):
         chosen = scores.argmax(1)
         tokens[:, count - 1] = chosen
-        ended |= chosen == end_id
+        ended |= chosen == request.end_id
         if count % CHECKED_EVERY == 0 or count == most:
-            stop = enough(count)  # asked before the wait
+            stop = request.enough(count)  # asked before the wait
             if stop or count == most or bool(ended.all()):
                 return tokens[:, :count]
         scores = decoder.append(chosen)

@@ -16,6 +16,7 @@ from finetuning.data.training_data import DataPart
 from finetuning.evaluation.evaluator import Evaluator, HeldOut
 from finetuning.evaluation.forgetting import BaseStates, Forgetting, GeneralText
 from finetuning.model.adapters import parts_without_adapters
+from finetuning.model.decoding import Decoder
 from finetuning.model.loading import load_model
 from finetuning.monitoring.system_monitor import SystemMonitor, gpu_uuid
 from finetuning.runs.plan import RunPlan
@@ -60,6 +61,13 @@ def build_evaluator(
     config: DirectTrainingConfig, plan: RunPlan, engine: TrainingEngine, dist: Distributed
 ) -> Evaluator:
     """Held-out data and questions, for the engine's model."""
+    sharded = plan.execution.parallel == "fsdp"
+    decoder = Decoder(
+        engine.packed.model,
+        engine.packed.write_adapters,
+        why_no_graph="weights are gathered" if sharded else "",
+        warn=engine.warn,
+    )
     return Evaluator(
         engine.packed,
         plan.inputs.tokenizer,
@@ -70,9 +78,10 @@ def build_evaluator(
             forgetting_of(config, plan, engine, dist),
         ),
         dist,
+        decoder=decoder,
         probes=plan.probes,
         max_new_tokens=plan.answer_tokens,
-        sharded=plan.execution.parallel == "fsdp",
+        sharded=sharded,
         histograms=config.log_weight_histograms,
     )
 

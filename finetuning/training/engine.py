@@ -91,7 +91,7 @@ class TrainingEngine:
     ) -> None:
         parallel, dtype = execution.parallel, execution.dtype
         self._model, self._dist, self._parallel, self._dtype = model, dist, parallel, dtype
-        self._must_compile, self._warn = execution.must_compile, warn
+        self._must_compile, self.warn = execution.must_compile, warn
         self.batch_shape = execution.batch_shape
         self.gradient_checkpointing = execution.gradient_checkpointing
         self._may_checkpoint = execution.may_checkpoint
@@ -173,7 +173,7 @@ class TrainingEngine:
             else:
                 self._stop_compiling()
                 reason = trouble.broken or "on another rank"
-                self._warn(f"layers can't be compiled, training goes on without: {reason}")
+                self.warn(f"layers can't be compiled, training goes on without: {reason}")
             self.optimizer.zero_grad(set_to_none=True)
             # A backward pass that broke off leaves a replica unusable.
             self.wrapped = model_parallel.parallelize(self.packed, "ddp", self._dist, self._dtype)
@@ -234,7 +234,7 @@ class TrainingEngine:
         if self.not_captured:
             self.optimizer.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
-            self._warn(f"no CUDA graph, kernels are launched one by one: {self.not_captured}")
+            self.warn(f"no CUDA graph, kernels are launched one by one: {self.not_captured}")
 
     # -------------------------------------------------------------------------
     # When memory runs out
@@ -273,7 +273,7 @@ class TrainingEngine:
             measure = f"micro-batches are now done in {2**state.micro_batch_splits} parts"
             measure += ", without compilation" if self.batch_shape else ""
         self.apply_memory_measures(state)
-        self._warn(
+        self.warn(
             f"step {state.step + 1}: out of memory; {measure}, the global batch and the loss stay the same"
         )
 

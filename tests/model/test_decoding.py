@@ -1,5 +1,7 @@
 """Tokens written with keys and values that stay, against the model's own `generate`."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import (
@@ -12,7 +14,7 @@ from transformers import (
 )
 
 from finetuning.model import decoding
-from finetuning.model.decoding import Decoder, StaticDecoder, greedy_tokens
+from finetuning.model.decoding import Decoder, Request, StaticDecoder, greedy_tokens
 
 SIZES = {
     "vocab_size": 96,
@@ -25,6 +27,7 @@ SIZES = {
 END, MOST = 1, 21
 IDS = torch.tensor([[0, 0, 0, 7, 8], [3, 4, 5, 6, 9], [0, 5, 6, 7, 8]])
 MASK = (IDS > 0).long()
+ASKED = Request(IDS, MASK, MOST, END)
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +59,7 @@ def test_buffers_that_stay_give_the_tokens_of_generate(model):
     expected = until_end(expected_tokens(model))
     assert len({tuple(row) for row in expected}) == 3 and max(map(len, expected)) > 8
     with decoding._one_token_attention(model):
-        decoder = StaticDecoder(model, IDS, MASK, MOST)
-        found = greedy_tokens(decoder, MOST, END, lambda count: False, record=False)
+        found = greedy_tokens(StaticDecoder(model, ASKED), ASKED, record=False)
     assert until_end(found) == expected
     assert model.config._attn_implementation == "sdpa"
 
@@ -75,27 +77,25 @@ def test_scores_are_those_of_generate(model):
         return_dict_in_generate=True,
     )
     with decoding._one_token_attention(model):
-        decoder = StaticDecoder(model, IDS, MASK, 5)
+        decoder = StaticDecoder(model, replace(ASKED, most=5))
         for place, scores in enumerate(own.logits):
             torch.testing.assert_close(decoder.scores, scores, rtol=1e-4, atol=1e-4)
             decoder.append(own.sequences[:, IDS.shape[1] + place])
 
 
 def test_it_ends_where_all_rows_ended_or_enough_is_written(model, monkeypatch):
+    def written(request: Request) -> torch.Tensor:
+        return greedy_tokens(StaticDecoder(model, request), request, record=False)
+
     with torch.no_grad(), decoding._one_token_attention(model):
         told: list[int] = []
-        decoder = StaticDecoder(model, IDS, MASK, MOST)
-        greedy_tokens(decoder, MOST, END, lambda count: bool(told.append(count)), record=False)
-        assert told[:2] == [8, 16][: len(told)]
-        decoder = StaticDecoder(model, IDS, MASK, MOST)
-        short = greedy_tokens(decoder, MOST, END, lambda count: count >= 8, record=False)
+        written(replace(ASKED, enough=lambda count: bool(told.append(count))))
+        assert told and told == [8, 16, MOST][: len(told)]
+        short = written(replace(ASKED, enough=lambda count: count >= 8))
         assert short.shape == (3, 8)
-        first = short[:, 0]
         monkeypatch.setattr(decoding, "CHECKED_EVERY", 2)
-        same = first.clone().fill_(first[1])
-        decoder = StaticDecoder(model, IDS[1:2].repeat(3, 1), MASK[1:2].repeat(3, 1), MOST)
-        ended = greedy_tokens(decoder, MOST, int(same[0]), lambda count: False, record=False)
-        assert ended.shape == (3, 2), "all rows ended at the first token"
+        same = Request(IDS[1:2].repeat(3, 1), MASK[1:2].repeat(3, 1), MOST, int(short[1, 0]))
+        assert written(same).shape == (3, 2), "all rows ended at the first token"
 
 
 @torch.no_grad()
@@ -108,13 +108,13 @@ def test_it_ends_where_all_rows_ended_or_enough_is_written(model, monkeypatch):
 )
 def test_layers_that_keep_something_else_are_left_to_generate(config, kind):
     with pytest.raises(RuntimeError, match="not every layer"):
-        StaticDecoder(kind(config).eval(), IDS, MASK, MOST)
+        StaticDecoder(kind(config).eval(), ASKED)
 
 
 @torch.no_grad()
 def test_a_model_whose_scores_differ_is_found_out(model):
     decoder = Decoder(model)
-    decoder._try(IDS, MASK)  # nothing is raised
+    decoder._try(ASKED)  # nothing is raised
     frozen = StaticDecoder._step
 
     def step(self) -> None:
@@ -124,7 +124,7 @@ def test_a_model_whose_scores_differ_is_found_out(model):
     try:
         StaticDecoder._step = step
         with pytest.raises(RuntimeError, match="standard deviations"):
-            decoder._try(IDS, MASK)
+            decoder._try(ASKED)
     finally:
         StaticDecoder._step = frozen
 
@@ -133,6 +133,24 @@ def test_a_model_whose_scores_differ_is_found_out(model):
 def test_a_cpu_leaves_it_to_generate(model):
     prepared: list[int] = []
     decoder = Decoder(model, lambda: prepared.append(1))
-    found = decoder.write(IDS, MASK, most=MOST, end_id=END, enough=lambda count: False)
+    found = decoder.write(ASKED)
     assert torch.equal(found, expected_tokens(model)) and prepared == [1]
     assert decoder.why_no_graph == "there is no CUDA device"
+
+
+@torch.no_grad()
+def test_what_the_graph_can_not_do_is_told_once_and_left_to_generate(model, monkeypatch):
+    """On a CPU there is no graph: here an error stands for what a model or a driver may raise."""
+
+    def fails(self, request: Request) -> torch.Tensor:
+        raise TypeError("forward() got an unexpected keyword argument")
+
+    told: list[str] = []
+    decoder = Decoder(model, warn=told.append)
+    monkeypatch.setattr(Decoder, "_by_graph", fails)
+    monkeypatch.setattr(decoding, "_can_have_graphs", lambda request: True)
+    for _ in range(2):
+        assert torch.equal(decoder.write(ASKED), expected_tokens(model))
+    assert told == [
+        "answers are written without a CUDA graph: forward() got an unexpected keyword argument"
+    ]

@@ -15,7 +15,7 @@ from finetuning.config import OptimizerSettings
 from finetuning.data.packing import build_batch
 from finetuning.data.token_table import Segment, TokenizedSamples, TruncationReport
 from finetuning.model import attention, packed_model
-from finetuning.model.decoding import Decoder
+from finetuning.model.decoding import Decoder, Request
 from finetuning.model.fused_lora import adapter_copies, enable_fast_lora
 from finetuning.model.loss import _softmax_error, packed_loss
 from finetuning.model.packed_model import PackedLossModel
@@ -378,11 +378,11 @@ def test_answers_written_by_graph_are_those_of_generate():
     ids = torch.randint(8, 90, (5, 13), device="cuda")
     mask = torch.ones_like(ids)
     mask[1, :4] = mask[3, :9] = 0
-    options = {"most": 40, "end_id": 1, "enough": lambda count: False}
+    request = Request(ids, mask, most=40, end_id=1)
     with attention.ordinary_attention(model):
         decoder, plain = Decoder(model), Decoder(model, why_no_graph="to compare")
         for _ in range(2):
-            found, expected = (one.write(ids, mask, **options).tolist() for one in (decoder, plain))
+            found, expected = (one.write(request).tolist() for one in (decoder, plain))
             assert decoder.why_no_graph == ""
             for row, wanted in zip(found, expected, strict=True):
                 end = wanted.index(1) if 1 in wanted else len(wanted)

@@ -17,7 +17,7 @@ import direct_finetuning_with_existing_modules as program
 import tb_logger
 from finetuning.config import DirectTrainingConfig
 from finetuning.evaluation.evaluator import Evaluator
-from finetuning.model.decoding import Decoder
+from finetuning.model.decoding import Decoder, Request
 from finetuning.model.packed_model import PackedLossModel
 from finetuning.monitoring.alerts import AlertMonitor
 from finetuning.monitoring.convergence import ConvergenceMonitor
@@ -162,13 +162,13 @@ class Answers:
             return self.tokenizer.encode(text, add_special_tokens=False), True
         return self.tokenizer.encode("啊", add_special_tokens=False)[:1] * BUDGET, False
 
-    def write(self, input_ids: torch.Tensor, mask: torch.Tensor, *, most: int, **_) -> torch.Tensor:
-        assert most == BUDGET
+    def write(self, request: Request) -> torch.Tensor:
+        assert request.most == BUDGET
         replies = REPLIES[len(self.given)]
         self.given.append(replies)
         end = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
         rows = []
-        for prompt in self.tokenizer.batch_decode(input_ids):
+        for prompt in self.tokenizer.batch_decode(request.ids):
             (asked,) = (i for i, row in enumerate(HELD_OUT) if row["question"] in prompt)
             ids, _ = self.ids(replies[asked])
             rows.append(ids + [end] * (BUDGET + 1 - len(ids)))
@@ -291,9 +291,7 @@ def do_cpu_run(ledger: Ledger, folder: Path, model: Path, cache: Path) -> CpuRun
         kept_figures() as figures,
         pytest.MonkeyPatch.context() as patch,
     ):
-        patch.setattr(
-            Decoder, "write", lambda self, *args, **kwargs: answers.write(*args, **kwargs)
-        )
+        patch.setattr(Decoder, "write", lambda self, request: answers.write(request))
         session(config, machine, "", STOPPED - 1)
         trainer = session(config, machine, "latest", 0)
     plan, part = trainer.plan.steps, trainer.plan.data.train
