@@ -46,6 +46,20 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
+class Questions:
+    """What is answered each time.
+
+    decoder: writes with the evaluated model. most: tokens of an answer at most. sharded: the ranks hold parts
+    of the weights, so that each needs all others for every token.
+    """
+
+    probes: Sequence[EvalPrompt]
+    decoder: Decoder
+    most: int
+    sharded: bool
+
+
+@dataclass(frozen=True)
 class HeldOutSums:
     """What one pass leaves: documents (m, segments, 3) float64, loss sum, correct count and token count; and
     divergence (2,), the sum of KL(base‖model) and its targets, 0 of 0 where no base was given."""
@@ -60,10 +74,6 @@ class Evaluator:
     Args:
         packed: the model, whole or sharded.
         held_out: what is measured; without documents only adapters are.
-        decoder: writes the answers with the same model.
-        probes: questions answered each time.
-        max_new_tokens: longest answer.
-        sharded: the ranks hold parts of the weights, so that each needs all others for every token.
         histograms: also write the distributions of the trainable weights.
     """
 
@@ -72,20 +82,16 @@ class Evaluator:
         packed: PackedLossModel,
         tokenizer: Any,
         held_out: HeldOut,
+        questions: Questions,
         dist: Distributed,
         *,
-        decoder: Decoder,
-        probes: Sequence[EvalPrompt],
-        max_new_tokens: int,
-        sharded: bool,
         histograms: bool,
     ) -> None:
         self._packed, self._tokenizer = packed, tokenizer
-        self._decoder = decoder
+        self._questions = questions
         self._part, self._plan, self._dist = held_out.part, held_out.plan, dist
         self._losses, self._forgetting = LossMetrics(held_out.groups), held_out.forgetting
-        self._probes, self._max_new_tokens = probes, max_new_tokens
-        self._sharded, self._histograms = sharded, histograms
+        self._histograms = histograms
         self.health = AdapterHealth(packed.model)
         self._gradient_norms: dict[str, float] = {}
 
@@ -120,8 +126,9 @@ class Evaluator:
             metrics = self._held_out(sums.documents, step, logger)
             metrics |= kl_metric("Forgetting/KL_Held_Out", sums.divergence)
             if completions:
-                logger.add_text("Eval/Samples", samples_text(self._probes, completions), step)
-                metrics |= probe_metrics(self._probes, completions, self._max_new_tokens)
+                asked = self._questions
+                logger.add_text("Eval/Samples", samples_text(asked.probes, completions), step)
+                metrics |= probe_metrics(asked.probes, completions, asked.most)
         if forgetting is not None and forgetting.general is not None:
             general = forgetting.general
             sums = held_out_sums(
@@ -149,7 +156,8 @@ class Evaluator:
         self, progress: Callable, wants_stop: Callable[[], bool]
     ) -> list[Completion] | None:
         """Completions of all probes; None where a rank wants to stop."""
-        if not self._probes:
+        asked = self._questions
+        if not asked.probes:
             return []
         left = False
 
@@ -158,16 +166,16 @@ class Evaluator:
             progress(done, total)
             # Replicas may write answers of other lengths, so there nobody waits for another rank's word.
             agree = (
-                self._dist.any if self._sharded else lambda want: [self._dist.flag("stop", want)]
+                self._dist.any if asked.sharded else lambda want: [self._dist.flag("stop", want)]
             )
             (left,) = agree(left or wants_stop())
             return left
 
         completions = complete(  # on all ranks alike: sharded weights need all of them
-            self._decoder,
+            asked.decoder,
             self._tokenizer,
-            [probe.prompt for probe in self._probes],
-            max_new_tokens=self._max_new_tokens,
+            [probe.prompt for probe in asked.probes],
+            max_new_tokens=asked.most,
             end_id=self._part.tokens.end_id,
             close_id=self._part.tokens.close_id,
             device=self._dist.device,

@@ -13,7 +13,7 @@ from finetuning.common.terminal import Terminal
 from finetuning.config import DirectTrainingConfig
 from finetuning.data.packing import StepPlan
 from finetuning.data.training_data import DataPart
-from finetuning.evaluation.evaluator import Evaluator, HeldOut
+from finetuning.evaluation.evaluator import Evaluator, HeldOut, Questions
 from finetuning.evaluation.forgetting import BaseStates, Forgetting, GeneralText
 from finetuning.model.adapters import parts_without_adapters
 from finetuning.model.decoding import Decoder
@@ -77,11 +77,8 @@ def build_evaluator(
             plan.groups[1],
             forgetting_of(config, plan, engine, dist),
         ),
+        Questions(plan.probes, decoder, plan.answer_tokens, sharded),
         dist,
-        decoder=decoder,
-        probes=plan.probes,
-        max_new_tokens=plan.answer_tokens,
-        sharded=sharded,
         histograms=config.log_weight_histograms,
     )
 

@@ -26,6 +26,7 @@ from finetuning.common.distributed import exit_process
 
 ROOT = Path(__file__).parents[2]
 PRELOADED = ("pytest", "direct_finetuning_with_existing_modules", "transformers.models.qwen3")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 GRACE_SECONDS = 20.0  # for the other ranks, once one has failed
 
 

@@ -34,10 +34,9 @@ from finetuning.runs.identity import check_ranks
 from finetuning.runs.plan import find_model
 from finetuning.training.step_clock import StepClock
 from tests.helpers.program import Done
-from tests.helpers.ranks import GRACE_SECONDS, on_ranks
+from tests.helpers.ranks import GRACE_SECONDS, TORCHRUN, on_ranks
 
 SCRIPT = Path(__file__).parents[2] / "direct_finetuning_with_existing_modules.py"
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 OPTIONS = [
     *("--max-steps", "8", "--logging-steps", "1", "--eval-steps", "4", "--save-steps", "3"),
     *("--max-seq-length", "512", "--num-probes", "0", "--device", "cpu"),

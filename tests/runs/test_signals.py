@@ -19,6 +19,7 @@ import pytest
 from finetuning.events.reading import read_metrics, read_texts
 from finetuning.runs.record import RunRecord
 from finetuning.training import checkpoint_manager
+from tests.helpers.ranks import TORCHRUN
 from tests.helpers.tiny_model import FAST
 
 ROOT = Path(__file__).parents[2]
@@ -264,14 +265,7 @@ def test_one_rank_that_gets_it_makes_all_leave_the_evaluation(
     places = ["--output-dir", str(out), "--cache-dir", str(cache_dir), "--device", "cpu"]
     inputs = ["--model-name", str(tiny_model), "--data-path", str(tiny_data)]
     probes = ["--num-probes", "1", "--probe-max-new-tokens", "64", "--parallel", mode]
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-    ]
+    launch = [*TORCHRUN, "--nproc-per-node", "2"]
     done = subprocess.run(
         [*launch, str(script), *options, *inputs, *places, *probes],
         capture_output=True,

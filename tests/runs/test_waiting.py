@@ -19,6 +19,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.helpers.ranks import TORCHRUN
+
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 SECONDS, AFTER_KILL = 2.0, 5.0  # for a machine of its own
@@ -188,14 +190,7 @@ def test_ranks_end_with_their_launcher(tmp_path, tiny_model, tiny_data, cache_di
     """SIGKILL for torchrun: its ranks end; they were orphans that trained on."""
     out = tmp_path / "out"
     script = str(ROOT / "direct_finetuning_with_existing_modules.py")
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-    ]
+    launch = [*TORCHRUN, "--nproc-per-node", "2"]
     given = ["--model-name", str(tiny_model), "--data-path", str(tiny_data), "--device", "cpu"]
     places = ["--output-dir", str(out), "--cache-dir", str(cache_dir), "--num-probes", "0"]
     process = subprocess.Popen(
