@@ -436,6 +436,7 @@ def placement_of(
         fused_lora=plain or not config.lora_r,
         shards=dist.world_size if parallel == "fsdp" else 1,
         fp8=config.precision == "fp8",
+        base_head=config.forgetting and not (config.lora_r or config.init_adapter),
         captured=compiled and plain and parallel == "ddp" and dist.world_size == 1,
     )
 

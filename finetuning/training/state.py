@@ -1,10 +1,12 @@
 """What a run knows besides its weights: counters, sums in progress, monitors. Strict JSON."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
+
+import numpy as np
 
 from finetuning.common.errors import UserError
 from finetuning.common.kinds import misfit
@@ -127,3 +129,8 @@ class TrainState:
         self.nonfinite_steps = later.nonfinite_steps
         self.skipped_steps = [*later.skipped_steps, failed]
         self.recomputes, self.micro_batch_splits = later.recomputes, later.micro_batch_splits
+
+
+def summed(before: Sequence[float | None], added: np.ndarray) -> list[float]:
+    """Sums of a state and of a step; in a state that was saved, None stands for what is not finite."""
+    return (np.asarray(before, np.float64) + added).tolist()
