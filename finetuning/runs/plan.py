@@ -291,7 +291,7 @@ def load_data(
             )
         with terminal.working("looking for near duplicates"):
             options = {"seed": config.seed, "cache_dir": config.cache_path}
-            split = split_samples(read, config, eval_read, **options)
+            split = split_samples(read, config, eval_read, workers=workers, **options)
         with terminal.working("getting the tokenizer"):
             with kept_in(config.cache_path):
                 model = ensure_local(found, split.training_texts, config.cache_path, config.seed)
