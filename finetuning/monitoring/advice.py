@@ -88,7 +88,7 @@ def _setting(
     change: Callable[[float], float] | None = None,
     needs: Callable[[Mapping], bool] | None = None,
 ) -> Callable[[Mapping], str]:
-    """" (it is VALUE)", or " (it is VALUE; try --name CHANGED)"; nothing where the setting is not known.
+    """ " (it is VALUE)", or " (it is VALUE; try --name CHANGED)"; nothing where the setting is not known.
 
     Nothing is suggested where that is what it is already, or where the other settings do not have what it
     `needs`.
