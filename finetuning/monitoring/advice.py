@@ -136,7 +136,11 @@ PLACES = {
     "batch": _setting("batch_size"),
     "length": _setting("max_seq_length"),
     "workers": _setting("workers"),
-    "epochs": _setting("num_epochs", lambda epochs: max(min(1, epochs), epochs / 2)),
+    "epochs": _setting(
+        "num_epochs",
+        lambda epochs: max(min(1, epochs), epochs / 2),
+        needs=lambda settings: not settings.get("max_steps"),  # which decides, where it is given
+    ),
     "dropout": _setting(
         "lora_dropout",
         _more,

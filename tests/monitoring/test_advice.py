@@ -54,6 +54,12 @@ def test_every_suggestion_is_another_value_that_is_accepted(run: dict):
     assert ("lora_dropout" in seen) == (bool(run["lora_r"]) and run["precision"] != "fp8")
 
 
+def test_no_epochs_are_suggested_where_steps_are_counted():
+    """`max_steps` decides then, and what is shown is what it came to."""
+    text = advice("Saturation", {"num_epochs": 3.9, "max_steps": 300})
+    assert "fewer epochs (it is 3.9) or more data" in text
+
+
 @pytest.mark.parametrize(
     ("name", "value", "told"),
     [

@@ -31,6 +31,7 @@ from tensorboard.plugins.core.core_plugin import CorePluginLoader
 from torch.distributed.run import get_args_parser
 
 from direct_finetuning_with_existing_modules import main
+from finetuning.analysis import text_quality
 from finetuning.command_line import parse_command_line, read_config_file
 from finetuning.events.metric_table import METRICS, find_metric
 from finetuning.events.reading import read_histograms, read_metrics, read_run, read_texts
@@ -203,6 +204,20 @@ def test_tags_in_the_prose_exist(document: str):
     tags = re.findall(rf"`((?:{groups})/[^`…*\s]+)`", TEXT[document])
     unknown = [tag for tag in tags if tag not in documented_tags() and find_metric(tag) is None]
     assert not [tag for tag in unknown if tag != "Alerts/<名称>"]
+
+
+def test_the_guide_names_as_charts_what_has_one():
+    section = TEXT[GUIDE].partition("### SCALARS")[2].partition("\n### ")[0]
+    charts, details = section.split("没有图")
+    for part, kind in ((charts, "scalar"), (details, "detail")):
+        tags = re.findall(r"`(\w+/[^`]+)`", part)
+        assert len(tags) > 3 and {find_metric(tag).kind for tag in tags} == {kind}, kind
+
+
+def test_what_is_counted_in_the_comparison():
+    text = (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
+    assert f"| {len(alerts.NAMES)} detectors;" in text
+    assert f"| {len(text_quality.WEIGHTS)} components," in text
 
 
 LIMITS = {
