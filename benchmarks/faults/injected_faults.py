@@ -16,6 +16,8 @@ import time
 from datetime import date
 from pathlib import Path
 
+from finetuning.common.formatting import four_digits
+
 ROOT = Path(__file__).resolve().parents[2]
 
 STEPS = 300
@@ -88,7 +90,8 @@ def run(fault: str, inputs: dict[str, str], folder: Path) -> list[dict]:
     if process.exitcode:
         raise RuntimeError(f"{fault}: the run ended with code {process.exitcode}")
     found = list(output.glob("training_logs/*/alerts.jsonl"))
-    lines = found[0].read_text(encoding="utf-8").splitlines() if found else []
+    text = found[0].read_text(encoding="utf-8") if found else ""
+    lines = text.replace(f"{folder}/", "").splitlines()  # samples are named by their file alone
     return [json.loads(line) for line in lines]
 
 
@@ -98,6 +101,13 @@ def row(fault: str, wanted: set[str], alerts: list[dict]) -> dict:
     found = bool(wanted & set(spoke)) if wanted else not spoke
     false = sorted(set(spoke) - wanted)
     return {"fault": fault, "spoke": spoke, "found": found, "false": false, "alerts": alerts}
+
+
+def in_words(value: object) -> str:
+    """Evidence as it is shown: samples one after the other, numbers with four digits."""
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return four_digits(value) if isinstance(value, float) else str(value)
 
 
 def section(rows: list[dict]) -> str:
@@ -113,7 +123,7 @@ def section(rows: list[dict]) -> str:
         parts.append(f"| {r['fault']} | {spoke} | {'yes' if r['found'] else 'NO'} | {false} |\n")
     for r in rows:
         for alert in {a["name"]: a for a in reversed(r["alerts"])}.values():
-            evidence = ", ".join(f"{k}: {v}" for k, v in alert["evidence"].items())
+            evidence = "; ".join(f"{k}: {in_words(v)}" for k, v in alert["evidence"].items())
             parts.append(
                 f"\n**{r['fault']}**: {alert['name']} at step {alert['step']}, value {alert['value']:.4g}, "
                 f"threshold {alert['threshold']:.4g}. {evidence}\n\n> {alert['advice']}\n"
