@@ -148,6 +148,8 @@ def defined(file: str) -> set[str]:
 
 def test_the_root_holds_what_people_use():
     assert {path.name for path in ROOT.glob("*.py")} == ROOT_FILES
+    told = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert len(ROOT_FILES) == 9 and "At the root are nine files." in told
 
 
 def test_a_file_imports_from_rooms_to_its_left_only():
