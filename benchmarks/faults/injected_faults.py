@@ -114,8 +114,8 @@ def section(rows: list[dict]) -> str:
     """The last section of docs/monitoring.md."""
     parts = [
         f"{HEADING}\n`uv run python -m benchmarks.faults.injected_faults --write`, {date.today()}: "
-        f"real runs of {STEPS} steps on a\ntiny model of random weights, one logged point a step. What is forgotten is not "
-        "measured, since such a model knows\nnothing.\n\n",
+        f"real runs of {STEPS} steps on a\ntiny model of random weights, one logged point a step. "
+        "What is forgotten is not measured, since such a model knows\nnothing.\n\n",
         "| fault | alerts | found | false alarms |\n| --- | --- | --- | --- |\n",
     ]
     for r in rows:
