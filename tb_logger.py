@@ -63,12 +63,13 @@ def _harmless(method: Callable) -> Callable:
 class TensorBoardLogger:
     """The one writer of a run; its `add_` methods have the signatures of torch's SummaryWriter.
 
-    `run_dir` is new, or belongs to the run that is resumed. `metrics_path` is a JSON-lines file with the
-    same numbers. `warn(text)` is told of every kind of fault once. Without `global_step` a call belongs to
-    the last step that was logged. `reach`: what the logger's own `reach` was at the checkpoint; by it custom
-    tags over another axis than optimizer steps keep what they had then. `hparams`: as `add_hparams` takes
-    them; they replace the row of the session before; `trial` names the row. Raises UserError if `run_dir`
-    holds another run.
+    `run_dir` is new, or belongs to the run that is resumed. `metrics_path` is a JSON-lines file with every
+    number: the details of the metric table are there only, all are as precise as they were given (events
+    hold 32 bits), and a non-finite one is null, its kind beside it. `warn(text)` is told of every kind of
+    fault once. Without `global_step` a call belongs to the last step that was logged. `reach`: what the
+    logger's own `reach` was at the checkpoint; by it custom tags over another axis than optimizer steps keep
+    what they had then. `hparams`: as `add_hparams` takes them; they replace the row of the session before;
+    `trial` names the row. Raises UserError if `run_dir` holds another run.
     """
 
     def __init__(

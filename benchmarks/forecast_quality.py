@@ -265,8 +265,8 @@ def unseen_row(chosen: str, forecast: str, upto: float, rows: list) -> str:
     return f"| {chosen} | {forecast} | {upto:.0%} | {error:.1f}% | {counts} | {width:.1f}% |"
 
 
-def score_table(curves: dict[str, Curve]) -> None:
-    print("\n## Score along the run, and the alerts\n")
+def score_table(curves: dict[str, Curve], number: int) -> None:
+    print(f"\n## Folder {number}: score along the run, and the alerts\n")
     print(
         "–: up to ten losses, not known yet. The old score, in brackets, is not bounded and ",
         end="",
@@ -284,13 +284,14 @@ def score_table(curves: dict[str, Curve]) -> None:
 
 
 def cost(curve: Curve) -> float:
-    """Milliseconds of processor time per logged step, fits included, over the whole run."""
+    """Milliseconds of processor time per logged step, as a run asks, fits included, over the whole run."""
     monitor = ConvergenceMonitor(curve.total_steps)
     rows = [p for p in curve.points if "Training/Loss" in p]
     begin = time.process_time()
     for p in rows:
         monitor.observe(p["step"], p["Training/Loss"], p.get("Training/Learning_Rate"))
-        monitor.fit()
+        if monitor.is_due():
+            monitor.scalars()
     return 1000 * (time.process_time() - begin) / len(rows)
 
 
@@ -325,8 +326,8 @@ def main() -> None:
             print(f"\n## Folder {number}: forecast of the last step, with the program's constants")
             for upto in SHARES:
                 forecast_table(curves, upto)
-    for curves in folders:
-        score_table(curves)
+    for number, curves in enumerate(folders, 1):
+        score_table(curves, number)
     every = [curve for curves in folders for curve in curves.values()]
     costs = [cost(curve) for curve in every]
     print(

@@ -148,6 +148,8 @@ def defined(file: str) -> set[str]:
 
 def test_the_root_holds_what_people_use():
     assert {path.name for path in ROOT.glob("*.py")} == ROOT_FILES
+    told = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert len(ROOT_FILES) == 9 and "At the root are nine files." in told
 
 
 def test_a_file_imports_from_rooms_to_its_left_only():
@@ -333,8 +335,27 @@ def test_documents_name_every_room(document: str):
     text = (ROOT / document).read_text(encoding="utf-8")
     rooms = [path.parent.name for path in sorted((ROOT / "finetuning").glob("*/__init__.py"))]
     assert rooms and set(rooms) == ROOMS.keys() - {"config", "root"}
-    names = [*sorted(ROOT_FILES), "finetuning/config.py", *(f"{room}/" for room in rooms)]
-    assert not [name for name in names if name.removeprefix("finetuning/") not in text]
+    beside = [file.removeprefix("finetuning/") for file in FILES if room_of(file) == "config"]
+    names = [*ROOT_FILES, *beside, *(f"{room}/" for room in rooms)]
+    assert not [name for name in sorted(names) if name not in text and name != "__init__.py"]
+
+
+def test_architecture_has_a_row_for_every_file():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    parts = re.split(r"^\*\*`(\w+)/`\*\*", text.partition("\n## Rooms\n")[2], flags=re.MULTILINE)
+    rows = dict(zip(parts[1::2], parts[2::2], strict=True))
+    listed = {
+        f"{room}/{name}"
+        for room, part in rows.items()
+        for row in re.findall(r"^\| (`[^|]+) \|", part, re.MULTILINE)
+        for name in re.findall(r"`(\w+\.py)`", row)
+    }
+    there = {
+        file.removeprefix("finetuning/")
+        for file in MODULES.values()
+        if room_of(file) not in ("root", "config")
+    }
+    assert listed == there
 
 
 def test_nothing_of_this_machine_is_tracked():

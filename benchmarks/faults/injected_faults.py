@@ -1,7 +1,7 @@
 """Real runs with a fault put into each: does the monitor find it, name it, and stay silent otherwise?
 
     uv run python -m benchmarks.faults.injected_faults            table; last line JSON
-    uv run python -m benchmarks.faults.injected_faults --write    also docs/monitoring.md
+    uv run python -m benchmarks.faults.injected_faults --write    also the last section of docs/monitoring.md
     uv run python -m benchmarks.faults.injected_faults --only healthy
 
 Every run is the real trainer on a tiny model, a process of its own: one healthy, one whose learning rate
@@ -16,6 +16,8 @@ import time
 from datetime import date
 from pathlib import Path
 
+from finetuning.common.formatting import four_digits
+
 ROOT = Path(__file__).resolve().parents[2]
 
 STEPS = 300
@@ -26,32 +28,7 @@ FAULTS = {
     "4 MB kept per step": {"Memory_Leak"},
 }
 PAGE = ROOT / "docs" / "monitoring.md"
-INTRODUCTION = """# Monitoring: what is watched, and faults that were found
-
-What is measured and where: `finetuning/events/metric_table.py` holds every tag with unit, meaning and source.
-The guide
-([TENSORBOARD_GUIDE.md](../TENSORBOARD_GUIDE.md)) explains how to read them; the formulas of score and
-forecast are in [convergence.md](convergence.md). Each alert is 0 or 1 in `Alerts/<Name>` at every logged
-step, a row of the cumulative table in TEXT, a line on the terminal and a record in
-`training_logs/<run>/alerts.jsonl` with step, value, threshold, evidence and advice. What shall happen is set
-by `--alert-actions NAME log|save|stop|COMMAND`; a command gets the alert as JSON on its input, so a webhook
-is a command away.
-
-How often alerts are right, on hundreds of runs with and without faults: [alert_quality.md](alert_quality.md).
-A step is judged by what is usual for such rows: the sources, difficulties and categories it holds, and steps
-of its length. An alert names the hardest samples of its steps where samples may be the reason, says which
-setting it would change, and what would end it.
-
-An alert is news again after ten logged steps without its trouble; steps that measure nothing of it count.
-`Memory/GPU_Peak_MB` is the peak since the last logged step, so `OOM_Risk` ends with it. `Thinking_Collapse`
-measures the length against the first three evaluations or the reference (ratio 1), whichever is shorter. A
-format is broken where the mean rate of the last three evaluations is below that of the first three by more
-than 0.25 and by more than three sigma of two shares, four answers an evaluation: with a steady rate, that
-happened in at most 1% of simulated runs of twenty evaluations. `Overfitting` follows the training loss from
-the best evaluation on, or, where that was at step 0, from the first loss behind it. The detectors of
-the loss leave a negative one alone.
-
-"""
+HEADING = "## Injected faults\n"
 
 
 def train(fault: str, output_dir: str, inputs: dict[str, str]) -> None:
@@ -97,6 +74,7 @@ def train(fault: str, output_dir: str, inputs: dict[str, str]) -> None:
         eval_steps=0,
         num_probes=0,
         save_steps=0,
+        forgetting=False,  # random weights know nothing that could be forgotten
     )
     program.DirectTrainer(config, quiet=True).train()
 
@@ -112,7 +90,8 @@ def run(fault: str, inputs: dict[str, str], folder: Path) -> list[dict]:
     if process.exitcode:
         raise RuntimeError(f"{fault}: the run ended with code {process.exitcode}")
     found = list(output.glob("training_logs/*/alerts.jsonl"))
-    lines = found[0].read_text(encoding="utf-8").splitlines() if found else []
+    text = found[0].read_text(encoding="utf-8") if found else ""
+    lines = text.replace(f"{folder}/", "").splitlines()  # samples are named by their file alone
     return [json.loads(line) for line in lines]
 
 
@@ -124,12 +103,19 @@ def row(fault: str, wanted: set[str], alerts: list[dict]) -> dict:
     return {"fault": fault, "spoke": spoke, "found": found, "false": false, "alerts": alerts}
 
 
-def page(rows: list[dict]) -> str:
-    """docs/monitoring.md."""
+def in_words(value: object) -> str:
+    """Evidence as it is shown: samples one after the other, numbers with four digits."""
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return four_digits(value) if isinstance(value, float) else str(value)
+
+
+def section(rows: list[dict]) -> str:
+    """The last section of docs/monitoring.md."""
     parts = [
-        INTRODUCTION,
-        "## Injected faults\n\n`uv run python -m benchmarks.faults.injected_faults --write`, "
-        f"{date.today()}: real runs of {STEPS} steps on a tiny model, one logged point a step.\n\n",
+        f"{HEADING}\n`uv run python -m benchmarks.faults.injected_faults --write`, {date.today()}: "
+        f"real runs of {STEPS} steps on a\ntiny model of random weights, one logged point a step. "
+        "What is forgotten is not measured, since such a model knows\nnothing.\n\n",
         "| fault | alerts | found | false alarms |\n| --- | --- | --- | --- |\n",
     ]
     for r in rows:
@@ -138,7 +124,7 @@ def page(rows: list[dict]) -> str:
         parts.append(f"| {r['fault']} | {spoke} | {'yes' if r['found'] else 'NO'} | {false} |\n")
     for r in rows:
         for alert in {a["name"]: a for a in reversed(r["alerts"])}.values():
-            evidence = ", ".join(f"{k}: {v}" for k, v in alert["evidence"].items())
+            evidence = "; ".join(f"{k}: {in_words(v)}" for k, v in alert["evidence"].items())
             parts.append(
                 f"\n**{r['fault']}**: {alert['name']} at step {alert['step']}, value {alert['value']:.4g}, "
                 f"threshold {alert['threshold']:.4g}. {evidence}\n\n> {alert['advice']}\n"
@@ -156,7 +142,7 @@ def main() -> None:
         type=Path,
         nargs="?",
         const=PAGE,
-        help="a file; docs/monitoring.md if none is said",
+        help="a file, whose text before this section stays; docs/monitoring.md if none is said",
     )
     parser.add_argument(
         "--only", nargs="+", choices=FAULTS, default=list(FAULTS), help="these runs"
@@ -179,7 +165,9 @@ def main() -> None:
             f"{r['fault']}: {', '.join(r['spoke']) or 'silent'}; found {r['found']}; false {r['false']}"
         )
     if options.write:
-        options.write.write_text(page(rows), encoding="utf-8")
+        path = options.write
+        before = path.read_text(encoding="utf-8").partition(HEADING)[0] if path.exists() else ""
+        path.write_text(before + section(rows), encoding="utf-8")
     print(json.dumps({r["fault"]: {"found": r["found"], "false": r["false"]} for r in rows}))
 
 

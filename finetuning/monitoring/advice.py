@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from finetuning.common.formatting import four_digits
 from finetuning.monitoring.detector_memory import Finding
@@ -37,8 +37,8 @@ ADVICE = {
     "Saturation": "The training data are learned by heart; more steps on them teach nothing. Stop, take "
     "fewer epochs{epochs} or more data.",
     "Forgetting": "The model answers general questions worse than its base. Lower the learning rate{rate}, "
-    "train fewer epochs{epochs}, hold it with --kl-anchor 0.1, or mix general data in (--data-path, "
-    "--data-weights).",
+    "train fewer epochs{epochs}, hold adapters to their base with kl_anchor{anchor}, or mix general data in "
+    "(--data-path, --data-weights).",
     "Source_Regression": "Look at the samples of this source: they may contradict the others, or be damaged. "
     "Leave it out or weigh it (--data-weights), and compare the two runs.",
     "Dead_Adapter": "These adapters do not learn. Check --target-modules and that their layers are used by "
@@ -83,31 +83,68 @@ def ending(name: str, finding: Finding) -> str:
     return f"It ends when {ENDS[name]} {four_digits(finding.threshold)}."
 
 
-def _setting(name: str, change=None):
-    """ " (it is VALUE)", or " (it is VALUE; try --name CHANGED)"; nothing where the setting is not known."""
+def _setting(
+    name: str,
+    change: Callable[[float], float] | None = None,
+    needs: Callable[[Mapping], bool] | None = None,
+) -> Callable[[Mapping], str]:
+    """ " (it is VALUE)", or " (it is VALUE; try --name CHANGED)"; nothing where the setting is not known.
+
+    Nothing is suggested where that is what it is already, or where the other settings do not have what it
+    `needs`.
+    """
 
     def text(settings: Mapping) -> str:
         value = settings.get(name)
         if value is None or value == "":
             return ""
-        other = change(value) if change and isinstance(value, (int, float)) else None
-        more = f"; try --{name.replace('_', '-')} {other:.2g}" if other is not None else ""
-        shown = f"{value:g}" if isinstance(value, (int, float)) else str(value)
+        shown, other = _shown(value), None
+        if change and isinstance(value, (int, float)) and (needs is None or needs(settings)):
+            other = _shown(_rounded(change(value)))
+        more = f"; try --{name.replace('_', '-')} {other}" if other not in (None, shown) else ""
         return f" (it is {shown}{more})"
 
     return text
 
 
+def _rounded(value: float) -> float:
+    """Two digits of a float; an integer as it is."""
+    return value if isinstance(value, int) else float(f"{value:.2g}")
+
+
+def _shown(value: object) -> str:
+    """A setting as it is written: floats shortly, integers and words whole."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _more(share: float) -> float:
+    """Twice a share of a whole, 0.05 at least; no further than one half."""
+    return max(share, min(0.5, max(2 * share, 0.05)))
+
+
+def _has_adapters(settings: Mapping) -> bool:
+    return settings.get("lora_r") != 0
+
+
 PLACES = {
     "rate": _setting("learning_rate", lambda rate: rate / 3),
     "faster": _setting("learning_rate", lambda rate: rate * 3),
-    "warmup": _setting("warmup_ratio", lambda ratio: max(2 * ratio, 0.05)),
+    "warmup": _setting("warmup_ratio", _more),
     "clip": _setting("max_grad_norm"),
-    "rank": _setting("lora_r", lambda rank: 2 * rank if rank else None),
+    "rank": _setting("lora_r", lambda rank: 2 * rank),  # all weights: twice 0 is no suggestion
     "precision": _setting("precision"),
     "batch": _setting("batch_size"),
     "length": _setting("max_seq_length"),
     "workers": _setting("workers"),
-    "epochs": _setting("num_epochs", lambda epochs: max(1.0, epochs / 2)),
-    "dropout": _setting("lora_dropout", lambda dropout: max(2 * dropout, 0.05)),
+    "epochs": _setting(
+        "num_epochs",
+        lambda epochs: max(min(1, epochs), epochs / 2),
+        needs=lambda settings: not settings.get("max_steps"),  # which decides, where it is given
+    ),
+    "dropout": _setting(
+        "lora_dropout",
+        _more,
+        needs=lambda settings: _has_adapters(settings) and settings.get("precision") != "fp8",
+    ),
+    "anchor": _setting("kl_anchor", lambda weight: max(2 * weight, 0.1), needs=_has_adapters),
 }

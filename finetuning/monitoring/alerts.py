@@ -110,7 +110,7 @@ class AlertMonitor:
         row = self.rows.setdefault(name, {"times": 0, "steps": [], **record})
         row["times"] += 1
         row["steps"] = [*row["steps"], int(step)][-SHOWN_STEPS:]
-        row.update(value=record["value"], evidence=record["evidence"])
+        row.update({key: told for key, told in record.items() if key != "step"})  # the first one's
         return alert
 
     def scalars(self) -> dict[str, float]:

@@ -11,7 +11,7 @@ import copy
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from statistics import median
 
 import numpy as np
@@ -26,8 +26,6 @@ MAX_BINS = 128  # two neighbours are merged when full, so 64 to 128 bins describ
 MIN_POINTS = 8  # fewer logged losses give no forecast
 FULL_EVIDENCE = 20  # up to so many logged losses the score is held down
 RECENT = 31  # logged losses that tell what a spike is
-STALE = 10  # a fit holds until the run is longer by a tenth, 32 logged losses at most
-MOST_STALE = 32
 SLACK = 0.04  # by which the score may fall while the loss does not rise
 RISE = (
     0.02,
@@ -60,9 +58,7 @@ class ConvergenceMonitor:
         self.recent = state.get("recent", [])  # [step, loss, lr]
         self.spikes = state.get("spikes", [])  # [index of the logged loss]
         self.in_spike = state.get("in_spike", False)
-        self.fitted = state.get("fitted", 0)  # logged losses when the fit was made
         self.held = state.get("held", [0.0, math.inf])  # the highest score, and the level it was at
-        self._fit = Fit(**state["fit"]) if state.get("fit") else None
 
     def observe(self, step: int, loss: float, learning_rate: float | None = None) -> None:
         """Take one logged loss. A non-finite one is counted and never fitted."""
@@ -105,28 +101,28 @@ class ConvergenceMonitor:
             self.bins = [merged(*self.bins[i : i + 2]) for i in range(0, MAX_BINS, 2)]
             self.width *= 2
 
-    def fit(self, fresh: bool = False) -> Fit | None:
-        """The fit of the moment, None until there is enough evidence.
+    def is_due(self) -> bool:
+        """Whether there is more to be fitted than before: a bin is full, or the run has come to its end.
 
-        It takes 3 ms, so it is made anew when the run is longer by a tenth, at its last step, or where a
-        `fresh` one is wanted.
+        The first 128 logged losses have a bin each; from there on each forecast costs a smaller share.
         """
-        old = self.count - self.fitted
-        ended = self.recent and self.recent[-1][0] >= (self.total_steps or math.inf)
-        due = old >= min(max(1, self.fitted // STALE), MOST_STALE) or (old and (fresh or ended))
-        if due and self.count >= MIN_POINTS and self._is_loss():
-            self.fitted = self.count
-            self._fit = self._steady(
-                fit_curve(
-                    self.bins,
-                    start_loss=median(self.first),
-                    now=self.recent[-1][0],
-                    total=self.total_steps or 2 * self.recent[-1][0],
-                    steps_per_epoch=self.steps_per_epoch,
-                    calm=self.calm() * self.evidence(),
-                )
+        at_end = bool(self.recent) and self.recent[-1][0] >= (self.total_steps or math.inf)
+        return at_end or not self.bins or self.bins[-1][0] == self.width
+
+    def fit(self) -> Fit | None:
+        """The fit of the moment, made anew in 3 ms; None while there is too little evidence."""
+        if self.count < MIN_POINTS or not self._is_loss():
+            return None
+        return self._steady(
+            fit_curve(
+                self.bins,
+                start_loss=median(self.first),
+                now=self.recent[-1][0],
+                total=self.total_steps or 2 * self.recent[-1][0],
+                steps_per_epoch=self.steps_per_epoch,
+                calm=self.calm() * self.evidence(),
             )
-        return self._fit if self._is_loss() else None
+        )
 
     def _steady(self, fit: Fit) -> Fit:
         """The fit, its score at most `SLACK` below the highest one since the loss last rose.
@@ -160,19 +156,12 @@ class ConvergenceMonitor:
         """0 up to ten logged losses, 1 from twenty."""
         return min(1.0, max(0.0, (self.count - 10) / (FULL_EVIDENCE - 10)))
 
-    def is_due(self) -> bool:
-        """Whether there is more to be fitted than before: a bin is full, or the run has come to its end.
+    def scalars(self) -> dict[str, float]:
+        """Monitoring/... values of the moment, from a fit of their own: a run asks where one `is_due`.
 
-        The first 128 logged losses have a bin each; from there on each forecast costs a smaller share.
+        A value that cannot be known yet is absent. Without evidence the score is 0 by its formula, and has
+        no interval.
         """
-        at_end = bool(self.recent) and self.recent[-1][0] >= (self.total_steps or math.inf)
-        return at_end or not self.bins or self.bins[-1][0] == self.width
-
-    def scalars(self, *, only_due: bool = False) -> dict[str, float]:
-        """Monitoring/... values; a value that cannot be known yet is absent. Without evidence the score
-        is 0 by its formula, and has no interval. only_due: none where nothing new `is_due`."""
-        if only_due and not self.is_due():
-            return {}
         values = {} if self.evidence() else {"Monitoring/Convergence_Score": 0.0}
         if len(self.bins) >= 5:
             values["Monitoring/Loss_Trend"] = loss_trend(self.bins)
@@ -197,9 +186,9 @@ class ConvergenceMonitor:
     def state_dict(self) -> dict:
         """Everything seen so far, as strict JSON, at most about 15 kB however long the run."""
         names = ("count", "nonfinite", "width", "bins", "first", "recent", "spikes", "in_spike")
-        state = {name: getattr(self, name) for name in (*names, "fitted", "held")}
+        state = {name: getattr(self, name) for name in (*names, "held")}
         state["held"] = self.held if math.isfinite(self.held[1]) else [0.0, sys.float_info.max]
-        return copy.deepcopy(state | {"fit": self._fit and asdict(self._fit)})
+        return copy.deepcopy(state)
 
 
 def loss_trend(bins: list[list]) -> float:
@@ -222,18 +211,17 @@ def describe(curve: Curve, upto: float = 1.0) -> dict:
     """Score, trend, forecast for the last step and the alerts of the first `upto` of a run."""
     monitor = ConvergenceMonitor(curve.total_steps, curve.steps_per_epoch)
     alerts, spoken, used = AlertMonitor(), [], 0
-    every = max(1, len(curve.points) // 200)  # the detectors need no new forecast at each step
     for row in curve.points:
         if row["step"] > upto * curve.total_steps:
             break
+        forecast = {}
         if "Training/Loss" in row:
             used += 1
             monitor.observe(row["step"], row["Training/Loss"], row.get("Training/Learning_Rate"))
-        forecast = monitor.scalars() if used % every == 0 else {}
+            forecast = monitor.scalars() if monitor.is_due() else {}
         spoken += alerts.observe(int(row["step"]), row | forecast, {})
     if not used:
         raise UserError(f"--upto {upto:g} leaves no logged loss; raise it")
-    monitor.fit(fresh=True)
     values = monitor.scalars()
     result = {
         "score": values.get("Monitoring/Convergence_Score") if monitor.evidence() else None,

@@ -161,7 +161,7 @@ class MetricsProcessor:
             "Throughput/Tokens_Seen": float(state.tokens_seen - queued),
             "Monitoring/NonFinite_Steps": float(sum(s <= step for s in state.nonfinite_steps)),
             "Monitoring/Resume_Count": float(state.resume_count),
-            **self.convergence.scalars(only_due=True),
+            **(self.convergence.scalars() if self.convergence.is_due() else {}),
         }
         if state.grad_norm_max is not None:  # a step with a finite one
             metrics["Training/Gradient_Norm_Max"] = state.grad_norm_max

@@ -27,8 +27,8 @@ class ConvergenceState(TypedDict, total=False):
     recent: list[list[float | None]]
     spikes: list[int]
     in_spike: bool
-    fitted: int
     held: list[float]
+    fitted: int  # this and `fit` are of earlier versions; nothing reads them
     fit: dict[str, Any] | None
 
 

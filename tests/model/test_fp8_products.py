@@ -1,6 +1,6 @@
 """Products in FP8 against exact ones: errors as expected, training as in bf16, refusals with a reason.
 
-torch multiplies FP8 on a CPU too, in the same numbers. uv run pytest tests/test_fp8_products.py
+torch multiplies FP8 on a CPU too, in the same numbers. uv run pytest tests/model/test_fp8_products.py
 """
 
 import copy

@@ -28,6 +28,22 @@ def test_a_lasting_trouble_is_news_once():
     assert len(raised) == 1
 
 
+def test_the_row_of_an_alert_tells_of_its_last_time():
+    """Value, limit, evidence, advice and end belong together; the step says where it was first seen."""
+    monitor, raised = AlertMonitor(), []
+    for step in range(1, 101):
+        spiked = step in (40, 80)
+        level = 2.0 if step < 60 else 1.0
+        told = {"samples": [f"a.jsonl:{step}"]} if spiked else {}
+        row = {"Training/Loss": level * (5 if spiked else 1 + 0.01 * (step % 3))}
+        raised += [a for a in monitor.observe(step, row, told) if a.name == "Loss_Spike"]
+    first, last = raised
+    assert first.threshold != last.threshold and first.ends != last.ends
+    row = monitor.rows["Loss_Spike"]
+    assert row == last.record() | {"step": 40, "times": 2, "steps": [40, 80]}
+    assert AlertMonitor(monitor.state_dict()).rows["Loss_Spike"] == row
+
+
 def test_300_alerts_stay_readable():
     monitor = AlertMonitor()
     for step in range(300 * 12):

@@ -1,5 +1,7 @@
 """The convergence score, trend and forecast on known curves, recorded runs and broken input."""
 
+import dataclasses
+import itertools
 import json
 import math
 
@@ -10,6 +12,7 @@ from convergence import main
 from finetuning.common.errors import UserError
 from finetuning.monitoring import convergence, loss_curves
 from finetuning.monitoring.convergence import ConvergenceMonitor, loss_trend
+from finetuning.monitoring.curve_fit import Fit
 
 STEPS = np.arange(1, 601)
 
@@ -19,14 +22,12 @@ def noisy(curve, sigma=0.02, seed=1):
 
 
 def watch(losses, total=None, rates=None, looking=False, **known):
-    """A monitor that has seen the losses; `looking`: it was asked at each of them, as a run does."""
+    """A monitor that has seen the losses; `looking`: it was asked where it was due, as a run does."""
     monitor = ConvergenceMonitor(total or len(losses), **known)
     for i, loss in enumerate(losses):
         monitor.observe(i + 1, loss, None if rates is None else rates[i])
-        if looking:
-            monitor.fit()
-    if looking:
-        monitor.fit(fresh=True)
+        if looking and monitor.is_due():
+            monitor.scalars()
     return monitor
 
 
@@ -195,18 +196,10 @@ def test_the_score_falls_only_where_the_loss_rises():
         monitor, highest = ConvergenceMonitor(600), 0.0
         for step, loss in enumerate(noisy(curve, 0.01, seed), 1):
             monitor.observe(step, loss)
-            fit = monitor.fit()
+            fit = monitor.fit() if monitor.is_due() else None
             if fit:
                 assert fit.score >= highest - 0.05
                 highest = max(highest, fit.score)
-
-
-def test_a_fit_is_kept_until_it_is_stale_and_made_at_the_end():
-    monitor, fits = ConvergenceMonitor(600), set()
-    for step, loss in enumerate(noisy(1 + 2 * np.exp(-STEPS / 100)), 1):
-        monitor.observe(step, loss)
-        fits.add(id(monitor.fit()))
-    assert monitor.fitted == 600 and 20 < len(fits) < 100
 
 
 def test_a_saved_state_does_not_change_when_the_run_goes_on():
@@ -443,18 +436,30 @@ def test_healthy_runs_are_silent_and_converge(shared_data, number):
 
 def test_a_forecast_is_fitted_where_there_is_more_to_fit(monkeypatch):
     """Of 20,000 logged losses less than every 30th; the first 128, the last one, and as after a resume."""
-    monkeypatch.setattr(convergence, "fit_curve", lambda *_, **__: fits.append(1))
+    fits: list[float] = []
+    no_fit = Fit(**dict.fromkeys((f.name for f in dataclasses.fields(Fit)), 0.0))
+    monkeypatch.setattr(convergence, "fit_curve", lambda *_, now, **__: fits.append(now) or no_fit)
     monkeypatch.setattr(convergence, "loss_trend", lambda bins: 0.0)
-    monkeypatch.setattr(convergence.ConvergenceMonitor, "_steady", lambda self, fit: fit)
-    fits: list[int] = []
-    total = 20_000
-    monitor, due = convergence.ConvergenceMonitor(total), []
-    for step in range(1, total + 1):
-        monitor.observe(step, 1 + 1 / step)
-        shown = bool(monitor.scalars(only_due=True))
-        if step == 5_000:
-            monitor = convergence.ConvergenceMonitor(total, state=monitor.state_dict())
-        assert shown == monitor.is_due() or step <= 5
-        due += [step] if shown else []
-    assert due[:118] == list(range(due[0], due[0] + 118)) and due[0] <= 10 and due[-1] == total
-    assert len(fits) <= len(due) < total / 30
+    total, shown = 20_000, {cut: [] for cut in (None, 77, 5_000)}
+    for cut, steps in shown.items():
+        monitor = ConvergenceMonitor(total)
+        fits.clear()
+        for step in range(1, total + 1):
+            monitor.observe(step, 1 + 1 / step)
+            if monitor.is_due() and monitor.scalars():
+                steps.append(step)
+            if step == cut:
+                monitor = ConvergenceMonitor(total, state=monitor.state_dict())
+        assert fits == [step for step in steps if step >= convergence.MIN_POINTS]
+    steps = shown[None]
+    assert shown[77] == shown[5_000] == steps
+    assert steps[:128] == list(range(1, 129)) and steps[-1] == total
+    assert all(b - a <= total / 64 for a, b in itertools.pairwise(steps))
+    assert 128 + 64 * 7 < len(steps) < total / 30
+
+
+def test_a_resume_of_an_earlier_version_goes_on():
+    """Its state also held the fit, which is made anew."""
+    first = watch(noisy(1 + 2 * np.exp(-STEPS / 100))[:300], total=600)
+    old = first.state_dict() | {"fitted": 290, "fit": {"score": 0.9}}
+    assert ConvergenceMonitor(600, state=old).scalars() == first.scalars()

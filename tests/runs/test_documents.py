@@ -24,15 +24,21 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import median
 
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.plugins.core.core_plugin import CorePluginLoader
 from torch.distributed.run import get_args_parser
 
 from direct_finetuning_with_existing_modules import main
+from finetuning.analysis import text_quality
 from finetuning.command_line import parse_command_line, read_config_file
-from finetuning.events.metric_table import METRICS, find_metric
+from finetuning.events.event_file import event_files
+from finetuning.events.metric_table import METRICS, find_metric, is_detail
 from finetuning.events.reading import read_histograms, read_metrics, read_run, read_texts
 from finetuning.monitoring import alerts
 from finetuning.monitoring.detector_memory import AlertLimits
@@ -203,6 +209,22 @@ def test_tags_in_the_prose_exist(document: str):
     tags = re.findall(rf"`((?:{groups})/[^`…*\s]+)`", TEXT[document])
     unknown = [tag for tag in tags if tag not in documented_tags() and find_metric(tag) is None]
     assert not [tag for tag in unknown if tag != "Alerts/<名称>"]
+
+
+def test_the_guide_names_as_charts_what_has_one():
+    section = TEXT[GUIDE].partition("### SCALARS")[2].partition("\n### ")[0]
+    charts, details = section.split("没有图")
+    patterns = {metric.tag: metric for metric in METRICS}
+    for part, kind in ((charts, "scalar"), (details, "detail")):
+        tags = re.findall(r"`(\w+/[^`]+)`", part)
+        assert len(tags) > 3
+        assert not [tag for tag in tags if (patterns.get(tag) or find_metric(tag)).kind != kind]
+
+
+def test_what_is_counted_in_the_comparison():
+    text = (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
+    assert f"| {len(alerts.NAMES)} detectors;" in text
+    assert f"| {len(text_quality.WEIGHTS)} components," in text
 
 
 LIMITS = {
@@ -576,10 +598,29 @@ def test_a_run_leaves_what_is_documented(document: str, sandbox: Path):
 def test_metrics_jsonl_holds_the_charts_numbers(sandbox: Path):
     (run_dir,) = (sandbox / OUTPUT / "tensorboard_logs").iterdir()
     records = read_metrics(sandbox / OUTPUT / "training_logs" / run_dir.name / "metrics.jsonl")
-    points = [(r["step"], r["metrics"].get("Training/Loss")) for r in records]
-    written = {step: loss for step, loss in points if loss is not None}
-    shown = dict(read_run(run_dir)["Training/Loss"])
-    assert len(shown) == 20 and shown == pytest.approx(written)
+    written = {(r["step"], tag): x for r in records for tag, x in r["metrics"].items()}
+    shown = {(step, t): x for t, points in read_run(run_dir).items() for step, x in points}
+    assert shown == {key: np.float32(x) for key, x in written.items() if not is_detail(key[1])}
+    assert len(written) > 1.3 * len(shown) and (20, "Training/Loss") in shown
+
+
+@pytest.mark.slow
+def test_a_logged_step_takes_the_space_that_the_guide_says(sandbox: Path):
+    (run_dir,) = (sandbox / OUTPUT / "tensorboard_logs").iterdir()
+    path = sandbox / OUTPUT / "training_logs" / run_dir.name / "metrics.jsonl"
+    events = [raw for file in event_files(run_dir) for raw in RawEventFileLoader(str(file)).Load()]
+    of_numbers = [
+        len(raw) + 16  # length and two checksums
+        for raw in events
+        if {v.WhichOneof("value") for v in Event.FromString(raw).summary.value} == {"simple_value"}
+    ]
+    line, event = median(map(len, path.read_bytes().splitlines())), median(of_numbers)
+    said = re.search(
+        r"约 ([\d.]+) KB（`metrics.jsonl` ([\d.]+) KB，事件文件 ([\d.]+) KB）", TEXT[GUIDE]
+    )
+    assert [float(x) for x in said.groups()] == pytest.approx(
+        [(line + event) / 1000, line / 1000, event / 1000], rel=0.3
+    )
 
 
 def test_both_readmes_say_the_same():

@@ -30,6 +30,7 @@ from finetuning.runs.comparison import metric_rows, outcomes
 from finetuning.runs.comparison import page as comparison_page
 from finetuning.runs.recorded import find_runs, read_recorded
 from finetuning.runs.result import find_trained
+from sweep import Sweep, members_of
 
 LESS = ("--max-steps", "6", "--save-steps", "2", "--logging-steps", "1")
 
@@ -181,7 +182,7 @@ def test_a_run_that_an_alert_has_stopped_stays_stopped(tmp_path, run, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "program", ["ask", "export", "compare_runs", "convergence", "dataset_stats"]
+    "program", ["ask", "export", "compare_runs", "sweep", "convergence", "dataset_stats"]
 )
 def test_every_program_means_the_same_folder_by_a_tilde(
     program, finished, tiny_data, tmp_path, monkeypatch, capsys
@@ -201,6 +202,9 @@ def test_every_program_means_the_same_folder_by_a_tilde(
     if program == "compare_runs":
         compare_runs.main(("~/out",), html=Path("~/runs.html"))
         assert (home / "runs.html").is_file()
+    if program == "sweep":
+        (member,) = members_of(Sweep(("lora-r=4",), output_dir="~/out"))
+        assert member.folder.parent == home / "out"
     if program == "convergence":
         assert convergence.main(["~/out"]) == 0
     if program == "dataset_stats":
