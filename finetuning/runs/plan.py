@@ -131,7 +131,8 @@ def plan_run(
     data, settings = inputs.data, recorded_settings(config)
     rows = prove_rows(config, inputs.model, dist, terminal)
     steps, evaluation, general = plans = plan_steps(config, inputs, dist)
-    probes = tuple(choose_probes(probe_part(config, inputs), inputs.tokenizer, config.num_probes))
+    asked = probe_part(config, inputs.tokenizer, data.held_out)
+    probes = tuple(choose_probes(asked, inputs.tokenizer, config.num_probes))
     answer_tokens = token_budget(probes, config.probe_max_new_tokens, dist.device)
     eval_steps = evaluation_steps(config, plans, answer_tokens, dist)
     run_identity = identity(settings, inputs.model.name, inputs.contents, data, steps)
@@ -372,10 +373,14 @@ def plan_general(
     return part and (part, one_pass(part, config, dist))
 
 
-def probe_part(config: DirectTrainingConfig, inputs: RunData) -> DataPart:
+def probe_part(
+    config: DirectTrainingConfig,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    held_out: DataPart,
+) -> DataPart:
     """Where the questions of the evaluations come from."""
-    own = config.probe_path and general_part(config.probe_path, inputs.tokenizer, config)
-    return own or inputs.data.held_out
+    own = config.probe_path and general_part(config.probe_path, tokenizer, config)
+    return own or held_out
 
 
 def one_pass(part: DataPart, config: DirectTrainingConfig, dist: Distributed) -> StepPlan:

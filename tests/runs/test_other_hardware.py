@@ -3,6 +3,7 @@
 uv run pytest tests/runs/test_other_hardware.py
 """
 
+import json
 import re
 import shlex
 import shutil
@@ -50,7 +51,8 @@ def planned(arguments: str, model: Path, data: Path, cache: Path) -> PlanElsewhe
     """The plan of a documented command line."""
     words = shlex.split(arguments.replace(DOCUMENTED, str(model)).replace("my_qa.jsonl", str(data)))
     command = parse_command_line([*words, "--cache-dir", str(cache)])
-    return plan_elsewhere(command.training, Gpus.parse(command.gpus), Terminal(quiet=True))
+    trust = {"trust_remote_code": command.trust_remote_code}
+    return plan_elsewhere(command.training, Gpus.parse(command.gpus), Terminal(quiet=True), **trust)
 
 
 @pytest.mark.parametrize("arguments", PLANS)
@@ -82,11 +84,74 @@ def test_what_does_not_fit_is_told_with_what_to_change(
 
 def test_shards_where_replicas_do_not_fit(qwen3_4b, tiny_data, cache_dir):
     common = f"--data-path my_qa.jsonl --model-name {DOCUMENTED}"
-    small = planned(f"--gpus 8xA10-9G {common}", qwen3_4b, tiny_data, cache_dir)
-    large = planned(f"--gpus 8xH100 {common}", qwen3_4b, tiny_data, cache_dir)
+    small = planned(f"--plan --gpus 8xA10-9G {common}", qwen3_4b, tiny_data, cache_dir)
+    large = planned(f"--plan --gpus 8xH100 {common}", qwen3_4b, tiny_data, cache_dir)
     assert (small.parallel, large.parallel) == ("fsdp", "ddp")
-    one = planned(f"--gpus 1xH100 {common}", qwen3_4b, tiny_data, cache_dir)
+    one = planned(f"--plan --gpus 1xH100 {common}", qwen3_4b, tiny_data, cache_dir)
     assert large.steps.num_steps < one.steps.num_steps, "eight ranks take eight rows an update"
+
+
+COMMON = f"--plan --gpus 1xH100 --data-path my_qa.jsonl --model-name {DOCUMENTED}"
+
+
+def test_a_folder_has_no_revision(qwen3_4b, tiny_data, cache_dir):
+    with pytest.raises(UserError, match="leave --revision out"):
+        planned(f"{COMMON} --revision v1", qwen3_4b, tiny_data, cache_dir)
+
+
+def test_the_revision_is_asked_for(tiny_data, cache_dir, monkeypatch):
+    asked = {}
+
+    def download(name: str, **how: object) -> str:
+        asked.update(how, name=name)
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(UserError, match="no network"):
+        planned(f"{COMMON} --revision v1", Path("owner/model"), tiny_data, cache_dir)
+    assert (asked["name"], asked["revision"]) == ("owner/model", "v1")
+
+
+def test_probes_come_from_their_own_file(qwen3_4b, tiny_data, cache_dir, tmp_path):
+    """Their answers are longer than those of the data, so that evaluations take longer."""
+    own = tmp_path / "probes.jsonl"
+    row = {"question": "问", "thinking": "想" * 400, "answer": "答" * 400}
+    own.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    words = f"{COMMON} --max-seq-length 4096 --num-probes 1"
+    words += " --eval-steps 40"
+    plain = planned(words, qwen3_4b, tiny_data, cache_dir)
+    asked = planned(f"{words} --probe-path {own}", qwen3_4b, tiny_data, cache_dir)
+    assert asked.forecast.seconds > plain.forecast.seconds
+
+
+def test_an_adapter_brings_its_settings(qwen3_4b, tiny_data, cache_dir, finished, tmp_path, capfd):
+    words = COMMON.replace("my_qa.jsonl", str(tiny_data)).replace(DOCUMENTED, str(qwen3_4b))
+    words += f" --cache-dir {cache_dir} --output-dir {tmp_path}"
+    words += f" --init-adapter {finished / 'final_model'}"
+    assert main([*words.split(), "--lora-r", "3"]) == 0
+    assert "brings its own settings: lora_r" in "".join(capfd.readouterr())
+    assert main([*words.split(), "--lora-r", "0"]) == 2
+
+
+def test_a_model_runs_its_own_code_where_it_may(
+    qwen3_4b, tiny_data, cache_dir, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "m"))
+    own = tmp_path / "own"
+    shutil.copytree(qwen3_4b, own)
+    config = json.loads((own / "config.json").read_text(encoding="utf-8"))
+    classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    config |= {"model_type": "own_kind", "auto_map": classes}
+    (own / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (own / "own.py").write_text(
+        "from transformers import Qwen3Config, Qwen3ForCausalLM\n"
+        "class OwnConfig(Qwen3Config):\n    model_type = 'own_kind'\n"
+        "class OwnModel(Qwen3ForCausalLM):\n    config_class = OwnConfig\n",
+        encoding="utf-8",
+    )
+    with pytest.raises(UserError):
+        planned(COMMON, own, tiny_data, cache_dir)
+    assert planned(f"{COMMON} --trust-remote-code", own, tiny_data, cache_dir).fits
 
 
 @pytest.mark.parametrize(
@@ -107,6 +172,12 @@ def test_ways_to_write_gpus(text: str, expected: str):
 def test_other_ways_are_answered(text: str):
     with pytest.raises(UserError, match="such as 8xH100"):
         Gpus.parse(text)
+
+
+@pytest.mark.parametrize("more", [[], ["--check-data"], ["--resume", "latest"]])
+def test_gpus_are_for_a_plan(more: list[str], capfd):
+    assert main(["--gpus", "1xH100", *more]) == 2
+    assert "--gpus is for --plan" in capfd.readouterr().err
 
 
 def test_the_peak_of_every_gpu_is_known():
