@@ -32,6 +32,7 @@ _UNBUILDABLE = (
     TypeError,
     RuntimeError,
     ArithmeticError,
+    AttributeError,
 )
 HOST_LAYERS = 3  # layers' activations that glibc's malloc holds in gaps no tensor fits into
 HOST_LIBRARIES = 40 * 2**20  # bytes that libraries take with their first products
@@ -75,7 +76,7 @@ def model_shape(
         )
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (*_UNBUILDABLE, AttributeError) as error:
+    except _UNBUILDABLE as error:
         raise UserError(
             f"model folder {folder}: its architecture can't be built ({clean_line(str(error), 200)}); "
             "check that this version of transformers knows it"

@@ -29,7 +29,7 @@ from finetuning.events.event_file import (
     read_records,
     rewind_events,
 )
-from finetuning.events.reading import read_end_texts, read_histograms, read_run
+from finetuning.events.reading import read_end_texts, read_run
 from finetuning.model.adapter_config import read_adapter_config
 from finetuning.model.loading import load_tokenizer
 from finetuning.model.resolve import named_model
@@ -43,6 +43,7 @@ from finetuning.runs.report import write_report
 from finetuning.training import checkpoint
 from finetuning.training.checkpoint import checkpoint_at
 from finetuning.training.state import TrainState
+from tests.helpers.read_events import read_histograms
 
 SECONDS = [pytest.param(3.0), pytest.param(60.0, marks=pytest.mark.long)]
 SLOW = 5.0  # seconds that nothing may take
