@@ -1,7 +1,7 @@
 """All that is decided about a run before its weights are loaded: data, tokens, steps, memory."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,7 @@ class RunPlan:
     groups: tuple[Groups, Groups]  # of the training and of the held-out documents
     probes: tuple[EvalPrompt, ...]
     answer_tokens: int  # longest answer to a probe
-    auto_rate: bool  # the learning rate was left to the program
+    automatic: tuple[str, ...]  # settings that were left at auto, `settings` has what they became
     eval_steps: int  # steps between evaluations; 0: only before the first step and at the end
     logging_steps: int  # steps between logged points
     identity: Mapping[str, Any]
@@ -156,7 +156,7 @@ def plan_run(
         groups=groups_of(data),
         probes=probes,
         answer_tokens=answer_tokens,
-        auto_rate=config.learning_rate == "auto",
+        automatic=tuple(f.name for f in fields(config) if getattr(config, f.name) == "auto"),
         eval_steps=eval_steps,
         logging_steps=logging_steps,
         identity=run_identity,

@@ -186,7 +186,7 @@ class RunRecord:
         """configuration.json among the run's logs: settings, model, steps and versions."""
         if self.logger:
             model = summary.model_size(plan, engine)
-            record = summary.configuration(plan.settings, model, plan.steps, self.changes)
+            record = summary.configuration(plan, model, self.changes)
             write_json(self.run.logs / "configuration.json", record)
 
     def write_summary(
