@@ -36,6 +36,7 @@ from finetuning.runs.recorded import RecordedRun, find_runs, read_recorded
 
 PROGRAM = Path(__file__).with_name("direct_finetuning_with_existing_modules.py")
 OVER = ("completed", "stopped")  # a run with one of these is not started again
+RESERVED = ("--output-dir", "--resume", "--seed")  # of each run; the sweep sets them
 POLL_SECONDS = 0.2
 # Two-sided 95% quantiles of Student's t by degrees of freedom; above, the normal one.
 STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
@@ -105,7 +106,10 @@ def members_of(sweep: Sweep) -> list[Member]:
         found = [value for value in listed.split(",") if value]
         if not (name.strip("-") and equals and found):
             raise UserError(f"{clean_line(word, 80)}: write a setting and its values: lora-r=4,16")
-        values[name.strip("-").replace("_", "-")] = list(dict.fromkeys(found))
+        name = name.strip("-").replace("_", "-")
+        if f"--{name}" in RESERVED:
+            raise UserError(f"{name} is set by the sweep itself: use --seeds and --output-dir")
+        values[name] = list(dict.fromkeys(found))
     if not sweep.seeds:
         raise UserError("--seeds: give at least one")
     root, members = Path(expanded(sweep.output_dir, "--output-dir")), []
@@ -120,8 +124,7 @@ def members_of(sweep: Sweep) -> list[Member]:
 
 def check(members: Sequence[Member], shared: Sequence[str]) -> None:
     """Refuse what a run would refuse, and settings that the sweep sets itself, before anything starts."""
-    reserved = ("--output-dir", "--resume", "--seed")
-    taken = [word for word in shared if word.partition("=")[0].replace("_", "-") in reserved]
+    taken = [word for word in shared if word.partition("=")[0].replace("_", "-") in RESERVED]
     if taken:
         raise UserError(f"{taken[0]} behind -- is set by the sweep itself; see sweep.py --help")
     for member in members:

@@ -561,7 +561,8 @@ def paths_are_opened() -> None:
     from finetuning.readers import files as readers_files
 
     def take(path, cache_dir=None):
-        file = readers_files.DataFile(os.path.expanduser(path), path, "jsonl")
+        real = os.path.expanduser(path)
+        file = readers_files.DataFile(real, path, "jsonl", size=0, real=real)
         return readers_files.Listing([file], [], [])
 
     replaced(dataset, "list_files", take)

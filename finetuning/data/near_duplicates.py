@@ -1,11 +1,11 @@
 """Which texts say nearly the same.
 
 Near means: Jaccard similarity of the sets of character 5-grams, after NFKC, lower case and without
-punctuation, of at least `threshold`. Up to `EXACT_LIMIT` distinct texts the join is exact (prefix
-filtering, Bayardo et al. 2007) where that proposes at most `PAIRS_A_TEXT` pairs a text. Form letters,
-whose rare shingles are shared by many, would propose all pairs: there, and beyond the limit, MinHash
-bands propose pairs, a bounded number for each text, and the exact similarity decides. Clusters are the
-connected components of that relation.
+punctuation, of at least `threshold`. Up to `EXACT_LIMIT` distinct texts the join is exact (prefixes
+that must have several shingles in common, Wang, Li and Feng 2012) where that compares at most `PAIRS_A_TEXT`
+pairs a text. Form letters, whose rare shingles are shared by many, would propose all pairs: there, and
+beyond the limit, MinHash bands propose pairs, a bounded number for each text, and the exact similarity
+decides. Clusters are the connected components of that relation.
 """
 
 import hashlib
@@ -13,7 +13,6 @@ import itertools
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -21,6 +20,7 @@ import numpy as np
 
 from finetuning.common.cache import cached_folder, code_version, kept_array
 from finetuning.common.ngrams import gram_hashes, normalized
+from finetuning.common.workers import in_order
 from finetuning.readers.sample import Sample
 
 if TYPE_CHECKING:
@@ -31,7 +31,12 @@ if TYPE_CHECKING:
 
 SHINGLE = 5  # characters
 EXACT_LIMIT = 10_000  # distinct texts up to which every pair above the threshold is found
-PAIRS_A_TEXT = 32  # proposals up to which the exact join costs no more than reading the texts does
+PAIRS_A_TEXT = 4  # comparisons up to which the exact join costs no more than reading the texts does
+_MEETINGS_A_TEXT = (
+    1_000  # of two texts in a shingle, each a multiplication: 10 ns, a comparison 10 µs
+)
+_COMMON = 5  # shingles that two prefixes must share: more in common by chance are rare
+_POOL_FROM = 10_000  # samples from which on worker processes pay for their start
 _LABELS = "labels.npy"
 _NUM_PERM = 125  # MinHash values per text
 _WINDOW = 8  # neighbours compared within a bucket of equal MinHash bands
@@ -125,35 +130,56 @@ class SampleClusters:
         samples: Sequence[Sample],
         fingerprint: str | None = None,
         cache_dir: Path | None = None,
+        workers: int = 1,
     ) -> None:
-        self._samples = samples
+        self._samples, self._workers = samples, workers
+        self._found: dict[str, np.ndarray] = {}
         self._folder = None
         if fingerprint and cache_dir:
             made_by = code_version("data.near_duplicates", "common.ngrams", libraries=("rensa",))
             self._folder = Path(cache_dir) / "near_duplicates" / f"{fingerprint}-{made_by}"
 
-    @cached_property
+    @property
     def questions(self) -> np.ndarray:
         """Of near-equal questions."""
-        return self._labels("questions", question_text)
+        self._search("questions")
+        return self._found["questions"]
 
-    @cached_property
+    @property
     def pairs(self) -> np.ndarray:
         """Of near-equal questions with answers."""
-        return self._labels("pairs", pair_text)
+        self._search("pairs")
+        return self._found["pairs"]
 
-    def _labels(self, name: str, text: Callable[[Sample], str]) -> np.ndarray:
-        texts = Texts(self._samples, text)
-        if self._folder is None:
-            return near_duplicate_clusters(texts)
+    def search_both(self) -> None:
+        """Who needs both has them sooner: of many samples each is searched by a process of its own."""
+        self._search(*_TEXTS)
 
-        def write(building: Path) -> None:
-            np.save(building / _LABELS, near_duplicate_clusters(texts))
+    def _search(self, *names: str) -> None:
+        missing = [name for name in names if name not in self._found]
+        jobs = [(self._samples, self._folder, name) for name in missing]
+        if self._workers > 1 and len(jobs) > 1 and len(self._samples) >= _POOL_FROM:
+            self._found |= zip(missing, in_order(_kept_clusters, jobs, len(jobs)), strict=True)
+        else:
+            self._found |= zip(missing, itertools.starmap(_kept_clusters, jobs), strict=True)
 
-        def load(folder: Path) -> np.ndarray | None:
-            return kept_array(folder / _LABELS, mapped=True)
 
-        return cached_folder(self._folder / name, load, write)
+_TEXTS = {"questions": question_text, "pairs": pair_text}
+
+
+def _kept_clusters(samples: Sequence[Sample], folder: Path | None, name: str) -> np.ndarray:
+    """Labels of all samples by one of the texts; from the folder, where they were kept there."""
+    texts = Texts(samples, _TEXTS[name])
+    if folder is None:
+        return near_duplicate_clusters(texts)
+
+    def write(building: Path) -> None:
+        np.save(building / _LABELS, near_duplicate_clusters(texts))
+
+    def load(kept: Path) -> np.ndarray | None:
+        return kept_array(kept / _LABELS, mapped=True)
+
+    return cached_folder(folder / name, load, write)
 
 
 def _is_first(same: np.ndarray) -> np.ndarray:
@@ -219,36 +245,42 @@ class _Sets:
 def _join_exact(sets: _Sets, threshold: float) -> np.ndarray | None:
     """Component label per text; None where too many pairs would have to be compared.
 
-    Two sets can only be near when their prefixes, the rarest `size - ceil(threshold * size) + 1` shingles,
-    have one in common.
+    Two sets can only be near when their prefixes, the rarest `size - ceil(threshold * size) + c` shingles,
+    have c in common: of all that they share, the c rarest lie there.
     """
     labels = np.arange(len(sets), dtype=np.int32)
-    prefixes = _prefixes(sets, threshold)
+    prefixes, common = _prefixes(sets, threshold)
     sharing = np.bincount(prefixes.indices).astype(np.int64)  # texts for each shingle of a prefix
-    if (sharing * (sharing - 1) // 2).sum() > PAIRS_A_TEXT * len(sets):
+    if (sharing * (sharing - 1) // 2).sum() > _MEETINGS_A_TEXT * len(sets):
         return None
     by_shingle = prefixes.T.tocsr()
+    compared = 0
     for start in range(0, len(sets), 256):
         shared = (prefixes[start : start + 256] @ by_shingle).tocoo()
         left, right = shared.coords[0] + start, shared.coords[1]
+        enough = shared.data >= np.minimum(common[left], common[right])
+        left, right = left[enough], right[enough]
         for block in _candidate_blocks(left, right, sets.sizes, threshold):
+            compared += len(block)
+            if compared > PAIRS_A_TEXT * len(sets):
+                return None
             labels, _ = _joined_if_near(sets, left[block], right[block], labels, threshold)
     return labels
 
 
-def _prefixes(sets: _Sets, threshold: float) -> "csr_array":
-    """Texts x shingles, 0/1: the rarest shingles of each text, but none that occurs only once.
+def _prefixes(sets: _Sets, threshold: float) -> tuple["csr_array", np.ndarray]:
+    """Texts x shingles, 0/1: the rarest shingles of each text, but none that occurs only once; and how many
+    (n,) a near text has in common with them at least.
 
     How rare a shingle is, is counted by 20 bits of it; any order that all texts share will do.
     """
     from scipy.sparse import csr_array
 
-    counts = np.zeros(1 << 20, np.int32)
-    for made in sets:
-        np.add.at(counts, _buckets(made), 1)
-    lengths = sets.sizes - np.ceil(threshold * sets.sizes - 1e-9).astype(np.int64) + 1
+    counts = _frequencies(sets)
+    shared = np.ceil(threshold * sets.sizes - 1e-9).astype(np.int64)  # with any near text, at least
+    common = np.minimum(shared, _COMMON)
     prefixes = []
-    for i, length in enumerate(lengths.tolist()):
+    for i, length in enumerate((sets.sizes - shared + common).tolist()):
         shingles_of = sets[i]
         count = counts[_buckets(shingles_of)]
         rarest = np.argsort(count, kind="stable")[:length]  # equal ones stay in their order
@@ -257,7 +289,17 @@ def _prefixes(sets: _Sets, threshold: float) -> "csr_array":
     _, columns = np.unique(np.concatenate(prefixes), return_inverse=True)
     shape = (len(prefixes), int(columns.max(initial=-1)) + 1)
     columns = columns.astype(np.int32)
-    return csr_array((np.ones(len(columns), np.int32), columns, starts.astype(np.int32)), shape)
+    ones = np.ones(len(columns), np.int32)
+    return csr_array((ones, columns, starts.astype(np.int32)), shape), common
+
+
+def _frequencies(sets: _Sets) -> np.ndarray:
+    """(2**20,) sets that have a shingle of each bucket."""
+    counts = np.zeros(1 << 20, np.int64)
+    made = iter(sets)
+    while chunk := list(itertools.islice(made, _CHUNK)):
+        counts += np.bincount(_buckets(np.concatenate(chunk)), minlength=len(counts))
+    return counts
 
 
 def _buckets(hashes: np.ndarray) -> np.ndarray:
@@ -280,23 +322,21 @@ def _join_minhash(sets: _Sets, keys: np.ndarray, threshold: float) -> np.ndarray
     Within a bucket a text meets its next `_WINDOW` neighbours only; larger buckets are joined through
     chains. A text that was compared in vain `_IN_VAIN` times, as each of a family of form letters is, is
     then compared only where the values agree nearly as often as at the threshold, so that the number of
-    comparisons grows with that of the texts. MinHash values wait in a temporary file; of the bands one at
-    a time, 4 bytes per text, is in memory.
+    comparisons grows with that of the texts. Of the bands one at a time, 4 bytes per text, is in memory.
     """
     labels = np.arange(len(sets), dtype=np.int32)
     in_vain = np.zeros(len(sets), np.uint8)
     by_key = np.argsort(keys).astype(np.int32)  # so that the order of the texts changes nothing
-    rows = _rows_per_band(threshold)
-    with tempfile.TemporaryFile() as stored:
-        spans = _store_signatures(stored, sets, rows)
-        for number in range(_NUM_PERM // rows):
-            band = _band(stored, spans, number, rows)
+    with _Signatures(sets, _rows_per_band(threshold)) as signatures:
+        for band in signatures.bands:
             order = by_key[np.argsort(band[by_key], kind="stable")]
             band = band[order]
             for distance in range(1, min(_WINDOW, len(order) - 1) + 1):
                 candidates = np.flatnonzero(band[:-distance] == band[distance:])
                 left, right = order[candidates], order[candidates + distance]
-                for a, b, likely in _likely_pairs(stored, spans, left, right, labels, threshold):
+                for a, b, likely in _likely_pairs(
+                    signatures.values, left, right, labels, threshold
+                ):
                     worth = likely | ((in_vain[a] < _IN_VAIN) & (in_vain[b] < _IN_VAIN))
                     labels, failed = _joined_if_near(sets, a[worth], b[worth], labels, threshold)
                     met, times = np.unique(failed, return_counts=True)
@@ -312,19 +352,28 @@ def _rows_per_band(threshold: float) -> int:
     return 1
 
 
-Spans = list[tuple[int, int]]  # texts from, to: what was stored together
+class _Signatures:
+    """MinHash of all sets, in mapped temporary files: `bands` (bands, n) uint32, a hash of every `rows`
+    values; `values` (n, 125) uint8, the low bytes of them all."""
 
+    def __init__(self, sets: _Sets, rows: int) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self.bands = self._array("bands", np.uint32, (_NUM_PERM // rows, len(sets)))
+        self.values = self._array("values", np.uint8, (len(sets), _NUM_PERM))
+        made = iter(sets)
+        for start in range(0, len(sets), _CHUNK):
+            values = _minhash(list(itertools.islice(made, _CHUNK)))
+            self.bands[:, start : start + len(values)] = _band_hashes(values, rows)
+            self.values[start : start + len(values)] = values.astype(np.uint8)
 
-def _store_signatures(stored: BinaryIO, sets: _Sets, rows: int) -> Spans:
-    """For each span of texts: (bands, n) uint32 hashes, then (n, values) uint8, the low bytes of
-    all MinHash values."""
-    spans = [(i, min(i + _CHUNK, len(sets))) for i in range(0, len(sets), _CHUNK)]
-    made = iter(sets)
-    for start, stop in spans:
-        values = _minhash(list(itertools.islice(made, stop - start)))
-        stored.write(_band_hashes(values, rows).tobytes())
-        stored.write(values.astype(np.uint8).tobytes())
-    return spans
+    def _array(self, name: str, kind: type, shape: tuple[int, int]) -> np.ndarray:
+        return np.memmap(Path(self._folder.name) / name, kind, "w+", shape=shape)
+
+    def __enter__(self) -> "_Signatures":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._folder.cleanup()
 
 
 def _minhash(sets: list[np.ndarray]) -> np.ndarray:
@@ -348,19 +397,8 @@ def _band_hashes(values: np.ndarray, rows: int) -> np.ndarray:
     return mixed.astype(np.uint32)
 
 
-def _band(stored: BinaryIO, spans: Spans, number: int, rows: int) -> np.ndarray:
-    """Hash (n,) uint32 of one band of all texts."""
-    bands = _NUM_PERM // rows
-    band = np.empty(spans[-1][1], np.uint32)
-    for start, stop in spans:
-        stored.seek(start * (4 * bands + _NUM_PERM) + 4 * number * (stop - start))
-        band[start:stop] = np.frombuffer(stored.read(4 * (stop - start)), np.uint32)
-    return band
-
-
 def _likely_pairs(
-    stored: BinaryIO,
-    spans: Spans,
+    values: np.ndarray,
     left: np.ndarray,
     right: np.ndarray,
     labels: np.ndarray,
@@ -372,18 +410,11 @@ def _likely_pairs(
     expected = _NUM_PERM * threshold
     deviation = math.sqrt(expected * (1 - threshold))
     least = expected - 3.3 * deviation
-    bytes_a_text = 4 * (_NUM_PERM // _rows_per_band(threshold)) + _NUM_PERM
     apart = labels[left] != labels[right]
     left, right = left[apart], right[apart]
     for at in range(0, len(left), 8 * _CHUNK):
         a, b = left[at : at + 8 * _CHUNK], right[at : at + 8 * _CHUNK]
-        used, place = np.unique(np.concatenate([a, b]), return_inverse=True)
-        values = np.empty((len(used), _NUM_PERM), np.uint8)
-        for i, text in enumerate(used.tolist()):
-            stop = spans[text // _CHUNK][1]
-            stored.seek(stop * bytes_a_text - (stop - text) * _NUM_PERM)
-            values[i] = np.frombuffer(stored.read(_NUM_PERM), np.uint8)
-        agree = (values[place[: len(a)]] == values[place[len(a) :]]).sum(axis=1)
+        agree = (values[a] == values[b]).sum(axis=1)
         kept = agree >= least
         yield a[kept], b[kept], agree[kept] >= expected - deviation
 

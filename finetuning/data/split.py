@@ -45,10 +45,11 @@ def split_samples(
     *,
     seed: int = 0,
     cache_dir: Path | None = None,
+    workers: int = 1,
 ) -> Split:
     """Split off the held-out share where there are no held-out files; the rest is repeated or thinned
     out by the weight of its source. Raises UserError where nothing is left for training."""
-    clusters = SampleClusters(read.samples, read.fingerprint, cache_dir)
+    clusters = SampleClusters(read.samples, read.fingerprint, cache_dir, workers)
     train = np.arange(len(read.samples))
     held_out = train[:0]
     if eval_read is None and settings.eval_fraction:
@@ -87,6 +88,7 @@ def split_held_out(
     if fraction == 0 or len(samples) == 0:
         return everything, everything[:0]
     clusters = clusters or SampleClusters(samples)
+    clusters.search_both()
     joined = joined_labels(clusters.questions, np.arange(len(samples)), clusters.pairs)
     _, compact, sizes = np.unique(joined, return_inverse=True, return_counts=True)
     position = _cluster_positions(samples, compact, len(sizes))

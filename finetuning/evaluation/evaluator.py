@@ -109,47 +109,47 @@ class Evaluator:
         """Eval/ and LoRA/ tags of this step; texts and pictures go to `logger`, a TensorBoardLogger or a
         NullLogger. All ranks take part. None where `wants_stop`, asked on each rank for itself, became true
         on one of them: all leave within a micro-batch or a few tokens, and nothing is measured."""
-        metrics, forgetting = {}, self._forgetting
+        forgetting, held_out, of_general = self._forgetting, None, None
+        general = forgetting and forgetting.general
         if self._plan is not None:
-            sums = held_out_sums(
-                self._packed,
-                self._part.tokens,
-                self._plan,
-                self._dist,
-                base=forgetting and forgetting.held_out,
-                progress=progress,
-                wants_stop=wants_stop,
-            )
-            completions = None if sums is None else self._answers(progress, wants_stop)
-            if sums is None or completions is None:
+            base = forgetting and forgetting.held_out
+            held_out = self._sums(self._part, self._plan, base, wants_stop, progress)
+            if held_out is None:
                 return None
-            metrics = self._held_out(sums.documents, step, logger)
-            metrics |= kl_metric("Forgetting/KL_Held_Out", sums.divergence)
-            if completions:
-                asked = self._questions
-                logger.add_text("Eval/Samples", samples_text(asked.probes, completions), step)
-                metrics |= probe_metrics(asked.probes, completions, asked.most)
-        if forgetting is not None and forgetting.general is not None:
-            general = forgetting.general
-            sums = held_out_sums(
-                self._packed,
-                general.part.tokens,
-                general.plan,
-                self._dist,
-                base=general.base,
-                wants_stop=wants_stop,
-            )
-            if sums is None:
+        completions = self._answers(progress, wants_stop)
+        if completions is None:
+            return None
+        if general is not None:
+            of_general = self._sums(general.part, general.plan, general.base, wants_stop)
+            if of_general is None:
                 return None
-            metrics |= general_metrics(sums)
+        metrics = {} if held_out is None else self._held_out(held_out, step, logger)
+        if completions:
+            asked = self._questions
+            logger.add_text("Eval/Samples", samples_text(asked.probes, completions), step)
+            metrics |= probe_metrics(asked.probes, completions, asked.most)
+        metrics |= {} if of_general is None else general_metrics(of_general)
         return metrics | self._adapters(step, logger)
 
-    def _held_out(self, sums: np.ndarray, step: int, logger: Any) -> dict[str, float]:
+    def _sums(
+        self,
+        part: DataPart,
+        plan: StepPlan,
+        base: BaseStates | None,
+        wants_stop: Callable[[], bool],
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> HeldOutSums | None:
+        options = {"base": base, "progress": progress, "wants_stop": wants_stop}
+        return held_out_sums(self._packed, part.tokens, plan, self._dist, **options)
+
+    def _held_out(self, found: HeldOutSums, step: int, logger: Any) -> dict[str, float]:
+        sums = found.documents
         if self._dist.is_main:
             rows = hardest(loss_rows(self._plan.documents, sums))
             logger.add_text("Eval/Hardest_Samples", hardest_text(self._part, rows), step)
         error = standard_error(sums)
-        known = {} if math.isnan(error) else {"Eval/Loss_Error": error}
+        known = kl_metric("Forgetting/KL_Held_Out", found.divergence)
+        known |= {} if math.isnan(error) else {"Eval/Loss_Error": error}
         return self._losses.eval_metrics(self._losses.vector(self._plan.documents, sums)) | known
 
     def _answers(

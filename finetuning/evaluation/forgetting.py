@@ -19,7 +19,7 @@ from finetuning.data.token_table import TokenizedSamples
 from finetuning.data.training_data import DataPart
 from finetuning.model.loss import Anchor
 from finetuning.model.packed_model import PackedLossModel
-from finetuning.model.parallel import full_tensor, reshard
+from finetuning.model.parallel import reshard
 
 MOST_TOKENS = 16_384  # of a plan, all ranks; at 4B their states take 84 MB
 CPU_TOKENS = 4_096  # there they would take as long as the evaluation itself
@@ -30,7 +30,7 @@ class BaseStates:
 
     Args:
         packed: whole or sharded; without adapters it is the base as long as no step is made.
-        keeps_head: the head is trained, so that a copy of it is kept, too.
+        head: (V, H), a copy of the base's where the head is trained; None: the model's own is the base's.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class BaseStates:
         plan: StepPlan,
         dist: Distributed,
         *,
-        keeps_head: bool,
+        head: torch.Tensor | None,
     ) -> None:
         self._rows: dict[tuple[int, int], torch.Tensor] = {}
         seen, was_training = 0, packed.training
@@ -56,8 +56,7 @@ class BaseStates:
                 self._rows[step, index] = rows.cpu()
         packed.train(was_training)
         reshard(packed)
-        head = full_tensor(packed.head_weight) if keeps_head else None
-        self._head = None if head is None else head.to(rows.dtype, copy=True)
+        self._head = head
 
     def of(self, step: int, index: int, device: torch.device) -> Anchor | None:
         """Those of a rank's micro-batch on the device; None behind the last that is compared."""

@@ -30,6 +30,11 @@ from finetuning.model.resolve import (
     short_reason,
 )
 
+_TRAINED = (
+    BaseTunerLayer,
+    AuxiliaryTrainingWrapper,
+)  # of peft: adapters, and whole copies of modules
+
 
 def attach_adapters(
     model: PreTrainedModel, lora: LoraSettings, base_name: str, seed: int
@@ -69,9 +74,7 @@ def _with_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> Pef
 @contextmanager
 def adapters_off(model: torch.nn.Module) -> Iterator[None]:
     """The model is its base within it; nothing changes where it has no adapters."""
-    layers = [
-        m for m in model.modules() if isinstance(m, BaseTunerLayer) and not m.disable_adapters
-    ]
+    layers = [m for m in model.modules() if isinstance(m, _TRAINED) and not m.disable_adapters]
     # peft's own `disable_adapter` also freezes and unfreezes the adapters, whose gradients are on the way.
     for layer in layers:
         layer._disable_adapters = True
@@ -89,8 +92,7 @@ def check_ends(model: PeftModel) -> None:
     """
     base = model.get_base_model()
     ends = {base.get_input_embeddings(), base.get_output_embeddings()}
-    wrapped = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-    names = [n for n, m in base.named_modules() if isinstance(m, wrapped) and m in ends]
+    names = [n for n, m in base.named_modules() if isinstance(m, _TRAINED) and m in ends]
     if names:
         raise UserError(
             f"adapters on {', '.join(names)} are not trained here, as it is the embedding or the output "

@@ -18,6 +18,7 @@ from finetuning.evaluation.forgetting import BaseStates, Forgetting, GeneralText
 from finetuning.model.adapters import parts_without_adapters
 from finetuning.model.decoding import Decoder
 from finetuning.model.loading import load_model
+from finetuning.model.parallel import full_tensor
 from finetuning.monitoring.system_monitor import SystemMonitor, gpu_uuid
 from finetuning.runs.plan import RunPlan
 from finetuning.training.engine import TrainingEngine
@@ -90,9 +91,12 @@ def forgetting_of(
     if not config.forgetting:
         return None
 
+    head = None
+    if not config.lora_r and not config.init_adapter:
+        head = full_tensor(engine.packed.head_weight).to(plan.execution.dtype, copy=True)
+
     def states(part: DataPart, once: StepPlan) -> BaseStates:
-        head = not config.lora_r and not config.init_adapter
-        return BaseStates(engine.packed, part.tokens, once, dist, keeps_head=head)
+        return BaseStates(engine.packed, part.tokens, once, dist, head=head)
 
     held_out = plan.evaluation and states(plan.data.held_out, plan.evaluation)
     general = plan.general and GeneralText(*plan.general, states(*plan.general))

@@ -19,7 +19,7 @@ from finetuning.runs.plan import RunPlan
 from finetuning.runs.summary import epoch_summary
 from finetuning.training.captured_step import CapturedStep
 from finetuning.training.optimizer import StepResult
-from finetuning.training.state import TrainState
+from finetuning.training.state import TrainState, summed
 from finetuning.training.step_clock import (
     CudaTimeline,
     HostTimeline,
@@ -107,11 +107,11 @@ class MetricsProcessor:
         vectors = self._dist.sum(torch.from_numpy(own)).numpy()
         nonfinite = []
         for vector, result, losses, norm in zip(vectors, results, by_document, norms, strict=True):
-            state.interval = (np.asarray(state.interval) + vector).tolist()
+            state.interval = summed(state.interval, vector)
             state.grad_norm = norm
             if math.isfinite(state.grad_norm):
                 state.grad_norm_max = max(state.grad_norm_max or 0.0, state.grad_norm)
-                state.epoch = (np.asarray(state.epoch) + vector).tolist()
+                state.epoch = summed(state.epoch, vector)
                 self._rank_hardest(result.step, vector, losses, state)
             else:
                 nonfinite.append(result)
@@ -163,7 +163,7 @@ class MetricsProcessor:
         self, step: int, learning_rate: float, state: TrainState, pending: Sequence[StepResult]
     ) -> dict[str, float]:
         queued = sum(result.planned.num_tokens for result in pending)
-        metrics = self.losses.training_metrics(np.asarray(state.interval))
+        metrics = self.losses.training_metrics(np.asarray(state.interval, np.float64))
         state.last_loss = metrics["Training/Loss"]
         self.convergence.observe(step, state.last_loss, learning_rate)
         metrics |= {

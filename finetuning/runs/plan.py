@@ -292,7 +292,7 @@ def load_data(
             )
         with terminal.working("looking for near duplicates"):
             options = {"seed": config.seed, "cache_dir": config.cache_path}
-            split = split_samples(read, config, eval_read, **options)
+            split = split_samples(read, config, eval_read, workers=workers, **options)
         with terminal.working("getting the tokenizer"):
             with kept_in(config.cache_path):
                 model = ensure_local(found, split.training_texts, config.cache_path, config.seed)
@@ -441,6 +441,7 @@ def placement_of(
         fused_lora=plain or not config.lora_r,
         shards=dist.world_size if parallel == "fsdp" else 1,
         fp8=config.precision == "fp8",
+        base_head=config.forgetting and not (config.lora_r or config.init_adapter),
         captured=compiled and plain and parallel == "ddp" and dist.world_size == 1,
     )
 

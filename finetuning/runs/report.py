@@ -113,7 +113,7 @@ def leave_report(run: RunDirectory, terminal: Terminal, unwanted: Callable[[], b
     file that somebody broke and no full disk harms the run. unwanted: asked whether to leave it now."""
     try:
         with terminal.working("writing the report"):
-            arguments = (str(run.logs), "--language", current())
+            arguments = (str(run.logs.absolute()), "--language", current())
             ended = run_limited(REPORT, arguments, LIMITS, unwanted=unwanted)
     except OSError as error:
         ended = Ended(STOPPED, "", str(error))
@@ -123,7 +123,9 @@ def leave_report(run: RunDirectory, terminal: Terminal, unwanted: Callable[[], b
     reason = ended.complaint.removeprefix("error: ") or (
         "a signal came" if unwanted() else "it took too much memory or time"
     )
-    terminal.warning(f"no report.html: {reason}; uv run python -m {REPORT} {run.output_dir}")
+    terminal.warning(
+        f"no report.html: {reason}; uv run python -m {REPORT} {run.output_dir.absolute()}"
+    )
 
 
 def page(run: RecordedRun) -> str:

@@ -136,6 +136,9 @@ class Placement:
     fused_lora: bool = True  # adapters with one autograd node each
     shards: int = 1  # devices that share the weights
     fp8: bool = False  # linear layers lie beside two copies of one byte a weight
+    base_head: bool = (
+        False  # a copy of the head as it was, to which a model trained whole is compared
+    )
     captured: bool = False  # a CUDA graph holds the memory of a step's passes between steps
 
 
@@ -189,7 +192,8 @@ def estimate_memory(
     workspace = _workspace_bytes(shape, placement, tokens)
     return MemoryEstimate(
         weights=(packed * BITS_4 + (shape.parameters - packed) * held) / placement.shards
-        + placement.fp8 * 2 * shape.linear_parameters,
+        + placement.fp8 * 2 * shape.linear_parameters
+        + placement.base_head * dims.vocab * dims.hidden * size,
         gathered=in_flight if placement.shards > 1 or mixed else 0,
         adapter=adapters * FP32 / placement.shards,
         gradients=shape.trainable * FP32 / placement.shards,

@@ -1,10 +1,12 @@
 """What a run knows besides its weights: counters, sums in progress, monitors. Strict JSON."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from finetuning.common.errors import UserError
 from finetuning.common.kinds import misfit
@@ -113,3 +115,8 @@ class TrainState:
 def _below_zero(state: Mapping[str, Any]) -> list[str]:
     """Counters that no run could have counted."""
     return [f"{name} is below 0" for name, n in state.items() if isinstance(n, int) and n < 0]
+
+
+def summed(before: Sequence[float | None], added: np.ndarray) -> list[float]:
+    """Sums of a state and of a step; in a state that was saved, None stands for what is not finite."""
+    return (np.asarray(before, np.float64) + added).tolist()

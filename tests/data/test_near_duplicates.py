@@ -7,7 +7,8 @@ import pytest
 
 from finetuning.common.ngrams import normalized
 from finetuning.data import near_duplicates
-from finetuning.data.near_duplicates import jaccard, near_duplicate_clusters
+from finetuning.data.near_duplicates import SampleClusters, jaccard, near_duplicate_clusters
+from finetuning.readers.sample import Sample
 from tests.helpers.similar_texts import similar_texts
 
 
@@ -143,3 +144,60 @@ def test_near_ones_are_found_among_form_letters():
     labels = near_duplicate_clusters([*letters, *changed])
     found = sum(labels[i] == labels[600 + i] for i in range(100))
     assert found >= 99, found
+
+
+def arithmetic(count: int) -> list[str]:
+    """One line, other numbers: short texts that share many shingles, few of them near."""
+    drawn = random.Random(5)
+    return [
+        f"计算{drawn.randint(10, 30)}乘以{drawn.randint(10, 99)}再加{drawn.randint(10, 30)}等于多少"
+        for _ in range(count)
+    ]
+
+
+def long_patterns(count: int) -> list[str]:
+    """A long text with sixty slots for any word."""
+    drawn = random.Random(5)
+    fixed = ["".join(drawn.choices(SIGNS, k=20)) for _ in range(60)]
+    return ["".join(f + "".join(drawn.choices(SIGNS, k=6)) for f in fixed) for _ in range(count)]
+
+
+@pytest.mark.parametrize("texts", [arithmetic(300), long_patterns(40)], ids=["arithmetic", "long"])
+@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.8])
+def test_patterns_are_joined_as_brute_force_joins_them(texts, threshold):
+    found = near_duplicate_clusters(texts, threshold)
+    np.testing.assert_array_equal(found, _brute_force(texts, threshold))
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.8, 1.0])
+def test_short_and_repeated_texts_are_joined_as_brute_force_joins_them(threshold):
+    """Sets of one to a dozen shingles, where a prefix is nearly all of them."""
+    drawn = random.Random(7)
+    texts = ["".join(drawn.choices("密钥分", k=drawn.randint(1, 16))) for _ in range(300)]
+    found = near_duplicate_clusters(texts, threshold)
+    np.testing.assert_array_equal(found, _brute_force(texts, threshold))
+
+
+@pytest.mark.parametrize("texts", [arithmetic, long_patterns])
+def test_few_of_a_pattern_are_compared(texts, monkeypatch):
+    """Those with several rare shingles in common, not all that share one."""
+    compared, similarity = [], near_duplicates._similarity
+    monkeypatch.setattr(
+        near_duplicates, "_similarity", lambda a, b: (compared.append(1), similarity(a, b))[1]
+    )
+    near_duplicate_clusters(texts(800))
+    assert len(compared) < near_duplicates.PAIRS_A_TEXT * 800
+
+
+@pytest.mark.slow
+def test_both_searches_are_made_at_once_by_two_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr(near_duplicates, "_POOL_FROM", 100)
+    samples = [Sample(text, "", f"{i}") for i, text in enumerate(arithmetic(300))]
+    alone = SampleClusters(samples)
+    expected = alone.questions, alone.pairs
+    monkeypatch.setattr(near_duplicates, "near_duplicate_clusters", None)  # not by this process
+    for folder in (None, tmp_path):
+        at_once = SampleClusters(samples, "fingerprint", folder, workers=2)
+        at_once.search_both()
+        for found, wanted in zip((at_once.questions, at_once.pairs), expected, strict=True):
+            np.testing.assert_array_equal(found, wanted)

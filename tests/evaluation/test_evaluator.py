@@ -355,3 +355,22 @@ def test_adapter_health_is_recorded(tmp_path, tiny_model, tiny_data, cache_dir):
     _, counts, edges = spread[2]
     assert sum(counts) == 2, "one value a layer"
     assert edges[0] <= ratios[2] <= edges[-1]
+
+
+@pytest.mark.slow
+def test_own_questions_are_answered_where_nothing_is_held_out(
+    tmp_path, tiny_model, tiny_data, cache_dir
+):
+    own = tmp_path / "own.jsonl"
+    own.write_text(tiny_data.read_text(encoding="utf-8").splitlines()[0] + "\n", encoding="utf-8")
+    trainer = train(
+        tmp_path / "out", tiny_model, tiny_data, cache_dir, max_steps=1, eval_fraction=0.0,
+        probe_path=(str(own),), num_probes=1, probe_max_new_tokens=3,
+    )  # fmt: skip
+    lines = read_metrics(trainer.record.run.logs / "metrics.jsonl")
+    rates = [
+        r["metrics"]["Eval/Budget_Hit_Rate"]
+        for r in lines
+        if "Eval/Budget_Hit_Rate" in r["metrics"]
+    ]
+    assert len(rates) == 2 and "Eval/Samples" in tables_of(trainer)

@@ -73,7 +73,7 @@ def test_gauges_agree_with_a_dense_computation(tiny_model, part, fused):
     if fused:
         assert enable_fast_lora(model) > 0
     packed, plan = PackedLossModel(model, part.tokens.close_id), plan_of(part)
-    base = BaseStates(packed, part.tokens, plan, ONE, keeps_head=False)
+    base = BaseStates(packed, part.tokens, plan, ONE, head=None)
     found = general_metrics(held_out_sums(packed, part.tokens, plan, ONE, base=base))
     assert kl > 0.01
     assert found["Forgetting/KL_General"] == pytest.approx(kl, rel=1e-4)
@@ -83,7 +83,7 @@ def test_gauges_agree_with_a_dense_computation(tiny_model, part, fused):
 def test_all_weights_are_compared_with_those_they_had(tiny_model, part):
     before, model, plain = (Qwen3ForCausalLM.from_pretrained(tiny_model) for _ in range(3))
     packed, plan = PackedLossModel(model, part.tokens.close_id), plan_of(part)
-    base = BaseStates(packed, part.tokens, plan, ONE, keeps_head=True)
+    base = BaseStates(packed, part.tokens, plan, ONE, head=packed.head_weight.clone())
     sums = held_out_sums(packed, part.tokens, plan, ONE, base=base)
     assert kl_metric("kl", sums.divergence) == {"kl": 0.0}, "nothing is changed yet"
     with torch.no_grad():
@@ -95,10 +95,27 @@ def test_all_weights_are_compared_with_those_they_had(tiny_model, part):
     assert kl_metric("kl", sums.divergence)["kl"] == pytest.approx(kl, rel=1e-4)
 
 
+def test_whole_copies_of_modules_are_no_part_of_the_base(tiny_model, part):
+    """As an adapter of others may have them, `modules_to_save`: the base has the norm that it had."""
+    base = Qwen3ForCausalLM.from_pretrained(tiny_model)
+    settings = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["norm"])
+    model = get_peft_model(Qwen3ForCausalLM.from_pretrained(tiny_model), settings)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.mul_(-2)
+    kl, _ = dense(model.eval(), base, part)
+    packed, plan = PackedLossModel(model, part.tokens.close_id), plan_of(part)
+    states = BaseStates(packed, part.tokens, plan, ONE, head=None)
+    sums = held_out_sums(packed, part.tokens, plan, ONE, base=states)
+    assert kl > 0.01
+    assert kl_metric("kl", sums.divergence)["kl"] == pytest.approx(kl, rel=1e-4)
+
+
 def test_of_much_text_the_first_tokens_are_compared(tiny_model, part, monkeypatch):
     monkeypatch.setattr("finetuning.evaluation.forgetting.CPU_TOKENS", 1500)
     packed, plan = PackedLossModel(adapted(tiny_model), part.tokens.close_id), plan_of(part)
-    base = BaseStates(packed, part.tokens, plan, ONE, keeps_head=False)
+    base = BaseStates(packed, part.tokens, plan, ONE, head=None)
     sums = held_out_sums(packed, part.tokens, plan, ONE, base=base)
     assert 0 < sums.divergence[1] < sums.documents[:, :, 2].sum()
 

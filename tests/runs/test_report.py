@@ -112,6 +112,19 @@ def test_a_report_that_fails_harms_no_run(harm, run, capfd, monkeypatch, tmp_pat
 
 
 @pytest.mark.slow
+def test_a_relative_folder_has_its_report_wherever_the_program_starts(run, capfd, monkeypatch):
+    """The process of the report begins in another folder."""
+    point = {"step": 1, "time": 1.0, "metrics": {"Training/Loss": 1.0}}
+    (run.logs / "metrics.jsonl").write_text(json.dumps(point) + "\n", encoding="utf-8")
+    monkeypatch.chdir(run.output_dir.parent)
+    here = RunDirectory(Path(run.output_dir.name), run.name)
+    report.leave_report(here, Terminal(), lambda: False)
+    said = capfd.readouterr()
+    assert "no report.html" not in said.err, said.err
+    assert (run.logs / "report.html").is_file()
+
+
+@pytest.mark.slow
 def test_a_signal_leaves_the_report(run, capfd, monkeypatch, tmp_path):
     (tmp_path / "slow_report.py").write_text("import time; time.sleep(60)", encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))

@@ -132,3 +132,10 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(command, tmp_path):
     assert result.returncode == 3, result.stderr
     assert "1 of 2 runs failed" in result.stderr and "failed with code" in result.stderr
     assert [r["seeds"] for r in json.loads(result.stdout)["rows"]] == [1, 0]
+
+
+@pytest.mark.parametrize("word", ["seed=1,2", "output_dir=a,b", "--resume=latest"])
+def test_what_the_sweep_sets_is_not_varied(word):
+    """The runs would be alike, and the table would say that they differ."""
+    with pytest.raises(UserError, match="set by the sweep itself"):
+        sweep.members_of(sweep.Sweep(vary=(word,)))
