@@ -24,15 +24,10 @@ from finetuning.model.loading import load_tokenizer
 from finetuning.model.parallel import parallel_mode
 from finetuning.model.resolve import DEFAULT_MODEL, ResolvedModel, local_folder
 from finetuning.runs.init_adapter import with_own_settings
+from finetuning.runs.passes import Plans, evaluation_steps, plan_steps, probe_part, workload
 from finetuning.runs.plan import (
     MIN_CONSTANT_EFFICIENCY,
-    Plans,
-    evaluation_steps,
-    one_pass,
     placement_of,
-    plan_general,
-    plan_of,
-    probe_part,
 )
 from finetuning.training.forecast import (
     GPU_SHARES,
@@ -153,12 +148,10 @@ def plan_elsewhere(
         init_adapter=config.init_adapter,
         trust_remote_code=trust_remote_code,
     )
-    steps = plan_of(data.train, config, config, dist)
-    evaluation = one_pass(data.held_out, config, dist) if len(data.held_out) else None
-    plans = (steps, evaluation, plan_general(config, tokenizer, evaluation, dist))
+    plans = plan_steps(config, data, tokenizer, dist)
     work = _workload(config, data, plans, tokenizer, dist)
     parallel, estimate = _fitting(config, gpus, dist, shape, work, dtype)
-    return PlanElsewhere(gpus, model.name, parallel, accounts_of(data, config), steps, estimate)
+    return PlanElsewhere(gpus, model.name, parallel, accounts_of(data, config), plans[0], estimate)
 
 
 def small_files(config: DirectTrainingConfig, trust_remote_code: bool) -> ResolvedModel:
@@ -211,7 +204,7 @@ def _workload(
     probes = tuple(choose_probes(asked, tokenizer, config.num_probes))
     answer_tokens = token_budget(probes, config.probe_max_new_tokens, dist.device)
     eval_steps = evaluation_steps(config, plans, answer_tokens, dist)
-    return Workload.of(data, plans[0], eval_steps, answer_tokens)
+    return workload(config, data, plans, eval_steps, answer_tokens, dist.device.type)
 
 
 def _fitting(

@@ -10,14 +10,21 @@ import shutil
 from pathlib import Path
 
 import pytest
-from transformers import Qwen3Config
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from direct_finetuning_with_existing_modules import main
 from finetuning.command_line import parse_command_line
+from finetuning.common.distributed import Distributed
 from finetuning.common.errors import UserError
 from finetuning.common.terminal import Terminal
+from finetuning.config import DirectTrainingConfig
+from finetuning.model.adapters import attach_adapters
 from finetuning.model.flops import peak_flops
 from finetuning.runs.other_hardware import GPUS, Gpus, PlanElsewhere, plan_elsewhere
+from finetuning.runs.plan import placement_of
+from finetuning.training.captured_step import why_not_captured
+from finetuning.training.forecast import RunForecast
 
 RECIPES = Path(__file__).parents[2] / "docs" / "recipes_by_gpu.md"
 PLANS = re.findall(r"^uv run python \S+ (--plan .+)$", RECIPES.read_text("utf-8"), re.MULTILINE)
@@ -182,3 +189,39 @@ def test_gpus_are_for_a_plan(more: list[str], capfd):
 
 def test_the_peak_of_every_gpu_is_known():
     assert not [name for name, (driver_name, _) in GPUS.items() if peak_flops(driver_name) is None]
+
+
+def test_a_plan_knows_of_the_base_that_goes_along(qwen3_4b, tiny_data, cache_dir):
+    """Such a step is no CUDA graph, and goes through the layers once more."""
+
+    def plan(more: str) -> RunForecast:
+        return planned(f"{COMMON} {more}", qwen3_4b, tiny_data, cache_dir).forecast
+
+    free, held = plan(""), plan("--kl-anchor 0.1")
+    assert free.estimates[False].evaluation > 0 == held.estimates[False].evaluation
+    assert held.seconds[0] > 1.05 * free.seconds[0]
+
+
+def test_a_plan_knows_of_general_text(qwen3_4b, tiny_data, cache_dir):
+    every = f"{COMMON} --eval-steps 5"
+    with_it = planned(every, qwen3_4b, tiny_data, cache_dir).forecast
+    without = planned(f"{every} --no-forgetting", qwen3_4b, tiny_data, cache_dir).forecast
+    assert with_it.seconds[0] > without.seconds[0]
+    for general, evaluations in (("", "first and last"), ("--no-forgetting", "none")):
+        words = f"{COMMON} --eval-fraction 0 --num-probes 0 --eval-steps 0 {general}"
+        work = dict(planned(words, qwen3_4b, tiny_data, cache_dir).forecast.work)
+        assert evaluations in work["evaluations"]
+
+
+@pytest.mark.parametrize("kl_anchor", [0.0, 0.1])
+@pytest.mark.parametrize("lora_dropout", [0.0, 0.1])
+def test_a_graph_is_planned_where_one_is_made(tiny_model, kl_anchor, lora_dropout):
+    config = DirectTrainingConfig(kl_anchor=kl_anchor, lora_dropout=lora_dropout)
+    dist = Distributed(0, 1, 0, torch.device("cuda"))
+    place = {"compiled": True, "parallel": "ddp"}
+    plan = placement_of(config, dist, torch.bfloat16, **place)
+    base = Qwen3ForCausalLM.from_pretrained(tiny_model)
+    model = attach_adapters(base, config, str(tiny_model), seed=0)
+    run = {"device": dist.device, "compiled": True, "alone": True, "sharded": False}
+    reason = why_not_captured(model, **run, anchored=bool(kl_anchor))
+    assert plan.captured is not bool(reason), reason
