@@ -29,9 +29,8 @@ from finetuning.common.language import translated
 from finetuning.common.paths import expanded
 from finetuning.evaluation.reply import Reply, generate
 from finetuning.model.loading import load_for_inference
-from finetuning.model.resolve import is_adapter
+from finetuning.model.resolve import EMBEDDED, is_adapter
 from finetuning.runs.init_adapter import read_origin
-from finetuning.runs.model_card import EMBEDDED
 from finetuning.runs.result import find_trained
 
 STYLES = {"thinking": "dim", "answer": ""}
@@ -224,6 +223,8 @@ def run(ask: Ask, console: Console | None = None) -> None:
     """Find the model, load it, and let it reply."""
     if ask.question is not None and not ask.question.strip():
         raise UserError("the question is empty")
+    if ask.compare and ask.question is None:
+        raise UserError("--compare needs a question; in a chat type /compare")
     if ask.max_new_tokens < 1 or (ask.temperature is not None and not ask.temperature >= 0):
         raise UserError("--max-new-tokens must be at least 1, --temperature 0 or more")
     limit_threads()

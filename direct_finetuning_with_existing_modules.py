@@ -458,13 +458,12 @@ class DirectTrainer:
 
 def run(command: CommandLine) -> int:
     """Do what the command line says; returns the exit code."""
-    config = command.training
+    config, trust = command.training, {"trust_remote_code": command.trust_remote_code}
     if command.gpus:
-        return show_plan_elsewhere(config, command.gpus, Terminal(quiet=command.quiet))
+        return show_plan_elsewhere(config, command.gpus, Terminal(quiet=command.quiet), **trust)
     if command.check_data:  # everything that is wrong is to be seen, nothing may end the reading
         policy = "drop" if config.over_length == "error" else config.over_length
         config = dataclasses.replace(config, max_broken_fraction=1.0, over_length=policy)
-    trust = {"trust_remote_code": command.trust_remote_code}
     trainer = DirectTrainer(config, resume=command.resume, quiet=command.quiet, **trust)
     if command.check_data:
         load = functools.partial(load_data, config, trainer.dist, trainer.terminal, **trust)

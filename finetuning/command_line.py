@@ -67,6 +67,8 @@ def parse_command_line(arguments: list[str]) -> CommandLine:
     )
     if unknown:
         raise UserError(_unknown_text(unknown, own))
+    if command.gpus and not command.plan:
+        raise UserError("--gpus is for --plan: add --plan, or leave it out")
     for flag, folder in (
         ("model_name", command.training.model_name),
         ("init_adapter", command.training.init_adapter),

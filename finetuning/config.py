@@ -96,10 +96,10 @@ _STEPS = _Rule(
 _LOGGING = _Rule(
     lambda value: value == "auto" or (isinstance(value, int) and value >= 1), "auto, or 1 or more"
 )
-# Names of files on every system; digits alone number the runs of one second.
+# Names of files on every system; digits up to the end or a _ number the runs of one second.
 _RUN_NAME = _Rule(
-    lambda value: re.fullmatch(r"(?!\d+$)[\w.=+-]{0,60}", value) and not value.endswith("."),
-    "at most 60 letters, digits and . _ = + -, not digits alone",
+    lambda value: re.fullmatch(r"(?!\d+(?:_|$))[\w.=+-]{0,60}", value) and not value.endswith("."),
+    "at most 60 letters, digits and . _ = + -, not digits alone or digits before a _",
 )
 
 

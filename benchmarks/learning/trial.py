@@ -25,7 +25,8 @@ from finetuning.evaluation.evaluator import held_out_sums
 from finetuning.evaluation.generation import Completion, complete
 from finetuning.model.decoding import Decoder
 from finetuning.runs.build import build_engine, build_evaluator
-from finetuning.runs.plan import RunPlan, one_pass, plan_run
+from finetuning.runs.passes import one_pass
+from finetuning.runs.plan import RunPlan, plan_run
 from finetuning.training.engine import TrainingEngine
 from finetuning.training.optimizer import learning_rate_at
 from finetuning.training.state import TrainState

@@ -10,8 +10,8 @@ from typing import Any
 def misfit(value: Any, kind: Any, name: str = "") -> str:
     """Why a value, as JSON gives it, is not of a type; empty where it is.
 
-    kind: int, float (an integer passes), bool, str, None, Any, unions, list[…], dict[str, …], a TypedDict, or
-    a dataclass, whose fields must all be there and no others.
+    kind: int, float (an integer passes), bool, str, None, Any, unions, list[…], dict[str, …], tuple[…] (a
+    list of that length), a TypedDict, or a dataclass, whose fields must all be there and no others.
     """
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
@@ -20,6 +20,11 @@ def misfit(value: Any, kind: Any, name: str = "") -> str:
         return _fields_misfit(value, kind, name)
     if origin in (typing.Union, types.UnionType):
         return "" if any(not misfit(value, one) for one in inner) else _wrong(name)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)) or len(value) != len(inner):
+            return _wrong(name)
+        faults = (misfit(entry, one, name) for entry, one in zip(value, inner, strict=True))
+        return next(filter(None, faults), "")
     if kind in (list, dict) or origin in (list, dict):
         plain = origin or kind
         if not isinstance(value, plain):

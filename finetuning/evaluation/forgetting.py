@@ -25,6 +25,11 @@ MOST_TOKENS = 16_384  # of a plan, all ranks; at 4B their states take 84 MB
 CPU_TOKENS = 4_096  # there they would take as long as the evaluation itself
 
 
+def most_tokens(device_type: str) -> int:
+    """So many tokens of a plan are compared with the base, its first step in any case."""
+    return CPU_TOKENS if device_type == "cpu" else MOST_TOKENS
+
+
 class BaseStates:
     """The base's states at the targets of one pass over documents.
 
@@ -44,7 +49,7 @@ class BaseStates:
     ) -> None:
         self._rows: dict[tuple[int, int], torch.Tensor] = {}
         seen, was_training = 0, packed.training
-        most = CPU_TOKENS if dist.device.type == "cpu" else MOST_TOKENS
+        most = most_tokens(dist.device.type)
         packed.eval()
         for step in range(1, plan.num_steps + 1):
             planned = plan[step]

@@ -51,7 +51,8 @@ def hardest(rows: Iterable[Row], count: int = SHOWN) -> list[Row]:
 
 
 def _order(row: Row) -> tuple[float, int, int]:
-    return (-math.inf if math.isnan(row[0]) else -row[0], row[2], row[1])
+    above = row[0]  # a checkpoint has None for what is no number
+    return (-math.inf if above is None or math.isnan(above) else -above, row[2], row[1])
 
 
 def hardest_text(part: DataPart, rows: Sequence[Row], *, training: bool = False) -> str:
@@ -60,7 +61,7 @@ def hardest_text(part: DataPart, rows: Sequence[Row], *, training: bool = False)
     lines = [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
     excerpts = []
     for rank, (above, step, document, *losses) in enumerate(rows, start=1):
-        moment = [str(step), f"{above:+.3f}"] if training else []
+        moment = [str(step), "–" if above is None else f"{above:+.3f}"] if training else []
         numbers = ["–" if x is None else f"{x:.3f}" for x in losses]
         cells = [str(rank), table_cell(part.place(document)), *moment, *numbers]
         lines.append(f"| {' | '.join(cells)} |")

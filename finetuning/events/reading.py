@@ -27,36 +27,14 @@ def read_run(run_dir: str | Path) -> dict[str, list[tuple[int, float]]]:
     return run
 
 
-def read_texts(run_dir: str | Path) -> dict[str, list[tuple[int, str]]]:
-    """All texts of a run: {tag: [(step, Markdown), ...]}."""
-    texts: dict[str, list[tuple[int, str]]] = {}
-    for tag, step, text in _texts(run_dir):
-        texts.setdefault(tag, []).append((step, text))
-    return texts
-
-
 def read_end_texts(run_dir: str | Path) -> dict[str, list[tuple[int, str]]]:
     """The first and the last text of each tag; one where there is but one."""
     texts: dict[str, list[tuple[int, str]]] = {}
-    for tag, step, text in _texts(run_dir):
-        texts[tag] = [*texts.get(tag, ())[:1], (step, text)]
-    return texts
-
-
-def _texts(run_dir: str | Path) -> Iterator[tuple[str, int, str]]:
     for step, value in _values(run_dir, _OF_TEXTS):
         if value.metadata.plugin_data.plugin_name == "text" and value.tensor.string_val:
-            yield value.tag, step, value.tensor.string_val[0].decode(errors="replace")
-
-
-def read_histograms(run_dir: str | Path) -> dict[str, list[tuple[int, list[float], list[float]]]]:
-    """All histograms of a run: {tag: [(step, counts, edges), ...]}."""
-    histograms: dict[str, list[tuple[int, list[float], list[float]]]] = {}
-    for step, value in _values(run_dir):
-        if value.WhichOneof("value") == "histo":
-            edges = [value.histo.min, *value.histo.bucket_limit]
-            histograms.setdefault(value.tag, []).append((step, list(value.histo.bucket), edges))
-    return histograms
+            text = value.tensor.string_val[0].decode(errors="replace")
+            texts[value.tag] = [*texts.get(value.tag, ())[:1], (step, text)]
+    return texts
 
 
 def read_metrics(metrics_path: str | Path) -> list[dict[str, Any]]:

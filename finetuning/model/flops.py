@@ -100,6 +100,19 @@ def training_flops(
     return linear + adapters + head + attention
 
 
+def forward_flops(
+    dims: ModelDims, lengths: Sequence[int], num_targets: int, *, lora_weights: int = 0
+) -> int:
+    """FLOPs of the forward pass alone, counted as in `training_flops`: 2 a weight and token, adapters'
+    too. lora_weights 0: of the base."""
+    lengths = [int(length) for length in lengths]
+    tokens, square = sum(lengths), sum(length**2 for length in lengths)
+    weights = (dims.linear_parameters() + lora_weights) * tokens
+    head = dims.hidden * dims.vocab * int(num_targets)
+    attention = dims.heads * dims.head_dim * square * dims.layers
+    return 2 * (weights + head + attention)
+
+
 # Dense tensor-core peak in TFLOP/s, bf16 with fp32 accumulation (fp16 where a GPU has no bf16: V100,
 # T4), from NVIDIA's data sheets (the figures "with sparsity" halved). The pattern must fit the whole
 # name, so a laptop chip, a vGPU or a MIG instance of a listed board is unknown, as it must be.

@@ -136,7 +136,7 @@ def divergence(rows: torch.Tensor, head_weight: torch.Tensor, base: Anchor) -> t
     rows: (N, H), the states that are tuned. Σ p_base · log p is taken as a whole, so equal states give 0.
     """
     found = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
-    step = max(rows_per_chunk(head_weight.shape[0], rows.device.type) // _BESIDE, 64)
+    step = compared_rows_per_chunk(head_weight.shape[0], rows.device.type)
     with torch.autocast(rows.device.type, enabled=False):
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
@@ -151,6 +151,11 @@ def rows_per_chunk(vocab_size: int, device_type: str) -> int:
     budget = _CHUNK_BYTES.get(device_type, _CACHE_BYTES)
     rows = budget // (4 * vocab_size) // 64 * 64
     return min(max(rows, 64), 4096)
+
+
+def compared_rows_per_chunk(vocab_size: int, device_type: str) -> int:
+    """The same where the base's logits lie beside them."""
+    return max(rows_per_chunk(vocab_size, device_type) // _BESIDE // 64 * 64, 64)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -220,8 +225,8 @@ class _Chunks:
     ) -> None:
         self._weight, self._dtype, self._with_gradient = weight, weight.dtype, with_gradient
         self._by_kernel = _has_kernel(weight)
-        most = rows_per_chunk(weight.shape[0], weight.device.type)
-        most = max(most // _BESIDE // 64 * 64, 64) if compared else most
+        sized = compared_rows_per_chunk if compared else rows_per_chunk
+        most = sized(weight.shape[0], weight.device.type)
         if weight.is_cuda and not self._by_kernel:
             most = max(most // 128 * 64, 64)  # probabilities lie beside the logits
         # Chunks of about equal size: products with few rows are slow ones.

@@ -24,7 +24,7 @@ from finetuning.model.fp8_products import require_fp8
 from finetuning.model.sizes import check_sizes
 
 DEFAULT_MODEL = "Qwen/Qwen3-4B-Thinking-2507"
-EMBEDDED = "embedded"
+EMBEDDED = "embedded"  # name of the demonstration model
 # Free GPU memory: 7.5 of bf16 weights or 15 of fp32 ones, 0.5 of adapter, the rest for a short row.
 DEFAULT_MODEL_GIB = {torch.bfloat16: 12.0, torch.float32: 20.0}
 HUB_TIMEOUT = 5.0  # seconds for "is the hub there?"
@@ -132,16 +132,10 @@ def _no_room(device: torch.device, precision: str) -> str | None:
 
 def named_model(name: str, trust_remote_code: bool, revision: str = "") -> ResolvedModel:
     """A folder, then the caches, then the hub."""
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if revision:
-            raise UserError(
-                f"revision {clean_line(revision)} is for a model of the hub, and {clean_line(name)} is a "
-                "folder; leave --revision out"
-            )
+    if folder := local_folder(name, revision):
         check_model_folder(folder, trust_remote_code)
-        return ResolvedModel(name, folder.resolve(), False, "local folder", trust_remote_code)
-    if folder.exists():
+        return ResolvedModel(name, folder, False, "local folder", trust_remote_code)
+    if Path(name).expanduser().exists():
         raise UserError(f"model_name {clean_line(name)}: a file, but a model is a folder")
     if not _HUB_NAME.fullmatch(name) or name.startswith("."):
         raise UserError(f"model_name {clean_line(name)}: no such folder; check the path")
@@ -165,6 +159,19 @@ def named_model(name: str, trust_remote_code: bool, revision: str = "") -> Resol
         f"--model {clean_line(name)}), set HF_ENDPOINT to a mirror you can reach, or give "
         "--model-name the path of a local folder"
     )
+
+
+def local_folder(name: str, revision: str) -> Path | None:
+    """The folder that the name is; None where it is none. Raises UserError for a revision of a folder."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return None
+    if revision:
+        raise UserError(
+            f"revision {clean_line(revision)} is for a model of the hub, and {clean_line(name)} is a "
+            "folder; leave --revision out"
+        )
+    return folder.resolve()
 
 
 def _cached_folders(name: str, revision: str) -> Iterator[tuple[str, Path]]:

@@ -7,7 +7,9 @@ hands the alert to a command of the user's (`run_command`).
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import re
 import shlex
 import subprocess
@@ -15,18 +17,29 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import permutations
 from pathlib import Path
+from typing import Any, TypedDict
 
 from finetuning.common.errors import UserError
 from finetuning.common.files import strict
 from finetuning.common.formatting import four_digits
 from finetuning.common.language import translated
 from finetuning.common.text import REDACTED, SHORTEST_SECRET, clean_line, redact, table_cell
+from finetuning.events.metric_table import METRICS
 from finetuning.monitoring.advice import ADVICE, advice, ending
 from finetuning.monitoring.detector_memory import KEEP, AlertLimits, DetectorMemory, Finding
 from finetuning.monitoring.detectors import DETECTORS, QUIET, is_watched
+from finetuning.monitoring.saved_memory import check_memory, tried
 
 SHOWN_STEPS = 400  # steps the table names for one kind of alert
+TOKENS = "Throughput/Tokens_Seen"
+# One of each tag that a detector looks at, with the most that it can be.
+EXAMPLES = {
+    tag: 1.0 if metric.unit in ("fraction", "0 to 1") else math.inf
+    for metric in METRICS
+    if is_watched(tag := re.sub("<.>|<name>", "0", metric.tag))
+}
 
 
 @dataclass(frozen=True)
@@ -60,8 +73,33 @@ ONLY_FOR = {  # evidence that says nothing about other alerts
 }
 
 
+class _Row(TypedDict, total=False):
+    name: str
+    times: int
+    step: int
+    steps: list[int]
+    value: float | str
+    threshold: float | str
+    evidence: dict[str, Any]
+    advice: str
+    ends: str
+
+
+class AlertMemory(TypedDict, total=False):
+    """What `AlertMonitor.state_dict` gives; empty before the first logged step."""
+
+    series: dict[str, list[float] | list[tuple[float, float]]]
+    marks: dict[str, float | None]
+    active: dict[str, bool]
+    quiet: dict[str, int]
+    rows: dict[str, _Row]
+
+
 class AlertMonitor:
-    """All detectors over one run. Deterministic; the state goes into the checkpoint."""
+    """All detectors over one run. Deterministic; the state goes into the checkpoint.
+
+    state: what `state_dict()` gave. Raises UserError where the detectors can't go on with it.
+    """
 
     def __init__(
         self,
@@ -69,11 +107,24 @@ class AlertMonitor:
         limits: AlertLimits | None = None,
         settings: Mapping | None = None,
     ) -> None:
+        check_memory(state or {}, AlertMemory, "alerts")
         # A copy: it never shares lists with a checkpoint.
         state = json.loads(json.dumps(state)) if state else {}
         self.memory = DetectorMemory(limits or AlertLimits(), state, settings)
         self.quiet: dict[str, int] = state.get("quiet", {})
         self.rows: dict[str, dict] = state.get("rows", {})
+        if state:
+            tried(self._rehearse, "alerts")
+
+    def _rehearse(self) -> None:
+        """Go on, on copies, with numbers that are low, usual and high, in every order."""
+        tags = EXAMPLES | dict.fromkeys(filter(is_watched, self.memory.series), math.inf)
+        for levels in permutations((1e-3, 1.0, 1e3)):
+            twin = copy.deepcopy(self)
+            for step, level in enumerate(levels * 2, start=1):
+                row = {tag: min(level, most) for tag, most in tags.items()}
+                twin.observe(step, row | {TOKENS: 1e15 * step})
+            twin.table(), twin.scalars(), twin.state_dict()
 
     def observe(
         self, step: int, metrics: Mapping[str, float], evidence: Mapping | None = None

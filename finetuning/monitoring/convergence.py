@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from statistics import median
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from finetuning.monitoring.alerts import AlertMonitor
 from finetuning.monitoring.curve_fit import Fit, fit_curve, merged
 from finetuning.monitoring.loss_curves import Curve
 from finetuning.monitoring.loss_detectors import is_spike, log_noise
+from finetuning.monitoring.saved_memory import check_memory, tried
 
 MAX_BINS = 128  # two neighbours are merged when full, so 64 to 128 bins describe any run
 MIN_POINTS = 8  # fewer logged losses give no forecast
@@ -33,12 +35,29 @@ RISE = (
 )  # of the smoothed loss that is a rise: as a share of its fall, and in sigma of one loss
 
 
+class ConvergenceMemory(TypedDict, total=False):
+    """What `ConvergenceMonitor.state_dict` gives; empty before the first logged step."""
+
+    count: int
+    nonfinite: int
+    width: int
+    bins: list[tuple[int, int, float, float | None]]
+    first: list[float]
+    recent: list[tuple[int, float, float | None]]
+    spikes: list[int]
+    in_spike: bool
+    held: tuple[float, float]
+    fitted: int  # this and `fit` are of earlier versions; nothing reads them
+    fit: dict[str, Any] | None
+
+
 class ConvergenceMonitor:
     """Follow one training loss; `scalars()` gives the Monitoring/... values of the moment.
 
     total_steps: the planned last step, None where unknown (then twice the steps seen).
     steps_per_epoch: where known, epochs with their staircases are used; else they are looked for.
-    state: what `state_dict()` gave; the monitor goes on as if it had never been interrupted.
+    state: what `state_dict()` gave; the monitor goes on as if it had never been interrupted. Raises
+    UserError where it can't.
     """
 
     def __init__(
@@ -49,6 +68,7 @@ class ConvergenceMonitor:
     ):
         self.total_steps = total_steps
         self.steps_per_epoch = steps_per_epoch
+        check_memory(state or {}, ConvergenceMemory, "forecasts")
         state = copy.deepcopy(dict(state or {}))
         self.count = state.get("count", 0)
         self.nonfinite = state.get("nonfinite", 0)
@@ -59,6 +79,18 @@ class ConvergenceMonitor:
         self.spikes = state.get("spikes", [])  # [index of the logged loss]
         self.in_spike = state.get("in_spike", False)
         self.held = state.get("held", [0.0, math.inf])  # the highest score, and the level it was at
+        if state:
+            tried(self._rehearse, "forecasts")
+
+    def _rehearse(self) -> None:
+        """Go on, on copies, with a loss that falls, stays and rises."""
+        step, loss, _ = self.recent[-1] if self.recent else (0, 1.0, None)
+        for factor in (0.5, 1.0, 2.0):
+            twin = copy.deepcopy(self)
+            for later in range(1, MIN_POINTS + 1):
+                twin.observe(step + later, factor * loss, 0.0)
+                if later in (1, MIN_POINTS):
+                    twin.scalars(), twin.state_dict()
 
     def observe(self, step: int, loss: float, learning_rate: float | None = None) -> None:
         """Take one logged loss. A non-finite one is counted and never fitted."""

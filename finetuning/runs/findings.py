@@ -41,8 +41,13 @@ def findings(run: RecordedRun) -> list[NextStep]:
 
 
 def command(run: RecordedRun, **changes: object) -> str:
-    """The run's own command line with some settings changed; commands of alerts are not recorded."""
-    settings = {**run.configuration.get("config", {}), **changes}
+    """The run's own command line with some settings changed; commands of alerts are not recorded.
+
+    What was left to the program is left to it again: the next run may be longer, or be made elsewhere.
+    """
+    settings = {**run.as_set, **changes}
+    if settings.get("max_steps"):
+        settings.pop("num_epochs", None)  # it follows from the steps
     default = DirectTrainingConfig()
     words = [PROGRAM]
     for field in fields(DirectTrainingConfig):

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from finetuning.common.distributed import Distributed
+from finetuning.common.errors import UserError
 from finetuning.data.packing import PlannedStep
 from finetuning.evaluation.hardest_samples import LEVEL_DECAY, Row, hardest, hardest_text, loss_rows
 from finetuning.evaluation.loss_metrics import LossMetrics
@@ -39,6 +40,7 @@ class MetricsProcessor:
     def __init__(self, plan: RunPlan, dist: Distributed, state: TrainState) -> None:
         self._plan, self._data, self._dist = plan.steps, plan.data, dist
         self.losses = LossMetrics(plan.groups[0])
+        self._check(state)
         if not state.interval:
             state.interval = state.epoch = self.losses.zeros().tolist()
         self.convergence = self._monitor(state)
@@ -59,7 +61,18 @@ class MetricsProcessor:
 
     def restart(self, state: TrainState) -> None:
         """Go on from an earlier state, after a rollback."""
+        self._check(state)
         self.convergence = self._monitor(state)
+
+    def _check(self, state: TrainState) -> None:
+        """Raise UserError where the sums or the documents of a state that was read are not of these data."""
+        sizes = {len(sums) for sums in (state.interval, state.epoch) if sums}
+        documents = range(len(self._data.train.tokens.lengths))
+        if sizes - {self.losses.size} or any(row[2] not in documents for row in state.hardest):
+            raise UserError(
+                "--resume: the sums in the checkpoint's state.json are not those of these data; go on with "
+                "the version of this program that wrote it, or start a new run with --init-adapter"
+            )
 
     def _monitor(self, state: TrainState) -> ConvergenceMonitor:
         plan = self._plan
@@ -114,7 +127,7 @@ class MetricsProcessor:
         """Keep this rank's hardest documents of the epoch, measured against the steps around them."""
         count = self.losses.num_targets(vector)
         total, tokens = (LEVEL_DECAY * old for old in state.loss_level)
-        state.loss_level = [total + self.losses.loss(vector) * count, tokens + count]
+        state.loss_level = total + self.losses.loss(vector) * count, tokens + count
         level = state.loss_level[0] / state.loss_level[1]
         rows = [r for d, sums in losses for r in loss_rows(d, sums, step=step, level=level)]
         state.hardest = hardest([*state.hardest, *rows])

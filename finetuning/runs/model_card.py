@@ -5,8 +5,7 @@ from typing import Any
 
 from finetuning.common.formatting import shown
 from finetuning.common.text import clean_line, redact
-
-EMBEDDED = "embedded"  # name of the demonstration model
+from finetuning.model.resolve import EMBEDDED
 
 _CARD = """---
 {head}

@@ -22,15 +22,12 @@ from finetuning.evaluation.generation import choose_probes, token_budget
 from finetuning.model.flops import peak_flops
 from finetuning.model.loading import load_tokenizer
 from finetuning.model.parallel import parallel_mode
-from finetuning.model.resolve import DEFAULT_MODEL, ResolvedModel
+from finetuning.model.resolve import DEFAULT_MODEL, ResolvedModel, local_folder
+from finetuning.runs.init_adapter import with_own_settings
+from finetuning.runs.passes import Plans, evaluation_steps, plan_steps, probe_part, workload
 from finetuning.runs.plan import (
     MIN_CONSTANT_EFFICIENCY,
-    Plans,
-    evaluation_steps,
-    one_pass,
     placement_of,
-    plan_general,
-    plan_of,
 )
 from finetuning.training.forecast import (
     GPU_SHARES,
@@ -130,39 +127,50 @@ class PlanElsewhere:
         return "try " + ", ".join(ways)
 
 
-def plan_elsewhere(config: DirectTrainingConfig, gpus: Gpus, terminal: Terminal) -> PlanElsewhere:
+def plan_elsewhere(
+    config: DirectTrainingConfig,
+    gpus: Gpus,
+    terminal: Terminal,
+    *,
+    trust_remote_code: bool = False,
+) -> PlanElsewhere:
     """Read and tokenize the data, and plan the run on these GPUs. Raises UserError."""
+    config = with_own_settings(config, terminal.warning)
     ranks = {"local_world_size": min(gpus.count, RANKS_OF_A_NODE)}
     dist = _PlannedRanks(0, gpus.count, 0, torch.device("cuda"), **ranks)
-    model = small_files(config)
+    model = small_files(config, trust_remote_code)
     tokenizer = load_tokenizer(model)
     data = _data(config, tokenizer, terminal)
     dtype = _dtype(config, gpus)
-    shape = model_shape(model.path, config, init_adapter=config.init_adapter)
-    steps = plan_of(data.train, config, config, dist)
-    evaluation = one_pass(data.held_out, config, dist) if len(data.held_out) else None
-    plans = (steps, evaluation, plan_general(config, tokenizer, evaluation, dist))
+    shape = model_shape(
+        model.path,
+        config,
+        init_adapter=config.init_adapter,
+        trust_remote_code=trust_remote_code,
+    )
+    plans = plan_steps(config, data, tokenizer, dist)
     work = _workload(config, data, plans, tokenizer, dist)
     parallel, estimate = _fitting(config, gpus, dist, shape, work, dtype)
-    return PlanElsewhere(gpus, model.name, parallel, accounts_of(data, config), steps, estimate)
+    return PlanElsewhere(gpus, model.name, parallel, accounts_of(data, config), plans[0], estimate)
 
 
-def small_files(config: DirectTrainingConfig) -> ResolvedModel:
+def small_files(config: DirectTrainingConfig, trust_remote_code: bool) -> ResolvedModel:
     """The model's folder, or from the hub its configuration and tokenizer only; weights are not needed."""
-    name = config.model_name or DEFAULT_MODEL
-    if Path(name).is_dir():
-        return ResolvedModel(name, Path(name), False, "its folder")
+    name, revision = config.model_name or DEFAULT_MODEL, config.revision
+    if folder := local_folder(name, revision):
+        return ResolvedModel(name, folder, False, "its folder", trust_remote_code)
     from huggingface_hub import snapshot_download
 
+    patterns = ["*.json", "*.txt", "*.jinja", *(["*.py"] if trust_remote_code else [])]
     try:
-        folder = snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.jinja"])
+        folder = snapshot_download(name, revision=revision or None, allow_patterns=patterns)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"model_name {name}: config and tokenizer can't be had ({reason}); give --model-name a folder "
             "with config.json and tokenizer.json"
         ) from error
-    return ResolvedModel(name, Path(folder), False, "the hub")
+    return ResolvedModel(name, Path(folder), False, "the hub", trust_remote_code, revision)
 
 
 def _data(config: DirectTrainingConfig, tokenizer: object, terminal: Terminal) -> TrainingData:
@@ -192,10 +200,11 @@ def _workload(
     tokenizer: object,
     dist: Distributed,
 ) -> Workload:
-    probes = tuple(choose_probes(data.held_out, tokenizer, config.num_probes))
+    asked = probe_part(config, tokenizer, data.held_out)
+    probes = tuple(choose_probes(asked, tokenizer, config.num_probes))
     answer_tokens = token_budget(probes, config.probe_max_new_tokens, dist.device)
     eval_steps = evaluation_steps(config, plans, answer_tokens, dist)
-    return Workload.of(data, plans[0], eval_steps, answer_tokens)
+    return workload(config, data, plans, eval_steps, answer_tokens, dist.device.type)
 
 
 def _fitting(

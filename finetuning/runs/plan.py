@@ -1,7 +1,7 @@
 """All that is decided about a run before its weights are loaded: data, tokens, steps, memory."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,18 +18,16 @@ from finetuning.common.fingerprint import adapter_fingerprint, model_fingerprint
 from finetuning.common.machine import processors
 from finetuning.common.paths import check_name
 from finetuning.common.terminal import Terminal
-from finetuning.config import BatchSettings, DirectTrainingConfig, OutputSettings, bundled_data
+from finetuning.config import DirectTrainingConfig
 from finetuning.data.accounts import Accounts, accounts_of
 from finetuning.data.packing import StepPlan
 from finetuning.data.split import split_samples
 from finetuning.data.training_data import (
     DataPart,
     TrainingData,
-    general_part,
     prepare_data,
     read_data,
 )
-from finetuning.evaluation.forgetting import CPU_TOKENS
 from finetuning.evaluation.generation import EvalPrompt, choose_probes, token_budget
 from finetuning.model.loading import load_tokenizer
 from finetuning.model.loss import Objective
@@ -50,22 +48,23 @@ from finetuning.runs.identity import (
     tokenizer_contents,
 )
 from finetuning.runs.init_adapter import check_base
+from finetuning.runs.passes import (
+    evaluation_steps,
+    plan_steps,
+    probe_part,
+    steps_between_points,
+    workload,
+)
 from finetuning.training.engine import Execution
 from finetuning.training.forecast import (
     RunForecast,
     Workload,
     forecast,
-    steps_between_evaluations,
 )
 from finetuning.training.memory_estimate import Placement, free_memory, model_shape
 from finetuning.training.optimizer import peak_rate
 
-SHORT_RUN = 200  # steps, below which every one is logged
 MIN_CONSTANT_EFFICIENCY = 0.6  # of what compiled layers would go through, what is no padding
-
-
-# Of the training, of a pass over the held-out documents, and of general text with a pass over it.
-Plans = tuple[StepPlan, StepPlan | None, tuple[DataPart, StepPlan] | None]
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ class RunPlan:
     groups: tuple[Groups, Groups]  # of the training and of the held-out documents
     probes: tuple[EvalPrompt, ...]
     answer_tokens: int  # longest answer to a probe
-    auto_rate: bool  # the learning rate was left to the program
+    automatic: tuple[str, ...]  # settings that were left at auto, `settings` has what they became
     eval_steps: int  # steps between evaluations; 0: only before the first step and at the end
     logging_steps: int  # steps between logged points
     identity: Mapping[str, Any]
@@ -130,15 +129,16 @@ def plan_run(
     inputs = load_data(config, dist, terminal, trust_remote_code=trust_remote_code)
     data, settings = inputs.data, recorded_settings(config)
     rows = prove_rows(config, inputs.model, dist, terminal)
-    steps, evaluation, general = plans = plan_steps(config, inputs, dist)
-    probes = tuple(choose_probes(probe_part(config, inputs), inputs.tokenizer, config.num_probes))
+    steps, evaluation, general = plans = plan_steps(config, data, inputs.tokenizer, dist)
+    asked = probe_part(config, inputs.tokenizer, data.held_out)
+    probes = tuple(choose_probes(asked, inputs.tokenizer, config.num_probes))
     answer_tokens = token_budget(probes, config.probe_max_new_tokens, dist.device)
     eval_steps = evaluation_steps(config, plans, answer_tokens, dist)
     run_identity = identity(settings, inputs.model.name, inputs.contents, data, steps)
     check_ranks(dist.gather(run_identity))
     dtype = weight_dtype(dist.device, config.precision)
     compiled = rows.way == "packed" and compiles(config, dist.device, dtype, steps)
-    work = Workload.of(data, steps, eval_steps, answer_tokens)
+    work = workload(config, data, plans, eval_steps, answer_tokens, dist.device.type)
     parallel, estimate = choose_parallel(config, dist, inputs, rows, work, dtype, compiled)
     (checkpointing,) = dist.any(estimate.checkpointing)  # all ranks alike
     shape = steps.constant_shape if compiled else {}
@@ -155,7 +155,7 @@ def plan_run(
         groups=groups_of(data),
         probes=probes,
         answer_tokens=answer_tokens,
-        auto_rate=config.learning_rate == "auto",
+        automatic=tuple(f.name for f in fields(config) if getattr(config, f.name) == "auto"),
         eval_steps=eval_steps,
         logging_steps=logging_steps,
         identity=run_identity,
@@ -242,33 +242,6 @@ def resolved_settings(
     }
 
 
-def steps_between_points(output: OutputSettings, num_steps: int) -> int:
-    """As set; every step of a short run, which has few points anyway."""
-    if output.logging_steps != "auto":
-        return output.logging_steps
-    return 1 if num_steps < SHORT_RUN else 5
-
-
-def evaluation_steps(
-    config: DirectTrainingConfig,
-    plans: Plans,
-    answer_tokens: int,
-    dist: Distributed,
-) -> int:
-    """Steps between two evaluations: as set, or as far apart as they cost."""
-    if config.eval_steps != "auto":
-        return config.eval_steps
-    steps, evaluation, general = plans
-    passes = [plan for plan in (evaluation, general and general[1]) if plan]
-    return steps_between_evaluations(
-        steps,
-        sum(plan.num_tokens for plan in passes),
-        answer_tokens,
-        device_type=dist.device.type,
-        lora=bool(config.lora_r),
-    )
-
-
 def load_data(
     config: DirectTrainingConfig,
     dist: Distributed,
@@ -346,60 +319,6 @@ def find_model(
     return embedded_because(reason) if reason else found
 
 
-def plan_steps(config: DirectTrainingConfig, inputs: RunData, dist: Distributed) -> Plans:
-    """The steps of the training, those of one pass over the held-out documents, and over general text."""
-    held_out = inputs.data.held_out
-    steps = plan_of(inputs.data.train, config, config, dist)
-    evaluation = one_pass(held_out, config, dist) if len(held_out) else None
-    return steps, evaluation, plan_general(config, inputs.tokenizer, evaluation, dist)
-
-
-def plan_general(
-    config: DirectTrainingConfig,
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    evaluation: StepPlan | None,
-    dist: Distributed,
-) -> tuple[DataPart, StepPlan] | None:
-    """The text by which forgetting is measured, and a pass over it; on a CPU no more than is held out, and
-    little."""
-    if not config.forgetting:
-        return None
-    paths = config.general_path or (bundled_data("general"),)
-    most = 0
-    if dist.device.type == "cpu":
-        most = min(evaluation.num_tokens, CPU_TOKENS) if evaluation else CPU_TOKENS
-    part = general_part(paths, tokenizer, config, most)
-    return part and (part, one_pass(part, config, dist))
-
-
-def probe_part(config: DirectTrainingConfig, inputs: RunData) -> DataPart:
-    """Where the questions of the evaluations come from."""
-    own = config.probe_path and general_part(config.probe_path, inputs.tokenizer, config)
-    return own or inputs.data.held_out
-
-
-def one_pass(part: DataPart, config: DirectTrainingConfig, dist: Distributed) -> StepPlan:
-    """Every document of the part once."""
-    once = BatchSettings(batch_size=config.batch_size, num_epochs=1)
-    return plan_of(part, config, once, dist)
-
-
-def plan_of(
-    part: DataPart, config: DirectTrainingConfig, batch: BatchSettings, dist: Distributed
-) -> StepPlan:
-    """The steps of a part for this rank."""
-    return StepPlan(
-        part.tokens.lengths,
-        part.tokens.num_targets,
-        part.documents,
-        data=replace(config, max_seq_length=part.tokens.max_seq_length),
-        batch=batch,
-        seed=config.seed,
-        rank=dist.rank,
-        world_size=dist.world_size,
-    )
-
-
 def compiles(
     config: DirectTrainingConfig, device: torch.device, dtype: torch.dtype, steps: StepPlan
 ) -> bool:
@@ -437,7 +356,12 @@ def placement_of(
         shards=dist.world_size if parallel == "fsdp" else 1,
         fp8=config.precision == "fp8",
         base_head=config.forgetting and not (config.lora_r or config.init_adapter),
-        captured=compiled and plain and parallel == "ddp" and dist.world_size == 1,
+        anchored=bool(config.kl_anchor),
+        captured=compiled
+        and plain
+        and not config.kl_anchor
+        and parallel == "ddp"
+        and dist.world_size == 1,
     )
 
 

@@ -186,7 +186,7 @@ class RunRecord:
         """configuration.json among the run's logs: settings, model, steps and versions."""
         if self.logger:
             model = summary.model_size(plan, engine)
-            record = summary.configuration(plan.settings, model, plan.steps, self.changes)
+            record = summary.configuration(plan, model, self.changes)
             write_json(self.run.logs / "configuration.json", record)
 
     def write_summary(
@@ -280,9 +280,12 @@ def show_plan(terminal: Terminal, plan: RunPlan) -> None:
     tell_losses(terminal, plan.inputs.accounts)
 
 
-def show_plan_elsewhere(config: DirectTrainingConfig, gpus: str, terminal: Terminal) -> int:
+def show_plan_elsewhere(
+    config: DirectTrainingConfig, gpus: str, terminal: Terminal, *, trust_remote_code: bool
+) -> int:
     """What --plan --gpus shows; returns the exit code, 1 where the run would not fit."""
-    plan = plan_elsewhere(config, Gpus.parse(gpus), terminal)
+    trust = {"trust_remote_code": trust_remote_code}
+    plan = plan_elsewhere(config, Gpus.parse(gpus), terminal, **trust)
     terminal.table(f"Plan for {plan.model}", plan.rows(), always=True)
     tell_losses(terminal, plan.accounts)
     return 0 if plan.fits else 1

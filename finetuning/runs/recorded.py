@@ -69,6 +69,12 @@ class RecordedRun:
         """The run's name."""
         return self.directory.name
 
+    @property
+    def as_set(self) -> dict[str, Any]:
+        """The settings as they were set: auto where that was left to the program."""
+        left = dict.fromkeys(self.configuration.get("automatic", ()), "auto")
+        return {**self.configuration.get("config", {}), **left}
+
     def last(self, tag: str) -> float | None:
         """The newest value of a tag."""
         points = self.series.get(tag)
@@ -165,6 +171,7 @@ class _Configuration(TypedDict, total=False):
     """What of a configuration.json is read by name."""
 
     config: dict[str, Any]
+    automatic: list[str]
     model: dict[str, Any]
     steps: int
     changes: list[str]

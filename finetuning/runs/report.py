@@ -191,9 +191,8 @@ def headline(run: RecordedRun) -> dict[str, str]:
     planned = run.configuration.get("steps")
     held_out = run.series.get("Eval/Loss", ())
     speed = run.median("Throughput/Tokens_Per_Second")
-    settings = flat(run.configuration.get("config", {}))
     numbers = {
-        "set": naming.unlike(settings),
+        "set": naming.unlike(flat(run.as_set)),
         "model": clean_line(str(run.configuration.get("model", {}).get("name", "")), 60),
         "steps": f"{run.steps} of {planned}" if planned else str(run.steps),
         "training loss": shown(run.last("Training/Loss"), ""),
@@ -361,7 +360,9 @@ def _changes(changes: Sequence[str]) -> str:
 
 
 def _about(configuration: Mapping[str, Any]) -> dict[str, Any]:
-    return flat({k: v for k, v in configuration.items() if k not in ("config", "changes")})
+    return flat(
+        {k: v for k, v in configuration.items() if k not in ("config", "automatic", "changes")}
+    )
 
 
 def _pairs(values: Mapping[str, Any]) -> str:

@@ -12,7 +12,6 @@ from finetuning.common.files import json_text
 from finetuning.common.formatting import flat, shown
 from finetuning.common.text import table_cell
 from finetuning.data.accounts import account_rows
-from finetuning.data.packing import StepPlan
 from finetuning.events.address import pinned_address
 from finetuning.runs.directory import ORIGIN, RUN_NAME, RunDirectory
 from finetuning.runs.model_card import model_card
@@ -81,7 +80,7 @@ def run_rows(plan: RunPlan, engine: TrainingEngine, dist: Distributed) -> list[t
 def _rate_text(plan: RunPlan) -> str:
     """The peak and, where it was left to the program, why."""
     rate, updates = f"{plan.settings['learning_rate']:.3g}", plan.steps.num_steps
-    if not plan.auto_rate:
+    if "learning_rate" not in plan.automatic:
         return rate
     share = "" if plan.settings["lora_r"] else ", a tenth as all weights are trained"
     few = f"; {updates} updates are few, more --num-epochs teach more" * (updates < FEW_UPDATES)
@@ -209,18 +208,16 @@ def settings_at_end(plan: RunPlan, state: TrainState) -> dict[str, Any]:
 
 
 def configuration(
-    settings: Mapping[str, Any],
-    model: Mapping[str, Any],
-    plan: StepPlan,
-    changes: Sequence[str] = (),
+    plan: RunPlan, model: Mapping[str, Any], changes: Sequence[str] = ()
 ) -> dict[str, Any]:
     """The content of configuration.json. changes: of settings, by resumes."""
     return {
-        "config": dict(settings),
+        "config": dict(plan.settings),
+        "automatic": list(plan.automatic),
         **({"changes": list(changes)} if changes else {}),
         "model": dict(model),
-        "steps": plan.num_steps,
-        "steps_per_epoch": plan.steps_per_epoch,
+        "steps": plan.steps.num_steps,
+        "steps_per_epoch": plan.steps.steps_per_epoch,
         "versions": versions(),
     }
 

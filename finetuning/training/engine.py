@@ -16,7 +16,7 @@ from finetuning.data.token_table import TokenizedSamples
 from finetuning.model import adapters as model_adapters
 from finetuning.model import loading, saving
 from finetuning.model import parallel as model_parallel
-from finetuning.model.flops import dims_of, training_flops
+from finetuning.model.flops import dims_of, forward_flops, training_flops
 from finetuning.model.fused_lora import enable_fast_lora
 from finetuning.model.loss import CROSS_ENTROPY, Objective
 from finetuning.model.packed_model import PackedLossModel, Way
@@ -121,15 +121,17 @@ class TrainingEngine:
             weight_decay=optimizer.weight_decay,
         )
         self.num_trainable, self.num_parameters = loading.parameter_counts(model)
-        self._dims = dims_of(model)
+        self._dims, self._anchored = dims_of(model), bool(execution.objective.kl_anchor)
 
     def flops(self, lengths: np.ndarray, num_targets: int) -> float:
-        """Arithmetic of training on documents of these lengths; 0 for an unknown architecture."""
+        """Arithmetic of training on documents of these lengths, and of the base's pass over them for
+        kl_anchor; 0 for an unknown architecture."""
         if self._dims is None:
             return 0
         trains_all = self.num_trainable == self.num_parameters
         adapters = None if trains_all else self.num_trainable
-        return training_flops(self._dims, lengths, num_targets, lora_weights=adapters)
+        training = training_flops(self._dims, lengths, num_targets, lora_weights=adapters)
+        return training + self._anchored * forward_flops(self._dims, lengths, num_targets)
 
     # -------------------------------------------------------------------------
     # One step

@@ -12,7 +12,8 @@ import torch
 from finetuning.common.formatting import duration, size_text
 from finetuning.config import OutputSettings
 from finetuning.data.packing import StepPlan
-from finetuning.data.training_data import TrainingData
+from finetuning.data.training_data import DataPart
+from finetuning.model import flops as arithmetic
 from finetuning.model.flops import ModelDims, peak_flops, training_flops
 from finetuning.training.checkpoint_manager import MIN_SAVE_STEPS
 from finetuning.training.memory_estimate import (
@@ -42,7 +43,11 @@ Rows = list[tuple[str, str]]
 
 
 def step_flops(
-    shape: ModelShape, lengths: Sequence[int], num_targets: int, *, checkpointing: bool
+    shape: ModelShape,
+    lengths: Sequence[int],
+    num_targets: int,
+    *,
+    checkpointing: bool,
 ) -> float:
     """Arithmetic of training on these documents once; checkpointing goes through the layers again."""
     training = training_flops(shape.dims, lengths, num_targets, lora_weights=shape.lora_weights)
@@ -50,9 +55,9 @@ def step_flops(
 
 
 def forward_flops(shape: ModelShape, lengths: Sequence[int], num_targets: int) -> float:
-    """Arithmetic of a forward pass over these documents: 2 of the 4 or 6 of a training step."""
-    training = training_flops(shape.dims, lengths, num_targets, lora_weights=shape.lora_weights)
-    return training / (2 if shape.lora else 3)
+    """Arithmetic of a forward pass over these documents."""
+    adapters = shape.lora_weights or 0
+    return arithmetic.forward_flops(shape.dims, lengths, num_targets, lora_weights=adapters)
 
 
 @dataclass(frozen=True)
@@ -235,6 +240,30 @@ class RunForecast:
 
 
 @dataclass(frozen=True)
+class EvaluationPass:
+    """Documents that every evaluation goes through, held-out ones or general text."""
+
+    lengths: Sequence[int] = ()  # (k,) tokens of each
+    num_targets: int = 0
+    compared: float = 0.0  # share of it that is compared with the base
+
+    @classmethod
+    def of(cls, part: DataPart, compared: float) -> "EvaluationPass":
+        """A pass over all documents of a part."""
+        tokens, documents = part.tokens, part.documents
+        return cls(tokens.lengths[documents], int(tokens.num_targets[documents].sum()), compared)
+
+    def flops(self, shape: ModelShape) -> float:
+        """Forward; where it is compared, the head's logits again and the base's."""
+        head = 2 * shape.dims.hidden * shape.dims.vocab * self.num_targets
+        return forward_flops(shape, self.lengths, self.num_targets) + 2 * self.compared * head
+
+    def base_flops(self, shape: ModelShape) -> float:
+        """The base's pass before the first step, over what is compared; without its head."""
+        return self.compared * arithmetic.forward_flops(shape.dims, self.lengths, 0)
+
+
+@dataclass(frozen=True)
 class Workload:
     """The documents that a run goes through, and how often it evaluates."""
 
@@ -243,31 +272,18 @@ class Workload:
         int
     ]  # (m,) tokens of the planned documents, an entry for each time in an epoch
     num_targets: int  # their supervised tokens
-    eval_lengths: Sequence[int]  # (k,) tokens of the held-out documents
-    eval_targets: int
+    held_out: EvaluationPass
+    general: EvaluationPass
     eval_steps: int  # between evaluations; 0: only before the first step and at the end
     answer_tokens: int  # longest answer to a probe
-
-    @classmethod
-    def of(
-        cls, data: TrainingData, plan: StepPlan, eval_steps: int, answer_tokens: int
-    ) -> "Workload":
-        """The work on tokenized data."""
-        train, held_out = data.train, data.held_out
-        return cls(
-            plan,
-            lengths=train.tokens.lengths[plan.documents],
-            num_targets=int(train.tokens.num_targets[plan.documents].sum()),
-            eval_lengths=held_out.tokens.lengths[held_out.documents],
-            eval_targets=int(held_out.tokens.num_targets[held_out.documents].sum()),
-            eval_steps=eval_steps,
-            answer_tokens=answer_tokens,
-        )
+    anchored: bool = False  # each step also goes through the base, for kl_anchor
 
     @property
     def num_evaluations(self) -> int:
-        """Before the first step, every `eval_steps`, and at the end; none without held-out data."""
-        return number_of_evaluations(self.plan.num_steps, self.eval_steps, len(self.eval_lengths))
+        """Before the first step, every `eval_steps`, and at the end; none without anything to measure."""
+        documents = len(self.held_out.lengths) + len(self.general.lengths)
+        measured = documents + self.answer_tokens
+        return number_of_evaluations(self.plan.num_steps, self.eval_steps, measured)
 
     def rows(self, save_steps: int | str, kept: int) -> Rows:
         """Samples, tokens, steps, checkpoints and evaluations, as names and texts."""
@@ -276,7 +292,7 @@ class Workload:
         checkpoints = planned_checkpoints(plan.num_steps, save_steps)
         full = f"{plan.row_tokens:,} tokens, {plan.efficiency:.1%} full"
         return [
-            ("samples", f"{len(self.lengths):,} an epoch, {len(self.eval_lengths):,} held out"),
+            ("samples", f"{len(self.lengths):,} an epoch, {len(self.held_out.lengths):,} held out"),
             ("tokens", f"{plan.num_tokens:,} an epoch, {self.num_targets:,} of them supervised"),
             ("steps", f"{plan.num_steps:,} ({plan.steps_per_epoch:,} an epoch)"),
             ("epochs", f"{plan.fractional_epoch(plan.num_steps):.4g}"),
@@ -344,10 +360,14 @@ def run_seconds(
     """The shortest and the longest time of training and evaluations to expect, s."""
     plan, evaluations = work.plan, work.num_evaluations
     answers = answer_cost(work.answer_tokens, device_type, plan.world_size)
-    epoch = step_flops(shape, work.lengths, work.num_targets, checkpointing=checkpointing)
-    held_out = forward_flops(shape, work.eval_lengths, work.eval_targets)
-    flops = epoch * plan.num_steps / plan.steps_per_epoch
-    flops += evaluations * (held_out + answers * epoch / plan.num_tokens)
+    documents = work.lengths, work.num_targets
+    epoch = step_flops(shape, *documents, checkpointing=checkpointing)
+    base = work.anchored * arithmetic.forward_flops(shape.dims, *documents)
+    passes = (work.held_out, work.general)
+    flops = (epoch + base) * plan.num_steps / plan.steps_per_epoch
+    flops += evaluations * sum(one.flops(shape) for one in passes)
+    flops += evaluations * answers * epoch / plan.num_tokens
+    flops += sum(one.base_flops(shape) for one in passes)
     flops /= plan.world_size
     fixed = plan.num_steps * STEP_SECONDS + evaluations * EVALUATION_SECONDS
     return fixed + flops / speed.highest, fixed + flops / speed.lowest
@@ -358,9 +378,9 @@ def planned_checkpoints(num_steps: int, save_steps: int | str) -> int:
     return number_of_checkpoints(num_steps, MIN_SAVE_STEPS if save_steps == "auto" else save_steps)
 
 
-def number_of_evaluations(num_steps: int, eval_steps: int, held_out: int) -> int:
-    """Before the first step, every `eval_steps` (0: never), and at the end; none without data."""
-    if not held_out:
+def number_of_evaluations(num_steps: int, eval_steps: int, measured: int) -> int:
+    """Before the first step, every `eval_steps` (0: never), at the end; none if nothing is measured."""
+    if not measured:
         return 0
     return 1 + number_of_checkpoints(num_steps, eval_steps)
 

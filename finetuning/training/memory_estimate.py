@@ -16,7 +16,7 @@ from finetuning.common.text import clean_line
 from finetuning.config import LoraSettings
 from finetuning.model.adapters import attach_adapters
 from finetuning.model.flops import ModelDims, dims_of
-from finetuning.model.loss import rows_per_chunk
+from finetuning.model.loss import compared_rows_per_chunk, rows_per_chunk
 from finetuning.model.sizes import check_count
 
 FP32 = 4  # bytes
@@ -32,6 +32,7 @@ _UNBUILDABLE = (
     TypeError,
     RuntimeError,
     ArithmeticError,
+    AttributeError,
 )
 HOST_LAYERS = 3  # layers' activations that glibc's malloc holds in gaps no tensor fits into
 HOST_LIBRARIES = 40 * 2**20  # bytes that libraries take with their first products
@@ -75,7 +76,7 @@ def model_shape(
         )
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (*_UNBUILDABLE, AttributeError) as error:
+    except _UNBUILDABLE as error:
         raise UserError(
             f"model folder {folder}: its architecture can't be built ({clean_line(str(error), 200)}); "
             "check that this version of transformers knows it"
@@ -138,6 +139,7 @@ class Placement:
     base_head: bool = (
         False  # a copy of the head as it was, to which a model trained whole is compared
     )
+    anchored: bool = False  # every micro-batch also goes through the base, for kl_anchor
     captured: bool = False  # a CUDA graph holds the memory of a step's passes between steps
 
 
@@ -235,11 +237,16 @@ def activation_bytes(dims: ModelDims, placement: Placement) -> int:
 
 
 def _logits_bytes(shape: ModelShape, placement: Placement, tokens: int) -> int:
-    """A chunk of logits, fp32, and off CUDA one of probabilities; the head's gradient if it is trained."""
-    vocab = shape.dims.vocab
-    rows = min(rows_per_chunk(vocab, placement.device_type), tokens)
-    head = 0 if shape.lora else vocab * shape.dims.hidden * FP32
-    return rows * vocab * (1 if placement.device_type == "cuda" else 2) * FP32 + head
+    """A chunk of logits, fp32, and off CUDA one of probabilities; the head's gradient if it is trained.
+
+    Anchored: the base's logits and probabilities beside them, and its states at all targets.
+    """
+    vocab, hidden, anchored = shape.dims.vocab, shape.dims.hidden, placement.anchored
+    most = (compared_rows_per_chunk if anchored else rows_per_chunk)(vocab, placement.device_type)
+    tensors = (1 if placement.device_type == "cuda" else 2) + 2 * anchored
+    head = 0 if shape.lora else vocab * hidden * FP32
+    states = anchored * tokens * hidden * placement.dtype_bytes
+    return min(most, tokens) * vocab * tensors * FP32 + head + states
 
 
 def _workspace_bytes(shape: ModelShape, placement: Placement, tokens: int) -> int:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 
@@ -15,31 +15,10 @@ from finetuning.common.text import clean_line
 # Fields that earlier versions did not write down; a run without them goes on with their defaults.
 ADDED_LATER = ("evaluation_due", "stop_alerts", "changes", "reach")
 
-
-class ConvergenceState(TypedDict, total=False):
-    """What `ConvergenceMonitor.state_dict` gives; empty before the first logged step."""
-
-    count: int
-    nonfinite: int
-    width: int
-    bins: list[list[float | None]]
-    first: list[float]
-    recent: list[list[float | None]]
-    spikes: list[int]
-    in_spike: bool
-    held: list[float]
-    fitted: int  # this and `fit` are of earlier versions; nothing reads them
-    fit: dict[str, Any] | None
-
-
-class AlertState(TypedDict, total=False):
-    """What `AlertMonitor.state_dict` gives; empty before the first logged step."""
-
-    series: dict[str, list[float | list[float | None] | None]]
-    marks: dict[str, float | None]
-    active: dict[str, bool]
-    quiet: dict[str, int]
-    rows: dict[str, dict[str, Any]]
+Mean = float | None  # of a segment's loss; None where it has no token, or is not finite
+HardRow = tuple[
+    Mean, int, int, Mean, Mean, Mean, Mean, Mean
+]  # `Row` of evaluation/hardest_samples.py
 
 
 @dataclass
@@ -66,8 +45,8 @@ class TrainState:
     best_eval_loss: float | None = None
     best_step: int | None = None
     evals_without_gain: int = 0
-    loss_level: list[float] = field(default_factory=lambda: [0.0, 0.0])  # decayed sum and tokens
-    hardest: list[list] = field(default_factory=list)  # rows of hardest_samples, this epoch
+    loss_level: tuple[float, float] = (0.0, 0.0)  # decayed sum and tokens
+    hardest: list[HardRow] = field(default_factory=list)  # this epoch
     nonfinite_steps: list[int] = field(default_factory=list)
     skipped_steps: list[int] = field(
         default_factory=list
@@ -78,8 +57,9 @@ class TrainState:
     stop_alerts: list[str] = field(default_factory=list)  # alerts whose action "stop" ended the run
     changes: list[str] = field(default_factory=list)  # of settings, by resumes, and at which step
     reach: dict[str, int] | None = None  # of a user's own tags, see `events.event_file.Rewind`
-    convergence: ConvergenceState = field(default_factory=dict)
-    alerts: AlertState = field(default_factory=dict)
+    # What the monitors remember; each of them looks at its own. Empty before the first logged step.
+    convergence: dict[str, Any] = field(default_factory=dict)
+    alerts: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, saved: Any, path: Path) -> "TrainState":
@@ -96,6 +76,7 @@ class TrainState:
         faults = ["it is no object"] if not isinstance(saved, Mapping) else []
         for name, kind in parts.items() if not faults else ():
             faults += [misfit(saved[name], kind, name)] if name in saved else [f"{name} is missing"]
+        faults += [] if any(faults) else _below_zero(saved["train_state"])
         if fault := next(filter(None, faults), ""):
             raise UserError(
                 f"--resume {path}: its state file is of another version of this program "
@@ -129,6 +110,11 @@ class TrainState:
         self.nonfinite_steps = later.nonfinite_steps
         self.skipped_steps = [*later.skipped_steps, failed]
         self.recomputes, self.micro_batch_splits = later.recomputes, later.micro_batch_splits
+
+
+def _below_zero(state: Mapping[str, Any]) -> list[str]:
+    """Counters that no run could have counted."""
+    return [f"{name} is below 0" for name, n in state.items() if isinstance(n, int) and n < 0]
 
 
 def summed(before: Sequence[float | None], added: np.ndarray) -> list[float]:

@@ -25,6 +25,7 @@ FITS = [
     (1, int), (1, float), (1.5, float), (True, bool), ("a", str), (None, int | None), ([], list), ({}, dict),
     ([1, None], list[float | None]), ({"a": [1]}, dict[str, list[int]]), ({"x": 1}, Point), ({}, Point),
     ({"name": "a", "points": [{"x": 2}]}, Whole), (object(), Any),
+    ([1, None], tuple[float, int | None]),
 ]  # fmt: skip
 MISFITS = [
     (True, int, "kind"), (1.5, int, "kind"), ("1", float, "kind"), (None, str, "kind"), ((), list, "kind"),
@@ -32,6 +33,7 @@ MISFITS = [
     ({"x": "1"}, Point, "x is of another kind"), ({"name": "a"}, Whole, "points is missing"),
     ({"name": "a", "points": [{"x": None}]}, Whole, "x is of another kind"), ([], Whole, "kind"),
     ({"name": "a", "points": [], "more": 1}, Whole, "more is not known"),
+    ([1], tuple[int, int], "kind"), ([1, "a"], tuple[int, int], "kind"), ("ab", tuple[str, str], "kind"),
 ]  # fmt: skip
 
 

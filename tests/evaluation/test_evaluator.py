@@ -24,11 +24,12 @@ from finetuning.data.tokenization import tokenize_samples
 from finetuning.data.training_data import DataPart
 from finetuning.evaluation.evaluator import held_out_sums
 from finetuning.evaluation.hardest_samples import hardest, hardest_text, loss_rows
-from finetuning.events.reading import read_histograms, read_metrics, read_run, read_texts
+from finetuning.events.reading import read_metrics, read_run
 from finetuning.model.packed_model import PackedLossModel
 from finetuning.readers.dataset import read_samples
 from finetuning.runs.recorded import read_recorded
 from finetuning.training.state import TrainState
+from tests.helpers.read_events import read_histograms, read_texts
 from tests.helpers.settings import step_plan, up_to
 
 ONE = Distributed(0, 1, 0, torch.device("cpu"))

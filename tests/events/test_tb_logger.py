@@ -27,9 +27,10 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import tb_logger
 from finetuning.common.errors import UserError
-from finetuning.events import event_file, metric_table, reading, step_writer
+from finetuning.events import event_file, metric_table, step_writer
 from finetuning.events.reading import read_metrics, read_run
 from tb_logger import NullLogger, TensorBoardLogger
+from tests.helpers.read_events import read_histograms, read_texts
 from tests.helpers.tensorboard_server import TensorBoardServer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -221,7 +222,7 @@ def test_strange_tags_and_texts(tmp_path):
         logger.add_text("text", "one\ud800 \x1b[31mtwo\x00 sk-abcdefghijklmnopqrstuv", 1)
     tags = read_run(tmp_path / "run")
     assert tags.keys() == {"Custom/密码学.jsonl", "bad tag"}
-    assert reading.read_texts(tmp_path / "run") == {"text": [(1, "one two [redacted]")]}
+    assert read_texts(tmp_path / "run") == {"text": [(1, "one two [redacted]")]}
 
 
 # --- histograms and pictures ---------------------------------------------------------------------
@@ -238,7 +239,7 @@ def test_histogram_counts_the_values(tmp_path, kind):
     with TensorBoardLogger(tmp_path / "run", warn=NO_WARNING) as logger:
         logger.add_histogram("h", given, 3, bins="auto" if kind == "auto" else "tensorflow")
         given[:] = 100
-    [(step, counts, edges)] = reading.read_histograms(tmp_path / "run")["h"]
+    [(step, counts, edges)] = read_histograms(tmp_path / "run")["h"]
     assert (step, edges[0], edges[-1]) == (3, finite.min(), finite.max())
     # A value on an inner edge may be counted on either side of it, so compare within one bin.
     below = np.array([(finite <= edge).sum() for edge in edges[1:]])
@@ -252,7 +253,7 @@ def test_equal_values_are_a_narrow_bar(tmp_path, value):
     """A wide one would stretch the axis of the steps whose values differ little from it."""
     with TensorBoardLogger(tmp_path / "run", warn=NO_WARNING) as logger:
         logger.add_histogram("h", torch.full((7,), value), 3)
-    [(_, counts, edges)] = reading.read_histograms(tmp_path / "run")["h"]
+    [(_, counts, edges)] = read_histograms(tmp_path / "run")["h"]
     assert sum(counts) == 7 and edges[0] <= value <= edges[-1]
     assert edges[-1] - edges[0] <= 2e-3 * max(1e-3, abs(value))
 
@@ -262,7 +263,7 @@ def test_histogram_of_counts_made_elsewhere(tmp_path):
     with TensorBoardLogger(tmp_path / "run", warn=NO_WARNING) as logger:
         logger.log_histogram_counts("h", counts, torch.linspace(0, 10, 6), 4)
         logger.add_histogram("equal", torch.full((5,), 2.0), 4)
-    histograms = reading.read_histograms(tmp_path / "run")
+    histograms = read_histograms(tmp_path / "run")
     assert histograms["h"] == [(4, [2.0] * 5, [0.0, 2.0, 4.0, 6.0, 8.0, 10.0])]
     [(_, counts, _)] = histograms["equal"]
     assert sum(counts) == 5
@@ -509,8 +510,8 @@ def test_resumed_run_in_files(resumed_run):
     tbparse = pytest.importorskip("tbparse")
     run, _ = resumed_run
     assert read_run(run) == EXPECTED
-    assert reading.read_texts(run) == TEXTS
-    histograms = reading.read_histograms(run)["histogram"]
+    assert read_texts(run) == TEXTS
+    histograms = read_histograms(run)["histogram"]
     assert [step for step, _, _ in histograms] == HISTOGRAM_STEPS
     reader, table = accumulate(run), tbparse.SummaryReader(str(run))
     assert set(reader.Tags()["scalars"]) == EXPECTED.keys()

@@ -23,10 +23,10 @@ from direct_finetuning_with_existing_modules import DirectTrainer
 from finetuning.common.distributed import leave
 from finetuning.config import DirectTrainingConfig
 from finetuning.data.packing import StepPlan
-from finetuning.events.reading import read_texts
 from finetuning.runs import metrics
 from tests.helpers import reference as plain
 from tests.helpers.ranks import Ended, on_ranks, results_of
+from tests.helpers.read_events import read_texts
 
 CLOSE_TO = {"rel": 2e-5, "abs": 2e-6}
 PEAK, WARMUP, LOWEST, DECAY, CLIP = 2e-2, 0.23, 0.2, 0.5, 0.14

@@ -144,6 +144,7 @@ def peak_of_a_step(
     lora_r: int = 16,
     recompute: bool = False,
     fused_lora: bool = True,
+    kl_anchor: float = 0.0,
 ) -> int:
     """Bytes at the peak of the second update with one packed row of so many tokens, in bf16."""
     model = bf16_model(config, lora_r=lora_r, recompute=recompute)
@@ -152,7 +153,8 @@ def peak_of_a_step(
         without_data(model, "cpu")
         if fused_lora:
             enable_fast_lora(model)
-        packed = PackedLossModel(model, close_id=5).train()
+        objective = model_loss.Objective(kl_anchor)
+        packed = PackedLossModel(model, close_id=5, objective=objective).train()
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = build_optimizer(
             parameters, learning_rate=1e-4, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.0

@@ -11,6 +11,7 @@ from finetuning.model.flops import (
     ModelDims,
     dims_from_config,
     dims_of,
+    forward_flops,
     lora_parameters,
     peak_flops,
     training_flops,
@@ -66,6 +67,20 @@ def test_lora_flops_are_within_one_percent_of_a_count_by_hand(subtests):
                 weights = lora_parameters(QWEN3_4B, 16, targets)
                 ours = training_flops(QWEN3_4B, lengths, num_targets, lora_weights=weights)
                 assert ours == pytest.approx(by_hand, rel=0.01)
+
+
+def test_a_forward_pass_is_counted_as_by_hand():
+    """Of the products of a step, those of the forward pass: adapters' too, or the base alone."""
+    lengths, targets = [900, 1500, 300], 2000
+    every = products_by_hand(QWEN3_4B, lengths, targets, 0, ())
+    both = sum(2 * rows * inner * columns for rows, inner, columns in every)
+    found = forward_flops(QWEN3_4B, lengths, targets)
+    width = QWEN3_4B.heads * QWEN3_4B.head_dim * QWEN3_4B.layers
+    attention = 2 * width * sum(length**2 for length in lengths)
+    # Backward the inputs of frozen weights cost as much again, attention twice as much.
+    assert 2 * found + attention == pytest.approx(both, rel=0.01)
+    adapters = forward_flops(QWEN3_4B, lengths, targets, lora_weights=1000) - found
+    assert adapters == 2 * 1000 * sum(lengths)
 
 
 def test_numpy_lengths_do_not_overflow():

@@ -201,6 +201,7 @@ def test_bad_input_is_one_clear_line(tmp_path, tiny_model, capsys):
         "no such folder": [QUESTION, "--adapter", str(tmp_path / "nothing")],
         "neither an adapter": [QUESTION, "--adapter", str(tmp_path)],
         "is empty": [" "],
+        "needs a question": ["--compare"],
         "--temperature": [QUESTION, "--temperature", "-1"],
         "whole model": [QUESTION, "--adapter", str(tiny_model), "--compare"],
     }

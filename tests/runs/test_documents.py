@@ -39,12 +39,13 @@ from finetuning.analysis import text_quality
 from finetuning.command_line import parse_command_line, read_config_file
 from finetuning.events.event_file import event_files
 from finetuning.events.metric_table import METRICS, find_metric, is_detail
-from finetuning.events.reading import read_histograms, read_metrics, read_run, read_texts
+from finetuning.events.reading import read_metrics, read_run
 from finetuning.monitoring import alerts
 from finetuning.monitoring.detector_memory import AlertLimits
 from finetuning.readers.dataset import read_samples
 from tests.helpers import fake_hub
 from tests.helpers.program import run_program
+from tests.helpers.read_events import read_histograms, read_texts
 from tests.helpers.tensorboard_server import TensorBoardServer
 from tests.helpers.tiny_model import make_tiny_data
 

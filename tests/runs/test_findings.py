@@ -11,9 +11,9 @@ import pytest
 from finetuning.command_line import parse_command_line
 from finetuning.common import language
 from finetuning.runs.directory import RUN_PREFIX, RunDirectory
-from finetuning.runs.findings import KINDS, findings
-from finetuning.runs.recorded import read_recorded
-from finetuning.runs.report import page
+from finetuning.runs.findings import KINDS, command, findings
+from finetuning.runs.recorded import find_runs, read_recorded
+from finetuning.runs.report import headline, page
 
 STEPS = range(1, 201)
 
@@ -139,6 +139,41 @@ def test_a_run_with_the_trouble_has_its_finding_and_no_other(tmp_path, kind):
         assert told != text and not re.search("[a-z]+ [a-z]+ [a-z]+", told)
     if not run.dataset:  # of which the page shows more than this test has
         assert words in page(run)
+
+
+AUTOMATIC = {
+    "learning_rate": "auto",
+    "num_epochs": "auto",
+    "device": "auto",
+    "precision": "auto",
+    "parallel": "auto",
+    "compile": "auto",
+    "gradient_checkpointing": "auto",
+    "eval_steps": "auto",
+    "logging_steps": "auto",
+}
+
+
+def test_a_command_leaves_to_the_program_what_was_left_to_it(finished: Path, tiny_run, tmp_path):
+    """By the record of a real run, whose file holds what each setting became."""
+    more = [word for name in AUTOMATIC for word in (f"--{name.replace('_', '-')}", "auto")]
+    assert tiny_run(tmp_path, *more, "--device", "cpu", "--max-steps", "0") == 0
+    (place,) = find_runs([tmp_path / "out"])
+    run = read_recorded(place)
+    assert run.configuration["config"]["learning_rate"] != "auto"
+    config = parse_command_line(shlex.split(command(run))[4:]).training
+    given = {name: getattr(config, name) for name in AUTOMATIC}
+    assert given == AUTOMATIC | {"device": "cpu"}
+    changed = parse_command_line(shlex.split(command(run, learning_rate=1e-4))[4:]).training
+    assert changed.learning_rate == 1e-4
+    assert "learning_rate" not in headline(run).get("set", "")
+
+
+def test_a_command_with_steps_names_no_epochs(finished: Path):
+    (place,) = find_runs([finished])
+    run = read_recorded(place)
+    assert run.configuration["config"]["max_steps"]
+    assert "--max-steps" in command(run) and "--num-epochs" not in command(run)
 
 
 def test_the_page_says_them_in_chinese(tmp_path):

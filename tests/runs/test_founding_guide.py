@@ -10,7 +10,8 @@ import pytest
 
 from finetuning.config import DirectTrainingConfig
 from finetuning.events.metric_table import find_metric
-from finetuning.events.reading import read_run, read_texts
+from finetuning.events.reading import read_run
+from tests.helpers.read_events import read_texts
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "TENSORBOARD_GUIDE.md").read_text(encoding="utf-8")

@@ -12,9 +12,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from finetuning.common.errors import UserError
-from finetuning.events.reading import read_metrics, read_texts
+from finetuning.events.reading import read_metrics
 from finetuning.runs.identity import check_identity
 from finetuning.training.checkpoint import load_checkpoint, save_checkpoint
+from tests.helpers.read_events import read_texts
 from tests.helpers.tiny_model import make_tiny_data, make_tiny_model
 
 LESS = ("--max-steps", "4", "--save-steps", "2", "--eval-steps", "2")

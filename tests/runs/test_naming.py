@@ -32,12 +32,17 @@ def test_parts_of_a_name(run: str, stamp: str, name: str):
 
 
 def test_a_given_name_is_in_the_directory(tmp_path: Path):
-    runs = [new_run(tmp_path, name) for name in ("a-b", "a-b", "")]
-    assert [naming.given_name(run.name) for run in runs] == ["a-b", "a-b", ""]
-    assert len({run.name for run in runs}) == 3
+    names = ("a-b", "a-b", "", "2epochs", "2epochs", "r_2_8")
+    for name in names:
+        parse_command_line(["--run-name", name])
+    runs = [new_run(tmp_path, name) for name in names]
+    assert tuple(naming.given_name(run.name) for run in runs) == names
+    assert len({run.name for run in runs}) == len(names)
 
 
-@pytest.mark.parametrize("name", ["a/b", "..", "7", "a b", "x.", "x" * 61, "a\\b", "a:b"])
+@pytest.mark.parametrize(
+    "name", ["a/b", "..", "7", "a b", "x.", "x" * 61, "a\\b", "a:b", "2_epochs", "7_"]
+)
 def test_a_name_that_no_directory_can_have_is_refused(name: str):
     with pytest.raises(UserError, match="run_name"):
         parse_command_line(["--run-name", name])

@@ -23,10 +23,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from direct_finetuning_with_existing_modules import DirectTrainer
 from finetuning.config import DirectTrainingConfig
 from finetuning.events.metric_table import find_metric
-from finetuning.events.reading import read_metrics, read_run, read_texts
+from finetuning.events.reading import read_metrics, read_run
 from finetuning.runs import plan
 from finetuning.training import engine, optimizer
 from finetuning.training.checkpoint import load_checkpoint, save_checkpoint
+from tests.helpers.read_events import read_texts
 from tests.helpers.tiny_model import FAST
 
 SCRIPT = Path(__file__).parents[2] / "direct_finetuning_with_existing_modules.py"

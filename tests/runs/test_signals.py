@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from finetuning.events.reading import read_metrics, read_texts
+from finetuning.events.reading import read_metrics
 from finetuning.runs.record import RunRecord
 from finetuning.training import checkpoint_manager
 from tests.helpers.ranks import TORCHRUN
+from tests.helpers.read_events import read_texts
 from tests.helpers.tiny_model import FAST
 
 ROOT = Path(__file__).parents[2]

@@ -1,6 +1,6 @@
 """Files of other versions, and of strangers: state, adapters, runs, events. One line, never a traceback.
 
-uv run pytest tests/runs/test_strange_files.py            # a few seconds of random damage
+uv run pytest tests/runs/test_strange_files.py            # some random damage, alike on every machine
 uv run pytest -m long tests/runs/test_strange_files.py    # a minute for each kind of file
 """
 
@@ -29,7 +29,7 @@ from finetuning.events.event_file import (
     read_records,
     rewind_events,
 )
-from finetuning.events.reading import read_end_texts, read_histograms, read_run
+from finetuning.events.reading import read_end_texts, read_run
 from finetuning.model.adapter_config import read_adapter_config
 from finetuning.model.loading import load_tokenizer
 from finetuning.model.resolve import named_model
@@ -43,8 +43,8 @@ from finetuning.runs.report import write_report
 from finetuning.training import checkpoint
 from finetuning.training.checkpoint import checkpoint_at
 from finetuning.training.state import TrainState
+from tests.helpers.read_events import read_histograms
 
-SECONDS = [pytest.param(3.0), pytest.param(60.0, marks=pytest.mark.long)]
 SLOW = 5.0  # seconds that nothing may take
 OTHERS = (
     None,
@@ -63,40 +63,54 @@ OTHERS = (
 )
 
 
-def changed(draw: random.Random, value: Any) -> Any:
+class Draw(random.Random):
+    """Chances of one trial, alike on every machine, and what it did with them."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.story = f"trial {number}"
+
+
+def changed(draw: Draw, value: Any) -> Any:
     """The same JSON with one thing in it otherwise: another value, a name more or less."""
     value = copy.deepcopy(value)
-    place, parent, key = value, None, None
+    place, parent, key, way = value, None, None, []
     while isinstance(place, (dict, list)) and place and draw.random() < 0.8:
         keys = list(place) if isinstance(place, dict) else range(len(place))
         parent, key = place, draw.choice(keys)
         place = parent[key]
-    how = draw.random()
-    if parent is None:
-        return draw.choice(OTHERS)
-    if how < 0.25:
+        way.append(key)
+    how, other = draw.random(), draw.choice(OTHERS)
+    if parent is not None and how < 0.25:
+        draw.story += f", without {way}"
         del parent[key]
-    elif how < 0.4 and isinstance(parent, dict):
-        parent[draw.choice(("more", "step", str(key) + "_"))] = draw.choice(OTHERS)
-    else:
-        parent[key] = draw.choice(OTHERS)
+        return value
+    if how < 0.4 and isinstance(parent, dict):
+        way[-1] = key = draw.choice(("more", "step", str(key) + "_"))
+    draw.story += f", {other!r} at {way}"
+    if parent is None:
+        return other
+    parent[key] = other
     return value
 
 
-def attack(seconds: float, trial: Callable[[random.Random], None]) -> None:
-    """Trials until the time is up. UserError is right; any other exception, or a long wait, is not."""
-    end, number = time.monotonic() + seconds, 0
-    while time.monotonic() < end:
-        began = time.process_time()
+def trials(quick: int, long: int) -> pytest.MarkDecorator:
+    """So many trials, and those of a minute."""
+    counts = [pytest.param(quick), pytest.param(long, marks=pytest.mark.long)]
+    return pytest.mark.parametrize("count", counts)
+
+
+def attack(count: int, trial: Callable[[Draw], None]) -> None:
+    """So many trials. UserError is right; any other exception, or a long wait, is not."""
+    for number in range(count):
+        began, draw = time.process_time(), Draw(number)
         try:
-            trial(random.Random(number))
+            trial(draw)
         except UserError as error:
-            assert "\n" not in str(error), number
+            assert "\n" not in str(error), draw.story
         except Exception as error:
-            raise AssertionError(f"trial {number}") from error
-        assert time.process_time() - began < SLOW, number
-        number += 1
-    assert number > 1
+            raise AssertionError(draw.story) from error
+        assert time.process_time() - began < SLOW, draw.story
 
 
 # -----------------------------------------------------------------------------
@@ -121,11 +135,44 @@ def newest(finished: Path) -> Path:
     return max((finished / "checkpoints").iterdir(), key=lambda path: path.stat().st_mtime)
 
 
-@pytest.mark.parametrize("seconds", SECONDS)
-def test_no_state_file_is_a_traceback(newest: Path, seconds: float):
+@trials(150, 3000)
+def test_no_state_file_is_a_traceback(newest: Path, count: int):
     saved = json.loads((newest / "state.json").read_text(encoding="utf-8"))
     use(saved, newest, saved["identity"])
-    attack(seconds, lambda draw: use(changed(draw, saved), newest, saved["identity"]))
+    attack(count, lambda draw: use(changed(draw, saved), newest, saved["identity"]))
+
+
+def without(*way: str) -> Callable[[dict], object]:
+    """A change that takes something out of a state."""
+
+    def change(state: dict) -> None:
+        for name in way[:-1]:
+            state = state[name]
+        del state[way[-1]]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state["convergence"].update(fit={"a": [1]}),
+        lambda state: state["convergence"].update(count=100),
+        lambda state: state["convergence"].update(width=0.5),
+        lambda state: state["convergence"]["bins"].append([]),
+        lambda state: state["convergence"]["recent"].append([7, 6.0]),
+        lambda state: state["alerts"]["series"]["loss"].append([]),
+        lambda state: state["alerts"]["series"].update({"first Eval/Format_Valid_Rate": [7.0] * 3}),
+        lambda state: state["alerts"].update(rows={"Loss_Spike": {"times": 1}}),
+        without("alerts", "marks", "eval_worse"),
+    ],
+)
+def test_memories_that_no_monitor_could_have_are_refused_at_once(newest, change):
+    """Before a step is made: later ones would fail on them."""
+    saved = json.loads((newest / "state.json").read_text(encoding="utf-8"))
+    change(saved["train_state"])
+    with pytest.raises(UserError, match="of another version of this program"):
+        use(saved, newest, saved["identity"])
 
 
 @pytest.mark.parametrize(
@@ -134,6 +181,8 @@ def test_no_state_file_is_a_traceback(newest: Path, seconds: float):
         (lambda state: state["train_state"].pop("tokens_seen"), "tokens_seen is missing"),
         (lambda state: state["train_state"].update(of_tomorrow=1), "of_tomorrow is not known"),
         (lambda state: state["train_state"].update(step="7"), "step is of another kind"),
+        (lambda state: state["train_state"].update(step=-1), "step is below 0"),
+        (lambda state: state["train_state"].update(hardest=[[0.5]]), "hardest is of another kind"),
         (lambda state: state.pop("config"), "config is missing"),
     ],
 )
@@ -204,16 +253,16 @@ def written(folder: Path, content: Any) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("seconds", SECONDS)
-def test_no_configuration_of_an_adapter_is_a_traceback(adapter: Path, seconds: float):
+@trials(500, 15000)
+def test_no_configuration_of_an_adapter_is_a_traceback(adapter: Path, count: int):
     content = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     config = DirectTrainingConfig(init_adapter=str(adapter))
 
-    def trial(draw: random.Random) -> None:
+    def trial(draw: Draw) -> None:
         written(adapter, changed(draw, content))
         with_own_settings(config, lambda text: None)
 
-    attack(seconds, trial)
+    attack(count, trial)
 
 
 def test_modules_named_by_an_expression_are_those_of_the_tensors(adapter: Path):
@@ -254,8 +303,8 @@ def test_what_an_adapter_may_not_say(adapter: Path, lines: dict, expected: str):
 # Folders of a run
 
 
-@pytest.mark.parametrize("seconds", SECONDS)
-def test_no_folder_of_a_run_is_a_traceback(finished: Path, tmp_path: Path, seconds: float):
+@trials(12, 300)
+def test_no_folder_of_a_run_is_a_traceback(finished: Path, tmp_path: Path, count: int):
     shutil.copytree(finished / "training_logs", tmp_path / "training_logs")
     (run,) = find_runs([tmp_path])
     records = {
@@ -265,7 +314,7 @@ def test_no_folder_of_a_run_is_a_traceback(finished: Path, tmp_path: Path, secon
     alert = {"name": "Loss_Spike", "step": 3, "value": 2.5, "threshold": 1.0, "advice": "Wait."}
     lines = [json.loads(line) for line in (run.logs / "metrics.jsonl").read_text().splitlines()]
 
-    def trial(draw: random.Random) -> None:
+    def trial(draw: Draw) -> None:
         name = draw.choice([*records, "alerts.jsonl", "metrics.jsonl"])
         for other, content in records.items():
             (run.logs / other).write_text(
@@ -280,7 +329,7 @@ def test_no_folder_of_a_run_is_a_traceback(finished: Path, tmp_path: Path, secon
         runs = comparison.read_all([run], curves=True) * 2
         comparison.page(runs), comparison.as_json(runs)
 
-    attack(seconds, trial)
+    attack(count, trial)
 
 
 # -----------------------------------------------------------------------------
@@ -311,15 +360,15 @@ def test_a_tokenizer_of_another_version_is_one_line(tiny_model: Path, tmp_path: 
 # Events
 
 
-@pytest.mark.parametrize("seconds", SECONDS)
-def test_no_event_file_is_a_traceback(finished: Path, tmp_path: Path, seconds: float):
+@trials(150, 3500)
+def test_no_event_file_is_a_traceback(finished: Path, tmp_path: Path, count: int):
     (run,) = (finished / "tensorboard_logs").iterdir()
     whole = b"".join(path.read_bytes() for path in event_files(run))
     (tmp_path / "whole").write_bytes(whole)
     payloads = [payload for _, payload in read_records(tmp_path / "whole")]
     folder = tmp_path / "run"
 
-    def trial(draw: random.Random) -> None:
+    def trial(draw: Draw) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         content = bytearray(whole)
@@ -338,7 +387,7 @@ def test_no_event_file_is_a_traceback(finished: Path, tmp_path: Path, seconds: f
         rewind_events(folder, Rewind(3))
         read_run(folder)
 
-    attack(seconds, trial)
+    attack(count, trial)
 
 
 def test_a_record_that_claims_to_be_huge_takes_no_memory(tmp_path: Path):

@@ -16,11 +16,12 @@ from finetuning.data.packing import build_batch
 from finetuning.data.token_table import Segment, TokenizedSample
 from finetuning.data.tokenization import tokenize_samples
 from finetuning.evaluation.loss_metrics import LossMetrics
-from finetuning.events.reading import read_metrics, read_texts
+from finetuning.events.reading import read_metrics
 from finetuning.model.loss import packed_loss
 from finetuning.model.packed_model import PackedLossModel
 from finetuning.readers.dataset import read_samples
 from tests.helpers.ranks import on_ranks, results_of
+from tests.helpers.read_events import read_texts
 from tests.helpers.settings import up_to
 
 CLOSE, END, VOCAB = 1, 2, 8

@@ -37,6 +37,27 @@ def test_the_plan_estimates_what_a_step_holds(tmp_path: Path, tokens: int, recom
     assert estimate.total == pytest.approx(held, rel=0.06)
 
 
+@pytest.mark.slow
+def test_the_base_that_goes_along_is_in_the_estimate(tmp_path: Path):
+    """For kl_anchor: its states at the targets, and its logits beside those of a smaller chunk.
+
+    Two layers and a short row, so that the peak is in the loss.
+    """
+    qwen3_4b(layers=2).save_pretrained(tmp_path)
+    shape = model_shape(tmp_path, LoraSettings(lora_r=16))
+    planned, held = [], []
+    for anchored in (False, True):
+        placement = Placement("cuda", 2, anchored=anchored)
+        estimate = estimate_memory(shape, placement, 2048, checkpointing=False)
+        assert estimate.logits > estimate.workspace
+        planned.append(estimate.total)
+        held.append(peak_of_a_step(qwen3_4b(layers=2), 2048, kl_anchor=float(anchored)))
+    assert planned[0] == pytest.approx(held[0], rel=0.06)
+    # Without the kernel the traced chunk is half as large, and 64 rows are the fewest.
+    assert held[1] < planned[1] < 1.1 * held[1]
+    assert held[1] < held[0] and planned[1] < planned[0], "a smaller chunk"
+
+
 def test_the_forward_pass_on_a_gpu_asks_for_no_value():
     """Nor does it mix devices: the tensors say `cuda`, and the real decisions for it are taken."""
     model = bf16_model(qwen3_4b(layers=2), lora_r=16, recompute=False)

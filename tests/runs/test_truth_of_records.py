@@ -20,7 +20,7 @@ import export
 from direct_finetuning_with_existing_modules import DirectTrainer
 from finetuning.config import DirectTrainingConfig
 from finetuning.events.event_values import SESSION_START_TAG
-from finetuning.events.reading import read_metrics, read_run, read_texts
+from finetuning.events.reading import read_metrics, read_run
 from finetuning.monitoring import detectors
 from finetuning.monitoring.convergence import describe
 from finetuning.monitoring.detector_memory import Finding
@@ -31,6 +31,7 @@ from finetuning.runs.comparison import page as comparison_page
 from finetuning.runs.recorded import find_runs, read_recorded
 from finetuning.runs.result import find_trained
 from sweep import Sweep, members_of
+from tests.helpers.read_events import read_texts
 
 LESS = ("--max-steps", "6", "--save-steps", "2", "--logging-steps", "1")
 

@@ -20,7 +20,8 @@ from finetuning.data.packing import StepPlan
 from finetuning.data.token_table import TokenizedSamples
 from finetuning.data.tokenization import tokenize_samples
 from finetuning.model import packed_model
-from finetuning.model.flops import dims_from_config, training_flops
+from finetuning.model.flops import dims_from_config, forward_flops, training_flops
+from finetuning.model.loss import Objective
 from finetuning.readers.dataset import read_samples
 from finetuning.training import engine
 from finetuning.training.engine import Execution, TrainingEngine
@@ -198,3 +199,5 @@ def test_the_arithmetic_counts_adapters_or_all_weights(make, tiny_model, tokens)
     dims = dims_from_config(Qwen3Config.from_pretrained(tiny_model))
     assert adapters == training_flops(dims, lengths, 150, lora_weights=model.num_trainable)
     assert everything.flops(lengths, 150) == training_flops(dims, lengths, 150, lora_weights=None)
+    held = make(objective=Objective(kl_anchor=0.1))
+    assert held.flops(lengths, 150) == adapters + forward_flops(dims, lengths, 150), "and the base"

@@ -14,9 +14,10 @@ import torch
 
 from direct_finetuning_with_existing_modules import main
 from finetuning.config import LoraSettings, OutputSettings
+from finetuning.model.flops import forward_flops
 from finetuning.training import forecast as training_forecast
 from finetuning.training import memory_estimate
-from finetuning.training.forecast import steps_between_evaluations
+from finetuning.training.forecast import EvaluationPass, steps_between_evaluations
 from finetuning.training.memory_estimate import (
     Placement,
 )
@@ -44,10 +45,11 @@ def forecast(shape, tmp_path: Path, **changes) -> training_forecast.RunForecast:
         "plan": plan,
         "lengths": lengths,
         "num_targets": 40 * 250,
-        "eval_lengths": lengths[:4],
-        "eval_targets": 1000,
+        "held_out": EvaluationPass(lengths[:4], 1000),
+        "general": EvaluationPass(),
         "eval_steps": 5,
         "answer_tokens": 0,
+        "anchored": False,
     }
     output = {
         "save_steps": 7,
@@ -96,7 +98,7 @@ def test_counts_of_a_plan(qwen3_4b, tmp_path, monkeypatch):
     for rare in (0, 40):
         texts = dict(forecast(qwen3_4b, tmp_path, eval_steps=rare).rows())
         assert texts["evaluations"] == "2, first and last"
-    texts = dict(forecast(qwen3_4b, tmp_path, eval_lengths=[], eval_targets=0).rows())
+    texts = dict(forecast(qwen3_4b, tmp_path, held_out=EvaluationPass()).rows())
     assert texts["evaluations"].startswith("none")
     assert "an estimate" in texts["training and evaluation"]
     weights = 4 * qwen3_4b.trainable
@@ -135,8 +137,36 @@ def test_answers_take_time(qwen3_4b, tmp_path, monkeypatch):
     )
     assert many - few == pytest.approx(few - silent)
     trained = 2 * 40 * 500  # tokens in two epochs
-    without = forecast(qwen3_4b, tmp_path, eval_lengths=[], eval_targets=0).seconds[1]
+    without = forecast(qwen3_4b, tmp_path, held_out=EvaluationPass()).seconds[1]
     assert few - silent == pytest.approx(without * 5 * 100 * 40 / trained, rel=0.05)
+
+
+def test_general_text_and_the_base_take_time(qwen3_4b, tmp_path, monkeypatch):
+    """Each by its arithmetic, at the speed that is known."""
+    monkeypatch.setattr(training_forecast, "device_speed", lambda *_: SPEED)
+    lengths, targets, dims = np.full(40, 500), 40 * 250, qwen3_4b.dims
+
+    def seconds(**changes) -> float:
+        return forecast(qwen3_4b, tmp_path, gradient_checkpointing="off", **changes).seconds[1]
+
+    plain = seconds()
+    base = forward_flops(dims, lengths, targets)
+    anchored = seconds(anchored=True) - plain
+    assert anchored == pytest.approx(2 * base / SPEED.lowest)  # two epochs
+    assert 0.4 < anchored / plain < 0.5, "an update of frozen weights is twice a forward pass"
+    text = EvaluationPass(lengths[:8], 2000)
+    general = seconds(general=text) - plain
+    evaluations = 5  # before the first step, at 5, 10, 15 and 20
+    once = training_forecast.forward_flops(qwen3_4b, lengths[:8], 2000)
+    assert general == pytest.approx(evaluations * once / SPEED.lowest)
+    half = dataclasses.replace(text, compared=0.5)
+    heads = 0.5 * 2 * 2 * dims.hidden * dims.vocab * 2000  # the logits of both once more
+    before = 0.5 * forward_flops(dims, lengths[:8], 0)  # the base's states
+    more = seconds(general=half) - plain - general
+    assert more == pytest.approx((evaluations * heads + before) / SPEED.lowest)
+    nothing = {"held_out": EvaluationPass(), "general": text}
+    texts = dict(forecast(qwen3_4b, tmp_path, **nothing).rows())
+    assert texts["evaluations"] == "5, every 5 steps", "though nothing is held out"
 
 
 def steps_between(samples: int, held_out: int, answer_tokens: int = 0, **changes) -> tuple:

@@ -1,0 +1,135 @@
+"""What a run goes through, and how often: the training, held-out documents, general text."""
+
+from dataclasses import replace
+
+import transformers
+
+from finetuning.common.distributed import Distributed
+from finetuning.config import BatchSettings, DirectTrainingConfig, OutputSettings, bundled_data
+from finetuning.data.packing import StepPlan
+from finetuning.data.training_data import DataPart, TrainingData, general_part
+from finetuning.evaluation.forgetting import CPU_TOKENS, most_tokens
+from finetuning.training.forecast import EvaluationPass, Workload, steps_between_evaluations
+
+SHORT_RUN = 200  # steps, below which every one is logged
+
+# Of the training, of a pass over the held-out documents, and of general text with a pass over it.
+Plans = tuple[StepPlan, StepPlan | None, tuple[DataPart, StepPlan] | None]
+
+
+def plan_steps(
+    config: DirectTrainingConfig,
+    data: TrainingData,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    dist: Distributed,
+) -> Plans:
+    """The steps of the training, those of one pass over the held-out documents, and over general text."""
+    held_out = data.held_out
+    steps = plan_of(data.train, config, config, dist)
+    evaluation = one_pass(held_out, config, dist) if len(held_out) else None
+    return steps, evaluation, plan_general(config, tokenizer, evaluation, dist)
+
+
+def plan_general(
+    config: DirectTrainingConfig,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    evaluation: StepPlan | None,
+    dist: Distributed,
+) -> tuple[DataPart, StepPlan] | None:
+    """The text by which forgetting is measured, and a pass over it; on a CPU no more than is held out, and
+    little."""
+    if not config.forgetting:
+        return None
+    paths = config.general_path or (bundled_data("general"),)
+    most = 0
+    if dist.device.type == "cpu":
+        most = min(evaluation.num_tokens, CPU_TOKENS) if evaluation else CPU_TOKENS
+    part = general_part(paths, tokenizer, config, most)
+    return part and (part, one_pass(part, config, dist))
+
+
+def probe_part(
+    config: DirectTrainingConfig,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    held_out: DataPart,
+) -> DataPart:
+    """Where the questions of the evaluations come from."""
+    own = config.probe_path and general_part(config.probe_path, tokenizer, config)
+    return own or held_out
+
+
+def one_pass(part: DataPart, config: DirectTrainingConfig, dist: Distributed) -> StepPlan:
+    """Every document of the part once."""
+    once = BatchSettings(batch_size=config.batch_size, num_epochs=1)
+    return plan_of(part, config, once, dist)
+
+
+def plan_of(
+    part: DataPart, config: DirectTrainingConfig, batch: BatchSettings, dist: Distributed
+) -> StepPlan:
+    """The steps of a part for this rank."""
+    return StepPlan(
+        part.tokens.lengths,
+        part.tokens.num_targets,
+        part.documents,
+        data=replace(config, max_seq_length=part.tokens.max_seq_length),
+        batch=batch,
+        seed=config.seed,
+        rank=dist.rank,
+        world_size=dist.world_size,
+    )
+
+
+def evaluation_steps(
+    config: DirectTrainingConfig,
+    plans: Plans,
+    answer_tokens: int,
+    dist: Distributed,
+) -> int:
+    """Steps between two evaluations: as set, or as far apart as they cost."""
+    if config.eval_steps != "auto":
+        return config.eval_steps
+    steps, evaluation, general = plans
+    passes = [plan for plan in (evaluation, general and general[1]) if plan]
+    return steps_between_evaluations(
+        steps,
+        sum(plan.num_tokens for plan in passes),
+        answer_tokens,
+        device_type=dist.device.type,
+        lora=bool(config.lora_r),
+    )
+
+
+def workload(
+    config: DirectTrainingConfig,
+    data: TrainingData,
+    plans: Plans,
+    eval_steps: int,
+    answer_tokens: int,
+    device_type: str,
+) -> Workload:
+    """All that a run goes through: the training, its evaluations, and the base where they need it."""
+    steps, evaluation, general = plans
+
+    def evaluated(part: DataPart, once: StepPlan) -> EvaluationPass:
+        share = min(1.0, most_tokens(device_type) / max(once.num_tokens, 1))
+        return EvaluationPass.of(part, config.forgetting * share)
+
+    tokens = data.train.tokens
+    return Workload(
+        steps,
+        lengths=tokens.lengths[steps.documents],
+        num_targets=int(tokens.num_targets[steps.documents].sum()),
+        held_out=evaluated(data.held_out, evaluation) if evaluation else EvaluationPass(),
+        general=evaluated(*general) if general else EvaluationPass(),
+        eval_steps=eval_steps,
+        answer_tokens=answer_tokens,
+        anchored=bool(config.kl_anchor),
+    )
+
+
+def steps_between_points(output: OutputSettings, num_steps: int) -> int:
+    """As set; every step of a short run, which has few points anyway."""
+    if output.logging_steps != "auto":
+        return output.logging_steps
+    return 1 if num_steps < SHORT_RUN else 5
