@@ -7,7 +7,9 @@ import sys
 import pytest
 
 from finetuning.common.errors import UserError
+from finetuning.common.files import json_text
 from finetuning.monitoring.alerts import NAMES, Alert, AlertMonitor, run_command
+from finetuning.monitoring.convergence import ConvergenceMonitor
 from tests.helpers.metric_traces import FAULT, FAULTS, clean_trace, play
 
 
@@ -20,6 +22,22 @@ def test_an_alert_has_a_tag_once_it_was_raised():
     monitor.observe(2, {"Training/Loss": 1.0})
     assert monitor.scalars() == {"Monitoring/Alerts_Active": 0.0, "Alerts/NonFinite": 0.0}
     assert "NonFinite" in NAMES
+
+
+@pytest.mark.parametrize("fault", [None, *FAULTS])
+def test_what_a_run_remembers_is_fit_to_go_on_with(fault):
+    """At its begin, in its middle, and after its trouble, as the checkpoint's file has it."""
+    alerts, forecasts = AlertMonitor(), ConvergenceMonitor(FAULT + 40)
+    for step, row in clean_trace(3, FAULT + 40):
+        if fault and step >= FAULT:
+            FAULTS[fault][0](step, row)
+        forecasts.observe(step, row["Training/Loss"], row["Training/Learning_Rate"])
+        alerts.observe(step, row, {})
+        if step in (1, 2, 7, 8, 20, 64, 130, FAULT + 1, FAULT + 40):
+            saved = json.loads(json_text([alerts.state_dict(), forecasts.state_dict()]))
+            assert AlertMonitor(saved[0]).state_dict() == saved[0]
+            again = ConvergenceMonitor(FAULT + 40, None, saved[1])
+            assert json.loads(json_text(again.state_dict())) == saved[1]
 
 
 def test_a_lasting_trouble_is_news_once():

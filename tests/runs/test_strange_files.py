@@ -156,7 +156,7 @@ def without(*way: str) -> Callable[[dict], object]:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda state: state["convergence"].update(fit={"a": [1]}),
+        lambda state: state["convergence"].update(held=[0.0]),
         lambda state: state["convergence"].update(count=100),
         lambda state: state["convergence"].update(width=0.5),
         lambda state: state["convergence"]["bins"].append([]),
@@ -210,6 +210,18 @@ def other_state(folder: Path) -> None:
     reseal(folder, "state.json", json.dumps(saved).encode())
 
 
+def other_sums(folder: Path) -> None:
+    saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    saved["train_state"]["interval"].append(0.0)
+    reseal(folder, "state.json", json.dumps(saved).encode())
+
+
+def other_documents(folder: Path) -> None:
+    saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    saved["train_state"]["hardest"] = [[0.5, 1, 10**6, 2.0, None, None, 2.0, None]]
+    reseal(folder, "state.json", json.dumps(saved).encode())
+
+
 def other_tensors(folder: Path) -> None:
     tensors = load_file(folder / "rng.safetensors")
     other = {name: tensor[:7].clone() for name, tensor in tensors.items()}
@@ -220,6 +232,8 @@ def other_tensors(folder: Path) -> None:
     ("change", "expected"),
     [
         (other_state, "resume_count is missing"),
+        (other_sums, "are not those of these data"),
+        (other_documents, "are not those of these data"),
         (other_tensors, "its tensors are of another version"),
     ],
 )
