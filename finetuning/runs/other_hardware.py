@@ -177,9 +177,7 @@ def _data(config: DirectTrainingConfig, tokenizer: object, terminal: Terminal) -
     options = {"workers": config.workers or processors(), "cache_dir": config.cache_path}
     with terminal.working("reading the data") as progress:
         read, eval_read = read_data(config, progress=progress, **options)
-        split = split_samples(
-            read, config, eval_read, seed=config.seed, cache_dir=config.cache_path
-        )
+        split = split_samples(read, config, eval_read, seed=config.seed, **options)
     with terminal.working("tokenizing") as progress:
         return prepare_data(split, tokenizer, config, progress=progress, **options)
 
