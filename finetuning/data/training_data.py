@@ -1,6 +1,7 @@
 """Files, split and tokens in the order in which a run needs them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from finetuning.common.text import clean_line
 from finetuning.config import DataSettings
 from finetuning.data.chat_template import chat_format
 from finetuning.data.split import Split
-from finetuning.data.token_table import TokenizedSamples, less_of
-from finetuning.data.tokenization import tokenize_samples
+from finetuning.data.token_table import TokenizedSamples
+from finetuning.data.tokenization import left_out, nothing_left, tokenize_samples
 from finetuning.readers.dataset import Progress, SampleSet, read_samples
 from finetuning.readers.sample import NothingLeftError, Sample
 
@@ -76,19 +77,31 @@ def read_data(
 
 
 def general_part(
-    paths: Sequence[str], tokenizer: object, settings: DataSettings, most_tokens: int = 0
+    paths: Sequence[str],
+    tokenizer: object,
+    settings: DataSettings,
+    warn: Callable[[str], None],
+    most_tokens: int = 0,
 ) -> DataPart | None:
     """General text by which forgetting is measured: the first documents of up to `most_tokens` (0: all).
 
-    A model whose template knows no think block gets the answers alone. None where nothing is left of it.
+    A model whose template knows no think block gets the answers alone. `warn` is told how many texts are left
+    out. None where the first document is longer than `most_tokens`. Raises NothingLeftError, which names the
+    paths, where no text can be used.
     """
-    samples = read_samples(paths).samples
+    read = read_samples(paths)
     knows_thinking = chat_format(tokenizer).close_id >= 0
-    samples = [s if knows_thinking else replace(s, thinking="") for s in samples]
+    samples = [s if knows_thinking else replace(s, thinking="") for s in read.samples]
     rules = {"loss_on": "last_turn", "empty_thinking": "mask", "control_tokens": "split"}
     length = max(settings.max_seq_length, GENERAL_LENGTH)
     settings = replace(settings, max_seq_length=length, over_length="drop", **rules)
-    tokens = tokenize_samples(samples, tokenizer, settings)
+    with _named(paths):
+        tokens = tokenize_samples(samples, tokenizer, settings)
+    lost = [f"{len(read.broken)} that can't be read"] if read.broken else []
+    lost += [text for text, _ in left_out(tokens.truncation, settings)]
+    if lost:
+        total = len(samples) + len(read.broken)
+        warn(f"{_shown(paths)}: left out of {total} texts: {', '.join(lost)}")
     ends = np.cumsum(tokens.lengths)
     count = int((ends <= most_tokens).sum()) if most_tokens else len(tokens)
     return DataPart(samples, tokens, np.arange(count)) if count else None
@@ -124,16 +137,22 @@ def prepare_data(
         documents = tokens.documents_of(split.held_out)
         held_out = DataPart(split.read.samples, tokens, documents)
     else:
-        samples = split.eval_read.samples
-        tokens = tokenize_samples(split.eval_read, tokenizer, settings, **options)
-        held_out = DataPart(samples, tokens, np.arange(len(tokens)))
-    limit, lost = settings.max_seq_length, tokens.truncation
+        with _named(settings.eval_path):
+            own = tokenize_samples(split.eval_read, tokenizer, settings, **options)
+        held_out = DataPart(split.eval_read.samples, own, np.arange(len(own)))
     if not len(train):
-        raise NothingLeftError(
-            f"data: none of {len(split.train)} samples can be trained on: {len(lost.dropped)} do not fit in "
-            f"max_seq_length {limit} tokens, {len(lost.control_tokens)} spell a control token, "
-            f"{len(lost.broken)} are broken; raise --max-seq-length, use --over-length truncate_thinking, or "
-            "mend them (--check-data lists them)",
-            less_of(lost, split.read.samples, limit),
-        )
-    return TrainingData(split, train, held_out, limit, workers, cache_dir)
+        raise nothing_left(split.read.samples, tokens.truncation, settings, len(held_out))
+    return TrainingData(split, train, held_out, settings.max_seq_length, workers, cache_dir)
+
+
+@contextmanager
+def _named(paths: Sequence[str]) -> Iterator[None]:
+    """Within it, where no sample is left the files are named: they are others than --data-path."""
+    try:
+        yield
+    except NothingLeftError as error:
+        raise NothingLeftError(f"{_shown(paths)}: {error}", error.findings) from error
+
+
+def _shown(paths: Sequence[str]) -> str:
+    return clean_line(", ".join(map(str, paths)), 200)

@@ -141,7 +141,7 @@ def plan_elsewhere(config: DirectTrainingConfig, gpus: Gpus, terminal: Terminal)
     shape = model_shape(model.path, config, init_adapter=config.init_adapter)
     steps = plan_of(data.train, config, config, dist)
     evaluation = one_pass(data.held_out, config, dist) if len(data.held_out) else None
-    plans = (steps, evaluation, plan_general(config, tokenizer, evaluation, dist))
+    plans = (steps, evaluation, plan_general(config, tokenizer, evaluation, dist, terminal))
     work = _workload(config, data, plans, tokenizer, dist)
     parallel, estimate = _fitting(config, gpus, dist, shape, work, dtype)
     return PlanElsewhere(gpus, model.name, parallel, accounts_of(data, config), steps, estimate)

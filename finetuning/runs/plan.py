@@ -130,8 +130,9 @@ def plan_run(
     inputs = load_data(config, dist, terminal, trust_remote_code=trust_remote_code)
     data, settings = inputs.data, recorded_settings(config)
     rows = prove_rows(config, inputs.model, dist, terminal)
-    steps, evaluation, general = plans = plan_steps(config, inputs, dist)
-    probes = tuple(choose_probes(probe_part(config, inputs), inputs.tokenizer, config.num_probes))
+    steps, evaluation, general = plans = plan_steps(config, inputs, dist, terminal)
+    asked = probe_part(config, inputs, terminal)
+    probes = tuple(choose_probes(asked, inputs.tokenizer, config.num_probes))
     answer_tokens = token_budget(probes, config.probe_max_new_tokens, dist.device)
     eval_steps = evaluation_steps(config, plans, answer_tokens, dist)
     run_identity = identity(settings, inputs.model.name, inputs.contents, data, steps)
@@ -346,12 +347,14 @@ def find_model(
     return embedded_because(reason) if reason else found
 
 
-def plan_steps(config: DirectTrainingConfig, inputs: RunData, dist: Distributed) -> Plans:
+def plan_steps(
+    config: DirectTrainingConfig, inputs: RunData, dist: Distributed, terminal: Terminal
+) -> Plans:
     """The steps of the training, those of one pass over the held-out documents, and over general text."""
     held_out = inputs.data.held_out
     steps = plan_of(inputs.data.train, config, config, dist)
     evaluation = one_pass(held_out, config, dist) if len(held_out) else None
-    return steps, evaluation, plan_general(config, inputs.tokenizer, evaluation, dist)
+    return steps, evaluation, plan_general(config, inputs.tokenizer, evaluation, dist, terminal)
 
 
 def plan_general(
@@ -359,6 +362,7 @@ def plan_general(
     tokenizer: transformers.PreTrainedTokenizerBase,
     evaluation: StepPlan | None,
     dist: Distributed,
+    terminal: Terminal,
 ) -> tuple[DataPart, StepPlan] | None:
     """The text by which forgetting is measured, and a pass over it; on a CPU no more than is held out, and
     little."""
@@ -368,13 +372,14 @@ def plan_general(
     most = 0
     if dist.device.type == "cpu":
         most = min(evaluation.num_tokens, CPU_TOKENS) if evaluation else CPU_TOKENS
-    part = general_part(paths, tokenizer, config, most)
+    part = general_part(paths, tokenizer, config, terminal.warning, most)
     return part and (part, one_pass(part, config, dist))
 
 
-def probe_part(config: DirectTrainingConfig, inputs: RunData) -> DataPart:
+def probe_part(config: DirectTrainingConfig, inputs: RunData, terminal: Terminal) -> DataPart:
     """Where the questions of the evaluations come from."""
-    own = config.probe_path and general_part(config.probe_path, inputs.tokenizer, config)
+    paths, warn = config.probe_path, terminal.warning
+    own = general_part(paths, inputs.tokenizer, config, warn) if paths else None
     return own or inputs.data.held_out
 
 
