@@ -59,12 +59,16 @@ PROBE_WALL = Bound(
     "refused", "data/test_template_probe.py::test_one_that_never_ends_is_refused",
 )  # fmt: skip
 TOKENIZER_CPU = Bound(
-    20, "seconds", "a tokenizer's time to load, and to encode the longest samples and some others",
+    20, "seconds", "a tokenizer's time to load, and to encode 13 samples evenly spaced from first to last",
     "the model is refused", "data/test_tokenizer_probe.py::test_one_that_never_ends_is_refused",
 )  # fmt: skip
 TOKENIZER_MEMORY = Bound(
     4096 * _MIB, "bytes", "a tokenizer's memory for the same",
     "the model is refused", "data/test_tokenizer_probe.py::test_one_that_fills_the_memory_is_refused",
+)  # fmt: skip
+TOKENIZER_TEXT = Bound(
+    100_000, "characters", "the beginning of a sample that a tokenizer is tried with",
+    "the rest is not tried", "data/test_tokenizer_probe.py::test_of_long_samples_a_beginning_is_tried",
 )  # fmt: skip
 
 # ---- what is shown of a run ---------------------------------------------------------------------
