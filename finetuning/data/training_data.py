@@ -82,39 +82,45 @@ def general_part(
     settings: DataSettings,
     warn: Callable[[str], None],
     most_tokens: int = 0,
-) -> DataPart | None:
-    """General text by which forgetting is measured: the first documents of up to `most_tokens` (0: all).
+    *,
+    option: str = "",
+) -> DataPart:
+    """General text by which forgetting is measured: the first documents of up to `most_tokens` (0: all), one
+    at least.
 
     A model whose template knows no think block gets the answers alone. `warn` is told how many texts are left
-    out. None where the first document is longer than `most_tokens`. Raises NothingLeftError, which names the
-    paths, where no text can be used.
+    out. option: which one names the paths; none for text of the program's own, which has the program's own
+    columns. Raises UserError, which names option and paths, where too many texts are broken, and
+    NothingLeftError where none can be used.
     """
-    read = read_samples(paths)
+    place = f"{option} {_shown(paths)}".strip()
+    read = read_samples(paths, columns=settings.columns if option else None)
+    check_broken(read, settings.max_broken_fraction, place)
     knows_thinking = chat_format(tokenizer).close_id >= 0
     samples = [s if knows_thinking else replace(s, thinking="") for s in read.samples]
     rules = {"loss_on": "last_turn", "empty_thinking": "mask", "control_tokens": "split"}
     length = max(settings.max_seq_length, GENERAL_LENGTH)
     settings = replace(settings, max_seq_length=length, over_length="drop", **rules)
-    with _named(paths):
+    with _named(place):
         tokens = tokenize_samples(samples, tokenizer, settings)
     lost = [f"{len(read.broken)} that can't be read"] if read.broken else []
     lost += [text for text, _ in left_out(tokens.truncation, settings)]
     if lost:
         total = len(samples) + len(read.broken)
-        warn(f"{_shown(paths)}: left out of {total} texts: {', '.join(lost)}")
+        warn(f"{place}: left out of {total} texts: {', '.join(lost)}")
     ends = np.cumsum(tokens.lengths)
-    count = int((ends <= most_tokens).sum()) if most_tokens else len(tokens)
-    return DataPart(samples, tokens, np.arange(count)) if count else None
+    count = max(1, int((ends <= most_tokens).sum())) if most_tokens else len(tokens)
+    return DataPart(samples, tokens, np.arange(count))
 
 
-def check_broken(read: SampleSet, max_fraction: float) -> None:
+def check_broken(read: SampleSet, max_fraction: float, place: str = "data") -> None:
     """Refuse data of which too much can't be read, naming the first places."""
     total = len(read.samples) + len(read.broken)
     if len(read.broken) <= max_fraction * total:
         return
     places = "; ".join(f"{b.source}:{b.line} {b.reason}" for b in read.broken[:3])
     raise UserError(
-        f"data: {len(read.broken)} of {total} samples are broken, more than max_broken_fraction "
+        f"{place}: {len(read.broken)} of {total} samples are broken, more than max_broken_fraction "
         f"{max_fraction:g} allows. First: {places}. Mend them (--check-data lists all) or raise "
         "--max-broken-fraction"
     )
@@ -137,7 +143,7 @@ def prepare_data(
         documents = tokens.documents_of(split.held_out)
         held_out = DataPart(split.read.samples, tokens, documents)
     else:
-        with _named(settings.eval_path):
+        with _named(f"--eval-path {_shown(settings.eval_path)}"):
             own = tokenize_samples(split.eval_read, tokenizer, settings, **options)
         held_out = DataPart(split.eval_read.samples, own, np.arange(len(own)))
     if not len(train):
@@ -146,12 +152,12 @@ def prepare_data(
 
 
 @contextmanager
-def _named(paths: Sequence[str]) -> Iterator[None]:
-    """Within it, where no sample is left the files are named: they are others than --data-path."""
+def _named(place: str) -> Iterator[None]:
+    """Within it, where no sample is left the option and its files are named: they are not --data-path."""
     try:
         yield
     except NothingLeftError as error:
-        raise NothingLeftError(f"{_shown(paths)}: {error}", error.findings) from error
+        raise NothingLeftError(f"{place}: {error}", error.findings) from error
 
 
 def _shown(paths: Sequence[str]) -> str:

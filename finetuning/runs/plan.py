@@ -368,19 +368,21 @@ def plan_general(
     little."""
     if not config.forgetting:
         return None
-    paths = config.general_path or (bundled_data("general"),)
+    own = config.general_path
+    paths, option = (own, "--general-path") if own else ((bundled_data("general"),), "")
     most = 0
     if dist.device.type == "cpu":
         most = min(evaluation.num_tokens, CPU_TOKENS) if evaluation else CPU_TOKENS
-    part = general_part(paths, tokenizer, config, terminal.warning, most)
-    return part and (part, one_pass(part, config, dist))
+    part = general_part(paths, tokenizer, config, terminal.warning, most, option=option)
+    return part, one_pass(part, config, dist)
 
 
 def probe_part(config: DirectTrainingConfig, inputs: RunData, terminal: Terminal) -> DataPart:
     """Where the questions of the evaluations come from."""
     paths, warn = config.probe_path, terminal.warning
-    own = general_part(paths, inputs.tokenizer, config, warn) if paths else None
-    return own or inputs.data.held_out
+    if not paths:
+        return inputs.data.held_out
+    return general_part(paths, inputs.tokenizer, config, warn, option="--probe-path")
 
 
 def one_pass(part: DataPart, config: DirectTrainingConfig, dist: Distributed) -> StepPlan:

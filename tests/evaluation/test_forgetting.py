@@ -32,7 +32,7 @@ ONE = Distributed(0, 1, 0, torch.device("cpu"))
 def part(tiny_model: Path) -> DataPart:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     found = general_part([bundled_data("general")], tokenizer, up_to(64), pytest.fail, 2500)
-    assert found is not None and len(found) > 8
+    assert len(found) > 8
     return found
 
 
