@@ -268,7 +268,8 @@ def _read_large(
         chunks += parts
         hashes.append((file.source, file.kind, file.encoding, file.described, digest))
     libraries = ("pyarrow", "openpyxl", "python-docx")
-    version = code_version(*(f"readers.{name}" for name in _READERS), libraries=libraries)
+    makers = ("common.bounds", "common.text", *(f"readers.{name}" for name in _READERS))
+    version = code_version(*makers, libraries=libraries)
     key = json.dumps([version, hashes, files[0].columns], sort_keys=True, ensure_ascii=True)
     root = Path(cache_dir) if cache_dir else temporary_folder()
     folder = root / "samples" / hashlib.blake2b(key.encode(), digest_size=16).hexdigest()

@@ -18,7 +18,6 @@ import pytest
 
 import finetuning
 
-ROOMS = ("common", "readers", "data", "analysis")
 LENGTH = 800
 SLOW = 0.003  # CPU seconds; a linear expression takes less than a tenth of it
 USES = {
@@ -31,17 +30,17 @@ USES = {
 def patterns() -> dict[str, tuple[re.Pattern, tuple[str, ...]]]:
     """Place to (pattern, the ways in which it is used) of all that modules hold."""
     found = {}
-    for room in ROOMS:
-        package = importlib.import_module(f"{finetuning.__name__}.{room}")
-        for info in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
-            module = importlib.import_module(info.name)
-            source = inspect.getsource(module)
-            for name, value in vars(module).items():
-                for i, pattern in enumerate(held(value)):
-                    uses = [way for way, form in USES.items() if re.search(name + form, source)]
-                    place = f"{info.name}.{name}[{i}]"
-                    if isinstance(pattern.pattern, str):
-                        found.setdefault((pattern, tuple(uses or USES)), place)
+    for info in pkgutil.walk_packages(finetuning.__path__, f"{finetuning.__name__}."):
+        if info.ispkg:  # they are empty
+            continue
+        module = importlib.import_module(info.name)
+        source = inspect.getsource(module)
+        for name, value in vars(module).items():
+            for i, pattern in enumerate(held(value)):
+                uses = [way for way, form in USES.items() if re.search(name + form, source)]
+                place = f"{info.name}.{name}[{i}]"
+                if isinstance(pattern.pattern, str):
+                    found.setdefault((pattern, tuple(uses or USES)), place)
     return {place: key for key, place in found.items()}
 
 
