@@ -73,6 +73,10 @@ TOKENIZER_TEXT = Bound(
 
 # ---- what is shown of a run ---------------------------------------------------------------------
 
+CURVE_FILE = Bound(
+    256 * _MIB, "bytes", "a log of another tool that is read whole: trainer_state.json, what a run printed",
+    "the file is refused", "monitoring/test_convergence.py::test_a_log_that_is_read_whole_is_bounded",
+)  # fmt: skip
 CURVE_COLUMNS = Bound(
     500, "columns", "the course of one tag of a run that is read back: lowest and highest of each are kept",
     "neighbours become one", "runs/test_series.py::test_memory_stays_and_no_spike_is_lost",
