@@ -131,11 +131,11 @@ DOCUMENT = Bound(
 )  # fmt: skip
 TAGS = Bound(
     4_000_000, "tags", "a Word file, which is held as a tree",
-    "the file is refused", "readers/test_bounds.py::test_an_office_file_is_no_bomb",
+    "the file is refused", "readers/test_bounds.py::test_tags_and_paragraphs_are_bounded",
 )  # fmt: skip
 PARAGRAPHS = Bound(
     200_000, "paragraphs", "a Word file",
-    "the file is refused", "readers/test_bounds.py::test_an_office_file_is_no_bomb",
+    "the file is refused", "readers/test_bounds.py::test_tags_and_paragraphs_are_bounded",
 )  # fmt: skip
 COLUMNS = Bound(
     4096, "columns", "a record, or the header of a table",
