@@ -382,7 +382,8 @@ def _cache_key(
     vocabulary = backend.to_str() if backend else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     libraries = ("transformers", "tokenizers", "jinja2")
     makers = ("tokenization", "token_table", "chat_template", "rendering", "verification")
-    version = code_version(*(f"data.{name}" for name in makers), libraries=libraries)
+    makers = ("readers.sample", *(f"data.{name}" for name in makers))
+    version = code_version(*makers, libraries=libraries)
     read = {name: getattr(settings, name) for name in _READ}
     facts = [version, fingerprint, read, tokenizer.chat_template, tokenizer.eos_token]
     digest.update(json.dumps(facts, sort_keys=True, default=str).encode())

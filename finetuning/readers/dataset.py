@@ -251,6 +251,11 @@ _READERS = (
     "labelled", "markdown", "names", "office", "opening", "reasoning", "records", "sample", "tables", "texts",
     "turns", "values",
 )  # fmt: skip
+_MAKERS = (
+    "common.bounds",
+    "common.files",
+    "common.text",
+)  # of other rooms; samples depend on them, too
 
 
 def _read_large(
@@ -268,8 +273,7 @@ def _read_large(
         chunks += parts
         hashes.append((file.source, file.kind, file.encoding, file.described, digest))
     libraries = ("pyarrow", "openpyxl", "python-docx")
-    makers = ("common.bounds", "common.text", *(f"readers.{name}" for name in _READERS))
-    version = code_version(*makers, libraries=libraries)
+    version = code_version(*_MAKERS, *(f"readers.{name}" for name in _READERS), libraries=libraries)
     key = json.dumps([version, hashes, files[0].columns], sort_keys=True, ensure_ascii=True)
     root = Path(cache_dir) if cache_dir else temporary_folder()
     folder = root / "samples" / hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
