@@ -467,7 +467,7 @@ def run(command: CommandLine) -> int:
     trainer = DirectTrainer(config, resume=command.resume, quiet=command.quiet, **trust)
     if command.check_data:
         load = functools.partial(load_data, config, trainer.dist, trainer.terminal, **trust)
-        return check_data(load, trainer.terminal, quiet=command.quiet)
+        return check_data(load, trainer.terminal, config.cache_path, quiet=command.quiet)
     if command.plan:
         show_plan(trainer.terminal, plan_run(config, trainer.dist, trainer.terminal, **trust))
     else:

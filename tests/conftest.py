@@ -1,5 +1,6 @@
 """Shared fixtures. Data of others lies beside the checkout and is optional."""
 
+import json
 import os
 import signal
 from collections.abc import Callable, Sequence
@@ -16,6 +17,30 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def tried_tokenizers() -> set[str]:
+    """Those that passed in a child process."""
+    return set()
+
+
+@pytest.fixture(autouse=True)
+def tried_once(monkeypatch: pytest.MonkeyPatch, tried_tokenizers: set[str]) -> None:
+    """A tokenizer is tried in a child process with the first data of all tests only: that takes a second."""
+    from finetuning.common.limited import Ended
+    from finetuning.data import tokenizer_probe
+
+    real = tokenizer_probe.run_limited
+
+    def tried(*arguments: object, given: bytes) -> Ended:
+        tokenizer = json.loads(given)["tokenizer"]
+        ended = Ended(0, "", "") if tokenizer in tried_tokenizers else real(*arguments, given=given)
+        if not ended.code:
+            tried_tokenizers.add(tokenizer)
+        return ended
+
+    monkeypatch.setattr(tokenizer_probe, "run_limited", tried)
 
 
 @pytest.fixture(scope="session")

@@ -230,7 +230,7 @@ def text_loss(
     path: str,
 ) -> float:
     """The loss on the answers of a file that is no part of the training."""
-    part = general_part([path], plan.inputs.tokenizer, config)
+    part = general_part([path], plan.inputs.tokenizer, config, print)
     sums = held_out_sums(engine.packed, part.tokens, one_pass(part, config, dist), dist)
     loss, _, count = sums.documents.sum((0, 1))
     return float(loss / count)

@@ -1,49 +1,36 @@
 """What is wrong with training data, by kind and by file and line: the answer of --check-data."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from finetuning.analysis.statistics import DatasetStatistics
+from finetuning.common.cache import kept_in
 from finetuning.common.files import atomic_write_text
 from finetuning.common.terminal import Terminal
-from finetuning.common.text import clean_line
 from finetuning.data.accounts import Accounts, account_rows
 from finetuning.data.token_table import less_of
 from finetuning.data.training_data import TrainingData
-from finetuning.readers.sample import NothingLeftError
+from finetuning.readers.sample import Finding, NothingLeftError
 
 # Kinds that lose samples or falsify the held-out loss: with one of them the check fails.
 SERIOUS = ("broken", "dropped", "control token", "leak")
-SHOWN_OF_ALL = 100  # of a kind where no sample is left, and so no file of all of them
-SHOWN = 3  # faults of a kind on the terminal; all of them are in the file
-
-
-@dataclass(frozen=True, order=True)
-class Fault:
-    """One trouble of one sample."""
-
-    source: str
-    line: int
-    kind: str
-    note: str
-
-    def __str__(self) -> str:
-        return f"{clean_line(self.source)}:{self.line}: {self.kind}: {clean_line(self.note, 300)}"
+SHOWN = 3  # findings of a kind on the terminal; all of them are in the file
 
 
 @dataclass(frozen=True)
 class FaultKind:
-    """All faults of a kind, the worst first; of some kinds only the first few hundred are known by name."""
+    """All findings of a kind, the worst first; of some kinds only the first few hundred are known by name."""
 
     name: str
     total: int
-    faults: tuple[Fault, ...]
+    findings: tuple[Finding, ...]
 
     def lines(self, at_most: int | None = None) -> Iterator[str]:
-        """A line for each fault, and one that says how many are not shown."""
-        shown = self.faults[:at_most]
+        """A line for each finding, and one that says how many are not shown."""
+        shown = self.findings[:at_most]
         yield from map(str, shown)
         if self.total > len(shown):
             yield f"  … and {self.total - len(shown):,} more of {self.total:,} {self.name}"
@@ -53,17 +40,17 @@ def data_faults(
     data: TrainingData, statistics: DatasetStatistics, accounts: Sequence[Accounts]
 ) -> list[FaultKind]:
     """All kinds of faults that there are, the serious ones first."""
-    found = [fault for account in accounts for fault in _of_files(account, data.max_seq_length)]
+    found = [one for account in accounts for one in _of_files(account, data.max_seq_length)]
     result = {kind.name: kind for kind in _by_kind(found)}
     result |= {kind.name: kind for kind in _repetitions(statistics)}
     return [kind for kind in result.values() if kind.total]
 
 
-def _by_kind(found: Iterable[Fault]) -> list[FaultKind]:
+def _by_kind(found: Iterable[Finding]) -> list[FaultKind]:
     """The serious kinds first, whether there are any or not."""
-    kinds: dict[str, list[Fault]] = {name: [] for name in SERIOUS}
-    for fault in dict.fromkeys(found):
-        kinds.setdefault(fault.kind, []).append(fault)
+    kinds: dict[str, list[Finding]] = {name: [] for name in SERIOUS}
+    for finding in dict.fromkeys(found):
+        kinds.setdefault(finding.kind, []).append(finding)
     others = sorted(kinds.keys() - set(SERIOUS))
     return [FaultKind(name, len(kinds[name]), tuple(kinds[name])) for name in (*SERIOUS, *others)]
 
@@ -79,13 +66,15 @@ class Inputs(Protocol):
         """What is in the data."""
 
 
-def check_data(load: Callable[[], Inputs], terminal: Terminal, *, quiet: bool) -> int:
+def check_data(
+    load: Callable[[], Inputs], terminal: Terminal, cache_dir: Path, *, quiet: bool
+) -> int:
     """Print what became of the data, unless quiet, and the worst faults of each kind; the rest, with the
     statistics, goes into a file of the cache. 1 if something serious is wrong, else 0."""
     try:
         found = load()
     except NothingLeftError as error:
-        return _nothing_left(error, terminal)
+        return _nothing_left(error, terminal, cache_dir)
     data, statistics, accounts = found.data, found.statistics, found.accounts
     kinds = data_faults(data, statistics, accounts)
     if not quiet:
@@ -93,24 +82,35 @@ def check_data(load: Callable[[], Inputs], terminal: Terminal, *, quiet: bool) -
     for warning in (warning for account in accounts for warning in account.warnings()):
         terminal.warning(warning)
     lines = [line for kind in kinds for line in kind.lines(SHOWN)]
-    if data.cache_dir:
-        path = Path(data.cache_dir) / "checks" / f"{data.split.read.fingerprint}.md"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(path, report_text(kinds, statistics, accounts))
-        where = f"all findings and the statistics: {path}"
-        if kinds:
-            lines.append(where)
-        else:
-            terminal.info(where)
+    text = report_text(kinds, statistics, accounts)
+    where = (
+        f"all findings and the statistics: {_written(cache_dir, data.split.read.fingerprint, text)}"
+    )
+    if kinds:
+        lines.append(where)
+    else:
+        terminal.info(where)
     terminal.final("\n".join([*lines, summary(kinds, len(data.split.read.samples))]))
     return 0 if is_good(kinds) else 1
 
 
-def _nothing_left(error: NothingLeftError, terminal: Terminal) -> int:
-    """Print why no sample is left, of a file or of all: every finding by kind. Always 1."""
-    faults = [Fault(f.source, f.line, f.kind, f.note) for f in error.findings]
-    kinds = [kind for kind in _by_kind(faults) if kind.total]
-    lines = [line for kind in kinds for line in kind.lines(SHOWN_OF_ALL)]
+def _written(cache_dir: Path, name: str, text: str) -> Path:
+    """Where the report of a check is, below the cache."""
+    path = Path(cache_dir) / "checks" / f"{name}.md"
+    with kept_in(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(path, text)
+    return path
+
+
+def _nothing_left(error: NothingLeftError, terminal: Terminal, cache_dir: Path) -> int:
+    """Print why no sample is left, of a file or of all: the first findings of each kind; all are in a file of
+    the cache. Always 1."""
+    kinds = [kind for kind in _by_kind(error.findings) if kind.total]
+    lines = [line for kind in kinds for line in kind.lines(SHOWN)]
+    text = "\n\n".join(_sections(kinds))
+    name = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    lines.append(f"all findings: {_written(cache_dir, name, text)}")
     counts = ", ".join(f"{kind.total} {kind.name}" for kind in kinds)
     terminal.final("\n".join([*lines, f"nothing to train on: {counts}"]))
     terminal.error(str(error))
@@ -134,22 +134,23 @@ def report_text(
     """Markdown: the accounts, every finding by kind, and the statistics."""
     rows = (f"- {name}: {text}" for name, text in account_rows(accounts))
     parts = ["# What became of the data\n\n" + "\n".join(rows)]
+    return "\n\n".join([*parts, *_sections(kinds), statistics.summary_markdown()])
+
+
+def _sections(kinds: Iterable[FaultKind]) -> Iterator[str]:
+    """Every finding by kind; indented, so that nothing of the data is markup."""
     for kind in kinds:
-        lines = "\n".join(
-            f"    {line}" for line in kind.lines()
-        )  # indented: no markup of the data's
-        parts.append(f"## {kind.total} {kind.name}\n\n{lines}")
-    return "\n\n".join([*parts, statistics.summary_markdown()])
+        lines = "\n".join(f"    {line}" for line in kind.lines())
+        yield f"## {kind.total} {kind.name}\n\n{lines}"
 
 
-def _of_files(account: Accounts, limit: int) -> Iterator[Fault]:
+def _of_files(account: Accounts, limit: int) -> Iterator[Finding]:
     """What is told of the files' samples: records that are lost, and those that are used otherwise."""
     for record in account.broken:
-        yield Fault(record.source, record.line, "broken", record.reason)
-    for finding in less_of(account.report, account.read.samples, limit):
-        yield Fault(finding.source, finding.line, finding.kind, finding.note)
+        yield Finding(record.source, record.line, "broken", record.reason)
+    yield from less_of(account.report, account.read.samples, limit, account.empty_thinking)
     for remark in account.read.remarks:
-        yield Fault(remark.source, remark.line, "remark", remark.text)
+        yield Finding(remark.source, remark.line, "remark", remark.text)
 
 
 def _repetitions(statistics: DatasetStatistics) -> Iterator[FaultKind]:
@@ -163,5 +164,5 @@ def _repetitions(statistics: DatasetStatistics) -> Iterator[FaultKind]:
         "citation_conflicts": ("citation", statistics.facts.counts["citation_conflicts"]),
     }
     for name, (kind, total) in kinds.items():
-        faults = [Fault(f["source"], f["line"], kind, f["note"]) for f in findings.get(name, ())]
-        yield FaultKind(kind, max(total, len(faults)), tuple(faults))
+        known = [Finding(f["source"], f["line"], kind, f["note"]) for f in findings.get(name, ())]
+        yield FaultKind(kind, max(total, len(known)), tuple(known))

@@ -23,6 +23,7 @@ Report = dict[str, Any]
 Row = tuple[str, ...]
 Table = tuple[str, Row, list[Row]]  # title, header, rows
 
+_OWN_ROWS = {"Overview", "Lengths", "Quality by component"}  # no name of a file or of a term
 _TOP = 15  # terms and findings shown
 _BAR = 24  # columns of a full bar
 _FINDING_TITLES = {
@@ -65,8 +66,9 @@ def tables(report: Report) -> list[Table]:
 
 
 def _told(title: str, header: Row, rows: list[Row]) -> Table:
-    """In the language of the program: heads, and what a row is about."""
-    rows = [(translated(first), *others) for first, *others in rows]
+    """In the language of the program: heads, and names of rows that are the program's own."""
+    if title in _OWN_ROWS:
+        rows = [(translated(first), *others) for first, *others in rows]
     return translated(title), tuple(map(translated, header)), rows
 
 
@@ -236,10 +238,11 @@ def print_report(report: Report) -> None:
     from rich.text import Text
 
     console = Console(highlight=False)
-    for title, header, rows in tables(report):
-        if rows and title not in ("Overview",):
+    overview, *others = tables(report)
+    for title, header, rows in others:
+        if rows:
             console.print(_rich_table(title, header, rows))
-    console.print(_rich_table("Overview", ("", "value"), _overview(report)))
+    console.print(_rich_table(*overview))
     if "compare" in report:
         console.print(_rich_table(*_comparison(report)))
     for warning in report["warnings"]:
@@ -267,7 +270,7 @@ _BAR_COLUMNS = {"samples", "occurrences", "mean", "packing efficiency", "difficu
 
 def _bars(header: Row, rows: list[Row]) -> list[float]:
     """Share of the largest per row, for tables with one column that is worth a bar."""
-    columns = [i for i, name in enumerate(header) if name in _BAR_COLUMNS]
+    columns = [i for i, name in enumerate(header) if name in map(translated, _BAR_COLUMNS)]
     if not columns or "p50" in header:
         return []
     values = [_leading_number(row[columns[0]]) for row in rows]

@@ -432,8 +432,8 @@ def _warnings(stats: DatasetStatistics) -> Iterator[str]:
     without = facts.counts["without_thinking"]
     if without:
         yield (
-            f"{without} of {total} samples have no thinking; they teach a thinking model to answer"
-            " without it"
+            f"{without} of {total} samples have no thinking to learn; --empty-thinking says what becomes"
+            " of them"
         )
     if found.conflicting_questions:
         yield f"{found.conflicting_questions} questions have several different answers"

@@ -59,16 +59,24 @@ PROBE_WALL = Bound(
     "refused", "data/test_template_probe.py::test_one_that_never_ends_is_refused",
 )  # fmt: skip
 TOKENIZER_CPU = Bound(
-    20, "seconds", "a tokenizer's time to load, and to encode the longest samples and some others",
+    20, "seconds", "a tokenizer's time to load, and to encode 13 samples evenly spaced from first to last",
     "the model is refused", "data/test_tokenizer_probe.py::test_one_that_never_ends_is_refused",
 )  # fmt: skip
 TOKENIZER_MEMORY = Bound(
     4096 * _MIB, "bytes", "a tokenizer's memory for the same",
     "the model is refused", "data/test_tokenizer_probe.py::test_one_that_fills_the_memory_is_refused",
 )  # fmt: skip
+TOKENIZER_TEXT = Bound(
+    100_000, "characters", "the beginning of a sample that a tokenizer is tried with",
+    "the rest is not tried", "data/test_tokenizer_probe.py::test_of_long_samples_a_beginning_is_tried",
+)  # fmt: skip
 
 # ---- what is shown of a run ---------------------------------------------------------------------
 
+CURVE_FILE = Bound(
+    256 * _MIB, "bytes", "a log of another tool that is read whole: trainer_state.json, what a run printed",
+    "the file is refused", "monitoring/test_convergence.py::test_a_log_that_is_read_whole_is_bounded",
+)  # fmt: skip
 CURVE_COLUMNS = Bound(
     500, "columns", "the course of one tag of a run that is read back: lowest and highest of each are kept",
     "neighbours become one", "runs/test_series.py::test_memory_stays_and_no_spike_is_lost",
@@ -123,11 +131,11 @@ DOCUMENT = Bound(
 )  # fmt: skip
 TAGS = Bound(
     4_000_000, "tags", "a Word file, which is held as a tree",
-    "the file is refused", "readers/test_bounds.py::test_an_office_file_is_no_bomb",
+    "the file is refused", "readers/test_bounds.py::test_tags_and_paragraphs_are_bounded",
 )  # fmt: skip
 PARAGRAPHS = Bound(
     200_000, "paragraphs", "a Word file",
-    "the file is refused", "readers/test_bounds.py::test_an_office_file_is_no_bomb",
+    "the file is refused", "readers/test_bounds.py::test_tags_and_paragraphs_are_bounded",
 )  # fmt: skip
 COLUMNS = Bound(
     4096, "columns", "a record, or the header of a table",

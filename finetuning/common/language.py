@@ -23,10 +23,9 @@ PLACE = re.compile(r"\{(\w*)\}")  # of a value
 _current = ["en"]  # of this process, as a locale is
 
 
-def use(language: str, environment: Mapping[str, str] | None = None) -> None:
+def use(language: str) -> None:
     """Show texts in this language from now on: en, zh, or auto, which asks the locale of the environment."""
-    by_locale = language not in LANGUAGES
-    _current[0] = of_locale(environment or os.environ) if by_locale else language
+    _current[0] = language if language in LANGUAGES else of_locale(os.environ)
 
 
 def of_locale(environment: Mapping[str, str]) -> str:

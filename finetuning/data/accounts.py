@@ -11,7 +11,7 @@ from functools import cached_property
 from finetuning.common.errors import UserError
 from finetuning.common.text import clean_line
 from finetuning.config import DataSettings
-from finetuning.data.token_table import TokenizedSamples, TruncationReport
+from finetuning.data.token_table import EMPTY_BLOCK, TokenizedSamples, TruncationReport
 from finetuning.data.training_data import TrainingData
 from finetuning.readers.dataset import SampleSet
 from finetuning.readers.sample import BrokenSample
@@ -21,11 +21,6 @@ KEPT = (0.95, 0.99)  # shares of the documents for which a max_seq_length is nam
 _LENGTH_STEP = 64  # tokens; a named max_seq_length is a multiple
 _SHOWN = 3  # places named in a message
 Rows = list[tuple[str, str]]
-_EMPTY_BLOCK = {  # what becomes of the think block that a template may leave empty, by the setting
-    "mask": "; an empty think block carries no loss",
-    "train": "; an empty think block teaches the model not to think",
-    "drop": "",
-}
 
 
 @dataclass(frozen=True)
@@ -147,7 +142,7 @@ class Accounts:
                 "without thinking",
                 len(report.without_thinking),
                 documents,
-                "have no thinking to learn" + _EMPTY_BLOCK[self.empty_thinking],
+                "have no thinking to learn" + EMPTY_BLOCK[self.empty_thinking],
             ),
             _Share(
                 "empty thinking",

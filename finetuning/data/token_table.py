@@ -15,6 +15,11 @@ from finetuning.common.files import write_json
 from finetuning.readers.arrow_samples import give_back_pages
 from finetuning.readers.sample import BrokenSample, Finding, Sample
 
+EMPTY_BLOCK = {  # what becomes of the think block that a template may leave empty, by the setting
+    "mask": "; an empty think block carries no loss",
+    "train": "; an empty think block teaches the model not to think",
+    "drop": "",
+}
 NUM_THINKING_BUCKETS = 10  # tenths of a chain of thought
 
 
@@ -89,8 +94,11 @@ class TruncationReport:
         return cls(**{**values, "broken": tuple(broken)})
 
 
-def less_of(report: TruncationReport, samples: Sequence[Sample], limit: int) -> Iterator[Finding]:
-    """The samples of which less becomes tokens than their file holds, the longest first."""
+def less_of(
+    report: TruncationReport, samples: Sequence[Sample], limit: int, empty_thinking: str
+) -> Iterator[Finding]:
+    """The samples of which less becomes tokens than their file holds, the longest first. `limit` and
+    `empty_thinking` are the settings that the tokens were made with."""
     lengths = dict(zip(report.truncated, report.long_lengths, strict=True))
     kinds = {
         "dropped": (report.dropped, f"longer than max_seq_length {limit}; left out"),
@@ -99,7 +107,11 @@ def less_of(report: TruncationReport, samples: Sequence[Sample], limit: int) -> 
             f"longer than max_seq_length {limit}; the middle of its thinking is left out",
         ),
         "control token": (report.control_tokens, "its text spells a control token"),
-        "no thinking": (report.without_thinking, "teaches to answer without thinking"),
+        "empty thinking": (report.empty_thinking, "has no thinking; left out"),
+        "no thinking": (
+            report.without_thinking,
+            f"has no thinking to learn{EMPTY_BLOCK[empty_thinking]}",
+        ),
     }
     of_id = {kind: set(ids) for kind, (ids, _) in kinds.items()}
     if not any(of_id.values()):
@@ -110,7 +122,7 @@ def less_of(report: TruncationReport, samples: Sequence[Sample], limit: int) -> 
             if sample.id in ids:
                 length = lengths.get(sample.id, 0) if kind in ("dropped", "shortened") else 0
                 note = f"{length} tokens, {kinds[kind][1]}" if length else kinds[kind][1]
-                found.append((-length, Finding(kind, sample.source, sample.line, note)))
+                found.append((-length, Finding(sample.source, sample.line, kind, note)))
     yield from (finding for _, finding in sorted(found))
 
 

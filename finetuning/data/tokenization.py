@@ -264,21 +264,50 @@ def tokenize_samples(
         if progress:
             progress(len(samples), len(samples))
     if not len(arrays["lengths"]):
-        raise _nothing_left(samples, truncation, settings.max_seq_length)
+        raise nothing_left(samples, truncation, settings)
     return _table(arrays, truncation, form, settings.max_seq_length)
 
 
-def _nothing_left(
-    samples: Sequence[Sample], truncation: TruncationReport, limit: int
-) -> NothingLeftError:
-    broken = truncation.broken
+def left_out(report: TruncationReport, settings: DataSettings) -> Iterator[tuple[str, str]]:
+    """How many samples are left out for each reason that there is, and what helps."""
+    broken, refuses = report.broken, settings.control_tokens == "refuse"
     first = f" (the first: {broken[0]})" if broken else ""
-    lost = (Finding("broken", b.source, b.line, b.reason) for b in broken)
+    for count, reason, remedy in (
+        (
+            len(report.dropped),
+            f"longer than {settings.max_seq_length} tokens",
+            "raise --max-seq-length or use --over-length truncate_thinking",
+        ),
+        (
+            len(report.control_tokens) * refuses,
+            "with control tokens in the text",
+            "use --control-tokens split",
+        ),
+        (len(report.empty_thinking), "without thinking", "use --empty-thinking mask"),
+        (
+            len(broken),
+            f"broken{first}",
+            "mend what is broken (--check-data lists it) or use another model",
+        ),
+    ):
+        if count:
+            yield f"{count} {reason}", remedy
+
+
+def nothing_left(
+    samples: Sequence[Sample], report: TruncationReport, settings: DataSettings, held_out: int = 0
+) -> NothingLeftError:
+    """Why no document is left of the samples; `held_out` are left, but not to train on."""
+    why = list(left_out(report, settings))
+    if held_out:
+        why.append((f"{held_out} held out", "lower --eval-fraction"))
+    if not why:
+        why.append(("no assistant turn of them is to be learnt", "see their loss flags"))
+    reasons, remedies = (", ".join(texts) for texts in zip(*why, strict=True))
+    broken = (Finding(b.source, b.line, "broken", b.reason) for b in report.broken)
+    less = less_of(report, samples, settings.max_seq_length, settings.empty_thinking)
     return NothingLeftError(
-        f"no sample is left to train on: {len(truncation.dropped)} are longer than "
-        f"{limit} tokens, {len(truncation.control_tokens)} hold control tokens, {len(broken)} are "
-        f"broken{first}; raise max_seq_length, use another model or mend the data",
-        (*lost, *less_of(truncation, samples, limit)),
+        f"no sample is left of {len(samples)}: {reasons}. What helps: {remedies}", (*broken, *less)
     )
 
 
@@ -353,7 +382,8 @@ def _cache_key(
     vocabulary = backend.to_str() if backend else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     libraries = ("transformers", "tokenizers", "jinja2")
     makers = ("tokenization", "token_table", "chat_template", "rendering", "verification")
-    version = code_version(*(f"data.{name}" for name in makers), libraries=libraries)
+    makers = ("readers.sample", *(f"data.{name}" for name in makers))
+    version = code_version(*makers, libraries=libraries)
     read = {name: getattr(settings, name) for name in _READ}
     facts = [version, fingerprint, read, tokenizer.chat_template, tokenizer.eos_token]
     digest.update(json.dumps(facts, sort_keys=True, default=str).encode())

@@ -10,15 +10,14 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from finetuning.common.bounds import PROBE_WALL, TOKENIZER_CPU, TOKENIZER_MEMORY
+from finetuning.common.bounds import PROBE_WALL, TOKENIZER_CPU, TOKENIZER_MEMORY, TOKENIZER_TEXT
 from finetuning.common.errors import UserError
 from finetuning.common.limited import Limits, run_limited
 from finetuning.readers.sample import Sample, strings_of
 
 LIMITS = Limits(TOKENIZER_MEMORY, TOKENIZER_CPU, PROBE_WALL)
-TRIED = 12  # samples, from the first to the last
-LETTERS = 100_000  # of each
-_PASSED: set[bytes] = set()  # digests of those that this process has tried
+TRIED = 13  # samples, from the first to the last
+_PASSED: set[bytes] = set()  # digests of what this process has tried: a tokenizer with its texts
 
 
 def check_tokenizer(tokenizer: Any, samples: Sequence[Sample]) -> None:
@@ -26,15 +25,16 @@ def check_tokenizer(tokenizer: Any, samples: Sequence[Sample]) -> None:
     that is written in Python hears of signals, and is not tried."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     written = backend.to_str() if backend is not None else ""
-    digest = hashlib.blake2b(written.encode("utf-8", "surrogatepass")).digest()
-    if not written or digest in _PASSED:
+    if not written:
         return
-    places = (
-        sorted({round(i * (len(samples) - 1) / TRIED) for i in range(TRIED + 1)}) if samples else []
-    )
-    texts = ["\n".join(strings_of(samples[i].messages()))[:LETTERS] for i in places]
-    given = json.dumps({"tokenizer": written, "texts": texts})
-    ended = run_limited(__name__, (), LIMITS, given=given.encode())
+    count = min(TRIED, len(samples))
+    places = [i * (len(samples) - 1) // max(1, count - 1) for i in range(count)]
+    texts = ["\n".join(strings_of(samples[i].messages()))[: TOKENIZER_TEXT.limit] for i in places]
+    given = json.dumps({"tokenizer": written, "texts": texts}).encode()
+    digest = hashlib.blake2b(given).digest()
+    if digest in _PASSED:
+        return
+    ended = run_limited(__name__, (), LIMITS, given=given)
     if ended.code:
         reason = f" ({ended.complaint})" if ended.complaint else ""
         raise UserError(

@@ -1,6 +1,7 @@
 """Files, split and tokens in the order in which a run needs them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from finetuning.common.text import clean_line
 from finetuning.config import DataSettings
 from finetuning.data.chat_template import chat_format
 from finetuning.data.split import Split
-from finetuning.data.token_table import TokenizedSamples, less_of
-from finetuning.data.tokenization import tokenize_samples
+from finetuning.data.token_table import TokenizedSamples
+from finetuning.data.tokenization import left_out, nothing_left, tokenize_samples
 from finetuning.readers.dataset import Progress, SampleSet, read_samples
 from finetuning.readers.sample import NothingLeftError, Sample
 
@@ -76,32 +77,50 @@ def read_data(
 
 
 def general_part(
-    paths: Sequence[str], tokenizer: object, settings: DataSettings, most_tokens: int = 0
-) -> DataPart | None:
-    """General text by which forgetting is measured: the first documents of up to `most_tokens` (0: all).
+    paths: Sequence[str],
+    tokenizer: object,
+    settings: DataSettings,
+    warn: Callable[[str], None],
+    most_tokens: int = 0,
+    *,
+    option: str = "",
+) -> DataPart:
+    """General text by which forgetting is measured: the first documents of up to `most_tokens` (0: all), one
+    at least.
 
-    A model whose template knows no think block gets the answers alone. None where nothing is left of it.
+    A model whose template knows no think block gets the answers alone. `warn` is told how many texts are left
+    out. option: which one names the paths; none for text of the program's own, which has the program's own
+    columns. Raises UserError, which names option and paths, where too many texts are broken, and
+    NothingLeftError where none can be used.
     """
-    samples = read_samples(paths).samples
+    place = f"{option} {_shown(paths)}".strip()
+    read = read_samples(paths, columns=settings.columns if option else None)
+    check_broken(read, settings.max_broken_fraction, place)
     knows_thinking = chat_format(tokenizer).close_id >= 0
-    samples = [s if knows_thinking else replace(s, thinking="") for s in samples]
+    samples = [s if knows_thinking else replace(s, thinking="") for s in read.samples]
     rules = {"loss_on": "last_turn", "empty_thinking": "mask", "control_tokens": "split"}
     length = max(settings.max_seq_length, GENERAL_LENGTH)
     settings = replace(settings, max_seq_length=length, over_length="drop", **rules)
-    tokens = tokenize_samples(samples, tokenizer, settings)
+    with _named(place):
+        tokens = tokenize_samples(samples, tokenizer, settings)
+    lost = [f"{len(read.broken)} that can't be read"] if read.broken else []
+    lost += [text for text, _ in left_out(tokens.truncation, settings)]
+    if lost:
+        total = len(samples) + len(read.broken)
+        warn(f"{place}: left out of {total} texts: {', '.join(lost)}")
     ends = np.cumsum(tokens.lengths)
-    count = int((ends <= most_tokens).sum()) if most_tokens else len(tokens)
-    return DataPart(samples, tokens, np.arange(count)) if count else None
+    count = max(1, int((ends <= most_tokens).sum())) if most_tokens else len(tokens)
+    return DataPart(samples, tokens, np.arange(count))
 
 
-def check_broken(read: SampleSet, max_fraction: float) -> None:
+def check_broken(read: SampleSet, max_fraction: float, place: str = "data") -> None:
     """Refuse data of which too much can't be read, naming the first places."""
     total = len(read.samples) + len(read.broken)
     if len(read.broken) <= max_fraction * total:
         return
     places = "; ".join(f"{b.source}:{b.line} {b.reason}" for b in read.broken[:3])
     raise UserError(
-        f"data: {len(read.broken)} of {total} samples are broken, more than max_broken_fraction "
+        f"{place}: {len(read.broken)} of {total} samples are broken, more than max_broken_fraction "
         f"{max_fraction:g} allows. First: {places}. Mend them (--check-data lists all) or raise "
         "--max-broken-fraction"
     )
@@ -124,16 +143,22 @@ def prepare_data(
         documents = tokens.documents_of(split.held_out)
         held_out = DataPart(split.read.samples, tokens, documents)
     else:
-        samples = split.eval_read.samples
-        tokens = tokenize_samples(split.eval_read, tokenizer, settings, **options)
-        held_out = DataPart(samples, tokens, np.arange(len(tokens)))
-    limit, lost = settings.max_seq_length, tokens.truncation
+        with _named(f"--eval-path {_shown(settings.eval_path)}"):
+            own = tokenize_samples(split.eval_read, tokenizer, settings, **options)
+        held_out = DataPart(split.eval_read.samples, own, np.arange(len(own)))
     if not len(train):
-        raise NothingLeftError(
-            f"data: none of {len(split.train)} samples can be trained on: {len(lost.dropped)} do not fit in "
-            f"max_seq_length {limit} tokens, {len(lost.control_tokens)} spell a control token, "
-            f"{len(lost.broken)} are broken; raise --max-seq-length, use --over-length truncate_thinking, or "
-            "mend them (--check-data lists them)",
-            less_of(lost, split.read.samples, limit),
-        )
-    return TrainingData(split, train, held_out, limit, workers, cache_dir)
+        raise nothing_left(split.read.samples, tokens.truncation, settings, len(held_out))
+    return TrainingData(split, train, held_out, settings.max_seq_length, workers, cache_dir)
+
+
+@contextmanager
+def _named(place: str) -> Iterator[None]:
+    """Within it, where no sample is left the option and its files are named: they are not --data-path."""
+    try:
+        yield
+    except NothingLeftError as error:
+        raise NothingLeftError(f"{place}: {error}", error.findings) from error
+
+
+def _shown(paths: Sequence[str]) -> str:
+    return clean_line(", ".join(map(str, paths)), 200)

@@ -4,7 +4,9 @@ Neutral words in a conversation of the same shape are rendered once; the text be
 template's own, its *frame*. A document is right where its text is the frame with the conversation's
 own words in their places, apart from white space at their ends. So nothing is lost, cut, escaped, repeated or
 moved without being seen, and a document costs a comparison. What a template makes of tools and calls
-depends on them: there every name, key and value has to stand in the text, as it is or as JSON.
+depends on them: there every name, key and value has to stand in the text, as it is or as JSON. A short one
+may stand there by chance, so the neutral conversation has neutral tools and calls as well: each of their
+words has to stand in its text.
 """
 
 import json
@@ -12,7 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import Any, NamedTuple
 
 from finetuning.data.chat_template import CLOSE, OPEN, ChatFormat, opens_thinking
@@ -96,7 +98,8 @@ class Verifier:
                 "it has reasoning, but the chat template's prompt closes the think block before the model "
                 "writes; use the template of a model that thinks"
             )
-        if thinks and turn.thinking.strip() not in completion:
+        block = completion.partition(CLOSE)[0].rpartition(OPEN)[2]
+        if thinks and turn.thinking.strip() not in block:
             raise RenderingFault("the chat template drops or changes the reasoning")
         own_marks = form.reasoning == "field" and opened == closed == 0
         wanted = (1,) if thinks and not own_marks else (0, 1)
@@ -119,7 +122,7 @@ class Verifier:
             elif is_prompt:
                 _check_loosely(text, turn.before)
             else:
-                _check_loosely(text, [turn.message])
+                _check_loosely(text.rpartition(CLOSE)[2], [turn.message])
         for forms in _tool_words(json.dumps(turn.tools)) if turn.tools else ():
             if not any(form in prompt for form in forms):
                 raise RenderingFault(f"the chat template drops of its tools: {_cut(forms[0])}")
@@ -127,18 +130,21 @@ class Verifier:
     def _made_frames(self, turn: Turn) -> tuple[_Frame | None, _Frame | None]:
         """Frames of prompt and completion; None where calls or tools make them depend on the sample."""
         neutral = _neutral(turn)
-        prompt, completion = self._texts(neutral)
+        prompt, completion = map(_frame, self._texts(neutral))
         called = any(message.get("tool_calls") for message in turn.before)
-        frames = (
-            None if turn.tools or called else _frame(prompt),
-            None if turn.message.get("tool_calls") else _frame(completion),
+        _check_order(prompt, turn.before)
+        _check_completion(completion, turn)
+        if turn.tools or called:
+            _check_words("of its tools", prompt.parts, neutral.tools, turn.tools)
+            for theirs, ours in zip(neutral.before, turn.before, strict=True):
+                _check_calls(prompt.parts, theirs, ours)
+        else:
+            _check_roles(prompt, turn.before)
+        _check_calls(completion.parts[-1:], neutral.message, turn.message)
+        return (
+            None if turn.tools or called else prompt,
+            None if turn.message.get("tool_calls") else completion,
         )
-        if frames[0]:
-            _check_order(frames[0], turn.before)
-            _check_roles(frames[0], turn.before)
-        if frames[1]:
-            _check_completion(frames[1], turn)
-        return frames
 
 
 # ---- the parts of a conversation ----------------------------------------------------------------
@@ -151,14 +157,15 @@ def _state(text: str | None) -> int:
 
 def _shape(turn: Turn) -> tuple:
     """All that a template's own text may depend on, other than the words."""
+    called = any("tool_calls" in message for message in turn.messages)
     return (
-        bool(turn.tools),
+        json.dumps(_neutral_tools(turn.tools)) if turn.tools else "",
+        json.dumps(_neutral_calls(turn.messages)) if called else "",
         *(
             (
                 message["role"],
                 _state(message["content"]),
                 _state(message.get("reasoning_content")),
-                len(message.get("tool_calls", ())),
                 "name" in message,
             )
             for message in turn.messages
@@ -180,15 +187,59 @@ def _fields(messages: Sequence[dict]) -> list[str]:
 
 
 def _neutral(turn: Turn) -> Turn:
-    """The same conversation with a word of its own in the place of each text."""
-    messages = []
+    """The same conversation with a word of its own in the place of each text, tools and calls included."""
+    messages, calls = [], _neutral_calls(turn.messages)
     for number, message in enumerate(turn.messages):
         message = dict(message)
+        if "tool_calls" in message:
+            message["tool_calls"] = calls[number]
         for place, key in enumerate(("content", "reasoning_content", "name")):
             if _state(message.get(key)) == 2:
                 message[key] = f"Zq{3 * number + place:06d}w"
         messages.append(message)
-    return Turn(messages[:-1], messages[-1], turn.tools)
+    return Turn(messages[:-1], messages[-1], _neutral_tools(turn.tools) if turn.tools else None)
+
+
+def _neutral_calls(messages: Sequence[dict]) -> list[list[dict]]:
+    """The calls of each message, with a word or number of its own for every name, key and value."""
+    numbers = count(730_000_000)  # as whole numbers no template writes
+
+    def word(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {word(key): word(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [word(item) for item in value]
+        if value is None or isinstance(value, bool) or value == "" or str(value).isspace():
+            return value
+        number = next(numbers)
+        return f"Zc{number}w" if isinstance(value, str) else type(value)(number)
+
+    def neutral(call: dict) -> dict:
+        function = call["function"]
+        said = {key: word(function[key]) for key in ("name", "arguments") if key in function}
+        return {**call, "function": {**function, **said}}
+
+    return [[neutral(call) for call in message.get("tool_calls", ())] for message in messages]
+
+
+def _neutral_tools(tools: list) -> list:
+    """The tools with a word for each of their texts and for each name of a parameter, the same for the same:
+    what is required is a name. The words of JSON Schema stay, as templates ask for them."""
+    words: dict[str, str] = {}
+
+    def word(value: Any, *, named: bool = False) -> Any:
+        if isinstance(value, dict):
+            return {
+                word(key) if named else key: word(item, named=key == "properties" and not named)
+                for key, item in value.items()
+            }
+        if isinstance(value, list):
+            return [word(item) for item in value]
+        if not isinstance(value, str) or value in _SCHEMA_WORDS or not value.strip():
+            return value
+        return words.setdefault(value, f"Zt{len(words):06d}w")
+
+    return [word(tool) for tool in tools]
 
 
 def _frame(text: str) -> _Frame:
@@ -296,6 +347,19 @@ def _cut(text: str) -> str:
 
 
 # ---- tools and calls ------------------------------------------------------------------------------
+
+
+def _check_words(of: str, parts: Sequence[str], neutral: Any, own: Any) -> None:
+    """Every word of neutral tools or calls stands in the neutral text; a missing one is told by its own."""
+    for forms, told in zip(_leaves(neutral), _leaves(own), strict=True):
+        is_word = forms != told  # what is not replaced is looked for in the document only
+        if is_word and not any(form in part for form in forms for part in parts):
+            raise RenderingFault(f"the chat template drops {of}: {_cut(told[0])}")
+
+
+def _check_calls(parts: Sequence[str], neutral: dict, own: dict) -> None:
+    for theirs, ours in zip(neutral.get("tool_calls", ()), own.get("tool_calls", ()), strict=True):
+        _check_words("of a tool call", parts, theirs["function"], ours["function"])
 
 
 def _check_loosely(text: str, messages: Sequence[dict]) -> None:

@@ -40,7 +40,8 @@ _NO_WIDTH = re.compile(
 )
 _EXPERTS = re.compile(r"^(?!.*(per_tok|shared|group)).*_experts$")
 _CHOSEN_EXPERTS = re.compile(r"per_tok|^(moe_)?top_?k|^n_group$|expert_group$|^moe_k$")
-_SPECIAL = re.compile(r"(token|bos|eos|pad|sep|cls|mask|unk|lang)\w*_(id|index)$")
+_SPECIAL = re.compile(r"token|bos|eos|pad|sep|cls|mask|unk|lang")
+_ID = re.compile(r"_(id|index)$")
 _INDICES = re.compile(r"_(ids|idxs?|indices|indexes|layers)$")
 
 
@@ -135,7 +136,7 @@ class _Shrinker:
         return [self._number(key, v, {}) if _is_int(v) else v for v in value]
 
     def _number(self, key: str, value: int, layers: Mapping) -> int:
-        if _SPECIAL.search(key):
+        if _SPECIAL.search(key) and _ID.search(key):
             return value if value < _ORDINARY_IDS else _ORDINARY_IDS + value % _ORDINARY_IDS
         if "vocab" in key:
             return min(value, _VOCABULARY)

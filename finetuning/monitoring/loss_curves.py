@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from finetuning.common.bounds import RECORD
+from finetuning.common.bounds import CURVE_FILE, RECORD
 from finetuning.common.errors import UserError
 from finetuning.common.files import read_json_object, regular
 from finetuning.events.reading import read_run
@@ -109,7 +109,7 @@ def _rows(path: Path) -> Iterator[dict[str, float]]:
         return _own_rows(path) if ours else _named(lambda: _read_lines(path), str(path))
     if path.suffix == ".json":
         return _named(lambda: _read_json(path), str(path))
-    text = path.read_text(encoding="utf-8-sig")
+    text = _whole(path)
     if has_records(text):
         return _named(lambda: ((path, row) for row in console_records(text)), str(path))
     raise UserError(
@@ -181,9 +181,21 @@ def _planned_steps(path: Path) -> dict[str, float]:
 # Files
 
 
+def _whole(path: Path) -> str:
+    """The text of a file that can't be read piece by piece. Raises UserError where it is too large."""
+    with path.open("rb") as file:
+        content = file.read(CURVE_FILE.limit + 1)
+    if len(content) > CURVE_FILE.limit:
+        raise UserError(
+            f"{path}: larger than {CURVE_FILE}; give metrics.jsonl, a .csv or .jsonl file"
+        )
+    return content.decode("utf-8-sig")
+
+
 def _read_csv(path: Path) -> Iterator[tuple[str, dict]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
+        lines = iter(lambda: file.readline(RECORD.limit), "")  # csv refuses a field that is longer
+        reader = csv.DictReader(lines)
         names = [name.strip() for name in reader.fieldnames or ()]
         found = set(meanings(names, f"{path}:1").values())
         if not {STEP, LOSS} <= found:
@@ -228,8 +240,8 @@ def _objects(path: Path) -> Iterator[tuple[int, dict]]:
 def _read_json(path: Path) -> Iterator[tuple[str, dict]]:
     """HF's trainer_state.json, or a list of rows."""
     try:
-        state = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
+        state = json.loads(_whole(path))
+    except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{path}: can't be read as JSON ({error})") from error
     planned = {}
     if isinstance(state, dict):

@@ -144,15 +144,15 @@ def _accounted(found: SampleSet, listing: Listing) -> SampleSet:
             skipped.append(Remark(file.source, 1, "skipped: no question was found in it"))
             continue
         reason = without_sample(file, broken.get(file.source, []), file.source in left_out)
-        empty.append(Finding("without a sample", file.source, 1, reason))
+        empty.append(Finding(file.source, 1, "without a sample", reason))
     if not per_file:
         shown = clean_line(listing.files[0].source, 200)
         reason = f"no question was found in {shown}; {HINTS['text']}"
-        empty.append(Finding("without a sample", listing.files[0].source, 1, reason))
+        empty.append(Finding(listing.files[0].source, 1, "without a sample", reason))
     remarks = sorted((*found.remarks, *dict.fromkeys(listing.remarks), *skipped), key=urgency)
     if empty:
-        lost = (Finding("broken", b.source, b.line, b.reason) for b in found.broken)
-        odd = (Finding("remark", r.source, r.line, r.text) for r in remarks)
+        lost = (Finding(b.source, b.line, "broken", b.reason) for b in found.broken)
+        odd = (Finding(r.source, r.line, "remark", r.text) for r in remarks)
         raise NothingLeftError(empty[0].note, (*lost, *empty, *odd))
     return replace(found, remarks=tuple(remarks), skipped=tuple(skipped), samples_per_file=per_file)
 
@@ -251,6 +251,11 @@ _READERS = (
     "labelled", "markdown", "names", "office", "opening", "reasoning", "records", "sample", "tables", "texts",
     "turns", "values",
 )  # fmt: skip
+_MAKERS = (
+    "common.bounds",
+    "common.files",
+    "common.text",
+)  # of other rooms; samples depend on them, too
 
 
 def _read_large(
@@ -268,7 +273,7 @@ def _read_large(
         chunks += parts
         hashes.append((file.source, file.kind, file.encoding, file.described, digest))
     libraries = ("pyarrow", "openpyxl", "python-docx")
-    version = code_version(*(f"readers.{name}" for name in _READERS), libraries=libraries)
+    version = code_version(*_MAKERS, *(f"readers.{name}" for name in _READERS), libraries=libraries)
     key = json.dumps([version, hashes, files[0].columns], sort_keys=True, ensure_ascii=True)
     root = Path(cache_dir) if cache_dir else temporary_folder()
     folder = root / "samples" / hashlib.blake2b(key.encode(), digest_size=16).hexdigest()

@@ -55,7 +55,7 @@ _SPLIT_WORD = re.compile(
     r"(?:^|[-_ ])(?:test|validation|valid|val|dev|eval)(?:[-_ ]|$)|测试集|验证集"
 )
 _FOR_TESTS = "its name says that it is for tests; it is read all the same"
-_SHARD = re.compile(r"[-_.]?\d+(?:[-_]of[-_]\d+)?$")
+_SHARD = re.compile(r"(?:[-_.]|(?<!\d))\d++(?:[-_]of[-_]\d++)?$")
 
 
 class DataFile(NamedTuple):

@@ -27,11 +27,15 @@ _STATE = word_set(
     "status state review verdict result verify verification judge judgement judgment feedback outcome vote"
 )
 _STATE_CHINESE = ("状态", "审核", "复核", "质检", "评判", "判定", "反馈")
+# A name with one of these asks whether there is a verdict, not which: a false of it refuses nothing.
+_OPEN = word_set("need needs needed has have require requires required pending under use")
+_OPEN_CHINESE = re.compile("待|需|有无|是否有|已有")
 _REFUSED = word_set(
     "discarded rejected reject invalid deleted wrong incorrect fail failed dislike disliked bad downvote "
     "驳回 不通过 未通过 不合格 已删除 废弃 作废 错误 差评 踩 点踩 不正确 不采纳"
 )
 _NO = word_set("false no n 0 否 错 错误 不正确 不合格 incorrect wrong failed fail")
+_FALSE = word_set("false")
 _YES = word_set("true yes y 1 是")
 _LOSS = word_set("loss weight train trainable learn supervise supervised trained training")
 _LOSS_BESIDE = word_set(
@@ -48,6 +52,7 @@ _LOSS_ALONE = {
     "training",
     "trained",
 }  # of a record: a measure, or a name of a run
+_MEASURE = word_set("loss train training trained")  # with a number: what a run has measured
 _NO_LOSS = {
     "no train",
     "do not train",
@@ -103,7 +108,7 @@ def _flag(name: str) -> str:
 
 def says_no(value: Any) -> bool:
     """Whether a value that nothing heeds may say that its record is not to be learnt."""
-    return value is False or (isinstance(value, str) and _word(value) in _REFUSED)
+    return value is False or (isinstance(value, str) and _word(value) in _REFUSED | _FALSE)
 
 
 def heed_flags(fields: Fields) -> None:
@@ -111,16 +116,23 @@ def heed_flags(fields: Fields) -> None:
     BrokenRecordError where it is about a picture or a sound."""
     for name, value in fields.flags(_flag):
         flag = _flag(name)
-        if flag == "media" and not isinstance(value, (bool, int, float)):
-            raise BrokenRecordError(
-                f"column {name} holds pictures or sounds ({shown(value)}), which a text model can't see"
-            )
-        if flag == "weight":
+        if flag == "media":
+            _heed_media(fields, name, value)
+        elif flag == "weight":
             _heed_weight(fields, name, value)
         elif _says_no(flag, name, value):
             _say_no(fields, flag, name, value)
-        elif isinstance(value, bool):
-            fields.take(name)  # it says yes
+        elif value is True or _denies_trouble(flag, name, value):
+            fields.take(name)  # it says yes; any other false stays, and is told
+
+
+def _heed_media(fields: Fields, name: str, value: Any) -> None:
+    if _word(value) in _NO or isinstance(value, (bool, int, float)):
+        fields.take(name)  # whether there is one, or how many
+        return
+    raise BrokenRecordError(
+        f"column {name} holds pictures or sounds ({shown(value)}), which a text model can't see"
+    )
 
 
 def _heed_weight(fields: Fields, name: str, value: Any) -> None:
@@ -148,15 +160,34 @@ def _says_no(flag: str, name: str, value: Any) -> bool:
         return flag == "right" and bool(value) and all(item is False for item in value)
     text = isinstance(value, str) and meaning(name) is not None
     if flag == "state":
-        no = _REFUSED | _NO if "是否" in name else _REFUSED
-        return _word(value) in no and not text
+        no = _REFUSED | _NO if "是否" in name else _REFUSED | _FALSE
+        return _word(value) in (_REFUSED if _asks(name) else no) and not text
     if flag == "training":
-        return _word(value) in (_YES if " ".join(words(name)) in _NO_LOSS else _NO)
+        if _is_inverse(name):
+            return _word(value) in _YES
+        measure = "loss" in words(name) and set(words(name)) <= _MEASURE
+        return _word(value) in (_NO - {"0"} if measure else _NO)
     if flag == "wrong":
         return _word(value) in _YES and not text
     if text or ("label" in words(name) and not isinstance(value, bool)):
         return not text and _word(value) in _BAD_LABELS
     return _word(value) in _NO
+
+
+def _denies_trouble(flag: str, name: str, value: Any) -> bool:
+    """Whether it says that nothing is wrong: deleted, no_train or a like flag that is false."""
+    return _word(value) in _NO and (flag == "wrong" or (flag == "training" and _is_inverse(name)))
+
+
+def _asks(name: str) -> bool:
+    """Whether a state is still to be told: needs_review, 待审核."""
+    found = words(name)
+    return bool(_OPEN & set(found) or _OPEN_CHINESE.search("".join(found)))
+
+
+def _is_inverse(name: str) -> bool:
+    """Whether a flag of the loss says yes for a record or turn that is not to be learnt."""
+    return " ".join(words(name)) in _NO_LOSS
 
 
 def _is_loss(name: str) -> bool:
@@ -183,7 +214,7 @@ def carries_no_loss(fields: Fields) -> str:
             )
             fields.remark(told)
             continue
-        inverse = " ".join(words(name)) in _NO_LOSS
+        inverse = _is_inverse(name)
         if _word(value) in (_YES if inverse else _NO):
             said = f"{name} {_word(value)}"
         elif not inverse and _word(value) not in _YES:

@@ -48,7 +48,7 @@ _FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})", re.MULTILINE)
 _DIFFICULTY_LINE = re.compile(
     r"^[ \t]*[*_]*(?:难度|difficulty)[ \t]*[:：][ \t]*([1-4])[*_]*[ \t]*$", re.MULTILINE | re.I
 )
-_DIFFICULTY_HEADING = re.compile(r"难度[ \t]*[:：]?[ \t]*([1-4])(?!\d)")
+_DIFFICULTY_HEADING = re.compile(r"难度[ \t]*+(?:[:：][ \t]*+)?([1-4])(?!\d)")
 _ANSWER = re.compile(r"^[ \t]*+\**+([Aa]|答案?)[ \t]*+(\d*+)\**+[ \t]*+[:：]\**+", re.MULTILINE)
 # What in an answer looks like another question or answer.
 _STRANGER = re.compile(

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from finetuning.common.bounds import DEPTH
 from finetuning.common.errors import UserError
+from finetuning.common.text import clean_line
 
 # ---- reasoning inside a text ------------------------------------------------------------------
 THINK_TAG = re.compile(r"<(/?)(think(?:ing)?)(?:\s+\w+=[^<>\n]{0,100})?\s*>", re.IGNORECASE)
@@ -103,10 +104,13 @@ class Remark:
 class Finding(NamedTuple):
     """Something that is wrong with a place in the data, or odd about it."""
 
-    kind: str
     source: str
     line: int
+    kind: str
     note: str
+
+    def __str__(self) -> str:
+        return f"{clean_line(self.source)}:{self.line}: {self.kind}: {clean_line(self.note, 300)}"
 
 
 class NothingLeftError(UserError):

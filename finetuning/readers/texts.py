@@ -15,7 +15,7 @@ from finetuning.readers.tables import Row, is_header, table_records
 _MARK = re.compile(r"<(/?)([A-Za-z][A-Za-z_]{0,30})>")
 _TABLE_RULE = re.compile(r"[ \t]*+\|?(?:[ \t]*+:?-++:?[ \t]*+\|)++[ \t]*+:?-*+:?[ \t]*+")
 _ANCHOR = re.compile(
-    r"^[ \t]*<a (?:name|id)=[^>]*></a>[ \t]*$", re.MULTILINE
+    r"^[ \t]*+<a (?:name|id)=[^>\n]*+></a>[ \t]*+$", re.MULTILINE
 )  # of pages that Yuque exports
 _BAR = re.compile(r"(?<!\\)\|")
 

@@ -148,8 +148,8 @@ def plan_elsewhere(
         init_adapter=config.init_adapter,
         trust_remote_code=trust_remote_code,
     )
-    plans = plan_steps(config, data, tokenizer, dist)
-    work = _workload(config, data, plans, tokenizer, dist)
+    plans = plan_steps(config, data, tokenizer, dist, terminal.warning)
+    work = _workload(config, data, plans, tokenizer, dist, terminal)
     parallel, estimate = _fitting(config, gpus, dist, shape, work, dtype)
     return PlanElsewhere(gpus, model.name, parallel, accounts_of(data, config), plans[0], estimate)
 
@@ -197,8 +197,9 @@ def _workload(
     plans: Plans,
     tokenizer: object,
     dist: Distributed,
+    terminal: Terminal,
 ) -> Workload:
-    asked = probe_part(config, tokenizer, data.held_out)
+    asked = probe_part(config, tokenizer, data.held_out, terminal.warning)
     probes = tuple(choose_probes(asked, tokenizer, config.num_probes))
     answer_tokens = token_budget(probes, config.probe_max_new_tokens, dist.device)
     eval_steps = evaluation_steps(config, plans, answer_tokens, dist)

@@ -1,5 +1,6 @@
 """What a run goes through, and how often: the training, held-out documents, general text."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import transformers
@@ -22,12 +23,13 @@ def plan_steps(
     data: TrainingData,
     tokenizer: transformers.PreTrainedTokenizerBase,
     dist: Distributed,
+    warn: Callable[[str], None],
 ) -> Plans:
     """The steps of the training, those of one pass over the held-out documents, and over general text."""
     held_out = data.held_out
     steps = plan_of(data.train, config, config, dist)
     evaluation = one_pass(held_out, config, dist) if len(held_out) else None
-    return steps, evaluation, plan_general(config, tokenizer, evaluation, dist)
+    return steps, evaluation, plan_general(config, tokenizer, evaluation, dist, warn)
 
 
 def plan_general(
@@ -35,27 +37,31 @@ def plan_general(
     tokenizer: transformers.PreTrainedTokenizerBase,
     evaluation: StepPlan | None,
     dist: Distributed,
+    warn: Callable[[str], None],
 ) -> tuple[DataPart, StepPlan] | None:
     """The text by which forgetting is measured, and a pass over it; on a CPU no more than is held out, and
     little."""
     if not config.forgetting:
         return None
-    paths = config.general_path or (bundled_data("general"),)
+    own = config.general_path
+    paths, option = (own, "--general-path") if own else ((bundled_data("general"),), "")
     most = 0
     if dist.device.type == "cpu":
         most = min(evaluation.num_tokens, CPU_TOKENS) if evaluation else CPU_TOKENS
-    part = general_part(paths, tokenizer, config, most)
-    return part and (part, one_pass(part, config, dist))
+    part = general_part(paths, tokenizer, config, warn, most, option=option)
+    return part, one_pass(part, config, dist)
 
 
 def probe_part(
     config: DirectTrainingConfig,
     tokenizer: transformers.PreTrainedTokenizerBase,
     held_out: DataPart,
+    warn: Callable[[str], None],
 ) -> DataPart:
     """Where the questions of the evaluations come from."""
-    own = config.probe_path and general_part(config.probe_path, tokenizer, config)
-    return own or held_out
+    if not config.probe_path:
+        return held_out
+    return general_part(config.probe_path, tokenizer, config, warn, option="--probe-path")
 
 
 def one_pass(part: DataPart, config: DirectTrainingConfig, dist: Distributed) -> StepPlan:

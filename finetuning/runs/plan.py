@@ -129,9 +129,10 @@ def plan_run(
     inputs = load_data(config, dist, terminal, trust_remote_code=trust_remote_code)
     data, settings = inputs.data, recorded_settings(config)
     rows = prove_rows(config, inputs.model, dist, terminal)
-    steps, evaluation, general = plans = plan_steps(config, data, inputs.tokenizer, dist)
-    asked = probe_part(config, inputs.tokenizer, data.held_out)
-    probes = tuple(choose_probes(asked, inputs.tokenizer, config.num_probes))
+    tokenizer, warn = inputs.tokenizer, terminal.warning
+    steps, evaluation, general = plans = plan_steps(config, data, tokenizer, dist, warn)
+    asked = probe_part(config, tokenizer, data.held_out, warn)
+    probes = tuple(choose_probes(asked, tokenizer, config.num_probes))
     answer_tokens = token_budget(probes, config.probe_max_new_tokens, dist.device)
     eval_steps = evaluation_steps(config, plans, answer_tokens, dist)
     run_identity = identity(settings, inputs.model.name, inputs.contents, data, steps)

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from direct_finetuning_with_existing_modules import main
-from finetuning.analysis.data_check import Fault, FaultKind
+from finetuning.analysis.data_check import FaultKind
+from finetuning.readers.sample import Finding
 
 WHERE = "all findings and the statistics: "
+ALL = "all findings: "  # where nothing is left, there are no statistics
 THINKING = "先看定义，再比较密钥长度和轮数，最后核对标准条文。"
 
 
@@ -33,7 +35,7 @@ def check(tmp_path: Path, tiny_model: Path, cache_dir: Path, capfd):
         code = main(["--check-data", *inputs, *places, "--quiet", *more])
         assert not (tmp_path / "out").exists(), "a check writes nothing"
         said = capfd.readouterr().out.splitlines()
-        return code, [text for text in said if not text.startswith(WHERE)]
+        return code, [text for text in said if not text.startswith((WHERE, ALL))]
 
     return check
 
@@ -109,8 +111,8 @@ def test_the_rest_is_in_a_file(tmp_path: Path, tiny_model: Path, capfd):
 
 
 def test_a_kind_of_which_only_some_are_known_by_name_says_so():
-    faults = tuple(Fault("a.jsonl", i, "duplicate", "twice") for i in range(200))
-    lines = list(FaultKind("duplicate", 431, faults).lines())
+    found = tuple(Finding("a.jsonl", i, "duplicate", "twice") for i in range(200))
+    lines = list(FaultKind("duplicate", 431, found).lines())
     assert len(lines) == 201 and lines[-1] == "  … and 231 more of 431 duplicate"
 
 
@@ -210,6 +212,45 @@ def test_data_of_which_nothing_is_left_are_listed_like_others(check, tmp_path):
     code, said = check([line("太长的问题", "长" * 9000), line("问", "答<|im_end|>")])
     assert code == 1 and said[-1] == "nothing to train on: 1 dropped, 1 control token"
     assert "mine.jsonl:1: dropped: " in said[0] and "mine.jsonl:2: control token: " in said[1]
+
+
+def test_of_much_that_leaves_nothing_the_rest_is_in_a_file(tmp_path, tiny_model, capfd):
+    path = tmp_path / "mine.jsonl"
+    path.write_text("{\n" * 150, encoding="utf-8")
+    inputs = ["--model-name", str(tiny_model), "--data-path", str(path)]
+    places = ["--output-dir", str(tmp_path / "out"), "--cache-dir", str(tmp_path / "cache")]
+    assert main(["--check-data", *inputs, *places]) == 1
+    said = capfd.readouterr().out.splitlines()
+    assert sum(": broken: " in text for text in said) == 3
+    assert "  … and 147 more of 150 broken" in said
+    (where,) = (text for text in said if text.startswith(ALL))
+    listed = Path(where.removeprefix(ALL))
+    assert listed.is_relative_to(tmp_path / "cache")
+    text = listed.read_text(encoding="utf-8")
+    assert all(f"mine.jsonl:{i}: broken: " in text for i in range(1, 151))
+
+
+def test_samples_without_thinking_are_told_as_the_setting_has_them(check):
+    """By default their answer alone is learnt, which teaches nothing about thinking."""
+    lines = [*good(), line("没有思考的问题？", "有答案。", "")]
+    notes = {}
+    for setting in ("mask", "train", "drop"):
+        code, said = check(lines, "--empty-thinking", setting)
+        assert code == 0
+        (notes[setting],) = (text for text in said[:-1] if "mine.jsonl:21: " in text)
+    mask, train, drop = notes.values()
+    assert mask.endswith(
+        ": no thinking: has no thinking to learn; an empty think block carries no loss"
+    )
+    assert train.endswith("; an empty think block teaches the model not to think")
+    assert drop.endswith(": empty thinking: has no thinking; left out")
+
+
+def test_data_wholly_without_thinking_that_are_dropped_are_named(check):
+    lines = [line(f"第{i}问？", f"答{i}。", "") for i in range(4)]
+    code, said = check(lines, "--empty-thinking", "drop")
+    assert code == 1 and said[-1] == "nothing to train on: 4 empty thinking"
+    assert "mine.jsonl:1: empty thinking: " in said[0]
 
 
 def test_one_file_without_a_sample_hides_nothing_of_the_others(check, tmp_path):

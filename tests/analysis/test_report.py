@@ -10,6 +10,7 @@ from matplotlib import font_manager
 
 from finetuning.analysis import report
 from finetuning.analysis.statistics import compute_statistics
+from finetuning.common import language
 from finetuning.readers.sample import Sample
 
 
@@ -63,3 +64,21 @@ def test_what_is_not_judged_has_no_number():
     assert dict(overview)["Quality of the outputs"] == "not judged"
     assert dict(overview)["Outputs in a language that is not judged"] == "1"
     assert "not judged" in statistics.summary_markdown()
+
+
+def test_names_of_files_are_no_texts_of_the_program(capsys):
+    """A file that is called like a row of the report keeps its name in Chinese; the row is translated."""
+    language.use("zh")
+    try:
+        assert language.translated("Overview") != "Overview"
+        name = "Samples"
+        assert language.translated(name) != name
+        found = compute_statistics([Sample("问", "想。", "答。", source=name, line=1)]).to_json()
+        tables = report.tables(found)
+        report.print_report(found)
+    finally:
+        language.use("en")
+    assert tables[1][2] == [(name, "1")]
+    assert name not in [row[0] for row in tables[0][2]]
+    shown = capsys.readouterr().out
+    assert shown.count(tables[0][0]) == 1 and "Overview" not in shown

@@ -219,7 +219,9 @@ def test_citation_conflict_copied_answer_and_missing_thinking_are_found():
     assert _found(stats, "answer_copied") == [(copied.source, 88)]
     without = sum(not s.thinking for s in SAMPLES)
     assert stats.to_json()["samples_without_thinking"] == without > 0
-    assert any(f"{without} of 62 samples have no thinking" in w for w in stats.warnings())
+    assert any(
+        f"{without} of 62 samples have no thinking to learn; --empty" in w for w in stats.warnings()
+    )
 
 
 def test_damaged_text_is_the_worst_sample():

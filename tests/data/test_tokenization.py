@@ -15,7 +15,7 @@ from finetuning.data.chat_template import chat_format, encode_prompt, parse_comp
 from finetuning.data.token_table import Segment
 from finetuning.data.tokenization import tokenize_samples
 from finetuning.readers.dataset import read_samples
-from finetuning.readers.sample import Sample
+from finetuning.readers.sample import NothingLeftError, Sample
 from tests.helpers.settings import up_to
 from tests.helpers.tokenized import (
     CLOSE,
@@ -338,8 +338,16 @@ def test_over_length_error(qwen3):
 
 
 def test_nothing_left(qwen3):
-    with pytest.raises(UserError, match="no sample is left.*1 are longer than 16 tokens, 1 hold"):  # noqa: RUF043
+    found = (
+        r"no sample is left of 2: 1 longer than 16 tokens, 1 with control tokens in the text\. What"
+    )
+    with pytest.raises(UserError, match=found):
         tokenize_samples([SAMPLE, HOSTILE[0]], qwen3, up_to(16))
+    with pytest.raises(
+        NothingLeftError, match=r"left of 1: 1 without thinking\. What helps: use --e"
+    ) as no:
+        tokenize_samples([Sample("问", "", "答")], qwen3, replace(LONG, empty_thinking="drop"))
+    assert [finding.kind for finding in no.value.findings] == ["empty thinking"]
 
 
 # ---- other families of models -----------------------------------------------------------------

@@ -4,6 +4,7 @@ uv run pytest -m "not long" tests/data/test_training_data.py
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,19 @@ from finetuning.analysis.facts import difficulty
 from finetuning.analysis.sample_groups import groups_of
 from finetuning.analysis.statistics import describe
 from finetuning.common.errors import UserError
-from finetuning.config import DataSettings
+from finetuning.config import DataSettings, bundled_data
 from finetuning.data import near_duplicates
 from finetuning.data.split import split_samples
-from finetuning.data.training_data import TrainingData, prepare_data, read_data
+from finetuning.data.training_data import (
+    DataPart,
+    TrainingData,
+    general_part,
+    prepare_data,
+    read_data,
+)
 from finetuning.readers import arrow_samples, dataset
+from finetuning.readers.dataset import SampleSet
+from finetuning.readers.sample import NothingLeftError
 from tests.helpers.qwen3_tokenizer import qwen3_tokenizer
 from tests.helpers.settings import up_to
 
@@ -181,3 +190,51 @@ def test_data_that_are_all_held_out_are_refused(tmp_path):
     read = dataset.read_samples([write(tmp_path / "a.jsonl", 5, "SM4")])
     with pytest.raises(UserError, match="all of 5 samples are held out; lower --eval-fraction"):
         split_samples(read, DataSettings(eval_fraction=0.9999))
+
+
+def test_what_is_said_of_nothing_left_is_about_the_training_part(tmp_path, qwen3):
+    """Also where held-out files have their own tokens, and where some of the data are left to hold out."""
+    long, fine = ({"question": f"第{i}问？", "answer": "答" * (i or 2000)} for i in (0, 5))
+    for name, rows in (("a.jsonl", [long] * 9 + [fine]), ("b.jsonl", [fine])):
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    settings = up_to(120, data_path=(str(tmp_path / "a.jsonl"),))
+    read, _ = read_data(settings)
+    split = split_samples(read, settings)
+    split = replace(split, train=np.arange(9), held_out=np.array([9]))
+    with pytest.raises(NothingLeftError, match="9 longer than 120 tokens, 1 held out") as error:
+        prepare_data(split, qwen3, settings)
+    assert sum(finding.kind == "dropped" for finding in error.value.findings) == 9
+    settings = replace(settings, eval_path=(str(tmp_path / "b.jsonl"),))
+    with pytest.raises(NothingLeftError, match="no sample is left of 9: 9 longer than 120 tokens"):
+        only = SampleSet(read.samples[:9], (), read.samples_per_file, "")
+        prepare_data(split_samples(only, settings, read_data(settings)[1]), qwen3, settings)
+    with pytest.raises(NothingLeftError, match=r"^--eval-path \S+b\.jsonl: no sample is left of 9"):
+        own = read_data(replace(settings, data_path=settings.eval_path))[0]
+        prepare_data(split_samples(own, settings, only), qwen3, settings)
+
+
+def test_what_is_left_out_of_general_text_is_told(tmp_path, qwen3):
+    rows = [{"question": f"第{i}问？", "甲": "答" * n} for i, n in enumerate((5, 3000, *[5] * 8))]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    (tmp_path / "a.jsonl").write_text("".join(lines) + "{\n", encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text(lines[1], encoding="utf-8")
+    (tmp_path / "c.jsonl").write_text("".join(lines) + "{\n" * 3, encoding="utf-8")
+    settings, told = up_to(120, columns={"answer": "甲"}), []
+
+    def part(name: str, *most: int) -> DataPart:
+        paths = [str(tmp_path / name)]
+        return general_part(paths, qwen3, settings, told.append, *most, option="--probe-path")
+
+    assert len(part("a.jsonl")) == 9
+    out = "left out of 11 texts: 1 that can't be read, 1 longer than 1024 tokens"
+    assert told == [f"--probe-path {tmp_path / 'a.jsonl'}: {out}"]
+    assert len(part("a.jsonl", 5)) == 1, "one at least, however long"
+    with pytest.raises(
+        NothingLeftError, match=r"^--probe-path \S+b\.jsonl: no sample is left of 1: 1"
+    ):
+        part("b.jsonl")
+    with pytest.raises(UserError, match=r"^--probe-path \S+c\.jsonl: 3 of 13 samples are broken"):
+        part("c.jsonl")
+    bundled = general_part([bundled_data("general")], qwen3, settings, pytest.fail)
+    assert len(bundled), "its columns are the program's own"

@@ -11,11 +11,12 @@ import functools
 import json
 import unicodedata
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from finetuning.common.errors import UserError
@@ -178,7 +179,7 @@ def losses(read: list[Sample], template: str) -> tuple[int, int]:
         settings = up_to(100_000, control_tokens="split", empty_thinking="train")
         tokens = tokenize_samples(placed, tokenizer, settings)
     except UserError as refusal:
-        assert f"{len(placed)} are broken (the first: a:1: the chat template" in str(refusal)
+        assert f"{len(placed)} broken (the first: a:1: the chat template" in str(refusal)
         return 0, len(placed)
     broken = {record.line for record in tokens.truncation.broken}
     assert all(record.reason for record in tokens.truncation.broken)
@@ -250,7 +251,24 @@ RICH = [
 ]  # fmt: skip
 
 
+# Each of its texts stands elsewhere as well: what is lost of one may be found in another's place.
+CHANCE = Sample(
+    "0", "0", "",
+    history=({"role": "user", "content": "0"}, {"role": "assistant", "content": "0"}),
+    tools=json.dumps([{"type": "function",
+                       "function": {"name": "0", "description": "0", "parameters": {"properties": {}}}}]),
+    tool_calls=({"type": "function", "function": {"name": "0", "arguments": {}}},),
+)  # fmt: skip
+NAMED = replace(
+    RICH[2],
+    thinking="先 查词 再 算：词 是 SM9，几次 是 3，式 是 7*8",
+    answer="SM9 的 7*8",
+    tool_calls=(CALL,),
+)
+
+
 def test_the_whole_template_loses_nothing():
+    assert losses([CHANCE, NAMED], WHOLE) == (3, 0)
     assert losses(RICH, WHOLE) == (4, 0) == losses(RICH, CLOSING)
 
 
@@ -268,10 +286,28 @@ def test_a_damaged_template_is_found(damage: str):
         assert all("chat template" in record.reason for record in tokens.truncation.broken)
 
 
+@pytest.mark.parametrize(
+    ("damage", "harmed"),
+    [
+        ("drops tools", [CHANCE, NAMED]),
+        ("drops the calls", [CHANCE, NAMED]),
+        ("drops names of calls", [CHANCE, NAMED]),
+        ("drops arguments", [NAMED]),
+        ("drops reasoning after history", [CHANCE, NAMED]),
+    ],
+)
+def test_what_stands_elsewhere_by_chance_is_missed_where_it_is_dropped(damage, harmed):
+    """The reasoning tells of the tool and its arguments, as reasoning does."""
+    read = [replace(sample, line=line) for line, sample in enumerate([*harmed, SAMPLE], 1)]
+    tokens = tokenize_samples(read, tokenizer_with(DAMAGED[damage]), LONG)
+    assert [record.line for record in tokens.truncation.broken] == [*range(1, len(read))]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGED)
 def test_what_a_damaged_template_keeps_is_whole(damage: str):
     @settings(many, max_examples=4)
+    @example([CHANCE, *[Sample("0", "", "0")] * 7])
     @given(st.lists(samples(), min_size=8, max_size=16))
     def holds(read: list[Sample]) -> None:
         losses(read, DAMAGED[damage])

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -308,6 +309,25 @@ def test_bad_files_are_one_line_and_exit_code_2(tmp_path, capsys, name, content,
     path.write_text(content)
     code, printed = run_tool(capsys, path)
     assert code == 2 and printed.err.count("\n") == 1 and said in printed.err
+
+
+@pytest.mark.parametrize("name", ["a.txt", "trainer_state.json"])
+def test_a_log_that_is_read_whole_is_bounded(tmp_path, monkeypatch, name):
+    rows = [{"step": i, "loss": 1.5} for i in range(1, 60)]
+    text = "\n".join(map(str, rows)) if name == "a.txt" else json.dumps({"log_history": rows})
+    (tmp_path / name).write_text(text)
+    assert len(loss_curves.read_curve(tmp_path / name).points.steps) == 59
+    small = replace(loss_curves.CURVE_FILE, limit=len(text) - 1)
+    monkeypatch.setattr(loss_curves, "CURVE_FILE", small)
+    with pytest.raises(UserError, match=rf"{name}: larger than {len(text) - 1:,} bytes"):
+        loss_curves.read_curve(tmp_path / name)
+
+
+def test_a_line_of_csv_is_bounded(tmp_path):
+    """It is never held whole, however long it is."""
+    (tmp_path / "a.csv").write_text("step,loss\n1,2\n2," + "9" * 200_000)
+    with pytest.raises(UserError, match=r"a\.csv: not readable as csv \(field larger"):
+        loss_curves.read_curve(tmp_path / "a.csv")
 
 
 def test_missing_file_and_bad_share(tmp_path, capsys):

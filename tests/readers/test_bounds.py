@@ -7,20 +7,34 @@ import errno
 import gzip
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import zstandard
 
-from finetuning.common.bounds import BROKEN, COLUMNS, LINES, NAME, NAMES, OPEN_FILES, RECORD, TEXT
+from finetuning.common.bounds import (
+    BROKEN,
+    COLUMNS,
+    LINES,
+    NAME,
+    NAMES,
+    OPEN_FILES,
+    PARAGRAPHS,
+    RECORD,
+    TAGS,
+    TEXT,
+    UNPACKED,
+)  # fmt: skip
 from finetuning.common.errors import UserError
-from finetuning.readers import arrow_samples, dataset, names, opening
+from finetuning.readers import arrow_samples, dataset, names, office, opening
 from finetuning.readers.dataset import read_samples
 from finetuning.readers.names import layout, meaning
 from tests.helpers.generated_records import outcome
@@ -104,10 +118,9 @@ def parts_of(path: Path, without: str) -> dict[str, bytes]:
 RECORD_LINE = '{"question": "问", "answer": "答"}\n'.encode()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "unit", "head"),
-    [
+BOMBS = {
+    name: (unit, head)
+    for name, unit, head in (
         ("a.csv.gz", b",", b"question,answer\n"),
         ("b.csv.gz", b'""', b'question,answer\n"'),
         ("c.csv.gz", b"q,a\n", b"question,answer\n"),
@@ -122,15 +135,31 @@ RECORD_LINE = '{"question": "问", "answer": "答"}\n'.encode()
         ("c.txt.gz", "密".encode("gb18030"), b""),
         ("d.md.gz", b"### Q1: a\nA1: b\n", b""),
         ("e.txt.gz", "问：甲\n答：乙\n".encode(), b""),
-    ],
-)
-def test_a_bomb_is_refused(tmp_path, name, unit, head):
+    )
+}
+IN_CI = ("b.csv.gz", "c.jsonl.gz", "e.txt.gz")  # all of them would take two minutes
+
+
+def by_time(names: Iterable[str]) -> list:
+    marks = {True: pytest.mark.slow, False: pytest.mark.long}
+    return [pytest.param(name, marks=marks[name in IN_CI]) for name in names]
+
+
+@pytest.mark.parametrize("name", by_time(BOMBS))
+def test_a_bomb_is_refused(tmp_path, name):
+    unit, head = BOMBS[name]
     path = gz(tmp_path / name, unit, head=head)
     assert path.stat().st_size < 6 * 2**20
-    said = attacked(path)
-    assert any(
-        sign in said for sign in ("unpacks to more than", "MiB", "lines", "broken", "longer")
-    ), said
+    assert f"{name} unpacks to more than 128 MiB, over 100 times its size" in attacked(path)
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_small_bomb_is_refused_by_a_small_limit(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(opening, "UNPACKED", replace(UNPACKED, limit=2**20))
+    unit, head = BOMBS[name]
+    path = gz(tmp_path / name, unit, mib=2, head=head)
+    with pytest.raises(UserError, match=f"{name} unpacks to more than 1 MiB, over 100 times"):
+        read_samples([str(path)])
 
 
 @pytest.mark.slow
@@ -150,27 +179,60 @@ def test_a_dictionary_of_parquet_is_no_bomb(tmp_path, rows, value):
     assert "unpacks to more than" in attacked(path)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "part", "unit"),
-    [
+OFFICE = {
+    name: (part, unit)
+    for name, part, unit in (
         ("a.xlsx", "xl/worksheets/sheet1.xml",
          b"<worksheet><sheetData>|<row><c/></row>|</sheetData></worksheet>"),
         ("b.xlsx", "xl/sharedStrings.xml", b"<sst>|<si><t>a</t></si>|</sst>"),
         ("a.docx", "word/document.xml",
          b'<w:document xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2006/main"><w:body>|<w:p/>|'
          b"</w:body></w:document>"),
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize("mib", [30, 300])
-def test_an_office_file_is_no_bomb(tmp_path, name, part, unit, mib):
-    if name.endswith("xlsx"):
-        write_file(tmp_path / "good.xlsx", {"sheets": {"问答": [["问题", "答案"], ["问", "答"]]}})
+    )
+}  # fmt: skip
+
+
+def office_bomb(path: Path, mib: int) -> Path:
+    part, unit = OFFICE[path.name]
+    good = path.with_name(f"good{path.suffix}")
+    if path.suffix == ".xlsx":
+        write_file(good, {"sheets": {"问答": [["问题", "答案"], ["问", "答"]]}})
     else:
-        write_file(tmp_path / "good.docx", {"paragraphs": ["问：甲"]})
-    rest = parts_of(tmp_path / f"good{Path(name).suffix}", part)
-    said = attacked(deflated(tmp_path / name, part, unit, mib, rest))
-    assert "unpacks to" in said or "holds" in said or "samples" in said, said
+        write_file(good, {"paragraphs": ["问：甲"]})
+    return deflated(path, part, unit, mib, parts_of(good, part))
+
+
+@pytest.mark.parametrize(
+    ("name", "mib", "said"),
+    [
+        pytest.param("a.xlsx", 30, "holds no sample; no record in it", marks=pytest.mark.long),
+        pytest.param(
+            "a.xlsx", 300, "unpacks to 300 MiB, more than 128 MiB", marks=pytest.mark.long
+        ),
+        pytest.param("b.xlsx", 30, "1 samples, 0 broken", marks=pytest.mark.slow),
+        pytest.param(
+            "b.xlsx", 300, "unpacks to 300 MiB, more than 128 MiB", marks=pytest.mark.slow
+        ),
+        pytest.param("a.docx", 30, " holds 5,267,2.. tags and 5,242,840 p", marks=pytest.mark.slow),
+        pytest.param(
+            "a.docx", 300, "unpacks to 300 MiB, more than 128 MiB", marks=pytest.mark.long
+        ),
+    ],
+)
+def test_an_office_file_is_no_bomb(tmp_path, name, mib, said):
+    """b.xlsx names its texts in thirty MiB that none of its two rows asks for."""
+    assert re.search(said, attacked(office_bomb(tmp_path / name, mib)))
+
+
+@pytest.mark.parametrize(("name", "bound"), [("TAGS", TAGS), ("PARAGRAPHS", PARAGRAPHS)])
+def test_tags_and_paragraphs_are_bounded(tmp_path, monkeypatch, name, bound):
+    write_file(tmp_path / "a.docx", {"paragraphs": ["问：甲", "答：乙", "。"]})
+    assert len(read_samples([str(tmp_path / "a.docx")]).samples) == 1
+    monkeypatch.setattr(office, name, replace(bound, limit=2))
+    with pytest.raises(
+        UserError, match=rf"a.docx holds [\d,]+ tags and 3 paragraphs.* 2 {bound.unit}"
+    ):
+        read_samples([str(tmp_path / "a.docx")])
 
 
 # ---- bounds of what is not packed ------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Files to a list of samples: exact counts, large data through Arrow files, the cache, and hostile input."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -191,6 +192,17 @@ def test_cached_samples_are_those_of_the_same_columns(tmp_path, monkeypatch):
         columns = {"question": column}
         read = read_samples([str(path)], columns=columns, cache_dir=tmp_path / "cache")
         assert [sample.question for sample in read.samples] == [question]
+
+
+def test_what_is_cached_is_named_by_all_code_that_makes_it():
+    """A file of the readers, and what it imports; but for what keeps, shares out and refuses."""
+    files = {path.stem: path for path in Path(dataset.__file__).parent.glob("[!_]*.py")}
+    assert set(dataset._READERS) == set(files)
+    found = "".join(path.read_text(encoding="utf-8") for path in files.values())
+    imported = set(re.findall(r"^ *from finetuning\.([\w.]+) import", found, re.MULTILINE))
+    imported -= {f"readers.{name}" for name in files}
+    others = {"common.cache", "common.errors", "common.workers", "config"}
+    assert imported - others == set(dataset._MAKERS)
 
 
 def test_unwritable_cache(large, tmp_path):
