@@ -47,6 +47,11 @@ class Turn:
         """The conversation up to and with this turn."""
         return [*self.before, self.message]
 
+    @cached_property
+    def tools_text(self) -> str:
+        """The tools as JSON; empty where there are none."""
+        return json.dumps(self.tools) if self.tools else ""
+
     @property
     def thinking(self) -> str:
         """The turn's reasoning."""
@@ -123,7 +128,7 @@ class Verifier:
                 _check_loosely(text, turn.before)
             else:
                 _check_loosely(text.rpartition(CLOSE)[2], [turn.message])
-        for forms in _tool_words(json.dumps(turn.tools)) if turn.tools else ():
+        for forms in _tool_words(turn.tools_text) if turn.tools else ():
             if not any(form in prompt for form in forms):
                 raise RenderingFault(f"the chat template drops of its tools: {_cut(forms[0])}")
 
@@ -159,7 +164,7 @@ def _shape(turn: Turn) -> tuple:
     """All that a template's own text may depend on, other than the words."""
     called = any("tool_calls" in message for message in turn.messages)
     return (
-        json.dumps(_neutral_tools(turn.tools)) if turn.tools else "",
+        _neutral_tools(turn.tools_text) if turn.tools else "",
         json.dumps(_neutral_calls(turn.messages)) if called else "",
         *(
             (
@@ -197,7 +202,11 @@ def _neutral(turn: Turn) -> Turn:
             if _state(message.get(key)) == 2:
                 message[key] = f"Zq{3 * number + place:06d}w"
         messages.append(message)
-    return Turn(messages[:-1], messages[-1], _neutral_tools(turn.tools) if turn.tools else None)
+    return Turn(
+        messages[:-1],
+        messages[-1],
+        json.loads(_neutral_tools(turn.tools_text)) if turn.tools else None,
+    )
 
 
 def _neutral_calls(messages: Sequence[dict]) -> list[list[dict]]:
@@ -222,9 +231,10 @@ def _neutral_calls(messages: Sequence[dict]) -> list[list[dict]]:
     return [[neutral(call) for call in message.get("tool_calls", ())] for message in messages]
 
 
-def _neutral_tools(tools: list) -> list:
-    """The tools with a word for each of their texts and for each name of a parameter, the same for the same:
-    what is required is a name. The words of JSON Schema stay, as templates ask for them."""
+@lru_cache(maxsize=64)
+def _neutral_tools(tools: str) -> str:
+    """The tools (JSON) with a word for each of their texts and for each name of a parameter, the same for the
+    same: what is required is a name. The words of JSON Schema stay, as templates ask for them."""
     words: dict[str, str] = {}
 
     def word(value: Any, *, named: bool = False) -> Any:
@@ -239,7 +249,7 @@ def _neutral_tools(tools: list) -> list:
             return value
         return words.setdefault(value, f"Zt{len(words):06d}w")
 
-    return [word(tool) for tool in tools]
+    return json.dumps(word(json.loads(tools)))
 
 
 def _frame(text: str) -> _Frame:

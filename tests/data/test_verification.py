@@ -25,7 +25,7 @@ from finetuning.data.chat_template import CLOSE, OPEN, chat_format, encode_promp
 from finetuning.data.rendering import Renderer
 from finetuning.data.token_table import Segment, TokenizedSamples
 from finetuning.data.tokenization import tokenize_samples
-from finetuning.readers.sample import Sample
+from finetuning.readers.sample import NothingLeftError, Sample
 from tests.helpers.qwen3_tokenizer import qwen3_tokenizer
 from tests.helpers.settings import up_to
 from tests.helpers.templates import CLOSING, DAMAGED, FAMILIES, WHOLE
@@ -178,8 +178,10 @@ def losses(read: list[Sample], template: str) -> tuple[int, int]:
     try:
         settings = up_to(100_000, control_tokens="split", empty_thinking="train")
         tokens = tokenize_samples(placed, tokenizer, settings)
-    except UserError as refusal:
-        assert f"{len(placed)} broken (the first: a:1: the chat template" in str(refusal)
+    except NothingLeftError as refusal:
+        lost = [finding for finding in refusal.findings if finding.kind == "broken"]
+        assert [finding.line for finding in lost] == [*range(1, len(placed) + 1)]
+        assert all("chat template" in finding.note for finding in lost)
         return 0, len(placed)
     broken = {record.line for record in tokens.truncation.broken}
     assert all(record.reason for record in tokens.truncation.broken)
