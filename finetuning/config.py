@@ -41,6 +41,9 @@ ALERT_NAMES = (
     "Clipping",
 )
 
+# Services of `notify`.
+SERVICES = ("feishu", "dingtalk", "wecom", "slack", "mail")
+
 # What records may show of a text. Of a text that stands in neither they show nothing.
 NAMES_AND_PATHS = (
     "model_name",
@@ -57,7 +60,8 @@ NAMES_AND_PATHS = (
     "output_dir",
     "cache_dir",
 )
-COMMANDS = ("alert_actions",)  # with arguments that may hold secrets: only the program is shown
+# What may hold secrets: of a command records show the program, of a channel the service.
+PARTLY_SHOWN = ("alert_actions", "notify")
 # Settings in which `~` is the home directory; the paths of data are for `readers.files`.
 _HOME_IS_SHORT = ("model_name", "init_adapter", "output_dir", "cache_dir")
 _PROGRAM = Path(__file__).parents[1]
@@ -367,6 +371,9 @@ class OutputSettings(_Settings):
     """Longest probe answer, tokens; 0: a quarter more than the longest reference, on a CPU at most 256."""
     alert_actions: dict[str, str] = field(default_factory=dict)
     """Alert name -> log, save, stop, or a command to run with the alert as JSON on its input."""
+    notify: tuple[str, ...] = ()
+    """Who is told of begin, alerts and end: SERVICE=ADDRESS, or SERVICE=env:NAME for the address in a
+    variable of the environment; feishu, dingtalk, wecom, slack or mail (docs/running.md)."""
     workers: int = 0
     """Processes that read and tokenize large data; 0: one for each processor that the run may use."""
     cache_dir: str = ""
@@ -386,6 +393,12 @@ class OutputSettings(_Settings):
             if name not in ALERT_NAMES:
                 near, known = closest(name, ALERT_NAMES), ", ".join(ALERT_NAMES)
                 yield f"alert_actions: no alert {name!r}{near}; there are {known}"
+        # What stands there may be a secret, so it is not shown.
+        if any(one.partition("=")[0] not in SERVICES or "=" not in one for one in self.notify):
+            yield (
+                "notify: each has the form SERVICE=ADDRESS or SERVICE=env:NAME, with SERVICE one of "
+                f"{', '.join(SERVICES)}"
+            )
 
     @property
     def cache_path(self) -> Path:

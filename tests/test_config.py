@@ -339,6 +339,8 @@ def test_every_number_has_bounds_that_hold(subtests):
         ("revision", "a b"),
         ("revision", "../main"),
         ("alert_actions", {"Noise": "stop"}),
+        ("notify", ("slack",)),
+        ("notify", ("slack=env:A", "irc=env:B")),
     ],
 )
 def test_what_is_no_number_and_can_not_be_right_is_refused(name: str, value: object):

@@ -8,7 +8,6 @@ hands the alert to a command of the user's (`run_command`).
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from finetuning.common.errors import UserError
 from finetuning.common.files import strict
 from finetuning.common.formatting import four_digits
 from finetuning.common.language import translated
-from finetuning.common.text import REDACTED, SHORTEST_SECRET, clean_line, redact, table_cell
+from finetuning.common.text import REDACTED, clean_line, redact, table_cell, without
 from finetuning.monitoring.advice import ADVICE, advice, ending
 from finetuning.monitoring.detector_memory import KEEP, AlertLimits, DetectorMemory, Finding
 from finetuning.monitoring.detectors import DETECTORS, QUIET, is_watched
@@ -212,12 +211,10 @@ def _feed(words: list[str], payload: bytes, timeout_s: float) -> None:
 
 def _tell(words: list[str], what: str) -> None:
     """One line on stderr that shows none of the command's arguments, which may hold a secret."""
-    for argument in sorted(words[1:], key=len, reverse=True):
-        for part in (argument, *re.split(r"[^\w.-]+", argument)):
-            if len(part) >= SHORTEST_SECRET:
-                what = what.replace(part, REDACTED)
-    line = clean_line(redact(f"alert command {Path(words[0]).name!r} {what}"), 300)
-    print(line, file=sys.stderr)
+    print(
+        f"alert command {redact(Path(words[0]).name)!r} {without(what, *words[1:])}",
+        file=sys.stderr,
+    )
 
 
 def program_of(command: str) -> str:
