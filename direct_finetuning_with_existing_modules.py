@@ -21,9 +21,10 @@ from finetuning.common import process  # first: it tunes malloc before torch all
 import sys
 
 from finetuning.common.errors import RunStopped, UserError
+from finetuning.common.remote import check_address
 from finetuning.common.terminal import Terminal, show_crash
 from finetuning.command_line import CommandLine, parse_command_line
-from finetuning.config import DirectTrainingConfig
+from finetuning.config import DirectTrainingConfig, unhindered
 from finetuning.monitoring.channels import read_channels
 from finetuning.readers.files import check_paths
 
@@ -31,6 +32,7 @@ if __name__ == "__main__":  # help, wrong settings and paths need none of the sl
     try:
         command = parse_command_line(sys.argv[1:])
         check_paths(command.training)
+        check_address(command.training.mirror, "mirror")
         read_channels(command.training.notify if process.is_first_rank() else ())
         first = Terminal(quiet=command.quiet, is_main=process.is_first_rank())
         first.info("starting: the libraries are being loaded")
@@ -39,7 +41,6 @@ if __name__ == "__main__":  # help, wrong settings and paths need none of the sl
         sys.exit(2)
     process.imports_begin()
 
-import dataclasses
 import functools
 import math
 from contextlib import nullcontext
@@ -49,19 +50,17 @@ from finetuning.analysis.data_check import check_data
 from finetuning.common.distributed import exit_process, init_distributed, leave
 from finetuning.common.formatting import due
 from finetuning.data.packing import PlannedStep
-from finetuning.runs import directory, summary
+from finetuning.runs import directory, session, summary
 from finetuning.runs.build import build_engine, build_evaluator
 from finetuning.runs.directory import disk_faults_stop_the_run
 from finetuning.runs.identity import check_identity
 from finetuning.runs.init_adapter import with_own_settings
 from finetuning.runs.metrics import MetricsProcessor
+from finetuning.runs.mirror import Mirror
 from finetuning.runs.news import RunNews
 from finetuning.runs.plan import load_data, plan_run
 from finetuning.runs.record import show_plan, show_plan_elsewhere
 from finetuning.runs.report import leave_report
-from finetuning.runs.session import (
-    SessionStart, begin_record, describe_data, logger_options, open_run,
-)  # fmt: skip
 from finetuning.training.checkpoint import Checkpoint, misfits_are_told
 from finetuning.training.checkpoint_manager import CheckpointManager
 from finetuning.training.optimizer import StepResult, learning_rate_at
@@ -108,6 +107,7 @@ class DirectTrainer:
         self.outcome = ""  # why the loop ends: completed, preempted, stopped, nonfinite
         self.rollback_from = 0  # non-finite step to go back from
         self.nonfinite_places: list[str] = []  # samples of the newest non-finite step
+        self.mirror = Mirror(config, self.terminal, is_main=self.dist.is_main)
         self.checkpoints = CheckpointManager(
             Path(config.output_dir) / "checkpoints",
             self.dist,
@@ -130,7 +130,7 @@ class DirectTrainer:
         """The whole run, from data to final model. Returns the state after the last step."""
         output_dir = Path(self.config.output_dir)
         lock = directory.only_writer(output_dir) if self.dist.is_main else nullcontext()
-        with self.stop, lock, self.news:
+        with self.stop, lock, self.news, self.mirror:
             self.plan = plan_run(
                 self.config,
                 self.dist,
@@ -356,12 +356,15 @@ class DirectTrainer:
                 state=summary.checkpoint_state(self.plan, state),
                 protect=state.best_step,
             )
+            newest = self.checkpoints.newest_path
+            self.mirror.add_checkpoint(self.record.run, newest, state.best_step)
 
     def save_model(self, folder: Path) -> None:
         """The adapter with its tokenizer, whole or not at all."""
         with self.metrics.clock.phase("saving"), self.terminal.working(f"saving {folder.name}"):
             notes = summary.model_notes(self.record.run.name, self.state, self.plan.identity)
             self.engine.save(folder, self.plan.inputs.tokenizer, notes)
+            self.mirror.add_model(self.record.run, folder, self.state.step)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Weights, optimizer, random state and counters as they were at the checkpoint."""
@@ -396,25 +399,24 @@ class DirectTrainer:
 
     def open(self) -> None:
         """The run's directory, its record and its metrics; from a checkpoint where there is one."""
-        checkpoint = self.checkpoints.resolve_resume(self.resume)
+        checkpoint = self.checkpoints.resolve_resume(self.resume, self.mirror.fetch)
         if checkpoint:
             self.restore(checkpoint)
             self.state.resume_count += 1
         # A run that crashed before its first checkpoint begins again: its points may be removed.
         begun = "" if checkpoint else self.checkpoints.run_before_first_checkpoint()
-        start = SessionStart.of(checkpoint, begun, self.plan, self.state)
+        start = session.SessionStart.of(checkpoint, begun, self.plan, self.state)
         # Weights and both moments, one more while the old one is still there.
         needed = 6 * 4 * self.engine.num_trainable
-        run = open_run(start, self.config, self.dist, self.terminal, needed)
-        around, actions = (self.dist, self.terminal), self.config.alert_actions
-        options = logger_options(start, run, self.config, self.plan, self.terminal.warning)
+        run = session.open_run(start, self.config, self.dist, self.terminal, needed)
+        around, made = (self.dist, self.terminal), (self.plan, self.engine)
+        options = session.logger_options(start, run, self.config, self.plan, self.terminal.warning)
         logger = TensorBoardLogger(**options) if self.dist.is_main else NullLogger()
         self.stop.wait_for_loop()  # from here on a checkpoint can be written
-        self.record = begin_record(start, run, logger, actions, self.plan, self.engine, *around)
-        self.news.begun(
-            run.name, start.resume_step, summary.run_rows(self.plan, self.engine, self.dist)
-        )
-        describe_data(start, self.record, self.plan, *around, self.stop)
+        actions = self.config.alert_actions
+        self.record = session.begin_record(start, run, logger, actions, *made, *around)
+        self.news.begun(run.name, start.resume_step, summary.run_rows(*made, self.dist))
+        session.describe_data(start, self.record, self.plan, *around, self.stop)
         self.metrics = MetricsProcessor(self.plan, self.dist, self.state)
         if checkpoint:
             self.look_at_end()
@@ -462,9 +464,8 @@ def run(command: CommandLine) -> int:
     config = command.training
     if command.gpus:
         return show_plan_elsewhere(config, command.gpus, Terminal(quiet=command.quiet))
-    if command.check_data:  # everything that is wrong is to be seen, nothing may end the reading
-        policy = "drop" if config.over_length == "error" else config.over_length
-        config = dataclasses.replace(config, max_broken_fraction=1.0, over_length=policy)
+    if command.check_data:
+        config = unhindered(config)
     trust = {"trust_remote_code": command.trust_remote_code}
     trainer = DirectTrainer(config, resume=command.resume, quiet=command.quiet, **trust)
     if command.check_data:

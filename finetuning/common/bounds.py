@@ -62,6 +62,11 @@ NOTICE_END = Bound(
     "monitoring/test_notifier.py::test_a_server_that_hangs_holds_up_nobody",
 )  # fmt: skip
 
+MIRROR_END = Bound(
+    600, "seconds", "the wait for the last upload to a mirror at the end of a run",
+    "it is left, which is told", "runs/test_mirror.py::test_a_target_that_hangs_is_left",
+)  # fmt: skip
+
 # ---- models and templates -----------------------------------------------------------------------
 
 HEADER = Bound(

@@ -74,20 +74,23 @@ class Channel:
     def of(cls, setting: str, environment: Mapping[str, str] = os.environ) -> "Channel":
         """The channel that a setting names. Raises UserError, which shows no address."""
         service, _, address = setting.partition("=")
-        name = f"notify {service}"
         if address.startswith(FROM_ENVIRONMENT):
-            address = _variable(name, address.removeprefix(FROM_ENVIRONMENT), environment).strip()
+            address = _variable(
+                service, address.removeprefix(FROM_ENVIRONMENT), environment
+            ).strip()
         kind = _Mail if service == "mail" else _Chat
         parts = _parts(address)
         if parts is None or parts.scheme not in kind.schemes or kind.lacks(parts):
-            raise UserError(f"{name}: not an address of this service; it has the form {kind.form}")
+            raise UserError(
+                f"notify {service}: not an address of this service; it has the form {kind.form}"
+            )
         if service != "mail" or not parts.username:
             return cls(service, parts)
         if parts.password is not None:
             raise UserError(
-                f"{name}: the password does not belong into the address; export it as {PASSWORD}"
+                f"notify {service}: the password does not belong into the address; export it as {PASSWORD}"
             )
-        return cls(service, parts, _variable(name, PASSWORD, environment))
+        return cls(service, parts, _variable(service, PASSWORD, environment))
 
     def deliver(self, notice: Notice, timeout: float = NOTICE_WAIT.limit) -> None:
         """Send it. Raises Undelivered. timeout: seconds that the other side may be silent."""
@@ -120,12 +123,14 @@ def service_of(setting: str) -> str:
     return setting.partition("=")[0]
 
 
-def _variable(name: str, variable: str, environment: Mapping[str, str]) -> str:
+def _variable(service: str, variable: str, environment: Mapping[str, str]) -> str:
     """Its value. What is no name of a variable may be an address, and is not shown."""
     if not re.fullmatch(r"[A-Za-z_]\w{0,99}", variable):
-        raise UserError(f"{name}: behind {FROM_ENVIRONMENT} stands the name of a variable")
+        raise UserError(
+            f"notify {service}: behind {FROM_ENVIRONMENT} stands the name of a variable"
+        )
     if not environment.get(variable, "").strip():
-        raise UserError(f"{name}: the environment has no variable {variable}; export it")
+        raise UserError(f"notify {service}: the environment has no variable {variable}; export it")
     return environment[variable]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from finetuning.common.errors import UserError
 from finetuning.common.files import strict
 from finetuning.common.fingerprint import text_digest
+from finetuning.common.remote import shown_address
 from finetuning.common.text import REDACTED, redact
 from finetuning.config import NAMES_AND_PATHS, DirectTrainingConfig, allowed_values
 from finetuning.data.packing import StepPlan
@@ -27,9 +28,10 @@ PLACES = (
     "cache_dir",
     "workers",
     "notify",
+    "mirror",
 )
 # Of what is partly shown: the part.
-SHOWN_PART = {"alert_actions": program_of, "notify": service_of}
+SHOWN_PART = {"alert_actions": program_of, "notify": service_of, "mirror": shown_address}
 # By these the same samples make other steps.
 ORDER = ("seed", "packing", "max_seq_length", "tokens_per_row", "empty_thinking")
 # Digests, by what a person calls that of which they are.
@@ -177,7 +179,8 @@ def recorded_settings(config: DirectTrainingConfig) -> dict[str, Any]:
     """Every setting as records show it. What a setting is decides, not how its value looks.
 
     Numbers, switches and words of a choice are shown; a text only where the setting is a name or a path, and
-    then without what looks like a secret; of a command its program, of a channel its service. Any other
+    then without what looks like a secret; of a command its program, of a channel its service, of an
+    address its place. Any other
     text is hidden.
     """
     return {f.name: _recorded(f, getattr(config, f.name)) for f in dataclasses.fields(config)}
