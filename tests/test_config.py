@@ -340,6 +340,7 @@ def test_every_number_has_bounds_that_hold(subtests):
         ("revision", "../main"),
         ("alert_actions", {"Noise": "stop"}),
         ("notify", ("slack",)),
+        ("mirror", "s3://a\nb"),
         ("notify", ("slack=env:A", "irc=env:B")),
     ],
 )

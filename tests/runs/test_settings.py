@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM
 from direct_finetuning_with_existing_modules import DirectTrainer
 from finetuning.common.distributed import init_distributed
 from finetuning.common.errors import UserError
+from finetuning.common.remote import RemoteFolder
 from finetuning.common.terminal import Terminal
 from finetuning.config import DirectTrainingConfig, allowed_values
 from finetuning.data.token_table import Segment
@@ -486,6 +487,18 @@ def told_people(world: World, config: Config) -> set[str]:
     return {call.args[0].service for call in deliver.call_args_list}
 
 
+def copied(world: World, config: Config) -> bool:
+    """Whether a saved model goes elsewhere."""
+    run = RunDirectory(world.fresh(), "qwen3_4b_thinking_20260101_000000")
+    run.final_model.mkdir(parents=True)
+    (run.final_model / "weights").write_text("all", encoding="utf-8")
+    config = replace(config, output_dir=str(run.output_dir))
+    with DirectTrainer(config, quiet=True).mirror as mirror:
+        mirror.add_model(run, run.final_model, 3)
+    place = RemoteFolder(f"memory://{world.folder.name}")
+    return place.read(f"{run.name}/final_model/weights", 9) == b"all" and bool(mirror)
+
+
 def processes(world: World, config: Config) -> set[int]:
     """How many read, and how many tokenize, where data are large."""
     asked: set[int] = set()
@@ -772,6 +785,7 @@ ROWS = [
         told_people,
         {"slack", "wecom"},
     ),
+    Row("mirror", lambda world: f"memory://{world.folder.name}", copied, True),
     Row("workers", 3, processes, {3}, beside=only("a", "b")),
     Row("cache_dir", lambda world: str(world.folder / "own-cache"), kept_work, True),
 ]
