@@ -16,6 +16,7 @@ from finetuning.command_line import parse_command_line, read_config_file
 from finetuning.common.errors import UserError
 from finetuning.config import (
     ALERT_NAMES,
+    PARTLY_SHOWN,
     BatchSettings,
     DataSettings,
     DeviceSettings,
@@ -224,6 +225,13 @@ def test_all_faults_of_a_file_are_reported_at_once(tmp_path: Path):
 def test_a_broken_file_is_one_clear_error(tmp_path: Path, text: str):
     with pytest.raises(UserError, match="not valid TOML"):
         read_config_file(toml(tmp_path, text))
+
+
+@pytest.mark.parametrize("key", PARTLY_SHOWN)
+def test_what_may_be_a_secret_is_not_in_a_fault(tmp_path: Path, key: str):
+    with pytest.raises(UserError, match=f"{key} is .redacted., must be") as caught:
+        read_config_file(toml(tmp_path, f'{key} = [["Qx7pl41n"]]'))
+    assert "Qx7pl41n" not in str(caught.value)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX special files")

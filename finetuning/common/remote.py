@@ -4,9 +4,6 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-import fsspec
-from fsspec.utils import get_protocol
-
 from finetuning.common.errors import UserError
 from finetuning.common.text import clean_line, redact
 
@@ -20,6 +17,9 @@ def check_address(address: str, name: str) -> None:
     """
     if not address:
         return
+    import fsspec
+    from fsspec.utils import get_protocol
+
     protocol = get_protocol(address)
     try:
         fsspec.get_filesystem_class(protocol)
@@ -49,6 +49,9 @@ class RemoteFolder:
     """Files below an address, by names with `/`. What goes wrong is whatever the library raises."""
 
     def __init__(self, address: str) -> None:
+        import fsspec
+        from fsspec.utils import get_protocol
+
         local = get_protocol(address) in ("file", "local")
         options = {"auto_mkdir": True} if local else {}
         self._files, self._root = fsspec.core.url_to_fs(address, **options)

@@ -282,19 +282,17 @@ class _Mail:
     def lacks(parts: SplitResult) -> bool:
         """Whether nobody would get it."""
         whom = _asked(parts, "to")
-        return not whom or not all(map(_A_PERSON.fullmatch, (*whom, *_asked(parts, "from"))))
+        return not whom or not all(map(_A_PERSON.fullmatch, (*whom, _sender(parts))))
 
     @staticmethod
     def send(channel: Channel, notice: Notice, timeout: float) -> None:
         parts = channel.address
-        user = unquote(parts.username or "")
-        whom = _asked(parts, "to")
-        own = user if "@" in user else f"{user}@{parts.hostname}" if user else whom[0]
+        user, text = unquote(parts.username or ""), notice.text()
         message = EmailMessage()
-        message["Subject"] = " ".join(notice.title.split())
-        message["From"], message["To"] = (_asked(parts, "from") or [own])[0], ", ".join(whom)
+        message["Subject"] = text.split("\n")[0]
+        message["From"], message["To"] = _sender(parts), ", ".join(_asked(parts, "to"))
         message["Date"], message["Message-ID"] = formatdate(), make_msgid(domain=parts.hostname)
-        message.set_content(notice.text() + "\n")
+        message.set_content(text + "\n")
         try:
             with closing(_connected(parts, bool(user), timeout)) as server:
                 if user:
@@ -314,6 +312,15 @@ class _Mail:
 def _asked(parts: SplitResult, name: str) -> list[str]:
     """The values of a name in an address's query, which may be several, with commas."""
     return [one for value in parse_qs(parts.query).get(name, ()) for one in value.split(",") if one]
+
+
+def _sender(parts: SplitResult) -> str:
+    """Who is named as such: `from`, the user, or whom it is for."""
+    user = unquote(parts.username or "")
+    named = _asked(parts, "from") or (
+        [user if "@" in user else f"{user}@{parts.hostname}"] if user else []
+    )
+    return (named or _asked(parts, "to"))[0]
 
 
 def _connected(parts: SplitResult, needs_tls: bool, timeout: float) -> smtplib.SMTP:

@@ -9,7 +9,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -83,10 +83,14 @@ class Mirror:
         with self._changed:
             self._ends = True
             self._changed.notify()
-        with self._terminal.working("mirroring"):
+        if self._thread.ident is None:
+            return
+        with self._terminal.working("mirroring"), suppress(KeyboardInterrupt):  # of who won't wait
             self._thread.join(MIRROR_END.limit)
         if self._thread.is_alive():
-            self._fail(f"not done within {MIRROR_END}")
+            self._terminal.warning(
+                f"mirror {self._shown}: the last upload was not done and is left"
+            )
         else:
             shutil.rmtree(self._staging, ignore_errors=True)
 

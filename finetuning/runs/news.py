@@ -13,7 +13,8 @@ from finetuning.runs.directory import RunDirectory
 from finetuning.runs.recorded import read_recorded
 from finetuning.runs.report import BEFORE_AND_AFTER, LOSS_ERROR, before_and_after
 
-TOLD_ROWS = ("model", "samples", "steps", "learning rate", "time")  # of the table at the start
+# Of the table at the start.
+TOLD_ROWS = ("model", "samples", "steps", "learning rate", "training and evaluation")
 FIRST_ROWS = 5  # of before and after
 
 

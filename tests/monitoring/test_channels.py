@@ -231,6 +231,7 @@ def test_mail_that_is_refused(refuses: dict, lasting: bool | None):
         f"mail=smtp://{TOKEN}@host",
         f"mail=smtp://{TOKEN}@host?to={TOKEN}",
         f"mail=smtp://host?to=a@x.example&from={TOKEN}",
+        f"mail=smtp://{TOKEN}%0a%22@host?to=a@x.example",
         f"mail=smtp://me:{TOKEN}@host?to=a@x.example",
         f"mail=https://host/{TOKEN}?to=a@x.example",
         "dingtalk=env:NO_SUCH_VARIABLE",

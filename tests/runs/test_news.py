@@ -66,7 +66,11 @@ def test_every_service_hears_begin_and_end_in_the_language_of_the_run(
     name = next((tmp_path / "out" / "training_logs").iterdir()).name
     for texts in (*(chat.texts for chat in chats), [m.get_content() for m in mail.mails]):
         begun, done = (text.replace("\r", "").strip().split("\n") for text in texts)
-        assert begun[0] == f"训练开始 {name}" and "步数: 3" in "\n".join(begun).replace("：", ": ")
+        assert (
+            len(begun) == 6
+            and begun[0] == f"训练开始 {name}"
+            and "步数: 3" in "\n".join(begun).replace("：", ": ")
+        )
         assert done[0] == f"训练完成 {name}" and done[1].startswith("完成：3 步")
         assert any(
             re.fullmatch(r"留出损失: .+ ± .+ → .+ ± .+ \((变好|变差)\)", line) for line in done
