@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from finetuning.common.bounds import MIRROR_END
-from finetuning.common.errors import RunStopped
+from finetuning.common.errors import RunStopped, UserError
 from finetuning.common.files import fsync_directory, read_json_object, staging_folder
 from finetuning.common.remote import RemoteFolder, check_address, hidden_parts, shown_address
 from finetuning.common.terminal import Terminal
@@ -79,7 +79,8 @@ class Mirror:
     ) -> None:
         if self._run is None or isinstance(error, KeyboardInterrupt):
             return
-        self._add("records", "records", 0, self._logs(self._run))
+        with self._faults_are_told():
+            self._add("records", "records", 0, self._logs(self._run))
         with self._changed:
             self._ends = True
             self._changed.notify()
@@ -101,15 +102,17 @@ class Mirror:
         """A model that has just been saved at this step."""
         if self:
             self._run = run
-            self._add(folder.name, folder.name, step, _files(folder))
+            with self._faults_are_told():
+                self._add(folder.name, folder.name, step, _files(folder))
 
     def add_checkpoint(self, run: RunDirectory, path: Path, protect: int | None) -> None:
         """A checkpoint that has just been saved, with the run's records. protect: step of one to keep."""
         if self:
             self._run = run
-            step = read_json_object(path / MANIFEST)["step"]
-            files = {**_files(path), **self._logs(run)}
-            self._add("checkpoint", path.name, step, files, f"checkpoint-{protect}")
+            with self._faults_are_told():
+                step = read_json_object(path / MANIFEST)["step"]
+                files = {**_files(path), **self._logs(run)}
+                self._add("checkpoint", path.name, step, files, f"checkpoint-{protect}")
 
     def _logs(self, run: RunDirectory) -> dict[str, Path]:
         folders = zip(LOGS, (run.tensorboard, run.logs), strict=True)
@@ -120,16 +123,13 @@ class Mirror:
     def _add(
         self, kind: str, name: str, step: int, files: Mapping[str, Path], protect: str = ""
     ) -> None:
-        """Hold the files by links, in place of what waits of this kind. An error of the disk is told."""
-        self._number += 1
+        """Hold the files by links, in place of what waits of this kind."""
+        with self._changed:
+            self._number += 1
         folder = self._staging / str(self._number)
         sequence = read_json_object(files[MANIFEST])["sequence"] if MANIFEST in files else 0
         about = {"run": self._run.name, "name": name, "step": step, "sequence": sequence}
-        try:
-            held = dict(_held(files, folder))
-        except OSError as error:
-            self._fail(str(error.strerror or error))
-            return
+        held = dict(_held(files, folder))
         with self._changed:
             old = self._waiting.pop(kind, None)
             self._waiting[kind] = _Copy(about, held, folder, protect)
@@ -146,13 +146,13 @@ class Mirror:
                 self._changed.wait_for(lambda: self._ends or (self._waiting and not self._rests))
                 if self._rests or not self._waiting:
                     return
-                kind = min(self._waiting, key=KINDS.index)
+                kind, newest = min(self._waiting, key=KINDS.index), self._number
                 copy = self._waiting.pop(kind)
             if self._upload(copy):
                 shutil.rmtree(copy.folder, ignore_errors=True)
                 continue
             with self._changed:
-                self._rests = True  # it waits for the next save, which may bring a newer one
+                self._rests = self._number == newest  # until the next save, which may have come
                 if self._waiting.setdefault(kind, copy) is not copy:
                     shutil.rmtree(copy.folder, ignore_errors=True)
 
@@ -162,13 +162,16 @@ class Mirror:
             mirror = RemoteFolder(self._address)
             files = {name: _cut(path, size) for name, (path, size) in copy.files.items()}
             write_bundle(mirror, copy.about, files)
-            if copy.about["sequence"]:
-                self._prune(mirror, copy)
         except Exception as error:  # libraries of object stores raise what they like
             self._fail(f"{type(error).__name__}: {error}")
             return False
         self._told = False
         self._terminal.info(f"mirrored {copy.about['name']} to {self._shown}")
+        try:
+            if copy.about["sequence"]:
+                self._prune(mirror, copy)
+        except Exception as error:  # the same
+            self._fail(f"old checkpoints can't be removed ({type(error).__name__}: {error})")
         return True
 
     def _prune(self, mirror: RemoteFolder, copy: _Copy) -> None:
@@ -181,6 +184,14 @@ class Mirror:
         for name in names:
             if name not in kept or bundles[name] is None:
                 mirror.remove(f"{run}/{name}")
+
+    @contextmanager
+    def _faults_are_told(self) -> Iterator[None]:
+        """A disk that fails where files are taken harms no run."""
+        try:
+            yield
+        except (OSError, UserError) as error:
+            self._fail(str(getattr(error, "strerror", None) or error))
 
     def _fail(self, reason: str) -> None:
         """One line for each time that the target is away."""

@@ -364,6 +364,46 @@ def test_a_target_that_is_away_is_told_once_and_tried_at_the_next_save(tmp_path:
     assert not (folder / MIRRORING).exists()
 
 
+def test_what_was_saved_during_an_upload_that_fails_is_tried_at_once(tmp_path: Path, memory: str):
+    folder, go_on, put, tries = tmp_path / "a", threading.Event(), RemoteFolder.put, []
+
+    def fails_once(*arguments: object) -> None:
+        go_on.wait(10)
+        tries.append(arguments)
+        if len(tries) == 1:
+            raise OSError("the line is cut")
+        put(*arguments)
+
+    mirror, heard = begin(folder, memory)
+    run = RunDirectory(folder, RUN)
+    with mock.patch.object(RemoteFolder, "put", fails_once), mirror:
+        mirror.add_checkpoint(run, checkpoint(folder, 2), None)
+        until(lambda: not mirror._waiting)
+        mirror.add_checkpoint(run, checkpoint(folder, 4), None)
+        go_on.set()
+        until(lambda: heard.infos)
+    assert [line.split()[1] for line in heard.infos] == ["checkpoint-4", "records"]
+    assert len(heard.warnings) == 1
+
+
+def test_old_checkpoints_that_stay_are_told_and_the_new_one_is_there(tmp_path: Path, memory: str):
+    mirror, heard = begin(tmp_path / "a", memory, keep=1)
+    run, remove = RunDirectory(tmp_path / "a", RUN), RemoteFolder.remove
+
+    def refuses(self: RemoteFolder, folder: str) -> None:
+        if folder.endswith("checkpoint-2") and "mirror.json" in self.names(folder):
+            raise PermissionError("not yours")
+        remove(self, folder)
+
+    with mock.patch.object(RemoteFolder, "remove", refuses), mirror:
+        for step in (2, 4):
+            path = checkpoint(tmp_path / "a", step)
+            mirror.add_checkpoint(run, path, None)
+            arrives(heard, path)
+    assert len(heard.warnings) == 1 and "old checkpoints can't be removed" in heard.warnings[0]
+    assert fetched(tmp_path / "b", memory)[0] == ["checkpoint-4"]
+
+
 def test_of_what_waits_for_a_slow_target_the_newest_goes(tmp_path: Path, memory: str):
     folder, go_on, put = tmp_path / "a", threading.Event(), RemoteFolder.put
     mirror, heard = begin(folder, memory)
