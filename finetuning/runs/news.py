@@ -9,7 +9,7 @@ from finetuning.common.text import clean_line
 from finetuning.monitoring.alerts import Alert
 from finetuning.monitoring.channels import Notice, read_channels
 from finetuning.monitoring.notifier import Notifier
-from finetuning.runs.directory import RunDirectory
+from finetuning.runs.directory import RUN_PREFIX, RunDirectory
 from finetuning.runs.recorded import read_recorded
 from finetuning.runs.report import BEFORE_AND_AFTER, LOSS_ERROR, before_and_after
 
@@ -28,7 +28,7 @@ class RunNews:
 
     def __init__(self, notify: Sequence[str], warn: Callable[[str], None]) -> None:
         self._notifier = Notifier(read_channels(notify), warn)
-        self._run = ""  # its name, once it has one
+        self._run = RUN_PREFIX.rstrip("_")  # its name, once it has one
 
     def __enter__(self) -> "RunNews":
         return self
@@ -72,7 +72,7 @@ class RunNews:
 
     def _tell(self, what: str, lines: Sequence[str]) -> None:
         if self._notifier:
-            self._notifier.tell(Notice(f"{translated(what)} {self._run}".strip(), tuple(lines)))
+            self._notifier.tell(Notice(f"{translated(what)} {self._run}", tuple(lines)))
 
 
 def _rows(run: RunDirectory) -> list[str]:

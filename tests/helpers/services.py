@@ -21,7 +21,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 TOKEN, SECRET = "Qx7pl41nHook", "SECb4rW0rd5sign"
-HANGS = (0, "")  # instead of an answer
+HANGS, DRIPS = (0, ""), (0, "a letter now and then")  # instead of an answer
 
 
 def hmac_sha256(key: str, message: str) -> str:
@@ -163,12 +163,21 @@ def _handler(chat: ChatServer) -> type[BaseHTTPRequestHandler]:
             if (status, text) == HANGS:
                 chat.let_go.wait(30)
                 return
+            if (status, text) == DRIPS:
+                return self.drip()
             self.send_response(status)
             if status == 302:
                 self.send_header("Location", text)
             self.send_header("Content-Length", str(len(text.encode())))
             self.end_headers()
             self.wfile.write(text.encode())
+
+        def drip(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            with suppress(OSError):
+                while not chat.let_go.wait(0.02):
+                    self.wfile.write(b".")
 
         def log_message(self, *_: object) -> None:
             """Nothing on the terminal."""
@@ -208,10 +217,11 @@ def _served(server: socketserver.BaseServer) -> Iterator[None]:
 
 @dataclass
 class MailServer:
-    """What a server of mail was given. tls: it offers STARTTLS, or speaks TLS from the start."""
+    """What a server of mail was given. tls: it offers STARTTLS, or speaks TLS `at_once`."""
 
     port: int = 0
     tls: ssl.SSLContext | None = None
+    at_once: bool = False
     refuses: dict[str, str] = field(default_factory=dict)  # command -> answer
     mails: list[EmailMessage] = field(default_factory=list)
     whom: list[str] = field(default_factory=list)
@@ -231,8 +241,10 @@ def _smtp(mail: MailServer) -> type[socketserver.StreamRequestHandler]:
             self.setup()
 
         def handle(self) -> None:
-            self.say("220 here")
             with suppress(OSError):
+                if mail.at_once:
+                    self.encrypt()
+                self.say("220 here")
                 while line := self.rfile.readline().decode().strip():
                     word, _, rest = line.partition(" ")
                     if word.upper() in mail.refuses:

@@ -19,6 +19,7 @@ from finetuning.config import SERVICES, OutputSettings
 from finetuning.monitoring import channels
 from finetuning.monitoring.channels import Channel, Notice, Undelivered, read_channels
 from tests.helpers.services import (
+    DRIPS,
     FAULT_CODES,
     PATHS,
     SECRET,
@@ -132,6 +133,14 @@ def test_a_silent_server_is_left():
         assert time.monotonic() - begin < 5 and not error.value.lasting
 
 
+def test_a_server_that_sends_a_byte_now_and_then_is_left():
+    with chat_server("slack", first=[DRIPS]) as chat:
+        begin = time.monotonic()
+        with pytest.raises(Undelivered, match=r"HTTP 200: \.+$"):
+            Channel.of(chat.setting).deliver(NOTICE_, 0.3)
+        assert 0.2 < time.monotonic() - begin < 5
+
+
 def test_an_endless_answer_is_left(monkeypatch):
     monkeypatch.setattr(channels, "NOTICE_ANSWER", replace(NOTICE_ANSWER, limit=9))
     with chat_server("slack", first=[(500, "no" * 5000)]) as chat:
@@ -190,6 +199,9 @@ def test_mail_sends_the_password_over_an_encrypted_connection_only(tmp_path: Pat
         with pytest.raises(Undelivered, match="offers no encryption") as error:
             Channel.of(setting.format(plain.port)).deliver(NOTICE_, 5)
         assert error.value.lasting and plain.logins == plain.mails == []
+    with mail_server(tls=tls, at_once=True) as mail:
+        Channel.of(f"mail=smtps://bot@127.0.0.1:{mail.port}?to=a@x.example").deliver(NOTICE_, 5)
+    assert mail.logins == [("bot", SECRET, True)] and mail.mails[0]["From"] == "bot@127.0.0.1"
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def test_a_run_that_ends_before_it_begins_is_told(tmp_path: Path, run, tiny_data
         broken.write_text('{"question": "a"}\n' * 30, encoding="utf-8")
         assert run(tmp_path, *SHORT, "--data-path", str(broken), "--notify", chat.setting) == 2
         (text,) = chat.texts
-    assert text.startswith("run failed\n") and "broken" in text
+    assert text.startswith("run failed qwen3_4b_thinking\n") and "broken" in text
 
 
 @pytest.mark.slow
