@@ -25,6 +25,7 @@ from finetuning.common.errors import RunStopped, UserError
 from finetuning.common.files import sealed_json
 from finetuning.common.remote import RemoteFolder, check_address, hidden_parts, shown_address
 from finetuning.config import OutputSettings
+from finetuning.events.reading import read_metrics, read_run
 from finetuning.runs import mirror as module
 from finetuning.runs.bundle import FORMAT, read_bundle
 from finetuning.runs.directory import MIRRORING, RunDirectory
@@ -538,27 +539,33 @@ def test_no_secret_of_an_address_is_in_what_a_run_leaves(tmp_path: Path, run, ca
 # ------------------------------------------------------------------------ whole runs
 
 
-def outcome(folder: Path) -> tuple[dict, dict, list]:
-    """The final tensors, AdamW's, and the losses of all steps, in their order."""
-    (newest,) = folder.glob("checkpoints/checkpoint-6")
+CURVES = ("Training/Loss", "Eval/Loss", "Training/Gradient_Norm")
+Outcome = tuple[dict, dict, dict, dict]
+
+
+def outcome(folder: Path) -> Outcome:
+    """The final tensors, AdamW's, and the curves of metrics.jsonl and of the events, point after point."""
     (metrics,) = folder.glob("training_logs/*/metrics.jsonl")
-    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    names = ("Training/Loss", "Eval/Loss", "Training/Gradient_Norm")
-    losses = [(row["step"], {n: row[n] for n in names if n in row}) for row in rows]
+    (events,) = folder.glob("tensorboard_logs/*")
+    rows = [(row["step"], row["metrics"]) for row in read_metrics(metrics)]
+    lines = {n: [(step, row[n]) for step, row in rows if n in row] for n in CURVES}
+    shown = read_run(events)
     adapter = load_file(folder / "final_model" / "adapter_model.safetensors")
-    return adapter, load_file(newest / "optimizer.safetensors"), [r for r in losses if r[1]]
+    moments = load_file(folder / "checkpoints" / "checkpoint-6" / "optimizer.safetensors")
+    return adapter, moments, lines, {n: shown[n] for n in CURVES}
 
 
-def same(one: tuple[dict, dict, list], other: tuple[dict, dict, list]) -> bool:
+def same(one: Outcome, other: Outcome) -> bool:
+    assert [step for step, _ in one[3]["Training/Loss"]] == [1, 2, 3, 4, 5, 6]
     tensors = zip(one[:2], other[:2], strict=True)
     equal = all(
         a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a) for a, b in tensors
     )
-    return equal and one[2] == other[2]
+    return equal and one[2:] == other[2:]
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, tiny_model: Path, cache_dir: Path) -> tuple[dict, dict, list]:
+def uninterrupted(tmp_path_factory, tiny_model: Path, cache_dir: Path) -> Outcome:
     folder = tmp_path_factory.mktemp("uninterrupted")
     train(settings(folder, tiny_model, cache_dir, max_steps=6, save_steps=2), folder)
     return outcome(folder / "out")
