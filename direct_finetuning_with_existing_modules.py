@@ -21,15 +21,19 @@ from finetuning.common import process  # first: it tunes malloc before torch all
 import sys
 
 from finetuning.common.errors import RunStopped, UserError
+from finetuning.common.remote import check_address
 from finetuning.common.terminal import Terminal, show_crash
 from finetuning.command_line import CommandLine, parse_command_line
-from finetuning.config import DirectTrainingConfig
+from finetuning.config import DirectTrainingConfig, unhindered
+from finetuning.monitoring.channels import read_channels
 from finetuning.readers.files import check_paths
 
 if __name__ == "__main__":  # help, wrong settings and paths need none of the slow imports
     try:
         command = parse_command_line(sys.argv[1:])
         check_paths(command.training)
+        check_address(command.training.mirror, "mirror")
+        read_channels(command.training.notify if process.is_first_rank() else ())
         first = Terminal(quiet=command.quiet, is_main=process.is_first_rank())
         first.info("starting: the libraries are being loaded")
     except UserError as error:
@@ -37,7 +41,6 @@ if __name__ == "__main__":  # help, wrong settings and paths need none of the sl
         sys.exit(2)
     process.imports_begin()
 
-import dataclasses
 import functools
 import math
 from contextlib import nullcontext
@@ -47,17 +50,17 @@ from finetuning.analysis.data_check import check_data
 from finetuning.common.distributed import exit_process, init_distributed, leave
 from finetuning.common.formatting import due
 from finetuning.data.packing import PlannedStep
-from finetuning.runs import directory, summary
+from finetuning.runs import directory, session, summary
 from finetuning.runs.build import build_engine, build_evaluator
-from finetuning.runs.directory import RunDirectory, disk_faults_stop_the_run
-from finetuning.runs.identity import check_identity, recorded_settings
+from finetuning.runs.directory import disk_faults_stop_the_run
+from finetuning.runs.identity import check_identity
 from finetuning.runs.init_adapter import with_own_settings
 from finetuning.runs.metrics import MetricsProcessor
-from finetuning.runs.naming import trial_name
+from finetuning.runs.mirror import Mirror
+from finetuning.runs.news import RunNews
 from finetuning.runs.plan import load_data, plan_run
 from finetuning.runs.record import show_plan, show_plan_elsewhere
 from finetuning.runs.report import leave_report
-from finetuning.runs.session import SessionStart, begin_record, describe_data, open_run
 from finetuning.training.checkpoint import Checkpoint, misfits_are_told
 from finetuning.training.checkpoint_manager import CheckpointManager
 from finetuning.training.optimizer import StepResult, learning_rate_at
@@ -91,6 +94,7 @@ class DirectTrainer:
         self.dist = init_distributed(config.device, config.distributed_timeout)
         self.terminal = Terminal(quiet=quiet, is_main=self.dist.is_main)
         self.config = config = with_own_settings(config, self.terminal.warning)
+        self.news = RunNews(config.notify if self.dist.is_main else (), self.terminal.warning)
         self.state = TrainState()
         self.pending: list[StepResult] = []  # steps whose numbers are on their way to the host
         self.unlogged: StepResult | None = None  # a step that is logged once the next one is queued
@@ -103,6 +107,7 @@ class DirectTrainer:
         self.outcome = ""  # why the loop ends: completed, preempted, stopped, nonfinite
         self.rollback_from = 0  # non-finite step to go back from
         self.nonfinite_places: list[str] = []  # samples of the newest non-finite step
+        self.mirror = Mirror(config, self.terminal, is_main=self.dist.is_main)
         self.checkpoints = CheckpointManager(
             Path(config.output_dir) / "checkpoints",
             self.dist,
@@ -124,7 +129,8 @@ class DirectTrainer:
     def train(self) -> TrainState:
         """The whole run, from data to final model. Returns the state after the last step."""
         output_dir = Path(self.config.output_dir)
-        with self.stop, directory.only_writer(output_dir) if self.dist.is_main else nullcontext():
+        lock = directory.only_writer(output_dir) if self.dist.is_main else nullcontext()
+        with self.stop, lock, self.news, self.mirror:
             self.plan = plan_run(
                 self.config,
                 self.dist,
@@ -313,6 +319,7 @@ class DirectTrainer:
         """A step to TensorBoard, metrics.jsonl and the alerts; true if these ask for a checkpoint."""
         with self.metrics.clock.phase("logging"):
             wishes = self.record.log(step, metrics)
+            self.news.alerts(self.record.raised)
         # Alerts may differ between ranks, as some numbers are a rank's own: what one asks for, all do.
         save, stop = self.dist.any("save" in wishes, "stop" in wishes)
         if stop:
@@ -349,12 +356,15 @@ class DirectTrainer:
                 state=summary.checkpoint_state(self.plan, state),
                 protect=state.best_step,
             )
+            newest = self.checkpoints.newest_path
+            self.mirror.add_checkpoint(self.record.run, newest, state.best_step)
 
     def save_model(self, folder: Path) -> None:
         """The adapter with its tokenizer, whole or not at all."""
         with self.metrics.clock.phase("saving"), self.terminal.working(f"saving {folder.name}"):
             notes = summary.model_notes(self.record.run.name, self.state, self.plan.identity)
             self.engine.save(folder, self.plan.inputs.tokenizer, notes)
+            self.mirror.add_model(self.record.run, folder, self.state.step)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Weights, optimizer, random state and counters as they were at the checkpoint."""
@@ -389,36 +399,27 @@ class DirectTrainer:
 
     def open(self) -> None:
         """The run's directory, its record and its metrics; from a checkpoint where there is one."""
-        checkpoint = self.checkpoints.resolve_resume(self.resume)
+        checkpoint = self.checkpoints.resolve_resume(self.resume, self.mirror.fetch)
         if checkpoint:
             self.restore(checkpoint)
             self.state.resume_count += 1
         # A run that crashed before its first checkpoint begins again: its points may be removed.
         begun = "" if checkpoint else self.checkpoints.run_before_first_checkpoint()
-        start = SessionStart.of(checkpoint, begun, self.plan, self.state)
+        start = session.SessionStart.of(checkpoint, begun, self.plan, self.state)
         # Weights and both moments, one more while the old one is still there.
         needed = 6 * 4 * self.engine.num_trainable
-        run = open_run(start, self.config, self.dist, self.terminal, needed)
-        logger = self.open_logger(run, start.resume_step)
+        run = session.open_run(start, self.config, self.dist, self.terminal, needed)
+        around, made = (self.dist, self.terminal), (self.plan, self.engine)
+        options = session.logger_options(start, run, self.config, self.plan, self.terminal.warning)
+        logger = TensorBoardLogger(**options) if self.dist.is_main else NullLogger()
         self.stop.wait_for_loop()  # from here on a checkpoint can be written
-        around, actions = (self.dist, self.terminal), self.config.alert_actions
-        self.record = begin_record(start, run, logger, actions, self.plan, self.engine, *around)
-        describe_data(start, self.record, self.plan, *around, self.stop)
+        actions = self.config.alert_actions
+        self.record = session.begin_record(start, run, logger, actions, *made, *around)
+        self.news.begun(run.name, start.resume_step, summary.run_rows(*made, self.dist))
+        session.describe_data(start, self.record, self.plan, *around, self.stop)
         self.metrics = MetricsProcessor(self.plan, self.dist, self.state)
         if checkpoint:
             self.look_at_end()
-
-    def open_logger(
-        self, run: RunDirectory, resume_step: int | None
-    ) -> TensorBoardLogger | NullLogger:
-        """The run's logger, which goes on at this step of an earlier session (None: a fresh run)."""
-        if not self.dist.is_main:
-            return NullLogger()
-        files = {"run_dir": run.tensorboard, "metrics_path": run.logs / "metrics.jsonl"}
-        goes_on = {"resume_step": resume_step, "reach": self.state.reach}
-        texts = {"hparams": summary.hparams(self.plan.settings), "warn": self.terminal.warning}
-        texts["trial"] = trial_name(run.name, recorded_settings(self.config))
-        return TensorBoardLogger(**files, **goes_on, **texts)
 
     # -------------------------------------------------------------------------
     # End
@@ -432,13 +433,15 @@ class DirectTrainer:
         if outcome == "preempted":
             text = summary.preempted_text(self.stop.name, state.step, self.plan.steps.num_steps)
             self.terminal.final(text)
+            self.news.interrupted(text)
         else:
             self.save_model(self.record.run.final_model)
             self.metrics.count_seconds(state)
             if self.dist.is_main:
                 monitoring = self.metrics.convergence.scalars()
-                text = self.record.write_summary(self.plan, self.engine, state, monitoring, outcome)
-                self.terminal.final(text)
+                end = self.record.write_summary(self.plan, self.engine, state, monitoring, outcome)
+                self.terminal.final(summary.closing_lines(end, self.record.run))
+                self.news.done(self.record.run, summary.result_lines(end, self.record.run))
         result = summary.result(outcome, state)
         details = {"saved": self.checkpoints.step, "signal": self.stop.name, "result": result}
         self.record.status(outcome, step=state.step, **details)
@@ -461,9 +464,8 @@ def run(command: CommandLine) -> int:
     config, trust = command.training, {"trust_remote_code": command.trust_remote_code}
     if command.gpus:
         return show_plan_elsewhere(config, command.gpus, Terminal(quiet=command.quiet), **trust)
-    if command.check_data:  # everything that is wrong is to be seen, nothing may end the reading
-        policy = "drop" if config.over_length == "error" else config.over_length
-        config = dataclasses.replace(config, max_broken_fraction=1.0, over_length=policy)
+    if command.check_data:
+        config = unhindered(config)
     trainer = DirectTrainer(config, resume=command.resume, quiet=command.quiet, **trust)
     if command.check_data:
         load = functools.partial(load_data, config, trainer.dist, trainer.terminal, **trust)

@@ -28,6 +28,7 @@ from rich.console import Console
 from finetuning.command_line import parse_command_line
 from finetuning.common.errors import RunStopped, UserError, exit_code
 from finetuning.common.files import atomic_write_text, json_text, read_json_object
+from finetuning.common.fingerprint import text_digest
 from finetuning.common.formatting import UNKNOWN, shown
 from finetuning.common.paths import check_name, expanded
 from finetuning.common.text import clean_line
@@ -128,19 +129,21 @@ def check(members: Sequence[Member], shared: Sequence[str]) -> None:
     if taken:
         raise UserError(f"{taken[0]} behind -- is set by the sweep itself; see sweep.py --help")
     for member in members:
-        parse_command_line(member.arguments(shared))
+        if parse_command_line(member.arguments(shared)).training.mirror:
+            raise UserError("--mirror: runs of a sweep would resume from each other; leave it out")
 
 
 def remember(root: Path, shared: Sequence[str]) -> None:
-    """Keep what all runs share; refuse a folder in which other runs are."""
+    """Keep what all runs share, as a digest, since it may hold a secret; refuse a folder in which other runs
+    are."""
     check_name(root, "--output-dir")
-    path = root / "sweep.json"
-    if path.is_file() and read_json_object(path).get("arguments") != list(shared):
+    path, digest = root / "sweep.json", text_digest(*shared)
+    if path.is_file() and read_json_object(path).get("arguments") != digest:
         raise UserError(
             f"{path}: this sweep was begun with other arguments behind --; use another --output-dir"
         )
     root.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(path, json_text({"arguments": list(shared)}))
+    atomic_write_text(path, json_text({"arguments": digest}))
 
 
 # -----------------------------------------------------------------------------

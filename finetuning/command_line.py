@@ -14,7 +14,8 @@ from finetuning.common import language
 from finetuning.common.errors import UserError
 from finetuning.common.files import regular
 from finetuning.common.paths import expanded
-from finetuning.config import DirectTrainingConfig, allowed_values, closest, either
+from finetuning.common.text import REDACTED
+from finetuning.config import PARTLY_SHOWN, DirectTrainingConfig, allowed_values, closest, either
 from finetuning.foreign_names import known_names, our_arguments, translated
 
 
@@ -146,7 +147,8 @@ def _converted(field_: dataclasses.Field, value: Any, faults: list[str]) -> Any:
         return float(value)
     elif value in choices or type(value) in types:
         return value
-    faults.append(f"{field_.name} is {value!r}, must be {wanted}")
+    told = REDACTED if field_.name in PARTLY_SHOWN else repr(value)
+    faults.append(f"{field_.name} is {told}, must be {wanted}")
     return value
 
 

@@ -41,6 +41,9 @@ ALERT_NAMES = (
     "Clipping",
 )
 
+# Services of `notify`.
+SERVICES = ("feishu", "dingtalk", "wecom", "slack", "mail")
+
 # What records may show of a text. Of a text that stands in neither they show nothing.
 NAMES_AND_PATHS = (
     "model_name",
@@ -57,9 +60,11 @@ NAMES_AND_PATHS = (
     "output_dir",
     "cache_dir",
 )
-COMMANDS = ("alert_actions",)  # with arguments that may hold secrets: only the program is shown
+# What may hold secrets: of a command records show the program, of a channel the service, of an
+# address the place.
+PARTLY_SHOWN = ("alert_actions", "notify", "mirror")
 # Settings in which `~` is the home directory; the paths of data are for `readers.files`.
-_HOME_IS_SHORT = ("model_name", "init_adapter", "output_dir", "cache_dir")
+_HOME_IS_SHORT = ("model_name", "init_adapter", "output_dir", "cache_dir", "mirror")
 _PROGRAM = Path(__file__).parents[1]
 
 # -----------------------------------------------------------------------------
@@ -367,6 +372,12 @@ class OutputSettings(_Settings):
     """Longest probe answer, tokens; 0: a quarter more than the longest reference, on a CPU at most 256."""
     alert_actions: dict[str, str] = field(default_factory=dict)
     """Alert name -> log, save, stop, or a command to run with the alert as JSON on its input."""
+    mirror: str = ""
+    """Where checkpoints, models and records are copied behind the training: a folder, or an address of fsspec
+    such as s3://bucket/folder. --resume takes the newest from there where output_dir has none. Empty: off."""
+    notify: tuple[str, ...] = ()
+    """Who is told of begin, alerts and end: SERVICE=ADDRESS, or SERVICE=env:NAME for the address in a
+    variable of the environment; feishu, dingtalk, wecom, slack or mail (docs/running.md)."""
     workers: int = 0
     """Processes that read and tokenize large data; 0: one for each processor that the run may use."""
     cache_dir: str = ""
@@ -386,6 +397,14 @@ class OutputSettings(_Settings):
             if name not in ALERT_NAMES:
                 near, known = closest(name, ALERT_NAMES), ", ".join(ALERT_NAMES)
                 yield f"alert_actions: no alert {name!r}{near}; there are {known}"
+        # What stands there may be a secret, so it is not shown.
+        if not self.mirror.isprintable():
+            yield "mirror: must be a folder or an address, without control characters"
+        if any(one.partition("=")[0] not in SERVICES or "=" not in one for one in self.notify):
+            yield (
+                "notify: each has the form SERVICE=ADDRESS or SERVICE=env:NAME, with SERVICE one of "
+                f"{', '.join(SERVICES)}"
+            )
 
     @property
     def cache_path(self) -> Path:
@@ -425,6 +444,12 @@ class DirectTrainingConfig(  # the fields come in the reverse order of the bases
         }
         for remedy in [text for text, bad in remedies.items() if bad and self.precision == "fp8"]:
             yield f"precision fp8 is for plain adapters of compiled layers: {remedy}"
+
+
+def unhindered(config: DirectTrainingConfig) -> DirectTrainingConfig:
+    """To look at data: everything that is wrong with them is to be seen, nothing may end the reading."""
+    policy = "drop" if config.over_length == "error" else config.over_length
+    return dataclasses.replace(config, max_broken_fraction=1.0, over_length=policy)
 
 
 def bundled_data(name: str = "raw") -> str:

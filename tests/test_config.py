@@ -16,6 +16,7 @@ from finetuning.command_line import parse_command_line, read_config_file
 from finetuning.common.errors import UserError
 from finetuning.config import (
     ALERT_NAMES,
+    PARTLY_SHOWN,
     BatchSettings,
     DataSettings,
     DeviceSettings,
@@ -226,6 +227,13 @@ def test_a_broken_file_is_one_clear_error(tmp_path: Path, text: str):
         read_config_file(toml(tmp_path, text))
 
 
+@pytest.mark.parametrize("key", PARTLY_SHOWN)
+def test_what_may_be_a_secret_is_not_in_a_fault(tmp_path: Path, key: str):
+    with pytest.raises(UserError, match=f"{key} is .redacted., must be") as caught:
+        read_config_file(toml(tmp_path, f'{key} = [["Qx7pl41n"]]'))
+    assert "Qx7pl41n" not in str(caught.value)
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX special files")
 def test_a_pipe_or_a_device_is_refused_at_once(tmp_path: Path):
     """Reading them would wait for ever, or fill the memory."""
@@ -339,6 +347,9 @@ def test_every_number_has_bounds_that_hold(subtests):
         ("revision", "a b"),
         ("revision", "../main"),
         ("alert_actions", {"Noise": "stop"}),
+        ("notify", ("slack",)),
+        ("mirror", "s3://a\nb"),
+        ("notify", ("slack=env:A", "irc=env:B")),
     ],
 )
 def test_what_is_no_number_and_can_not_be_right_is_refused(name: str, value: object):

@@ -50,6 +50,7 @@ LIBRARIES = {
     "pynvml": ("finetuning/monitoring/",),
     "openpyxl": ("finetuning/readers/office.py",),
     "docx": ("finetuning/readers/office.py",),
+    "fsspec": ("finetuning/common/remote.py",),
     "tyro": ("finetuning/command_line.py", "finetuning/runs/report.py", *AT_THE_ROOT),
     "rich": (
         "finetuning/common/terminal.py",

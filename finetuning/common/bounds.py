@@ -35,6 +35,38 @@ SILENCE = Bound(
     "a line says what is being done", "common/test_heartbeat.py::test_silence_is_broken",
 )  # fmt: skip
 
+# ---- news of a run ------------------------------------------------------------------------------
+
+NOTICE = Bound(
+    2048, "bytes", "a notice (--notify): what all services take", "it is cut",
+    "monitoring/test_channels.py::test_a_long_notice_is_cut",
+)  # fmt: skip
+NOTICES = Bound(
+    32, "notices", "notices that wait for a channel", "the oldest is dropped",
+    "monitoring/test_notifier.py::test_the_queue_is_bounded",
+)  # fmt: skip
+NOTICE_ANSWER = Bound(
+    2**16, "bytes", "what is read of a channel's answer", "the rest is not read",
+    "monitoring/test_channels.py::test_an_endless_answer_is_left",
+)  # fmt: skip
+NOTICE_WAIT = Bound(
+    10, "seconds", "the silence of a channel's server", "the notice is tried again",
+    "monitoring/test_notifier.py::test_a_server_that_hangs_holds_up_nobody",
+)  # fmt: skip
+NOTICE_PATIENCE = Bound(
+    600, "seconds", "the time in which a notice is tried again", "it is dropped, which is told once",
+    "monitoring/test_notifier.py::test_what_never_arrives_is_dropped_and_told_once",
+)  # fmt: skip
+NOTICE_END = Bound(
+    5, "seconds", "the wait for the last notices at the end of a run", "they are left, which is told",
+    "monitoring/test_notifier.py::test_a_server_that_hangs_holds_up_nobody",
+)  # fmt: skip
+
+MIRROR_END = Bound(
+    600, "seconds", "the wait for the last upload to a mirror at the end of a run",
+    "it is left, which is told", "runs/test_mirror.py::test_a_target_that_hangs_is_left",
+)  # fmt: skip
+
 # ---- models and templates -----------------------------------------------------------------------
 
 HEADER = Bound(

@@ -1,5 +1,6 @@
 """Files and folders that appear whole or not at all, and strict JSON."""
 
+import hashlib
 import json
 import math
 import os
@@ -155,6 +156,19 @@ def json_text(value: Any, indent: int | None = None) -> str:
     for hidden in (CONTROLS, INVISIBLE):
         text = hidden.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
     return text
+
+
+def json_bytes(value: Mapping[str, Any]) -> bytes:
+    """The bytes of a JSON file of ours; the same content gives the same bytes."""
+    return (json_text(value, indent=1) + "\n").encode()
+
+
+def sealed_json(value: Mapping[str, Any]) -> bytes:
+    """`json_bytes` with the SHA-256 of the other entries as `sha256`: whoever reads such bytes and seals them
+    again has the same ones, or something was altered."""
+    content = {key: entry for key, entry in value.items() if key != "sha256"}
+    digest = hashlib.sha256(json_bytes(content)).hexdigest()
+    return json_bytes({**content, "sha256": digest})
 
 
 def write_json(path: Path, value: Any) -> None:

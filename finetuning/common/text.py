@@ -19,6 +19,8 @@ _SECRET_SHAPE = re.compile(
     r"|xox[abpr]-[A-Za-z0-9-]{10,}|eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,})"
 )
 _URL_USERINFO = re.compile(r"(?<=://)[^/\s@]+(?=@)")
+# Addresses by which a robot of a chat is written to: who knows one may write.
+_ROBOT = re.compile(r"(/bot/v2/hook/|/services/(?=T)|/webhook/send\?)[^\s\"'<>]+")
 _KEY_VALUE = (
     re.compile(  # begins where a word does, else a long word would be tried from each letter
         r"(?i)(?<![\w-])"
@@ -50,11 +52,22 @@ def redact(text: str) -> str:
     """
     text = _URL_USERINFO.sub(REDACTED, clean(text))
     text = _SECRET_SHAPE.sub(REDACTED, text)
+    text = _ROBOT.sub(lambda match: match[1] + REDACTED, text)
     text = _KEY_VALUE.sub(lambda match: match[1] + REDACTED, text)
     for name, value in os.environ.items():
         if _SECRET_KEY.search(name) and len(value) >= SHORTEST_SECRET:
             text = text.replace(value, REDACTED)
     return text
+
+
+def without(text: str, *secrets: str) -> str:
+    """`redact` on one line, and none of these, nor a part of them that is long enough to be one, is in it."""
+    parts = {part for secret in secrets for part in (secret, *re.split(r"[^\w.-]+", secret))}
+    text = clean(text)
+    for part in sorted(parts, key=len, reverse=True):
+        if len(part) >= SHORTEST_SECRET:
+            text = text.replace(part, REDACTED)
+    return clean_line(redact(text), 300)
 
 
 def redact_values(value: Any, key: str = "") -> Any:

@@ -25,7 +25,7 @@ from finetuning.common.errors import UserError
 from finetuning.common.files import strict
 from finetuning.common.formatting import four_digits
 from finetuning.common.language import translated
-from finetuning.common.text import REDACTED, SHORTEST_SECRET, clean_line, redact, table_cell
+from finetuning.common.text import REDACTED, clean_line, redact, table_cell, without
 from finetuning.events.metric_table import METRICS
 from finetuning.monitoring.advice import ADVICE, advice, ending
 from finetuning.monitoring.detector_memory import KEEP, AlertLimits, DetectorMemory, Finding
@@ -263,12 +263,10 @@ def _feed(words: list[str], payload: bytes, timeout_s: float) -> None:
 
 def _tell(words: list[str], what: str) -> None:
     """One line on stderr that shows none of the command's arguments, which may hold a secret."""
-    for argument in sorted(words[1:], key=len, reverse=True):
-        for part in (argument, *re.split(r"[^\w.-]+", argument)):
-            if len(part) >= SHORTEST_SECRET:
-                what = what.replace(part, REDACTED)
-    line = clean_line(redact(f"alert command {Path(words[0]).name!r} {what}"), 300)
-    print(line, file=sys.stderr)
+    print(
+        f"alert command {redact(Path(words[0]).name)!r} {without(what, *words[1:])}",
+        file=sys.stderr,
+    )
 
 
 def program_of(command: str) -> str:

@@ -24,7 +24,8 @@ from finetuning.runs.recorded import RecordedRun, read_recorded
 
 BARS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 16
-IGNORED = ("output_dir", "cache_dir", "workers", "run_name")  # differ without meaning
+# Settings that differ without meaning.
+IGNORED = ("output_dir", "cache_dir", "workers", "run_name", "mirror", "notify")
 # Row -> how its number comes from which tag of a run; None where the run has none.
 METRICS: dict[str, tuple[Callable[[RecordedRun, str], float | None], str]] = {
     "last training loss": (RecordedRun.last, "Training/Loss"),

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 RUN_PREFIX = "qwen3_4b_thinking_"
 LOCK_NAME = ".run.lock"
 MODELS = ("final_model", "best_model")
+MIRRORING = ".mirroring"  # what is on its way to a mirror
 RUN_NAME = "run.txt"  # in the folder of a model: the run that trained it
 ORIGIN = "origin.json"  # there as well: its step, its loss, and what its base held
 
@@ -115,6 +116,7 @@ def _remove_leftovers(output_dir: Path) -> None:
     for pattern in (".probe-*", ".training_statistics.json.*.tmp", "training_logs/*/.*.tmp"):
         for path in output_dir.glob(pattern):
             path.unlink(missing_ok=True)
+    shutil.rmtree(output_dir / MIRRORING, ignore_errors=True)
     for name in MODELS:
         for path in sorted(output_dir.glob(f".{name}-old-*")):
             if not (output_dir / name).exists():
@@ -201,9 +203,14 @@ def open_directory(
     return run
 
 
+def is_run_name(name: str) -> bool:
+    """Whether a run of this program may be called so: such a name leads nowhere else."""
+    return name.startswith(RUN_PREFIX) and Path(name).name == name
+
+
 def known_run(output_dir: Path, name: str) -> RunDirectory:
     """The directory of a run that is resumed."""
-    if Path(name).name != name or not name.startswith(RUN_PREFIX):
+    if not is_run_name(name):
         raise UserError(f"--resume: {name!r} is not the name of a run of this program")
     run = RunDirectory(output_dir, name)
     run.tensorboard.mkdir(parents=True, exist_ok=True)
@@ -236,7 +243,7 @@ def owner(model: Path) -> str:
     """Name of the run that trained a saved model; empty where it does not say."""
     note = model / RUN_NAME
     name = note.read_text(encoding="utf-8", errors="replace").strip() if note.is_file() else ""
-    return name if name.startswith(RUN_PREFIX) and Path(name).name == name else ""
+    return name if is_run_name(name) else ""
 
 
 def shared_run(output_dir: Path, name: str, patience: float = 60.0) -> RunDirectory:

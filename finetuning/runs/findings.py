@@ -12,7 +12,7 @@ from typing import Any
 
 from finetuning.common.formatting import four_digits
 from finetuning.common.text import REDACTED
-from finetuning.config import COMMANDS, DirectTrainingConfig
+from finetuning.config import PARTLY_SHOWN, DirectTrainingConfig
 from finetuning.runs.recorded import Points, RecordedRun
 
 MOST = 5
@@ -53,7 +53,7 @@ def command(run: RecordedRun, **changes: object) -> str:
     for field in fields(DirectTrainingConfig):
         value = settings.get(field.name, getattr(default, field.name))
         value = tuple(value) if isinstance(value, list) else value
-        hidden = field.name in COMMANDS or REDACTED in str(value)
+        hidden = field.name in PARTLY_SHOWN or REDACTED in str(value)
         if hidden or value == getattr(default, field.name):
             continue
         name = "--" + field.name.replace("_", "-")

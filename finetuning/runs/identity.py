@@ -9,14 +9,16 @@ from typing import Any
 from finetuning.common.errors import UserError
 from finetuning.common.files import strict
 from finetuning.common.fingerprint import text_digest
+from finetuning.common.remote import shown_address
 from finetuning.common.text import REDACTED, redact
-from finetuning.config import COMMANDS, NAMES_AND_PATHS, DirectTrainingConfig, allowed_values
+from finetuning.config import NAMES_AND_PATHS, DirectTrainingConfig, allowed_values
 from finetuning.data.packing import StepPlan
 from finetuning.data.training_data import TrainingData
 from finetuning.monitoring.alerts import program_of
+from finetuning.monitoring.channels import service_of
 
 LORA = ("lora_r", "lora_alpha", "use_rslora", "use_dora")
-# Settings that say where something lies.
+# Settings that say where something lies, who works and who is told.
 PLACES = (
     "model_name",
     "init_adapter",
@@ -25,7 +27,11 @@ PLACES = (
     "output_dir",
     "cache_dir",
     "workers",
+    "notify",
+    "mirror",
 )
+# Of what is partly shown: the part.
+SHOWN_PART = {"alert_actions": program_of, "notify": service_of, "mirror": shown_address}
 # By these the same samples make other steps.
 ORDER = ("seed", "packing", "max_seq_length", "tokens_per_row", "empty_thinking")
 # Digests, by what a person calls that of which they are.
@@ -173,7 +179,9 @@ def recorded_settings(config: DirectTrainingConfig) -> dict[str, Any]:
     """Every setting as records show it. What a setting is decides, not how its value looks.
 
     Numbers, switches and words of a choice are shown; a text only where the setting is a name or a path, and
-    then without what looks like a secret; of a command its program. Any other text is hidden.
+    then without what looks like a secret; of a command its program, of a channel its service, of an
+    address its place. Any other
+    text is hidden.
     """
     return {f.name: _recorded(f, getattr(config, f.name)) for f in dataclasses.fields(config)}
 
@@ -185,8 +193,8 @@ def _recorded(setting: dataclasses.Field, value: Any) -> Any:
         return [_recorded(setting, entry) for entry in value]
     if not isinstance(value, str) or value in allowed_values(setting)[0]:
         return value
-    if setting.name in COMMANDS:
-        return program_of(value)
+    if setting.name in SHOWN_PART:
+        return SHOWN_PART[setting.name](value)
     if setting.name in NAMES_AND_PATHS:
         return redact(value)
     return REDACTED if value else value

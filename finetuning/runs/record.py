@@ -70,6 +70,7 @@ class RunRecord:
         self._actions, self._warn = alert_actions, warn
         self.changes = list(changes)
         self.stop_alerts: list[str] = []  # alerts that have asked for the end of the run
+        self.raised: list[Alert] = []  # by the newest logged step
         self._told_status = time.monotonic()
         self._spent = Stopwatch()  # on alerts
         self.evidence: dict[str, object] = {}  # what the alerts of the next logged step may cite
@@ -83,7 +84,7 @@ class RunRecord:
         with self._spent:
             raised = self.alerts.observe(step, metrics, self.evidence)
             scalars, table = self.alerts.scalars(), self.alerts.table() if raised else ""
-        self.evidence = {}
+        self.evidence, self.raised = {}, raised
         self.logger.log(step, {**metrics, **scalars})
         if raised:
             self.logger.add_text("Alerts/Table", table, step)
@@ -196,8 +197,8 @@ class RunRecord:
         state: TrainState,
         monitoring: Mapping[str, float],
         outcome: str,
-    ) -> str:
-        """Final_* tags, Training/Final_Summary and training_statistics.json; returns the closing lines."""
+    ) -> dict[str, Any]:
+        """Final_* tags, Training/Final_Summary and training_statistics.json, whose content is returned."""
         model, state.changes = summary.model_size(plan, engine), list(self.changes)
         gpus = self._gpus()
         final = summary.final_metrics(plan, model, state, monitoring) | gpus.metrics()
@@ -209,7 +210,7 @@ class RunRecord:
         if gpus.gpus:
             self.logger.add_text("GPU/Throttling", gpus.throttling(), state.step)
         write_json(self.run.statistics, statistics)
-        return summary.closing_lines(statistics, self.run)
+        return statistics
 
     def _gpus(self) -> GpuSummary:
         """Of the run so far; empty where its own lines can't be read, which is told."""

@@ -84,6 +84,7 @@ BEFORE_AND_AFTER = {
     "KL to the base, general text": ("Forgetting/KL_General", None),
     "KL to the base, held out": ("Forgetting/KL_Held_Out", None),
 }
+LOSS_ERROR = "Eval/Loss_Error"  # of the first row
 MOST_CURVES = 12  # in one chart
 TEXTS = (
     ("Eval/Samples", "Held-out questions and the model's answers"),
@@ -205,9 +206,10 @@ def headline(run: RecordedRun) -> dict[str, str]:
     return {name: value for name, value in numbers.items() if value}
 
 
-def _before_and_after(run: RecordedRun) -> str:
-    """The base against the model of the newest evaluation; nothing before there are two."""
-    errors, rows = run.series.get("Eval/Loss_Error", ()), []
+def before_and_after(run: RecordedRun) -> list[tuple[str, str, str, str]]:
+    """Rows of the base against the model of the newest evaluation: name, base, tuned, "better" or "worse" or
+    neither; none before there are two evaluations."""
+    errors, rows = run.series.get(LOSS_ERROR, ()), []
     for name, (tag, more) in BEFORE_AND_AFTER.items():
         points = run.series.get(tag, ())
         if len(points) < 2:
@@ -222,10 +224,22 @@ def _before_and_after(run: RecordedRun) -> str:
         change = (
             "" if more is None or before == after else ("worse", "better")[more == (after > before)]
         )
-        rows.append((translated(name), *texts, translated(change)))
+        rows.append((name, *texts, change))
+    return rows
+
+
+def _before_and_after(run: RecordedRun) -> str:
+    rows = [
+        (translated(name), base, tuned, translated(change))
+        for name, base, tuned, change in before_and_after(run)
+    ]
     note = _said("±: twice the standard error over the held-out samples.")
     table_ = _table(("", "base", "tuned", ""), rows)
-    return table_ + (f"<p>{note}</p>" if len(errors) > 1 else "") if rows else ""
+    return (
+        table_ + (f"<p>{note}</p>" if len(run.series.get(LOSS_ERROR, ())) > 1 else "")
+        if rows
+        else ""
+    )
 
 
 def _next_steps(run: RecordedRun) -> str:

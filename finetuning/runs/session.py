@@ -9,12 +9,13 @@ from typing import Any
 from finetuning.common.distributed import Distributed
 from finetuning.common.process import StopSignal
 from finetuning.common.terminal import Terminal
-from finetuning.config import OutputSettings
-from finetuning.runs import directory
+from finetuning.config import DirectTrainingConfig, OutputSettings
+from finetuning.runs import directory, summary
 from finetuning.runs.build import start_system_monitor
 from finetuning.runs.directory import RunDirectory
-from finetuning.runs.identity import changed_settings
+from finetuning.runs.identity import changed_settings, recorded_settings
 from finetuning.runs.init_adapter import read_origin
+from finetuning.runs.naming import trial_name
 from finetuning.runs.plan import RunPlan
 from finetuning.runs.record import RunRecord, announce, tell_resume
 from finetuning.training.checkpoint import Checkpoint
@@ -72,6 +73,21 @@ def open_run(
     if start.changes and dist.is_main:
         put_other_best_aside(run, start.state, terminal.info)
     return run
+
+
+def logger_options(
+    start: SessionStart,
+    run: RunDirectory,
+    config: DirectTrainingConfig,
+    plan: RunPlan,
+    warn: Callable[[str], None],
+) -> dict[str, Any]:
+    """Of the run's TensorBoardLogger, which goes on where the session begins."""
+    files = {"run_dir": run.tensorboard, "metrics_path": run.logs / "metrics.jsonl"}
+    goes_on = {"resume_step": start.resume_step, "reach": start.state.reach}
+    texts = {"hparams": summary.hparams(plan.settings), "warn": warn}
+    texts["trial"] = trial_name(run.name, recorded_settings(config))
+    return {**files, **goes_on, **texts}
 
 
 def begin_record(

@@ -241,8 +241,8 @@ def final_summary(statistics: Mapping[str, Any]) -> str:
     )
 
 
-def closing_lines(statistics: Mapping[str, Any], run: RunDirectory) -> str:
-    """The last lines on the terminal."""
+def result_lines(statistics: Mapping[str, Any], run: RunDirectory) -> list[str]:
+    """What a run has come to."""
     training, speed = statistics["training"], statistics["throughput"]
     lines = [
         f"done: {training['steps']} steps in {speed['training_seconds']:.0f} s, "
@@ -253,8 +253,13 @@ def closing_lines(statistics: Mapping[str, Any], run: RunDirectory) -> str:
             f"held-out loss {shown(training['first_eval_loss'])} -> {shown(training['last_eval_loss'])}"
             f", best {shown(training['best_eval_loss'])} at step {training['best_step']}"
         )
-    lines += [
-        *_model_lines(statistics, run),
+    return [*lines, *_model_lines(statistics, run)]
+
+
+def closing_lines(statistics: Mapping[str, Any], run: RunDirectory) -> str:
+    """The last lines on the terminal."""
+    lines = [
+        *result_lines(statistics, run),
         f"statistics: {run.statistics}",
         f"curves: uv run tensorboard --logdir={run.tensorboard.parent}",
         f"then open: {pinned_address()}",

@@ -27,7 +27,13 @@ from safetensors.torch import load_file
 from safetensors.torch import save as save_safetensors
 
 from finetuning.common.errors import UserError
-from finetuning.common.files import durable_file, fsync_directory, json_text, staging_folder
+from finetuning.common.files import (
+    durable_file,
+    fsync_directory,
+    json_bytes,
+    sealed_json,
+    staging_folder,
+)
 from finetuning.common.text import clean_line
 from finetuning.model.parallel import full_tensor, placed_like
 
@@ -144,7 +150,7 @@ def _publish(
         for name, content in _files(whole):
             digests[name] = _write(staging / name, save_safetensors(content))
         for name, content in {**documents, STATE: state}.items():
-            digests[name] = _write(staging / name, _json_bytes(content))
+            digests[name] = _write(staging / name, json_bytes(content))
         manifest = {
             "format": FORMAT,
             "step": step,
@@ -152,9 +158,9 @@ def _publish(
             "sequence": 1 + max((m["sequence"] for _, m in _manifests(directory)), default=0),
             "files": digests,
         }
-        _write(staging / MANIFEST, _json_bytes(_sealed(manifest)))
+        _write(staging / MANIFEST, sealed_json(manifest))
         fsync_directory(staging)
-        target = _free_name(directory, step)
+        target = free_name(directory, step)
         os.rename(staging, target)
         fsync_directory(directory)
     return target
@@ -197,11 +203,7 @@ def _write(path: Path, data: bytes) -> dict[str, Any]:
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def _json_bytes(value: Mapping[str, Any]) -> bytes:
-    return (json_text(value, indent=1) + "\n").encode()
-
-
-def _free_name(directory: Path, step: int) -> Path:
+def free_name(directory: Path, step: int) -> Path:
     """`checkpoint-<step>`, or with a further number where another run's or branch's stands there."""
     target, number = directory / f"checkpoint-{step}", 1
     while target.exists() or target.is_symlink():
@@ -322,7 +324,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             type(manifest[key]) is kind for key, kind in kinds.items()
         )
         # It has no manifest above it, so it carries its own digest; and no byte may differ.
-        unaltered = data == _json_bytes(manifest) and manifest == _sealed(manifest)
+        unaltered = data == sealed_json(manifest)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedCheckpoint(f"{file}: not a manifest") from error
     if not good or STATE not in manifest["files"]:
@@ -330,12 +332,6 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if not unaltered:
         raise DamagedCheckpoint(f"{file}: its own SHA-256 is not right")
     return manifest
-
-
-def _sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest with the SHA-256 of its other entries."""
-    content = {key: value for key, value in manifest.items() if key != "sha256"}
-    return {**content, "sha256": hashlib.sha256(_json_bytes(content)).hexdigest()}
 
 
 def _verify(file: Path, entry: Any) -> None:

@@ -54,6 +54,7 @@ class CheckpointManager:
         self.directory, self._dist = directory, dist
         self._save_steps, self._keep, self._say, self._warn = save_steps, keep, say, warn
         self.step = -1  # of the newest one; -1: the run has none
+        self.newest_path: Path | None = None  # what this session has saved last, on rank 0
         self._saved_at = time.monotonic()  # the end of the last save, and how long it took
         self._saving_seconds = 0.0
 
@@ -129,6 +130,7 @@ class CheckpointManager:
             reason = error.strerror or error
             return f"{self.directory} can't be written ({reason}); free some space"
         self._say(f"saved {path}")
+        self.newest_path = path
         return ""
 
     def _is_there(self, step: int) -> None:
@@ -138,17 +140,18 @@ class CheckpointManager:
     # -------------------------------------------------------------------------
     # Going on
 
-    def resolve_resume(self, resume: str) -> Checkpoint | None:
-        """The checkpoint that `--resume` asks for. Raises UserError where it must be there and is not."""
+    def resolve_resume(
+        self, resume: str, fetch: Callable[[str | None], None] = lambda run: None
+    ) -> Checkpoint | None:
+        """The checkpoint that `--resume` asks for. Raises UserError where it must be there and is not.
+
+        fetch: asked, where there is none, to bring one from elsewhere into the directory: of the run that is
+        named, or of any. It may take long.
+        """
         path = None
-        if self._dist.is_main:
-            remove_leftovers(self.directory)
-            # A group that torchrun has restarted goes on with its run, whatever --resume says.
-            run = self._dist.get("run") or None
-            if run or resume in ("latest", "auto"):
-                path = self._newest(run)
-            if path is None and resume not in ("", "latest", "auto"):
-                path = Path(resume)
+        with self._dist.wait_alive("resume"):
+            if self._dist.is_main:
+                path = self._wanted(resume, fetch)
         found = self._on_all_ranks(path)
         if found is None and resume == "latest":
             raise UserError(
@@ -156,6 +159,17 @@ class CheckpointManager:
                 "where there is none"
             )
         return found
+
+    def _wanted(self, resume: str, fetch: Callable[[str | None], None]) -> Path | None:
+        remove_leftovers(self.directory)
+        # A group that torchrun has restarted goes on with its run, whatever --resume says.
+        run, path = self._dist.get("run") or None, None
+        if run or resume in ("latest", "auto"):
+            path = self._newest(run)
+            if path is None:
+                fetch(run)
+                path = self._newest(run)
+        return Path(resume) if path is None and resume not in ("", "latest", "auto") else path
 
     def newest(self, run: str) -> Checkpoint | None:
         """The run's newest good checkpoint."""

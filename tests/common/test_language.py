@@ -31,6 +31,7 @@ FIRST_HOUR = [
         f"finetuning/runs/{name}.py"
         for name in ("directory", "record", "session", "result", "recorded", "build", "plan")
     ),
+    *("finetuning/monitoring/channels.py", "finetuning/monitoring/notifier.py"),
     *("finetuning/training/checkpoint_manager.py", "finetuning/training/checkpoint.py"),
 ]
 SAYING = {"info", "warning", "final", "say", "warn", "_warn", "working", "UserError", "RunStopped"}

@@ -51,8 +51,10 @@ def make_run(output: Path, stamp: str, losses: list[float], **config: object) ->
 @pytest.fixture
 def output(tmp_path: Path) -> Path:
     out = tmp_path / "out"
-    make_run(out, "20250101_000000", [3.0, 2.5, 2.0], learning_rate=1e-4, seed=1, workers=1)
-    make_run(out, "20250102_000000", [3.0, 2.0, 1.0], learning_rate=3e-4, seed=1, workers=2)
+    one = {"workers": 1, "mirror": "", "notify": []}
+    make_run(out, "20250101_000000", [3.0, 2.5, 2.0], learning_rate=1e-4, seed=1, **one)
+    other = {"workers": 2, "mirror": "s3://a", "notify": ["slack"]}
+    make_run(out, "20250102_000000", [3.0, 2.0, 1.0], learning_rate=3e-4, seed=1, **other)
     return out
 
 

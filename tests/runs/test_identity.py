@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from finetuning.common.errors import UserError
 from finetuning.events.reading import read_metrics
-from finetuning.runs.identity import check_identity
+from finetuning.runs.identity import changed_settings, check_identity
 from finetuning.training.checkpoint import load_checkpoint, save_checkpoint
 from tests.helpers.read_events import read_texts
 from tests.helpers.tiny_model import make_tiny_data, make_tiny_model
@@ -167,6 +167,12 @@ def test_an_earlier_version_wrote_the_settings_instead_of_the_adapters():
 
 
 @pytest.mark.slow
+def test_a_resume_may_lie_elsewhere_and_tell_others():
+    before = {"mirror": "", "notify": [], "seed": 1}
+    now = {"mirror": "s3://a", "notify": ("slack",), "seed": 2}
+    assert changed_settings(before, now) == ["seed 1 -> 2"]
+
+
 def test_an_adapter_brings_its_own_settings_into_all_records(finished, tmp_path, run, capfd):
     start = ["--init-adapter", str(finished / "final_model")]
     assert run(tmp_path, *LESS, *start, "--lora-r", "64", "--target-modules", "q_proj") == 0

@@ -253,7 +253,7 @@ def test_ctrl_c_before_the_run_is_one_line(tmp_path, tiny_data, cache_dir, while
         place = "            self.plan = plan_run("
         source = source.replace(place, f"            {interrupt}\n{place}")
     else:
-        source = source.replace("import dataclasses\n", f"import dataclasses\n{interrupt}\n", 1)
+        source = source.replace("import functools\n", f"import functools\n{interrupt}\n", 1)
     assert interrupt in source
     script.write_text(f"import sys\nsys.path.insert(0, {str(SCRIPT.parent)!r})\n{source}")
     options = [

@@ -29,12 +29,14 @@ from transformers import AutoModelForCausalLM
 from direct_finetuning_with_existing_modules import DirectTrainer
 from finetuning.common.distributed import init_distributed
 from finetuning.common.errors import UserError
+from finetuning.common.remote import RemoteFolder
 from finetuning.common.terminal import Terminal
 from finetuning.config import DirectTrainingConfig, allowed_values
 from finetuning.data.token_table import Segment
 from finetuning.model.loss import Objective
 from finetuning.model.packed_model import PackedLossModel
 from finetuning.model.resolve import weight_dtype
+from finetuning.monitoring.channels import Channel
 from finetuning.monitoring.system_monitor import SystemMonitor
 from finetuning.runs import plan as run_plan
 from finetuning.runs.build import build_engine, build_evaluator
@@ -42,9 +44,10 @@ from finetuning.runs.directory import RunDirectory
 from finetuning.runs.metrics import MetricsProcessor
 from finetuning.runs.plan import RunPlan, plan_run
 from finetuning.runs.record import RunRecord
-from finetuning.runs.session import SessionStart, open_run
+from finetuning.runs.session import SessionStart, logger_options, open_run
 from finetuning.training.engine import TrainingEngine
 from finetuning.training.state import TrainState
+from tb_logger import TensorBoardLogger
 
 FIELDS = {f.name: f for f in dataclasses.fields(DirectTrainingConfig)}
 
@@ -464,14 +467,36 @@ def after_an_alert(world: World, config: Config) -> tuple[bool, str]:
     run.logs.mkdir(parents=True)
     options = {"resume_step": None, "alert_state": {}, "alert_actions": config.alert_actions}
     quiet = {"warn": lambda text: None}
-    trainer.record = RunRecord(
-        run, trainer.open_logger(run, None), SystemMonitor((), place), **options, **quiet
-    )
+    start = SessionStart(None, "", trainer.state)
+    logger = TensorBoardLogger(**logger_options(start, run, config, trainer.plan, print))
+    trainer.record = RunRecord(run, logger, SystemMonitor((), place), **options, **quiet)
     try:
         saves = trainer.log(1, {"Monitoring/NonFinite_Steps": 1.0})
     finally:
         trainer.record.close(None)
     return saves, trainer.outcome
+
+
+def told_people(world: World, config: Config) -> set[str]:
+    """Services that hear of an interruption."""
+    with (
+        mock.patch.object(Channel, "deliver", autospec=True) as deliver,
+        DirectTrainer(config, quiet=True).news as news,
+    ):
+        news.interrupted("enough")
+    return {call.args[0].service for call in deliver.call_args_list}
+
+
+def copied(world: World, config: Config) -> bool:
+    """Whether a saved model goes elsewhere."""
+    run = RunDirectory(world.fresh(), "qwen3_4b_thinking_20260101_000000")
+    run.final_model.mkdir(parents=True)
+    (run.final_model / "weights").write_text("all", encoding="utf-8")
+    config = replace(config, output_dir=str(run.output_dir))
+    with DirectTrainer(config, quiet=True).mirror as mirror:
+        mirror.add_model(run, run.final_model, 3)
+    place = RemoteFolder(f"memory://{world.folder.name}")
+    return place.read(f"{run.name}/final_model/weights", 9) == b"all" and bool(mirror)
 
 
 def processes(world: World, config: Config) -> set[int]:
@@ -754,6 +779,13 @@ ROWS = [
     Row("probe_max_new_tokens", 7, questions, (2, 7), beside={"num_probes": 2}),
     Row("alert_actions", {"NonFinite": "save"}, after_an_alert, (True, "")),
     Row("alert_actions", {"NonFinite": "stop"}, after_an_alert, (False, "stopped")),
+    Row(
+        "notify",
+        ("slack=http://127.0.0.1:9/x", "wecom=http://127.0.0.1:9/x"),
+        told_people,
+        {"slack", "wecom"},
+    ),
+    Row("mirror", lambda world: f"memory://{world.folder.name}", copied, True),
     Row("workers", 3, processes, {3}, beside=only("a", "b")),
     Row("cache_dir", lambda world: str(world.folder / "own-cache"), kept_work, True),
 ]

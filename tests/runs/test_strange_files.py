@@ -20,6 +20,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save
 
 from finetuning.common.errors import UserError
+from finetuning.common.files import sealed_json
 from finetuning.config import DirectTrainingConfig
 from finetuning.events.event_file import (
     Rewind,
@@ -40,7 +41,6 @@ from finetuning.runs.identity import check_identity
 from finetuning.runs.init_adapter import with_own_settings
 from finetuning.runs.recorded import find_runs
 from finetuning.runs.report import write_report
-from finetuning.training import checkpoint
 from finetuning.training.checkpoint import checkpoint_at
 from finetuning.training.state import TrainState
 from tests.helpers.read_events import read_histograms
@@ -200,7 +200,7 @@ def reseal(folder: Path, name: str, content: bytes) -> None:
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     digest = hashlib.sha256(content).hexdigest()
     manifest["files"][name] = {**manifest["files"][name], "bytes": len(content), "sha256": digest}
-    (folder / "manifest.json").write_bytes(checkpoint._json_bytes(checkpoint._sealed(manifest)))
+    (folder / "manifest.json").write_bytes(sealed_json(manifest))
     assert checkpoint_at(folder)
 
 

@@ -48,6 +48,21 @@ def test_what_a_run_would_refuse_is_refused_before_anything_starts(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_mirror_is_not_shared(tmp_path):
+    with pytest.raises(UserError, match="resume from each other"):
+        sweep.main(["lora-r=4", "--output-dir", str(tmp_path / "out"), "--", "--mirror", "m"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_all_runs_share_is_known_again_and_not_shown(tmp_path):
+    shared = ["--notify", "slack=https://host/Qx7pl41n"]
+    sweep.remember(tmp_path, shared)
+    sweep.remember(tmp_path, shared)
+    assert "Qx7pl41n" not in (tmp_path / "sweep.json").read_text(encoding="utf-8")
+    with pytest.raises(UserError, match="begun with other arguments"):
+        sweep.remember(tmp_path, [*shared, "--packing"])
+
+
 def row(rate: str, *losses: float) -> sweep.Row:
     numbers = {column: () for column in sweep.COLUMNS} | {"held-out loss": losses}
     return sweep.Row({"learning-rate": rate}, numbers, (1.0,) * len(losses))

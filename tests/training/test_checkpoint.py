@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from finetuning.common.errors import UserError
+from finetuning.common.files import sealed_json
 from finetuning.training import checkpoint
 from finetuning.training.checkpoint import (
     DamagedCheckpoint,
@@ -275,8 +276,7 @@ def test_a_manifest_that_names_files_elsewhere_is_refused(tmp_path: Path):
     path = save(tmp_path, 5)
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["files"]["../outside"] = {"bytes": 1, "sha256": ""}
-    sealed = checkpoint._json_bytes(checkpoint._sealed(manifest))
-    (path / "manifest.json").write_bytes(sealed)
+    (path / "manifest.json").write_bytes(sealed_json(manifest))
     with pytest.raises(DamagedCheckpoint, match="out of the checkpoint"):
         load_checkpoint(path)
     with pytest.raises(UserError, match="not a usable checkpoint"):

@@ -16,6 +16,8 @@ from finetuning.monitoring.system_monitor import SystemMonitor
 from finetuning.runs.directory import new_run
 from finetuning.runs.plan import plan_run
 from finetuning.runs.record import RunRecord
+from finetuning.runs.session import SessionStart, logger_options
+from tb_logger import TensorBoardLogger
 from tests.helpers.checked_values import Ledger, Values, kept_figures, table_rows
 from tests.helpers.reference import Document, tokens_of
 from tests.runs.metric_values.cpu_run import write
@@ -102,7 +104,8 @@ def describe(ledger: Ledger, folder: Path, model: Path, cache: Path, limit: int)
         plan = plan_run(config, trainer.dist, trainer.terminal)
         trainer.plan = plan
         options = {"resume_step": None, "alert_state": {}, "alert_actions": {}, "warn": print}
-        logger = trainer.open_logger(run, None)
+        start = SessionStart(None, "", trainer.state)
+        logger = TensorBoardLogger(**logger_options(start, run, config, plan, print))
         record = RunRecord(run, logger, SystemMonitor((), folder), **options)
         record.describe(plan)
         record.close(None)

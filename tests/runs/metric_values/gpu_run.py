@@ -16,6 +16,8 @@ from finetuning.runs.directory import new_run
 from finetuning.runs.metrics import MetricsProcessor
 from finetuning.runs.plan import plan_run
 from finetuning.runs.record import RunRecord
+from finetuning.runs.session import SessionStart, logger_options
+from tb_logger import TensorBoardLogger
 from tests.helpers import fake_nvml
 from tests.helpers.checked_values import Ledger, Values, table_rows
 from tests.helpers.hand_machine import MB, HandMachine, Reading
@@ -154,7 +156,8 @@ def do_gpu_run(ledger: Ledger, folder: Path, model: Path, cache: Path, library: 
         cuda(device, lambda: memory_of(machine.reads - 1)),
     ):
         options = {"resume_step": None, "alert_state": {}, "alert_actions": {}, "warn": print}
-        logger = trainer.open_logger(run, None)
+        start = SessionStart(None, "", trainer.state)
+        logger = TensorBoardLogger(**logger_options(start, run, config, trainer.plan, print))
         trainer.record = RunRecord(run, logger, machine.monitor(GPUS), **options)
         trainer.metrics = MetricsProcessor(trainer.plan, trainer.dist, trainer.state)
         trainer.evaluator = NoEvaluator()

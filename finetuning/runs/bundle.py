@@ -1,0 +1,106 @@
+"""Files that are whole together at a mirror: uploaded first, their manifest last, known by digest.
+
+    ADDRESS/<run>/checkpoint-50/
+        adapter_model.safetensors, …        as below checkpoints/
+        tensorboard_logs/…, training_logs/… the run's, as they were then
+        mirror.json                         written last: SHA-256 of every file, and of itself
+
+Whatever has no manifest, or not its own, is not there: an upload that was cut is never taken for whole.
+"""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from finetuning.common.bounds import RECORD
+from finetuning.common.files import fsync_files, sealed_json
+from finetuning.common.remote import RemoteFolder, entry_of
+
+MANIFEST = "mirror.json"
+FORMAT = "qwen3-thinking-finetuning mirror 1"
+
+
+class DamagedBundle(Exception):
+    """A file is not what the manifest says; the message names it."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What lies at a mirror, by its manifest."""
+
+    run: str
+    name: str
+    step: int
+    sequence: int  # of a checkpoint: which was saved later
+    at: float  # s since the epoch, when it was whole
+    files: dict[str, dict[str, Any]]
+
+    @property
+    def folder(self) -> str:
+        """Below the mirror."""
+        return f"{self.run}/{self.name}"
+
+
+def read_bundle(mirror: RemoteFolder, run: str, name: str) -> Bundle | None:
+    """The bundle that is whole there, by its manifest; None where there is none."""
+    data = mirror.read(f"{run}/{name}/{MANIFEST}", RECORD.limit)
+    try:
+        content = json.loads(data or b"")
+        kinds = {"step": int, "sequence": int, "at": float, "files": dict, "run": str, "name": str}
+        known = content.pop("format") == FORMAT and data == sealed_json(
+            {"format": FORMAT, **content}
+        )
+        right = all(type(content[key]) is kind for key, kind in kinds.items())
+        bundle = Bundle(**{key: content[key] for key in kinds})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    safe = all(_stays_below(file) for file in bundle.files)
+    return bundle if known and right and safe and bundle.folder == f"{run}/{name}" else None
+
+
+def write_bundle(mirror: RemoteFolder, about: Mapping[str, Any], files: Mapping[str, Path]) -> None:
+    """Upload files under their names, each compared with what is there afterwards, then the manifest.
+
+    about: run, name, step and sequence. What was there under this name goes first. Raises DamagedBundle for
+    a file that arrived otherwise than it was sent, and whatever the library raises.
+    """
+    folder = f"{about['run']}/{about['name']}"
+    mirror.remove(folder)
+    entries = {}
+    for name, path in files.items():
+        mirror.put(path, f"{folder}/{name}")
+        with path.open("rb") as file:
+            entries[name] = entry_of(file)
+        if mirror.entry(f"{folder}/{name}") != entries[name]:
+            raise DamagedBundle(f"{folder}/{name} is not what was sent")
+    bundle = Bundle(**about, at=time.time(), files=entries)
+    manifest = sealed_json({"format": FORMAT, **asdict(bundle)})
+    mirror.write(f"{folder}/{MANIFEST}", manifest)
+    if mirror.read(f"{folder}/{MANIFEST}", RECORD.limit) != manifest:
+        raise DamagedBundle(f"{folder}/{MANIFEST} is not what was sent")
+
+
+def fetch_files(mirror: RemoteFolder, bundle: Bundle, names: Sequence[str], target: Path) -> None:
+    """Download some files of a bundle below `target`, by the last part of their names, and compare each with
+    its digest. Raises DamagedBundle, and whatever the library raises."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        path = target / PurePosixPath(name).name
+        try:
+            mirror.get(f"{bundle.folder}/{name}", path)
+        except FileNotFoundError as error:
+            raise DamagedBundle(f"{bundle.folder}/{name} is missing") from error
+        with path.open("rb") as file:
+            if entry_of(file) != bundle.files[name]:
+                raise DamagedBundle(f"{bundle.folder}/{name} is not what its manifest says")
+    fsync_files(target)
+
+
+def _stays_below(name: str) -> bool:
+    """Whether it is the name of a file, or of one in a folder, that leads nowhere else."""
+    parts = name.split("/")
+    plain = all(part not in ("", ".", "..") and not set(part) & set("\\:\0") for part in parts)
+    return plain and len(parts) <= 2
