@@ -46,6 +46,7 @@ LIBRARIES = {
         f"finetuning/model/{name}.py"
         for name in ("adapters", "adapter_config", "saving", "fused_lora")
     ),
+    "gguf": ("finetuning/model/gguf_file.py",),
     "tensorboard": ("finetuning/events/",),
     "pynvml": ("finetuning/monitoring/",),
     "openpyxl": ("finetuning/readers/office.py",),

@@ -17,6 +17,7 @@ from finetuning.events.address import pinned_address
 from finetuning.runs.directory import ORIGIN, RUN_NAME, RunDirectory
 from finetuning.runs.model_card import model_card
 from finetuning.runs.plan import RunPlan
+from finetuning.runs.result import BEST, FINAL
 from finetuning.training.engine import TrainingEngine
 from finetuning.training.state import TrainState
 
@@ -272,11 +273,14 @@ def _model_lines(statistics: Mapping[str, Any], run: RunDirectory) -> list[str]:
     if statistics["result"] == run.best_model.name:
         last = shown(training["last_eval_loss"])
         return [
-            f"model: {run.best_model}, of step {best_step}, held-out loss {best}; ask.py and export.py take "
-            f"it. The last one, {last}: {final}"
+            f"model: {run.best_model}, of step {best_step}, held-out loss {best} ({BEST}); ask.py and "
+            f"export.py take it. The last one, {last}: {final}"
         ]
     better = best_step and best_step != training["steps"]
-    return [f"model: {final}", *([f"best: {run.best_model}, of step {best_step}"] * bool(better))]
+    return [
+        f"model: {final} ({FINAL}); ask.py and export.py take it",
+        *([f"best: {run.best_model}, of step {best_step}, held-out loss {best}"] * bool(better)),
+    ]
 
 
 def result(outcome: str, state: TrainState) -> str:

@@ -16,7 +16,7 @@ from export import check, main
 from finetuning.common.errors import RunStopped
 from finetuning.common.terminal import Terminal
 from finetuning.model.loading import load_for_inference
-from finetuning.model.merging import Agreement
+from finetuning.model.merging import Agreement, MergedModel, merged_model, model_below
 
 # What transformers and vLLM read.
 FILES = {
@@ -55,13 +55,12 @@ def test_sixteen_bits_pass_with_their_own_tolerance(tmp_path, adapter):
 
 
 def test_a_merge_that_is_wrong_leaves_nothing(tmp_path, adapter, monkeypatch, capsys):
-    def base_only(folder: Path, unchecked: Path, **_) -> None:
+    def base_only(folder: Path, base_model: str) -> MergedModel:
         """As if the adapter had been forgotten."""
-        name = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-        AutoModelForCausalLM.from_pretrained(name).save_pretrained(unchecked)
-        AutoTokenizer.from_pretrained(name).save_pretrained(unchecked)
+        base = model_below(folder, base_model)
+        return merged_model(base.path)
 
-    monkeypatch.setattr(export, "export_merged", base_only)
+    monkeypatch.setattr(export, "merged_model", base_only)
     output = tmp_path / "merged"
     assert main(["--adapter", str(adapter), "--output", str(output), "--device", "cpu"]) == 3
     assert "nothing was written" in capsys.readouterr().err
