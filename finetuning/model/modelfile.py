@@ -7,7 +7,7 @@ content, text can be said in Go. Whether this one is such, a comparison over who
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import transformers
@@ -31,6 +31,8 @@ class Frame:
     thinking: tuple[str, str]  # around the reasoning of a turn; ollama knows it by these
     prompt: str
     """What stands last, where the model goes on."""
+    keeps: bool
+    """Whether what was thought before earlier answers stays in the conversation."""
 
 
 # -----------------------------------------------------------------------------
@@ -41,9 +43,10 @@ def frame_of(tokenizer: Any) -> Frame:
     """Found by rendering, and compared with the template. UserError for a template of another shape."""
     try:
         frame = _found(tokenizer)
-        wrong = next(
-            (c for c in _conversations() if rendered(frame, c) != _prompt(tokenizer, c)), None
-        )
+        wrong = _seen_otherwise(tokenizer, frame)
+        if wrong is not None:
+            frame = replace(frame, keeps=True)
+            wrong = _seen_otherwise(tokenizer, frame)
     except template_errors() as error:
         reason = clean_line(str(error), 200) or type(error).__name__
         raise UserError(
@@ -55,8 +58,7 @@ def frame_of(tokenizer: Any) -> Frame:
             "--format ollama: the chat template writes more than a text before and behind each turn, seen "
             f"with the turns {roles}. {_ELSE}"
         )
-    texts = "".join(_texts(frame))
-    if "{{" in texts or '"""' in texts:
+    if any("{{" in text or text.endswith("{") or '"""' in text for text in _texts(frame)):
         raise UserError('--format ollama: the chat template itself writes {{ or """. ' + _ELSE)
     return frame
 
@@ -88,6 +90,7 @@ def _found(tokenizer: Any) -> Frame:
         assistant=(answer.removeprefix(behind_user), behind_assistant),
         thinking=(opening, closing),
         prompt=last.removeprefix(behind_user),
+        keeps=False,
     )
 
 
@@ -122,15 +125,26 @@ def _thinking(tokenizer: Any) -> tuple[str, str]:
     return before[before.rindex(OPEN) :], behind.partition("A0a")[0]
 
 
+def _seen_otherwise(tokenizer: Any, frame: Frame) -> list[dict[str, str]] | None:
+    """A conversation that the frame does not say as the template does; None where all are the same."""
+    return next((c for c in _conversations() if rendered(frame, c) != _prompt(tokenizer, c)), None)
+
+
 def _conversations() -> list[list[dict[str, str]]]:
-    """What a chat may be, to its last question: with and without system, turns and reasoning before it."""
-    user, answer = (
-        _say("user", 'Zwei\n\n"Zeilen" <b>&amp;</b> 密码'),
-        _say("assistant", "Ja.\n\n- 甲"),
-    )
-    thought = {**answer, "reasoning_content": "Erst\ndann"}
-    tails = ([user], [user, answer, user], [user, thought, user, answer, user])
-    return [[*head, *tail] for head in ([], [_say("system", "Sei\nkurz.")]) for tail in tails]
+    """What a chat may be, to its last question: with and without system text, turns, reasoning; no two
+    texts are the same."""
+    long = 'Say: **"A"** <b>&amp; B</b>  x\n\n' + "密码学 Kryptographie, 128 bit.\n" * 20 + "End "
+    system = _say("system", f"{long}0")
+    turns = [_say(role, f"{long}{i}") for i, role in enumerate(("user", "assistant") * 3, 1)]
+    thinking = [
+        turn
+        if turn["role"] == "user"
+        else {**turn, "reasoning_content": f"First {turn['content']}"}
+        for turn in turns
+    ]
+    mixed = [*turns[:2], *thinking[2:4], turns[4]]
+    tails = (turns[:1], turns[:3], mixed, [*thinking[:2], *turns[2:5]], thinking[:5])
+    return [[*head, *tail] for head in ([], [system]) for tail in tails]
 
 
 def rendered(frame: Frame, messages: Sequence[dict[str, str]]) -> str:
@@ -139,7 +153,7 @@ def rendered(frame: Frame, messages: Sequence[dict[str, str]]) -> str:
     text = "" if messages[0]["role"] == "system" else frame.no_system
     for i, message in enumerate(messages):
         before, behind = getattr(frame, message["role"])
-        thought = message.get("reasoning_content") if i > last else ""
+        thought = message.get("reasoning_content") if frame.keeps or i > last else ""
         opening, closing = frame.thinking
         text += before + (f"{opening}{thought}{closing}" if thought else "")
         text += message["content"] + behind
@@ -162,13 +176,14 @@ def _texts(frame: Frame) -> Iterable[str]:
 
 
 def go_template(frame: Frame) -> str:
-    """The frame as ollama's template; reasoning of earlier turns is left out, as training did."""
+    """The frame as ollama's template."""
     opening, closing = frame.thinking
+    thought = ".Thinking" if frame.keeps else "and .Thinking (gt $i $last)"
     turns = {
         "system": f"{frame.system[0]}{{{{ .Content }}}}{frame.system[1]}",
         "user": f"{frame.user[0]}{{{{ .Content }}}}{frame.user[1]}",
         "assistant": (
-            f"{frame.assistant[0]}{{{{ if and .Thinking (gt $i $last) }}}}{opening}{{{{ .Thinking }}}}"
+            f"{frame.assistant[0]}{{{{ if {thought} }}}}{opening}{{{{ .Thinking }}}}"
             f"{closing}{{{{ end }}}}{{{{ .Content }}}}{frame.assistant[1]}"
         ),
     }
