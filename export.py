@@ -10,9 +10,10 @@ Before anything appears under its name, its logits are compared with those of ba
 
 import math
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -41,9 +42,18 @@ from finetuning.model.merging import (
 from finetuning.model.modelfile import modelfile
 from finetuning.model.resolve import ResolvedModel, is_adapter
 from finetuning.model.saving import save_merged, stop_at_turns
+from finetuning.runs.directory import RunDirectory
+from finetuning.runs.init_adapter import read_origin
+from finetuning.runs.model_card import write_card
+from finetuning.runs.recorded import RecordedRun, read_recorded
 from finetuning.runs.result import find_trained
 
 WEIGHTS = "model.gguf"  # in ollama's folder
+SERVED = {  # format -> what comes next
+    "hf": "{0}/README.md has the lines for vLLM, SGLang and transformers",
+    "gguf": "llama-server -m {0} --jinja",
+    "ollama": "ollama create crypto -f {0}/Modelfile",
+}
 
 
 @dataclass(frozen=True)
@@ -82,6 +92,7 @@ def export(settings: Export, terminal: Terminal) -> Agreement:
     device = pick_device(settings.device)
     terminal.info(f"exporting {trained.folder} ({trained.reason})")
     apart = logits_apart(trained.folder, device, base_model)
+    origin = read_origin(trained.folder) or {"base": {"model": below.name}}
     with staging_folder(output.parent, f".{output.name}-", "unchecked") as staging:
         merged = merged_model(trained.folder, base_model)
         if settings.format == "hf":
@@ -94,10 +105,14 @@ def export(settings: Export, terminal: Terminal) -> Agreement:
         agreement = compare(logits, *apart)
         check(agreement, settings.tolerance or TOLERANCE[precision], terminal)
         if settings.format == "ollama":
-            text = modelfile(WEIGHTS, merged.tokenizer, merged.model.generation_config)
+            system = origin.get("system_prompt", "")
+            text = modelfile(WEIGHTS, merged.tokenizer, merged.model.generation_config, system)
             (staging / "Modelfile").write_text(text, encoding="utf-8", newline="\n")
+        if settings.format == "hf":
+            write_card(staging, "merged", origin, record_of(origin, trained.folder))
         publish(staging / output.name if settings.format == "gguf" else staging, output)
     terminal.final(f"model: {output}")
+    terminal.info(f"serve it: {SERVED[settings.format].format(output)}")
     return agreement
 
 
@@ -127,7 +142,16 @@ def check_possible(settings: Export, folder: Path, below: ResolvedModel) -> None
     tokenizer = load_tokenizer(below)
     vocabulary(tokenizer, max(len(tokenizer), config.vocab_size))
     if settings.format == "ollama":
-        modelfile(WEIGHTS, tokenizer, None)
+        modelfile(WEIGHTS, tokenizer, None, read_origin(folder).get("system_prompt", ""))
+
+
+def record_of(origin: Mapping[str, Any], folder: Path) -> RecordedRun | None:
+    """The record of the run that has trained the model in a folder, where it lies beside it."""
+    for output in (folder.parent, folder.parent.parent):
+        run = RunDirectory(output, origin.get("run", ""))
+        if run.name and (run.logs / "metrics.jsonl").is_file():
+            return read_recorded(run)
+    return None
 
 
 def written_gguf(

@@ -30,7 +30,8 @@ DEFAULT_MODEL_GIB = {torch.bfloat16: 12.0, torch.float32: 20.0}
 HUB_TIMEOUT = 5.0  # seconds for "is the hub there?"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model"]
+_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model", "README.md"]
+CARD_HEAD = 10_000  # characters of a model's card in which its licence is looked for
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "qwen.tiktoken")
 _LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, AttributeError)
@@ -404,6 +405,19 @@ def as_user_error(what: str, advice: str) -> Iterator[None]:
         if not (type(error) is Exception or isinstance(error, (SafetensorError, *_LOAD_ERRORS))):
             raise
         raise UserError(f"{what} can't be loaded ({short_reason(error)}); {advice}") from error
+
+
+def licence_of(folder: Path) -> str:
+    """What the card of a model's folder names as its licence; empty where there is none."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return ""
+    with open(regular(card), encoding="utf-8", errors="replace") as file:
+        _, found, rest = file.read(CARD_HEAD).partition("---\n")
+    head = rest.partition("\n---")[0] if found else ""
+    known = dict(re.findall(r"^(license|license_name): *([\w.+-]+) *$", head, re.MULTILINE))
+    named = known.get("license", "")
+    return known.get("license_name", named) if named == "other" else named
 
 
 def saved_dtype(folder: Path) -> torch.dtype:

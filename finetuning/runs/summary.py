@@ -14,8 +14,9 @@ from finetuning.common.text import table_cell
 from finetuning.data.accounts import account_rows
 from finetuning.data.packing import StepPlan
 from finetuning.events.address import pinned_address
+from finetuning.model.resolve import licence_of
 from finetuning.runs.directory import ORIGIN, RUN_NAME, RunDirectory
-from finetuning.runs.model_card import model_card
+from finetuning.runs.model_card import CARD, model_card
 from finetuning.runs.plan import RunPlan
 from finetuning.runs.result import BEST, FINAL
 from finetuning.training.engine import TrainingEngine
@@ -110,21 +111,41 @@ def model_size(plan: RunPlan, engine: TrainingEngine) -> dict[str, Any]:
 # The end
 
 
-def checkpoint_state(plan: RunPlan, state: TrainState) -> dict[str, Any]:
-    """What a checkpoint holds besides tensors: counters, the run's identity, settings without secrets."""
+def checkpoint_state(plan: RunPlan, state: TrainState, dist: Distributed) -> dict[str, Any]:
+    """What a checkpoint holds besides tensors, which rank 0 writes: counters, the run's identity, settings
+    without secrets, the system prompt of the data."""
     return {
+        "system_prompt": plan.inputs.system_prompt if dist.is_main else "",
         "train_state": dataclasses.asdict(state),
         "identity": plan.identity,
         "config": dict(plan.settings),
     }
 
 
-def model_notes(run: str, state: TrainState, identity: Mapping[str, Any]) -> dict[str, str]:
-    """Files beside a saved model: its run; its step, the held-out loss that was measured last, its base."""
+def model_notes(plan: RunPlan, run: str, state: TrainState, dist: Distributed) -> dict[str, str]:
+    """Files beside a saved model, which rank 0 writes: its run; what it has come from; its card."""
+    if not dist.is_main:
+        return {}
+    origin = _origin(plan, run, state)
+    card = model_card(origin, "adapter" if plan.identity["lora_r"] else "whole")
+    return {RUN_NAME: f"{run}\n", ORIGIN: json_text(origin, indent=1) + "\n", CARD: card}
+
+
+def _origin(plan: RunPlan, run: str, state: TrainState) -> dict[str, Any]:
+    """The content of origin.json: step, the held-out loss that was measured last, base, settings, and the
+    system prompt of the data."""
+    identity, model, system = plan.identity, plan.inputs.model, plan.inputs.system_prompt
     base = {name: identity[name] for name in ("model", "model_weights", "model_config")}
-    origin = {"run": run, "step": state.step, "held_out_loss": state.last_eval_loss, "base": base}
-    card = model_card(run, state.step, state.last_eval_loss, identity)
-    return {RUN_NAME: f"{run}\n", ORIGIN: json_text(origin, indent=1) + "\n", "README.md": card}
+    licence = licence_of(model.path) if model.path else ""
+    trained = ("steps", "lora_r", "lora_alpha", "max_seq_length", "data")
+    return {
+        "run": run,
+        "step": state.step,
+        "held_out_loss": state.last_eval_loss,
+        "base": base | ({"licence": licence} if licence else {}),
+        "trained": {name: identity[name] for name in trained},
+        **({"system_prompt": system} if system else {}),
+    }
 
 
 def final_metrics(

@@ -1,22 +1,30 @@
-"""A merged folder appears only when its logits are those of base and adapter apart.
+"""An export appears only when its logits are those of base and adapter apart; and which model it takes.
 
 uv run pytest tests/runs/test_export.py
 """
 
 import json
 import math
+import os
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import ask
 import export
 from export import check, main
 from finetuning.common.errors import RunStopped
 from finetuning.common.terminal import Terminal
 from finetuning.model.loading import load_for_inference
 from finetuning.model.merging import Agreement, MergedModel, merged_model, model_below
+from finetuning.runs.directory import RunDirectory
+from finetuning.runs.result import BEST, FINAL, Trained, find_trained
+from finetuning.runs.summary import closing_lines
+from tests.helpers.tiny_model import make_tiny_data
 
 # What transformers and vLLM read.
 FILES = {
@@ -26,6 +34,7 @@ FILES = {
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
+    "README.md",
 }
 
 
@@ -90,14 +99,129 @@ def test_bad_input_is_one_clear_line(tmp_path, adapter, tiny_model, capsys):
     full = tmp_path / "full"
     full.mkdir()
     (full / "file").write_text("mine")
-    output = ["--output", str(tmp_path / "merged")]
+    taken = tmp_path / "taken.gguf"
+    taken.write_text("mine")
+    output, named = ["--output", str(tmp_path / "merged")], ["--adapter", str(adapter)]
+    file = ["--output", str(tmp_path / "merged.gguf")]
     cases = {
-        "exists": ["--adapter", str(adapter), "--output", str(full)],
+        "exists": [*named, "--output", str(full)],
+        "taken.gguf: exists": [*named, "--format", "gguf", "--output", str(taken)],
         "train first": ["--output-dir", str(tmp_path), *output],
         "whole model already": ["--adapter", str(tiny_model), *output],
+        "--format hf writes a folder": [*named, *file],
+        "--format gguf writes a file that ends in .gguf": [*named, "--format", "gguf", *output],
+        "--format ollama writes a folder": [*named, "--format", "ollama", *file],
+        "--precision q8_0 is for --format gguf": [*named, "--precision", "q8_0", *output],
+        "no such folder, here or below": ["--adapter", "checkpoint-7", *output],
     }
     for expected, arguments in cases.items():
         assert main(arguments) == 2
         said = capsys.readouterr().err
-        assert expected in said and "Traceback" not in said
-    assert (full / "file").read_text() == "mine" and not (tmp_path / "merged").exists()
+        assert expected in said and "Traceback" not in said, said
+    assert (full / "file").read_text() == taken.read_text() == "mine"
+    assert not (tmp_path / "merged").exists() and not (tmp_path / "merged.gguf").exists()
+
+
+def test_without_the_package_the_way_to_it_is_told(tmp_path, adapter, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    output = tmp_path / "model.gguf"
+    assert main(["--adapter", str(adapter), "--format", "gguf", "--output", str(output)]) == 2
+    assert "uv run --extra gguf" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+# -----------------------------------------------------------------------------
+# Which model
+
+
+@pytest.fixture
+def out(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "out"))
+
+
+def test_ask_export_and_the_last_lines_agree_and_say_why(out, tiny_run, tmp_path, capfd):
+    """Of a run that went to its end, of one that goes on, and of one that was stopped early."""
+    (run,) = (path.name for path in (out / "training_logs").iterdir())
+    statistics = json.loads((out / "training_statistics.json").read_text(encoding="utf-8"))
+    told = closing_lines(statistics, RunDirectory(out, run))
+    assert f"model: {out / 'final_model'} ({FINAL}); ask.py and export.py take it" in told
+    assert find_trained("", str(out)) == Trained(out / "final_model", FINAL)
+    status = out / "training_logs" / run / "status.json"
+    stopped = json.loads(status.read_text(encoding="utf-8")) | {"result": "best_model"}
+    status.write_text(json.dumps(stopped), encoding="utf-8")
+    told = closing_lines(statistics | {"result": "best_model"}, RunDirectory(out, run))
+    assert f"model: {out / 'best_model'}, of step " in told and f"({BEST}); ask.py" in told
+    assert find_trained("", str(out)) == Trained(out / "best_model", BEST)
+    arguments = ["--output-dir", str(out), "--device", "cpu"]
+    assert export.main([*arguments, "--output", str(tmp_path / "merged")]) == 0
+    assert f"exporting {out / 'best_model'} ({BEST})" in capfd.readouterr().out
+    assert ask.main(["q", *arguments, "--max-new-tokens", "1"]) == 0
+    assert f"{out / 'best_model'} ({BEST})" in " ".join(capfd.readouterr().err.split())
+    newer = max((out / "checkpoints").iterdir())
+    os.utime(newer / "adapter_model.safetensors", (2e9, 2e9))
+    assert find_trained("", str(out)).folder == newer
+    assert "has not come to its end" in find_trained("", str(out)).reason
+
+
+def test_a_model_is_meant_by_its_name(out, monkeypatch, tmp_path):
+    checkpoint = min((out / "checkpoints").iterdir())
+    for name in ("final_model", "best_model"):
+        assert find_trained(name, str(out)).folder == out / name
+    assert find_trained(checkpoint.name, str(out)).folder == checkpoint
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(out / "final_model", tmp_path / "final_model")
+    assert find_trained("final_model", str(out)).folder == Path("final_model"), (
+        "a folder here comes first"
+    )
+
+
+def test_an_exported_checkpoint_says_what_it_is(out, tmp_path):
+    checkpoint = min((out / "checkpoints").iterdir())
+    places = ["--output-dir", str(out), "--output", str(tmp_path / "merged"), "--device", "cpu"]
+    assert main([*places, "--adapter", checkpoint.name]) == 0
+    card = (tmp_path / "merged" / "README.md").read_text(encoding="utf-8")
+    assert f"| step | {checkpoint.name.removeprefix('checkpoint-')} of 6 |" in card
+    assert "## Before and after" in card and (tmp_path / "merged" / "curves.png").is_file()
+    assert "vllm serve FOLDER" in card
+
+
+# -----------------------------------------------------------------------------
+# For ollama
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_the_system_prompt_of_all_the_data_is_ollama_s(same, tiny_run, tmp_path):
+    pytest.importorskip("gguf", reason="needs the package gguf: uv run --extra gguf")
+    data = make_tiny_data(tmp_path / "plain.jsonl")
+    lines = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
+    system = [f"你是密码学助手。\n简短。{'' if same else i % 2}" for i in range(len(lines))]
+    told = tmp_path / "told.jsonl"
+    texts = [json.dumps({**line, "system": s}) for line, s in zip(lines, system, strict=True)]
+    told.write_text("\n".join(texts), encoding="utf-8")
+    settings = [
+        "--data-path",
+        str(told),
+        "--max-steps",
+        "1",
+        "--save-steps",
+        "1",
+        "--eval-fraction",
+        "0",
+    ]
+    assert tiny_run(tmp_path, *settings) == 0
+    out = tmp_path / "out"
+    for name in ("final_model", "checkpoint-1"):
+        output = tmp_path / f"{name}-served"
+        places = ["--output-dir", str(out), "--output", str(output), "--device", "cpu"]
+        assert main([*places, "--adapter", name, "--format", "ollama"]) == 0
+        assert {path.name for path in output.iterdir()} == {"model.gguf", "Modelfile"}
+        text = (output / "Modelfile").read_text(encoding="utf-8")
+        assert ('SYSTEM """你是密码学助手。\n简短。"""\n' in text) == same
+        assert ("SYSTEM" in text) == same and 'PARAMETER stop "<|im_end|>"' in text
+
+
+def test_a_model_that_was_trained_whole_is_exported_too(tiny_model, tmp_path):
+    pytest.importorskip("gguf", reason="needs the package gguf: uv run --extra gguf")
+    output = tmp_path / "model.gguf"
+    places = ["--adapter", str(tiny_model), "--output", str(output), "--device", "cpu"]
+    assert main([*places, "--format", "gguf"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
