@@ -17,7 +17,8 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from transformers import AutoConfig
+from transformers import AutoConfig, GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from finetuning.common.distributed import limit_threads, pick_device
 from finetuning.common.errors import RunStopped, UserError, exit_code
@@ -30,7 +31,6 @@ from finetuning.model.loading import load_tokenizer
 from finetuning.model.merging import (
     TOLERANCE,
     Agreement,
-    MergedModel,
     compare,
     logits_apart,
     logits_of,
@@ -81,36 +81,37 @@ class Export:
     """Where the logits are compared."""
 
 
+@dataclass(frozen=True)
+class Source:
+    """What is exported."""
+
+    folder: Path  # of an adapter, or of a model that was trained whole
+    base_model: str
+    precision: str
+    device: torch.device
+    origin: Mapping[str, Any]  # what the folder says of where it has come from
+
+
 def export(settings: Export, terminal: Terminal) -> Agreement:
     """Write it once its logits agree. Raises RunStopped where they don't."""
     output, base_model = free_place(settings), expanded(settings.base_model, "--base-model")
     limit_threads()
     trained = find_trained(settings.adapter, settings.output_dir)
     below = model_below(trained.folder, base_model)
-    check_possible(settings, trained.folder, below)
+    origin = read_origin(trained.folder) or {"base": {"model": below.name}}
+    check_possible(settings, trained.folder, below, origin)
     precision = own_precision(below) if settings.precision == "auto" else settings.precision
     device = pick_device(settings.device)
+    source = Source(trained.folder, base_model, precision, device, origin)
     terminal.info(f"exporting {trained.folder} ({trained.reason})")
-    apart = logits_apart(trained.folder, device, base_model)
-    origin = read_origin(trained.folder) or {"base": {"model": below.name}}
+    with terminal.working("asking the trained model"):
+        apart = logits_apart(trained.folder, device, base_model)
     with staging_folder(output.parent, f".{output.name}-", "unchecked") as staging:
-        merged = merged_model(trained.folder, base_model)
-        if settings.format == "hf":
-            save_merged(merged, staging, precision)
-            del merged  # before it is read again
-            logits = logits_of(staging, device)
-        else:
-            weights = staging / (WEIGHTS if settings.format == "ollama" else output.name)
-            logits = written_gguf(merged, weights, precision, device)
-        agreement = compare(logits, *apart)
+        made = staging / output.name if settings.format == "gguf" else staging
+        with terminal.working("writing and reading back"):
+            agreement = compare(WRITERS[settings.format](source, made, output.stem), *apart)
         check(agreement, settings.tolerance or TOLERANCE[precision], terminal)
-        if settings.format == "ollama":
-            system = origin.get("system_prompt", "")
-            text = modelfile(WEIGHTS, merged.tokenizer, merged.model.generation_config, system)
-            (staging / "Modelfile").write_text(text, encoding="utf-8", newline="\n")
-        if settings.format == "hf":
-            write_card(staging, "merged", origin, record_of(origin, trained.folder))
-        publish(staging / output.name if settings.format == "gguf" else staging, output)
+        publish(made, output)
     terminal.final(f"model: {output}")
     terminal.info(f"serve it: {SERVED[settings.format].format(output)}")
     return agreement
@@ -129,7 +130,9 @@ def free_place(settings: Export) -> Path:
     return output.absolute()
 
 
-def check_possible(settings: Export, folder: Path, below: ResolvedModel) -> None:
+def check_possible(
+    settings: Export, folder: Path, below: ResolvedModel, origin: Mapping[str, Any]
+) -> None:
     """UserError where the model can't be written so; before any weights are loaded."""
     if settings.format == "hf":
         if settings.precision == "q8_0":
@@ -142,26 +145,55 @@ def check_possible(settings: Export, folder: Path, below: ResolvedModel) -> None
     tokenizer = load_tokenizer(below)
     vocabulary(tokenizer, max(len(tokenizer), config.vocab_size))
     if settings.format == "ollama":
-        modelfile(WEIGHTS, tokenizer, None, read_origin(folder).get("system_prompt", ""))
+        modelfile_of(below, origin)
 
 
-def record_of(origin: Mapping[str, Any], folder: Path) -> RecordedRun | None:
-    """The record of the run that has trained the model in a folder, where it lies beside it."""
-    for output in (folder.parent, folder.parent.parent):
-        run = RunDirectory(output, origin.get("run", ""))
+# -----------------------------------------------------------------------------
+# The formats: each writes, and returns the logits of what it has written
+
+
+def write_hf(source: Source, folder: Path, name: str) -> torch.Tensor:
+    """A plain model folder with a card."""
+    save_merged(merged_model(source.folder, source.base_model), folder, source.precision)
+    write_card(folder, "merged", source.origin, record_of(source))
+    return logits_of(folder, source.device)
+
+
+def write_file(source: Source, path: Path, name: str) -> torch.Tensor:
+    """A GGUF file; its weights, rounded as they are there, take the place of those in memory."""
+    merged = merged_model(source.folder, source.base_model)
+    stop_at_turns(merged)
+    write_gguf(merged.model, merged.tokenizer, path, source.precision, name)
+    read_gguf(path, merged.model)
+    return prompt_logits(merged.model.to(source.device), merged.tokenizer)
+
+
+def write_ollama(source: Source, folder: Path, name: str) -> torch.Tensor:
+    """A GGUF file and its Modelfile."""
+    text = modelfile_of(model_below(source.folder, source.base_model), source.origin)
+    (folder / "Modelfile").write_text(text, encoding="utf-8", newline="\n")
+    return write_file(source, folder / WEIGHTS, name)
+
+
+def modelfile_of(below: ResolvedModel, origin: Mapping[str, Any]) -> str:
+    """The Modelfile of a model on this base. UserError where it can't be written."""
+    assert below.path is not None
+    generation = None
+    if (below.path / GENERATION_CONFIG_NAME).is_file():
+        generation = GenerationConfig.from_pretrained(below.path, local_files_only=True)
+    return modelfile(WEIGHTS, load_tokenizer(below), generation, origin.get("system_prompt", ""))
+
+
+WRITERS = {"hf": write_hf, "gguf": write_file, "ollama": write_ollama}
+
+
+def record_of(source: Source) -> RecordedRun | None:
+    """The record of the run that has trained the model, where it lies beside it."""
+    for output in (source.folder.parent, source.folder.parent.parent):
+        run = RunDirectory(output, source.origin.get("run", ""))
         if run.name and (run.logs / "metrics.jsonl").is_file():
             return read_recorded(run)
     return None
-
-
-def written_gguf(
-    merged: MergedModel, path: Path, precision: str, device: torch.device
-) -> torch.Tensor:
-    """Logits of the file that is written to `path`: the model has the file's weights then."""
-    stop_at_turns(merged)
-    write_gguf(merged.model, merged.tokenizer, path, precision, path.stem)
-    read_gguf(path, merged.model)
-    return prompt_logits(merged.model.to(device), merged.tokenizer)
 
 
 def publish(made: Path, output: Path) -> None:

@@ -11,16 +11,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetuning.common.errors import UserError
-from finetuning.common.text import clean_line
 from finetuning.data.chat_template import chat_format, render
 
-# llama.cpp's names of the expressions that cut a text into words.
+# llama.cpp's name of how words are cut -> the expression, and whether a word that is a token stays whole.
 PRE_TOKENIZERS = {
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2",
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+": "llama-bpe",
+    "qwen2": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+        False,
+    ),
+    "llama-bpe": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+        True,
+    ),
 }
+_NOT_WRITTEN = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # kinds of tokens in GGUF
 
 
@@ -67,24 +73,30 @@ def vocabulary(tokenizer: Any, rows: int) -> Vocabulary:
         ],
         ends={name: token for name, token in ends.items() if token is not None},
         begins=bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token),
-        chat_template=template if isinstance(template, str) else template["default"],
+        chat_template=template if isinstance(template, str) else next(iter(template.values())),
     )
 
 
 def _pre_tokenizer(content: Mapping[str, Any]) -> str:
     """llama.cpp's name of what cuts a text into words; UserError for any other."""
-    steps = [content["model"], *_steps(content["pre_tokenizer"])]
-    kinds = [step.get("type") for step in steps]
-    if kinds == ["BPE", "Split", "ByteLevel"]:
-        _, split, to_bytes = steps
-        name = PRE_TOKENIZERS.get(split["pattern"].get("Regex", ""))
+    model, steps = content["model"], list(_steps(content["pre_tokenizer"]))
+    normalizer = (content.get("normalizer") or {}).get("type")
+    plain = normalizer in (None, "NFC") and not any(model.get(name) for name in _NOT_WRITTEN)
+    if plain and [model["type"], *(step["type"] for step in steps)] == [
+        "BPE",
+        "Split",
+        "ByteLevel",
+    ]:
+        split, to_bytes = steps
+        known = (split["pattern"].get("Regex"), bool(model.get("ignore_merges")))
         plain = split["behavior"] == "Isolated" and not split["invert"]
-        if name and plain and not to_bytes["add_prefix_space"] and not to_bytes["use_regex"]:
+        plain &= not to_bytes["add_prefix_space"] and not to_bytes["use_regex"]
+        name = next((name for name, way in PRE_TOKENIZERS.items() if way == known), None)
+        if plain and name:
             return name
     raise UserError(
-        f"GGUF: this tokenizer ({clean_line(', '.join(map(str, kinds)), 100)}) is not one that is written "
-        f"here: byte-level BPE that cuts words as {' or '.join(PRE_TOKENIZERS.values())}. "
-        "Use --format hf, and llama.cpp's own converter"
+        "GGUF: this tokenizer is not one that is written here: byte-level BPE that cuts words as "
+        f"{' or '.join(PRE_TOKENIZERS)} does. Use --format hf, and llama.cpp's own converter"
     )
 
 

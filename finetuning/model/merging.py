@@ -44,6 +44,7 @@ def model_below(folder: Path, base_model: str = "") -> ResolvedModel:
 
 def merged_model(folder: Path, base_model: str = "") -> MergedModel:
     """A saved adapter folded into its base, or a model that was trained whole. W + s·B·A is made in fp32."""
+    gc.collect()  # a model that was compared before has reference cycles and is as large
     below = model_below(folder, base_model)
     tokenizer, model = load_tokenizer(below), load_base(below, torch.device("cpu"), torch.float32)
     if is_adapter(folder):
@@ -82,7 +83,7 @@ def logits_apart(
 
 def logits_of(folder: Path, device: torch.device) -> torch.Tensor:
     """Logits of a model folder, as another program would load it."""
-    gc.collect()  # the model before this one has reference cycles and is as large
+    gc.collect()  # as above
     return prompt_logits(*load_for_inference(folder, device=device, precision="fp32"))
 
 

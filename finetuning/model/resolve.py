@@ -16,6 +16,7 @@ from huggingface_hub import constants as hub_constants
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from safetensors import SafetensorError, safe_open
 
+from finetuning.common.bounds import CARD_HEAD
 from finetuning.common.errors import UserError
 from finetuning.common.files import read_json_object, regular
 from finetuning.common.text import clean_line, redact
@@ -31,7 +32,6 @@ HUB_TIMEOUT = 5.0  # seconds for "is the hub there?"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model", "README.md"]
-CARD_HEAD = 10_000  # characters of a model's card in which its licence is looked for
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "qwen.tiktoken")
 _LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, AttributeError)
@@ -413,7 +413,7 @@ def licence_of(folder: Path) -> str:
     if not card.is_file():
         return ""
     with open(regular(card), encoding="utf-8", errors="replace") as file:
-        _, found, rest = file.read(CARD_HEAD).partition("---\n")
+        _, found, rest = file.read(CARD_HEAD.limit).partition("---\n")
     head = rest.partition("\n---")[0] if found else ""
     known = dict(re.findall(r"^(license|license_name): *([\w.+-]+) *$", head, re.MULTILINE))
     named = known.get("license", "")

@@ -4,15 +4,25 @@ uv run --group serving --extra gguf pytest -m "not long" tests/model/test_gguf_f
 """
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config, Qwen3Config
+from tokenizers import Tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from finetuning.common.errors import UserError
 from finetuning.model.gguf_file import PRECISIONS, check_architecture, read_gguf, write_gguf
-from finetuning.model.gguf_tokens import vocabulary
+from finetuning.model.gguf_tokens import PRE_TOKENIZERS, vocabulary
 from finetuning.model.merging import TOLERANCE
 from finetuning.runs.identity import PROBE
 from tests.helpers.llama_server import serving
@@ -145,8 +155,6 @@ def test_what_the_proof_does_not_cover_is_refused(tmp_path):
         check_architecture(config)
     with pytest.raises(UserError, match="layer_types"):
         check_architecture(Qwen3Config(layer_types=["sliding_attention"], num_hidden_layers=1))
-    from transformers import GPT2Config
-
     with pytest.raises(UserError, match="architecture gpt2 is not one"):
         check_architecture(GPT2Config())
     model, tokenizer = make("llama", tmp_path / "model", attention_bias=True)
@@ -154,23 +162,45 @@ def test_what_the_proof_does_not_cover_is_refused(tmp_path):
         write_gguf(model, tokenizer, tmp_path / "model.gguf", "fp32", "tiny")
 
 
-def test_a_tokenizer_of_another_kind_is_refused():
-    from tokenizers import Regex, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    backend = type(qwen3_tokenizer().backend_tokenizer).from_str(
-        qwen3_tokenizer().backend_tokenizer.to_str()
-    )
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r"\p{N}{1,2}|\p{L}+"), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    other = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
+def words_cut_at(expression: str, **changes: object):
+    """Qwen3's tokenizer with words cut otherwise, and a token for 12 in the place of its rarest one."""
+    content = json.loads(qwen3_tokenizer().backend_tokenizer.to_str())
+    vocabulary, merges = content["model"]["vocab"], content["model"]["merges"]
+    vocabulary["12"] = vocabulary.pop("".join(merges.pop()))
+    merges.append(["1", "2"])
+    content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = expression
+    content["model"] |= changes
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(content)),
         eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
         chat_template=qwen3_tokenizer().chat_template,
     )
-    with pytest.raises(UserError, match="this tokenizer"):
-        vocabulary(other, len(other))
+
+
+@pytest.mark.slow
+def test_words_are_cut_as_llama_cuts_them(tmp_path):
+    expression, whole = PRE_TOKENIZERS["llama-bpe"]
+    tokenizer = words_cut_at(expression, ignore_merges=whole)
+    make_tiny_model(tmp_path / "model")
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    small.resize_token_embeddings(len(tokenizer))
+    write_gguf(small, tokenizer, tmp_path / "model.gguf", "fp16", "tiny")
+    ids = [tokenizer(text).input_ids for text in TEXTS]
+    assert ids != [qwen3_tokenizer()(text).input_ids for text in TEXTS]
+    with serving(tmp_path / "model.gguf") as server:
+        assert [server.tokens(text) for text in TEXTS] == ids
+
+
+@pytest.mark.parametrize(
+    ("expression", "changes"),
+    [
+        (r"\p{N}{1,2}|\p{L}+", {}),
+        (PRE_TOKENIZERS["qwen2"][0], {"ignore_merges": True}),
+        (PRE_TOKENIZERS["qwen2"][0], {"byte_fallback": True}),
+    ],
+)
+def test_a_tokenizer_of_another_kind_is_refused(expression: str, changes: dict):
+    tokenizer = words_cut_at(expression, **changes)
+    with pytest.raises(UserError, match="this tokenizer is not one that is written here"):
+        vocabulary(tokenizer, len(tokenizer))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from finetuning.common.bounds import CARD_HEAD
 from finetuning.model.resolve import licence_of
 from finetuning.runs.directory import RunDirectory
 from finetuning.runs.model_card import complete_cards, curves, model_card, public_name
@@ -105,6 +106,12 @@ def test_the_licence_is_that_of_the_base_s_card(tmp_path: Path, text: str, licen
     assert licence_of(tmp_path) == licence
 
 
+def test_a_licence_far_down_is_not_looked_for(tmp_path: Path):
+    text = f"---\n{'# x' * CARD_HEAD.limit}\nlicense: mit\n---\n"
+    (tmp_path / "README.md").write_text(text, encoding="utf-8")
+    assert licence_of(tmp_path) == ""
+
+
 @pytest.fixture
 def out(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "out"))
@@ -112,7 +119,7 @@ def out(finished: Path, tmp_path: Path) -> Path:
 
 def test_the_models_of_a_finished_run_have_the_whole_card(out: Path, tiny_data: Path):
     for name in ("final_model", "best_model"):
-        card = (out / name / "README.md").read_text(encoding="utf-8")
+        card = (out / name / "README.md").read_text(encoding="utf-8").replace("\\_", "_")
         origin = json.loads((out / name / "origin.json").read_text(encoding="utf-8"))
         for part in (
             "Use",
