@@ -346,14 +346,14 @@ class DirectTrainer:
                 step,
                 self.engine.tensors(),
                 documents=self.engine.documents(),
-                state=summary.checkpoint_state(self.plan, state, self.dist),
+                state=summary.checkpoint_state(self.plan, state),
                 protect=state.best_step,
             )
 
     def save_model(self, folder: Path) -> None:
         """The adapter with its tokenizer, whole or not at all."""
         with self.metrics.clock.phase("saving"), self.terminal.working(f"saving {folder.name}"):
-            notes = summary.model_notes(self.plan, self.record.run.name, self.state, self.dist)
+            notes = summary.model_notes(self.plan, self.record.run.name, self.state)
             self.engine.save(folder, self.plan.inputs.tokenizer, notes)
 
     def restore(self, checkpoint: Checkpoint) -> None:

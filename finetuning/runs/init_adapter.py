@@ -57,7 +57,7 @@ def read_origin(folder: Path) -> dict:
     if not isinstance(identity, dict):
         return {}
     known = {name: manifest[name] for name in ("run", "step") if name in manifest}
-    known |= {"system_prompt": state["system_prompt"]} if state.get("system_prompt") else {}
+    known |= {"system_prompt": system} if (system := counters.get("system_prompt")) else {}
     loss = counters.get("last_eval_loss")
     return {**known, "held_out_loss": loss, "base": identity, "trained": identity}
 

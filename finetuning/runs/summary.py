@@ -111,21 +111,17 @@ def model_size(plan: RunPlan, engine: TrainingEngine) -> dict[str, Any]:
 # The end
 
 
-def checkpoint_state(plan: RunPlan, state: TrainState, dist: Distributed) -> dict[str, Any]:
-    """What a checkpoint holds besides tensors, which rank 0 writes: counters, the run's identity, settings
-    without secrets, the system prompt of the data."""
+def checkpoint_state(plan: RunPlan, state: TrainState) -> dict[str, Any]:
+    """What a checkpoint holds besides tensors: counters, the run's identity, settings without secrets."""
     return {
-        "system_prompt": plan.inputs.system_prompt if dist.is_main else "",
         "train_state": dataclasses.asdict(state),
         "identity": plan.identity,
         "config": dict(plan.settings),
     }
 
 
-def model_notes(plan: RunPlan, run: str, state: TrainState, dist: Distributed) -> dict[str, str]:
-    """Files beside a saved model, which rank 0 writes: its run; what it has come from; its card."""
-    if not dist.is_main:
-        return {}
+def model_notes(plan: RunPlan, run: str, state: TrainState) -> dict[str, str]:
+    """Files beside a saved model: its run; what it has come from; its card."""
     origin = _origin(plan, run, state)
     card = model_card(origin, "adapter" if plan.identity["lora_r"] else "whole")
     return {RUN_NAME: f"{run}\n", ORIGIN: json_text(origin, indent=1) + "\n", CARD: card}
@@ -134,7 +130,7 @@ def model_notes(plan: RunPlan, run: str, state: TrainState, dist: Distributed) -
 def _origin(plan: RunPlan, run: str, state: TrainState) -> dict[str, Any]:
     """The content of origin.json: step, the held-out loss that was measured last, base, settings, and the
     system prompt of the data."""
-    identity, model, system = plan.identity, plan.inputs.model, plan.inputs.system_prompt
+    identity, model = plan.identity, plan.inputs.model
     base = {name: identity[name] for name in ("model", "model_weights", "model_config")}
     licence = licence_of(model.path) if model.path else ""
     trained = ("steps", "lora_r", "lora_alpha", "max_seq_length", "data")
@@ -144,7 +140,7 @@ def _origin(plan: RunPlan, run: str, state: TrainState) -> dict[str, Any]:
         "held_out_loss": state.last_eval_loss,
         "base": base | ({"licence": licence} if licence else {}),
         "trained": {name: identity[name] for name in trained},
-        **({"system_prompt": system} if system else {}),
+        **({"system_prompt": state.system_prompt} if state.system_prompt else {}),
     }
 
 
