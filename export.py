@@ -9,6 +9,7 @@ Before anything appears under its name, its logits are compared with those of ba
 """
 
 import math
+import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -83,13 +84,15 @@ class Export:
 
 @dataclass(frozen=True)
 class Source:
-    """What is exported."""
+    """What is exported, and how."""
 
     folder: Path  # of an adapter, or of a model that was trained whole
     base_model: str
+    name: str  # what the file calls the model
     precision: str
     device: torch.device
     origin: Mapping[str, Any]  # what the folder says of where it has come from
+    record: RecordedRun | None  # of the run that has trained it, where that lies beside it
 
 
 def export(settings: Export, terminal: Terminal) -> Agreement:
@@ -102,18 +105,37 @@ def export(settings: Export, terminal: Terminal) -> Agreement:
     check_possible(settings, trained.folder, below, origin)
     precision = own_precision(below) if settings.precision == "auto" else settings.precision
     device = pick_device(settings.device)
-    source = Source(trained.folder, base_model, precision, device, origin)
+    record = record_of(origin, trained.folder, terminal)
+    source = Source(trained.folder, base_model, output.stem, precision, device, origin, record)
     terminal.info(f"exporting {trained.folder} ({trained.reason})")
     with terminal.working("asking the trained model"):
         apart = logits_apart(trained.folder, device, base_model)
+    try:
+        agreement = made_and_checked(settings, source, output, apart, terminal)
+    except OSError as error:
+        raise RunStopped(
+            f"--output {output}: can't be written ({error.strerror or error}); free its disk, or choose "
+            "another place"
+        ) from error
+    terminal.final(f"model: {output}")
+    terminal.info(f"serve it: {SERVED[settings.format].format(shlex.quote(str(output)))}")
+    return agreement
+
+
+def made_and_checked(
+    settings: Export,
+    source: Source,
+    output: Path,
+    apart: tuple[torch.Tensor, torch.Tensor],
+    terminal: Terminal,
+) -> Agreement:
+    """Write beside the output, compare with the logits `apart` (trained, base), and give it its name."""
     with staging_folder(output.parent, f".{output.name}-", "unchecked") as staging:
         made = staging / output.name if settings.format == "gguf" else staging
         with terminal.working("writing and reading back"):
-            agreement = compare(WRITERS[settings.format](source, made, output.stem), *apart)
-        check(agreement, settings.tolerance or TOLERANCE[precision], terminal)
+            agreement = compare(WRITERS[settings.format](source, made), *apart)
+        check(agreement, settings.tolerance or TOLERANCE[source.precision], terminal)
         publish(made, output)
-    terminal.final(f"model: {output}")
-    terminal.info(f"serve it: {SERVED[settings.format].format(output)}")
     return agreement
 
 
@@ -148,31 +170,45 @@ def check_possible(
         modelfile_of(below, origin)
 
 
+def record_of(origin: Mapping[str, Any], folder: Path, terminal: Terminal) -> RecordedRun | None:
+    """The record of the run that has trained the model in a folder; a broken one is told and left out."""
+    for output in folder.absolute().parents[
+        :3
+    ]:  # final_model/, checkpoints/, earlier_models/<run>/
+        run = RunDirectory(output, origin.get("run", ""))
+        if run.name and (run.logs / "metrics.jsonl").is_file():
+            try:
+                return read_recorded(run)
+            except UserError as error:
+                terminal.warning(f"the model's card is without its run: {error}")
+    return None
+
+
 # -----------------------------------------------------------------------------
 # The formats: each writes, and returns the logits of what it has written
 
 
-def write_hf(source: Source, folder: Path, name: str) -> torch.Tensor:
+def write_hf(source: Source, folder: Path) -> torch.Tensor:
     """A plain model folder with a card."""
     save_merged(merged_model(source.folder, source.base_model), folder, source.precision)
-    write_card(folder, "merged", source.origin, record_of(source))
+    write_card(folder, "merged", source.origin, source.record)
     return logits_of(folder, source.device)
 
 
-def write_file(source: Source, path: Path, name: str) -> torch.Tensor:
+def write_file(source: Source, path: Path) -> torch.Tensor:
     """A GGUF file; its weights, rounded as they are there, take the place of those in memory."""
     merged = merged_model(source.folder, source.base_model)
     stop_at_turns(merged)
-    write_gguf(merged.model, merged.tokenizer, path, source.precision, name)
+    write_gguf(merged.model, merged.tokenizer, path, source.precision, source.name)
     read_gguf(path, merged.model)
     return prompt_logits(merged.model.to(source.device), merged.tokenizer)
 
 
-def write_ollama(source: Source, folder: Path, name: str) -> torch.Tensor:
+def write_ollama(source: Source, folder: Path) -> torch.Tensor:
     """A GGUF file and its Modelfile."""
     text = modelfile_of(model_below(source.folder, source.base_model), source.origin)
     (folder / "Modelfile").write_text(text, encoding="utf-8", newline="\n")
-    return write_file(source, folder / WEIGHTS, name)
+    return write_file(source, folder / WEIGHTS)
 
 
 def modelfile_of(below: ResolvedModel, origin: Mapping[str, Any]) -> str:
@@ -185,15 +221,6 @@ def modelfile_of(below: ResolvedModel, origin: Mapping[str, Any]) -> str:
 
 
 WRITERS = {"hf": write_hf, "gguf": write_file, "ollama": write_ollama}
-
-
-def record_of(source: Source) -> RecordedRun | None:
-    """The record of the run that has trained the model, where it lies beside it."""
-    for output in (source.folder.parent, source.folder.parent.parent):
-        run = RunDirectory(output, source.origin.get("run", ""))
-        if run.name and (run.logs / "metrics.jsonl").is_file():
-            return read_recorded(run)
-    return None
 
 
 def publish(made: Path, output: Path) -> None:

@@ -48,7 +48,7 @@ def make_tiny_model(
     config = kind(**usual | settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config).to(config.dtype or torch.float32)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -3,11 +3,15 @@
 uv run pytest tests/runs/test_export.py
 """
 
+import ctypes
 import json
 import math
 import os
+import platform
+import re
 import shutil
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -21,10 +25,13 @@ from finetuning.common.errors import RunStopped
 from finetuning.common.terminal import Terminal
 from finetuning.model.loading import load_for_inference
 from finetuning.model.merging import Agreement, MergedModel, merged_model, model_below
+from finetuning.model.saving import save_adapter
 from finetuning.runs.directory import RunDirectory
 from finetuning.runs.result import BEST, FINAL, Trained, find_trained
 from finetuning.runs.summary import closing_lines
-from tests.helpers.tiny_model import make_tiny_data
+from tests.helpers.models import disturb, load
+from tests.helpers.ranks import on_ranks, results_of
+from tests.helpers.tiny_model import make_tiny_data, make_tiny_model
 
 # What transformers and vLLM read.
 FILES = {
@@ -122,6 +129,14 @@ def test_bad_input_is_one_clear_line(tmp_path, adapter, tiny_model, capsys):
     assert not (tmp_path / "merged").exists() and not (tmp_path / "merged.gguf").exists()
 
 
+def test_a_place_that_can_not_be_written_is_told(tmp_path, adapter, capsys):
+    (tmp_path / "file").write_text("")
+    output = tmp_path / "file" / "merged"
+    assert main(["--adapter", str(adapter), "--output", str(output), "--device", "cpu"]) == 3
+    said = capsys.readouterr().err
+    assert "can't be written (Not a directory); free its disk" in said and said.count("\n") == 1
+
+
 def test_without_the_package_the_way_to_it_is_told(tmp_path, adapter, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gguf", None)
     output = tmp_path / "model.gguf"
@@ -184,6 +199,15 @@ def test_an_exported_checkpoint_says_what_it_is(out, tmp_path):
     assert "vllm serve FOLDER" in card
 
 
+def test_a_broken_record_does_not_keep_a_model_back(out, tmp_path, capfd):
+    (logs,) = (out / "training_logs").iterdir()
+    (logs / "metrics.jsonl").write_text("{broken\n{}\n", encoding="utf-8")
+    output = tmp_path / "merged"
+    assert main(["--output-dir", str(out), "--output", str(output), "--device", "cpu"]) == 0
+    assert "the model's card is without its run" in capfd.readouterr().err
+    assert "## Settings" not in (output / "README.md").read_text(encoding="utf-8")
+
+
 # -----------------------------------------------------------------------------
 # For ollama
 
@@ -225,3 +249,57 @@ def test_a_model_that_was_trained_whole_is_exported_too(tiny_model, tmp_path):
     places = ["--adapter", str(tiny_model), "--output", str(output), "--device", "cpu"]
     assert main([*places, "--format", "gguf"]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+
+
+# -----------------------------------------------------------------------------
+# Memory
+
+
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+
+
+def peak_of_export(arguments: list[str]) -> int:
+    """Bytes above those at the start that an export holds at most, without what is mapped from files."""
+
+    def held() -> int:
+        text = Path("/proc/self/status").read_text(encoding="utf-8")
+        return 1024 * int(re.search(r"RssAnon:\s+(\d+) kB", text)[1])
+
+    # A matrix of this small model is given back at once when it is freed, as one of a large model is.
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
+    before, most, done = held(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not done.wait(0.002):
+            most = max(most, held())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        assert main(arguments) == 0
+    finally:
+        done.set()
+        watcher.join()
+    return most - before
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs Linux and glibc")
+@pytest.mark.parametrize("kind", ["hf", "gguf"])
+def test_no_more_than_one_model_is_held(kind: str, tmp_path: Path):
+    """In fp32, and beside it a matrix or two; the files are of bf16."""
+    if kind == "gguf":
+        pytest.importorskip("gguf", reason="needs the package gguf: uv run --extra gguf")
+    wide = {"hidden_size": 512, "intermediate_size": 2048, "head_dim": 64, "num_hidden_layers": 6}
+    base = make_tiny_model(tmp_path / "base", **wide, dtype=torch.bfloat16)
+    model, tokenizer = load(base, lora_r=4)
+    disturb(model)
+    save_adapter(model, tokenizer, tmp_path / "final_model")
+    size = 4 * sum(p.numel() for p in model.get_base_model().parameters())
+    del model
+    name = "merged" if kind == "hf" else "model.gguf"
+    places = ["--adapter", str(tmp_path / "final_model"), "--output", str(tmp_path / name)]
+    options = ["--format", kind, "--device", "cpu", "--precision", "bf16"]
+    (peak,) = results_of(on_ranks(0, peak_of_export, [*places, *options]))
+    assert 0.9 * size < peak < 1.5 * size, (peak / size, size)
