@@ -36,6 +36,11 @@ KINDS = {
     "qwen2": (Qwen2Config, {}),
     "llama": (LlamaConfig, {}),
     "untied": (Qwen3Config, {"tie_word_embeddings": False}),
+    # Heads together wider than the states, far rotations, as in Qwen3-4B-Thinking-2507.
+    "wide heads": (
+        Qwen3Config,
+        {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 5e6}},
+    ),
 }
 TEXTS = [
     PROBE,
