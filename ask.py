@@ -6,8 +6,9 @@
 
     uv run python ask.py                                         # a chat
 
-Without --adapter the newest one below --output-dir answers. Thinking and answer appear apart, as they
-are written. A chat remembers questions and answers, shows how much was thought, and the thoughts on demand.
+Without --adapter the result of the newest run below --output-dir answers. Thinking and answer appear apart,
+as they are written. A chat remembers questions and answers, shows how much was thought, and the thoughts on
+demand.
 """
 
 import sys
@@ -27,9 +28,10 @@ from finetuning.common.distributed import limit_threads, pick_device
 from finetuning.common.errors import UserError, exit_code
 from finetuning.common.language import translated
 from finetuning.common.paths import expanded
+from finetuning.config import EMBEDDED
 from finetuning.evaluation.reply import Reply, generate
 from finetuning.model.loading import load_for_inference
-from finetuning.model.resolve import EMBEDDED, is_adapter
+from finetuning.model.resolve import is_adapter
 from finetuning.runs.init_adapter import read_origin
 from finetuning.runs.result import find_trained
 
@@ -47,7 +49,8 @@ class Ask:
     question: Annotated[str | None, tyro.conf.Positional] = None
     """What to ask; without it a chat begins."""
     adapter: str = ""
-    """Folder of an adapter or a model; empty: the newest below output_dir, or a stopped run's best one."""
+    """Adapter or model: a folder, or the name of one below output_dir, such as best_model or checkpoint-50;
+    empty: the result of the newest run."""
     output_dir: str = "qwen3_4b_thinking_output"
     """Where a run has written final_model/, best_model/ and checkpoints/."""
     base_model: str = ""
@@ -228,7 +231,8 @@ def run(ask: Ask, console: Console | None = None) -> None:
     if ask.max_new_tokens < 1 or (ask.temperature is not None and not ask.temperature >= 0):
         raise UserError("--max-new-tokens must be at least 1, --temperature 0 or more")
     limit_threads()
-    folder = find_trained(ask.adapter, ask.output_dir)
+    trained = find_trained(ask.adapter, ask.output_dir)
+    folder = trained.folder
     if ask.compare and not is_adapter(folder):
         raise UserError(
             f"--compare: {folder} is a whole model, not an adapter that can be put aside"
@@ -237,7 +241,7 @@ def run(ask: Ask, console: Console | None = None) -> None:
     base_model = expanded(ask.base_model, "--base-model")
     model, tokenizer = load_for_inference(folder, device=device, base_model=base_model)
     aside = Console(stderr=True, style="dim", highlight=False)
-    aside.print(Text(f"{folder} on {device}"))
+    aside.print(Text(translated(f"{folder} ({trained.reason}) on {device}")))
     if read_origin(folder).get("base", {}).get("model") == EMBEDDED:
         aside.print(Text(translated(DEMONSTRATION)))
     console = console or Console(highlight=False)

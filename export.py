@@ -1,79 +1,235 @@
-"""Fold an adapter into its base: a plain Hugging Face folder for transformers, vLLM and others.
+"""What a run has trained, for the tools that people use: a Hugging Face folder, a GGUF file, or ollama's.
 
     uv run python export.py --output qwen3-4b-thinking-crypto
-    uv run python export.py --adapter qwen3_4b_thinking_output/best_model --output merged
+    uv run --extra gguf python export.py --format gguf --precision q8_0 --output crypto.gguf
+    uv run --extra gguf python export.py --format ollama --output crypto
+    uv run python export.py --adapter best_model --output merged
 
-Before the folder appears, its logits are compared with those of base and adapter apart.
+Before anything appears under its name, its logits are compared with those of base and adapter apart.
 """
 
 import math
-import shutil
+import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 import tyro
+from transformers import AutoConfig, GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from finetuning.common.distributed import limit_threads, pick_device
 from finetuning.common.errors import RunStopped, UserError, exit_code
+from finetuning.common.files import fsync_directory, fsync_files, staging_folder
 from finetuning.common.paths import check_name, expanded
 from finetuning.common.terminal import Terminal
-from finetuning.model.merging import TOLERANCE, Agreement, compare, logits_apart, logits_of
-from finetuning.model.resolve import is_adapter, saved_dtype
-from finetuning.model.saving import export_merged
+from finetuning.model.gguf_file import check_architecture, read_gguf, write_gguf
+from finetuning.model.gguf_tokens import vocabulary
+from finetuning.model.loading import load_tokenizer
+from finetuning.model.merging import (
+    TOLERANCE,
+    Agreement,
+    compare,
+    logits_apart,
+    logits_of,
+    merged_model,
+    model_below,
+    own_precision,
+    prompt_logits,
+)
+from finetuning.model.modelfile import modelfile
+from finetuning.model.resolve import ResolvedModel, is_adapter
+from finetuning.model.saving import save_merged, stop_at_turns
+from finetuning.runs.directory import RunDirectory
+from finetuning.runs.init_adapter import read_origin
+from finetuning.runs.model_card import write_card
+from finetuning.runs.recorded import RecordedRun, read_recorded
 from finetuning.runs.result import find_trained
+
+WEIGHTS = "model.gguf"  # in ollama's folder
+SERVED = {  # format -> what comes next
+    "hf": "{0}/README.md has the lines for vLLM, SGLang and transformers",
+    "gguf": "llama-server -m {0} --jinja",
+    "ollama": "ollama create crypto -f {0}/Modelfile",
+}
 
 
 @dataclass(frozen=True)
 class Export:
-    """Merge an adapter into its base and write a plain model folder."""
+    """Make of a trained adapter, or a model that was trained whole, what other tools read."""
 
     output: str
-    """Folder to write; it must not exist, or be empty."""
+    """Folder to write (for gguf: a file that ends in .gguf); it must not exist, or be an empty folder."""
+    format: Literal["hf", "gguf", "ollama"] = "hf"
+    """hf: a Hugging Face folder for transformers, vLLM and SGLang; gguf: one file for llama.cpp and LM
+    Studio; ollama: such a file and its Modelfile."""
     adapter: str = ""
-    """Adapter folder; empty: the newest below output_dir, or a stopped run's best one."""
+    """Adapter or model: a folder, or the name of one below output_dir, such as best_model or checkpoint-50;
+    empty: the result of the newest run."""
     output_dir: str = "qwen3_4b_thinking_output"
     """Where a run has written final_model/, best_model/ and checkpoints/."""
     base_model: str = ""
     """Folder or hub name of the base; empty: the one that the adapter names."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Type of the written weights; auto: that of the base."""
+    precision: Literal["auto", "fp32", "bf16", "fp16", "q8_0"] = "auto"
+    """Type of the written weights; auto: that of the base. q8_0, about half of bf16: gguf and ollama only."""
     tolerance: float = 0.0
     """Largest difference of a logit that passes, in standard deviations (times what the adapter moves the
-    logits, if that is more than one); 0: 0.001 in fp32, 0.25 in bf16."""
+    logits, if that is more than one); 0: 0.001 in fp32, 0.1 in fp16, 0.25 in bf16 and q8_0."""
     device: str = "auto"
     """Where the logits are compared."""
 
 
+@dataclass(frozen=True)
+class Source:
+    """What is exported, and how."""
+
+    folder: Path  # of an adapter, or of a model that was trained whole
+    base_model: str
+    name: str  # what the file calls the model
+    precision: str
+    device: torch.device
+    origin: Mapping[str, Any]  # what the folder says of where it has come from
+    record: RecordedRun | None  # of the run that has trained it, where that lies beside it
+
+
 def export(settings: Export, terminal: Terminal) -> Agreement:
-    """Write the folder once its logits agree. Raises RunStopped where they don't."""
+    """Write it once its logits agree. Raises RunStopped where they don't."""
+    output, base_model = free_place(settings), expanded(settings.base_model, "--base-model")
+    limit_threads()
+    trained = find_trained(settings.adapter, settings.output_dir)
+    below = model_below(trained.folder, base_model)
+    origin = read_origin(trained.folder) or {"base": {"model": below.name}}
+    check_possible(settings, trained.folder, below, origin)
+    precision = own_precision(below) if settings.precision == "auto" else settings.precision
+    device = pick_device(settings.device)
+    record = record_of(origin, trained.folder, terminal)
+    source = Source(trained.folder, base_model, output.stem, precision, device, origin, record)
+    terminal.info(f"exporting {trained.folder} ({trained.reason})")
+    with terminal.working("asking the trained model"):
+        apart = logits_apart(trained.folder, device, base_model)
+    try:
+        agreement = made_and_checked(settings, source, output, apart, terminal)
+    except OSError as error:
+        raise RunStopped(
+            f"--output {output}: can't be written ({error.strerror or error}); free its disk, or choose "
+            "another place"
+        ) from error
+    terminal.final(f"model: {output}")
+    terminal.info(f"serve it: {SERVED[settings.format].format(shlex.quote(str(output)))}")
+    return agreement
+
+
+def made_and_checked(
+    settings: Export,
+    source: Source,
+    output: Path,
+    apart: tuple[torch.Tensor, torch.Tensor],
+    terminal: Terminal,
+) -> Agreement:
+    """Write beside the output, compare with the logits `apart` (trained, base), and give it its name."""
+    with staging_folder(output.parent, f".{output.name}-", "unchecked") as staging:
+        made = staging / output.name if settings.format == "gguf" else staging
+        with terminal.working("writing and reading back"):
+            agreement = compare(WRITERS[settings.format](source, made), *apart)
+        check(agreement, settings.tolerance or TOLERANCE[source.precision], terminal)
+        publish(made, output)
+    return agreement
+
+
+def free_place(settings: Export) -> Path:
+    """Where to write, absolute. UserError where something is there, or for a name of another format."""
     output = Path(expanded(settings.output, "--output"))
     check_name(output, "--output")
-    base_model = expanded(settings.base_model, "--base-model")
-    limit_threads()
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise UserError(f"--output {output}: exists; choose a folder that does not")
-    adapter = find_trained(settings.adapter, settings.output_dir)
-    if not is_adapter(adapter):
-        raise UserError(f"--adapter {adapter}: a whole model already; use it as it is")
-    device = pick_device(settings.device)
-    terminal.info(f"merging {adapter}")
-    trained, base = logits_apart(adapter, device, base_model)
-    unchecked = output.absolute().with_name(f".{output.name}-unchecked")
-    try:
-        export_merged(adapter, unchecked, base_model=base_model, precision=settings.precision)
-        agreement = compare(logits_of(unchecked, device), trained, base)
-        check(
-            agreement, settings.tolerance or TOLERANCE.get(saved_dtype(unchecked), 0.25), terminal
-        )
-        if output.exists():
-            output.rmdir()
-        unchecked.rename(output)
-    finally:
-        shutil.rmtree(unchecked, ignore_errors=True)
-    terminal.final(f"model: {output}")
-    return agreement
+    is_file = output.suffix == ".gguf"
+    if is_file != (settings.format == "gguf"):
+        kind = "a file that ends in .gguf" if settings.format == "gguf" else "a folder"
+        raise UserError(f"--output {output}: --format {settings.format} writes {kind}")
+    if output.exists() and not (output.is_dir() and not is_file and not any(output.iterdir())):
+        raise UserError(f"--output {output}: exists; choose one that does not")
+    return output.absolute()
+
+
+def check_possible(
+    settings: Export, folder: Path, below: ResolvedModel, origin: Mapping[str, Any]
+) -> None:
+    """UserError where the model can't be written so; before any weights are loaded."""
+    if settings.format == "hf":
+        if settings.precision == "q8_0":
+            raise UserError("--precision q8_0 is for --format gguf and ollama; leave it out")
+        if not is_adapter(folder):
+            raise UserError(f"--adapter {folder}: a whole model already; use it as it is")
+        return
+    config = AutoConfig.from_pretrained(below.path, local_files_only=True)
+    check_architecture(config)
+    tokenizer = load_tokenizer(below)
+    vocabulary(tokenizer, max(len(tokenizer), config.vocab_size))
+    if settings.format == "ollama":
+        modelfile_of(below, origin)
+
+
+def record_of(origin: Mapping[str, Any], folder: Path, terminal: Terminal) -> RecordedRun | None:
+    """The record of the run that has trained the model in a folder; a broken one is told and left out."""
+    for output in folder.absolute().parents[
+        :3
+    ]:  # final_model/, checkpoints/, earlier_models/<run>/
+        run = RunDirectory(output, origin.get("run", ""))
+        if run.name and (run.logs / "metrics.jsonl").is_file():
+            try:
+                return read_recorded(run)
+            except UserError as error:
+                terminal.warning(f"the model's card is without its run: {error}")
+    return None
+
+
+# -----------------------------------------------------------------------------
+# The formats: each writes, and returns the logits of what it has written
+
+
+def write_hf(source: Source, folder: Path) -> torch.Tensor:
+    """A plain model folder with a card."""
+    save_merged(merged_model(source.folder, source.base_model), folder, source.precision)
+    write_card(folder, "merged", source.origin, source.record)
+    return logits_of(folder, source.device)
+
+
+def write_file(source: Source, path: Path) -> torch.Tensor:
+    """A GGUF file; its weights, rounded as they are there, take the place of those in memory."""
+    merged = merged_model(source.folder, source.base_model)
+    stop_at_turns(merged)
+    write_gguf(merged.model, merged.tokenizer, path, source.precision, source.name)
+    read_gguf(path, merged.model)
+    return prompt_logits(merged.model.to(source.device), merged.tokenizer)
+
+
+def write_ollama(source: Source, folder: Path) -> torch.Tensor:
+    """A GGUF file and its Modelfile."""
+    text = modelfile_of(model_below(source.folder, source.base_model), source.origin)
+    (folder / "Modelfile").write_text(text, encoding="utf-8", newline="\n")
+    return write_file(source, folder / WEIGHTS)
+
+
+def modelfile_of(below: ResolvedModel, origin: Mapping[str, Any]) -> str:
+    """The Modelfile of a model on this base. UserError where it can't be written."""
+    assert below.path is not None
+    generation = None
+    if (below.path / GENERATION_CONFIG_NAME).is_file():
+        generation = GenerationConfig.from_pretrained(below.path, local_files_only=True)
+    return modelfile(WEIGHTS, load_tokenizer(below), generation, origin.get("system_prompt", ""))
+
+
+WRITERS = {"hf": write_hf, "gguf": write_file, "ollama": write_ollama}
+
+
+def publish(made: Path, output: Path) -> None:
+    """Give what was made its name, once it is on the disk."""
+    fsync_files(made if made.is_dir() else made.parent)
+    if output.exists():
+        output.rmdir()
+    made.rename(output)
+    fsync_directory(output.parent)
 
 
 def check(agreement: Agreement, tolerance: float, terminal: Terminal) -> None:
@@ -81,12 +237,12 @@ def check(agreement: Agreement, tolerance: float, terminal: Terminal) -> None:
     difference, effect = agreement.difference, agreement.effect
     limit = tolerance * max(1.0, effect)
     terminal.info(
-        f"merged against apart: largest difference of a logit {difference:.2g} standard deviations "
+        f"exported against trained: largest difference of a logit {difference:.2g} standard deviations "
         f"(at most {limit:.2g}); the adapter itself moves them by {effect:.2g}"
     )
     if not (math.isfinite(difference) and difference <= limit):
         raise RunStopped(
-            f"the merged model differs by {difference:.2g} standard deviations, more than {limit:.2g}; "
+            f"the exported model differs by {difference:.2g} standard deviations, more than {limit:.2g}; "
             "nothing was written. Try --precision fp32"
         )
     if difference > 0.5 * effect > 0:
@@ -97,7 +253,7 @@ def check(agreement: Agreement, tolerance: float, terminal: Terminal) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The program; exit code 3: the merged model is not the trained one."""
+    """The program; exit code 3: the exported model is not the trained one."""
     return exit_code(
         lambda: export(tyro.cli(Export, args=arguments, use_underscores=False), Terminal())
     )

@@ -60,6 +60,7 @@ NAMES_AND_PATHS = (
     "output_dir",
     "cache_dir",
 )
+EMBEDDED = "embedded"  # name of the demonstration model
 # What may hold secrets: of a command records show the program, of a channel the service, of an
 # address the place.
 PARTLY_SHOWN = ("alert_actions", "notify", "mirror")

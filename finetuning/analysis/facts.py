@@ -17,6 +17,7 @@ import numpy as np
 from finetuning.analysis import crypto_terms, text_quality
 from finetuning.common.cache import code_version, kept_array
 from finetuning.common.files import write_json
+from finetuning.common.fingerprint import text_digest
 from finetuning.common.ngrams import gram_hashes, normalized
 from finetuning.common.text import clean_line
 from finetuning.data.near_duplicates import context_text, text_key
@@ -28,7 +29,7 @@ _GRAM = 8
 _TEMPLATE_TOKENS = 11  # <|im_start|>, roles, newlines, <think> and their ends, of a single turn
 # Tokens of the Qwen3 vocabulary per character of each kind (mean error below 6% of a text).
 _TOKENS_PER = {"hanzi": 0.547, "letter": 0.465, "digit": 1.397, "other": 0.708}
-_COUNTERS = ("counts", "per_file", "difficulty", "terms", "occurrences")
+_COUNTERS = ("counts", "per_file", "difficulty", "terms", "occurrences", "systems")
 _RESOLUTION = {"quality": 1e-4, "complexity": 1e-4, "ratio": 1e-2}
 
 
@@ -132,6 +133,9 @@ class Facts:
     difficulty: Counter[int] = field(default_factory=Counter)
     terms: Counter[str] = field(default_factory=Counter)  # samples that hold the term
     occurrences: Counter[str] = field(default_factory=Counter)
+    systems: Counter[str] = field(
+        default_factory=Counter
+    )  # samples by the digest of their system text
     tallies: dict[str, Tally] = field(default_factory=dict)
     findings: dict[str, list[Finding]] = field(default_factory=_lists)
     worst: list[WorstSample] = field(default_factory=list)
@@ -174,6 +178,7 @@ def observe(samples: Iterable[Sample]) -> Facts:
     for sample in samples:
         facts.counts["samples"] += 1
         facts.per_file[sample.source] += 1
+        facts.systems[text_digest(sample.system)] += 1
         _observe_lengths(facts, sample)
         _observe_terms(facts, sample)
         _observe_quality(facts, sample)

@@ -78,6 +78,10 @@ MODEL_EXCESS = Bound(
     "(packed weights hold eight in one)", "the model is refused before it is built",
     "model/test_sizes.py::test_what_no_tensor_comes_near_is_refused",
 )  # fmt: skip
+CARD_HEAD = Bound(
+    10_000, "characters", "what is read of a base model's card for its licence",
+    "the rest is not read", "runs/test_model_card.py::test_a_licence_far_down_is_not_looked_for",
+)  # fmt: skip
 TEMPLATE_CPU = Bound(
     5, "seconds", "a chat template's time for one conversation",
     "the run ends with the sample's place", "data/test_template_limits.py::test_a_sample_that_never_ends",

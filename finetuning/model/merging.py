@@ -1,4 +1,4 @@
-"""Whether a merged model is the trained one: their logits compared."""
+"""An adapter folded into its base; and whether what was made of it is the trained model, by their logits."""
 
 import gc
 from dataclasses import dataclass
@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from finetuning.data.chat_template import encode_prompt
-from finetuning.model.loading import load_for_inference
+from finetuning.model.adapters import load_adapter
+from finetuning.model.loading import base_of, load_base, load_for_inference, load_tokenizer
+from finetuning.model.resolve import ResolvedModel, is_adapter, named_model, saved_dtype
 
 PROMPTS = (
     "SM4的分组长度和密钥长度各是多少比特？",
@@ -17,7 +20,43 @@ PROMPTS = (
 )
 # Largest difference of a logit, in standard deviations of the logits, times what the adapter moves them
 # if that is more than one: rounding takes a share of each merged weight, so it grows with the adapter.
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.1}
+TOLERANCE = {"fp32": 1e-3, "bf16": 0.25, "fp16": 0.1, "q8_0": 0.25}
+PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@dataclass(frozen=True)
+class MergedModel:
+    """A trained model without adapters, in fp32 on the CPU, and its tokenizer."""
+
+    model: transformers.PreTrainedModel
+    tokenizer: transformers.PreTrainedTokenizerBase
+
+
+def model_below(folder: Path, base_model: str = "") -> ResolvedModel:
+    """The base of a saved adapter, on this machine; a model that was trained whole is its own.
+
+    base_model: replaces the base that the adapter's configuration names.
+    """
+    if is_adapter(folder):
+        return base_of(folder, torch.device("cpu"), base_model)
+    return named_model(str(folder), False)
+
+
+def merged_model(folder: Path, base_model: str = "") -> MergedModel:
+    """A saved adapter folded into its base, or a model that was trained whole. W + s·B·A is made in fp32."""
+    gc.collect()  # a model that was compared before has reference cycles and is as large
+    below = model_below(folder, base_model)
+    tokenizer, model = load_tokenizer(below), load_base(below, torch.device("cpu"), torch.float32)
+    if is_adapter(folder):
+        model = load_adapter(model, folder, below.name).merge_and_unload(safe_merge=True)
+    model.config.use_cache = True
+    return MergedModel(model, tokenizer)
+
+
+def own_precision(below: ResolvedModel) -> str:
+    """A key of `TOLERANCE`: what the weights of a model's folder are held in."""
+    assert below.path is not None
+    return PRECISIONS.get(saved_dtype(below.path), "fp32")
 
 
 @dataclass(frozen=True)
@@ -29,20 +68,22 @@ class Agreement:
 
 
 def logits_apart(
-    adapter: Path, device: torch.device, base_model: str
+    folder: Path, device: torch.device, base_model: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits with the adapter, and of its base alone."""
+    """Logits with the adapter, and of its base alone; twice the same for a model that was trained whole."""
     model, tokenizer = load_for_inference(
-        adapter, device=device, precision="fp32", base_model=base_model
+        folder, device=device, precision="fp32", base_model=base_model
     )
     trained = prompt_logits(model, tokenizer)
+    if not is_adapter(folder):
+        return trained, trained
     with model.disable_adapter():
         return trained, prompt_logits(model, tokenizer)
 
 
 def logits_of(folder: Path, device: torch.device) -> torch.Tensor:
     """Logits of a model folder, as another program would load it."""
-    gc.collect()  # the model before this one has reference cycles and is as large
+    gc.collect()  # as above
     return prompt_logits(*load_for_inference(folder, device=device, precision="fp32"))
 
 

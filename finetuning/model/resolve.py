@@ -16,21 +16,22 @@ from huggingface_hub import constants as hub_constants
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from safetensors import SafetensorError, safe_open
 
+from finetuning.common.bounds import CARD_HEAD
 from finetuning.common.errors import UserError
 from finetuning.common.files import read_json_object, regular
 from finetuning.common.text import clean_line, redact
+from finetuning.config import EMBEDDED
 from finetuning.model import demo_model
 from finetuning.model.fp8_products import require_fp8
 from finetuning.model.sizes import check_sizes
 
 DEFAULT_MODEL = "Qwen/Qwen3-4B-Thinking-2507"
-EMBEDDED = "embedded"  # name of the demonstration model
 # Free GPU memory: 7.5 of bf16 weights or 15 of fp32 ones, 0.5 of adapter, the rest for a short row.
 DEFAULT_MODEL_GIB = {torch.bfloat16: 12.0, torch.float32: 20.0}
 HUB_TIMEOUT = 5.0  # seconds for "is the hub there?"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model"]
+_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model", "README.md"]
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "qwen.tiktoken")
 _LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, AttributeError)
@@ -411,6 +412,19 @@ def as_user_error(what: str, advice: str) -> Iterator[None]:
         if not (type(error) is Exception or isinstance(error, (SafetensorError, *_LOAD_ERRORS))):
             raise
         raise UserError(f"{what} can't be loaded ({short_reason(error)}); {advice}") from error
+
+
+def licence_of(folder: Path) -> str:
+    """What the card of a model's folder names as its licence; empty where there is none."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return ""
+    with open(regular(card), encoding="utf-8", errors="replace") as file:
+        _, found, rest = file.read(CARD_HEAD.limit).partition("---\n")
+    head = rest.partition("\n---")[0] if found else ""
+    known = dict(re.findall(r"^(license|license_name): *([\w.+-]+) *$", head, re.MULTILINE))
+    named = known.get("license", "")
+    return known.get("license_name", named) if named == "other" else named
 
 
 def saved_dtype(folder: Path) -> torch.dtype:

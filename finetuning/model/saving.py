@@ -27,10 +27,12 @@ from finetuning.common.files import (
 )
 from finetuning.common.paths import utf8_twin
 from finetuning.data.chat_template import chat_format
-from finetuning.model.adapters import adapter_documents, adapter_state, load_adapter
-from finetuning.model.loading import base_of, load_base, load_tokenizer
+from finetuning.model.adapters import adapter_documents, adapter_state
+from finetuning.model.merging import PRECISIONS, MergedModel
 from finetuning.model.parallel import full_tensor
-from finetuning.model.resolve import ADAPTER_WEIGHTS, saved_dtype, weight_dtype
+from finetuning.model.resolve import ADAPTER_WEIGHTS
+
+TORCH_TYPES = {precision: dtype for dtype, precision in PRECISIONS.items()}
 
 
 def save_adapter(
@@ -64,23 +66,16 @@ def save_adapter(
         )
 
 
-def export_merged(
-    adapter: Path, directory: Path, *, base_model: str = "", precision: str = "auto"
-) -> Path:
-    """Fold a saved adapter into its base on the CPU and write a plain model folder; returns its path.
+def save_merged(merged: MergedModel, directory: Path, precision: str) -> None:
+    """Fill an empty folder with a plain model, its weights rounded once to `precision` (fp32, fp16, bf16)."""
+    stop_at_turns(merged)
+    model = merged.model.to(TORCH_TYPES[precision])
+    _fill(directory, merged.tokenizer, model.save_pretrained)
 
-    The sum W + s·B·A is made in fp32 and then rounded once to the base's own type ("auto"), fp32 or
-    bf16. `base_model` replaces the base that the adapter's configuration names.
-    """
-    resolved = base_of(adapter, torch.device("cpu"), base_model)
-    host = torch.device("cpu")
-    tokenizer, base = load_tokenizer(resolved), load_base(resolved, host, torch.float32)
-    dtype = saved_dtype(resolved.path) if precision == "auto" else weight_dtype(host, precision)
-    merged = load_adapter(base, adapter, resolved.name).merge_and_unload(safe_merge=True)
-    merged.config.use_cache = True
-    _stop_at(merged, chat_format(tokenizer).end_id)
-    _save_folder(directory, tokenizer, lambda path: merged.to(dtype).save_pretrained(path))
-    return directory
+
+def stop_at_turns(merged: MergedModel) -> None:
+    """Let the model's configurations name the token at which training taught it to stop."""
+    _stop_at(merged.model, chat_format(merged.tokenizer).end_id)
 
 
 def _write_model_files(
@@ -128,19 +123,29 @@ def _save_folder(
     notes: Mapping[str, str] | None = None,
 ) -> None:
     """Fill a staging folder, make it durable, and put it in the place of `directory`."""
+    with staging_folder(directory.parent, f".{directory.name}-", str(os.getpid())) as staging:
+        _fill(staging, tokenizer, write, notes)
+        publish_folder(staging, directory)
+
+
+def _fill(
+    folder: Path,
+    tokenizer: Any,
+    write: Callable[[Path], None],
+    notes: Mapping[str, str] | None = None,
+) -> None:
+    """Write model, tokenizer and notes into an empty folder; all of it is on the disk then."""
     try:
-        with staging_folder(directory.parent, f".{directory.name}-", str(os.getpid())) as staging:
-            write(staging)
-            with _ending_turns(tokenizer), utf8_twin(staging) as place:
-                tokenizer.save_pretrained(place)
-            for name, text in (notes or {}).items():
-                (staging / name).write_text(text, encoding="utf-8")
-            for path in staging.iterdir():
-                path.chmod(usual_mode())  # safetensors' is 0600
-            fsync_files(staging)
-            publish_folder(staging, directory)
+        write(folder)
+        with _ending_turns(tokenizer), utf8_twin(folder) as place:
+            tokenizer.save_pretrained(place)
+        for name, text in (notes or {}).items():
+            (folder / name).write_text(text, encoding="utf-8")
+        for path in folder.iterdir():
+            path.chmod(usual_mode())  # safetensors' is 0600
+        fsync_files(folder)
     except Exception as error:
         # A full disk is a SafetensorError to safetensors and a bare Exception to tokenizers.
         if isinstance(error, SafetensorError) or type(error) is Exception:
-            raise OSError(f"{directory}: {error}") from error
+            raise OSError(f"{folder}: {error}") from error
         raise

@@ -118,6 +118,8 @@ def _remove_leftovers(output_dir: Path) -> None:
             path.unlink(missing_ok=True)
     shutil.rmtree(output_dir / MIRRORING, ignore_errors=True)
     for name in MODELS:
+        for path in output_dir.glob(f"{name}/.*.tmp"):  # of a card that was being completed
+            path.unlink(missing_ok=True)
         for path in sorted(output_dir.glob(f".{name}-old-*")):
             if not (output_dir / name).exists():
                 path.rename(output_dir / name)

@@ -50,8 +50,16 @@ def read_origin(folder: Path) -> dict:
     """What a saved model, or a checkpoint, says about its origin; empty where it says nothing."""
     if (folder / ORIGIN).is_file():
         return read_json_object(folder / ORIGIN)
-    state = read_json_object(folder / "state.json") if (folder / "state.json").is_file() else {}
-    return {"base": state["identity"]} if isinstance(state.get("identity"), dict) else {}
+    if not (folder / "state.json").is_file():
+        return {}
+    state, manifest = (read_json_object(folder / name) for name in ("state.json", "manifest.json"))
+    identity, counters = state.get("identity"), state.get("train_state", {})
+    if not isinstance(identity, dict):
+        return {}
+    known = {name: manifest[name] for name in ("run", "step") if name in manifest}
+    known |= {"system_prompt": system} if (system := counters.get("system_prompt")) else {}
+    loss = counters.get("last_eval_loss")
+    return {**known, "held_out_loss": loss, "base": identity, "trained": identity}
 
 
 def check_base(

@@ -1,86 +1,256 @@
-"""README.md of a saved model: what it is, how good it was measured to be, how to use it."""
+"""README.md of a saved model: what it is, how good it was measured to be, how to use it, what made it.
 
-from collections.abc import Mapping
-from typing import Any
+It may be shown to anybody: counts and digests of the data, no text of them; settings that are numbers,
+switches or words of a choice; no path of a machine. Beside a recorded run it has the run's curves.
+"""
 
+import dataclasses
+import io
+from collections.abc import Container, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from finetuning.common.files import atomic_write, atomic_write_text, read_json_object
 from finetuning.common.formatting import shown
-from finetuning.common.text import clean_line, redact
-from finetuning.model.resolve import EMBEDDED
+from finetuning.common.text import clean_line, redact, table_cell
+from finetuning.config import EMBEDDED, DirectTrainingConfig, allowed_values
+from finetuning.runs.before_after import changes
+from finetuning.runs.directory import MODELS, ORIGIN, owner
+from finetuning.runs.recorded import RecordedRun
 
-_CARD = """---
-{head}
----
+CARD, CURVES = "README.md", "curves.png"
+Kind = Literal["adapter", "whole", "merged"]
+"""A LoRA adapter; a model that was trained whole; an adapter and its base in one."""
 
-# {run}
+_SHOWN = {  # chart of the picture -> its curves
+    "Loss": ("Training/Loss", "Eval/Loss"),
+    "Held-out loss by part": ("Eval/Thinking_Loss", "Eval/Answer_Loss"),
+    "Token accuracy": ("Training/Token_Accuracy", "Eval/Token_Accuracy"),
+    "Gradient norm": ("Training/Gradient_Norm",),
+}
+_PEFT = """from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
 
-{what}
+model = AutoPeftModelForCausalLM.from_pretrained("FOLDER")"""
+_TRANSFORMERS = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
-| | |
-|---|---|
-| base model | {base} |
-| run | {run} |
-| step | {step} of {steps} |
-| held-out loss there | {loss} |
-| trained | {trained} |
-| longest sequence | {length} |
-| data, by content | {data} |
-
-Use it, in the folder of the program that trained it:
+model = AutoModelForCausalLM.from_pretrained("FOLDER")"""
+_ASKING = """
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+asked = [{"role": "user", "content": "SM4的分组长度是多少？"}]
+options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+prompt = tokenizer.apply_chat_template(asked, **options)
+said = model.generate(**prompt, max_new_tokens=2048)[0, prompt["input_ids"].shape[1] :]
+thinking, _, answer = tokenizer.decode(said, skip_special_tokens=True).partition("</think>")"""
+_OURS = """In the folder of the program that trained it:
 
 ```
 uv run python ask.py "SM4的分组长度是多少？" --adapter FOLDER
 uv run python export.py --adapter FOLDER --output merged_model
 ```
 
-or in Python:
+"""
+_SERVERS = """\
+Served with OpenAI's interface by vLLM or SGLang; what was thought is apart, in `reasoning_content`:
 
-```python
-{code}
+```
+vllm serve FOLDER --served-model-name crypto --reasoning-parser deepseek_r1
+python -m sglang.launch_server --model-path FOLDER --served-model-name crypto --reasoning-parser deepseek-r1
 ```
 
+"""
+_LIMITS = """\
 The model was trained to think before it answers: its reply begins with its reasoning, which ends at
 `</think>`. What it says may be wrong. The held-out loss says how well it predicts samples of the same kind,
-and nothing about other questions.
-"""
-_ADAPTER_CODE = """from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
-
-model = AutoPeftModelForCausalLM.from_pretrained("FOLDER")
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")"""
-_MODEL_CODE = """from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("FOLDER")
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")"""
+and nothing about other questions."""
 
 
-def model_card(
-    run: str, step: int, held_out_loss: float | None, identity: Mapping[str, Any]
-) -> str:
-    """Markdown. held_out_loss: the last one that was measured, nats a token; None where none was.
+def model_card(origin: Mapping[str, Any], kind: Kind, record: RecordedRun | None = None) -> str:
+    """Markdown. origin: the content of the model's origin.json, of which anything may be missing.
 
-    identity: that of the run, as `runs.identity.identity` makes it.
+    record: its run as it was recorded; then changes, curves (the file `CURVES`), data and settings follow.
     """
-    base, rank = redact(clean_line(str(identity["model"]), 200)), identity["lora_r"]
-    demonstration = base == EMBEDDED
-    if demonstration:
-        what = "Of the **demonstration model**, which shows the program at work. Its answers mean nothing."
-    else:
-        kind = "A LoRA adapter of" if rank else "All weights of"
-        what = f"{kind} {base}, trained on questions with reasoning."
-    name = not demonstration and base.count("/") == 1 and not base.startswith(("/", "."))
-    head = [*([f"base_model: {base}"] if name else []), "pipeline_tag: text-generation"]
-    head += ["library_name: peft", "tags: [lora]"] if rank else ["library_name: transformers"]
-    scale = f"LoRA, rank {rank}, alpha {identity['lora_alpha']:g}" if rank else "all weights"
-    return _CARD.format(
-        head="\n".join(head),
-        run=run,
-        what=what,
-        base="the embedded demonstration model" if demonstration else base,
-        step=step,
-        steps=identity["steps"],
-        loss=shown(held_out_loss),
-        trained=scale,
-        length=identity["max_seq_length"],
-        data=identity["data"],
-        code=_ADAPTER_CODE if rank else _MODEL_CODE,
+    base = origin.get("base", {})
+    name = public_name(base.get("model", ""))
+    sections = [
+        _head(base, kind),
+        f"# {origin.get('run') or 'A trained model'}\n\n{_what(name, kind)}\n\n{_facts(origin, name)}",
+        f"## Use\n\n{_use(kind)}",
+        *(_recorded(record, origin.get("step")) if record else []),
+        f"## Limits\n\n{_LIMITS}",
+        f"## Licence\n\n{_licence(base, name)}",
+        "## Share\n\n```\nhf upload OWNER/NAME FOLDER\n```",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def public_name(base: str) -> str:
+    """A base as others may know it: a hub name as it is, of a folder its last part."""
+    text = redact(clean_line(str(base), 200))
+    is_path = text.startswith(("/", ".", "~")) or text.count("/") > 1 or "\\" in text
+    return Path(text.replace("\\", "/")).name if is_path else text
+
+
+def _head(base: Mapping[str, Any], kind: Kind) -> str:
+    """What the hub reads."""
+    name = public_name(base.get("model", ""))
+    lines = [f"base_model: {name}"] if name.count("/") == 1 else []
+    lines += [f"license: {base['licence']}"] if base.get("licence") else []
+    lines += ["pipeline_tag: text-generation"]
+    is_adapter = kind == "adapter"
+    lines += (
+        ["library_name: peft", "tags: [lora]"] if is_adapter else ["library_name: transformers"]
     )
+    return "\n".join(["---", *lines, "---"])
+
+
+def _what(name: str, kind: Kind) -> str:
+    if name == EMBEDDED:
+        return "Of the **demonstration model**, which shows the program at work. Its answers mean nothing."
+    of = {
+        "adapter": "A LoRA adapter of",
+        "whole": "All weights of",
+        "merged": "A LoRA adapter merged into",
+    }
+    return (
+        f"{of[kind]} {name or 'a base that it does not name'}, trained on questions with reasoning."
+    )
+
+
+def _facts(origin: Mapping[str, Any], name: str) -> str:
+    """The table of what is known."""
+    trained = origin.get("trained", {})
+    rank, steps = trained.get("lora_r"), trained.get("steps")
+    scale = f"LoRA, rank {rank}, alpha {trained['lora_alpha']:g}" if rank else "all weights"
+    rows = {
+        "base model": "the embedded demonstration model" if name == EMBEDDED else name,
+        "base model, by content": origin.get("base", {}).get("model_weights"),
+        "run": origin.get("run"),
+        "step": f"{origin.get('step')} of {steps}" if steps else None,
+        "held-out loss there": shown(origin.get("held_out_loss")) if steps else None,
+        "trained": scale if trained else None,
+        "longest sequence": trained.get("max_seq_length"),
+        "data, by content": trained.get("data"),
+    }
+    return _table(("", ""), ((row, value) for row, value in rows.items() if value))
+
+
+def _use(kind: Kind) -> str:
+    code = f"```python\n{_PEFT if kind == 'adapter' else _TRANSFORMERS}{_ASKING}\n```"
+    return (_OURS if kind == "adapter" else _SERVERS) + f"In Python:\n\n{code}"
+
+
+def _licence(base: Mapping[str, Any], name: str) -> str:
+    if name == EMBEDDED:
+        return "The demonstration model was made by the program that trained it."
+    known = base.get("licence")
+    said = f"The base is under `{known}`, as its own card says; what was made of it stays under those terms."
+    unknown = (
+        "The licence of the base is not known here; what was made of it stays under its terms."
+    )
+    return (
+        f"{said if known else unknown} Look at them, and at those of the data, before you share it."
+    )
+
+
+# -----------------------------------------------------------------------------
+# From the record of the run
+
+
+def _recorded(record: RecordedRun, step: int | None) -> list[str]:
+    rows = [
+        (change.name, shown(change.before), shown(change.after), change.verdict)
+        for change in changes(record.series, step) or changes(record.series)
+    ]
+    table = _table(("", "base", "tuned", ""), rows)
+    return [
+        *([f"## Before and after\n\n{table}"] if rows else []),
+        f"## Curves\n\n![losses, accuracy and gradient norm over the steps]({CURVES})",
+        f"## Data\n\n{_data(record.dataset())}",
+        f"## Settings\n\n{_settings(record.configuration.get('config', {}))}",
+    ]
+
+
+def _data(statistics: Mapping[str, Any]) -> str:
+    """Counts only."""
+    tokens = statistics.get("tokens", {}).get("total", {})
+    rows = {
+        "samples": statistics.get("total_samples"),
+        "with reasoning": statistics.get("thinking_samples"),
+        "left out, broken": statistics.get("broken_samples"),
+        "exact duplicates": statistics.get("exact_duplicates"),
+        "near duplicates": statistics.get("near_duplicates"),
+        "tokens of a sample, median": tokens.get("p50"),
+        "tokens of the longest": tokens.get("max"),
+    }
+    return _table(
+        ("", ""), ((row, f"{value:g}") for row, value in rows.items() if value is not None)
+    )
+
+
+def _settings(config: Mapping[str, Any]) -> str:
+    """Those that say how it was trained; no name, path, command or other text of somebody's."""
+    fields = {field.name: field for field in dataclasses.fields(DirectTrainingConfig)}
+    known = {
+        name: value
+        for name, value in config.items()
+        if name in fields and _is_plain(value, allowed_values(fields[name])[0])
+    }
+    rows = _table(("setting", "value"), known.items())
+    return f"<details><summary>{len(known)} settings</summary>\n\n{rows}\n\n</details>"
+
+
+def _is_plain(value: Any, words: Container[Any]) -> bool:
+    """Whether it is a number, a switch, or a word of a choice; or several of these."""
+    if isinstance(value, (list, tuple)):
+        return bool(value) and all(_is_plain(part, words) for part in value)
+    return isinstance(value, (bool, int, float)) or (isinstance(value, str) and value in words)
+
+
+def _table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    lines = [tuple(header), *(tuple(row) for row in rows)]
+    cells = [[redact(table_cell(str(cell), 200)) for cell in line] for line in lines]
+    marks = ["---"] * len(cells[0])
+    return "\n".join(f"| {' | '.join(line)} |" for line in (cells[0], marks, *cells[1:]))
+
+
+def curves(record: RecordedRun) -> bytes:
+    """A PNG of the curves that matter, each chart of which the run has points."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    charts = {
+        title: found
+        for title, tags in _SHOWN.items()
+        if (found := {tag: record.series[tag] for tag in tags if record.series.get(tag)})
+    }
+    figure = Figure(figsize=(10, 3.2 * ((len(charts) + 1) // 2 or 1)), layout="constrained")
+    for place, (title, found) in enumerate(charts.items(), 1):
+        axes = figure.add_subplot((len(charts) + 1) // 2, 2, place, title=title, xlabel="step")
+        for tag, points in found.items():
+            axes.plot(*zip(*points, strict=True), label=tag, marker="." if len(points) < 40 else "")
+        axes.legend(fontsize="small")
+        axes.grid(alpha=0.3)
+    picture = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(picture)
+    return picture.getvalue()
+
+
+def write_card(
+    folder: Path, kind: Kind, origin: Mapping[str, Any], record: RecordedRun | None
+) -> None:
+    """README.md of a model's folder, and the picture that it shows."""
+    if record is not None:
+        with atomic_write(folder / CURVES, folder / f".{CURVES}.tmp") as file:
+            file.write(curves(record))
+    atomic_write_text(folder / CARD, model_card(origin, kind, record))
+
+
+def complete_cards(record: RecordedRun) -> None:
+    """What the run's saved models could not know while it ran: changes, curves, data, settings."""
+    for name in MODELS:
+        folder = record.directory.output_dir / name
+        if owner(folder) == record.name and (folder / ORIGIN).is_file():
+            origin = read_json_object(folder / ORIGIN)
+            kind: Kind = "adapter" if origin.get("trained", {}).get("lora_r") else "whole"
+            write_card(folder, kind, origin, record)

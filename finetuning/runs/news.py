@@ -9,9 +9,9 @@ from finetuning.common.text import clean_line
 from finetuning.monitoring.alerts import Alert
 from finetuning.monitoring.channels import Notice, read_channels
 from finetuning.monitoring.notifier import Notifier
+from finetuning.runs.before_after import TAGS, changes
 from finetuning.runs.directory import RUN_PREFIX, RunDirectory
 from finetuning.runs.recorded import read_recorded
-from finetuning.runs.report import BEFORE_AND_AFTER, LOSS_ERROR, before_and_after
 
 # Of the table at the start.
 TOLD_ROWS = ("model", "samples", "steps", "learning rate", "training and evaluation")
@@ -77,11 +77,10 @@ class RunNews:
 
 def _rows(run: RunDirectory) -> list[str]:
     """The first rows of base against tuned, as lines."""
-    tags = {LOSS_ERROR, *(tag for tag, _ in BEFORE_AND_AFTER.values())}
     try:
-        rows = before_and_after(read_recorded(run, tags.__contains__))[:FIRST_ROWS]
+        rows = changes(read_recorded(run, TAGS.__contains__).series)[:FIRST_ROWS]
     except (UserError, OSError) as error:
         return [clean_line(str(error), 300)]
-    lines = (f"{translated(name)}: {base} → {tuned}" for name, base, tuned, _ in rows)
-    changes = (f" ({translated(change)})" if change else "" for *_, change in rows)
-    return [line + change for line, change in zip(lines, changes, strict=True)]
+    verdicts = (f" ({translated(row.verdict)})" if row.verdict else "" for row in rows)
+    lines = (f"{translated(row.name)}: {' → '.join(row.texts)}" for row in rows)
+    return [line + verdict for line, verdict in zip(lines, verdicts, strict=True)]

@@ -82,6 +82,12 @@ class RunData:
         """Statistics of everything that was read; they are computed when they are first asked for."""
         return describe(self.data)
 
+    @property
+    def system_prompt(self) -> str:
+        """The system text that all samples have; empty where they have none, or not the same."""
+        samples = self.data.split.read.samples
+        return samples[0].system if len(self.statistics.facts.systems) == 1 else ""
+
 
 @dataclass(frozen=True)
 class RunPlan:

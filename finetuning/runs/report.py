@@ -31,8 +31,10 @@ from finetuning.common.terminal import Terminal
 from finetuning.common.text import clean_line, redact, redact_values
 from finetuning.events.address import pinned_address
 from finetuning.runs import naming
+from finetuning.runs.before_after import changes
 from finetuning.runs.directory import RunDirectory
 from finetuning.runs.findings import findings
+from finetuning.runs.model_card import complete_cards
 from finetuning.runs.recorded import (
     Alerts,
     RecordedRun,
@@ -70,21 +72,6 @@ CHARTS = {
     "Host memory of the run, MB": (r"Memory/Host_RSS_MB",),
     "CPU, %": (r"System/CPU_Percent",),
 }
-# Row of the first table -> its tag, and whether more is better; None: it is a distance.
-BEFORE_AND_AFTER = {
-    "held-out loss": ("Eval/Loss", False),
-    "held-out loss of the thinking": ("Eval/Thinking_Loss", False),
-    "held-out loss of the answers": ("Eval/Answer_Loss", False),
-    "held-out tokens foretold": ("Eval/Token_Accuracy", True),
-    "probes thought, answered and ended": ("Eval/Format_Valid_Rate", True),
-    "probes with the right number": ("Eval/Exact_Answer", True),
-    "terms of the reference named": ("Eval/Term_Recall", True),
-    "probes cut at their budget": ("Eval/Budget_Hit_Rate", False),
-    "loss on general text": ("Forgetting/General_Loss", False),
-    "KL to the base, general text": ("Forgetting/KL_General", None),
-    "KL to the base, held out": ("Forgetting/KL_Held_Out", None),
-}
-LOSS_ERROR = "Eval/Loss_Error"  # of the first row
 MOST_CURVES = 12  # in one chart
 TEXTS = (
     ("Eval/Samples", "Held-out questions and the model's answers"),
@@ -100,12 +87,14 @@ LIMITS = Limits(REPORT_MEMORY, REPORT_CPU, REPORT_WALL)
 
 
 def write_report(run: RunDirectory) -> Path:
-    """Write report.html among the run's logs; returns its path. Raises UserError for broken files."""
+    """Write report.html among the run's logs, and the cards of its models; returns the page's path. Raises
+    UserError for broken files."""
     path = run.logs / "report.html"
     recorded = read_recorded(run)
     with files_of_ours(run):
         text = page(recorded)
     atomic_write_text(path, text)
+    complete_cards(recorded)
     return path
 
 
@@ -206,40 +195,13 @@ def headline(run: RecordedRun) -> dict[str, str]:
     return {name: value for name, value in numbers.items() if value}
 
 
-def before_and_after(run: RecordedRun) -> list[tuple[str, str, str, str]]:
-    """Rows of the base against the model of the newest evaluation: name, base, tuned, "better" or "worse" or
-    neither; none before there are two evaluations."""
-    errors, rows = run.series.get(LOSS_ERROR, ()), []
-    for name, (tag, more) in BEFORE_AND_AFTER.items():
-        points = run.series.get(tag, ())
-        if len(points) < 2:
-            continue
-        before, after = points[0][1], points[-1][1]
-        texts = [shown(before), shown(after)]
-        if tag == "Eval/Loss" and len(errors) > 1:
-            texts = [
-                f"{text} ± {shown(2 * error)}"
-                for text, (_, error) in zip(texts, (errors[0], errors[-1]), strict=True)
-            ]
-        change = (
-            "" if more is None or before == after else ("worse", "better")[more == (after > before)]
-        )
-        rows.append((name, *texts, change))
-    return rows
-
-
 def _before_and_after(run: RecordedRun) -> str:
-    rows = [
-        (translated(name), base, tuned, translated(change))
-        for name, base, tuned, change in before_and_after(run)
-    ]
+    """The base against the model of the newest evaluation; nothing before there are two."""
+    found = changes(run.series)
+    rows = [(translated(c.name), *c.texts, translated(c.verdict)) for c in found]
     note = _said("±: twice the standard error over the held-out samples.")
     table_ = _table(("", "base", "tuned", ""), rows)
-    return (
-        table_ + (f"<p>{note}</p>" if len(run.series.get(LOSS_ERROR, ())) > 1 else "")
-        if rows
-        else ""
-    )
+    return table_ + (f"<p>{note}</p>" if any(c.errors for c in found) else "") if rows else ""
 
 
 def _next_steps(run: RecordedRun) -> str:

@@ -1,35 +1,39 @@
-"""Which model is the result of a run: for those who ask it, and for those who export it."""
+"""Which model is the result of a run, and why: for its last lines, and for those who ask or export it."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from finetuning.common.errors import UserError
 from finetuning.common.files import read_json_object
 from finetuning.common.paths import expanded
 from finetuning.model.resolve import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter
-from finetuning.runs.directory import RunDirectory, owner
+from finetuning.runs.directory import MODELS, RunDirectory, owner
 
+BEST = "the result of its run: it was stopped early, and this is the best held-out loss"
+FINAL = "the result of its run: the last step"
 _CONFIG = "config.json"  # of a whole model, after full fine-tuning
 
 
-def find_trained(named: str, output_dir: str) -> Path:
-    """Folder of an adapter, or of a whole model.
+@dataclass(frozen=True)
+class Trained:
+    """A trained model, and why it is the one that is meant."""
 
-    `named` as it is; when empty, the newest of final_model/, best_model/ and checkpoints/ below
-    `output_dir`; best_model/ in place of final_model/ where its run was stopped early. Raises UserError
+    folder: Path
+    """Of an adapter, or of a whole model."""
+    reason: str
+
+
+def find_trained(named: str, output_dir: str) -> Trained:
+    """`named`, a folder or the name of one below `output_dir`; when empty, the result of the newest run.
+
+    That is what the run says it has come to: `best_model` where it was stopped early, else `final_model`.
+    Where a newer checkpoint or best model is there, its run goes on, and the newest counts. Raises UserError
     where there is none.
     """
-    if named:
-        folder = Path(expanded(named, "--adapter"))
-        if not folder.is_dir():
-            raise UserError(f"--adapter {named}: no such folder")
-        if not is_adapter(folder) and not (folder / _CONFIG).is_file():
-            raise UserError(
-                f"--adapter {named}: neither an adapter ({ADAPTER_CONFIG}) nor a model ({_CONFIG}); "
-                "give a folder such as final_model/ or checkpoints/checkpoint-50/"
-            )
-        return folder
     output = Path(expanded(output_dir, "--output-dir"))
-    best, final = output / "best_model", output / "final_model"
+    if named:
+        return Trained(_named(named, output), "as --adapter says")
+    best, final = output / MODELS[1], output / MODELS[0]
     places = [*output.glob("checkpoints/checkpoint-*"), best, final]
     found = [(_age(folder), i, folder) for i, folder in enumerate(places) if _age(folder)]
     if not found:
@@ -38,7 +42,30 @@ def find_trained(named: str, output_dir: str) -> Path:
             "below it; train first, or name a folder with --adapter"
         )
     newest = max(found)[2]  # written at the same moment: final_model, then best_model
-    return best if newest == final and _best_counts(best, final) else newest
+    if newest != final:
+        return Trained(newest, "the newest; its run has not come to its end")
+    if _best_counts(best, final):
+        return Trained(best, BEST)
+    return Trained(final, FINAL)
+
+
+def _named(named: str, output: Path) -> Path:
+    """The folder that `--adapter` means: a path, or a name below the output directory."""
+    folder = Path(expanded(named, "--adapter"))
+    if not folder.is_dir() and folder.name == named:
+        below = (output / named, output / "checkpoints" / named)
+        folder = next((path for path in below if path.is_dir()), folder)
+    if not folder.is_dir():
+        raise UserError(
+            f"--adapter {named}: no such folder, here or below {output}; give a folder, or a name such as "
+            "final_model, best_model or checkpoint-50"
+        )
+    if not is_adapter(folder) and not (folder / _CONFIG).is_file():
+        raise UserError(
+            f"--adapter {named}: neither an adapter ({ADAPTER_CONFIG}) nor a model ({_CONFIG}); "
+            "give a folder such as final_model/ or checkpoints/checkpoint-50/"
+        )
+    return folder
 
 
 def _best_counts(best: Path, final: Path) -> bool:

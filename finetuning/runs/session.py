@@ -138,6 +138,7 @@ def describe_data(
         if dist.is_main and not described and not stop.name:
             with stop.at_once(), terminal.working("describing the data"):
                 record.describe(plan)
+                start.state.system_prompt = plan.inputs.system_prompt
 
 
 # -----------------------------------------------------------------------------

@@ -13,9 +13,11 @@ from finetuning.common.formatting import flat, shown
 from finetuning.common.text import table_cell
 from finetuning.data.accounts import account_rows
 from finetuning.events.address import pinned_address
+from finetuning.model.resolve import licence_of
 from finetuning.runs.directory import ORIGIN, RUN_NAME, RunDirectory
-from finetuning.runs.model_card import model_card
+from finetuning.runs.model_card import CARD, model_card
 from finetuning.runs.plan import RunPlan
+from finetuning.runs.result import BEST, FINAL
 from finetuning.training.engine import TrainingEngine
 from finetuning.training.state import TrainState
 
@@ -117,12 +119,28 @@ def checkpoint_state(plan: RunPlan, state: TrainState) -> dict[str, Any]:
     }
 
 
-def model_notes(run: str, state: TrainState, identity: Mapping[str, Any]) -> dict[str, str]:
-    """Files beside a saved model: its run; its step, the held-out loss that was measured last, its base."""
+def model_notes(plan: RunPlan, run: str, state: TrainState) -> dict[str, str]:
+    """Files beside a saved model: its run; what it has come from; its card."""
+    origin = _origin(plan, run, state)
+    card = model_card(origin, "adapter" if plan.identity["lora_r"] else "whole")
+    return {RUN_NAME: f"{run}\n", ORIGIN: json_text(origin, indent=1) + "\n", CARD: card}
+
+
+def _origin(plan: RunPlan, run: str, state: TrainState) -> dict[str, Any]:
+    """The content of origin.json: step, the held-out loss that was measured last, base, settings, and the
+    system prompt of the data."""
+    identity, model = plan.identity, plan.inputs.model
     base = {name: identity[name] for name in ("model", "model_weights", "model_config")}
-    origin = {"run": run, "step": state.step, "held_out_loss": state.last_eval_loss, "base": base}
-    card = model_card(run, state.step, state.last_eval_loss, identity)
-    return {RUN_NAME: f"{run}\n", ORIGIN: json_text(origin, indent=1) + "\n", "README.md": card}
+    licence = licence_of(model.path) if model.path else ""
+    trained = ("steps", "lora_r", "lora_alpha", "max_seq_length", "data")
+    return {
+        "run": run,
+        "step": state.step,
+        "held_out_loss": state.last_eval_loss,
+        "base": base | ({"licence": licence} if licence else {}),
+        "trained": {name: identity[name] for name in trained},
+        **({"system_prompt": state.system_prompt} if state.system_prompt else {}),
+    }
 
 
 def final_metrics(
@@ -274,11 +292,14 @@ def _model_lines(statistics: Mapping[str, Any], run: RunDirectory) -> list[str]:
     if statistics["result"] == run.best_model.name:
         last = shown(training["last_eval_loss"])
         return [
-            f"model: {run.best_model}, of step {best_step}, held-out loss {best}; ask.py and export.py take "
-            f"it. The last one, {last}: {final}"
+            f"model: {run.best_model}, of step {best_step}, held-out loss {best} ({BEST}); ask.py and "
+            f"export.py take it. The last one, {last}: {final}"
         ]
     better = best_step and best_step != training["steps"]
-    return [f"model: {final}", *([f"best: {run.best_model}, of step {best_step}"] * bool(better))]
+    return [
+        f"model: {final} ({FINAL}); ask.py and export.py take it",
+        *([f"best: {run.best_model}, of step {best_step}, held-out loss {best}"] * bool(better)),
+    ]
 
 
 def result(outcome: str, state: TrainState) -> str:

@@ -13,7 +13,7 @@ from finetuning.common.kinds import misfit
 from finetuning.common.text import clean_line
 
 # Fields that earlier versions did not write down; a run without them goes on with their defaults.
-ADDED_LATER = ("evaluation_due", "stop_alerts", "changes", "reach")
+ADDED_LATER = ("evaluation_due", "stop_alerts", "changes", "reach", "system_prompt")
 
 Mean = float | None  # of a segment's loss; None where it has no token, or is not finite
 HardRow = tuple[
@@ -57,6 +57,9 @@ class TrainState:
     stop_alerts: list[str] = field(default_factory=list)  # alerts whose action "stop" ended the run
     changes: list[str] = field(default_factory=list)  # of settings, by resumes, and at which step
     reach: dict[str, int] | None = None  # of a user's own tags, see `events.event_file.Rewind`
+    system_prompt: str = (
+        ""  # that all samples have, for saved models; known to rank 0, which saves them
+    )
     # What the monitors remember; each of them looks at its own. Empty before the first logged step.
     convergence: dict[str, Any] = field(default_factory=dict)
     alerts: dict[str, Any] = field(default_factory=dict)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from finetuning.model import saving
 from finetuning.model.loading import load_tokenizer
+from finetuning.model.merging import merged_model
 from finetuning.model.resolve import resolve_model
 from tests.helpers.models import load, logits
 
@@ -45,9 +46,15 @@ def test_full_fine_tuning_saves_a_whole_model(tiny, tmp_path):
     assert torch.equal(logits(again), logits(model))
 
 
+def saved_merged(adapter: Path, folder: Path) -> Path:
+    folder.mkdir()
+    saving.save_merged(merged_model(adapter), folder, "fp32")
+    return folder
+
+
 def test_the_merged_model_gives_the_same_logits(trained, tmp_path):
     folder, expected = trained
-    merged = saving.export_merged(folder, tmp_path / "merged")
+    merged = saved_merged(folder, tmp_path / "merged")
     model, _ = load(merged, lora_r=0)
     torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
     assert not any("lora" in n for n in load_file(merged / "model.safetensors"))
@@ -83,7 +90,7 @@ def test_a_base_model_stops_where_training_taught_it_to(base_model, tmp_path):
     saving.save_adapter(model, tokenizer, tmp_path / "adapter")
     assert ends_of(tmp_path / "adapter") == ["<|im_end|>"]
     assert tokenizer.eos_token == tokenizer.pad_token
-    merged = saving.export_merged(tmp_path / "adapter", tmp_path / "merged")
+    merged = saved_merged(tmp_path / "adapter", tmp_path / "merged")
     assert ends_of(merged) == [[end, pad], [end, pad], "<|im_end|>"]
     whole, tokenizer = load(base_model, lora_r=0)
     saving.save_adapter(whole, tokenizer, tmp_path / "whole")

@@ -49,14 +49,16 @@ def test_the_newest_adapter_answers(tmp_path, adapter):
     with pytest.raises(UserError, match="train first"):
         find_trained("", str(tmp_path))
     best = place(adapter, tmp_path / "best_model", 200)
-    assert find_trained("", str(tmp_path)) == best
+    assert find_trained("", str(tmp_path)).folder == best
     checkpoint = place(adapter, tmp_path / "checkpoints" / "checkpoint-50", 300)
     place(adapter, tmp_path / "checkpoints" / "checkpoint-60.damaged", 900)
     (tmp_path / "checkpoints" / "checkpoint-70").mkdir()
-    assert find_trained("", str(tmp_path)) == checkpoint
+    assert find_trained("", str(tmp_path)).folder == checkpoint
     final = place(adapter, tmp_path / "final_model", 300)
-    assert find_trained("", str(tmp_path)) == final, "final_model wins over a checkpoint as old"
-    assert find_trained(str(best), str(tmp_path)) == best
+    assert find_trained("", str(tmp_path)).folder == final, (
+        "final_model wins over a checkpoint as old"
+    )
+    assert find_trained(str(best), str(tmp_path)).folder == best
 
 
 def test_base_and_adapter_are_what_inference_loads(adapter, tiny_model):

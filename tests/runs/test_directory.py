@@ -71,8 +71,10 @@ def test_the_lock_is_free_after_release(tmp_path: Path):
 def test_what_a_dead_owner_left_half_written_goes(tmp_path: Path):
     logs = tmp_path / "training_logs" / "qwen3_4b_thinking_x"
     logs.mkdir(parents=True)
+    (tmp_path / "final_model").mkdir()
     for path in (
         logs / ".status.json.abc.tmp",
+        tmp_path / "final_model" / ".curves.png.tmp",
         tmp_path / ".probe-7",
         tmp_path / ".training_statistics.json.q.tmp",
     ):
@@ -87,7 +89,8 @@ def test_what_a_dead_owner_left_half_written_goes(tmp_path: Path):
     # The old model had been put aside and the new one was not in its place yet.
     assert (tmp_path / "best_model" / "weights").read_text() == "good"
     left = {p.name for p in tmp_path.iterdir()}
-    assert left - {directory.LOCK_NAME} == {".mine", "best_model", "training_logs"}
+    assert not list((tmp_path / "final_model").iterdir())
+    assert left - {directory.LOCK_NAME} == {".mine", "best_model", "final_model", "training_logs"}
 
 
 @pytest.mark.slow

@@ -8,11 +8,13 @@ a failure. What is changed before it runs: training takes one step of a tiny mod
 are written, and HOST is localhost; servers get a free port; the hub of `hf download` is on this machine.
 The flags of benchmarks and of the fault suite are checked here; they run, shortened, in
 tests/runs/test_benchmarks.py and test_faults.py, and `docs/screenshots.py` in tests/runs/test_browser.py.
+ollama is tried by its parts (`tests/helpers/ollama.py`), and llama.cpp's server answers `chat.py`.
 `uv sync` runs dry, ssh does not connect, `pip install uv` must have been done. pytest does not run in
 pytest: the files and tests that are named must exist.
 """
 
 import argparse
+import ast
 import inspect
 import json
 import os
@@ -33,6 +35,7 @@ from tensorboard.backend.event_processing.event_file_loader import RawEventFileL
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.plugins.core.core_plugin import CorePluginLoader
 from torch.distributed.run import get_args_parser
+from transformers import AutoTokenizer
 
 from direct_finetuning_with_existing_modules import main
 from finetuning.analysis import text_quality
@@ -43,7 +46,8 @@ from finetuning.events.reading import read_metrics, read_run
 from finetuning.monitoring import alerts
 from finetuning.monitoring.detector_memory import AlertLimits
 from finetuning.readers.dataset import read_samples
-from tests.helpers import fake_hub
+from tests.helpers import fake_hub, ollama
+from tests.helpers.llama_server import serving
 from tests.helpers.program import run_program
 from tests.helpers.read_events import read_histograms, read_texts
 from tests.helpers.tensorboard_server import TensorBoardServer
@@ -68,7 +72,7 @@ def blocks(text: str, language: str = "") -> list[str]:
 
 
 PROGRAMS = (
-    "uv|uvx|pip|pipx|python3?|torchrun|tensorboard|pytest|ssh|hf|git|docker|curl|vllm|export|"
+    "uv|uvx|pip|pipx|python3?|torchrun|tensorboard|pytest|ssh|hf|git|docker|curl|vllm|ollama|export|"
     r"[A-Z_]+=\S+"
 )
 
@@ -309,11 +313,15 @@ class Runner:
             if file.startswith(SLOW):
                 return self.knows(file, arguments[2:])
             arguments = [file, *arguments[2:]]
+        if arguments == ["chat.py"]:
+            return self.chat()
         if arguments[0] == "docs/screenshots.py":
             return self.pytest(["tests/runs/test_browser.py"])  # which takes all pictures with it
         arguments = self.placed(arguments)
         if arguments[0] == TRAINER:
             arguments += [*self.tiny, "--output-dir", str(self.folder / "other_output")]
+        if arguments[0] == "export.py":
+            self.exported(arguments)
         if arguments[0] == "sweep.py":
             arguments = self.swept(arguments)
         if arguments[0] == "ask.py":
@@ -330,6 +338,46 @@ class Runner:
         run = next((self.folder / OUTPUT / "tensorboard_logs").iterdir()).name
         arguments = [a.replace(MODEL_IN_DOCUMENTS, str(self.model)) for a in arguments]
         return [re.sub(r"/RUN$", f"/{run}", a) for a in arguments]
+
+    def exported(self, arguments: list[str]) -> None:
+        """It is made anew; needs the package gguf for what is none of Hugging Face's."""
+        if "--format" in arguments:
+            pytest.importorskip("gguf", reason="needs the package gguf: uv run --extra gguf")
+        output = self.folder / arguments[arguments.index("--output") + 1]
+        shutil.rmtree(output) if output.is_dir() else output.unlink(missing_ok=True)
+
+    def ollama(self, arguments: list[str]) -> None:
+        """By its parts, Go's template and llama.cpp: the program itself comes from no package index."""
+        modelfile = self.folder / "crypto" / "Modelfile"
+        if not modelfile.is_file():
+            self.run(EXPORT_FOR_OLLAMA)
+        created = ollama.create(modelfile)
+        if arguments[0] == "create":
+            assert arguments[1:] == ["crypto", "-f", "crypto/Modelfile"]
+            return
+        name, question = arguments[1:]
+        tokenizer = AutoTokenizer.from_pretrained(self.folder / OUTPUT / "final_model")
+        asked = [{"role": "user", "content": question}]
+        expected = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        assert name == "crypto" and created.prompt(question) == expected
+        assert created.stop == (tokenizer.eos_token,) and created.run(question)
+
+    def chat(self) -> None:
+        """The lines of the documents, which ask llama.cpp's server in ollama's place."""
+        pytest.importorskip("openai", reason="needs OpenAI's client: uv run --group serving")
+        (code,) = blocks(TEXT[CHINESE], "python")
+        assert code.split("#")[0] == blocks(TEXT[README], "python")[0].split("#")[0]
+        if not (self.folder / "crypto" / "Modelfile").is_file():
+            self.run(EXPORT_FOR_OLLAMA)
+        with serving(self.folder / "crypto" / "model.gguf") as server:
+            local = code.replace("http://localhost:11434", server.address)
+            assert local != code
+            done = subprocess.run(
+                [sys.executable, "-c", local], capture_output=True, text=True, timeout=240
+            )
+        assert done.returncode == 0, done.stderr[-2000:]
+        said = ast.literal_eval(done.stdout)
+        assert said["role"] == "assistant" and said["content"] + said.get("reasoning_content", "")
 
     def swept(self, arguments: list[str]) -> list[str]:
         """A sweep of one run: of each list the first value, of the seeds one, on the tiny model."""
@@ -467,6 +515,7 @@ class Runner:
 
 
 SLOW = ("benchmarks/", "tests/mutation/")  # minutes to hours
+EXPORT_FOR_OLLAMA = "uv run --extra gguf python export.py --format ollama --output crypto"
 
 
 @pytest.fixture
@@ -479,6 +528,30 @@ def runner(sandbox: Path, tiny, tiny_model, monkeypatch, capfd) -> Runner:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command(command: str, runner: Runner):
     runner.run(command)
+
+
+@pytest.mark.slow
+def test_the_quick_start_goes_to_an_answer_in_other_tools(
+    tmp_path, cache_dir, tiny_data, tiny_model, monkeypatch, capfd
+):
+    """The last commands of the Chinese quick start, one after the other, on the demonstration model."""
+    settings = ["--max-steps", "2", "--num-probes", "0", "--save-steps", "0", "--quiet"]
+    places = ["--output-dir", str(tmp_path / OUTPUT), "--cache-dir", str(cache_dir)]
+    assert (
+        main(["--model-name", "embedded", "--data-path", str(tiny_data), *settings, *places]) == 0
+    )
+    capfd.readouterr()
+    monkeypatch.chdir(tmp_path)
+    runner = Runner(tmp_path, [], tiny_model, monkeypatch, capfd)
+    section = TEXT[CHINESE].partition("## 在别的工具里回答")[2].partition("\n## ")[0]
+    found = commands(section)
+    assert found[0] == EXPORT_FOR_OLLAMA and [c.split()[:2] for c in found[1:]] == [
+        ["ollama", "create"],
+        ["ollama", "run"],
+        ["uv", "run"],
+    ]
+    for command in found:
+        runner.run(command)
 
 
 @pytest.mark.slow
@@ -535,7 +608,7 @@ def test_the_ways_to_resume_are_accepted(document: str):
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_flag_exists(document: str, monkeypatch, capsys):
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]+", TEXT[document]))
-    flags -= {"--help", "--extra"}  # of every program; of uv
+    flags -= {"--help", "--extra", "--with"}  # of every program; of uv
     tensorboard = argparse.ArgumentParser()
     CorePluginLoader().define_flags(tensorboard)
     known = (
@@ -577,6 +650,7 @@ def test_every_anchor_leads_somewhere(document: str):
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_module_exists(document: str):
     names = set(re.findall(r"(?<![\w.])((?:\w+/)*\w+\.py)\b", TEXT[document]))
+    names -= {"chat.py"}  # which the reader writes
     assert not [name for name in sorted(names) if not (ROOT / name).is_file()]
 
 

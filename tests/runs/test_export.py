@@ -1,22 +1,37 @@
-"""A merged folder appears only when its logits are those of base and adapter apart.
+"""An export appears only when its logits are those of base and adapter apart; and which model it takes.
 
 uv run pytest tests/runs/test_export.py
 """
 
+import ctypes
 import json
 import math
+import os
+import platform
+import re
+import shutil
+import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import ask
 import export
 from export import check, main
 from finetuning.common.errors import RunStopped
 from finetuning.common.terminal import Terminal
 from finetuning.model.loading import load_for_inference
-from finetuning.model.merging import Agreement
+from finetuning.model.merging import Agreement, MergedModel, merged_model, model_below
+from finetuning.model.saving import save_adapter
+from finetuning.runs.directory import RunDirectory
+from finetuning.runs.result import BEST, FINAL, Trained, find_trained
+from finetuning.runs.summary import closing_lines
+from tests.helpers.models import disturb, load
+from tests.helpers.ranks import on_ranks, results_of
+from tests.helpers.tiny_model import make_tiny_data, make_tiny_model
 
 # What transformers and vLLM read.
 FILES = {
@@ -26,6 +41,7 @@ FILES = {
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
+    "README.md",
 }
 
 
@@ -55,13 +71,12 @@ def test_sixteen_bits_pass_with_their_own_tolerance(tmp_path, adapter):
 
 
 def test_a_merge_that_is_wrong_leaves_nothing(tmp_path, adapter, monkeypatch, capsys):
-    def base_only(folder: Path, unchecked: Path, **_) -> None:
+    def base_only(folder: Path, base_model: str) -> MergedModel:
         """As if the adapter had been forgotten."""
-        name = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-        AutoModelForCausalLM.from_pretrained(name).save_pretrained(unchecked)
-        AutoTokenizer.from_pretrained(name).save_pretrained(unchecked)
+        base = model_below(folder, base_model)
+        return merged_model(base.path)
 
-    monkeypatch.setattr(export, "export_merged", base_only)
+    monkeypatch.setattr(export, "merged_model", base_only)
     output = tmp_path / "merged"
     assert main(["--adapter", str(adapter), "--output", str(output), "--device", "cpu"]) == 3
     assert "nothing was written" in capsys.readouterr().err
@@ -91,14 +106,200 @@ def test_bad_input_is_one_clear_line(tmp_path, adapter, tiny_model, capsys):
     full = tmp_path / "full"
     full.mkdir()
     (full / "file").write_text("mine")
-    output = ["--output", str(tmp_path / "merged")]
+    taken = tmp_path / "taken.gguf"
+    taken.write_text("mine")
+    output, named = ["--output", str(tmp_path / "merged")], ["--adapter", str(adapter)]
+    file = ["--output", str(tmp_path / "merged.gguf")]
     cases = {
-        "exists": ["--adapter", str(adapter), "--output", str(full)],
+        "exists": [*named, "--output", str(full)],
+        "taken.gguf: exists": [*named, "--format", "gguf", "--output", str(taken)],
         "train first": ["--output-dir", str(tmp_path), *output],
         "whole model already": ["--adapter", str(tiny_model), *output],
+        "--format hf writes a folder": [*named, *file],
+        "--format gguf writes a file that ends in .gguf": [*named, "--format", "gguf", *output],
+        "--format ollama writes a folder": [*named, "--format", "ollama", *file],
+        "--precision q8_0 is for --format gguf": [*named, "--precision", "q8_0", *output],
+        "no such folder, here or below": ["--adapter", "checkpoint-7", *output],
     }
     for expected, arguments in cases.items():
         assert main(arguments) == 2
         said = capsys.readouterr().err
-        assert expected in said and "Traceback" not in said
-    assert (full / "file").read_text() == "mine" and not (tmp_path / "merged").exists()
+        assert expected in said and "Traceback" not in said, said
+    assert (full / "file").read_text() == taken.read_text() == "mine"
+    assert not (tmp_path / "merged").exists() and not (tmp_path / "merged.gguf").exists()
+
+
+def test_a_place_that_can_not_be_written_is_told(tmp_path, adapter, capsys):
+    (tmp_path / "file").write_text("")
+    output = tmp_path / "file" / "merged"
+    assert main(["--adapter", str(adapter), "--output", str(output), "--device", "cpu"]) == 3
+    said = capsys.readouterr().err
+    assert "can't be written (Not a directory); free its disk" in said and said.count("\n") == 1
+
+
+def test_without_the_package_the_way_to_it_is_told(tmp_path, adapter, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    output = tmp_path / "model.gguf"
+    assert main(["--adapter", str(adapter), "--format", "gguf", "--output", str(output)]) == 2
+    assert "uv run --extra gguf" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+# -----------------------------------------------------------------------------
+# Which model
+
+
+@pytest.fixture
+def out(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "out"))
+
+
+def test_ask_export_and_the_last_lines_agree_and_say_why(out, tiny_run, tmp_path, capfd):
+    """Of a run that went to its end, of one that goes on, and of one that was stopped early."""
+    (run,) = (path.name for path in (out / "training_logs").iterdir())
+    statistics = json.loads((out / "training_statistics.json").read_text(encoding="utf-8"))
+    told = closing_lines(statistics, RunDirectory(out, run))
+    assert f"model: {out / 'final_model'} ({FINAL}); ask.py and export.py take it" in told
+    assert find_trained("", str(out)) == Trained(out / "final_model", FINAL)
+    status = out / "training_logs" / run / "status.json"
+    stopped = json.loads(status.read_text(encoding="utf-8")) | {"result": "best_model"}
+    status.write_text(json.dumps(stopped), encoding="utf-8")
+    told = closing_lines(statistics | {"result": "best_model"}, RunDirectory(out, run))
+    assert f"model: {out / 'best_model'}, of step " in told and f"({BEST}); ask.py" in told
+    assert find_trained("", str(out)) == Trained(out / "best_model", BEST)
+    arguments = ["--output-dir", str(out), "--device", "cpu"]
+    assert export.main([*arguments, "--output", str(tmp_path / "merged")]) == 0
+    assert f"exporting {out / 'best_model'} ({BEST})" in capfd.readouterr().out
+    assert ask.main(["q", *arguments, "--max-new-tokens", "1"]) == 0
+    assert f"{out / 'best_model'} ({BEST})" in " ".join(capfd.readouterr().err.split())
+    newer = max((out / "checkpoints").iterdir())
+    os.utime(newer / "adapter_model.safetensors", (2e9, 2e9))
+    assert find_trained("", str(out)).folder == newer
+    assert "has not come to its end" in find_trained("", str(out)).reason
+
+
+def test_a_model_is_meant_by_its_name(out, monkeypatch, tmp_path):
+    checkpoint = min((out / "checkpoints").iterdir())
+    for name in ("final_model", "best_model"):
+        assert find_trained(name, str(out)).folder == out / name
+    assert find_trained(checkpoint.name, str(out)).folder == checkpoint
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(out / "final_model", tmp_path / "final_model")
+    assert find_trained("final_model", str(out)).folder == Path("final_model"), (
+        "a folder here comes first"
+    )
+
+
+def test_an_exported_checkpoint_says_what_it_is(out, tmp_path):
+    checkpoint = min((out / "checkpoints").iterdir())
+    places = ["--output-dir", str(out), "--output", str(tmp_path / "merged"), "--device", "cpu"]
+    assert main([*places, "--adapter", checkpoint.name]) == 0
+    card = (tmp_path / "merged" / "README.md").read_text(encoding="utf-8")
+    assert f"| step | {checkpoint.name.removeprefix('checkpoint-')} of 6 |" in card
+    assert "## Before and after" in card and (tmp_path / "merged" / "curves.png").is_file()
+    assert "vllm serve FOLDER" in card
+
+
+def test_a_broken_record_does_not_keep_a_model_back(out, tmp_path, capfd):
+    (logs,) = (out / "training_logs").iterdir()
+    (logs / "metrics.jsonl").write_text("{broken\n{}\n", encoding="utf-8")
+    output = tmp_path / "merged"
+    assert main(["--output-dir", str(out), "--output", str(output), "--device", "cpu"]) == 0
+    assert "the model's card is without its run" in capfd.readouterr().err
+    assert "## Settings" not in (output / "README.md").read_text(encoding="utf-8")
+
+
+# -----------------------------------------------------------------------------
+# For ollama
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_the_system_prompt_of_all_the_data_is_ollama_s(same, tiny_run, tmp_path):
+    pytest.importorskip("gguf", reason="needs the package gguf: uv run --extra gguf")
+    data = make_tiny_data(tmp_path / "plain.jsonl")
+    lines = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
+    system = [f"你是密码学助手。\n简短。{'' if same else i % 2}" for i in range(len(lines))]
+    told = tmp_path / "told.jsonl"
+    texts = [json.dumps({**line, "system": s}) for line, s in zip(lines, system, strict=True)]
+    told.write_text("\n".join(texts), encoding="utf-8")
+    settings = [
+        "--data-path",
+        str(told),
+        "--max-steps",
+        "1",
+        "--save-steps",
+        "1",
+        "--eval-fraction",
+        "0",
+    ]
+    assert tiny_run(tmp_path, *settings) == 0
+    out = tmp_path / "out"
+    for name in ("final_model", "checkpoint-1"):
+        output = tmp_path / f"{name}-served"
+        places = ["--output-dir", str(out), "--output", str(output), "--device", "cpu"]
+        assert main([*places, "--adapter", name, "--format", "ollama"]) == 0
+        assert {path.name for path in output.iterdir()} == {"model.gguf", "Modelfile"}
+        text = (output / "Modelfile").read_text(encoding="utf-8")
+        assert ('SYSTEM """你是密码学助手。\n简短。"""\n' in text) == same
+        assert ("SYSTEM" in text) == same and 'PARAMETER stop "<|im_end|>"' in text
+
+
+def test_a_model_that_was_trained_whole_is_exported_too(tiny_model, tmp_path):
+    pytest.importorskip("gguf", reason="needs the package gguf: uv run --extra gguf")
+    output = tmp_path / "model.gguf"
+    places = ["--adapter", str(tiny_model), "--output", str(output), "--device", "cpu"]
+    assert main([*places, "--format", "gguf"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+
+
+# -----------------------------------------------------------------------------
+# Memory
+
+
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+
+
+def peak_of_export(arguments: list[str]) -> int:
+    """Bytes above those at the start that an export holds at most, without what is mapped from files."""
+
+    def held() -> int:
+        text = Path("/proc/self/status").read_text(encoding="utf-8")
+        return 1024 * int(re.search(r"RssAnon:\s+(\d+) kB", text)[1])
+
+    # A matrix of this small model is given back at once when it is freed, as one of a large model is.
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
+    before, most, done = held(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not done.wait(0.002):
+            most = max(most, held())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        assert main(arguments) == 0
+    finally:
+        done.set()
+        watcher.join()
+    return most - before
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs Linux and glibc")
+@pytest.mark.parametrize("kind", ["hf", "gguf"])
+def test_no_more_than_one_model_is_held(kind: str, tmp_path: Path):
+    """In fp32, and beside it a matrix or two; the files are of bf16."""
+    if kind == "gguf":
+        pytest.importorskip("gguf", reason="needs the package gguf: uv run --extra gguf")
+    wide = {"hidden_size": 512, "intermediate_size": 2048, "head_dim": 64, "num_hidden_layers": 6}
+    base = make_tiny_model(tmp_path / "base", **wide, dtype=torch.bfloat16)
+    model, tokenizer = load(base, lora_r=4)
+    disturb(model)
+    save_adapter(model, tokenizer, tmp_path / "final_model")
+    size = 4 * sum(p.numel() for p in model.get_base_model().parameters())
+    del model
+    name = "merged" if kind == "hf" else "model.gguf"
+    places = ["--adapter", str(tmp_path / "final_model"), "--output", str(tmp_path / name)]
+    options = ["--format", kind, "--device", "cpu", "--precision", "bf16"]
+    (peak,) = results_of(on_ranks(0, peak_of_export, [*places, *options]))
+    assert 0.9 * size < peak < 1.5 * size, (peak / size, size)

@@ -12,7 +12,6 @@ from finetuning.command_line import parse_command_line
 from finetuning.common.errors import UserError
 from finetuning.runs import naming
 from finetuning.runs.directory import RUN_PREFIX, RunDirectory, new_run
-from finetuning.runs.model_card import model_card
 
 FIRST, SECOND = f"{RUN_PREFIX}20260101_000000", f"{RUN_PREFIX}20260102_000000_2"
 
@@ -95,31 +94,3 @@ def test_tables_for_documents_and_spreadsheets(tmp_path: Path):
         "learning_rate=3e-4",
     ]
     assert not [cell for row in rows for cell in row.values() if cell.startswith("=")]
-
-
-IDENTITY = {
-    "model": "Qwen/Qwen3-4B-Thinking-2507",
-    "steps": 12,
-    "lora_r": 16,
-    "lora_alpha": 32.0,
-    "max_seq_length": 2048,
-    "data": "abc",
-}
-
-
-def test_a_model_has_a_card():
-    card = model_card(FIRST, 12, 1.234567, IDENTITY)
-    assert card.startswith("---\nbase_model: Qwen/Qwen3-4B-Thinking-2507\n")
-    assert "library_name: peft" in card and "LoRA, rank 16, alpha 32" in card and "1.235" in card
-    whole = model_card(FIRST, 12, None, IDENTITY | {"lora_r": 0})
-    assert "library_name: transformers" in whole and "peft" not in whole
-    demonstration = model_card(FIRST, 12, None, IDENTITY | {"model": "embedded"})
-    assert "base_model" not in demonstration and "Its answers mean nothing" in demonstration
-    local = model_card(FIRST, 12, None, IDENTITY | {"model": "/models/mine"})
-    assert "base_model" not in local
-
-
-def test_every_saved_model_has_its_card(finished: Path):
-    for name in ("final_model", "best_model"):
-        if (finished / name).is_dir():
-            assert "# qwen3_4b_thinking_" in (finished / name / "README.md").read_text("utf-8")

@@ -140,14 +140,14 @@ def test_the_best_model_is_the_result_of_a_run_that_stopped_early(tmp_path, run,
     assert 0 < best < end < 60 and training["best_eval_loss"] < training["last_eval_loss"]
     assert (statistics["outcome"], statistics["result"]) == ("stopped", "best_model")
     assert f"model: {out / 'best_model'}, of step {best}" in said
-    assert find_trained("", str(out)) == out / "best_model"
+    assert find_trained("", str(out)).folder == out / "best_model"
     assert json_of(out / "best_model" / "origin.json")["step"] == best
     # It does not train on, unless it is told to.
     before = (out / "final_model" / "adapter_model.safetensors").read_bytes()
     assert run(tmp_path, *WORSE, "--resume", "auto") == 0
     assert json_of(out / "training_statistics.json")["training"]["steps"] == end
     assert (out / "final_model" / "adapter_model.safetensors").read_bytes() == before
-    assert find_trained("", str(out)) == out / "best_model"
+    assert find_trained("", str(out)).folder == out / "best_model"
     log = (logs_of(out) / "training.log").read_text(encoding="utf-8")
     assert log.count("To train on, resume with a larger --early-stopping-patience") == 2
     more = ["--early-stopping-patience", "5"]
@@ -157,12 +157,14 @@ def test_the_best_model_is_the_result_of_a_run_that_stopped_early(tmp_path, run,
 
 def test_a_final_model_whose_run_went_to_its_end_is_the_result(finished, tmp_path):
     out = Path(shutil.copytree(finished, tmp_path / "out"))
-    assert find_trained("", str(out)) == out / "final_model"
+    assert find_trained("", str(out)).folder == out / "final_model"
     status = logs_of(out) / "status.json"
     status.write_text(json.dumps(json_of(status) | {"result": "best_model"}))
-    assert find_trained("", str(out)) == out / "best_model"
+    assert find_trained("", str(out)).folder == out / "best_model"
     (out / "best_model" / "run.txt").write_text("qwen3_4b_thinking_another\n")
-    assert find_trained("", str(out)) == out / "final_model", "another run's best says nothing"
+    assert find_trained("", str(out)).folder == out / "final_model", (
+        "another run's best says nothing"
+    )
 
 
 @pytest.mark.slow
@@ -195,8 +197,8 @@ def test_every_program_means_the_same_folder_by_a_tilde(
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(tmp_path)
     if program in ("ask", "export"):
-        assert find_trained("", "~/out") == home / "out" / "final_model"
-        assert find_trained("~/out/best_model", "") == home / "out" / "best_model"
+        assert find_trained("", "~/out").folder == home / "out" / "final_model"
+        assert find_trained("~/out/best_model", "").folder == home / "out" / "best_model"
     if program == "export":
         assert export.main(["--output=~/merged", "--output-dir=~/out", "--device", "cpu"]) == 0
         assert (home / "merged" / "config.json").is_file()
