@@ -152,12 +152,17 @@ def test_an_endless_answer_is_left(monkeypatch):
 @pytest.mark.parametrize("service", CHATS)
 def test_a_long_notice_is_cut(service: str):
     """After a whole character, and where characters become longer."""
-    for line in ("密" * 5000, "<@" * 3000):
+    for title, line in (("t", "密" * 5000), ("tt", "密" * 5000), ("ttt", "<@" * 3000)):
         with chat_server(service) as chat:
-            Channel.of(chat.setting).deliver(Notice("t", (line,)), 5)
+            Channel.of(chat.setting).deliver(Notice(title, (line,)), 5)
         (text,) = chat.texts
         assert NOTICE.limit - 8 < len(text.encode()) <= NOTICE.limit
         assert text.endswith("…") and "�" not in text
+
+
+def test_what_just_fits_is_not_cut():
+    assert Notice("a", ("b" * (NOTICE.limit - 2),)).text() == "a\n" + "b" * (NOTICE.limit - 2)
+    assert Notice("a", ("b" * (NOTICE.limit - 1),)).text() == "a\n" + "b" * (NOTICE.limit - 5) + "…"
 
 
 def test_a_notice_holds_no_secret_of_ours(monkeypatch):
@@ -202,6 +207,25 @@ def test_mail_sends_the_password_over_an_encrypted_connection_only(tmp_path: Pat
     with mail_server(tls=tls, at_once=True) as mail:
         Channel.of(f"mail=smtps://bot@127.0.0.1:{mail.port}?to=a@x.example").deliver(NOTICE_, 5)
     assert mail.logins == [("bot", SECRET, True)] and mail.mails[0]["From"] == "bot@127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("address", "port"),
+    [("smtp://h", 25), ("smtp://me@h", 587), ("smtps://me@h", 465), ("smtps://h:7", 7)],
+)
+def test_mail_goes_to_the_usual_port(address: str, port: int, monkeypatch):
+    monkeypatch.setenv("SMTP_PASSWORD", SECRET)
+    asked = []
+
+    def connect(self: object, host: str, number: int, timeout: float) -> None:
+        asked.append((host, number, timeout))
+        raise ConnectionRefusedError(111, "refused")
+
+    monkeypatch.setattr("smtplib.SMTP._get_socket", connect)
+    monkeypatch.setattr("smtplib.SMTP_SSL._get_socket", connect)
+    with pytest.raises(Undelivered, match="refused"):
+        Channel.of(f"mail={address}?to=a@x.example").deliver(NOTICE_, 5)
+    assert asked == [("h", port, 5)]
 
 
 @pytest.mark.parametrize(
