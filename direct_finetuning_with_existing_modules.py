@@ -450,7 +450,7 @@ class DirectTrainer:
         """End logger and monitors, whatever happened, and write the report."""
         self.terminal.stop_progress()
         ends = {"completed": "success", "stopped": "success"}
-        self.record.close(ends.get(self.outcome))
+        self.record.close(ends.get(self.outcome), at_once=bool(self.stop.name))
         if self.dist.is_main and not self.stop.name:  # else nobody waits for a page
             leave_report(self.record.run, self.terminal, lambda: bool(self.stop.name))
 

@@ -22,7 +22,7 @@ from .tally import Caught, SuiteError, Tally
 HANGS = 3600.0  # seconds after which a row is given up
 MODULES = (
     *("checkpoints", "interruptions", "numbers", "disks", "machine", "hostile", "peers"),
-    "bounds",
+    *("bounds", "actions", "caches", "waiting"),
 )
 
 

@@ -18,6 +18,7 @@ from finetuning.common.errors import exit_code
 from finetuning.data import chat_template
 from finetuning.model import resolve
 
+from . import orphans
 from .checkpoints import copy_of_stopped, two_checkpoints
 from .hostile import replacing
 from .rig import Rig, fingerprint, fork, replaced, wait_until
@@ -186,8 +187,8 @@ def f28(rig: Rig, tally: Tally, count: int) -> None:
 
 
 def workers_outlive_their_parent() -> None:
-    """Mutant: a worker is not told whose it is. A built-in, as workers import the rest anew."""
-    replaced(workers, "begin_worker", print)
+    """Mutant: a worker is not told whose it is."""
+    replaced(workers, "begin_worker", orphans.begin_worker)
 
 
 ROWS = [

@@ -19,19 +19,21 @@ from finetuning.common import text as common_text
 from finetuning.common.errors import UserError
 from finetuning.config import DataSettings
 from finetuning.data.tokenization import tokenize_samples
-from finetuning.readers import dataset
+from finetuning.readers import dataset, opening
 from finetuning.readers.dataset import read_samples
 from finetuning.readers.sample import BrokenSample
 from finetuning.training import checkpoint, checkpoint_manager, engine
 
-from . import hook
+from . import binary_files, hook
 from .checkpoints import copy_of_stopped, resealed, two_checkpoints
+from .interruptions import in_every_process
 from .rig import Rig, fingerprint, fork, replaced
 from .tally import Row, Tally, Trial
 
 # -----------------------------------------------------------------------------
 # F22: data
 
+ROOM, SECONDS = 8 << 30, 60  # of a reader whose bounds are gone: bytes of address space, processor
 BROKEN, EITHER = "broken", "either"  # must be listed as broken; may be broken or read
 RIGHT = ("什么是AES？", "先想想。", "分组密码。")
 
@@ -171,6 +173,18 @@ def named_inputs() -> Iterator[tuple[str, str, bytes, list]]:
     yield "gzip cut off", "a.jsonl.gz", gzip.compress(lines(*[GOOD] * 500))[:-9], [EITHER] * 500
     yield "gzip bomb", "a.jsonl.gz", gzip.compress(b" " * 400_000_000, 9), []
     yield "not Parquet", "a.parquet", b"PAR1" + os.urandom(64) + b"PAR1", []
+    yield from binary_inputs([RIGHT, other])
+
+
+def binary_inputs(rows: list) -> Iterator[tuple[str, str, bytes, list]]:
+    """Binary formats: whole, cut in the middle and by one byte, of nothing but zeros, and bombs."""
+    for name, content in binary_files.whole(rows).items():
+        yield f"{name}, whole", name, content, rows
+        for size in (len(content) // 2, len(content) - 1):
+            yield f"{name}, {size} of its {len(content)} bytes", name, content[:size], [EITHER] * 2
+        yield f"{name}, zeros", name, bytes(len(content)), []
+    for name, content in binary_files.bombs(rows):
+        yield f"{name}, a bomb of {len(content) / 1000:.0f} kB", name, content, []
 
 
 def read_in_child(rig: Rig, name: str, content: bytes) -> tuple[dict, float, float]:
@@ -180,6 +194,8 @@ def read_in_child(rig: Rig, name: str, content: bytes) -> tuple[dict, float, flo
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
     def action() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (ROOM, ROOM))
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
         if hook.preloaded():
             hook.arm(place, action=hook.ONLY_LOG, operations=hook.READ, log=place / "hook.log")
         try:
@@ -253,6 +269,9 @@ def mutated(draw: random.Random, data: bytes) -> bytes:
     return bytes(data)
 
 
+BINARY = binary_files.whole([(f"问题{i}？", f"想{i}", f"答{i}。") for i in range(6)])
+
+
 def bases() -> list[tuple[str, bytes]]:
     """Files to mutate."""
     many = [text_of(record(f"问题{i}？", f"想{i}", f"答{i}。")) for i in range(6)]
@@ -269,6 +288,7 @@ def bases() -> list[tuple[str, bytes]]:
         ("m.csv", lines(*table)),
         ("m.md", (MARKDOWN + "\n" + MARKDOWN.replace("Q1", "Q2").replace("A1", "A2")).encode()),
         ("m.jsonl", lines(*[text_of(talk)] * 4)),
+        *((f"m{name[1:]}", content) for name, content in BINARY.items()),
     ]
 
 
@@ -374,6 +394,11 @@ def broken_are_dropped() -> None:
         return (item for item in real(chunk) if not isinstance(item, BrokenSample))
 
     replaced(dataset, "read_records", silent)
+
+
+def what_is_packed_has_no_bound() -> None:
+    """Mutant: what a small file unpacks to is not counted."""
+    replaced(opening.Unpacking, "add", lambda self, count: None)
 
 
 def text_is_tidied() -> None:
@@ -572,6 +597,9 @@ def paths_are_opened() -> None:
 # F24: models and checkpoints that want to run code
 
 
+SECRET_LINE = "geheim-0013-file"  # in a file beside the model
+
+
 class Payload:
     """Runs a command when it is unpickled."""
 
@@ -617,11 +645,25 @@ def gadgets(canary: Path) -> list[str]:
     ]
 
 
+def file_templates(canary: Path) -> dict[str, str]:
+    """Templates that read a file, or write one, by what jinja and Python have for it."""
+    secret, open_it = canary.with_name("secret"), "cycler.__init__.__globals__.__builtins__.open"
+    told = f"{{{{ messages[0].content ~ {open_it}('{secret}').read() }}}}"
+    return {
+        "includes a file": f"{{% include '{secret}' %}}{{{{ messages[0].content }}}}",
+        "extends a file": f"{{% extends '{secret}' %}}",
+        "imports a file": f"{{% from '{secret}' import x %}}{{{{ x }}}}",
+        "opens a file to read": told,
+        "opens a file to write": f"{{{{ {open_it}('{canary}', 'w').write('x') }}}}",
+    }
+
+
 def hostile_model(rig: Rig, change: Callable[[Path, Path], None]) -> Trial:
     """A run on a changed copy of the model folder: the canary stays away, it ends soon."""
     place = rig.place("f24")
     model, canary = place / "model", place / "canary"
     shutil.copytree(rig.model, model)
+    canary.with_name("secret").write_text(SECRET_LINE)
     change(model, canary)
     fired = fingerprint(model) != fingerprint(rig.model)
     arguments = replacing("--model-name", str(model), rig.arguments(place / "out"))
@@ -631,6 +673,9 @@ def hostile_model(rig: Rig, change: Callable[[Path, Path], None]) -> Trial:
     ).wait()
     grown = outcome.peak_mb - before
     problems = ["CODE WAS RUN"] if canary.exists() else []
+    written = [path for path in place.rglob("*") if path.is_file() and path.name != "secret"]
+    read = [path.name for path in written if SECRET_LINE.encode() in path.read_bytes()]
+    problems += [f"A FILE WAS READ into {read[0]}"] if read else []
     problems += ["a traceback: " + outcome.output[-300:]] if "Traceback" in outcome.output else []
     problems += [f"{outcome.cpu_seconds:.0f} s"] if outcome.cpu_seconds > 25 else []
     problems += [f"{grown:.0f} MB more"] if grown > 2048 else []
@@ -738,6 +783,10 @@ def hostile_models() -> list[tuple[str, Callable[[Path, Path], None]]]:
         (f"template gadget {n + 1}", _template(lambda canary, n=n: gadgets(canary)[n]))
         for n in range(10)
     ]
+    cases += [
+        (f"template that {name}", _template(lambda canary, n=name: file_templates(canary)[n]))
+        for name in file_templates(Path("canary"))
+    ]
     loops = (
         "{% for i in range(90000) %}{% for j in range(90000) %}{{ i * j }}{% endfor %}{% endfor %}"
     )
@@ -757,8 +806,6 @@ def f24(rig: Rig, tally: Tally, count: int) -> None:
     unzip = lambda data: pickle.loads(zipfile.ZipFile(io.BytesIO(data)).read("archive/data.pkl"))  # noqa: E731
     tally.attempt("none of these: pickle is live", lambda: live(rig, pickle.loads, pickled))
     tally.attempt("none of these: torch.save's is live", lambda: live(rig, unzip, torch_zip))
-    for name, change in hostile_models()[:count]:
-        tally.attempt(name, lambda c=change: hostile_model(rig, c))
     files = (
         "adapter_model.safetensors",
         "optimizer.safetensors",
@@ -774,6 +821,8 @@ def f24(rig: Rig, tally: Tally, count: int) -> None:
         "checkpoint's adapter is torch.save's",
         lambda: hostile_checkpoint(rig, files[0], torch_zip),
     )
+    for name, change in hostile_models()[:count]:
+        tally.attempt(name, lambda c=change: hostile_model(rig, c))
 
 
 def pickle_is_loaded() -> None:
@@ -787,6 +836,20 @@ def pickle_is_loaded() -> None:
             return pickle.loads(filename.read_bytes())
 
     replaced(checkpoint, "load_file", either)
+
+
+def templates_are_free() -> None:
+    """Mutant: the sandbox lets a template have every attribute, here and where templates are tried."""
+    in_every_process(FREE_TEMPLATES)
+    exec(FREE_TEMPLATES)
+
+
+FREE_TEMPLATES = """
+import jinja2.sandbox
+for sandbox in (jinja2.sandbox.SandboxedEnvironment, jinja2.sandbox.ImmutableSandboxedEnvironment):
+    sandbox.is_safe_attribute = lambda self, *_: True
+    sandbox.is_safe_callable = lambda self, *_: True
+"""
 
 
 # -----------------------------------------------------------------------------
@@ -951,11 +1014,15 @@ def nothing_is_redacted() -> None:
 ROWS = [
     Row(
         "F22",
-        "hostile data: encodings, JSON, tables, archives; mutated bytes",
+        "hostile data: encodings, JSON, tables, Office, archives, bombs; mutated bytes",
         f22,
         full=2000,
         quick=300,
-        mutants={"broken ones dropped": broken_are_dropped, "text tidied": text_is_tidied},
+        mutants={
+            "broken ones dropped": broken_are_dropped,
+            "text tidied": text_is_tidied,
+            "what is packed has no bound": what_is_packed_has_no_bound,
+        },
         mutant_count=0,
     ),
     Row(
@@ -968,12 +1035,12 @@ ROWS = [
     ),
     Row(
         "F24",
-        "models and checkpoints that want to run code",
+        "models, templates and checkpoints that want to run code, read or write",
         f24,
         full=99,
         quick=99,
-        mutants={"pickle is tried": pickle_is_loaded},
-        mutant_count=0,
+        mutants={"pickle is tried": pickle_is_loaded, "templates are free": templates_are_free},
+        mutant_count=99,
         needs=(two_checkpoints,),
     ),
     Row(

@@ -235,6 +235,7 @@ class Rig:
     pair: "Reference | None" = None  # of two ranks
     changes: list[tuple[str, str]] = field(default_factory=list)  # to files, by a whole run
     cpu_seconds: float = 0.0  # of a whole run
+    peak_mb: float = 0.0  # of a short one
 
     def __post_init__(self) -> None:
         self.data, self.model = self.root / "records.jsonl", self.root / "model"
@@ -342,7 +343,9 @@ def spare_what_no_fault_meets() -> None:
     replaced(forecast, "matmul_rate", lambda device, dims, dtype: 1e10)
 
 
-def report_here(module: str, arguments: tuple[str, ...], *_: object, **__: object) -> Ended:
+def report_here(
+    module: str, arguments: tuple[str, ...], limits: object, *, given: bytes = b"", unwanted=None
+) -> Ended:
     """In this process, where the faults are, and without the second that another one takes to start."""
     try:
         return Ended(0, str(run_report.write_report(find_runs(arguments)[-1])), "")

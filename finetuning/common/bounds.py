@@ -139,6 +139,21 @@ REPORT_WALL = Bound(
     "runs/test_report.py::test_a_report_that_fails_harms_no_run",
 )  # fmt: skip
 
+# ---- commands of alerts -------------------------------------------------------------------------
+
+ACTION_TIME = Bound(
+    60, "seconds", "a command that an alert starts", "it and what it started are ended, which is told",
+    "monitoring/test_alert_command.py::test_a_command_that_hangs_is_ended_with_what_it_started",
+)  # fmt: skip
+ACTION_OUTPUT = Bound(
+    _MIB, "bytes", "what it writes to standard error", "the same",
+    "monitoring/test_alert_command.py::test_a_command_that_says_too_much_is_ended",
+)  # fmt: skip
+ACTION_END = Bound(
+    5, "seconds", "the wait for it at the end of a run (none after a signal)", "the same",
+    "monitoring/test_alert_command.py::test_the_end_of_a_run_waits_for_commands_a_little",
+)  # fmt: skip
+
 # ---- readers ------------------------------------------------------------------------------------
 
 RECORD = Bound(

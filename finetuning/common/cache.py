@@ -52,6 +52,8 @@ def cached_folder(
                 with staging_folder(folder.parent, _BUILDING, folder.name) as building:
                     write(building)
                     _seal(building)
+                    if folder.is_symlink():
+                        folder.unlink()
                     publish_folder(building, folder)  # in place of a damaged one
                 found = _verified(folder, load)
     if found is None:
@@ -82,7 +84,7 @@ def _verified(folder: Path, load: Callable[[Path], T | None]) -> T | None:
     try:
         digests = json.loads((folder / _DIGESTS).read_bytes())
         _check_owner(folder)
-        if digests != _digests(folder):
+        if not _is_closed(folder) or digests != _digests(folder):
             return None
     except (OSError, ValueError):
         return None
@@ -100,6 +102,13 @@ def _check_owner(folder: Path) -> None:
         f"the cache {folder} belongs to another user, who could change it; choose another --cache-dir, or "
         "share it with a group: chmod g+rws on the cache folder before it is used"
     )
+
+
+def _is_closed(folder: Path) -> bool:
+    """Whether nobody else may write a folder, and it holds no link to what lies elsewhere and may change."""
+    others = stat.S_IWOTH | (0 if _shared(folder.parent) else stat.S_IWGRP)
+    places = (folder, *folder.rglob("*"))
+    return not any(path.is_symlink() or path.stat().st_mode & others for path in places)
 
 
 def _shared(folder: Path) -> bool:
@@ -129,11 +138,12 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def _seal(building: Path) -> None:
-    """Write the digests; in a shared cache the group may read all of it."""
+    """Write the digests; nobody else may write, and in a shared cache the group may read all of it."""
     atomic_write_text(building / _DIGESTS, json.dumps(_digests(building)))
-    if _shared(building.parent):
-        for path in (building, *building.rglob("*")):
-            path.chmod(path.stat().st_mode | (0o050 if path.is_dir() else 0o040))
+    shared = _shared(building.parent)
+    for path in (building, *building.rglob("*")):
+        readable = (0o050 if path.is_dir() else 0o040) if shared else 0
+        path.chmod(path.stat().st_mode & ~0o022 | readable)
 
 
 def _remove_leftovers(parent: Path) -> None:

@@ -2,7 +2,7 @@
 
 One detector per trouble, each a short function of this step's metrics and a bounded memory. A metric
 that is absent keeps its detector as it was. Nothing here acts: the loop logs, saves, stops, or
-hands the alert to a command of the user's (`run_command`).
+hands the alert to a command of the user's (`alert_command.py`).
 """
 
 from __future__ import annotations
@@ -11,21 +11,15 @@ import copy
 import json
 import math
 import re
-import shlex
-import subprocess
-import sys
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import permutations
-from pathlib import Path
 from typing import Any, TypedDict
 
-from finetuning.common.errors import UserError
 from finetuning.common.files import strict
 from finetuning.common.formatting import four_digits
 from finetuning.common.language import translated
-from finetuning.common.text import REDACTED, clean_line, redact, table_cell, without
+from finetuning.common.text import clean_line, table_cell
 from finetuning.events.metric_table import METRICS
 from finetuning.monitoring.advice import ADVICE, advice, ending
 from finetuning.monitoring.detector_memory import KEEP, AlertLimits, DetectorMemory, Finding
@@ -214,65 +208,3 @@ def _words_of(value: object) -> str:
         more = f" and {len(value) - 8} more" if len(value) > 8 else ""
         return ", ".join(_words_of(v) for v in value[:8]) + more
     return clean_line(four_digits(value) if isinstance(value, float) else str(value), 200)
-
-
-def run_command(
-    command: str | Sequence[str], alert: Alert, timeout_s: float = 60.0
-) -> threading.Thread:
-    """Start the user's command with the alert as JSON on its stdin; return the thread at once.
-
-    The command is split as a shell would and run without a shell, so nothing in the alert is ever
-    interpreted. What it prints is dropped; a failure is one line on stderr. After `timeout_s`
-    seconds it is ended. Raises UserError for an empty command or one with an open quote.
-    """
-    words = _words(command)
-    payload = (json.dumps(alert.record(), ensure_ascii=True, allow_nan=False) + "\n").encode()
-    thread = threading.Thread(target=_feed, args=(words, payload, timeout_s), daemon=True)
-    thread.start()
-    return thread
-
-
-def _words(command: str | Sequence[str]) -> list[str]:
-    try:
-        words = shlex.split(command) if isinstance(command, str) else list(command)
-    except ValueError as error:
-        raise UserError(f"an alert's command: {error}; check its quotes") from error
-    if not words:
-        raise UserError("the alert command is empty; name a program or leave the option out")
-    return words
-
-
-def _feed(words: list[str], payload: bytes, timeout_s: float) -> None:
-    try:
-        done = subprocess.run(
-            words,
-            input=payload,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            timeout=timeout_s,
-            check=False,
-        )
-    except OSError as error:
-        _tell(words, f"failed: {error.strerror or error}")
-    except subprocess.TimeoutExpired:
-        _tell(words, f"was ended after {timeout_s:g} s")
-    else:
-        if done.returncode:
-            _tell(words, f"exited {done.returncode}: {done.stderr.decode(errors='replace')}")
-
-
-def _tell(words: list[str], what: str) -> None:
-    """One line on stderr that shows none of the command's arguments, which may hold a secret."""
-    print(
-        f"alert command {redact(Path(words[0]).name)!r} {without(what, *words[1:])}",
-        file=sys.stderr,
-    )
-
-
-def program_of(command: str) -> str:
-    """What records show of an action: the word, or a command's program; its arguments may hold secrets."""
-    try:
-        words = shlex.split(command)
-    except ValueError:
-        return REDACTED
-    return Path(words[0]).name if words else ""

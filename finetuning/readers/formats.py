@@ -145,8 +145,10 @@ def _value(item: Any) -> Any:
 
 
 def _size(value: Any) -> int:
-    """Characters and items of a row."""
-    if isinstance(value, (str, bytes)):
+    """Bytes of a row's texts, and of its items."""
+    if isinstance(value, str):
+        return len(value) if value.isascii() else len(value.encode("utf-8", "surrogatepass"))
+    if isinstance(value, bytes):
         return len(value)
     if isinstance(value, (dict, list)):
         return 8 + sum(map(_size, value.values() if isinstance(value, dict) else value))

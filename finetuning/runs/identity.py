@@ -14,7 +14,7 @@ from finetuning.common.text import REDACTED, redact
 from finetuning.config import NAMES_AND_PATHS, DirectTrainingConfig, allowed_values
 from finetuning.data.packing import StepPlan
 from finetuning.data.training_data import TrainingData
-from finetuning.monitoring.alerts import program_of
+from finetuning.monitoring.alert_command import program_of
 from finetuning.monitoring.channels import service_of
 
 LORA = ("lora_r", "lora_alpha", "use_rslora", "use_dora")

@@ -23,7 +23,8 @@ from finetuning.data.mask_audit import mask_audit
 from finetuning.events.address import pinned_address
 from finetuning.events.event_file import Rewind, rewind_lines
 from finetuning.model.resolve import banner
-from finetuning.monitoring.alerts import Alert, AlertMonitor, run_command
+from finetuning.monitoring.alert_command import AlertCommand, end_commands
+from finetuning.monitoring.alerts import Alert, AlertMonitor
 from finetuning.monitoring.system_monitor import SystemMonitor
 from finetuning.readers.sample import BrokenSample
 from finetuning.runs import summary
@@ -71,6 +72,7 @@ class RunRecord:
         self.changes = list(changes)
         self.stop_alerts: list[str] = []  # alerts that have asked for the end of the run
         self.raised: list[Alert] = []  # by the newest logged step
+        self._commands: list[AlertCommand] = []  # that alerts have started, at work
         self._told_status = time.monotonic()
         self._spent = Stopwatch()  # on alerts
         self.evidence: dict[str, object] = {}  # what the alerts of the next logged step may cite
@@ -147,10 +149,12 @@ class RunRecord:
         spent = self.logger.overhead_seconds + self._spent.seconds + elsewhere
         return {"Monitoring/Logging_Overhead_Percent": 100 * spent / seconds}
 
-    def close(self, status: str | None) -> None:
-        """End writing; `status` "success" or "failure" only when the run will not be resumed."""
+    def close(self, status: str | None, *, at_once: bool = False) -> None:
+        """End writing; `status` "success" or "failure" only when the run will not be resumed. at_once: no
+        wait for what alerts have started."""
         self.system.stop()
         self.logger.close(status)
+        end_commands(self._commands, at_once=at_once)
 
     # -------------------------------------------------------------------------
     # What a run says about itself
@@ -241,7 +245,8 @@ class RunRecord:
             return action
         _append_line(self.run.logs / "alerts.jsonl", alert.record(), self._warn)
         if action not in ("log", "save", "stop"):
-            run_command(action, alert)
+            self._commands = [c for c in self._commands if c.is_alive()]
+            self._commands.append(AlertCommand(action, alert))
         return action
 
 

@@ -57,6 +57,32 @@ def test_what_was_written_is_found_and_what_is_damaged_made_anew(tmp_path: Path)
     assert not list((tmp_path / "cache").glob(".building-*"))
 
 
+def test_what_others_may_write_and_what_lies_elsewhere_is_made_anew(tmp_path: Path):
+    folder, elsewhere = tmp_path / "cache" / "a", tmp_path / "elsewhere"
+    former = os.umask(0)  # as in some containers
+    try:
+        assert fetch(folder) == 10
+    finally:
+        os.umask(former)
+    assert fetch(folder) == 10
+    numbers = folder / "numbers.npy"
+    numbers.chmod(0o666)
+    assert fetch(folder) == 10
+    folder.chmod(0o775)
+    assert fetch(folder) == 10
+    numbers.rename(elsewhere)
+    numbers.symlink_to(elsewhere)  # of the right content, now
+    assert fetch(folder) == 10 and not numbers.is_symlink() and elsewhere.exists()
+    folder.rename(tmp_path / "folder")
+    folder.symlink_to(tmp_path / "folder")
+    assert fetch(folder) == 10 and not folder.is_symlink()
+    folder.rename(tmp_path / "another")
+    folder.symlink_to(tmp_path / "nowhere")
+    assert fetch(folder) == 10 and not folder.is_symlink()
+    assert (tmp_path / "cache" / "written").read_text() == "xxxxxx"
+    assert {path.name for path in folder.parent.iterdir()} == {"a", "a.lock", "written"}
+
+
 def test_what_dead_processes_were_building_is_removed_and_what_lives_stays(tmp_path: Path):
     dead, alive = tmp_path / ".building-dead", tmp_path / ".building-alive"
     for folder in (dead, alive):

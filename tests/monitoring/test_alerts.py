@@ -2,13 +2,11 @@
 
 import json
 import math
-import sys
 
 import pytest
 
-from finetuning.common.errors import UserError
 from finetuning.common.files import json_text
-from finetuning.monitoring.alerts import NAMES, Alert, AlertMonitor, run_command
+from finetuning.monitoring.alerts import NAMES, AlertMonitor
 from finetuning.monitoring.convergence import ConvergenceMonitor
 from tests.helpers.metric_traces import FAULT, FAULTS, clean_trace, play
 
@@ -95,44 +93,6 @@ def test_state_is_bounded_and_strict_json_even_with_nan():
     for step in range(8000):
         monitor.observe(step, {"Training/Loss": math.nan if step % 20 else 1.0})
     assert len(json.dumps(monitor.state_dict(), allow_nan=False)) < 40_000
-
-
-# ------------------------------------------------------------------------ a command of the user's
-
-EVIL = Alert("Loss_Spike", 7, math.nan, 2.0, {"text": "$(touch broken); `id` \"' \u4f60\n"}, "look")
-
-
-@pytest.mark.slow
-def test_command_gets_the_alert_as_json_and_nothing_is_interpreted(tmp_path):
-    out = tmp_path / "got.json"
-    code = "import sys, pathlib; pathlib.Path(sys.argv[1]).write_bytes(sys.stdin.buffer.read())"
-    run_command([sys.executable, "-c", code, str(out)], EVIL).join(30)
-    got = json.loads(out.read_text())
-    assert got["name"] == "Loss_Spike" and got["value"] == "nan"
-    assert got["evidence"]["text"] == EVIL.evidence["text"]
-
-
-@pytest.mark.slow
-def test_command_does_not_wait(tmp_path):
-    thread = run_command([sys.executable, "-c", "import time; time.sleep(60)"], EVIL, timeout_s=3)
-    assert thread.is_alive()
-    thread.join(30)
-    assert not thread.is_alive()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "command", [["/no/such/program"], [sys.executable, "-c", "raise SystemExit(3)"]]
-)
-def test_a_failing_command_is_one_line_on_stderr(command, capsys):
-    run_command(command, EVIL).join(30)
-    assert capsys.readouterr().err.startswith("alert command")
-
-
-@pytest.mark.parametrize("command", ["", [], "echo 'open"])
-def test_an_unusable_command_is_the_users_error(command):
-    with pytest.raises(UserError):
-        run_command(command, EVIL)
 
 
 def test_the_slowest_rank_is_evidence_of_a_slow_rank_only():

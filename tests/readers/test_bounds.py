@@ -172,7 +172,10 @@ def test_a_zst_bomb_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("rows", "value"), [(20_000, "A" * 2**20), (2000, "B" * 50 * 2**20)])
+@pytest.mark.parametrize(
+    ("rows", "value"),
+    [(20_000, "A" * 2**20), (2000, "B" * 50 * 2**20), (100, "长" * 2**19)],
+)
 def test_a_dictionary_of_parquet_is_no_bomb(tmp_path, rows, value):
     path = parquet(tmp_path / "a.parquet", rows, value)
     assert path.stat().st_size < 2**20

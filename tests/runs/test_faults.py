@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ROWS = [f"F{number:02}" for number in range(1, 29)]
+ROWS = [f"F{number:02}" for number in range(1, 32)]
 SECONDS = 3600  # after which it hangs; a few minutes on two processors
 PROGRAM = ("finetuning", "direct_finetuning_with_existing_modules", "tb_logger")
 

@@ -13,7 +13,8 @@ import pytest
 from finetuning.common.errors import UserError
 from finetuning.common.text import REDACTED
 from finetuning.config import NAMES_AND_PATHS, PARTLY_SHOWN, DirectTrainingConfig
-from finetuning.monitoring.alerts import Alert, run_command
+from finetuning.monitoring.alert_command import AlertCommand
+from finetuning.monitoring.alerts import Alert
 from finetuning.runs.identity import recorded_settings
 
 SECRETS = ("Qx7pl41n", "b4rW0rd5")
@@ -47,7 +48,7 @@ def test_the_arguments_of_an_action_are_nowhere(tmp_path: Path, run, capfd: pyte
 )
 def test_what_a_failed_command_says_shows_no_argument(command: str, capfd: pytest.CaptureFixture):
     alert = Alert("NonFinite", 1, 1.0, 0.0)
-    run_command(command, alert, timeout_s=1).join(20)
+    AlertCommand(command, alert, timeout_s=1).join(20)
     said = capfd.readouterr().err
     assert said.startswith("alert command ") and said.count("\n") == 1
     assert not any(secret in said for secret in SECRETS), said
@@ -55,7 +56,7 @@ def test_what_a_failed_command_says_shows_no_argument(command: str, capfd: pytes
 
 def test_a_command_that_cannot_be_split_is_not_shown():
     with pytest.raises(UserError) as refused:
-        run_command(f"curl 'Bearer {SECRETS[0]}", Alert("NonFinite", 1, 1.0, 0.0))
+        AlertCommand(f"curl 'Bearer {SECRETS[0]}", Alert("NonFinite", 1, 1.0, 0.0))
     assert SECRETS[0] not in str(refused.value)
 
 
