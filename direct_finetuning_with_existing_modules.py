@@ -125,16 +125,19 @@ class DirectTrainer:
         """The whole run, from data to final model. Returns the state after the last step."""
         output_dir = Path(self.config.output_dir)
         with self.stop, directory.only_writer(output_dir) if self.dist.is_main else nullcontext():
+            with disk_faults_stop_the_run(output_dir):
+                checkpoint = self.checkpoints.resolve_resume(self.resume)
             self.plan = plan_run(
                 self.config,
                 self.dist,
                 self.terminal,
                 trust_remote_code=self.trust_remote_code,
+                pinned=checkpoint.settings if checkpoint else {},
             )
             self.engine = build_engine(self.config, self.plan, self.dist, self.terminal)
             self.evaluator = build_evaluator(self.config, self.plan, self.engine, self.dist)
             with disk_faults_stop_the_run(output_dir):
-                self.open()
+                self.open(checkpoint)
             try:
                 with disk_faults_stop_the_run(output_dir):
                     self.loop()
@@ -387,9 +390,8 @@ class DirectTrainer:
     # -------------------------------------------------------------------------
     # Beginning
 
-    def open(self) -> None:
+    def open(self, checkpoint: Checkpoint | None) -> None:
         """The run's directory, its record and its metrics; from a checkpoint where there is one."""
-        checkpoint = self.checkpoints.resolve_resume(self.resume)
         if checkpoint:
             self.restore(checkpoint)
             self.state.resume_count += 1

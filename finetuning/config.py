@@ -60,6 +60,8 @@ NAMES_AND_PATHS = (
 COMMANDS = ("alert_actions",)  # with arguments that may hold secrets: only the program is shown
 # Settings in which `~` is the home directory; the paths of data are for `readers.files`.
 _HOME_IS_SHORT = ("model_name", "init_adapter", "output_dir", "cache_dir")
+ROW_TOKENS = 2048  # of a row, where the length of samples is left to the program
+NO_LIMIT = 2**31 - 1  # tokens
 _PROGRAM = Path(__file__).parents[1]
 
 # -----------------------------------------------------------------------------
@@ -93,6 +95,10 @@ _STEPS = _Rule(
     lambda value: value == "auto" or (isinstance(value, int) and value >= 0), "auto, or 0 or more"
 )
 
+_LENGTH = _Rule(
+    lambda value: value == "auto" or (isinstance(value, int) and value >= 16),
+    "auto, or at least 16",
+)
 _LOGGING = _Rule(
     lambda value: value == "auto" or (isinstance(value, int) and value >= 1), "auto, or 1 or more"
 )
@@ -211,11 +217,12 @@ class DataSettings(_Settings):
     """Share of the samples that is held out, by a hash of each sample; 0: none."""
     max_eval_samples: int = 1000
     """Samples that eval_fraction holds out at most, as each evaluation reads them all; 0: no limit."""
-    max_seq_length: int = 2048
-    """Longest sample, in tokens."""
-    tokens_per_row: int = 0
-    """Tokens up to which a packed row is filled; a longer sample has a row of its own. 0: max_seq_length, so
-    that with longer samples there are fewer updates, too."""
+    max_seq_length: int | Literal["auto"] = "auto"
+    """Longest sample, in tokens. auto: that of the data, 2,048 at least; where that does not fit the memory,
+    what keeps 99% of the samples, or what fits."""
+    tokens_per_row: int | Literal["auto"] = "auto"
+    """Tokens up to which a packed row is filled; a longer sample has a row of its own. auto: 2,048, or
+    max_seq_length where that is set, so that there are fewer updates, too; 0: max_seq_length."""
     over_length: Literal["drop", "truncate_thinking", "error"] = "drop"
     """What happens to a longer sample; it is never cut at its end."""
     loss_on: Literal["last_turn", "all_turns"] = "last_turn"
@@ -228,19 +235,33 @@ class DataSettings(_Settings):
     packing: bool = True
     """Fill rows with several samples that never see each other; off: one sample per row."""
     max_broken_fraction: float = 0.1
-    """Share of the samples that may be left out for one reason (broken, control tokens, longer than the
-    default max_seq_length); above it the run refuses to start."""
+    """Share of the samples that may be left out for one reason (broken, control tokens, longer than an
+    automatic max_seq_length); above it the run refuses to start."""
 
     def _faults(self) -> Iterator[str]:
         yield from self._breaches(_NOT_EMPTY, "data_path")
-        yield from self._breaches(_FROM_ZERO, "max_eval_samples", "tokens_per_row")
+        yield from self._breaches(_FROM_ZERO, "max_eval_samples")
+        yield from self._breaches(_STEPS, "tokens_per_row")
         yield from self._breaches(_BELOW_ONE, "eval_fraction")
         yield from self._breaches(_SHARE, "max_broken_fraction")
-        yield from self._breaches(_Rule(lambda value: value >= 16, "at least 16"), "max_seq_length")
+        yield from self._breaches(_LENGTH, "max_seq_length")
         yield from self._breaches(
             _Rule(self._fit_paths, "empty, or one number of 0 or more for each data_path"),
             "data_weights",
         )
+
+    @property
+    def most_tokens(self) -> int:
+        """Of a sample; as long as that is not decided, no limit."""
+        return NO_LIMIT if self.max_seq_length == "auto" else self.max_seq_length
+
+    @property
+    def row_capacity(self) -> int:
+        """Tokens up to which a row is filled with several samples."""
+        if self.tokens_per_row == "auto" and self.max_seq_length == "auto":
+            return ROW_TOKENS
+        own = 0 if self.tokens_per_row == "auto" else self.tokens_per_row
+        return min(own or self.most_tokens, self.most_tokens)
 
     def _fit_paths(self, weights: tuple[float, ...]) -> bool:
         if not weights:

@@ -10,6 +10,7 @@ from finetuning.config import BatchSettings, DirectTrainingConfig, OutputSetting
 from finetuning.data.packing import StepPlan
 from finetuning.data.training_data import DataPart, TrainingData, general_part
 from finetuning.evaluation.forgetting import CPU_TOKENS, most_tokens
+from finetuning.evaluation.generation import EvalPrompt, choose_probes, token_budget
 from finetuning.training.forecast import EvaluationPass, Workload, steps_between_evaluations
 
 SHORT_RUN = 200  # steps, below which every one is logged
@@ -52,16 +53,19 @@ def plan_general(
     return part, one_pass(part, config, dist)
 
 
-def probe_part(
+def plan_probes(
     config: DirectTrainingConfig,
     tokenizer: transformers.PreTrainedTokenizerBase,
     held_out: DataPart,
+    dist: Distributed,
     warn: Callable[[str], None],
-) -> DataPart:
-    """Where the questions of the evaluations come from."""
-    if not config.probe_path:
-        return held_out
-    return general_part(config.probe_path, tokenizer, config, warn, option="--probe-path")
+) -> tuple[tuple[EvalPrompt, ...], int]:
+    """The questions of the evaluations, held out or the user's, and the tokens of an answer at most."""
+    part = held_out
+    if config.probe_path:
+        part = general_part(config.probe_path, tokenizer, config, warn, option="--probe-path")
+    probes = tuple(choose_probes(part, tokenizer, config.num_probes))
+    return probes, token_budget(probes, config.probe_max_new_tokens, dist.device)
 
 
 def one_pass(part: DataPart, config: DirectTrainingConfig, dist: Distributed) -> StepPlan:

@@ -275,7 +275,8 @@ def watch_text(run: RunDirectory) -> str:
 
 def show_plan(terminal: Terminal, plan: RunPlan) -> None:
     """What --plan shows: what becomes of the data, and what the run would do, need and take."""
-    rows = [*account_rows(plan.inputs.accounts), *plan.forecast.rows()]
+    length = ("longest sample", plan.inputs.length.text())
+    rows = [*account_rows(plan.inputs.accounts), length, *plan.forecast.rows()]
     terminal.table(f"Plan for {plan.inputs.model.name}", rows, always=True)
     tell_losses(terminal, plan.inputs.accounts)
 

@@ -65,6 +65,7 @@ def run_rows(plan: RunPlan, engine: TrainingEngine, dist: Distributed) -> list[t
         ("samples", f"{len(data.train)} train, {len(data.held_out)} held out"),
         *account_rows(plan.inputs.accounts),
         *([("remarks", f"{remarks}; --check-data lists them")] if remarks else []),
+        ("longest sample", plan.inputs.length.text()),
         ("tokens per epoch", f"{steps.num_tokens:,}"),
         ("steps", f"{steps.num_steps} ({steps.steps_per_epoch} per epoch)"),
         ("learning rate", _rate_text(plan)),
