@@ -306,7 +306,8 @@ BOUNDS = {
     "eval_steps": (0, LARGE, -1, "often"),
     "save_total_limit": (1, LARGE, 0, None),
     "early_stopping_patience": (0, LARGE, -1, None),
-    "num_probes": (0, LARGE, -1, None),
+    "num_probes": (0, LARGE, -1, "many"),
+    "probe_temperature": (0.0, 2.0, -0.1, NEVER),
     "probe_max_new_tokens": (0, LARGE, -1, None),
     "workers": (0, LARGE, -1, None),
 }

@@ -50,13 +50,19 @@ class Questions:
     """What is answered each time.
 
     decoder: writes with the evaluated model. most: tokens of an answer at most. sharded: the ranks hold parts
-    of the weights, so that each needs all others for every token.
+    of the weights, so that each needs all others for every token. only_at: the steps whose
+    evaluations ask; empty: all do.
     """
 
     probes: Sequence[EvalPrompt]
     decoder: Decoder
     most: int
     sharded: bool
+    only_at: tuple[int, ...] = ()
+
+    def is_due(self, step: int) -> bool:
+        """Whether the evaluation of this step asks."""
+        return bool(self.probes) and (not self.only_at or step in self.only_at)
 
 
 @dataclass(frozen=True)
@@ -116,7 +122,7 @@ class Evaluator:
             held_out = self._sums(self._part, self._plan, base, wants_stop, progress)
             if held_out is None:
                 return None
-        completions = self._answers(progress, wants_stop)
+        completions = self._answers(progress, wants_stop) if self._questions.is_due(step) else []
         if completions is None:
             return None
         if general is not None:
@@ -157,8 +163,6 @@ class Evaluator:
     ) -> list[Completion] | None:
         """Completions of all probes; None where a rank wants to stop."""
         asked = self._questions
-        if not asked.probes:
-            return []
         left = False
 
         def written(done: int, total: int) -> bool:

@@ -25,9 +25,10 @@ from finetuning.model.loading import load_tokenizer
 from finetuning.model.parallel import parallel_mode
 from finetuning.model.resolve import DEFAULT_MODEL, ResolvedModel, local_folder
 from finetuning.runs.init_adapter import with_own_settings
-from finetuning.runs.passes import Plans, evaluation_steps, plan_probes, plan_steps, workload
+from finetuning.runs.passes import Plans, evaluation_steps, plan_steps, workload
 from finetuning.runs.placement import placement_of
 from finetuning.runs.plan import MIN_CONSTANT_EFFICIENCY, tokenized
+from finetuning.runs.probing import plan_probes
 from finetuning.runs.sequence_length import Fits, SequenceLength, fits_memory
 from finetuning.training.forecast import (
     GPU_SHARES,
@@ -156,7 +157,7 @@ def plan_elsewhere(
         trust_remote_code=trust_remote_code,
     )
     plans = plan_steps(config, data, tokenizer, dist, terminal.warning)
-    work = _workload(config, data, plans, tokenizer, dist, terminal)
+    work = _workload(config, data, plans, model.path, tokenizer, dist, terminal)
     parallel, estimate = _fitting(config, gpus, dist, shape, work, dtype)
     accounts = accounts_of(data, as_set)
     return PlanElsewhere(gpus, model.name, parallel, accounts, length, plans[0], estimate)
@@ -210,13 +211,14 @@ def _workload(
     config: DirectTrainingConfig,
     data: TrainingData,
     plans: Plans,
+    folder: Path,
     tokenizer: object,
     dist: Distributed,
     terminal: Terminal,
 ) -> Workload:
-    _, answer_tokens = plan_probes(config, tokenizer, data.held_out, dist, terminal.warning)
-    eval_steps = evaluation_steps(config, plans, answer_tokens, dist)
-    return workload(config, data, plans, eval_steps, answer_tokens, dist.device.type)
+    probing = plan_probes(config, folder, tokenizer, data.held_out, dist, terminal.warning)
+    eval_steps, probing = evaluation_steps(config, plans, probing, dist)
+    return workload(config, data, plans, eval_steps, probing, dist.device.type)
 
 
 def _fitting(

@@ -28,7 +28,6 @@ from finetuning.data.training_data import (
     prepare_data,
     read_data,
 )
-from finetuning.evaluation.generation import EvalPrompt
 from finetuning.model.loading import load_tokenizer
 from finetuning.model.loss import Objective
 from finetuning.model.packed_model import compiler_is_there
@@ -50,12 +49,12 @@ from finetuning.runs.identity import (
 from finetuning.runs.init_adapter import check_base
 from finetuning.runs.passes import (
     evaluation_steps,
-    plan_probes,
     plan_steps,
     steps_between_points,
     workload,
 )
 from finetuning.runs.placement import placement_of
+from finetuning.runs.probing import Probing, plan_probes
 from finetuning.runs.sequence_length import Fits, SequenceLength
 from finetuning.training.engine import Execution
 from finetuning.training.forecast import (
@@ -102,8 +101,7 @@ class RunPlan:
         tuple[DataPart, StepPlan] | None
     )  # text by which forgetting is measured, and a pass over it
     groups: tuple[Groups, Groups]  # of the training and of the held-out documents
-    probes: tuple[EvalPrompt, ...]
-    answer_tokens: int  # longest answer to a probe
+    probing: Probing  # what the evaluations ask
     automatic: tuple[str, ...]  # settings that were left at auto, `settings` has what they became
     eval_steps: int  # steps between evaluations; 0: only before the first step and at the end
     logging_steps: int  # steps between logged points
@@ -137,19 +135,20 @@ def plan_run(
     rows = prove_rows(config, inputs.model, dist, terminal)
     data, tokenizer, warn = inputs.data, inputs.tokenizer, terminal.warning
     steps, evaluation, general = plans = plan_steps(config, data, tokenizer, dist, warn)
-    probes, answer_tokens = plan_probes(config, tokenizer, data.held_out, dist, warn)
-    eval_steps = evaluation_steps(config, plans, answer_tokens, dist)
+    probing = plan_probes(config, inputs.model.path, tokenizer, data.held_out, dist, warn)
+    eval_steps, probing = evaluation_steps(config, plans, probing, dist)
     settings = recorded_settings(config)
     run_identity = identity(settings, inputs.model.name, inputs.contents, data, steps)
     check_ranks(dist.gather(run_identity))
     dtype = weight_dtype(dist.device, config.precision)
     compiled = rows.way == "packed" and compiles(config, dist.device, dtype, steps)
-    work = workload(config, data, plans, eval_steps, answer_tokens, dist.device.type)
+    work = workload(config, data, plans, eval_steps, probing, dist.device.type)
     parallel, estimate = choose_parallel(config, dist, inputs, rows, work, dtype, compiled)
     (checkpointing,) = dist.any(estimate.checkpointing)  # all ranks alike
     shape = steps.constant_shape if compiled else {}
     execution = execution_of(config, rows, parallel, dtype, shape, checkpointing)
     logging_steps = steps_between_points(config, steps.num_steps)
+    settings |= {"num_probes": len(probing.probes), "probe_temperature": probing.warmth}
     points = {"eval_steps": eval_steps, "logging_steps": logging_steps}
     settings |= points | resolved_settings(config, dist, execution, steps)
     return RunPlan(
@@ -159,8 +158,7 @@ def plan_run(
         evaluation=evaluation,
         general=general,
         groups=groups_of(data),
-        probes=probes,
-        answer_tokens=answer_tokens,
+        probing=probing,
         automatic=automatic,
         **points,
         identity=run_identity,

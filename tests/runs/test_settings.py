@@ -274,7 +274,7 @@ def general_sources(world: World, config: Config) -> set[str]:
 
 
 def probed_sources(world: World, config: Config) -> set[str]:
-    return {Path(probe.sample.source).stem for probe in world.plan(config).probes}
+    return {Path(probe.sample.source).stem for probe in world.plan(config).probing.probes}
 
 
 def passes(world: World, config: Config) -> tuple[float, int]:
@@ -751,6 +751,7 @@ ROWS = [
     Row("num_probes", 2, questions, lambda seen: seen[0] == 2),
     Row("probe_path", data("b"), probed_sources, {"b"}, beside={"num_probes": 2}),
     Row("num_epochs", "auto", passes, lambda seen: 3 < seen[0] <= 15 and seen[1] >= 150),
+    Row("probe_temperature", 0.3, lambda world, config: world.plan(config).probing.warmth, 0.3),
     Row("probe_max_new_tokens", 7, questions, (2, 7), beside={"num_probes": 2}),
     Row("alert_actions", {"NonFinite": "save"}, after_an_alert, (True, "")),
     Row("alert_actions", {"NonFinite": "stop"}, after_an_alert, (False, "stopped")),
