@@ -288,7 +288,7 @@ class DirectTrainer:
         state.evaluation_due = metrics is None  # a signal: the session that goes on makes it
         if metrics is None:
             return {}
-        if "Eval/Loss" in metrics and state.note_evaluation(step, metrics["Eval/Loss"]) and step:
+        if state.note_evaluation(step, metrics, self.plan.settings["best_by"]) and step:
             self.save_model(self.record.run.best_model)
         self.look_at_end()
         return metrics
@@ -296,7 +296,8 @@ class DirectTrainer:
     def look_at_end(self) -> None:
         """End a run that early stopping or an alert has ended, now or in an earlier session."""
         config = self.config
-        limits = config.early_stopping_patience, config.alert_actions
+        by = self.plan.settings["best_by"]
+        limits = config.early_stopping_patience, config.alert_actions, by
         reason = summary.stopped_text(self.state, *limits)
         if reason and not self.outcome:
             self.terminal.info(f"ended at step {self.state.step}: {reason}")

@@ -376,8 +376,11 @@ class OutputSettings(_Settings):
     """Checkpoints of this run that are kept; the newest and the best always are."""
     log_weight_histograms: bool = False
     """Write Model/Weights_Distribution at every evaluation."""
+    best_by: Literal["auto", "loss", "answers"] = "auto"
+    """What makes a model the best, and early stopping wait: the held-out loss, or Eval/Answer_Score. auto:
+    the answers where every evaluation judges 16 or more."""
     early_stopping_patience: int = 0
-    """Evaluations without a better held-out loss after which the run ends; 0: off."""
+    """Evaluations without a better model, see best_by, after which the run ends; 0: off."""
     forgetting: bool = True
     """At every evaluation, measure how far the model is from its base: KL on held-out and on general text,
     and the loss on the latter."""
@@ -440,6 +443,8 @@ class DirectTrainingConfig(  # the fields come in the reverse order of the bases
         """What is wrong between groups."""
         if self.quantization == "4bit" and self.parallel == "fsdp":
             yield "quantization 4bit can't be sharded: leave parallel at auto, or set it to ddp"
+        if self.best_by == "answers" and not self.num_probes:
+            yield "best_by answers needs questions: set num_probes above 0, or leave it at auto"
         if self.kl_anchor and not self.lora_r:
             yield "kl_anchor needs the base, which is there with adapters only: set lora_r above 0"
         if self.quantization == "4bit" and not self.lora_r:

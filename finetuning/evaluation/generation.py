@@ -213,6 +213,7 @@ def probe_metrics(
         ],
         "Eval/Repetition_Rate": [repetition_rate(c.tokens) for c in completions],
         "Eval/Term_Recall": _known(term_recall(p.sample.answer, c.answer) for p, c in whole),
+        "Eval/Answer_Score": [answer_score(p.sample.answer, c) for p, c in whole],
         "Eval/Fact_Recall": _known(fact_recall(p.sample.answer, c.answer) for p, c in whole),
     }
     metrics = {tag: sum(v) / len(v) for tag, v in means.items() if v}
@@ -239,6 +240,18 @@ def exact_answer(reference: str, answer: str) -> float | None:
     if wanted is None or given is None:
         return None if wanted is None else 0.0
     return float(wanted == given or _number(wanted) == _number(given) is not None)
+
+
+def answer_score(reference: str, completion: Completion) -> float:
+    """How good a completion is, 0 to 1: 0 unless it is valid, then what can be told of its answer: the final
+    number, else what must be exact, else the terms; 1 where the reference has none of them."""
+    if not completion.valid:
+        return 0.0
+    for judge in (exact_answer, fact_recall, term_recall):
+        score = judge(reference, completion.answer)
+        if score is not None:
+            return score
+    return 1.0
 
 
 def final_answer(text: str) -> str | None:

@@ -55,6 +55,8 @@ Eval/Budget_Hit_Rate | fraction | generation probes | evaluation.generation
     Generated completions that ended only because the token budget did.
 Eval/Exact_Answer | fraction | judged probes | evaluation.generation
     Generated answers, not cut too early, with the reference's number, where it has one.
+Eval/Answer_Score | fraction | judged probes | evaluation.generation
+    How good answers are: 0 without a valid form, else the final number, else the exact facts, else terms.
 Eval/Fact_Recall | fraction | judged probes | evaluation.exactness
     Numbers, formulas and cited standards of the reference answer that the generated answer has exactly.
 Eval/By_Difficulty_<k> | nats/token | evaluation | evaluation.evaluator

@@ -106,7 +106,7 @@ def evaluation_steps(
         number * cost
         > EVALUATION_SHARE * steps.num_tokens * steps.num_steps / steps.steps_per_epoch
     )
-    if config.num_probes == "auto" and dear:
+    if config.num_probes == "auto" and config.best_by != "answers" and dear:
         return apart(0), replace(probing, always=False)
     return often, probing
 

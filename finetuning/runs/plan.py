@@ -111,6 +111,12 @@ class RunPlan:
     forecast: RunForecast
 
     @property
+    def best_text(self) -> str:
+        """By what a model is the best, for a person."""
+        left = "best_by" in self.automatic
+        return self.probing.best_text("auto" if left else self.settings["best_by"])
+
+    @property
     def data(self) -> TrainingData:
         """The training and the held-out part."""
         return self.inputs.data
@@ -148,7 +154,7 @@ def plan_run(
     shape = steps.constant_shape if compiled else {}
     execution = execution_of(config, rows, parallel, dtype, shape, checkpointing)
     logging_steps = steps_between_points(config, steps.num_steps)
-    settings |= {"num_probes": len(probing.probes), "probe_temperature": probing.warmth}
+    settings |= probing.settings(config.best_by)
     points = {"eval_steps": eval_steps, "logging_steps": logging_steps}
     settings |= points | resolved_settings(config, dist, execution, steps)
     return RunPlan(

@@ -24,6 +24,8 @@ from finetuning.evaluation.generation import (
 )
 from finetuning.model.sampling import Sampling
 
+ENOUGH_JUDGED = 16  # answers of an evaluation by which models can be told apart
+
 
 @dataclass(frozen=True)
 class Probing:
@@ -43,6 +45,26 @@ class Probing:
     def only_at(self, steps: StepPlan) -> tuple[int, ...]:
         """The steps whose evaluations ask; empty: all do."""
         return () if self.always else (0, steps.num_steps)
+
+    def settings(self, best_by: str) -> dict[str, int | float | str]:
+        """As they are used."""
+        own = {"num_probes": len(self.probes), "probe_temperature": self.warmth}
+        return own | {"best_by": self.best_by(best_by)}
+
+    def best_by(self, wanted: str) -> str:
+        """loss or answers, by which a model is the best."""
+        judged = sum(probe.reference_tokens <= self.most for probe in self.probes)
+        enough = self.always and judged >= ENOUGH_JUDGED
+        return wanted if wanted != "auto" else "answers" if enough else "loss"
+
+    def best_text(self, wanted: str) -> str:
+        """The same for a person, with the reason where that was left to the program."""
+        by = {"loss": "held-out loss", "answers": "answers"}[self.best_by(wanted)]
+        if wanted != "auto":
+            return f"by {by}"
+        few = "" if self.always else ", as not every evaluation asks"
+        few = few or f", as fewer than {ENOUGH_JUDGED} answers are judged"
+        return f"by {by} (auto{few * (self.best_by(wanted) == 'loss')})"
 
     def text(self) -> str:
         """For a person."""

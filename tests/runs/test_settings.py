@@ -35,12 +35,14 @@ from finetuning.data.token_table import Segment
 from finetuning.model.loss import Objective
 from finetuning.model.packed_model import PackedLossModel
 from finetuning.model.resolve import weight_dtype
+from finetuning.model.sampling import GREEDILY
 from finetuning.monitoring.system_monitor import SystemMonitor
 from finetuning.runs import plan as run_plan
 from finetuning.runs.build import build_engine, build_evaluator
 from finetuning.runs.directory import RunDirectory
 from finetuning.runs.metrics import MetricsProcessor
 from finetuning.runs.plan import RunPlan, plan_run
+from finetuning.runs.probing import Probing
 from finetuning.runs.record import RunRecord
 from finetuning.runs.session import SessionStart, open_run
 from finetuning.training.engine import TrainingEngine
@@ -449,11 +451,18 @@ def evaluations_until_the_end(world: World, config: Config) -> int:
     trainer.metrics, trainer.record = mock.MagicMock(), mock.MagicMock()
     trainer.engine = SimpleNamespace(beside_graph=lambda work: work())
     trainer.evaluator = SimpleNamespace(measure=lambda *_: {"Eval/Loss": 1.0})
+    trainer.plan = SimpleNamespace(settings={"best_by": "loss"})
     for count in range(7):
         trainer.evaluate(count)
         if trainer.outcome:
             return count
     return -1
+
+
+def judge_of(asked: int) -> Callable[[World, Config], str]:
+    """What decides where so many short answers are judged at every evaluation."""
+    probes = [SimpleNamespace(reference_tokens=9)] * asked
+    return lambda world, config: Probing(probes, 9, GREEDILY).best_by(config.best_by)
 
 
 def after_an_alert(world: World, config: Config) -> tuple[bool, str]:
@@ -747,6 +756,8 @@ ROWS = [
     Row("eval_steps", 3, forecast_row("evaluations"), "3, every 3 steps", beside=SHORT_RUN),
     Row("save_total_limit", 2, checkpoints_kept, 2, otherwise=3),
     Row("log_weight_histograms", True, histograms, True),
+    Row("best_by", "loss", judge_of(16), "loss", otherwise="answers"),
+    Row("best_by", "answers", judge_of(15), "answers", beside={"num_probes": 15}, otherwise="loss"),
     Row("early_stopping_patience", 2, evaluations_until_the_end, 2, otherwise=-1),
     Row("num_probes", 2, questions, lambda seen: seen[0] == 2),
     Row("probe_path", data("b"), probed_sources, {"b"}, beside={"num_probes": 2}),
