@@ -288,6 +288,7 @@ class DirectTrainer:
         state.evaluation_due = metrics is None  # a signal: the session that goes on makes it
         if metrics is None:
             return {}
+        self.record.write_questions(self.evaluator.questions)
         if state.note_evaluation(step, metrics, self.plan.settings["best_by"]) and step:
             self.save_model(self.record.run.best_model)
         self.look_at_end()

@@ -27,6 +27,7 @@ from finetuning.monitoring.alerts import Alert, AlertMonitor, run_command
 from finetuning.monitoring.system_monitor import SystemMonitor
 from finetuning.readers.sample import BrokenSample
 from finetuning.runs import summary
+from finetuning.runs.before_after import AFTER, BEFORE
 from finetuning.runs.directory import RunDirectory
 from finetuning.runs.gpu_summary import GpuSummary
 from finetuning.runs.other_hardware import Gpus, plan_elsewhere
@@ -176,6 +177,11 @@ class RunRecord:
         }
         numbers = {tag: float(plan.settings[name]) for tag, name in named.items()}
         logger.log(0, statistics.scalars() | numbers)
+
+    def write_questions(self, found: Mapping[str, Any]) -> None:
+        """What an evaluation found on each question: that before the first step, and the newest one."""
+        if self.logger:
+            write_json(self.run.logs / (AFTER if found["step"] else BEFORE), found)
 
     def write_settings(self, settings: Mapping[str, Any], step: int) -> None:
         """TEXT: all settings as they are from this step on."""

@@ -40,6 +40,7 @@ from finetuning.runs.recorded import (
     find_runs,
     read_recorded,
 )
+from finetuning.runs.report_before_after import before_and_after
 
 # Title of a chart -> expressions; every tag that fits one is a curve, named by what the title leaves out.
 CHARTS = {
@@ -55,7 +56,7 @@ CHARTS = {
     "Loss on general text": (r"Forgetting/General_Loss",),
     "Answers of the probes": (
         r"Eval/(Format_Valid|Repetition|Budget_Hit)_Rate",
-        r"Eval/(Term_Recall|Exact_Answer)",
+        r"Eval/(Term_Recall|Fact_Recall|Exact_Answer|Answer_Score)",
     ),
     "Learning rate": (r"Training/Learning_Rate",),
     "Gradient norm": (r"Training/Gradient_Norm(_Max)?",),
@@ -69,20 +70,6 @@ CHARTS = {
     "GPU power, W": (r"GPU_\d+/Power_W",),
     "Host memory of the run, MB": (r"Memory/Host_RSS_MB",),
     "CPU, %": (r"System/CPU_Percent",),
-}
-# Row of the first table -> its tag, and whether more is better; None: it is a distance.
-BEFORE_AND_AFTER = {
-    "held-out loss": ("Eval/Loss", False),
-    "held-out loss of the thinking": ("Eval/Thinking_Loss", False),
-    "held-out loss of the answers": ("Eval/Answer_Loss", False),
-    "held-out tokens foretold": ("Eval/Token_Accuracy", True),
-    "probes thought, answered and ended": ("Eval/Format_Valid_Rate", True),
-    "probes with the right number": ("Eval/Exact_Answer", True),
-    "terms of the reference named": ("Eval/Term_Recall", True),
-    "probes cut at their budget": ("Eval/Budget_Hit_Rate", False),
-    "loss on general text": ("Forgetting/General_Loss", False),
-    "KL to the base, general text": ("Forgetting/KL_General", None),
-    "KL to the base, held out": ("Forgetting/KL_Held_Out", None),
 }
 MOST_CURVES = 12  # in one chart
 TEXTS = (
@@ -132,7 +119,7 @@ def page(run: RecordedRun) -> str:
     """The whole page; every text of the run in it is escaped."""
     sections = [
         _head(run),
-        _section("Before and after", _before_and_after(run)),
+        _section("Before and after", before_and_after(run)),
         _section("What to do next", _next_steps(run)),
         _section("Alerts", _alerts(run.alerts)),
         _section("Curves", _left_out(run) + _charts(run.series)),
@@ -203,29 +190,6 @@ def headline(run: RecordedRun) -> dict[str, str]:
         "alerts": str(run.alerts.count),
     }
     return {name: value for name, value in numbers.items() if value}
-
-
-def _before_and_after(run: RecordedRun) -> str:
-    """The base against the model of the newest evaluation; nothing before there are two."""
-    errors, rows = run.series.get("Eval/Loss_Error", ()), []
-    for name, (tag, more) in BEFORE_AND_AFTER.items():
-        points = run.series.get(tag, ())
-        if len(points) < 2:
-            continue
-        before, after = points[0][1], points[-1][1]
-        texts = [shown(before), shown(after)]
-        if tag == "Eval/Loss" and len(errors) > 1:
-            texts = [
-                f"{text} ± {shown(2 * error)}"
-                for text, (_, error) in zip(texts, (errors[0], errors[-1]), strict=True)
-            ]
-        change = (
-            "" if more is None or before == after else ("worse", "better")[more == (after > before)]
-        )
-        rows.append((translated(name), *texts, translated(change)))
-    note = _said("±: twice the standard error over the held-out samples.")
-    table_ = _table(("", "base", "tuned", ""), rows)
-    return table_ + (f"<p>{note}</p>" if len(errors) > 1 else "") if rows else ""
 
 
 def _next_steps(run: RecordedRun) -> str:

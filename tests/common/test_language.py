@@ -17,7 +17,7 @@ from finetuning.events.metric_table import METRICS, description
 from finetuning.monitoring.advice import ADVICE, advice, ending
 from finetuning.monitoring.alerts import Alert, AlertMonitor
 from finetuning.monitoring.detector_memory import Finding
-from finetuning.runs import report
+from finetuning.runs import report, report_before_after
 
 ROOT = Path(__file__).parents[2]
 # What a newcomer may meet in the first hour. Texts of others are shown in English.
@@ -88,7 +88,7 @@ def test_alerts_settings_charts_and_headings_have_one():
     ]
     assert settings.keys() == set(fields) - {"training"}
     assert {m.tag for m in METRICS} <= language.meanings("metrics_zh.tsv").keys()
-    titles = [*report.CHARTS, *(title for _, title in report.TEXTS), *report.BEFORE_AND_AFTER]
+    titles = [*report.CHARTS, *(title for _, title in report.TEXTS), *report_before_after.ROWS]
     assert not missing(iter(titles))
 
 

@@ -450,7 +450,7 @@ def evaluations_until_the_end(world: World, config: Config) -> int:
     trainer = DirectTrainer(config, quiet=True)
     trainer.metrics, trainer.record = mock.MagicMock(), mock.MagicMock()
     trainer.engine = SimpleNamespace(beside_graph=lambda work: work())
-    trainer.evaluator = SimpleNamespace(measure=lambda *_: {"Eval/Loss": 1.0})
+    trainer.evaluator = SimpleNamespace(measure=lambda *_: {"Eval/Loss": 1.0}, questions={})
     trainer.plan = SimpleNamespace(settings={"best_by": "loss"})
     for count in range(7):
         trainer.evaluate(count)
