@@ -131,16 +131,19 @@ class DirectTrainer:
         output_dir = Path(self.config.output_dir)
         lock = directory.only_writer(output_dir) if self.dist.is_main else nullcontext()
         with self.stop, lock, self.news, self.mirror:
+            with disk_faults_stop_the_run(output_dir):
+                checkpoint = self.checkpoints.resolve_resume(self.resume, self.mirror.fetch)
             self.plan = plan_run(
                 self.config,
                 self.dist,
                 self.terminal,
                 trust_remote_code=self.trust_remote_code,
+                pinned=checkpoint.settings if checkpoint else {},
             )
             self.engine = build_engine(self.config, self.plan, self.dist, self.terminal)
             self.evaluator = build_evaluator(self.config, self.plan, self.engine, self.dist)
             with disk_faults_stop_the_run(output_dir):
-                self.open()
+                self.open(checkpoint)
             try:
                 with disk_faults_stop_the_run(output_dir):
                     self.loop()
@@ -291,7 +294,8 @@ class DirectTrainer:
         state.evaluation_due = metrics is None  # a signal: the session that goes on makes it
         if metrics is None:
             return {}
-        if "Eval/Loss" in metrics and state.note_evaluation(step, metrics["Eval/Loss"]) and step:
+        self.record.write_questions(self.evaluator.questions)
+        if state.note_evaluation(step, metrics, self.plan.settings["best_by"]) and step:
             self.save_model(self.record.run.best_model)
         self.look_at_end()
         return metrics
@@ -299,7 +303,8 @@ class DirectTrainer:
     def look_at_end(self) -> None:
         """End a run that early stopping or an alert has ended, now or in an earlier session."""
         config = self.config
-        limits = config.early_stopping_patience, config.alert_actions
+        by = self.plan.settings["best_by"]
+        limits = config.early_stopping_patience, config.alert_actions, by
         reason = summary.stopped_text(self.state, *limits)
         if reason and not self.outcome:
             self.terminal.info(f"ended at step {self.state.step}: {reason}")
@@ -397,9 +402,8 @@ class DirectTrainer:
     # -------------------------------------------------------------------------
     # Beginning
 
-    def open(self) -> None:
+    def open(self, checkpoint: Checkpoint | None) -> None:
         """The run's directory, its record and its metrics; from a checkpoint where there is one."""
-        checkpoint = self.checkpoints.resolve_resume(self.resume, self.mirror.fetch)
         if checkpoint:
             self.restore(checkpoint)
             self.state.resume_count += 1

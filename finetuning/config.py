@@ -66,6 +66,8 @@ EMBEDDED = "embedded"  # name of the demonstration model
 PARTLY_SHOWN = ("alert_actions", "notify", "mirror")
 # Settings in which `~` is the home directory; the paths of data are for `readers.files`.
 _HOME_IS_SHORT = ("model_name", "init_adapter", "output_dir", "cache_dir", "mirror")
+ROW_TOKENS = 2048  # of a row, where the length of samples is left to the program
+NO_LIMIT = 2**31 - 1  # tokens
 _PROGRAM = Path(__file__).parents[1]
 
 # -----------------------------------------------------------------------------
@@ -95,10 +97,17 @@ _NOT_EMPTY = _Rule(bool, "not empty")
 _AUTO_OR_ABOVE_ZERO = _Rule(
     lambda value: value == "auto" or (_finite(value) and value > 0), "auto, or above 0 and finite"
 )
+_AUTO_OR_FROM_ZERO = _Rule(
+    lambda value: value == "auto" or (_finite(value) and value >= 0), "auto, or finite, 0 or more"
+)
 _STEPS = _Rule(
     lambda value: value == "auto" or (isinstance(value, int) and value >= 0), "auto, or 0 or more"
 )
 
+_LENGTH = _Rule(
+    lambda value: value == "auto" or (isinstance(value, int) and value >= 16),
+    "auto, or at least 16",
+)
 _LOGGING = _Rule(
     lambda value: value == "auto" or (isinstance(value, int) and value >= 1), "auto, or 1 or more"
 )
@@ -217,11 +226,12 @@ class DataSettings(_Settings):
     """Share of the samples that is held out, by a hash of each sample; 0: none."""
     max_eval_samples: int = 1000
     """Samples that eval_fraction holds out at most, as each evaluation reads them all; 0: no limit."""
-    max_seq_length: int = 2048
-    """Longest sample, in tokens."""
-    tokens_per_row: int = 0
-    """Tokens up to which a packed row is filled; a longer sample has a row of its own. 0: max_seq_length, so
-    that with longer samples there are fewer updates, too."""
+    max_seq_length: int | Literal["auto"] = "auto"
+    """Longest sample, in tokens. auto: that of the data, 2,048 at least; where that does not fit the memory,
+    what keeps 99% of the samples, or what fits."""
+    tokens_per_row: int | Literal["auto"] = "auto"
+    """Tokens up to which a packed row is filled; a longer sample has a row of its own. auto: 2,048, or
+    max_seq_length where that is set, so that there are fewer updates, too; 0: max_seq_length."""
     over_length: Literal["drop", "truncate_thinking", "error"] = "drop"
     """What happens to a longer sample; it is never cut at its end."""
     loss_on: Literal["last_turn", "all_turns"] = "last_turn"
@@ -234,19 +244,33 @@ class DataSettings(_Settings):
     packing: bool = True
     """Fill rows with several samples that never see each other; off: one sample per row."""
     max_broken_fraction: float = 0.1
-    """Share of the samples that may be left out for one reason (broken, control tokens, longer than the
-    default max_seq_length); above it the run refuses to start."""
+    """Share of the samples that may be left out for one reason (broken, control tokens, longer than an
+    automatic max_seq_length); above it the run refuses to start."""
 
     def _faults(self) -> Iterator[str]:
         yield from self._breaches(_NOT_EMPTY, "data_path")
-        yield from self._breaches(_FROM_ZERO, "max_eval_samples", "tokens_per_row")
+        yield from self._breaches(_FROM_ZERO, "max_eval_samples")
+        yield from self._breaches(_STEPS, "tokens_per_row")
         yield from self._breaches(_BELOW_ONE, "eval_fraction")
         yield from self._breaches(_SHARE, "max_broken_fraction")
-        yield from self._breaches(_Rule(lambda value: value >= 16, "at least 16"), "max_seq_length")
+        yield from self._breaches(_LENGTH, "max_seq_length")
         yield from self._breaches(
             _Rule(self._fit_paths, "empty, or one number of 0 or more for each data_path"),
             "data_weights",
         )
+
+    @property
+    def most_tokens(self) -> int:
+        """Of a sample; as long as that is not decided, no limit."""
+        return NO_LIMIT if self.max_seq_length == "auto" else self.max_seq_length
+
+    @property
+    def row_capacity(self) -> int:
+        """Tokens up to which a row is filled with several samples."""
+        if self.tokens_per_row == "auto" and self.max_seq_length == "auto":
+            return ROW_TOKENS
+        own = 0 if self.tokens_per_row == "auto" else self.tokens_per_row
+        return min(own or self.most_tokens, self.most_tokens)
 
     def _fit_paths(self, weights: tuple[float, ...]) -> bool:
         if not weights:
@@ -358,8 +382,11 @@ class OutputSettings(_Settings):
     """Checkpoints of this run that are kept; the newest and the best always are."""
     log_weight_histograms: bool = False
     """Write Model/Weights_Distribution at every evaluation."""
+    best_by: Literal["auto", "loss", "answers"] = "auto"
+    """What makes a model the best, and early stopping wait: the held-out loss, or Eval/Answer_Score. auto:
+    the answers where every evaluation judges 16 or more."""
     early_stopping_patience: int = 0
-    """Evaluations without a better held-out loss after which the run ends; 0: off."""
+    """Evaluations without a better model, see best_by, after which the run ends; 0: off."""
     forgetting: bool = True
     """At every evaluation, measure how far the model is from its base: KL on held-out and on general text,
     and the loss on the latter."""
@@ -367,10 +394,14 @@ class OutputSettings(_Settings):
     """General questions and answers of your own for it; empty: those that come with the program."""
     probe_path: tuple[str, ...] = ()
     """Questions of your own, with answers, that are answered instead of held-out ones."""
-    num_probes: int = 4
-    """Questions that are answered at every evaluation, held-out ones or those of probe_path; 0: off."""
+    num_probes: int | Literal["auto"] = "auto"
+    """Questions that evaluations answer, held-out ones or those of probe_path; 0: off. auto: 32 on a GPU, on
+    a CPU 16 or for a large model 4; only at the first and the last evaluation where more costs too much."""
     probe_max_new_tokens: int = 0
-    """Longest probe answer, tokens; 0: a quarter more than the longest reference, on a CPU at most 256."""
+    """Longest probe answer, tokens; 0: a quarter more than the longest reference, on a CPU at most 640."""
+    probe_temperature: float | Literal["auto"] = "auto"
+    """Temperature at which answers are drawn, with top-p 0.95 and seed; 0: greedily. auto: 0.6 for a model
+    that thinks, else 0."""
     alert_actions: dict[str, str] = field(default_factory=dict)
     """Alert name -> log, save, stop, or a command to run with the alert as JSON on its input."""
     mirror: str = ""
@@ -391,9 +422,10 @@ class OutputSettings(_Settings):
         yield from self._breaches(_RUN_NAME, "run_name")
         yield from self._breaches(_LOGGING, "logging_steps")
         yield from self._breaches(_FROM_ONE, "save_total_limit")
-        yield from self._breaches(_STEPS, "save_steps", "eval_steps")
-        not_negative = ("early_stopping_patience", "num_probes", "probe_max_new_tokens", "workers")
+        yield from self._breaches(_STEPS, "save_steps", "eval_steps", "num_probes")
+        not_negative = ("early_stopping_patience", "probe_max_new_tokens", "workers")
         yield from self._breaches(_FROM_ZERO, *not_negative)
+        yield from self._breaches(_AUTO_OR_FROM_ZERO, "probe_temperature")
         for name in self.alert_actions:
             if name not in ALERT_NAMES:
                 near, known = closest(name, ALERT_NAMES), ", ".join(ALERT_NAMES)
@@ -431,6 +463,8 @@ class DirectTrainingConfig(  # the fields come in the reverse order of the bases
         """What is wrong between groups."""
         if self.quantization == "4bit" and self.parallel == "fsdp":
             yield "quantization 4bit can't be sharded: leave parallel at auto, or set it to ddp"
+        if self.best_by == "answers" and not self.num_probes:
+            yield "best_by answers needs questions: set num_probes above 0, or leave it at auto"
         if self.kl_anchor and not self.lora_r:
             yield "kl_anchor needs the base, which is there with adapters only: set lora_r above 0"
         if self.quantization == "4bit" and not self.lora_r:

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from finetuning.evaluation.exactness import wilson
+
 Result = Mapping[str, Any]
 Rows = list[list[str]]
 UNSEEN = ("Unseen_General_Loss", "Docs_Loss", "Crypto_Loss")
@@ -117,14 +119,6 @@ def share(count: int, of_all: int) -> str:
     """A rate with Wilson's 95% interval."""
     low, high = wilson(count, of_all)
     return f"{100 * count / of_all:.0f}% ({100 * low:.0f}–{100 * high:.0f})"
-
-
-def wilson(count: int, of_all: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson (1927): the interval of a rate."""
-    rate, extra = count / of_all, z * z / of_all
-    middle = (rate + extra / 2) / (1 + extra)
-    half = z / (1 + extra) * math.sqrt(rate * (1 - rate) / of_all + extra / (4 * of_all))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def thinking_rows(results: Sequence[Result]) -> Rows:

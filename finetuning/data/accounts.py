@@ -187,7 +187,7 @@ class Accounts:
 
 def accounts_of(data: TrainingData, settings: DataSettings) -> tuple[Accounts, ...]:
     """Of the files for training, and of the user's own held-out files where there are some."""
-    chosen = settings.max_seq_length != DataSettings.max_seq_length  # the default
+    chosen = settings.max_seq_length != "auto"
     rules = {
         "splits": settings.control_tokens == "split",
         "all_turns": settings.loss_on == "all_turns",

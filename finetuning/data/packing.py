@@ -53,7 +53,7 @@ class StepPlan:
         num_targets: (n,) supervised tokens of each document of the table.
         documents: (m,) the documents to plan, by index, repeats allowed; none longer than
             `max_seq_length`. None: all.
-        data: `max_seq_length` is the capacity of a row, or `tokens_per_row`, beyond which only a document
+        data: `row_capacity` is what a row is filled up to, beyond which only a document
             alone goes; without `packing` there is one document in each.
         batch: rows that go through the model at once, micro-batches of one rank in one update, passes
             over the data (a fraction is rounded up to whole steps), or exactly so many steps.
@@ -78,11 +78,11 @@ class StepPlan:
         assert len(self.documents) > 0, "a plan needs at least one document"
         # Of one epoch.
         self.num_tokens, self._longest = _total_and_longest(self._lengths, self.documents)
-        assert self._longest <= data.max_seq_length, (self._longest, data.max_seq_length)
+        assert self._longest <= data.most_tokens, (self._longest, data.most_tokens)
         self.rank, self.world_size, self.seed = rank, world_size, seed
-        self._filled = min(data.tokens_per_row or data.max_seq_length, data.max_seq_length)
-        longest = min(_rounded(self._longest), data.max_seq_length)
-        self.row_tokens = max(self._filled, longest if data.tokens_per_row else 0)
+        self._filled = data.row_capacity
+        longest = min(_rounded(self._longest), data.most_tokens)
+        self.row_tokens = max(self._filled, longest)
         self.rows_per_micro_batch = batch.batch_size
         order = self.documents.astype(_index_type(len(lengths)))
         if data.packing:

@@ -147,7 +147,7 @@ def _fit(
     truncation: dict[str, list],
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """The document within max_seq_length, or None; the report says what became of it."""
-    limit = settings.max_seq_length
+    limit = settings.most_tokens
     if len(ids) <= limit:
         return ids, segments
     if settings.over_length == "error":
@@ -265,7 +265,7 @@ def tokenize_samples(
             progress(len(samples), len(samples))
     if not len(arrays["lengths"]):
         raise nothing_left(samples, truncation, settings)
-    return _table(arrays, truncation, form, settings.max_seq_length)
+    return _table(arrays, truncation, form, settings.most_tokens)
 
 
 def left_out(report: TruncationReport, settings: DataSettings) -> Iterator[tuple[str, str]]:
@@ -275,7 +275,7 @@ def left_out(report: TruncationReport, settings: DataSettings) -> Iterator[tuple
     for count, reason, remedy in (
         (
             len(report.dropped),
-            f"longer than {settings.max_seq_length} tokens",
+            f"longer than {settings.most_tokens} tokens",
             "raise --max-seq-length or use --over-length truncate_thinking",
         ),
         (
@@ -305,7 +305,7 @@ def nothing_left(
         why.append(("no assistant turn of them is to be learnt", "see their loss flags"))
     reasons, remedies = (", ".join(texts) for texts in zip(*why, strict=True))
     broken = (Finding(b.source, b.line, "broken", b.reason) for b in report.broken)
-    less = less_of(report, samples, settings.max_seq_length, settings.empty_thinking)
+    less = less_of(report, samples, settings.most_tokens, settings.empty_thinking)
     return NothingLeftError(
         f"no sample is left of {len(samples)}: {reasons}. What helps: {remedies}", (*broken, *less)
     )

@@ -52,6 +52,24 @@ class TrainingData:
     workers: int
     cache_dir: Path | None = None
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of every document, held-out files of the user's included."""
+        tables = {id(part.tokens): part.tokens.lengths for part in (self.train, self.held_out)}
+        return np.concatenate([*tables.values()])
+
+    def of_length(self, max_seq_length: int) -> "TrainingData":
+        """The same, by a max_seq_length that no document is longer than."""
+        assert self.lengths.max() <= max_seq_length, max_seq_length
+        tables = {
+            id(part.tokens): replace(part.tokens, max_seq_length=max_seq_length)
+            for part in (self.train, self.held_out)
+        }
+        train, held_out = (
+            replace(part, tokens=tables[id(part.tokens)]) for part in (self.train, self.held_out)
+        )
+        return replace(self, train=train, held_out=held_out, max_seq_length=max_seq_length)
+
 
 def read_data(
     settings: DataSettings,
@@ -99,7 +117,7 @@ def general_part(
     knows_thinking = chat_format(tokenizer).close_id >= 0
     samples = [s if knows_thinking else replace(s, thinking="") for s in read.samples]
     rules = {"loss_on": "last_turn", "empty_thinking": "mask", "control_tokens": "split"}
-    length = max(settings.max_seq_length, GENERAL_LENGTH)
+    length = max(settings.most_tokens, GENERAL_LENGTH)
     settings = replace(settings, max_seq_length=length, over_length="drop", **rules)
     with _named(place):
         tokens = tokenize_samples(samples, tokenizer, settings)
@@ -148,7 +166,7 @@ def prepare_data(
         held_out = DataPart(split.eval_read.samples, own, np.arange(len(own)))
     if not len(train):
         raise nothing_left(split.read.samples, tokens.truncation, settings, len(held_out))
-    return TrainingData(split, train, held_out, settings.max_seq_length, workers, cache_dir)
+    return TrainingData(split, train, held_out, settings.most_tokens, workers, cache_dir)
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from finetuning.evaluation.generation import (
 )
 from finetuning.evaluation.hardest_samples import hardest, hardest_text, loss_rows
 from finetuning.evaluation.loss_metrics import LossMetrics, standard_error
+from finetuning.evaluation.question_record import answers_of, losses_of
 from finetuning.model.decoding import Decoder
 from finetuning.model.packed_model import PackedLossModel
 
@@ -50,13 +51,19 @@ class Questions:
     """What is answered each time.
 
     decoder: writes with the evaluated model. most: tokens of an answer at most. sharded: the ranks hold parts
-    of the weights, so that each needs all others for every token.
+    of the weights, so that each needs all others for every token. only_at: the steps whose
+    evaluations ask; empty: all do.
     """
 
     probes: Sequence[EvalPrompt]
     decoder: Decoder
     most: int
     sharded: bool
+    only_at: tuple[int, ...] = ()
+
+    def is_due(self, step: int) -> bool:
+        """Whether the evaluation of this step asks."""
+        return bool(self.probes) and (not self.only_at or step in self.only_at)
 
 
 @dataclass(frozen=True)
@@ -94,6 +101,7 @@ class Evaluator:
         self._histograms = histograms
         self.health = AdapterHealth(packed.model)
         self._gradient_norms: dict[str, float] = {}
+        self.questions: dict[str, Any] = {}  # what the newest evaluation found on each
 
     def note_gradients(self) -> None:
         """Keep the adapters' gradient norms for the coming `measure`: call it before the update."""
@@ -116,7 +124,7 @@ class Evaluator:
             held_out = self._sums(self._part, self._plan, base, wants_stop, progress)
             if held_out is None:
                 return None
-        completions = self._answers(progress, wants_stop)
+        completions = self._answers(progress, wants_stop) if self._questions.is_due(step) else []
         if completions is None:
             return None
         if general is not None:
@@ -124,12 +132,23 @@ class Evaluator:
             if of_general is None:
                 return None
         metrics = {} if held_out is None else self._held_out(held_out, step, logger)
+        self._note_questions(step, held_out, completions)
         if completions:
             asked = self._questions
             logger.add_text("Eval/Samples", samples_text(asked.probes, completions), step)
             metrics |= probe_metrics(asked.probes, completions, asked.most)
         metrics |= {} if of_general is None else general_metrics(of_general)
         return metrics | self._adapters(step, logger)
+
+    def _note_questions(
+        self, step: int, held_out: HeldOutSums | None, completions: Sequence[Completion]
+    ) -> None:
+        part, asked = self._part, self._questions
+        losses = (
+            [] if held_out is None else losses_of(part, self._plan.documents, held_out.documents)
+        )
+        answers = answers_of(asked.probes, completions, asked.most) if completions else []
+        self.questions = {"step": step, "losses": losses, "answers": answers}
 
     def _sums(
         self,
@@ -157,8 +176,6 @@ class Evaluator:
     ) -> list[Completion] | None:
         """Completions of all probes; None where a rank wants to stop."""
         asked = self._questions
-        if not asked.probes:
-            return []
         left = False
 
         def written(done: int, total: int) -> bool:

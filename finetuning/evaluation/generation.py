@@ -1,8 +1,9 @@
 """Held-out questions answered by the model as it is now, and what the answers tell.
 
-The same few questions at every evaluation, greedy, so that a change is the model's. A completion is
-judged from its tokens: does it close its thinking once, answer, and end; how long does it think; does it
-loop; does it name the terms of the reference, and the number where the reference has one.
+The same few questions at every evaluation, with the same numbers where tokens are drawn, so that a change is
+the model's. A completion is judged from its tokens: does it close its thinking once, answer, and end; how
+long does it think; does it loop; does it name the terms of the reference, what must be exact of it, and the
+number where the reference has one.
 """
 
 import functools
@@ -20,12 +21,16 @@ from finetuning.common.text import fenced, table_cell, table_cell_of_lines
 from finetuning.data.chat_template import encode_prompt, parse_completion
 from finetuning.data.token_table import Segment, carries_loss
 from finetuning.data.training_data import DataPart
+from finetuning.evaluation.exactness import fact_recall, with_interval
 from finetuning.model.attention import ordinary_attention
 from finetuning.model.decoding import Decoder, Request
 from finetuning.readers.sample import Sample
 
 REPETITION_NGRAM = 10  # tokens
-CPU_BUDGET = 256  # tokens; about four seconds for the embedded model
+CPU_BUDGET = 640  # tokens; sixteen answers of the embedded model take some eight seconds
+GPU_PROBES, CPU_PROBES, FEW_PROBES = 32, 16, 4  # of num_probes auto; few: of a large model on a CPU
+CPU_SIZE = 10**9  # bytes of weights up to which a model is one for a CPU
+WARM = 0.6  # temperature of answers of a model that thinks
 # Weights up to which one thread writes: of 5 million, two take twice as long, of 109 million the same.
 SMALL_MODEL = 10**8
 SHOWN_CHARACTERS = 6000  # of one thinking or answer
@@ -59,10 +64,13 @@ class Completion:
         return self.closed and bool(self.answer.strip()) and self.ended
 
 
-def choose_probes(part: DataPart, tokenizer: object, count: int) -> list[EvalPrompt]:
+def choose_probes(
+    part: DataPart, tokenizer: object, count: int, fitting: int = 0
+) -> list[EvalPrompt]:
     """`count` held-out samples in the order of their ids, half of them with a number to compute.
 
-    So the choice does not depend on the order of the files and does not change between runs.
+    So the choice does not depend on the order of the files and does not change between runs. fitting: only
+    references of so many tokens at most, if there are any (0: all).
     """
     if not count:
         return []
@@ -71,6 +79,8 @@ def choose_probes(part: DataPart, tokenizer: object, count: int) -> list[EvalPro
         sample = part.sample(document)
         computed[sample.id] = int(document), final_answer(sample.answer) is not None
     in_order = [computed[i] for i in sorted(computed)]
+    short = [item for item in in_order if part.tokens.num_targets[item[0]] <= fitting]
+    in_order = short or in_order
     numbers = [document for document, has_number in in_order if has_number]
     others = [document for document, has_number in in_order if not has_number]
     half = numbers[: count // 2]
@@ -113,7 +123,7 @@ def complete(
     device: torch.device,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> list[Completion]:
-    """Greedy completions of all prompts in one batch, padded on the left.
+    """Completions of all prompts in one batch, padded on the left.
 
     Training mode and random state are as before afterwards. `progress` is called now and then with (tokens
     written, tokens at most); where its result is true, no more are written.
@@ -190,19 +200,26 @@ def probe_metrics(
     """
     pairs = list(zip(probes, completions, strict=True))
     whole = [(p, c) for p, c in pairs if c.ended or p.reference_tokens <= max_new_tokens]
-    values = {
+    rates = {
         "Eval/Format_Valid_Rate": [float(c.valid) for _, c in whole],
+        "Eval/Budget_Hit_Rate": [float(not c.ended) for c in completions],
+        "Eval/Exact_Answer": _known(exact_answer(p.sample.answer, c.answer) for p, c in whole),
+    }
+    means = {
         "Eval/Think_Length_Ratio": [
             c.thinking_tokens / p.thinking_tokens
             for p, c in pairs
             if p.thinking_tokens and c.closed
         ],
         "Eval/Repetition_Rate": [repetition_rate(c.tokens) for c in completions],
-        "Eval/Budget_Hit_Rate": [float(not c.ended) for c in completions],
         "Eval/Term_Recall": _known(term_recall(p.sample.answer, c.answer) for p, c in whole),
-        "Eval/Exact_Answer": _known(exact_answer(p.sample.answer, c.answer) for p, c in whole),
+        "Eval/Answer_Score": [answer_score(p.sample.answer, c) for p, c in whole],
+        "Eval/Fact_Recall": _known(fact_recall(p.sample.answer, c.answer) for p, c in whole),
     }
-    return {tag: sum(v) / len(v) for tag, v in values.items() if v}
+    metrics = {tag: sum(v) / len(v) for tag, v in means.items() if v}
+    for tag, outcomes in rates.items():
+        metrics |= with_interval(tag, outcomes) if outcomes else {}
+    return metrics
 
 
 def repetition_rate(tokens: Sequence[int], n: int = REPETITION_NGRAM) -> float:
@@ -223,6 +240,18 @@ def exact_answer(reference: str, answer: str) -> float | None:
     if wanted is None or given is None:
         return None if wanted is None else 0.0
     return float(wanted == given or _number(wanted) == _number(given) is not None)
+
+
+def answer_score(reference: str, completion: Completion) -> float:
+    """How good a completion is, 0 to 1: 0 unless it is valid, then what can be told of its answer: the final
+    number, else what must be exact, else the terms; 1 where the reference has none of them."""
+    if not completion.valid:
+        return 0.0
+    for judge in (exact_answer, fact_recall, term_recall):
+        score = judge(reference, completion.answer)
+        if score is not None:
+            return score
+    return 1.0
 
 
 def final_answer(text: str) -> str | None:

@@ -55,6 +55,10 @@ Eval/Budget_Hit_Rate | fraction | generation probes | evaluation.generation
     Generated completions that ended only because the token budget did.
 Eval/Exact_Answer | fraction | judged probes | evaluation.generation
     Generated answers, not cut too early, with the reference's number, where it has one.
+Eval/Answer_Score | fraction | judged probes | evaluation.generation
+    How good answers are: 0 without a valid form, else the final number, else the exact facts, else terms.
+Eval/Fact_Recall | fraction | judged probes | evaluation.exactness
+    Numbers, formulas and cited standards of the reference answer that the generated answer has exactly.
 Eval/By_Difficulty_<k> | nats/token | evaluation | evaluation.evaluator
     Held-out loss on samples of difficulty k.
 Forgetting/KL_Held_Out | nats/token | measured forgetting | evaluation.forgetting
@@ -268,6 +272,18 @@ Thinking/Loss_By_Position_<k> | nats/token | always | evaluation.loss_metrics
     Loss in the k-th tenth of the chain of thought.
 Answer/Tokens_Percent | % | always | evaluation.loss_metrics
     Share of the answer in the supervised tokens.
+Eval/Format_Valid_Rate_Low | fraction | judged probes | evaluation.exactness
+    Lower end of the rate's 95% interval (Wilson).
+Eval/Format_Valid_Rate_High | fraction | judged probes | evaluation.exactness
+    Upper end of the rate's 95% interval.
+Eval/Exact_Answer_Low | fraction | judged probes | evaluation.exactness
+    Lower end of the rate's 95% interval (Wilson).
+Eval/Exact_Answer_High | fraction | judged probes | evaluation.exactness
+    Upper end of the rate's 95% interval.
+Eval/Budget_Hit_Rate_Low | fraction | generation probes | evaluation.exactness
+    Lower end of the rate's 95% interval (Wilson).
+Eval/Budget_Hit_Rate_High | fraction | generation probes | evaluation.exactness
+    Upper end of the rate's 95% interval.
 Eval/Perplexity | | evaluation | evaluation.evaluator
     exp(Eval/Loss).
 Eval/By_Source/<name> | nats/token | evaluation | evaluation.evaluator

@@ -1,4 +1,4 @@
-"""Greedy tokens behind prompts of different lengths; on a GPU one token of all rows is one CUDA graph.
+"""Tokens behind prompts of different lengths; on a GPU one token of all rows is one CUDA graph.
 
 Qwen3-4B takes some two thousand kernels for a token: the host launches for 30 ms what the GPU does in
 five. So keys and values, mask and positions lie in buffers that stay, and a token is one launch. Whether
@@ -17,6 +17,7 @@ from transformers.cache_utils import StaticLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from finetuning.model.cuda_graph import recorded
+from finetuning.model.sampling import GREEDILY, Chooser, Sampling
 
 ONE_TOKEN = "one_token"
 ALIGNMENT = 8  # of the keys' number: the kernel reads the mask in pieces of this
@@ -32,7 +33,8 @@ class Request:
     """Prompts that are written on.
 
     ids: (B, T), padded on the left, where mask (B, T) is 0. most: new tokens. end_id: what ends a row.
-    enough: asked now and then with the number of tokens written; true ends them all.
+    enough: asked now and then with the number of tokens written; true ends them all. sampling: how tokens are
+    chosen.
     """
 
     ids: torch.Tensor
@@ -40,16 +42,22 @@ class Request:
     most: int
     end_id: int
     enough: Callable[[int], bool] = lambda count: False
+    sampling: Sampling = GREEDILY
+
+    def chooser(self) -> Chooser:
+        """Which token comes next, by the scores and the number of those before it."""
+        return self.sampling.chooser(len(self.ids), self.most, self.ids.device)
 
 
 class Decoder:
-    """Writes greedy tokens with a model, by graph where that is right.
+    """Writes tokens with a model, by graph where that is right.
 
     Args:
         model: a transformers causal language model, maybe within peft's.
         prepare: called before each answer, as adapters that are kept in other matrices want it.
         why_no_graph: not empty: the model's own `generate` writes, for this reason.
         warn: told once where a graph turns out to be wrong for the model.
+        sampling: how tokens are chosen.
     """
 
     def __init__(
@@ -59,9 +67,10 @@ class Decoder:
         *,
         why_no_graph: str = "",
         warn: Callable[[str], object] = lambda text: None,
+        sampling: Sampling = GREEDILY,
     ) -> None:
         self.model, self.prepare = model, prepare
-        self.why_no_graph, self._warn = why_no_graph, warn
+        self.why_no_graph, self._warn, self._sampling = why_no_graph, warn, sampling
         self._is_tried = False
 
     def write(self, request: Request) -> torch.Tensor:
@@ -70,6 +79,7 @@ class Decoder:
         n is the most, or less where all rows have ended or enough is written.
         """
         self.prepare()
+        request = replace(request, sampling=self._sampling)
         if not _can_have_graphs(request):
             self.why_no_graph = "there is no CUDA device"
         if not self.why_no_graph:
@@ -89,7 +99,7 @@ class Decoder:
             self._is_tried = True
         with _one_token_attention(self.model):
             decoder = StaticDecoder(self.model, request)
-            return greedy_tokens(decoder, request, record=request.most > CHECKED_EVERY)
+            return written_tokens(decoder, request, record=request.most > CHECKED_EVERY)
 
     def _try(self, request: Request) -> None:
         """Raise RuntimeError unless the first scores are those of the model's own way."""
@@ -129,6 +139,13 @@ class Decoder:
             stop = request.enough(so_far.shape[1] - width)
             return torch.full((len(so_far),), stop, dtype=torch.bool, device=so_far.device)
 
+        choose = request.chooser()
+
+        def only_chosen(so_far: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            chosen = choose(scores, so_far.shape[1] - width)
+            alone = torch.full_like(scores, -math.inf)
+            return alone.scatter(1, chosen[:, None], 0.0)
+
         out = self.model.generate(
             input_ids=request.ids,
             attention_mask=request.mask,
@@ -136,6 +153,7 @@ class Decoder:
             eos_token_id=request.end_id,
             pad_token_id=request.end_id,
             stopping_criteria=[written],
+            logits_processor=[only_chosen] if request.sampling.temperature else [],
             **GREEDY,
         )
         return out[:, width:]
@@ -214,13 +232,13 @@ class StaticDecoder:
         return out.logits[:, -1].float()
 
 
-def greedy_tokens(decoder: StaticDecoder, request: Request, *, record: bool) -> torch.Tensor:
-    """(B, n) tokens of the highest scores, see `Decoder.write`; with a graph if `record`."""
-    scores, most = decoder.scores, request.most
+def written_tokens(decoder: StaticDecoder, request: Request, *, record: bool) -> torch.Tensor:
+    """(B, n) tokens chosen by their scores, see `Decoder.write`; with a graph if `record`."""
+    scores, most, choose = decoder.scores, request.most, request.chooser()
     tokens = torch.full((len(scores), most), request.end_id, device=scores.device)
     ended = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
     for count in range(1, most + 1):
-        chosen = scores.argmax(1)
+        chosen = choose(scores, count - 1)
         tokens[:, count - 1] = chosen
         ended |= chosen == request.end_id
         if count % CHECKED_EVERY == 0 or count == most:

@@ -1,6 +1,6 @@
 """What a run has changed: the base's numbers beside those of the trained model."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from finetuning.common.formatting import shown
@@ -12,16 +12,20 @@ BEFORE_AND_AFTER = {
     "held-out loss of the thinking": ("Eval/Thinking_Loss", False),
     "held-out loss of the answers": ("Eval/Answer_Loss", False),
     "held-out tokens foretold": ("Eval/Token_Accuracy", True),
+    "score of the answers": ("Eval/Answer_Score", True),
     "probes thought, answered and ended": ("Eval/Format_Valid_Rate", True),
     "probes with the right number": ("Eval/Exact_Answer", True),
+    "numbers, formulas and standards given exactly": ("Eval/Fact_Recall", True),
     "terms of the reference named": ("Eval/Term_Recall", True),
     "probes cut at their budget": ("Eval/Budget_Hit_Rate", False),
     "loss on general text": ("Forgetting/General_Loss", False),
     "KL to the base, general text": ("Forgetting/KL_General", None),
     "KL to the base, held out": ("Forgetting/KL_Held_Out", None),
 }
-_ERRORS = {"Eval/Loss": "Eval/Loss_Error"}  # standard errors of a row, where they are known
-TAGS = frozenset((*(tag for tag, _ in BEFORE_AND_AFTER.values()), *_ERRORS.values()))
+_ERROR = "_Error"  # behind a tag: its standard error
+_INTERVAL = ("_Low", "_High")  # behind a tag: its interval of 95%
+_VALUES = [tag for tag, _ in BEFORE_AND_AFTER.values()]
+TAGS = frozenset(tag + end for tag in _VALUES for end in ("", _ERROR, *_INTERVAL))
 
 
 @dataclass(frozen=True)
@@ -34,17 +38,14 @@ class Change:
     after: float
     verdict: str
     """better, worse, or empty: the same, or a distance."""
-    errors: tuple[float, float] | None = None
-    """Standard errors of both, where they are known."""
+    spreads: tuple[str, str] = ("", "")
+    """How sure both are: ± twice the standard error, or the interval of a rate in brackets."""
 
     @property
     def texts(self) -> tuple[str, str]:
-        """Both numbers as people read them, with twice their standard errors."""
-        first, second = (shown(value) for value in (self.before, self.after))
-        if self.errors is None:
-            return first, second
-        before, after = (shown(2 * error) for error in self.errors)
-        return f"{first} ± {before}", f"{second} ± {after}"
+        """Both numbers as people read them."""
+        before, after = self.spreads
+        return shown(self.before) + before, shown(self.after) + after
 
 
 def changes(series: Mapping[str, Points], step: int | None = None) -> list[Change]:
@@ -64,6 +65,17 @@ def changes(series: Mapping[str, Points], step: int | None = None) -> list[Chang
         before, after = found
         same = more is None or before == after
         verdict = "" if same else ("worse", "better")[more == (after > before)]
-        errors = ends(_ERRORS.get(tag, ""))
-        rows.append(Change(name, tag, before, after, verdict, errors))
+        rows.append(Change(name, tag, before, after, verdict, _spreads(tag, ends)))
     return rows
+
+
+def _spreads(tag: str, ends: Callable[[str], tuple[float, float] | None]) -> tuple[str, str]:
+    """ends: the base's value of a tag, and that at the evaluation."""
+    if errors := ends(tag + _ERROR):
+        before, after = (f" ± {shown(2 * error)}" for error in errors)
+        return before, after
+    low, high = (ends(tag + name) for name in _INTERVAL)
+    if low is None or high is None:
+        return "", ""
+    before, after = (f" ({shown(a)}–{shown(b)})" for a, b in zip(low, high, strict=True))
+    return before, after

@@ -62,12 +62,13 @@ def build_evaluator(
     config: DirectTrainingConfig, plan: RunPlan, engine: TrainingEngine, dist: Distributed
 ) -> Evaluator:
     """Held-out data and questions, for the engine's model."""
-    sharded = plan.execution.parallel == "fsdp"
+    sharded, probing = plan.execution.parallel == "fsdp", plan.probing
     decoder = Decoder(
         engine.packed.model,
         engine.packed.write_adapters,
         why_no_graph="weights are gathered" if sharded else "",
         warn=engine.warn,
+        sampling=probing.sampling,
     )
     return Evaluator(
         engine.packed,
@@ -78,7 +79,7 @@ def build_evaluator(
             plan.groups[1],
             forgetting_of(config, plan, engine, dist),
         ),
-        Questions(plan.probes, decoder, plan.answer_tokens, sharded),
+        Questions(probing.probes, decoder, probing.most, sharded, probing.only_at(plan.steps)),
         dist,
         histograms=config.log_weight_histograms,
     )

@@ -4,7 +4,9 @@ Nothing is loaded or measured. What only the model's weights or the GPU can tell
 """
 
 import re
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,17 +20,16 @@ from finetuning.data.accounts import Accounts, account_rows, accounts_of
 from finetuning.data.packing import StepPlan
 from finetuning.data.split import split_samples
 from finetuning.data.training_data import TrainingData, prepare_data, read_data
-from finetuning.evaluation.generation import choose_probes, token_budget
 from finetuning.model.flops import peak_flops
 from finetuning.model.loading import load_tokenizer
 from finetuning.model.parallel import parallel_mode
 from finetuning.model.resolve import DEFAULT_MODEL, ResolvedModel, local_folder
 from finetuning.runs.init_adapter import with_own_settings
-from finetuning.runs.passes import Plans, evaluation_steps, plan_steps, probe_part, workload
-from finetuning.runs.plan import (
-    MIN_CONSTANT_EFFICIENCY,
-    placement_of,
-)
+from finetuning.runs.passes import Plans, evaluation_steps, plan_steps, workload
+from finetuning.runs.placement import placement_of
+from finetuning.runs.plan import MIN_CONSTANT_EFFICIENCY, tokenized
+from finetuning.runs.probing import plan_probes
+from finetuning.runs.sequence_length import Fits, SequenceLength, fits_memory
 from finetuning.training.forecast import (
     GPU_SHARES,
     RunForecast,
@@ -91,6 +92,9 @@ class _PlannedRanks(Distributed):
     def gather(self, value: object) -> list:
         return [value] * self.world_size
 
+    def wait_alive(self, what: str) -> AbstractContextManager:
+        return nullcontext()
+
 
 @dataclass(frozen=True)
 class PlanElsewhere:
@@ -100,6 +104,7 @@ class PlanElsewhere:
     model: str
     parallel: str
     accounts: tuple[Accounts, ...]
+    length: SequenceLength
     steps: StepPlan
     forecast: RunForecast
 
@@ -115,6 +120,7 @@ class PlanElsewhere:
         return [
             ("GPUs", f"{self.gpus}, {mode}"),
             *account_rows(self.accounts),
+            ("longest sample", self.length.text()),
             ("tokens an update", f"{tokens:,.0f}"),
             *self.forecast.rows(),
             ("does it fit", "yes" if self.fits else f"no: {self._advice()}"),
@@ -140,8 +146,10 @@ def plan_elsewhere(
     dist = _PlannedRanks(0, gpus.count, 0, torch.device("cuda"), **ranks)
     model = small_files(config, trust_remote_code)
     tokenizer = load_tokenizer(model)
-    data = _data(config, tokenizer, terminal)
     dtype = _dtype(config, gpus)
+    fits = fits_memory(config, model, dist, dtype, gpus.free)
+    data, length = _data(config, model, tokenizer, dist, terminal, fits)
+    as_set, config = config, length.of(config)
     shape = model_shape(
         model.path,
         config,
@@ -149,9 +157,10 @@ def plan_elsewhere(
         trust_remote_code=trust_remote_code,
     )
     plans = plan_steps(config, data, tokenizer, dist, terminal.warning)
-    work = _workload(config, data, plans, tokenizer, dist, terminal)
+    work = _workload(config, data, plans, model.path, tokenizer, dist, terminal)
     parallel, estimate = _fitting(config, gpus, dist, shape, work, dtype)
-    return PlanElsewhere(gpus, model.name, parallel, accounts_of(data, config), plans[0], estimate)
+    accounts = accounts_of(data, as_set)
+    return PlanElsewhere(gpus, model.name, parallel, accounts, length, plans[0], estimate)
 
 
 def small_files(config: DirectTrainingConfig, trust_remote_code: bool) -> ResolvedModel:
@@ -173,13 +182,20 @@ def small_files(config: DirectTrainingConfig, trust_remote_code: bool) -> Resolv
     return ResolvedModel(name, Path(folder), False, "the hub", trust_remote_code, revision)
 
 
-def _data(config: DirectTrainingConfig, tokenizer: object, terminal: Terminal) -> TrainingData:
+def _data(
+    config: DirectTrainingConfig,
+    model: ResolvedModel,
+    tokenizer: object,
+    dist: Distributed,
+    terminal: Terminal,
+    fits: Fits,
+) -> tuple[TrainingData, SequenceLength]:
     options = {"workers": config.workers or processors(), "cache_dir": config.cache_path}
     with terminal.working("reading the data") as progress:
         read, eval_read = read_data(config, progress=progress, **options)
         split = split_samples(read, config, eval_read, seed=config.seed, **options)
-    with terminal.working("tokenizing") as progress:
-        return prepare_data(split, tokenizer, config, progress=progress, **options)
+    tokenize = partial(prepare_data, split, tokenizer, **options)
+    return tokenized(config, model, tokenize, dist, terminal, {}, fits)
 
 
 def _dtype(config: DirectTrainingConfig, gpus: Gpus) -> torch.dtype:
@@ -195,15 +211,14 @@ def _workload(
     config: DirectTrainingConfig,
     data: TrainingData,
     plans: Plans,
+    folder: Path,
     tokenizer: object,
     dist: Distributed,
     terminal: Terminal,
 ) -> Workload:
-    asked = probe_part(config, tokenizer, data.held_out, terminal.warning)
-    probes = tuple(choose_probes(asked, tokenizer, config.num_probes))
-    answer_tokens = token_budget(probes, config.probe_max_new_tokens, dist.device)
-    eval_steps = evaluation_steps(config, plans, answer_tokens, dist)
-    return workload(config, data, plans, eval_steps, answer_tokens, dist.device.type)
+    probing = plan_probes(config, folder, tokenizer, data.held_out, dist, terminal.warning)
+    eval_steps, probing = evaluation_steps(config, plans, probing, dist)
+    return workload(config, data, plans, eval_steps, probing, dist.device.type)
 
 
 def _fitting(

@@ -10,7 +10,15 @@ from finetuning.config import BatchSettings, DirectTrainingConfig, OutputSetting
 from finetuning.data.packing import StepPlan
 from finetuning.data.training_data import DataPart, TrainingData, general_part
 from finetuning.evaluation.forgetting import CPU_TOKENS, most_tokens
-from finetuning.training.forecast import EvaluationPass, Workload, steps_between_evaluations
+from finetuning.runs.probing import Probing
+from finetuning.training.forecast import (
+    EVALUATION_SHARE,
+    EvaluationPass,
+    Workload,
+    answer_cost,
+    number_of_evaluations,
+    steps_between_evaluations,
+)
 
 SHORT_RUN = 200  # steps, below which every one is logged
 
@@ -52,18 +60,6 @@ def plan_general(
     return part, one_pass(part, config, dist)
 
 
-def probe_part(
-    config: DirectTrainingConfig,
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    held_out: DataPart,
-    warn: Callable[[str], None],
-) -> DataPart:
-    """Where the questions of the evaluations come from."""
-    if not config.probe_path:
-        return held_out
-    return general_part(config.probe_path, tokenizer, config, warn, option="--probe-path")
-
-
 def one_pass(part: DataPart, config: DirectTrainingConfig, dist: Distributed) -> StepPlan:
     """Every document of the part once."""
     once = BatchSettings(batch_size=config.batch_size, num_epochs=1)
@@ -87,23 +83,32 @@ def plan_of(
 
 
 def evaluation_steps(
-    config: DirectTrainingConfig,
-    plans: Plans,
-    answer_tokens: int,
-    dist: Distributed,
-) -> int:
-    """Steps between two evaluations: as set, or as far apart as they cost."""
-    if config.eval_steps != "auto":
-        return config.eval_steps
+    config: DirectTrainingConfig, plans: Plans, probing: Probing, dist: Distributed
+) -> tuple[int, Probing]:
+    """Steps between two evaluations: as set, or as far apart as they cost; and how often these ask.
+
+    Where the number of questions is left to the program, and answers at every evaluation would take more than
+    a fifth of the training, only the first and the last evaluation ask.
+    """
     steps, evaluation, general = plans
-    passes = [plan for plan in (evaluation, general and general[1]) if plan]
-    return steps_between_evaluations(
-        steps,
-        sum(plan.num_tokens for plan in passes),
-        answer_tokens,
-        device_type=dist.device.type,
-        lora=bool(config.lora_r),
+    tokens = sum(plan.num_tokens for plan in (evaluation, general and general[1]) if plan)
+
+    def apart(answer_tokens: int) -> int:
+        if config.eval_steps != "auto":
+            return config.eval_steps
+        options = {"device_type": dist.device.type, "lora": bool(config.lora_r)}
+        return steps_between_evaluations(steps, tokens, answer_tokens, **options)
+
+    often, measured = apart(probing.most), tokens + probing.most
+    number = number_of_evaluations(steps.num_steps, often, measured)
+    cost = answer_cost(probing.most, dist.device.type, dist.world_size)
+    dear = (
+        number * cost
+        > EVALUATION_SHARE * steps.num_tokens * steps.num_steps / steps.steps_per_epoch
     )
+    if config.num_probes == "auto" and config.best_by != "answers" and dear:
+        return apart(0), replace(probing, always=False)
+    return often, probing
 
 
 def workload(
@@ -111,7 +116,7 @@ def workload(
     data: TrainingData,
     plans: Plans,
     eval_steps: int,
-    answer_tokens: int,
+    probing: Probing,
     device_type: str,
 ) -> Workload:
     """All that a run goes through: the training, its evaluations, and the base where they need it."""
@@ -129,7 +134,8 @@ def workload(
         held_out=evaluated(data.held_out, evaluation) if evaluation else EvaluationPass(),
         general=evaluated(*general) if general else EvaluationPass(),
         eval_steps=eval_steps,
-        answer_tokens=answer_tokens,
+        answer_tokens=probing.most,
+        answers_always=probing.always,
         anchored=bool(config.kl_anchor),
     )
 

@@ -1,8 +1,8 @@
 """All that is decided about a run before its weights are loaded: data, tokens, steps, memory."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ from finetuning.data.training_data import (
     prepare_data,
     read_data,
 )
-from finetuning.evaluation.generation import EvalPrompt, choose_probes, token_budget
 from finetuning.model.loading import load_tokenizer
 from finetuning.model.loss import Objective
 from finetuning.model.packed_model import compiler_is_there
@@ -51,17 +50,19 @@ from finetuning.runs.init_adapter import check_base
 from finetuning.runs.passes import (
     evaluation_steps,
     plan_steps,
-    probe_part,
     steps_between_points,
     workload,
 )
+from finetuning.runs.placement import placement_of
+from finetuning.runs.probing import Probing, plan_probes
+from finetuning.runs.sequence_length import Fits, SequenceLength
 from finetuning.training.engine import Execution
 from finetuning.training.forecast import (
     RunForecast,
     Workload,
     forecast,
 )
-from finetuning.training.memory_estimate import Placement, free_memory, model_shape
+from finetuning.training.memory_estimate import free_memory, model_shape
 from finetuning.training.optimizer import peak_rate
 
 MIN_CONSTANT_EFFICIENCY = 0.6  # of what compiled layers would go through, what is no padding
@@ -76,6 +77,7 @@ class RunData:
     contents: Mapping[str, str]  # digests of model, tokenizer and the adapter to start from
     data: TrainingData
     accounts: tuple[Accounts, ...]  # what became of all that was read
+    length: SequenceLength  # that samples may have, and why
 
     @cached_property
     def statistics(self) -> DatasetStatistics:
@@ -105,8 +107,7 @@ class RunPlan:
         tuple[DataPart, StepPlan] | None
     )  # text by which forgetting is measured, and a pass over it
     groups: tuple[Groups, Groups]  # of the training and of the held-out documents
-    probes: tuple[EvalPrompt, ...]
-    answer_tokens: int  # longest answer to a probe
+    probing: Probing  # what the evaluations ask
     automatic: tuple[str, ...]  # settings that were left at auto, `settings` has what they became
     eval_steps: int  # steps between evaluations; 0: only before the first step and at the end
     logging_steps: int  # steps between logged points
@@ -114,6 +115,12 @@ class RunPlan:
     execution: Execution
     rows: RowProof  # whether packed rows are right for the model, else why not
     forecast: RunForecast
+
+    @property
+    def best_text(self) -> str:
+        """By what a model is the best, for a person."""
+        left = "best_by" in self.automatic
+        return self.probing.best_text("auto" if left else self.settings["best_by"])
 
     @property
     def data(self) -> TrainingData:
@@ -127,32 +134,35 @@ def plan_run(
     terminal: Terminal,
     *,
     trust_remote_code: bool = False,
+    pinned: Mapping[str, Any] | None = None,
 ) -> RunPlan:
     """Read, split and tokenize the data, plan every step, estimate memory, time and disk.
 
-    No weights are loaded. Raises UserError on all ranks where a rank has other data or settings.
+    No weights are loaded. pinned: settings of the checkpoint that the run goes on from. Raises UserError
+    on all ranks where a rank has other data or settings.
     """
-    inputs = load_data(config, dist, terminal, trust_remote_code=trust_remote_code)
-    data, settings = inputs.data, recorded_settings(config)
+    options = {"trust_remote_code": trust_remote_code, "pinned": pinned}
+    inputs, automatic = load_data(config, dist, terminal, **options), automatic_settings(config)
+    config = inputs.length.of(config)
     rows = prove_rows(config, inputs.model, dist, terminal)
-    tokenizer, warn = inputs.tokenizer, terminal.warning
+    data, tokenizer, warn = inputs.data, inputs.tokenizer, terminal.warning
     steps, evaluation, general = plans = plan_steps(config, data, tokenizer, dist, warn)
-    asked = probe_part(config, tokenizer, data.held_out, warn)
-    probes = tuple(choose_probes(asked, tokenizer, config.num_probes))
-    answer_tokens = token_budget(probes, config.probe_max_new_tokens, dist.device)
-    eval_steps = evaluation_steps(config, plans, answer_tokens, dist)
+    probing = plan_probes(config, inputs.model.path, tokenizer, data.held_out, dist, warn)
+    eval_steps, probing = evaluation_steps(config, plans, probing, dist)
+    settings = recorded_settings(config)
     run_identity = identity(settings, inputs.model.name, inputs.contents, data, steps)
     check_ranks(dist.gather(run_identity))
     dtype = weight_dtype(dist.device, config.precision)
     compiled = rows.way == "packed" and compiles(config, dist.device, dtype, steps)
-    work = workload(config, data, plans, eval_steps, answer_tokens, dist.device.type)
+    work = workload(config, data, plans, eval_steps, probing, dist.device.type)
     parallel, estimate = choose_parallel(config, dist, inputs, rows, work, dtype, compiled)
     (checkpointing,) = dist.any(estimate.checkpointing)  # all ranks alike
     shape = steps.constant_shape if compiled else {}
     execution = execution_of(config, rows, parallel, dtype, shape, checkpointing)
     logging_steps = steps_between_points(config, steps.num_steps)
-    settings |= {"eval_steps": eval_steps, "logging_steps": logging_steps}
-    settings |= resolved_settings(config, dist, execution, steps)
+    settings |= probing.settings(config.best_by)
+    points = {"eval_steps": eval_steps, "logging_steps": logging_steps}
+    settings |= points | resolved_settings(config, dist, execution, steps)
     return RunPlan(
         inputs=inputs,
         settings=settings,
@@ -160,16 +170,19 @@ def plan_run(
         evaluation=evaluation,
         general=general,
         groups=groups_of(data),
-        probes=probes,
-        answer_tokens=answer_tokens,
-        automatic=tuple(f.name for f in fields(config) if getattr(config, f.name) == "auto"),
-        eval_steps=eval_steps,
-        logging_steps=logging_steps,
+        probing=probing,
+        automatic=automatic,
+        **points,
         identity=run_identity,
         execution=execution,
         rows=rows,
         forecast=estimate,
     )
+
+
+def automatic_settings(config: DirectTrainingConfig) -> tuple[str, ...]:
+    """Names of the settings that are left to the program."""
+    return tuple(f.name for f in fields(config) if getattr(config, f.name) == "auto")
 
 
 def execution_of(
@@ -255,11 +268,12 @@ def load_data(
     terminal: Terminal,
     *,
     trust_remote_code: bool = False,
+    pinned: Mapping[str, Any] | None = None,
 ) -> RunData:
     """Find the model, and make tokens of the samples, from the files or from the cache.
 
-    A rank that is done waits for the others while they live, however long they take. Raises UserError
-    where too much is left out.
+    A rank that is done waits for the others while they live, however long they take. pinned: settings of the
+    checkpoint that the run goes on from. Raises UserError where too much is left out.
     """
     check_name(config.cache_path, "cache_dir")
     found = find_model(config, dist, trust_remote_code)
@@ -279,19 +293,37 @@ def load_data(
             contents = contents_of(config, model, tokenizer)
         if config.init_adapter:
             check_base(Path(config.init_adapter), model, contents, terminal.warning)
-        with terminal.working("tokenizing") as progress:
-            data = prepare_data(
-                split,
-                tokenizer,
-                config,
-                workers=workers,
-                cache_dir=config.cache_path,
-                progress=progress,
-            )
+    tokenize = partial(prepare_data, split, tokenizer, workers=workers, cache_dir=config.cache_path)
+    data, length = tokenized(config, model, tokenize, dist, terminal, pinned or {})
     accounts = accounts_of(data, config)
     for account in accounts:
         account.check(config.max_broken_fraction)
-    return RunData(model, tokenizer, contents, data, accounts)
+    return RunData(model, tokenizer, contents, data, accounts, length)
+
+
+def tokenized(
+    config: DirectTrainingConfig,
+    model: ResolvedModel,
+    tokenize: Callable[..., TrainingData],
+    dist: Distributed,
+    terminal: Terminal,
+    pinned: Mapping[str, Any],
+    fits: Fits | None = None,
+) -> tuple[TrainingData, SequenceLength]:
+    """The tokens, and how long a sample may be: where the data decide that, all are made first, and
+    again only where some turn out to be too long."""
+
+    def tokens(settings: DirectTrainingConfig, what: str) -> TrainingData:
+        with dist.wait_alive(what), terminal.working("tokenizing") as progress:
+            return tokenize(settings, progress=progress)
+
+    if length := SequenceLength.known(config, pinned):
+        return tokens(length.of(config), "tokens"), length
+    whole = tokens(replace(config, over_length="drop"), "all tokens")
+    length = SequenceLength.of_data(config, model, whole.lengths, dist, fits)
+    if whole.lengths.max() <= length.max_seq_length:
+        return whole.of_length(length.max_seq_length), length
+    return tokens(length.of(config), "tokens"), length
 
 
 def contents_of(
@@ -342,34 +374,6 @@ def compiles(
     if not possible or config.use_dora or not compiler_is_there():
         return False
     return steps.constant_efficiency >= MIN_CONSTANT_EFFICIENCY  # padding costs arithmetic
-
-
-def placement_of(
-    config: DirectTrainingConfig,
-    dist: Distributed,
-    dtype: torch.dtype,
-    *,
-    compiled: bool,
-    parallel: str,
-) -> Placement:
-    """How the model would lie on this rank's device."""
-    plain = not (config.lora_dropout or config.use_dora or config.quantization != "none")
-    return Placement(
-        dist.device.type,
-        dtype.itemsize,
-        quantized=config.quantization != "none",
-        compiled=compiled,
-        fused_lora=plain or not config.lora_r,
-        shards=dist.world_size if parallel == "fsdp" else 1,
-        fp8=config.precision == "fp8",
-        base_head=config.forgetting and not (config.lora_r or config.init_adapter),
-        anchored=bool(config.kl_anchor),
-        captured=compiled
-        and plain
-        and not config.kl_anchor
-        and parallel == "ddp"
-        and dist.world_size == 1,
-    )
 
 
 def choose_parallel(

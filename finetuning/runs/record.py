@@ -32,6 +32,7 @@ from finetuning.runs.directory import RunDirectory
 from finetuning.runs.gpu_summary import GpuSummary
 from finetuning.runs.other_hardware import Gpus, plan_elsewhere
 from finetuning.runs.plan import RunPlan
+from finetuning.runs.question_pairs import AFTER, BEFORE
 from finetuning.training.checkpoint import Checkpoint
 from finetuning.training.engine import TrainingEngine
 from finetuning.training.state import TrainState
@@ -182,6 +183,11 @@ class RunRecord:
         numbers = {tag: float(plan.settings[name]) for tag, name in named.items()}
         logger.log(0, statistics.scalars() | numbers)
 
+    def write_questions(self, found: Mapping[str, Any]) -> None:
+        """What an evaluation found on each question: that before the first step, and the newest one."""
+        if self.logger:
+            write_json(self.run.logs / (AFTER if found["step"] else BEFORE), found)
+
     def write_settings(self, settings: Mapping[str, Any], step: int) -> None:
         """TEXT: all settings as they are from this step on."""
         table = summary.markdown_table(summary.hparams(settings))
@@ -281,7 +287,8 @@ def watch_text(run: RunDirectory) -> str:
 
 def show_plan(terminal: Terminal, plan: RunPlan) -> None:
     """What --plan shows: what becomes of the data, and what the run would do, need and take."""
-    rows = [*account_rows(plan.inputs.accounts), *plan.forecast.rows()]
+    length = ("longest sample", plan.inputs.length.text())
+    rows = [*account_rows(plan.inputs.accounts), length, *plan.forecast.rows()]
     terminal.table(f"Plan for {plan.inputs.model.name}", rows, always=True)
     tell_losses(terminal, plan.inputs.accounts)
 

@@ -31,7 +31,6 @@ from finetuning.common.terminal import Terminal
 from finetuning.common.text import clean_line, redact, redact_values
 from finetuning.events.address import pinned_address
 from finetuning.runs import naming
-from finetuning.runs.before_after import changes
 from finetuning.runs.directory import RunDirectory
 from finetuning.runs.findings import findings
 from finetuning.runs.model_card import complete_cards
@@ -42,6 +41,7 @@ from finetuning.runs.recorded import (
     find_runs,
     read_recorded,
 )
+from finetuning.runs.report_before_after import before_and_after
 
 # Title of a chart -> expressions; every tag that fits one is a curve, named by what the title leaves out.
 CHARTS = {
@@ -57,7 +57,7 @@ CHARTS = {
     "Loss on general text": (r"Forgetting/General_Loss",),
     "Answers of the probes": (
         r"Eval/(Format_Valid|Repetition|Budget_Hit)_Rate",
-        r"Eval/(Term_Recall|Exact_Answer)",
+        r"Eval/(Term_Recall|Fact_Recall|Exact_Answer|Answer_Score)",
     ),
     "Learning rate": (r"Training/Learning_Rate",),
     "Gradient norm": (r"Training/Gradient_Norm(_Max)?",),
@@ -122,7 +122,7 @@ def page(run: RecordedRun) -> str:
     """The whole page; every text of the run in it is escaped."""
     sections = [
         _head(run),
-        _section("Before and after", _before_and_after(run)),
+        _section("Before and after", before_and_after(run)),
         _section("What to do next", _next_steps(run)),
         _section("Alerts", _alerts(run.alerts)),
         _section("Curves", _left_out(run) + _charts(run.series)),
@@ -193,15 +193,6 @@ def headline(run: RecordedRun) -> dict[str, str]:
         "alerts": str(run.alerts.count),
     }
     return {name: value for name, value in numbers.items() if value}
-
-
-def _before_and_after(run: RecordedRun) -> str:
-    """The base against the model of the newest evaluation; nothing before there are two."""
-    found = changes(run.series)
-    rows = [(translated(c.name), *c.texts, translated(c.verdict)) for c in found]
-    note = _said("±: twice the standard error over the held-out samples.")
-    table_ = _table(("", "base", "tuned", ""), rows)
-    return table_ + (f"<p>{note}</p>" if any(c.errors for c in found) else "") if rows else ""
 
 
 def _next_steps(run: RecordedRun) -> str:

@@ -67,10 +67,13 @@ def run_rows(plan: RunPlan, engine: TrainingEngine, dist: Distributed) -> list[t
         ("samples", f"{len(data.train)} train, {len(data.held_out)} held out"),
         *account_rows(plan.inputs.accounts),
         *([("remarks", f"{remarks}; --check-data lists them")] if remarks else []),
+        ("longest sample", plan.inputs.length.text()),
         ("tokens per epoch", f"{steps.num_tokens:,}"),
         ("steps", f"{steps.num_steps} ({steps.steps_per_epoch} per epoch)"),
         ("learning rate", _rate_text(plan)),
         ("logged", _logged(plan.logging_steps)),
+        ("questions", plan.probing.text()),
+        ("best model", plan.best_text),
         ("packing", f"{steps.num_rows} rows, {steps.efficiency:.1%} full{alone}"),
         ("gradient checkpointing", "on" if engine.gradient_checkpointing else "off"),
         ("compiled layers", "on" if engine.batch_shape else "off"),
@@ -310,11 +313,13 @@ def result(outcome: str, state: TrainState) -> str:
     return "best_model" if outcome == "stopped" and state.best_step else "final_model"
 
 
-def stopped_text(state: TrainState, patience: int, actions: Mapping[str, str]) -> str:
-    """Why a run has ended before its last step and does not go on; empty where it goes on."""
+def stopped_text(state: TrainState, patience: int, actions: Mapping[str, str], best_by: str) -> str:
+    """Why a run has ended before its last step and does not go on; empty where it goes on. best_by: loss or
+    answers."""
     if patience and state.evals_without_gain >= patience:
+        better = {"loss": "no better held-out loss", "answers": "no better answers"}[best_by]
         return (
-            f"early stopping: no better held-out loss in {state.evals_without_gain} evaluations. To train "
+            f"early stopping: {better} in {state.evals_without_gain} evaluations. To train "
             "on, resume with a larger --early-stopping-patience, or 0"
         )
     alerts = [name for name in state.stop_alerts if actions.get(name) == "stop"]

@@ -59,6 +59,12 @@ class Checkpoint:
     tensors: dict[str, Tensors]  # by file name without number and ending
     state: dict[str, Any]
 
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """As its run recorded them; empty where the file has none, which a restore refuses."""
+        found = self.state.get("config") if isinstance(self.state, Mapping) else None
+        return found if isinstance(found, Mapping) else {}
+
 
 class DamagedCheckpoint(Exception):
     """The directory is not what its manifest says; the message names the file and the difference."""

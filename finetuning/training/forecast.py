@@ -276,6 +276,7 @@ class Workload:
     general: EvaluationPass
     eval_steps: int  # between evaluations; 0: only before the first step and at the end
     answer_tokens: int  # longest answer to a probe
+    answers_always: bool = True  # at every evaluation, else at the first and the last
     anchored: bool = False  # each step also goes through the base, for kl_anchor
 
     @property
@@ -366,7 +367,8 @@ def run_seconds(
     passes = (work.held_out, work.general)
     flops = (epoch + base) * plan.num_steps / plan.steps_per_epoch
     flops += evaluations * sum(one.flops(shape) for one in passes)
-    flops += evaluations * answers * epoch / plan.num_tokens
+    answered = evaluations if work.answers_always else min(evaluations, 2)
+    flops += answered * answers * epoch / plan.num_tokens
     flops += sum(one.base_flops(shape) for one in passes)
     flops /= plan.world_size
     fixed = plan.num_steps * STEP_SECONDS + evaluations * EVALUATION_SECONDS

@@ -13,7 +13,7 @@ from finetuning.common.kinds import misfit
 from finetuning.common.text import clean_line
 
 # Fields that earlier versions did not write down; a run without them goes on with their defaults.
-ADDED_LATER = ("evaluation_due", "stop_alerts", "changes", "reach", "system_prompt")
+ADDED_LATER = ("evaluation_due", "stop_alerts", "changes", "reach", "system_prompt", "best_score")
 
 Mean = float | None  # of a segment's loss; None where it has no token, or is not finite
 HardRow = tuple[
@@ -42,7 +42,8 @@ class TrainState:
     last_loss: float | None = None  # the newest Training/Loss
     first_eval_loss: float | None = None
     last_eval_loss: float | None = None
-    best_eval_loss: float | None = None
+    best_eval_loss: float | None = None  # of the best model
+    best_score: float | None = None  # its Eval/Answer_Score, where the answers decide
     best_step: int | None = None
     evals_without_gain: int = 0
     loss_level: tuple[float, float] = (0.0, 0.0)  # decayed sum and tokens
@@ -88,17 +89,30 @@ class TrainState:
             )
         return cls(**saved["train_state"])
 
-    def note_evaluation(self, step: int, loss: float) -> bool:
-        """Take a held-out loss; True if it is the best so far."""
+    def note_evaluation(self, step: int, metrics: Mapping[str, float], by: str = "loss") -> bool:
+        """Take an evaluation's numbers; True if its model is the best so far, `by` its loss or its answers,
+        of equally good ones the one of the lower loss. Without a held-out loss nothing is taken."""
+        loss = metrics.get("Eval/Loss")
+        if loss is None:
+            return False
         if self.first_eval_loss is None:
             self.first_eval_loss = loss
         self.last_eval_loss = loss
-        is_better = self.best_eval_loss is None or loss < self.best_eval_loss
-        if is_better and math.isfinite(loss):
-            self.best_eval_loss, self.best_step, self.evals_without_gain = loss, step, 0
+        score = metrics.get("Eval/Answer_Score") if by == "answers" else None
+        if math.isfinite(loss) and self._is_better(loss, score, by):
+            self.best_eval_loss, self.best_score = loss, score
+            self.best_step, self.evals_without_gain = step, 0
             return True
         self.evals_without_gain += 1
         return False
+
+    def _is_better(self, loss: float, score: float | None, by: str) -> bool:
+        if by == "answers" and score is None:  # nothing was judged
+            return False
+        if self.best_eval_loss is None or (score is not None and self.best_score is None):
+            return True
+        best = 0.0 if score is None else self.best_score
+        return ((score or 0.0), -loss) > (best, -self.best_eval_loss)
 
     def go_on_from(self, later: "TrainState", failed: int) -> None:
         """This state is that of a rollback: keep what the later one knows and going back doesn't undo.

@@ -123,10 +123,10 @@ def test_the_length_that_would_do_is_named(accounts, qwen3):
     unasked.check(0.1)
 
 
-def test_the_default_length_is_not_for_all_data(accounts):
+def test_a_length_that_nobody_chose_may_not_lose_much(accounts):
     lines = [record(i, thinking="想" * (50 if i % 4 else 5000)) for i in range(20)]
-    found = accounts(lines, DataSettings())
-    assert not found.chosen_length
+    assert len(accounts(lines, DataSettings()).tokens) == 20
+    found = replace(accounts(lines, up_to(2048)), chosen_length=False)
     with pytest.raises(UserError, match="5 of 20 samples are longer than 2048 tokens"):
         found.check(0.1)
 

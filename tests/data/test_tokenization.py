@@ -385,7 +385,7 @@ def test_templates_without_reasoning_field(template, way, opens):
         ({"over_length": "cut"}, "must be 'drop' or 'truncate_thinking' or 'error'"),
         ({"loss_on": "none"}, "must be 'last_turn' or 'all_turns'"),
         ({"control_tokens": "keep"}, "must be 'refuse' or 'split'"),
-        ({"max_seq_length": 0}, "must be at least 16"),
+        ({"max_seq_length": 0}, "must be auto, or at least 16"),
     ],
 )
 def test_impossible_options(option, said):

@@ -293,10 +293,25 @@ def test_the_best_adapter_is_kept_and_patience_ends_the_run(
 
 def test_a_loss_that_is_not_a_number_is_never_the_best():
     state = TrainState()
-    assert not state.note_evaluation(1, math.nan)
-    assert state.note_evaluation(2, 3.0) and state.best_step == 2
-    assert not state.note_evaluation(3, math.nan) and not state.note_evaluation(4, 3.0)
+    takes = [state.note_evaluation(i, {"Eval/Loss": x}) for i, x in enumerate((math.nan, 3.0))]
+    assert takes == [False, True] and state.best_step == 1
+    assert not any(state.note_evaluation(2, {"Eval/Loss": x}) for x in (math.nan, 3.0))
     assert state.evals_without_gain == 2
+    assert not state.note_evaluation(3, {}) and state.evals_without_gain == 2
+
+
+def test_by_answers_the_best_answers_win_and_of_equal_ones_the_lower_loss():
+    state, told = TrainState(), []
+    for step, (loss, score) in enumerate([(3, 0.5), (2, 0.5), (1, 0.4), (4, 0.6), (9, None)]):
+        metrics = {"Eval/Loss": float(loss)} | (
+            {} if score is None else {"Eval/Answer_Score": score}
+        )
+        told.append(state.note_evaluation(step, metrics, "answers"))
+    assert told == [True, True, False, True, False]
+    assert (state.best_step, state.best_eval_loss, state.best_score) == (3, 4.0, 0.6)
+    assert state.evals_without_gain == 1 and state.last_eval_loss == 9.0
+    by_loss = TrainState(best_eval_loss=1.0, best_step=5)  # of a session in which the loss decided
+    assert by_loss.note_evaluation(6, {"Eval/Loss": 2.0, "Eval/Answer_Score": 0.1}, "answers")
 
 
 @pytest.mark.slow

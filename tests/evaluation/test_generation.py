@@ -130,7 +130,8 @@ def test_what_a_cut_hides_is_absent_and_not_zero(completions, tokenizer):
     probe, judged = probe_of(REFERENCE, tokenizer), ("Eval/Format_Valid_Rate", "Eval/Exact_Answer")
     small = probe.reference_tokens - 1
     cut = probe_metrics([probe] * 2, [completions["looping"]] * 2, small)
-    assert cut.keys() == {"Eval/Repetition_Rate", "Eval/Budget_Hit_Rate"}
+    cuts = {f"Eval/Budget_Hit_Rate{end}" for end in ("", "_Low", "_High")}
+    assert cut.keys() == {"Eval/Repetition_Rate"} | cuts
     assert cut["Eval/Budget_Hit_Rate"] == 1.0
     one_ended = [completions["looping"], completions["closed"]]
     metrics = probe_metrics([probe] * 2, one_ended, small)
@@ -234,6 +235,15 @@ def test_the_prompt_is_the_prefix_of_training_tools_and_all(part, tokenizer):
         length = int(np.argmax(tokens.segments != Segment.PROMPT))
         assert probe.prompt == tuple(tokens.ids[:length].tolist())
         assert probe.thinking_tokens == int((tokens.segments == Segment.THINKING).sum())
+
+
+def test_references_that_fit_are_asked_first(part, tokenizer):
+    lengths = sorted(p.reference_tokens for p in choose_probes(part, tokenizer, len(part)))
+    fitting = choose_probes(part, tokenizer, len(part), lengths[5])
+    assert [p.reference_tokens <= lengths[5] for p in fitting] == [True] * len(fitting)
+    assert len(fitting) == sum(length <= lengths[5] for length in lengths)
+    none = choose_probes(part, tokenizer, 4, lengths[0] - 1)
+    assert none == choose_probes(part, tokenizer, 4), "where none fits, all may be asked"
 
 
 def test_the_budget_is_what_the_device_affords(tokenizer):

@@ -14,7 +14,8 @@ from transformers import (
 )
 
 from finetuning.model import decoding
-from finetuning.model.decoding import Decoder, Request, StaticDecoder, greedy_tokens
+from finetuning.model.decoding import Decoder, Request, StaticDecoder, written_tokens
+from finetuning.model.sampling import Sampling
 
 SIZES = {
     "vocab_size": 96,
@@ -59,7 +60,7 @@ def test_buffers_that_stay_give_the_tokens_of_generate(model):
     expected = until_end(expected_tokens(model))
     assert len({tuple(row) for row in expected}) == 3 and max(map(len, expected)) > 8
     with decoding._one_token_attention(model):
-        found = greedy_tokens(StaticDecoder(model, ASKED), ASKED, record=False)
+        found = written_tokens(StaticDecoder(model, ASKED), ASKED, record=False)
     assert until_end(found) == expected
     assert model.config._attn_implementation == "sdpa"
 
@@ -85,7 +86,7 @@ def test_scores_are_those_of_generate(model):
 
 def test_it_ends_where_all_rows_ended_or_enough_is_written(model, monkeypatch):
     def written(request: Request) -> torch.Tensor:
-        return greedy_tokens(StaticDecoder(model, request), request, record=False)
+        return written_tokens(StaticDecoder(model, request), request, record=False)
 
     with torch.no_grad(), decoding._one_token_attention(model):
         told: list[int] = []
@@ -154,3 +155,41 @@ def test_what_the_graph_can_not_do_is_told_once_and_left_to_generate(model, monk
     assert told == [
         "answers are written without a CUDA graph: forward() got an unexpected keyword argument"
     ]
+
+
+# -----------------------------------------------------------------------------
+# Drawn tokens
+
+
+@torch.no_grad()
+def test_drawn_tokens_are_those_of_the_seed_by_every_way(model):
+    drawn = replace(ASKED, sampling=Sampling(0.9, seed=3))
+    decoder, other = (Decoder(model, sampling=Sampling(0.9, seed=seed)) for seed in (3, 4))
+    state = torch.get_rng_state()
+    own = until_end(decoder.write(ASKED))
+    with decoding._one_token_attention(model):
+        kept = written_tokens(StaticDecoder(model, drawn), drawn, record=False)
+    assert own == until_end(kept) == until_end(decoder.write(ASKED))
+    assert own != until_end(expected_tokens(model)), "greedy"
+    assert own != until_end(other.write(ASKED))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_tokens_are_drawn_by_temperature_and_top_p():
+    """Against the softmax of the kept tokens, 20,000 draws."""
+    scores = torch.tensor([2.0, 1.0, 0.0, -1.0, -6.0])
+    rows, temperature = 20_000, 0.6
+    choose = Sampling(temperature, seed=1, top_p=0.98).chooser(rows, 1, torch.device("cpu"))
+    found = torch.bincount(choose(scores.expand(rows, -1), 0), minlength=5) / rows
+    likely = (scores / temperature).softmax(0)
+    assert likely[:2].sum() < 0.98 < likely[:3].sum()
+    wanted = torch.where(torch.arange(5) < 3, likely, 0.0)
+    torch.testing.assert_close(found, wanted / wanted.sum(), atol=0.01, rtol=0)
+
+
+def test_a_token_that_is_nearly_certain_is_drawn_and_equal_ones_all_are():
+    device = torch.device("cpu")
+    certain = torch.tensor([[0.0, 50.0]]).expand(100, -1)
+    assert Sampling(0.6).chooser(100, 1, device)(certain, 0).eq(1).all()
+    equal = torch.zeros(2000, 4)
+    assert set(Sampling(0.6, top_p=1.0).chooser(2000, 1, device)(equal, 0).tolist()) == {0, 1, 2, 3}

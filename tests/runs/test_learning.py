@@ -74,12 +74,6 @@ def test_replay_has_its_share_of_the_text(data):
     assert one == 1 and weight * sizes[1] / (sizes[0] + weight * sizes[1]) == pytest.approx(0.2)
 
 
-def test_an_interval_of_a_rate_is_wilsons():
-    # Newcombe (1998), table I: 81 of 263 is 0.2553 to 0.3662.
-    assert tables.wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
-    assert tables.wilson(0, 20)[0] == 0 and tables.wilson(20, 20)[1] == pytest.approx(1)
-
-
 def test_a_gauge_that_tells_all_has_r2_of_one_and_one_that_tells_nothing_little():
     def result(kl: float, change: float) -> dict:
         after = {"Forgetting/KL_General": kl, "Docs_Loss": 1 + change}

@@ -22,7 +22,7 @@ from finetuning.config import DirectTrainingConfig
 from finetuning.model.adapters import attach_adapters
 from finetuning.model.flops import peak_flops
 from finetuning.runs.other_hardware import GPUS, Gpus, PlanElsewhere, plan_elsewhere
-from finetuning.runs.plan import placement_of
+from finetuning.runs.placement import placement_of
 from finetuning.training.captured_step import why_not_captured
 from finetuning.training.forecast import RunForecast
 

@@ -18,6 +18,7 @@ import tyro
 
 from finetuning.common.bounds import REPORT_CPU, REPORT_MEMORY, REPORT_WALL
 from finetuning.common.errors import UserError, exit_code
+from finetuning.common.formatting import shown
 from finetuning.common.terminal import Terminal
 from finetuning.evaluation.generation import Completion, EvalPrompt, samples_text
 from finetuning.readers.sample import Sample
@@ -82,6 +83,39 @@ def test_the_first_table_is_the_base_against_the_tuned_model(run):
         *("terms of the reference named", "0.2", "0.2", ""),
         *("loss on general text", "1.5", "1.75", "worse"),
     ]
+    answers = [{"place": f"a:{i}", "question": f"第{i}问<b>", "thinking": ""} for i in range(9)]
+    for name, step, losses, scores in (
+        ("before", 0, [2.0, 2.0, 2.0], [0, 0.5, 1, 0, 0, 0, 0, 0, None]),
+        ("after", 10, [1.0, 1.5, 2.1], [1, 0.5, 0, 1, 1, 1, 1, 1, 1.0]),
+    ):
+        found = {
+            "step": step,
+            "losses": [
+                {"place": f"b:{i}", "question": f"留出{i}", "loss": loss, "tokens": 10 * (i + 1)}
+                for i, loss in enumerate(losses)
+            ],
+            "answers": [
+                {**one, "reference": "参考", "answer": f"{name}{i}", "score": scores[i]}
+                for i, one in enumerate(answers)
+            ],
+        }
+        (run.logs / f"{name}.json").write_text(json.dumps(found), encoding="utf-8")
+    text = page(read_recorded(run))
+    assert_harmless(text)
+    first = text.partition("<h2>")[2].partition("<h2>")[0]
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", first.partition("</table>")[0])
+    # By tokens: (10 · -1 + 20 · -0.5 + 30 · 0.1) / 60; the error by the deviations of the three questions.
+    off = [10 * (-1 + 17 / 60), 20 * (-0.5 + 17 / 60), 30 * (0.1 + 17 / 60)]
+    error = 2 * math.sqrt(1.5 * sum(x * x for x in off)) / 60
+    assert cells[12:16] == [
+        *("held-out questions by loss", "2 better, 1 worse"),
+        *(f"-0.2833 ± {shown(error)}", ""),
+    ]
+    assert cells[16:20] == ["questions by answer", "6 better, 1 worse", "1 alike", ""]
+    better, worse = first.split("<details>")[1:3]
+    assert "Answered better (5/6)" in better and "before0" in better and "after0" in better
+    assert "Answered worse (1/1)" in worse and "before2" in worse and "第2问&lt;b&gt;" in worse
+    assert "Loss fell most (2/2)" in first and "Loss rose most (1/1)" in first
     (run.logs / "metrics.jsonl").write_text(record(0, **rows[0]), encoding="utf-8")
     assert "Before and after" not in page(read_recorded(run)), "there is no after yet"
 

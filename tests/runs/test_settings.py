@@ -36,6 +36,7 @@ from finetuning.data.token_table import Segment
 from finetuning.model.loss import Objective
 from finetuning.model.packed_model import PackedLossModel
 from finetuning.model.resolve import weight_dtype
+from finetuning.model.sampling import GREEDILY
 from finetuning.monitoring.channels import Channel
 from finetuning.monitoring.system_monitor import SystemMonitor
 from finetuning.runs import plan as run_plan
@@ -43,6 +44,7 @@ from finetuning.runs.build import build_engine, build_evaluator
 from finetuning.runs.directory import RunDirectory
 from finetuning.runs.metrics import MetricsProcessor
 from finetuning.runs.plan import RunPlan, plan_run
+from finetuning.runs.probing import Probing
 from finetuning.runs.record import RunRecord
 from finetuning.runs.session import SessionStart, logger_options, open_run
 from finetuning.training.engine import TrainingEngine
@@ -277,7 +279,7 @@ def general_sources(world: World, config: Config) -> set[str]:
 
 
 def probed_sources(world: World, config: Config) -> set[str]:
-    return {Path(probe.sample.source).stem for probe in world.plan(config).probes}
+    return {Path(probe.sample.source).stem for probe in world.plan(config).probing.probes}
 
 
 def passes(world: World, config: Config) -> tuple[float, int]:
@@ -451,12 +453,19 @@ def evaluations_until_the_end(world: World, config: Config) -> int:
     trainer = DirectTrainer(config, quiet=True)
     trainer.metrics, trainer.record = mock.MagicMock(), mock.MagicMock()
     trainer.engine = SimpleNamespace(beside_graph=lambda work: work())
-    trainer.evaluator = SimpleNamespace(measure=lambda *_: {"Eval/Loss": 1.0})
+    trainer.evaluator = SimpleNamespace(measure=lambda *_: {"Eval/Loss": 1.0}, questions={})
+    trainer.plan = SimpleNamespace(settings={"best_by": "loss"})
     for count in range(7):
         trainer.evaluate(count)
         if trainer.outcome:
             return count
     return -1
+
+
+def judge_of(asked: int) -> Callable[[World, Config], str]:
+    """What decides where so many short answers are judged at every evaluation."""
+    probes = [SimpleNamespace(reference_tokens=9)] * asked
+    return lambda world, config: Probing(probes, 9, GREEDILY).best_by(config.best_by)
 
 
 def after_an_alert(world: World, config: Config) -> tuple[bool, str]:
@@ -772,10 +781,13 @@ ROWS = [
     Row("eval_steps", 3, forecast_row("evaluations"), "3, every 3 steps", beside=SHORT_RUN),
     Row("save_total_limit", 2, checkpoints_kept, 2, otherwise=3),
     Row("log_weight_histograms", True, histograms, True),
+    Row("best_by", "loss", judge_of(16), "loss", otherwise="answers"),
+    Row("best_by", "answers", judge_of(15), "answers", beside={"num_probes": 15}, otherwise="loss"),
     Row("early_stopping_patience", 2, evaluations_until_the_end, 2, otherwise=-1),
     Row("num_probes", 2, questions, lambda seen: seen[0] == 2),
     Row("probe_path", data("b"), probed_sources, {"b"}, beside={"num_probes": 2}),
     Row("num_epochs", "auto", passes, lambda seen: 3 < seen[0] <= 15 and seen[1] >= 150),
+    Row("probe_temperature", 0.3, lambda world, config: world.plan(config).probing.warmth, 0.3),
     Row("probe_max_new_tokens", 7, questions, (2, 7), beside={"num_probes": 2}),
     Row("alert_actions", {"NonFinite": "save"}, after_an_alert, (True, "")),
     Row("alert_actions", {"NonFinite": "stop"}, after_an_alert, (False, "stopped")),

@@ -193,6 +193,12 @@ def ten_grams_again(ids: list[int]) -> float:
     return again / len(rows) if rows else 0.0
 
 
+def interval_of(rate: float, count: int) -> np.ndarray:
+    """The rates p from which the found one is off by 1.96 of their own standard errors."""
+    z2 = 1.96**2 / count
+    return np.sort(np.roots([1 + z2, -(2 * rate + z2), rate**2]).real).clip(0, 1)
+
+
 def answers_to_the_probes(cpu: CpuRun) -> None:
     """Judged by hand. The reference of the last question is longer than the budget, so a reply to it that
     was cut is not judged."""
@@ -209,6 +215,21 @@ def answers_to_the_probes(cpu: CpuRun) -> None:
     values.scalars("Eval/Term_Recall", dict(zip(EVALUATED, recall, strict=True)))
     exact = dict(zip(EVALUATED, (0, 1 / 2, 1, 0, 1), strict=True))
     values.scalars("Eval/Exact_Answer", exact)
+    # The numbers 35 and 1,250 are all that must be exact of the references.
+    values.scalars("Eval/Fact_Recall", exact)
+    # Valid and right: of 1 and 2 the number counts, of 3 two terms; 4 has nothing that could be wrong.
+    scores = [0, (1 + 0 + 1 + 0) / 4, (1 + 1 + 0 + 0) / 4, (0 + 0 + 1 / 2 + 0) / 4, (1 + 1 + 0) / 3]
+    values.scalars("Eval/Answer_Score", dict(zip(EVALUATED, scores, strict=True)))
+    judged = dict(zip(EVALUATED, (3, 4, 4, 4, 3), strict=True))
+    for tag, rates, counts in (
+        ("Budget_Hit_Rate", cut, dict.fromkeys(EVALUATED, 4)),
+        ("Format_Valid_Rate", valid, judged),
+        ("Exact_Answer", exact, dict.fromkeys(EVALUATED, 2)),
+    ):
+        ends = {step: interval_of(rates[step], counts[step]) for step in EVALUATED}
+        for place, end in enumerate(("Low", "High")):
+            found = {step: float(pair[place]) for step, pair in ends.items()}
+            values.scalars(f"Eval/{tag}_{end}", found, rel=1e-6, abs=1e-9)
     repeated = [fmean(ten_grams_again(ids(reply)[0]) for reply in replies) for replies in REPLIES]
     assert repeated[0] == 85 / 86 and repeated[3] > 0
     values.scalars("Eval/Repetition_Rate", dict(zip(EVALUATED, repeated, strict=True)))
