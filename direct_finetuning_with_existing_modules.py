@@ -396,8 +396,7 @@ class DirectTrainer:
         self.state.go_on_from(later, failed)
         self.metrics.restart(self.state)
         self.record.rewind(self.state.step, self.state.alerts, self.state.reach)
-        text = f"went back to {checkpoint.path}; the update of step {failed} will be left out"
-        self.terminal.info(text)
+        self.terminal.info(f"went back to {checkpoint.path}; step {failed} will be left out")
 
     # -------------------------------------------------------------------------
     # Beginning
@@ -453,8 +452,8 @@ class DirectTrainer:
     def close(self) -> None:
         """End logger and monitors, whatever happened, and write the report."""
         self.terminal.stop_progress()
-        ends = {"completed": "success", "stopped": "success"}
-        self.record.close(ends.get(self.outcome), at_once=bool(self.stop.name))
+        success = "success" if self.outcome in ("completed", "stopped") else None
+        self.record.close(success, at_once=bool(self.stop.name))
         if self.dist.is_main and not self.stop.name:  # else nobody waits for a page
             leave_report(self.record.run, self.terminal, lambda: bool(self.stop.name))
 

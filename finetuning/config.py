@@ -5,16 +5,31 @@ each of them.
 """
 
 import dataclasses
-import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Literal, Union, get_args, get_origin
 
 from finetuning.common.errors import UserError
 from finetuning.common.paths import expanded, home_cache
+from finetuning.rules import (
+    ABOVE_ZERO,
+    AUTO_OR_ABOVE_ZERO,
+    AUTO_OR_FROM_ZERO,
+    BELOW_ONE,
+    FROM_ONE,
+    FROM_ZERO,
+    LENGTH,
+    LOGGING,
+    NOT_EMPTY,
+    RUN_NAME,
+    SHARE,
+    STEPS,
+    Rule,
+    finite,
+)
 
 # The linear layers of a decoder block; "all-linear" means all that a model has.
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -74,50 +89,6 @@ _PROGRAM = Path(__file__).parents[1]
 # Checks
 
 
-class _Rule(NamedTuple):
-    """What a value must be, as a function and in words."""
-
-    holds: Callable[[Any], bool]
-    wanted: str
-
-
-def _finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer beyond all floats
-        return False
-
-
-_ABOVE_ZERO = _Rule(lambda value: _finite(value) and value > 0, "finite and above 0")
-_FROM_ZERO = _Rule(lambda value: _finite(value) and value >= 0, "finite, 0 or more")
-_FROM_ONE = _Rule(lambda value: value >= 1, "at least 1")
-_BELOW_ONE = _Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")
-_SHARE = _Rule(lambda value: 0 <= value <= 1, "between 0 and 1")
-_NOT_EMPTY = _Rule(bool, "not empty")
-_AUTO_OR_ABOVE_ZERO = _Rule(
-    lambda value: value == "auto" or (_finite(value) and value > 0), "auto, or above 0 and finite"
-)
-_AUTO_OR_FROM_ZERO = _Rule(
-    lambda value: value == "auto" or (_finite(value) and value >= 0), "auto, or finite, 0 or more"
-)
-_STEPS = _Rule(
-    lambda value: value == "auto" or (isinstance(value, int) and value >= 0), "auto, or 0 or more"
-)
-
-_LENGTH = _Rule(
-    lambda value: value == "auto" or (isinstance(value, int) and value >= 16),
-    "auto, or at least 16",
-)
-_LOGGING = _Rule(
-    lambda value: value == "auto" or (isinstance(value, int) and value >= 1), "auto, or 1 or more"
-)
-# Names of files on every system; digits up to the end or a _ number the runs of one second.
-_RUN_NAME = _Rule(
-    lambda value: re.fullmatch(r"(?!\d+(?:_|$))[\w.=+-]{0,60}", value) and not value.endswith("."),
-    "at most 60 letters, digits and . _ = + -, not digits alone or digits before a _",
-)
-
-
 class _Settings:
     """Base of the groups: a value that can't be right is refused where it is set.
 
@@ -139,10 +110,10 @@ class _Settings:
         for field_ in dataclasses.fields(self):
             choices, types = allowed_values(field_)
             if choices and not types:
-                rule = _Rule(lambda value, choices=choices: value in choices, either(choices))
+                rule = Rule(lambda value, choices=choices: value in choices, either(choices))
                 yield from self._breaches(rule, field_.name)
 
-    def _breaches(self, rule: _Rule, *names: str) -> Iterator[str]:
+    def _breaches(self, rule: Rule, *names: str) -> Iterator[str]:
         """A fault for each of the named fields that breaks the rule."""
         for name in names:
             value = getattr(self, name)
@@ -172,7 +143,7 @@ class ModelSettings(_Settings):
     """4bit: QLoRA through bitsandbytes (optional extra `qlora`)."""
 
     def _faults(self) -> Iterator[str]:
-        name = _Rule(
+        name = Rule(
             lambda value: not value or re.fullmatch(r"(?!.*\.\.)[\w][\w./-]*", value),
             "the name of a branch or tag, or a commit",
         )
@@ -199,13 +170,13 @@ class LoraSettings(_Settings):
     """Weight-decomposed adapters (Liu et al. 2024); slower."""
 
     def _faults(self) -> Iterator[str]:
-        yield from self._breaches(_FROM_ZERO, "lora_r")
-        yield from self._breaches(_BELOW_ONE, "lora_dropout")
-        yield from self._breaches(_Rule(_ABOVE_ZERO.holds, "above 0"), "lora_alpha")
-        ranks = _Rule(lambda value: all(rank >= 1 for rank in value.values()), "ranks of 1 or more")
+        yield from self._breaches(FROM_ZERO, "lora_r")
+        yield from self._breaches(BELOW_ONE, "lora_dropout")
+        yield from self._breaches(Rule(ABOVE_ZERO.holds, "above 0"), "lora_alpha")
+        ranks = Rule(lambda value: all(rank >= 1 for rank in value.values()), "ranks of 1 or more")
         yield from self._breaches(ranks, "rank_pattern")
         if self.lora_r:
-            yield from self._breaches(_NOT_EMPTY, "target_modules")
+            yield from self._breaches(NOT_EMPTY, "target_modules")
 
 
 @dataclass(frozen=True)
@@ -248,14 +219,14 @@ class DataSettings(_Settings):
     automatic max_seq_length); above it the run refuses to start."""
 
     def _faults(self) -> Iterator[str]:
-        yield from self._breaches(_NOT_EMPTY, "data_path")
-        yield from self._breaches(_FROM_ZERO, "max_eval_samples")
-        yield from self._breaches(_STEPS, "tokens_per_row")
-        yield from self._breaches(_BELOW_ONE, "eval_fraction")
-        yield from self._breaches(_SHARE, "max_broken_fraction")
-        yield from self._breaches(_LENGTH, "max_seq_length")
+        yield from self._breaches(NOT_EMPTY, "data_path")
+        yield from self._breaches(FROM_ZERO, "max_eval_samples")
+        yield from self._breaches(STEPS, "tokens_per_row")
+        yield from self._breaches(BELOW_ONE, "eval_fraction")
+        yield from self._breaches(SHARE, "max_broken_fraction")
+        yield from self._breaches(LENGTH, "max_seq_length")
         yield from self._breaches(
-            _Rule(self._fit_paths, "empty, or one number of 0 or more for each data_path"),
+            Rule(self._fit_paths, "empty, or one number of 0 or more for each data_path"),
             "data_weights",
         )
 
@@ -275,7 +246,7 @@ class DataSettings(_Settings):
     def _fit_paths(self, weights: tuple[float, ...]) -> bool:
         if not weights:
             return True
-        valid = all(_finite(weight) and weight >= 0 for weight in weights)
+        valid = all(finite(weight) and weight >= 0 for weight in weights)
         return len(weights) == len(self.data_path) and valid and sum(weights) > 0
 
 
@@ -294,9 +265,9 @@ class BatchSettings(_Settings):
     """Exactly so many optimizer updates instead of num_epochs; 0: off."""
 
     def _faults(self) -> Iterator[str]:
-        yield from self._breaches(_FROM_ONE, "batch_size", "gradient_accumulation_steps")
-        yield from self._breaches(_AUTO_OR_ABOVE_ZERO, "num_epochs")
-        yield from self._breaches(_FROM_ZERO, "max_steps")
+        yield from self._breaches(FROM_ONE, "batch_size", "gradient_accumulation_steps")
+        yield from self._breaches(AUTO_OR_ABOVE_ZERO, "num_epochs")
+        yield from self._breaches(FROM_ZERO, "max_steps")
 
 
 @dataclass(frozen=True)
@@ -335,12 +306,12 @@ class OptimizerSettings(_Settings):
     """Seed of packing, order and adapter initialisation."""
 
     def _faults(self) -> Iterator[str]:
-        yield from self._breaches(_ABOVE_ZERO, "adam_epsilon", "answer_weight")
-        yield from self._breaches(_AUTO_OR_ABOVE_ZERO, "learning_rate")
-        yield from self._breaches(_BELOW_ONE, "warmup_ratio", "adam_beta1", "adam_beta2")
-        yield from self._breaches(_SHARE, "min_lr_ratio")
+        yield from self._breaches(ABOVE_ZERO, "adam_epsilon", "answer_weight")
+        yield from self._breaches(AUTO_OR_ABOVE_ZERO, "learning_rate")
+        yield from self._breaches(BELOW_ONE, "warmup_ratio", "adam_beta1", "adam_beta2")
+        yield from self._breaches(SHARE, "min_lr_ratio")
         not_negative = ("weight_decay", "max_grad_norm", "kl_anchor", "max_nonfinite_steps", "seed")
-        yield from self._breaches(_FROM_ZERO, *not_negative)
+        yield from self._breaches(FROM_ZERO, *not_negative)
 
 
 @dataclass(frozen=True)
@@ -359,7 +330,7 @@ class DeviceSettings(_Settings):
     """Seconds after which a silent rank ends the group."""
 
     def _faults(self) -> Iterator[str]:
-        yield from self._breaches(_ABOVE_ZERO, "distributed_timeout")
+        yield from self._breaches(ABOVE_ZERO, "distributed_timeout")
 
 
 @dataclass(frozen=True)
@@ -417,15 +388,15 @@ class OutputSettings(_Settings):
     ~/.cache/qwen3_thinking_finetuning, or cache below output_dir where there is no home to write to."""
 
     def _faults(self) -> Iterator[str]:
-        path = _Rule(lambda value: value.strip() and "\0" not in value, "a path, not empty")
+        path = Rule(lambda value: value.strip() and "\0" not in value, "a path, not empty")
         yield from self._breaches(path, "output_dir")
-        yield from self._breaches(_RUN_NAME, "run_name")
-        yield from self._breaches(_LOGGING, "logging_steps")
-        yield from self._breaches(_FROM_ONE, "save_total_limit")
-        yield from self._breaches(_STEPS, "save_steps", "eval_steps", "num_probes")
+        yield from self._breaches(RUN_NAME, "run_name")
+        yield from self._breaches(LOGGING, "logging_steps")
+        yield from self._breaches(FROM_ONE, "save_total_limit")
+        yield from self._breaches(STEPS, "save_steps", "eval_steps", "num_probes")
         not_negative = ("early_stopping_patience", "probe_max_new_tokens", "workers")
-        yield from self._breaches(_FROM_ZERO, *not_negative)
-        yield from self._breaches(_AUTO_OR_FROM_ZERO, "probe_temperature")
+        yield from self._breaches(FROM_ZERO, *not_negative)
+        yield from self._breaches(AUTO_OR_FROM_ZERO, "probe_temperature")
         for name in self.alert_actions:
             if name not in ALERT_NAMES:
                 near, known = closest(name, ALERT_NAMES), ", ".join(ALERT_NAMES)

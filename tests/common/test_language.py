@@ -97,10 +97,12 @@ def test_alerts_settings_charts_and_headings_have_one():
 def test_every_fault_of_settings_has_one():
     """What a setting must be, and what is wrong between settings."""
     texts = []
-    for node in ast.walk(ast.parse((ROOT / "finetuning/config.py").read_text(encoding="utf-8"))):
+    files = [ROOT / "finetuning" / name for name in ("config.py", "rules.py")]
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in files]
+    for node in (node for tree in trees for node in ast.walk(tree)):
         if isinstance(node, ast.Yield):
             texts.append(form(node.value))
-        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "_Rule":
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Rule":
             texts.append(form(node.args[1]))
         elif isinstance(node, ast.Dict):  # remedies, which end a fault
             texts += [form(key) for key in node.keys]
