@@ -331,9 +331,12 @@ def test_thousands_of_labelled_questions_take_linear_time(tmp_path):
     for count in (2000, 8000):
         text = "".join(f"{i}、问：第{i}个？\n解析：想。\n答：第{i}个。\n\n" for i in range(count))
         (tmp_path / "a.txt").write_text(text, encoding="utf-8")
-        start = time.process_time()
-        assert len(read_samples([str(tmp_path / "a.txt")]).samples) == count
-        spent.append(time.process_time() - start)
+        times = []
+        for _ in range(3):  # the least of them: others use the machine, too
+            start = time.process_time()
+            assert len(read_samples([str(tmp_path / "a.txt")]).samples) == count
+            times.append(time.process_time() - start)
+        spent.append(min(times))
     assert spent[1] < 8 * spent[0], spent
 
 

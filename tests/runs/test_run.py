@@ -605,7 +605,7 @@ def test_other_bad_input_is_one_clear_line(tmp_path, run, tiny_model, capfd):
         "no usable checkpoint": ["--resume", "latest"],
         "not a usable checkpoint": ["--resume", str(tmp_path)],
         "xyz_proj": ["--target-modules", "xyz_proj"],
-        "max_seq_length": ["--max-seq-length", "20"],
+        "raise --max-seq-length": ["--max-seq-length", "20"],
     }
     for expected, arguments in cases.items():
         code = run(tmp_path, *arguments)
