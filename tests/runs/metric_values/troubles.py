@@ -145,7 +145,7 @@ TOLD = {
     "NonFinite": (1, 2, 0),
     "Gradient_Explosion": (1, 5.1, 5),
     "Thinking_Collapse": (1, 0.59, 0.6),
-    "Loss_Spike": (2, 3, LIMIT_OF_LOSS_SPIKE),
+    "Loss_Spike": (2, 3, 2.784),  # the highest but one before, 2.49, times the root of 1.25
     "Divergence": (1, 3, 2.739),  # a tenth above the highest but one before
     "Stagnation": (1, 0, 0.01),
     "Overfitting": (1, 1.03, 1.02),
@@ -221,7 +221,7 @@ def the_table_of_alerts(troubles: Troubles) -> None:
         rows[name] = [s for s in begun[name] if s <= step]
         times, value, limit = TOLD[name]
         if len(rows[name]) < times:
-            value = LIMIT_OF_LOSS_SPIKE + 0.01
+            value, limit = LIMIT_OF_LOSS_SPIKE + 0.01, LIMIT_OF_LOSS_SPIKE
         rows[name] = (name, rows[name], value, limit)
         expected[step] = list(rows.values())
     assert len(expected) == 19, len(expected)
