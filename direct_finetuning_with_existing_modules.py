@@ -275,9 +275,11 @@ class DirectTrainer:
     def training_metrics(self, step: int, learning_rate: float) -> dict[str, float]:
         """What a logged step shows, over the steps since the last logged one."""
         metrics = self.metrics.training(step, learning_rate, self.state, self.pending)
-        metrics |= self.metrics.hardware(self.record.system.read())
-        metrics |= self.metrics.gpu_memory(self.engine.captured)
-        metrics |= self.metrics.clock.read(metrics)
+        with self.metrics.spent:
+            gauges = self.record.system.read() | self.metrics.gpu_memory(self.engine.captured)
+        metrics |= self.metrics.hardware(gauges)  # waits for other ranks
+        with self.metrics.spent:
+            metrics |= self.metrics.clock.read(metrics)
         straggler, slowest = self.metrics.straggler()
         self.record.note_evidence(slowest_rank=slowest, samples=self.metrics.hardest_places())
         spent = self.metrics.session_seconds, self.metrics.spent.seconds

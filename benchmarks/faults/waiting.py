@@ -21,7 +21,7 @@ from .tally import Row, Tally, Trial
 
 SECONDS, AFTER = 2.0, 5.0  # to the end, on a machine of its own; until no process is left
 BUSY = 3.0  # times as long beside other rows
-RECORDS = 5000  # so that each way of working with several processes is used
+RECORDS = 2500  # so that each way of working with several processes is used
 # Phase, the seconds after its begin when the signal comes, and whether there is something to save by then.
 PHASES = [
     ("reading", 0.1, False),

@@ -86,6 +86,8 @@ def _worst_gpu(metrics: Mapping, quantity: str, worst) -> tuple[int, float] | No
     """(index, value) of the GPU with the largest or smallest `quantity`."""
     values = []
     for name, value in metrics.items():
+        if not name.startswith("GPU_"):
+            continue
         match = re.fullmatch(rf"GPU_(\d+)/{quantity}", name)
         if match and value is not None and math.isfinite(value):
             values.append((int(match[1]), float(value)))
@@ -96,7 +98,7 @@ def phase_shares(metrics: Mapping) -> dict[str, float]:
     """Share of the step time per phase, {"data": 0.1, ...}; empty where it isn't measured."""
     seconds = {}
     for name, value in metrics.items():
-        match = PHASES.fullmatch(name)
+        match = name.startswith("Throughput/") and PHASES.fullmatch(name)
         if match and value is not None and math.isfinite(value):
             seconds[match[1].lower()] = float(value)
     total = sum(seconds.values())

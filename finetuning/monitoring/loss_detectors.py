@@ -15,6 +15,7 @@ LONG = 30  # of the one that tells whether a run has learned anything
 AT_ONCE = 3  # logged losses in a row, all above whatever was usual, that are no spike any more
 ROWS_Z = 4.0  # sigma above steps with such rows; those vary less than steps of all kinds
 ENOUGH = 16  # logged values before one can be called unusual
+LEAST = 1e-12  # of a loss, which may be 0, so that it has a logarithm
 CLIPPED = 50  # logged norms that say whether clipping is the rule
 
 
@@ -33,11 +34,13 @@ def gradient_explosion(memory: DetectorMemory, metrics: Mapping) -> Verdict:
     memory.remember("log_gradient", log)
     if len(before) < ENOUGH:
         return None
-    centre = median(before)
-    scale = 1.4826 * max(0.1, median(abs(x - centre) for x in before))
-    least = math.log(memory.limits.gradient_ratio)
-    limit = max(memory.limits.gradient_z * scale, least, _highest(before) - centre + 0.5 * least)
+    centre, least = median(before), math.log(memory.limits.gradient_ratio)
+    limit = max(least, _highest(before) - centre + 0.5 * least)
     if log - centre <= limit or rows <= least:
+        return None  # nearly always, so what costs more comes later
+    scale = 1.4826 * max(0.1, median(abs(x - centre) for x in before))
+    limit = max(memory.limits.gradient_z * scale, limit)
+    if log - centre <= limit:
         return None
     return Finding(norm, math.exp(centre + limit), {"usual norm": math.exp(centre)})
 
@@ -77,16 +80,17 @@ def loss_spike(memory: DetectorMemory, metrics: Mapping) -> Verdict:
     before, z, ratio = losses[-31:], memory.limits.spike_z, memory.limits.spike_ratio
     if len(before) < ENOUGH:
         return None
+    least = max(_highest(losses), LEAST) * ratio**0.5
+    if loss <= least or rows <= math.log(ratio):
+        return None  # nearly always, so what costs more comes later
     known = memory.series.get("unusual", [])  # how far the steps before lay above their like
     spread = 1.4826 * median(map(abs, known)) if len(known) >= ENOUGH else math.inf
-    usual, highest = median(before[-7:]), math.exp(_highest([_log(x) for x in losses]))
+    usual = median(before[-7:])
     limit = usual * max(ratio, math.exp(z * log_noise(before)))
     if rows < 50 and spread < 10:  # such rows are known, and their noise
         limit = min(limit, loss / math.exp(rows) * max(ratio, math.exp(ROWS_Z * spread)))
-    limit = max(limit, highest * ratio**0.5)
-    if loss <= limit or rows <= math.log(ratio):
-        return None
-    return Finding(loss, limit, {"usual loss": usual})
+    limit = max(limit, least)
+    return Finding(loss, limit, {"usual loss": usual}) if loss > limit else None
 
 
 def is_spike(loss: float, before: list[float], z: float = 6.0, ratio: float = 1.25) -> bool:
@@ -95,7 +99,7 @@ def is_spike(loss: float, before: list[float], z: float = 6.0, ratio: float = 1.
     True where log(loss) - median of the last seven logs exceeds both log(ratio) and z sigma.
     """
     height = _log(loss) - median(_log(x) for x in before[-7:])
-    return height > max(z * log_noise(before), math.log(ratio))
+    return height > math.log(ratio) and height > z * log_noise(before)
 
 
 def log_noise(losses: Sequence[float]) -> float:
@@ -110,7 +114,7 @@ def log_noise(losses: Sequence[float]) -> float:
 
 
 def _log(value: float) -> float:
-    return math.log(max(value, 1e-12))
+    return math.log(max(value, LEAST))
 
 
 def training_loss(memory: DetectorMemory, metrics: Mapping) -> float | None:
@@ -199,12 +203,13 @@ def divergence(memory: DetectorMemory, metrics: Mapping) -> Verdict:
     if marks.get("diverged") and now > marks["diverged"]:
         return Finding(now, marks["diverged"], {"best smoothed loss": best})
     marks["diverged"] = 0.0
-    usual = losses[:-SMOOTH] if len(losses) >= 3 * SMOOTH else losses
-    error = pstdev(usual) / math.sqrt(SMOOTH)
-    limit = best + max(share * best, 6 * error, 0.02 * marks["start"])
+    limit = best + max(share * best, 0.02 * marks["start"])
     if marks["level"] <= limit:
-        return None
-    return Finding(marks["level"], limit, {"best smoothed loss": best})
+        return None  # nearly always, so what costs more comes later
+    usual = losses[:-SMOOTH] if len(losses) >= 3 * SMOOTH else losses
+    limit = max(limit, best + 6 * pstdev(usual) / math.sqrt(SMOOTH))
+    found = Finding(marks["level"], limit, {"best smoothed loss": best})
+    return found if marks["level"] > limit else None
 
 
 def stagnation(memory: DetectorMemory, metrics: Mapping) -> Verdict:
@@ -247,6 +252,8 @@ def _stuck(memory: DetectorMemory) -> Finding | None:
         return None
     first = marks["first"]
     fall, most = ((1 - marks[name] / first if first else 0.0) for name in ("calm", "lowest"))
+    if fall >= 3 * memory.limits.stuck:
+        return None
     error = log_noise(memory.series["loss"]) / math.sqrt(LONG)
     limit = max(memory.limits.stuck, min(1.5 * error, 3 * memory.limits.stuck))
     stuck = fall < limit and most < 1.5 * limit

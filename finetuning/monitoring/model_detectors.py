@@ -94,20 +94,24 @@ def _follow_source(memory: DetectorMemory, tag: str, loss: float, size: int) -> 
 
 
 def _worse_source(memory: DetectorMemory, family: str, size: int) -> Finding | None:
-    rises, noise = {}, {}
+    rises, own = {}, f"source {family}"
     for name, values in memory.series.items():
-        best = memory.marks.get(f"best {name}")
-        if name.startswith(f"source {family}") and best and len(values) >= 2 * size:
+        best = memory.marks.get(f"best {name}") if name.startswith(own) else None
+        if best and len(values) >= 2 * size:
             rises[name] = middle(values[-size:]) / best - 1
-            noise[name] = pstdev(values[-3 * size : -size]) / math.sqrt(size) / best
     if len(rises) < 2:
         return None
     worst = max(rises, key=rises.get)
     others = median(rise for name, rise in rises.items() if name != worst)
     share = memory.limits.source_worse * (1 if size > 2 else 0.5)
-    limit = max(share, 6 * noise[worst] if size > 2 else 0.0, 2 * others)
+    limit = max(share, 2 * others)
     if rises[worst] <= limit or others > share / 2:
-        return None
+        return None  # nearly always, so what costs more comes later
+    if size > 2:
+        noise = pstdev(memory.series[worst][-3 * size : -size]) / math.sqrt(size)
+        limit = max(limit, 6 * noise / memory.marks[f"best {worst}"])
+        if rises[worst] <= limit:
+            return None
     facts = {"source": worst.removeprefix(f"source {family}"), "the others, median": others}
     return Finding(rises[worst], limit, facts)
 

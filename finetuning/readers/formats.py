@@ -1,7 +1,8 @@
 """A file's records, whatever its kind: which reader reads it, and those of Parquet and Arrow."""
 
 from collections.abc import Iterator
-from typing import Any
+from contextlib import suppress
+from typing import Any, BinaryIO
 
 from finetuning.common.bounds import UNPACKED
 from finetuning.readers.files import DataFile
@@ -60,12 +61,51 @@ def _parquet(chunk: Chunk) -> Iterator[Record]:
     import pyarrow.parquet
 
     try:
+        _check_columns(chunk.file.path)
         with pyarrow.parquet.ParquetFile(chunk.file.path) as file:
             dense = _dense_columns(file.metadata, Unpacking(chunk.file))
         with pyarrow.parquet.ParquetFile(chunk.file.path, read_dictionary=dense) as file:
             yield from _rows(file.iter_batches(batch_size=_ROWS), chunk.file)
     except (pa.ArrowException, ValueError, NotImplementedError) as error:
         raise damaged(chunk.file, error) from error
+
+
+class _WithoutData(Exception):
+    """A reader has understood what a file says about its columns, and asks for their data."""
+
+
+class _Description:
+    """A Parquet file that can be opened; later it gives no bytes any more."""
+
+    closed = False
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw, self.open = raw, False
+        self.seek, self.tell = raw.seek, raw.tell
+        self.readable = self.seekable = lambda: True
+
+    def read(self, count: int = -1) -> bytes:
+        if self.open:
+            raise _WithoutData
+        return self._raw.read(count)
+
+    def close(self) -> None:
+        """Who opened the file closes it."""
+
+
+def _check_columns(path: str) -> None:
+    """Raise OSError or ArrowException for columns that a damaged file describes wrongly. The reader of
+    pyarrow says so; its `RowGroupMetaData.column` would end this process (std::terminate)."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    with open(path, "rb") as raw:
+        described = _Description(raw)
+        with pyarrow.parquet.ParquetFile(pa.PythonFile(described, mode="r")) as file:
+            described.open = True
+            for group in range(file.metadata.num_row_groups):
+                with suppress(_WithoutData):
+                    next(file.iter_batches(batch_size=1, row_groups=[group]), None)
 
 
 def _dense_columns(metadata: Any, unpacking: Unpacking) -> list[str]:

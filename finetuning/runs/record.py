@@ -75,7 +75,7 @@ class RunRecord:
         self.raised: list[Alert] = []  # by the newest logged step
         self._commands: list[AlertCommand] = []  # that alerts have started, at work
         self._told_status = time.monotonic()
-        self._spent = Stopwatch()  # on alerts
+        self._spent = Stopwatch()  # on alerts, and on what they ask for
         self.evidence: dict[str, object] = {}  # what the alerts of the next logged step may cite
         self._settings: dict[str, Any] = {}
         self.alerts = AlertMonitor(alert_state or None)
@@ -91,9 +91,10 @@ class RunRecord:
         self.logger.log(step, {**metrics, **scalars})
         if raised:
             self.logger.add_text("Alerts/Table", table, step)
-        if time.monotonic() - self._told_status >= STATUS_SECONDS:
-            self.status("running", step=step)
-        return {self._act(alert) for alert in raised} & {"save", "stop"}
+        with self._spent:
+            if time.monotonic() - self._told_status >= STATUS_SECONDS:
+                self.status("running", step=step)
+            return {self._act(alert) for alert in raised} & {"save", "stop"}
 
     def rewind(
         self, step: int, alert_state: Mapping, reach: Mapping[str, int] | None = None

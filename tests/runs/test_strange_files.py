@@ -7,6 +7,7 @@ uv run pytest -m long tests/runs/test_strange_files.py    # a minute for each ki
 import copy
 import hashlib
 import json
+import os
 import random
 import shutil
 import struct
@@ -95,7 +96,8 @@ def changed(draw: Draw, value: Any) -> Any:
 
 
 def trials(quick: int, long: int) -> pytest.MarkDecorator:
-    """So many trials, and those of a minute."""
+    """So many trials, and those of a minute, or of the seconds that FUZZ_SECONDS says."""
+    long = long * int(os.environ.get("FUZZ_SECONDS", "60")) // 60
     counts = [pytest.param(quick), pytest.param(long, marks=pytest.mark.long)]
     return pytest.mark.parametrize("count", counts)
 
