@@ -23,7 +23,7 @@ import sys
 from finetuning.common.errors import RunStopped, UserError
 from finetuning.common.remote import check_address
 from finetuning.common.terminal import Terminal, show_crash
-from finetuning.command_line import CommandLine, parse_command_line
+from finetuning.command_line import CommandLine, parse_command_line, what_was_renamed
 from finetuning.config import DirectTrainingConfig, unhindered
 from finetuning.monitoring.channels import read_channels
 from finetuning.readers.files import check_paths
@@ -36,6 +36,8 @@ if __name__ == "__main__":  # help, wrong settings and paths need none of the sl
         read_channels(command.training.notify if process.is_first_rank() else ())
         first = Terminal(quiet=command.quiet, is_main=process.is_first_rank())
         first.info("starting: the libraries are being loaded")
+        if renamed := what_was_renamed(sys.argv[1:]):
+            first.info(renamed)
     except UserError as error:
         Terminal().error(str(error))
         sys.exit(2)
