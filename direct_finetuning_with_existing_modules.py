@@ -18,6 +18,9 @@ This file is the story of a run; every other file is a module it uses.
 
 from finetuning.common import process  # first: it tunes malloc before torch allocates
 
+if __name__ == "__main__":
+    process.imports_begin()
+
 import sys
 
 from finetuning.common.errors import RunStopped, UserError
@@ -41,7 +44,6 @@ if __name__ == "__main__":  # help, wrong settings and paths need none of the sl
     except UserError as error:
         Terminal().error(str(error))
         sys.exit(2)
-    process.imports_begin()
 
 import functools
 import math
@@ -444,9 +446,10 @@ class DirectTrainer:
                 end = self.record.write_summary(self.plan, self.engine, state, monitoring, outcome)
                 self.terminal.final(summary.closing_lines(end, self.record.run))
                 self.news.done(self.record.run, summary.result_lines(end, self.record.run))
-        result = summary.result(outcome, state)
-        details = {"saved": self.checkpoints.step, "signal": self.stop.name, "result": result}
-        self.record.status(outcome, step=state.step, **details)
+        details = {"saved": self.checkpoints.step, "signal": self.stop.name}
+        self.record.status(
+            outcome, step=state.step, **details, result=summary.result(outcome, state)
+        )
 
     def close(self) -> None:
         """End logger and monitors, whatever happened, and write the report."""
