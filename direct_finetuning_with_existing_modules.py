@@ -39,8 +39,7 @@ if __name__ == "__main__":  # help, wrong settings and paths need none of the sl
         read_channels(command.training.notify if process.is_first_rank() else ())
         first = Terminal(quiet=command.quiet, is_main=process.is_first_rank())
         first.info("starting: the libraries are being loaded")
-        if renamed := what_was_renamed(sys.argv[1:]):
-            first.info(renamed)
+        first.info(what_was_renamed(sys.argv[1:]))
     except UserError as error:
         Terminal().error(str(error))
         sys.exit(2)
@@ -446,10 +445,9 @@ class DirectTrainer:
                 end = self.record.write_summary(self.plan, self.engine, state, monitoring, outcome)
                 self.terminal.final(summary.closing_lines(end, self.record.run))
                 self.news.done(self.record.run, summary.result_lines(end, self.record.run))
-        details = {"saved": self.checkpoints.step, "signal": self.stop.name}
-        self.record.status(
-            outcome, step=state.step, **details, result=summary.result(outcome, state)
-        )
+        result = summary.result(outcome, state)
+        details = {"saved": self.checkpoints.step, "signal": self.stop.name, "result": result}
+        self.record.status(outcome, step=state.step, **details)
 
     def close(self) -> None:
         """End logger and monitors, whatever happened, and write the report."""

@@ -184,6 +184,8 @@ def test_a_command_with_steps_names_no_epochs(finished: Path):
     run = read_recorded(place)
     assert run.configuration["config"]["max_steps"]
     assert "--max-steps" in command(run) and "--num-epochs" not in command(run)
+    epochs = run.configuration["config"]["num_epochs"]
+    assert epochs == round(epochs, 2), "it follows from the steps"
 
 
 def test_the_page_says_them_in_chinese(tmp_path):
