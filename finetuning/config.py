@@ -105,7 +105,7 @@ _LOGGING = _Rule(
 # Names of files on every system; digits up to the end or a _ number the runs of one second.
 _RUN_NAME = _Rule(
     lambda value: re.fullmatch(r"(?!\d+(?:_|$))[\w.=+-]{0,60}", value) and not value.endswith("."),
-    "at most 60 letters, digits and . _ = + -, not digits alone or digits before a _",
+    "at most 60 letters of any language, digits and . _ = + -, not digits alone or digits before a _",
 )
 
 
@@ -345,7 +345,8 @@ class OutputSettings(_Settings):
     output_dir: str = "qwen3_4b_thinking_output"
     """Everything is written below this directory."""
     run_name: str = ""
-    """Added to the run's name, which begins with the time: letters, digits and . _ = + - only."""
+    """Added to the run's name, which begins with the time: at most 60 letters of any language, digits and
+    . _ = + - ."""
     logging_steps: int | Literal["auto"] = "auto"
     """Optimizer steps between logged points. auto: 1 in runs of less than 200 steps, else 5."""
     save_steps: int | Literal["auto"] = "auto"
