@@ -11,6 +11,11 @@ as they are written. A chat remembers questions and answers, shows how much was 
 demand.
 """
 
+from finetuning.common import process  # first: Ctrl-C gets an answer while torch is loaded
+
+if __name__ == "__main__":
+    process.imports_begin()
+
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -34,6 +39,8 @@ from finetuning.model.loading import load_for_inference
 from finetuning.model.resolve import is_adapter
 from finetuning.runs.init_adapter import read_origin
 from finetuning.runs.result import find_trained
+
+process.imports_are_done()
 
 STYLES = {"thinking": "dim", "answer": ""}
 CHAT_HELP = (

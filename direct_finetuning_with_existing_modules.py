@@ -18,12 +18,15 @@ This file is the story of a run; every other file is a module it uses.
 
 from finetuning.common import process  # first: it tunes malloc before torch allocates
 
+if __name__ == "__main__":
+    process.imports_begin()
+
 import sys
 
 from finetuning.common.errors import RunStopped, UserError
 from finetuning.common.remote import check_address
 from finetuning.common.terminal import Terminal, show_crash
-from finetuning.command_line import CommandLine, parse_command_line
+from finetuning.command_line import CommandLine, parse_command_line, what_was_renamed
 from finetuning.config import DirectTrainingConfig, unhindered
 from finetuning.monitoring.channels import read_channels
 from finetuning.readers.files import check_paths
@@ -36,10 +39,10 @@ if __name__ == "__main__":  # help, wrong settings and paths need none of the sl
         read_channels(command.training.notify if process.is_first_rank() else ())
         first = Terminal(quiet=command.quiet, is_main=process.is_first_rank())
         first.info("starting: the libraries are being loaded")
+        first.info(what_was_renamed(sys.argv[1:]))
     except UserError as error:
         Terminal().error(str(error))
         sys.exit(2)
-    process.imports_begin()
 
 import functools
 import math

@@ -8,6 +8,11 @@
 Before anything appears under its name, its logits are compared with those of base and adapter apart.
 """
 
+from finetuning.common import process  # first: Ctrl-C gets an answer while torch is loaded
+
+if __name__ == "__main__":
+    process.imports_begin()
+
 import math
 import shlex
 import sys
@@ -48,6 +53,8 @@ from finetuning.runs.init_adapter import read_origin
 from finetuning.runs.model_card import write_card
 from finetuning.runs.recorded import RecordedRun, read_recorded
 from finetuning.runs.result import find_trained
+
+process.imports_are_done()
 
 WEIGHTS = "model.gguf"  # in ollama's folder
 SERVED = {  # format -> what comes next

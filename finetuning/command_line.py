@@ -15,8 +15,14 @@ from finetuning.common.errors import UserError
 from finetuning.common.files import regular
 from finetuning.common.paths import expanded
 from finetuning.common.text import REDACTED
-from finetuning.config import PARTLY_SHOWN, DirectTrainingConfig, allowed_values, closest, either
-from finetuning.foreign_names import known_names, our_arguments, translated
+from finetuning.config import PARTLY_SHOWN, DirectTrainingConfig, allowed_values, either
+from finetuning.foreign_names import (
+    option,
+    our_arguments,
+    renamed_text,
+    suggestion,
+    translated,
+)
 
 
 @dataclass(frozen=True)
@@ -54,8 +60,7 @@ def parse_command_line(arguments: list[str]) -> CommandLine:
         if path
         else DirectTrainingConfig()
     )
-    own = {f.name for kind in (DirectTrainingConfig, CommandLine) for f in dataclasses.fields(kind)}
-    arguments = our_arguments(arguments, own)
+    arguments, _ = our_arguments(arguments, _own_names())
     if language.current() == "zh" and {"-h", "--help"} & set(arguments):
         print(help_text(Path(sys.argv[0]).name, CommandLine))
         sys.exit(0)
@@ -67,7 +72,7 @@ def parse_command_line(arguments: list[str]) -> CommandLine:
         return_unknown_args=True,
     )
     if unknown:
-        raise UserError(_unknown_text(unknown, own))
+        raise UserError(_unknown_text(unknown))
     if command.gpus and not command.plan:
         raise UserError("--gpus is for --plan: add --plan, or leave it out")
     for flag, folder in (
@@ -80,14 +85,28 @@ def parse_command_line(arguments: list[str]) -> CommandLine:
     return dataclasses.replace(command, resume=expanded(command.resume, "--resume"))
 
 
-def _unknown_text(unknown: list[str], own: set[str]) -> str:
+def what_was_renamed(arguments: list[str]) -> str:
+    """One line on options of other tools in a command line that was read; empty where there are none."""
+    return renamed_text(our_arguments(arguments, _own_names())[1])
+
+
+def _own_names() -> set[str]:
+    kinds = (DirectTrainingConfig, CommandLine)
+    return {field.name for kind in kinds for field in dataclasses.fields(kind)}
+
+
+def _unknown_text(unknown: list[str]) -> str:
     """What is wrong with what no option takes, and what may have been meant."""
     flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
     if not flags:
         return f"{unknown[0]!r} belongs to no option; files with data go behind --data-path"
-    names = [f"--{name.replace('_', '-')}" for name in (*own, *known_names())]
-    faults = [f"unknown option {flag!r}{closest(flag.replace('_', '-'), names)}" for flag in flags]
+    faults = [f"unknown option {flag!r}{_meant(flag)}" for flag in flags]
     return f"command line: {'; '.join(faults)}; --help lists all options"
+
+
+def _meant(flag: str) -> str:
+    near = suggestion(flag.lstrip("-").replace("-", "_"), _own_names())
+    return f" (did you mean {option(near)!r}?)" if near else ""
 
 
 def read_config_file(path: Path) -> DirectTrainingConfig:
@@ -117,7 +136,10 @@ def read_config_file(path: Path) -> DirectTrainingConfig:
             continue
         for name, setting in meant.items():
             if name not in fields:
-                faults.append(f"unknown key {key!r}{closest(key, [*fields, *known_names()])}")
+                near = suggestion(key, fields)
+                faults.append(
+                    f"unknown key {key!r}" + (f" (did you mean {near!r}?)" if near else "")
+                )
             elif name in settings:
                 faults.append(f"{key!r} sets {name} a second time")
             else:

@@ -340,7 +340,8 @@ class OutputSettings(_Settings):
     output_dir: str = "qwen3_4b_thinking_output"
     """Everything is written below this directory."""
     run_name: str = ""
-    """Added to the run's name, which begins with the time: letters, digits and . _ = + - only."""
+    """Added to the run's name, which begins with the time: at most 60 letters of any language, digits and
+    . _ = + - ."""
     logging_steps: int | Literal["auto"] = "auto"
     """Optimizer steps between logged points. auto: 1 in runs of less than 200 steps, else 5."""
     save_steps: int | Literal["auto"] = "auto"

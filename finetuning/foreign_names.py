@@ -3,8 +3,9 @@
 A name is taken where it means the same. One that means something else gets an answer that says what to do.
 """
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from finetuning.common.errors import UserError
@@ -132,9 +133,18 @@ FOREIGN: dict[str, str | Values | Absent] = {
 }
 
 
-def known_names() -> list[str]:
-    """All foreign names that are understood, for suggestions."""
-    return [name for name, meaning in FOREIGN.items() if not isinstance(meaning, Absent)]
+def suggestion(key: str, own: Iterable[str]) -> str:
+    """The setting here whose name, or name elsewhere, is most similar to `key`; empty where none is."""
+    known = {name: name for name in own}
+    for name, meaning in FOREIGN.items():
+        if isinstance(meaning, Values):
+            ours = {setting for _, settings in meaning.meanings for setting in settings}
+            if len(ours) == 1:
+                known.setdefault(name, ours.pop())
+        elif isinstance(meaning, str):
+            known.setdefault(name, meaning)
+    match = get_close_matches(key, known, n=1)
+    return known[match[0]] if match else ""
 
 
 def translated(key: str, value: Any) -> dict[str, Any] | str:
@@ -156,12 +166,20 @@ def translated(key: str, value: Any) -> dict[str, Any] | str:
     return {meaning: value}
 
 
-def our_arguments(arguments: Sequence[str], own: Container[str]) -> list[str]:
-    """A command line with the foreign names in it translated, `own` names left alone.
+@dataclass(frozen=True)
+class Renamed:
+    """An option of another tool as it was given, and what it is here; empty where that happens anyway."""
+
+    given: str
+    ours: str
+
+
+def our_arguments(arguments: Sequence[str], own: Container[str]) -> tuple[list[str], list[Renamed]]:
+    """A command line with the foreign names in it translated, `own` names left alone; and which those were.
 
     Raises UserError with all that is wrong. A flag without a value means true, as in their programs.
     """
-    result, faults, rest = [], [], list(arguments)
+    result, renamed, faults, rest = [], [], [], list(arguments)
     while rest:
         argument = rest.pop(0)
         flag, given, value = argument.partition("=")
@@ -171,8 +189,9 @@ def our_arguments(arguments: Sequence[str], own: Container[str]) -> list[str]:
             continue
         if not given and rest and not rest[0].startswith("--"):
             value = rest.pop(0)
+            argument += f" {value}"
         elif not given and isinstance(FOREIGN[key], str):
-            result.append(f"--{FOREIGN[key].replace('_', '-')}")  # tyro says what is missing
+            result.append(option(FOREIGN[key]))  # tyro says what is missing
             continue
         elif not given:
             value = "true"
@@ -180,12 +199,31 @@ def our_arguments(arguments: Sequence[str], own: Container[str]) -> list[str]:
         if isinstance(settings, str):
             faults.append(settings)
             continue
-        for name, setting in settings.items():
-            values = setting if isinstance(setting, list) else [setting]
-            result += [f"--{name.replace('_', '-')}", *map(str, values)]
+        ours = [word for name, setting in settings.items() for word in _words(name, setting)]
+        result += ours
+        renamed.append(Renamed(argument, " ".join(ours)))
     if faults:
         raise UserError("command line: " + "; ".join(faults))
-    return result
+    return result, renamed
+
+
+def renamed_text(renamed: Sequence[Renamed]) -> str:
+    """One line on what options of other tools became; empty where there are none."""
+    others = ", ".join(f"{one.given} = {one.ours}" for one in renamed if one.ours)
+    anyway = ", ".join(one.given for one in renamed if not one.ours)
+    if others:
+        text = f"options of other tools, as they are named here: {others}"
+        return f"{text}; what happens here anyway: {anyway}" if anyway else text
+    return f"options of other tools for what happens here anyway: {anyway}" if anyway else ""
+
+
+def option(name: str) -> str:
+    """A setting's name on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
+def _words(name: str, setting: Any) -> list[str]:
+    return [option(name), *map(str, setting if isinstance(setting, list) else [setting])]
 
 
 def _typed(key: str, text: str) -> Any:

@@ -47,5 +47,5 @@ LOGGING = Rule(
 # Names of files on every system; digits up to the end or a _ number the runs of one second.
 RUN_NAME = Rule(
     lambda value: re.fullmatch(r"(?!\d+(?:_|$))[\w.=+-]{0,60}", value) and not value.endswith("."),
-    "at most 60 letters, digits and . _ = + -, not digits alone or digits before a _",
+    "at most 60 letters of any language, digits and . _ = + -, not digits alone or digits before a _",
 )

@@ -12,7 +12,8 @@ from typing import Union, get_args, get_origin
 import pytest
 
 from finetuning import config
-from finetuning.command_line import parse_command_line, read_config_file
+from finetuning.command_line import parse_command_line, read_config_file, what_was_renamed
+from finetuning.common import language
 from finetuning.common.errors import UserError
 from finetuning.config import (
     ALERT_NAMES,
@@ -27,7 +28,7 @@ from finetuning.config import (
     OutputSettings,
 )
 from finetuning.events.metric_table import METRICS
-from finetuning.foreign_names import FOREIGN, Absent, Values
+from finetuning.foreign_names import FOREIGN, Absent, Values, suggestion
 from finetuning.monitoring.detectors import DETECTORS
 
 GROUPS = (
@@ -110,7 +111,7 @@ def test_settings_of_training_arguments_that_mean_the_same(tmp_path: Path, text,
         ('resume_from_checkpoint = "x"', "--resume"),
         ("trust_remote_code = true", "--trust-remote-code"),
         ("bf16 = true\nprecision = 'fp32'", "second time"),
-        ("num_train_epoch = 3", "num_train_epochs"),
+        ("num_train_epoch = 3", "'num_epochs'"),
     ],
 )
 def test_settings_that_mean_something_else_get_an_answer(tmp_path: Path, text, said):
@@ -384,3 +385,30 @@ def test_every_field_has_its_line_of_help():
 def test_the_configuration_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         DirectTrainingConfig().seed = 1
+
+
+def test_what_options_of_other_tools_became_is_told_in_one_line():
+    line = what_was_renamed(
+        ["--lora_rank", "8", "--bf16", "--stage=sft", "--max-steps", "3", "--cutoff-len", "512"]
+    )
+    assert line == (
+        "options of other tools, as they are named here: --lora_rank 8 = --lora-r 8, "
+        "--bf16 = --precision bf16, --cutoff-len 512 = --max-seq-length 512; "
+        "what happens here anyway: --stage=sft"
+    )
+    assert what_was_renamed(["--lora-r", "8", "--gradient-checkpointing", "on"]) == ""
+    for text in (line, what_was_renamed(["--epochs", "2"]), what_was_renamed(["--do_train"])):
+        told = language.in_chinese(text)
+        assert told.startswith("其他工具的参数") and " here" not in told
+
+
+@pytest.mark.parametrize("name", [n for n, m in FOREIGN.items() if not isinstance(m, Absent)])
+def test_a_suggestion_is_an_option_of_help(name):
+    """Of every foreign name with a letter too many; what is suggested is a field, not the other's name."""
+    near = suggestion(f"{name}x", [f.name for f in dataclasses.fields(DirectTrainingConfig)])
+    assert near in {"", *(f.name for f in dataclasses.fields(DirectTrainingConfig))}
+
+
+def test_data_alone_means_data_path():
+    with pytest.raises(UserError, match=r"'--data' \(did you mean '--data-path'\?\)"):
+        parse_command_line(["--data", "1"])

@@ -34,5 +34,6 @@ def exit_code(program: Callable[[], object]) -> int:
         print(language.translated(f"error: {line}"), file=sys.stderr)
         return 2 if isinstance(error, UserError) else 3
     except KeyboardInterrupt:
+        print(language.translated("interrupted"), file=sys.stderr)
         return 130
     return 0

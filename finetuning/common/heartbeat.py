@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from finetuning.common.bounds import SILENCE
 
 POLL_SECONDS = 0.5
+SHORTEST = 2.0  # seconds after which an activity is told; before, what it is a part of
 PATIENCE = SILENCE.limit - 3.0  # seconds without a line; a busy machine takes its time to say one
 
 
@@ -33,7 +34,7 @@ class Activity:
 
 
 class Heartbeat:
-    """Tells the innermost activity when nothing else was said for a while.
+    """Tells the innermost activity that is not over in a moment when nothing else was said for a while.
 
     say: writes a line. silent_since: when the last line was written, in seconds of `time.monotonic`.
     A thread lives as long as there is an activity.
@@ -72,5 +73,10 @@ class Heartbeat:
     def _beat(self, over: threading.Event) -> None:
         while not over.wait(POLL_SECONDS):
             doing = self._doing[-1:]  # the other thread may end it meanwhile
-            if doing and time.monotonic() - self._silent_since() >= PATIENCE:
-                self._say(doing[0].line())
+            now = time.monotonic()
+            silent = now - self._silent_since()
+            if not doing or silent < PATIENCE:
+                continue
+            long = [activity for activity in self._doing if now - activity.since >= SHORTEST]
+            if long or silent >= PATIENCE + SHORTEST:
+                self._say((long or doing)[-1].line())

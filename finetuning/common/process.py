@@ -10,6 +10,9 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
+
+from finetuning.common.language import translated
 
 
 def _keep_freed_memory() -> None:
@@ -33,10 +36,18 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def _leave(number: int, _frame: object) -> NoReturn:
+    """End at once with a word: there is nothing to save, and threads of libraries are not waited for."""
+    text = translated("interrupted before anything was to save")
+    os.write(2, f"{text}\n".encode())
+    os._exit(128 + number)
+
+
 def imports_begin() -> None:
-    """Ctrl-C needs no traceback through the imports. Where it was ignored at the start, it stays so."""
+    """Ctrl-C gets one line and exit code 130 instead of a traceback through the imports. Where it was ignored
+    at the start, it stays so."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, _leave)
 
 
 def imports_are_done() -> None:
@@ -44,7 +55,7 @@ def imports_are_done() -> None:
     exception again."""
     gc.freeze()
     gc.set_threshold(*_THRESHOLDS)
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+    if signal.getsignal(signal.SIGINT) is _leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -74,7 +74,9 @@ class Terminal:
             self._unlogged = []
 
     def info(self, text: str, style: str = "") -> None:
-        """One line, or several."""
+        """One line, or several; nothing where there is no text."""
+        if not text:
+            return
         self._write_log(text)
         if self._shows:
             _print(self._console, translated(text), style)

@@ -80,14 +80,22 @@ class Accounts:
         """Names and texts, always the same names."""
         files = len(self.read.samples_per_file)
         read = f"{len(self.read.samples):,} samples of {files:,} file{'s' * (files != 1)}"
-        skipped = self.read.skipped
-        names = clean_line(", ".join(remark.source for remark in skipped[:_SHOWN]), 200)
-        more = f" and {len(skipped) - _SHOWN} more" if len(skipped) > _SHOWN else ""
         return [
             ("read", read),
             *((share.name, share.shown()) for share in self._shares),
-            ("skipped files", f"{len(skipped)}: {names}{more}" if skipped else "0"),
+            ("skipped files", self._skipped()),
         ]
+
+    def _skipped(self) -> str:
+        """How many files are not read, the first of them, and what to do about them; those of which something
+        can be done come first."""
+        skipped = self.read.skipped
+        todo = {remark.source: remark.text.partition("; ")[2] for remark in skipped}
+        names = sorted(todo, key=lambda name: not todo[name])
+        told = [f"{clean_line(n, 100)}{todo[n] and ': ' + todo[n]}" for n in names[:_SHOWN]]
+        between = "; " if any(todo.values()) else ", "
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        return f"{len(names)}: {between.join(told)}{more}" if names else "0"
 
     def warnings(self) -> Iterator[str]:
         """Rows with a share above `WARNED`, and what the template had to be asked for."""

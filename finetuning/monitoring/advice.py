@@ -126,6 +126,15 @@ def _has_adapters(settings: Mapping) -> bool:
     return settings.get("lora_r") != 0
 
 
+def _length(settings: Mapping) -> str:
+    """The setting that decides how long a run is: --max-steps where it is given."""
+    steps = settings.get("max_steps")
+    if not steps:
+        return _setting("num_epochs", lambda epochs: max(min(1, epochs), epochs / 2))(settings)
+    fewer = f"; try --max-steps {steps // 2}" if steps > 1 else ""
+    return f" (--max-steps is {steps}{fewer})"
+
+
 PLACES = {
     "rate": _setting("learning_rate", lambda rate: rate / 3),
     "faster": _setting("learning_rate", lambda rate: rate * 3),
@@ -136,11 +145,7 @@ PLACES = {
     "batch": _setting("batch_size"),
     "length": _setting("max_seq_length"),
     "workers": _setting("workers"),
-    "epochs": _setting(
-        "num_epochs",
-        lambda epochs: max(min(1, epochs), epochs / 2),
-        needs=lambda settings: not settings.get("max_steps"),  # which decides, where it is given
-    ),
+    "epochs": _length,
     "dropout": _setting(
         "lora_dropout",
         _more,

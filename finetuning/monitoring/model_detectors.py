@@ -113,6 +113,7 @@ def _worse_source(memory: DetectorMemory, family: str, size: int) -> Finding | N
         if rises[worst] <= limit:
             return None
     facts = {"source": worst.removeprefix(f"source {family}"), "the others, median": others}
+    facts["losses"] = "training" if family.startswith("Training") else "held-out"
     return Finding(rises[worst], limit, facts)
 
 

@@ -129,7 +129,8 @@ def _expected_bytes(file: DataFile) -> int:
 
 def _accounted(found: SampleSet, listing: Listing) -> SampleSet:
     """What was read with a word on every file. A text in a folder that holds no question was not meant to be
-    read; any other file without a sample is most likely not what its user meant it to be."""
+    read, and a file there without any record holds nothing; any other file without a sample is most likely
+    not what its user meant it to be."""
     broken: dict[str, list[BrokenSample]] = {}
     for item in found.broken:
         broken.setdefault(item.source, []).append(item)
@@ -139,9 +140,11 @@ def _accounted(found: SampleSet, listing: Listing) -> SampleSet:
     for file in listing.files:
         if found.samples_per_file[file.source]:
             continue
-        if not file.named and file.kind in TEXTS and file.source not in broken:
+        nothing = file.source not in broken and file.source not in left_out
+        if not file.named and nothing:
             per_file.pop(file.source)
-            skipped.append(Remark(file.source, 1, "skipped: no question was found in it"))
+            what = "no question was found in it" if file.kind in TEXTS else "no record is in it"
+            skipped.append(Remark(file.source, 1, f"skipped: {what}"))
             continue
         reason = without_sample(file, broken.get(file.source, []), file.source in left_out)
         empty.append(Finding(file.source, 1, "without a sample", reason))

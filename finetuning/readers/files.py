@@ -200,6 +200,8 @@ def _add_matched(name: str, found: Listing) -> None:
         return
     if not os.path.isdir(name) and (_kind_of(name) is None or _describes(name)):
         found.skipped.append(_skipped(name, name))
+    elif stat.S_ISREG(there.st_mode) and there.st_size == 0:
+        found.skipped.append(Remark(_source(name), 1, "skipped: it is empty"))
     else:
         _add_existing(name, name, there, found)
 
@@ -245,12 +247,18 @@ def _add_folder(path: str, source: str, found: Listing) -> None:
             skipped.append(_skipped(inner, name))
             continue
         there = _regular(entry)
+        if there.st_size == 0:
+            skipped.append(Remark(name, 1, "skipped: it is empty"))
+            continue
         real = (
             os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(folder, entry.name)
         )
         files.append((inner, DataFile(entry.path, name, kind, there.st_size, real, named=False)))
     if not files:
-        more = f"; {len(skipped)} files of other kinds lie there" if skipped else ""
+        empty = sum(remark.text == "skipped: it is empty" for remark in skipped)
+        others = len(skipped) - empty
+        more = f"; {others} files of other kinds lie there" if others else ""
+        more += f"; empty files: {empty}" if empty else ""
         raise UserError(f"the folder {clean_line(source, 200)} holds no {_readable()} file{more}")
     _add_for_training(files, found)
     found.skipped.extend(_grouped(skipped, source))

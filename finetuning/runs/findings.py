@@ -1,7 +1,7 @@
 """What a run's record says to do next: at most five findings in plain words, with evidence and a command.
 
 Each kind is a function of a recorded run that returns a finding or None. They come in the order of what costs
-most to leave as it is.
+most to leave as it is, and what is the matter with the whole run comes before what is with a part of it.
 """
 
 import shlex
@@ -14,6 +14,7 @@ from finetuning.common.formatting import four_digits
 from finetuning.common.text import REDACTED
 from finetuning.config import PARTLY_SHOWN, DirectTrainingConfig
 from finetuning.runs.recorded import Points, RecordedRun
+from finetuning.runs.source_finding import without_source, worse_source
 
 MOST = 5
 PROGRAM = "uv run python direct_finetuning_with_existing_modules.py"
@@ -21,7 +22,6 @@ RISEN = 0.02  # of the held-out loss above its best, as a share, that is overfit
 FALLING = 0.02  # of the loss over the last quarter of the run, as a share, that is still falling
 LEARNED = 0.05  # fall of the loss, as a share of its start, below which a run has hardly learned
 CUT = 0.05  # share of the samples that is left out or shortened for its length
-SOURCE_WORSE = 0.05  # rise of a source's held-out loss above its best
 WAITING = 0.3  # share of a step that waits for data
 
 
@@ -82,6 +82,16 @@ def _epochs(run: RecordedRun) -> float | None:
     """Passes over the data, those that were made or else those that were wanted."""
     wanted = _setting(run, "num_epochs")
     return run.last("Training/Epoch") or (wanted if isinstance(wanted, float) else None)
+
+
+def _until(run: RecordedRun, step: int) -> dict[str, object] | None:
+    """What ends a run at this step, by the setting that was set: --max-steps, or else --num-epochs."""
+    epochs = _epochs(run)
+    if _setting(run, "max_steps"):
+        return {"max_steps": max(1, step)}
+    if epochs is None:
+        return None
+    return {"num_epochs": max(0.1, round(epochs * step / max(run.steps, 1), 1))}
 
 
 def _alerts(run: RecordedRun, *names: str) -> list[Mapping[str, Any]]:
@@ -150,14 +160,14 @@ def overfitted(run: RecordedRun) -> NextStep | None:
     last = held_out[-1][1]
     if last <= best * (1 + RISEN) or step >= held_out[-1][0] or step == 0:
         return None
-    epochs = _epochs(run)
-    if epochs is None:
+    shorter = _until(run, step)
+    if shorter is None:
         return None
-    fewer = max(0.1, round(epochs * step / max(run.steps, 1), 1))
+    unit = "steps" if "max_steps" in shorter else "epochs"
     return NextStep(
-        "The run went on too long: it overfits. Take best_model, and train fewer epochs.",
+        f"The run went on too long: it overfits. Take best_model, and train fewer {unit}.",
         f"The held-out loss was {four_digits(best)} at step {step}, and {four_digits(last)} at the end.",
-        command(run, num_epochs=fewer, max_steps=0),
+        command(run, **shorter),
     )
 
 
@@ -203,48 +213,30 @@ def data_too_long(run: RecordedRun) -> NextStep | None:
 
 
 def source_harmful(run: RecordedRun) -> NextStep | None:
-    """One source's held-out loss rose while that of all fell, or its alert spoke."""
-    spoken = [
-        a["evidence"]["source"]
-        for a in _alerts(run, "Source_Regression")
-        if a.get("evidence", {}).get("source")
-    ]
-    whole = _finite(run.series.get("Eval/Loss", []))
-    rises = {}
-    if len(whole) > 1 and whole[-1][1] < whole[0][1]:
-        for tag, points in run.series.items():
-            values = [value for _, value in _finite(points)]
-            if tag.startswith("Eval/By_Source/") and len(values) > 2 and min(values) > 0:
-                rises[tag.removeprefix("Eval/By_Source/")] = values[-1] / min(values) - 1
-    worst = max(rises, key=rises.get) if len(rises) > 1 else None
-    if worst is not None and rises[worst] >= SOURCE_WORSE:
-        rest = 100 * max((rise for name, rise in rises.items() if name != worst), default=0.0)
-        name, own = worst, 100 * rises[worst]
-        said = f"Its held-out loss rose by {own:.0f}%; no other by over {rest:.0f}%."
-    elif spoken:
-        name, said = spoken[0], "Its training loss rose while those of the others fell."
-    else:
+    """One source gets worse while the others get better, beyond what chance does (`worse_source`)."""
+    found = worse_source(run)
+    if found is None:
         return None
-    paths = list(_setting(run, "data_path"))
-    others = [path for path in paths if name not in str(path)]
-    weights = [0.2 if name in str(path) else 1.0 for path in paths]
-    change = (
-        {"data_weights": weights} if len(others) < len(paths) and others else {"num_epochs": 1.0}
+    fewer = without_source(run, found.source)
+    look = f"{PROGRAM} --check-data --data-path {shlex.quote(found.source)}"
+    return NextStep(
+        f"The source {found.source} gets worse with training: look at its samples, or leave it out.",
+        found.evidence,
+        command(run, **fewer) if fewer else look,
     )
-    return NextStep(f"The source {name} does harm.", said, command(run, **change))
 
 
 def saturated(run: RecordedRun) -> NextStep | None:
     """The data are learned by heart."""
-    spoken, epochs = _alerts(run, "Saturation"), _epochs(run)
-    if not spoken or epochs is None:
+    spoken = _alerts(run, "Saturation")
+    step = spoken[0].get("step", run.steps) if spoken else 0
+    shorter = _until(run, step) if spoken else None
+    if shorter is None:
         return None
-    step = spoken[0].get("step", run.steps)
-    fewer = max(0.1, round(epochs * step / max(run.steps, 1), 1))
     return NextStep(
         "The data are learned by heart: more epochs teach nothing. Add data, or stop there.",
         f"From step {step} on every training token was predicted (at least 99.5%).",
-        command(run, num_epochs=fewer, max_steps=0),
+        command(run, **shorter),
     )
 
 
@@ -276,12 +268,12 @@ def waits_for_data(run: RecordedRun) -> NextStep | None:
 
 KINDS: tuple[Callable[[RecordedRun], NextStep | None], ...] = (
     rate_too_high,
-    source_harmful,
     overfitted,
-    forgotten,
-    data_too_long,
     rate_too_low,
     saturated,
     stopped_too_early,
+    forgotten,
+    data_too_long,
+    source_harmful,
     waits_for_data,
 )

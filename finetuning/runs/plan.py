@@ -250,7 +250,8 @@ def resolved_settings(
     """What was left to the program, or is overridden by another setting, as it is used."""
     precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[execution.dtype]
     counted = config.max_steps or config.num_epochs == "auto"
-    epochs = steps.fractional_epoch(steps.num_steps) if counted else config.num_epochs
+    made = steps.fractional_epoch(steps.num_steps)
+    epochs = (round(made, 2) or made) if counted else config.num_epochs
     return {
         "device": dist.device.type if config.device == "auto" else config.device,
         "precision": precision if config.precision == "auto" else config.precision,
@@ -286,7 +287,8 @@ def load_data(
         with terminal.working("looking for near duplicates"):
             options = {"seed": config.seed, "cache_dir": config.cache_path}
             split = split_samples(read, config, eval_read, workers=workers, **options)
-        with terminal.working("getting the tokenizer"):
+        demonstration = "getting the demonstration model, which is built once for these data"
+        with terminal.working(demonstration if found.embedded else "getting the tokenizer"):
             with kept_in(config.cache_path):
                 model = ensure_local(found, split.training_texts, config.cache_path, config.seed)
             tokenizer = load_tokenizer(model)

@@ -175,6 +175,7 @@ class _Configuration(TypedDict, total=False):
     model: dict[str, Any]
     steps: int
     changes: list[str]
+    held_out_samples: dict[str, int]
 
 
 def _record(path: Path, kind: Any) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
+
 from finetuning.common.distributed import Distributed
 from finetuning.common.files import json_text
 from finetuning.common.formatting import flat, shown
@@ -239,8 +241,18 @@ def configuration(
         "model": dict(model),
         "steps": plan.steps.num_steps,
         "steps_per_epoch": plan.steps.steps_per_epoch,
+        "held_out_samples": held_out_samples(plan),
         "versions": versions(),
     }
+
+
+def held_out_samples(plan: RunPlan) -> dict[str, int]:
+    """How many documents of each source are held out, by the name that the source has in tags."""
+    if plan.evaluation is None:
+        return {}
+    names, labels = plan.groups[1]["By_Source/"]
+    counts = np.bincount(labels[plan.evaluation.documents], minlength=len(names)).tolist()
+    return {name: count for name, count in zip(names, counts, strict=True) if count}
 
 
 def versions() -> dict[str, str]:

@@ -16,7 +16,9 @@ from finetuning.common.terminal import Terminal
 @pytest.fixture
 def hurried(monkeypatch):
     """The same in a hundredth of the time."""
-    assert SILENCE.limit > heartbeat.PATIENCE + 2 * heartbeat.POLL_SECONDS
+    most = heartbeat.PATIENCE + heartbeat.SHORTEST + 2 * heartbeat.POLL_SECONDS
+    assert SILENCE.limit >= most
+    monkeypatch.setattr(heartbeat, "SHORTEST", 0.02)
     monkeypatch.setattr(heartbeat, "PATIENCE", 0.06)
     monkeypatch.setattr(heartbeat, "POLL_SECONDS", 0.01)
 
@@ -73,3 +75,21 @@ def test_a_quiet_run_stays_quiet(hurried, monkeypatch):
     with Terminal(quiet=True).working("reading"):
         time.sleep(0.15)
     assert out.getvalue() == ""
+
+
+def test_what_is_over_in_a_moment_is_not_told(hurried, monkeypatch):
+    """But what it is a part of is; and of short work alone, as nothing else would be said."""
+    monkeypatch.setattr(heartbeat, "SHORTEST", 0.2)
+    said: list[str] = []
+    beat = Heartbeat(said.append, lambda: 0.0 if beat_silent else time.monotonic() - 0.1)
+    beat_silent, outer = False, beat.begin("training")
+    outer.since -= 10
+    with beat.doing("saving"):
+        assert until(lambda: bool(said))
+    beat.end(outer)
+    assert all(line.startswith("training: 10 s") for line in said)
+    said.clear()
+    beat_silent = True
+    with beat.doing("evaluation"):
+        assert until(lambda: bool(said))
+    assert said[0].startswith("evaluation")

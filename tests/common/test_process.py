@@ -9,11 +9,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from finetuning.common.process import Interrupted, StopSignal
 from finetuning.common.workers import in_order
+
+ROOT = Path(__file__).parents[2]
 
 NAMES = [name for name in StopSignal.NAMES if hasattr(signal, name)]
 
@@ -105,7 +108,7 @@ def test_the_imports_leave_an_ignored_ctrl_c_ignored(ignored: bool):
         "process.imports_begin()\n"
         "during = signal.getsignal(signal.SIGINT)\n"
         "process.imports_are_done()\n"
-        "print(int(during), signal.getsignal(signal.SIGINT) is signal.SIG_IGN)"
+        "print(during is signal.SIG_IGN, signal.getsignal(signal.SIGINT) is signal.SIG_IGN)"
     )
     handler = signal.SIG_IGN if ignored else signal.SIG_DFL
     done = subprocess.run(
@@ -114,9 +117,21 @@ def test_the_imports_leave_an_ignored_ctrl_c_ignored(ignored: bool):
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, handler),
     )
-    assert done.stdout.split() == (
-        [str(int(signal.SIG_IGN)), "True"] if ignored else ["0", "False"]
-    )
+    assert done.stdout.split() == [str(ignored)] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["ask.py", "export.py"])
+def test_ctrl_c_within_the_imports_of_a_program_is_one_line(program, tmp_path):
+    """The signal comes within the import of torch; the rest of the program does not run."""
+    source = (ROOT / program).read_text(encoding="utf-8")
+    interrupt = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
+    script = tmp_path / "script.py"
+    source = source.replace("import torch\n", f"{interrupt}\nimport torch\n", 1)
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{source}", encoding="utf-8")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert done.returncode == 130
+    assert done.stderr == "interrupted before anything was to save\n"
 
 
 def wait_long(seconds: float) -> int:

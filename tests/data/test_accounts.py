@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 
 from direct_finetuning_with_existing_modules import main
+from finetuning.common import language
 from finetuning.common.errors import UserError
 from finetuning.config import DataSettings
 from finetuning.data.accounts import Accounts, accounts_of
 from finetuning.data.split import split_samples
 from finetuning.data.training_data import prepare_data, read_data
-from finetuning.readers.dataset import SampleSet
+from finetuning.readers.dataset import SampleSet, read_samples
 from finetuning.readers.sample import Remark
 from tests.helpers.settings import up_to
 from tests.helpers.tiny_model import FAST
@@ -165,6 +166,23 @@ def test_skipped_files_are_named(accounts):
     read = SampleSet(found.read.samples, (), found.read.samples_per_file, "", skipped=skipped)
     rows = dict(replace(found, read=read).rows())
     assert rows["skipped files"] == "4: ds/a, ds/b, ds/c and 1 more"
+
+
+def test_what_to_do_about_a_skipped_file_stands_beside_it(accounts, tmp_path):
+    found = accounts([record(i) for i in range(10)])
+    for name in ("readme.md", "旧题.xls", "标准.pdf"):
+        (tmp_path / name).write_bytes(b"x")
+    read = read_samples([str(tmp_path)])
+    row = dict(replace(found, read=read).rows())["skipped files"]
+    xls, pdf = tmp_path / "旧题.xls", tmp_path / "标准.pdf"
+    todo = {
+        f"{xls}: save it as .xlsx",
+        f"{pdf}: copy its questions and answers into a .docx or .xlsx",
+    }
+    first, second, last = row.removeprefix("3: ").split("; ")
+    assert {first, second} == todo and last == str(tmp_path / "readme.md")
+    told = language.in_chinese(row)
+    assert f"{xls}：请另存为 .xlsx" in told and f"{pdf}：把其中的问答复制到" in told
 
 
 # ---- in a run -----------------------------------------------------------------------------------

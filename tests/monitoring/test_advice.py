@@ -7,6 +7,7 @@ from itertools import product
 
 import pytest
 
+from finetuning.common import language
 from finetuning.config import DirectTrainingConfig
 from finetuning.monitoring.advice import ADVICE, advice
 
@@ -54,10 +55,12 @@ def test_every_suggestion_is_another_value_that_is_accepted(run: dict):
     assert ("lora_dropout" in seen) == (bool(run["lora_r"]) and run["precision"] != "fp8")
 
 
-def test_no_epochs_are_suggested_where_steps_are_counted():
+def test_steps_are_suggested_where_steps_are_counted():
     """`max_steps` decides then, and what is shown is what it came to."""
     text = advice("Saturation", {"num_epochs": 3.9, "max_steps": 300})
-    assert "fewer epochs (it is 3.9) or more data" in text
+    assert "fewer epochs (--max-steps is 300; try --max-steps 150) or more data" in text
+    assert "（--max-steps 现为 300，可试 --max-steps 150）" in language.in_chinese(text)
+    assert "(--max-steps is 1) or" in advice("Saturation", {"max_steps": 1})
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,32 @@ def test_paths_that_give_nothing(tmp_path, monkeypatch):
             read(tmp_path, name, content)
 
 
+def test_a_file_in_a_folder_that_holds_nothing_is_skipped_and_told(tmp_path):
+    """Empty, blank, without a record; one that was named itself is refused (above)."""
+    (tmp_path / "a.md").write_text(PLAIN, encoding="utf-8")
+    nothing = {"b.jsonl": "", "c.csv": "", "d.md": "", "e.jsonl": "\n\n", "f.json": "[]"}
+    nothing |= {"g.csv": "question,answer\n", "h.xlsx": ""}
+    for name, content in nothing.items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    in_folder = read_samples([str(tmp_path)])
+    told = {os.path.basename(r.source): r.text for r in in_folder.skipped}
+    for name, content in nothing.items():
+        assert told[name] == f"skipped: {'no record is in it' if content else 'it is empty'}"
+    matched = read_samples([str(tmp_path / "[abcdh].*")])
+    assert sorted(os.path.basename(r.source) for r in matched.skipped) == [
+        name for name, content in nothing.items() if not content
+    ]
+    assert len(in_folder.samples) == len(matched.samples) == 1
+    for name in nothing:
+        with pytest.raises(UserError):
+            read_samples([str(tmp_path / name)])
+    folder = tmp_path / "only"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"holds no .*; empty files: 1"):
+        read_samples([str(folder)])
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX special files")
 def test_hostile_paths(tmp_path):
     os.mkfifo(tmp_path / "pipe.md")

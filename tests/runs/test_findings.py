@@ -6,6 +6,7 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from finetuning.command_line import parse_command_line
@@ -14,6 +15,7 @@ from finetuning.runs.directory import RUN_PREFIX, RunDirectory
 from finetuning.runs.findings import KINDS, command, findings
 from finetuning.runs.recorded import find_runs, read_recorded
 from finetuning.runs.report import headline, page
+from finetuning.runs.source_finding import without_source, worse_source
 
 STEPS = range(1, 201)
 
@@ -30,7 +32,7 @@ def healthy() -> dict:
             "Throughput/Step_Seconds_Data": 0.01,
         }
         if step % 40 == 0:
-            rows[step]["Eval/Loss"] = loss + 0.1
+            rows[step] |= {"Eval/Loss": loss + 0.1, "Eval/Loss_Error": 0.02}
             rows[step] |= {"Eval/By_Source/good": loss, "Eval/By_Source/poor": loss}
     settings = {"learning_rate": 3e-4, "num_epochs": 3.0, "data_path": ["good.jsonl", "poor.jsonl"]}
     return {"rows": rows, "alerts": [], "dataset": {}, "settings": settings}
@@ -45,6 +47,7 @@ def recorded(folder: Path, files: dict):
     (run.logs / "alerts.jsonl").write_text("".join(json.dumps(x) + "\n" for x in files["alerts"]))
     (run.logs / "dataset_statistics.json").write_text(json.dumps(files["dataset"]))
     configuration = {"config": files["settings"], "steps": 200}
+    configuration["held_out_samples"] = files.get("held_out", {})
     (run.logs / "configuration.json").write_text(json.dumps(configuration))
     return read_recorded(run)
 
@@ -57,9 +60,16 @@ def diverged(files):
     files["alerts"] += [alert("Divergence", 120)]
 
 
-def poor_source(files):
-    for step in (120, 160, 200):
-        files["rows"][step]["Eval/By_Source/poor"] *= step / 80
+def poor_source(files, held_out: int = 20):
+    """Its held-out loss rises by two thirds, that of the other falls."""
+    for step in range(40, 201, 40):
+        row = files["rows"][step]
+        row["Eval/By_Source/good.jsonl"] = row.pop("Eval/By_Source/good")
+        row["Eval/By_Source/poor.jsonl"] = row.pop("Eval/By_Source/poor")
+        if step > 80:
+            row["Eval/By_Source/poor.jsonl"] *= step / 80
+    files["held_out"] = {"good.jsonl": 30, "poor.jsonl": held_out}
+    files["dataset"]["samples_per_file"] = {"good.jsonl": 300, "poor.jsonl": 10 * held_out}
 
 
 def overfits(files):
@@ -99,13 +109,13 @@ def waits(files):
 
 BUILT = {  # kind: (what makes a run have it, words of its title, settings that its command changes)
     "rate_too_high": (diverged, "too high", {"learning_rate": 1e-4}),
-    "source_harmful": (poor_source, "poor does harm", {"data_weights": (1.0, 0.2)}),
     "overfitted": (overfits, "overfits", {"num_epochs": 1.2}),
-    "forgotten": (forgets, "forgets", {"learning_rate": 1e-4}),
-    "data_too_long": (too_long, "too long", {"max_seq_length": 4096}),
     "rate_too_low": (too_slow, "too low", {"learning_rate": 9e-4}),
     "saturated": (by_heart, "by heart", {"num_epochs": 0.8}),
     "stopped_too_early": (goes_on, "too early", {"num_epochs": 6.0}),
+    "forgotten": (forgets, "forgets", {"learning_rate": 1e-4}),
+    "data_too_long": (too_long, "too long", {"max_seq_length": 4096}),
+    "source_harmful": (poor_source, "poor.jsonl gets worse", {"data_path": ("good.jsonl",)}),
     "waits_for_data": (waits, "waits for data", {"workers": 4}),
 }
 
@@ -130,14 +140,14 @@ def test_a_run_with_the_trouble_has_its_finding_and_no_other(tmp_path, kind):
     assert words in found.title and any(c.isdigit() for c in found.evidence)
     config = parse_command_line(shlex.split(found.command)[4:]).training
     for name, value in settings.items():
-        assert getattr(config, name) == pytest.approx(value), name
-    assert tuple(config.data_path) == ("good.jsonl", "poor.jsonl"), (
-        "the run's own settings come along"
-    )
+        same = value if isinstance(value, tuple) else pytest.approx(value)
+        assert getattr(config, name) == same, name
+    if "data_path" not in settings:
+        assert tuple(config.data_path) == ("good.jsonl", "poor.jsonl"), "its settings come along"
     for text in (found.title, found.evidence):
         told = language.in_chinese(text)
         assert told != text and not re.search("[a-z]+ [a-z]+ [a-z]+", told)
-    if not run.dataset:  # of which the page shows more than this test has
+    if not files["dataset"]:  # of which the page shows more than this test has
         assert words in page(run)
 
 
@@ -174,6 +184,8 @@ def test_a_command_with_steps_names_no_epochs(finished: Path):
     run = read_recorded(place)
     assert run.configuration["config"]["max_steps"]
     assert "--max-steps" in command(run) and "--num-epochs" not in command(run)
+    epochs = run.configuration["config"]["num_epochs"]
+    assert epochs == round(epochs, 2), "it follows from the steps"
 
 
 def test_the_page_says_them_in_chinese(tmp_path):
@@ -193,3 +205,105 @@ def test_the_costliest_five_are_told(tmp_path):
     for change in (diverged, poor_source, overfits, forgets, too_long, by_heart, waits):
         change(files)
     assert len(findings(recorded(tmp_path, files))) == 5
+
+
+def test_one_sample_of_a_source_says_nothing_of_it(tmp_path):
+    """Six samples, one of them held out: its loss may rise by any share."""
+    for held_out in (1, 4):
+        files = healthy()
+        poor_source(files, held_out)
+        assert findings(recorded(tmp_path / str(held_out), files)) == []
+
+
+def test_a_rise_within_chance_is_none(tmp_path):
+    """Of five samples at a standard error of 0.3 of 35: 2 · 0.3 · sqrt(2 · 35 · (1/5 + 1/30)) = 2.4."""
+    for error, number in ((0.3, 0), (0.02, 1)):
+        files = healthy()
+        poor_source(files, 5)
+        for step in range(40, 201, 40):
+            files["rows"][step]["Eval/Loss_Error"] = error
+        assert len(findings(recorded(tmp_path / str(error), files))) == number
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_sources_that_do_not_differ_are_not_told(tmp_path, seed):
+    """Twelve sources of six held-out samples, all of one kind, whose losses are learned and then overfit."""
+    draw = np.random.default_rng(seed)
+    names = [f"{number}.jsonl" for number in range(12)]
+    level = draw.normal(0, 0.5, (12, 6))
+    files = healthy()
+    for step in range(40, 201, 40):
+        level = level + draw.normal(0, 0.15, level.shape)
+        losses = 2 + abs(step - 120) / 200 + level
+        error = losses.std(ddof=1) / math.sqrt(losses.size)
+        files["rows"][step] |= {"Eval/Loss": losses.mean() - step / 1e3, "Eval/Loss_Error": error}
+        for name, own in zip(names, losses, strict=True):
+            files["rows"][step][f"Eval/By_Source/{name}"] = own.mean()
+    files["held_out"] = dict.fromkeys(names, 6)
+    files["dataset"]["samples_per_file"] = dict.fromkeys(names, 60)
+    files["settings"]["data_path"] = names
+    assert worse_source(recorded(tmp_path, files)) is None
+
+
+def test_an_overfitted_run_is_told_first(tmp_path):
+    files = healthy()
+    for change in (poor_source, overfits):
+        change(files)
+    first, second = findings(recorded(tmp_path, files))
+    assert "overfits" in first.title and "poor.jsonl" in second.title
+
+
+def test_the_run_without_a_source_differs_from_the_run(tmp_path):
+    """A file that is named, one of a folder, one of a glob with weights, and the only one."""
+    cases = {
+        ("/d/good.jsonl", "/d/poor.jsonl"): ({}, ["/d/good.jsonl"]),
+        ("/d",): ({}, ["/d/good.jsonl"]),
+        ("/d/p*.jsonl", "/d/good.jsonl"): (
+            {"data_weights": [2.0, 0.5]},
+            ["/d/good.jsonl"],
+        ),
+        ("/d/poor.jsonl",): ({}, None),
+    }
+    sources = {"/d/good.jsonl": 1, "/d/poor.jsonl": 1}
+    for number, (paths, (more, kept)) in enumerate(cases.items()):
+        files = healthy()
+        files["settings"] |= {"data_path": list(paths)} | more
+        files["dataset"]["samples_per_file"] = sources
+        run = recorded(tmp_path / str(number), files)
+        fewer = without_source(run, "/d/poor.jsonl")
+        assert (fewer or {}).get("data_path") == kept
+        if more:
+            assert fewer["data_weights"] == [0.5]
+        assert fewer is None or command(run, **fewer) != command(run)
+
+
+def test_a_source_that_can_not_be_left_out_is_to_be_looked_at(tmp_path):
+    files = healthy()
+    poor_source(files)
+    files["settings"]["data_path"] = ["hf://datasets/somebody/something"]
+    (found,) = findings(recorded(tmp_path, files))
+    assert found.command.endswith("--check-data --data-path poor.jsonl")
+
+
+def test_a_path_keeps_its_slash(tmp_path):
+    files = healthy()
+    poor_source(files)
+    files["dataset"]["samples_per_file"] = {"/good.jsonl": 300, "/poor.jsonl": 200}
+    (found,) = findings(recorded(tmp_path, files))
+    assert "The source /poor.jsonl" in found.title
+
+
+def test_held_out_samples_of_a_real_run_are_recorded(finished: Path):
+    (place,) = find_runs([finished])
+    counts = read_recorded(place).configuration["held_out_samples"]
+    tags = {t for t in read_recorded(place).series if t.startswith("Eval/By_Source/")}
+    assert {f"Eval/By_Source/{name}" for name in counts} == tags and sum(counts.values()) >= 1
+
+
+def test_a_run_of_so_many_steps_is_told_so_many_fewer(tmp_path):
+    files = healthy()
+    overfits(files)
+    files["settings"] |= {"max_steps": 200, "num_epochs": 200 / 3}
+    (found,) = findings(recorded(tmp_path, files))
+    assert "--max-steps 80" in found.command and "fewer steps" in found.title
+    assert "--num-epochs" not in found.command

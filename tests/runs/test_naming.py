@@ -31,7 +31,7 @@ def test_parts_of_a_name(run: str, stamp: str, name: str):
 
 
 def test_a_given_name_is_in_the_directory(tmp_path: Path):
-    names = ("a-b", "a-b", "", "2epochs", "2epochs", "r_2_8")
+    names = ("a-b", "a-b", "", "2epochs", "2epochs", "r_2_8", "第一次", "名" * 60)
     for name in names:
         parse_command_line(["--run-name", name])
     runs = [new_run(tmp_path, name) for name in names]
