@@ -135,14 +135,61 @@ def test_the_table_of_alerts_says_what_to_do_and_what_ends_it(chinese):
 
 def test_translations_have_the_values_of_their_texts():
     for text, translation in language.pairs("messages_zh.tsv"):
-        names = [re.findall(r"\{([a-z]+)\}", side) for side in (text, translation)]
+        names = [re.findall(r"\{([a-z]\w*)\}", side) for side in (text, translation)]
         assert sorted(names[0]) == sorted(names[1]), text
-        holes = re.findall(r"\{(\d?)\}", translation)
+        holes = re.findall(r"\{(\d*)\}", translation)
         numbered = {int(hole) for hole in holes if hole}
-        free = holes.count("")
-        count = text.count("{}")
-        places = numbered | set(range(free))
-        assert places == set(range(count)) and len(holes) == count, text
+        places = [i for i, name in enumerate(language.PLACE.findall(text)) if not name]
+        used = numbered | set(places[: holes.count("")])
+        assert used == set(places) and len(holes) == len(places), text
+
+
+def test_no_translation_is_half_in_english():
+    mixed = [zh for _, zh in language.pairs("messages_zh.tsv") if language.is_mixed(zh)]
+    assert not mixed
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "warning: data: without thinking: 36 of 108 (33.3%) have no thinking to learn; an empty think "
+        "block carries no loss",
+        "error: --resume latest: that run is finished at step 30, and its learning rate has come to its "
+        "end, so it is not made longer. To train on, start a new run from its model: uv run python a.py "
+        "--init-adapter b/c",
+        "error: data: 36 of 108 samples have no thinking to learn, more than max_broken_fraction 0.05 "
+        "allows. What helps: mend them (--check-data lists them); or raise --max-broken-fraction",
+        "nothing to train on: 14 broken, 2 no thinking",
+        "up to 1; at most 1 are kept",
+        "total, tokens, estimated",
+        "error: configuration: fp16 is 'true', must be False here; learning_rate is 'fast', must be 'auto' "
+        "or float",
+        "error: template is not a setting here: the tokenizer's own chat template is used",
+        "a/b.jsonl:4: broken: broken JSON at column 71: Invalid control character at",
+        "  … and 33 more of 36 no thinking",
+        "error: --config a.toml: not valid TOML (Expected '=' after a key (at line 1, column 7))",
+    ],
+)
+def test_a_text_is_whole(chinese, line: str):
+    shown = language.translated(line)
+    assert CHINESE.search(shown) and not language.is_mixed(shown), shown
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "up to nobody knows",
+        "it is {}, must be said",
+        "2 of 3 (66%) were seen by nobody, {}",
+        "about time",
+    ],
+)
+def test_what_has_no_translation_stays_as_it_is(chinese, words: str):
+    line = words.format("as its learning rate has come to its end")
+    assert language.translated(line) == line
+    assert language.translated(f"warning: {line}") == f"警告：{line}"
+    assert not language.is_mixed(f"警告：{line}")
+    assert language.is_mixed(f"{line}，数据")
 
 
 def test_a_text_is_found_by_what_stands_between_its_values(chinese):
