@@ -168,7 +168,7 @@ class Message:
             place = rest.find(after, place + 1)
 
     def filled(self, values: list[str]) -> str:
-        """The translation with these values: {} takes the next without a name, {0} the first, {name} its own."""
+        """The translation with these values: {} takes the next without name, {0} the first, {name} its."""
         named = list(zip(self.names, values, strict=True))
         rest, known = iter([value for name, value in named if not name]), dict(named)
         known |= {str(number): value for number, value in enumerate(values)}
