@@ -29,6 +29,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from finetuning.common.arguments import parsed
 from finetuning.common.distributed import limit_threads, pick_device
 from finetuning.common.errors import UserError, exit_code
 from finetuning.common.language import translated
@@ -84,13 +85,13 @@ def answer(model: torch.nn.Module, tokenizer: Any, ask: Ask, console: Console) -
         nonlocal part
         if new_part != part:
             console.print("\n" if part else "", end="")
-            console.rule(new_part, style="dim")
+            console.rule(translated(new_part), style="dim")
             part = new_part
         console.print(Text(text, style=STYLES[part]), end="", soft_wrap=True)
 
     reply = generate(model, tokenizer, messages(ask), show, **sampling_settings(ask))
     console.print()
-    console.rule(remark(reply, ask), style="dim")
+    console.rule(translated(remark(reply, ask)), style="dim")
 
 
 def compare(
@@ -108,9 +109,11 @@ def compare(
         table = Table(expand=True, show_lines=True)
         table.add_column("", no_wrap=True)
         for name in texts:  # Chinese text is one word to rich
-            table.add_column(name, ratio=1, overflow="fold")
+            table.add_column(translated(name), ratio=1, overflow="fold")
         for part, style in STYLES.items():
-            table.add_row(part, *(Text(text[part], style=style) for text in texts.values()))
+            table.add_row(
+                translated(part), *(Text(text[part], style=style) for text in texts.values())
+            )
         table.add_row("", *remarks.values())
         return table
 
@@ -125,7 +128,7 @@ def compare(
             with model.disable_adapter() if name == "base" else nullcontext():
                 said = history or messages(ask)
                 reply = generate(model, tokenizer, said, show, **sampling_settings(ask))
-            remarks[name] = remark(reply, ask)
+            remarks[name] = translated(remark(reply, ask))
     if not moves:
         console.print(picture())
 
@@ -261,7 +264,7 @@ def run(ask: Ask, console: Console | None = None) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The program; returns its exit code."""
-    return exit_code(lambda: run(tyro.cli(Ask, args=arguments, use_underscores=False)))
+    return exit_code(lambda: run(parsed("ask.py", Ask, arguments)))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
+from finetuning.common.arguments import parsed
 from finetuning.common.errors import exit_code
+from finetuning.common.language import translated
 from finetuning.common.paths import expanded
 from finetuning.runs.comparison import (
     WIDEST_CELL,
@@ -31,6 +33,7 @@ from finetuning.runs.comparison import (
     rich_tables,
     setting_rows,
     sparkline,
+    told,
     write_file,
 )
 from finetuning.runs.recorded import RecordedRun, find_runs
@@ -45,7 +48,7 @@ def print_comparison(runs: Sequence[RecordedRun]) -> None:
     sparks = [sparkline([y for _, y in run.series.get("Training/Loss", ())]) for run in runs]
     names = labels(runs)
     short = names if max(map(len, names)) <= WIDEST_CELL else labels(runs, by_time=True)
-    results = [*outcomes(runs), *metric_rows(runs), ("training loss", sparks)]
+    results = told([*outcomes(runs), *metric_rows(runs), ("training loss", sparks)])
     for title, rows in (
         ("Settings that differ", setting_rows(runs)),
         (results_title(runs), results),
@@ -88,7 +91,7 @@ def main(
         if path is not None:
             path = Path(expanded(str(path), flag))
             write_file(flag, path, text(runs))
-            print(f"{what}: {path}", file=sys.stderr if json else sys.stdout)
+            print(translated(f"{what}: {path}"), file=sys.stderr if json else sys.stdout)
 
 
 def dumps(runs: Sequence[RecordedRun]) -> str:
@@ -97,4 +100,4 @@ def dumps(runs: Sequence[RecordedRun]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(lambda: tyro.cli(main)))
+    sys.exit(exit_code(lambda: parsed("compare_runs.py", main)()))

@@ -14,9 +14,12 @@ import sys
 from dataclasses import dataclass
 
 import tyro
+from rich.cells import cell_len
 
+from finetuning.common.arguments import parsed
 from finetuning.common.errors import UserError, exit_code
 from finetuning.common.formatting import four_digits
+from finetuning.common.language import translated
 from finetuning.common.paths import expanded
 from finetuning.monitoring.convergence import describe
 from finetuning.monitoring.loss_curves import read_curve
@@ -24,19 +27,25 @@ from finetuning.monitoring.loss_curves import read_curve
 
 def _print_description(result: dict) -> None:
     def shown(value: float | None) -> str:
-        return four_digits(value, "not known yet")
+        return four_digits(value, translated("not known yet"))
 
     def with_interval(name: str) -> str:
         low, high = result[f"{name}_low"], result[f"{name}_high"]
-        interval = "" if low is None else f"  (80%: {shown(low)} to {shown(high)})"
+        interval = "" if low is None else f"  (80%: {shown(low)} … {shown(high)})"
         return shown(result[name]) + interval
 
-    print(f"step                {shown(result['step'])} of {result['total_steps']}")
-    print(f"convergence score   {with_interval('score')}")
-    print(f"loss trend          {shown(result['trend'])} per 100 steps")
-    print(f"forecast final loss {with_interval('forecast')}")
-    print(f"steps to 99% gain   {shown(result['steps_to_99_percent'])}")
-    print(f"alerts              {', '.join(result['alerts']) or 'none'}")
+    rows = {
+        "step": f"{shown(result['step'])}/{result['total_steps']}",
+        "convergence score": with_interval("score"),
+        "loss trend, per 100 steps": shown(result["trend"]),
+        "forecast final loss": with_interval("forecast"),
+        "steps to 99% gain": shown(result["steps_to_99_percent"]),
+        "alerts": ", ".join(result["alerts"]) or translated("none"),
+    }
+    names = list(map(translated, rows))
+    width = max(map(cell_len, names)) + 1
+    for name, text in zip(names, rows.values(), strict=True):
+        print(name + " " * (width - cell_len(name)) + text)
 
 
 @dataclass(frozen=True)
@@ -53,7 +62,7 @@ class Options:
 
 def main(arguments: list[str] | None = None) -> int:
     """The tool; returns its exit code."""
-    return exit_code(lambda: show(tyro.cli(Options, args=arguments)))
+    return exit_code(lambda: show(parsed("convergence.py", Options, arguments)))
 
 
 def show(options: Options) -> None:

@@ -20,9 +20,11 @@ import tyro
 from finetuning.analysis import report
 from finetuning.analysis.duplicates import find_leaks
 from finetuning.analysis.statistics import compute_statistics
+from finetuning.common.arguments import parsed
 from finetuning.common.cache import temporary_folder
 from finetuning.common.errors import UserError, exit_code
 from finetuning.common.files import atomic_write_text
+from finetuning.common.language import translated
 from finetuning.common.paths import expanded
 from finetuning.common.text import clean_line
 from finetuning.config import DataSettings
@@ -65,7 +67,7 @@ def main(
     if html or not json:
         page = Path(expanded(str(html or "dataset_statistics.html"), "--html"))
         atomic_write_text(page, report.html_page(result))
-        print(f"Report as a page: {page}", file=sys.stderr if json else sys.stdout)
+        print(translated(f"Report as a page: {page}"), file=sys.stderr if json else sys.stdout)
 
 
 def _described(
@@ -115,4 +117,4 @@ def _exact_tokens(data: SampleSet, folder: Path, workers: int) -> "TokenizedSamp
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(lambda: tyro.cli(main)))
+    sys.exit(exit_code(lambda: parsed("dataset_stats.py", main)()))

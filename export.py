@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 from transformers import AutoConfig, GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from finetuning.common.arguments import parsed
 from finetuning.common.distributed import limit_threads, pick_device
 from finetuning.common.errors import RunStopped, UserError, exit_code
 from finetuning.common.files import fsync_directory, fsync_files, staging_folder
@@ -261,9 +261,7 @@ def check(agreement: Agreement, tolerance: float, terminal: Terminal) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The program; exit code 3: the exported model is not the trained one."""
-    return exit_code(
-        lambda: export(tyro.cli(Export, args=arguments, use_underscores=False), Terminal())
-    )
+    return exit_code(lambda: export(parsed("export.py", Export, arguments), Terminal()))
 
 
 if __name__ == "__main__":

@@ -26,13 +26,15 @@ import tyro
 from rich.console import Console
 
 from finetuning.command_line import parse_command_line
+from finetuning.common import language
+from finetuning.common.arguments import FLAG, parsed
 from finetuning.common.errors import RunStopped, UserError, exit_code
 from finetuning.common.files import atomic_write_text, json_text, read_json_object
 from finetuning.common.fingerprint import text_digest
 from finetuning.common.formatting import UNKNOWN, shown
 from finetuning.common.paths import check_name, expanded
 from finetuning.common.text import clean_line
-from finetuning.runs.comparison import rich_tables
+from finetuning.runs.comparison import rich_tables, told
 from finetuning.runs.recorded import RecordedRun, find_runs, read_recorded
 
 PROGRAM = Path(__file__).with_name("direct_finetuning_with_existing_modules.py")
@@ -128,8 +130,9 @@ def check(members: Sequence[Member], shared: Sequence[str]) -> None:
     taken = [word for word in shared if word.partition("=")[0].replace("_", "-") in RESERVED]
     if taken:
         raise UserError(f"{taken[0]} behind -- is set by the sweep itself; see sweep.py --help")
+    chosen = language.current()
     for member in members:
-        if parse_command_line(member.arguments(shared)).training.mirror:
+        if parse_command_line([*member.arguments(shared), FLAG, chosen]).training.mirror:
             raise UserError("--mirror: runs of a sweep would resume from each other; leave it out")
 
 
@@ -199,7 +202,11 @@ class Pool:
                 "done" if good else f"failed with code {process.returncode}: {_last_line(member)}"
             )
             left = f"{waiting + len(self._running)} left"
-            print(f"{member.folder.name}: {said} ({left})", file=sys.stderr, flush=True)
+            print(
+                language.translated(f"{member.folder.name}: {said} ({left})"),
+                file=sys.stderr,
+                flush=True,
+            )
             failed += [] if good else [member]
         return failed
 
@@ -304,7 +311,10 @@ def as_json(rows: Sequence[Row]) -> dict[str, Any]:
 
 def show(rows: Sequence[Row]) -> None:
     """The table on the terminal, a column a combination."""
-    names = [" ".join(f"{k}={v}" for k, v in row.settings.items()) or "defaults" for row in rows]
+    names = [
+        " ".join(f"{k}={v}" for k, v in row.settings.items()) or language.translated("the defaults")
+        for row in rows
+    ]
     table = [("seeds", [str(len(row.seconds)) for row in rows])]
     for column in COLUMNS:
         if any(row.numbers[column] for row in rows):
@@ -313,9 +323,9 @@ def show(rows: Sequence[Row]) -> None:
     table.append(("seconds of training", [shown(value) for value in seconds]))
     console = Console(highlight=False)
     title = "Sweep, the lowest held-out loss first"
-    for part in rich_tables(title, names, table, console.width):
+    for part in rich_tables(title, names, told(table), console.width):
         console.print(part)
-    console.print(verdict(rows), markup=False)
+    console.print(language.translated(verdict(rows)), markup=False)
 
 
 # -----------------------------------------------------------------------------
@@ -326,7 +336,7 @@ def main(arguments: Sequence[str]) -> None:
     """Run what is missing, then compare. Raises RunStopped where a run has failed."""
     arguments = list(arguments)
     cut = arguments.index("--") if "--" in arguments else len(arguments)
-    sweep, shared = tyro.cli(Sweep, args=arguments[:cut]), arguments[cut + 1 :]
+    sweep, shared = parsed("sweep.py", Sweep, arguments[:cut]), arguments[cut + 1 :]
     members = members_of(sweep)
     check(members, shared)
     remember(Path(expanded(sweep.output_dir, "--output-dir")), shared)

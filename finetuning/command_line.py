@@ -11,6 +11,7 @@ import tyro
 
 from finetuning.chinese_help import help_text
 from finetuning.common import language
+from finetuning.common.arguments import errors_in_a_line
 from finetuning.common.errors import UserError
 from finetuning.common.files import regular
 from finetuning.common.paths import expanded
@@ -64,13 +65,14 @@ def parse_command_line(arguments: list[str]) -> CommandLine:
     if language.current() == "zh" and {"-h", "--help"} & set(arguments):
         print(help_text(Path(sys.argv[0]).name, CommandLine))
         sys.exit(0)
-    command, unknown = tyro.cli(
-        CommandLine,
-        args=arguments,
-        default=defaults,
-        use_underscores=False,
-        return_unknown_args=True,
-    )
+    with errors_in_a_line(arguments):
+        command, unknown = tyro.cli(
+            CommandLine,
+            args=arguments,
+            default=defaults,
+            use_underscores=False,
+            return_unknown_args=True,
+        )
     if unknown:
         raise UserError(_unknown_text(unknown))
     if command.gpus and not command.plan:

@@ -52,7 +52,12 @@ LIBRARIES = {
     "openpyxl": ("finetuning/readers/office.py",),
     "docx": ("finetuning/readers/office.py",),
     "fsspec": ("finetuning/common/remote.py",),
-    "tyro": ("finetuning/command_line.py", "finetuning/runs/report.py", *AT_THE_ROOT),
+    "tyro": (
+        "finetuning/command_line.py",
+        "finetuning/common/arguments.py",
+        "finetuning/runs/report.py",
+        *AT_THE_ROOT,
+    ),
     "rich": (
         "finetuning/common/terminal.py",
         "finetuning/analysis/report.py",

@@ -9,6 +9,7 @@ from typing import Protocol
 from finetuning.analysis.statistics import DatasetStatistics
 from finetuning.common.cache import kept_in
 from finetuning.common.files import atomic_write_text
+from finetuning.common.language import translated
 from finetuning.common.terminal import Terminal
 from finetuning.data.accounts import Accounts, account_rows
 from finetuning.data.token_table import less_of
@@ -132,16 +133,16 @@ def report_text(
     kinds: Iterable[FaultKind], statistics: DatasetStatistics, accounts: Sequence[Accounts]
 ) -> str:
     """Markdown: the accounts, every finding by kind, and the statistics."""
-    rows = (f"- {name}: {text}" for name, text in account_rows(accounts))
-    parts = ["# What became of the data\n\n" + "\n".join(rows)]
+    rows = (f"- {translated(name)}: {translated(text)}" for name, text in account_rows(accounts))
+    parts = [f"# {translated('What became of the data')}\n\n" + "\n".join(rows)]
     return "\n\n".join([*parts, *_sections(kinds), statistics.summary_markdown()])
 
 
 def _sections(kinds: Iterable[FaultKind]) -> Iterator[str]:
     """Every finding by kind; indented, so that nothing of the data is markup."""
     for kind in kinds:
-        lines = "\n".join(f"    {line}" for line in kind.lines())
-        yield f"## {kind.total} {kind.name}\n\n{lines}"
+        lines = "\n".join(f"    {translated(line)}" for line in kind.lines())
+        yield f"## {translated(f'{kind.total} {kind.name}')}\n\n{lines}"
 
 
 def _of_files(account: Accounts, limit: int) -> Iterator[Finding]:

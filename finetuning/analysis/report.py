@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from finetuning.analysis import crypto_terms
 from finetuning.common.formatting import UNKNOWN, grouped, percent
 from finetuning.common.html import cell, table
-from finetuning.common.language import translated
+from finetuning.common.language import current, translated
 from finetuning.common.text import clean_line, table_cell
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ Report = dict[str, Any]
 Row = tuple[str, ...]
 Table = tuple[str, Row, list[Row]]  # title, header, rows
 
-_OWN_ROWS = {"Overview", "Lengths", "Quality by component"}  # no name of a file or of a term
 _TOP = 15  # terms and findings shown
 _BAR = 24  # columns of a full bar
 _FINDING_TITLES = {
@@ -33,6 +32,18 @@ _FINDING_TITLES = {
     "exact_duplicates": "Exact duplicates",
     "near_duplicates": "Near duplicates",
     "answer_copied": "Answers copied into the thinking",
+}
+# Columns that hold texts of the program, no name of a file or of a term.
+_OWN_COLUMNS = {
+    "Overview": (0, 1),
+    "Comparison": (0, 1, 2),
+    "Lengths": (0,),
+    "Difficulty and quality levels": (2,),
+    "Quality by component": (0,),
+    "Weakest texts": (2, 3),
+    "Records that could not be read": (1,),
+    "Samples in both": (1,),
+    **dict.fromkeys(_FINDING_TITLES.values(), (1,)),
 }
 _CATEGORY_NAMES = {
     "基础概念": "basics",
@@ -66,9 +77,9 @@ def tables(report: Report) -> list[Table]:
 
 
 def _told(title: str, header: Row, rows: list[Row]) -> Table:
-    """In the language of the program: heads, and names of rows that are the program's own."""
-    if title in _OWN_ROWS:
-        rows = [(translated(first), *others) for first, *others in rows]
+    """In the language of the reader: heads, and columns that are the program's own."""
+    own = _OWN_COLUMNS.get(title.partition(" (")[0], ())
+    rows = [tuple(translated(c) if i in own else c for i, c in enumerate(row)) for row in rows]
     return translated(title), tuple(map(translated, header)), rows
 
 
@@ -166,7 +177,10 @@ def _components(report: Report) -> list[Row]:
 
 def _categories(report: Report) -> list[Row]:
     return [
-        (f"{name} ({_CATEGORY_NAMES.get(name, name)})", grouped(count))
+        (
+            name if current() == "zh" else f"{name} ({_CATEGORY_NAMES.get(name, name)})",
+            grouped(count),
+        )
         for name, count in report["terms_by_category"].items()
     ]
 
@@ -218,9 +232,9 @@ def _worst(report: Report) -> list[Row]:
 
 def markdown(report: Report) -> str:
     """Warnings, then every table, in Markdown; text of the data is escaped."""
-    parts = ["## Data set"]
+    parts = [f"## {translated('Data set')}"]
     if report["warnings"]:
-        parts.append("\n".join(f"- **{table_cell(w)}**" for w in report["warnings"]))
+        parts.append("\n".join(f"- **{table_cell(translated(w))}**" for w in report["warnings"]))
     for title, header, rows in tables(report):
         lines = [header, tuple("---" for _ in header), *(map(table_cell, row) for row in rows)]
         body = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
@@ -246,7 +260,7 @@ def print_report(report: Report) -> None:
     if "compare" in report:
         console.print(_rich_table(*_comparison(report)))
     for warning in report["warnings"]:
-        console.print(Text(f"warning: {clean_line(warning)}", style="yellow"))
+        console.print(Text(translated(f"warning: {clean_line(warning)}"), style="yellow"))
 
 
 def _rich_table(title: str, header: Row, rows: list[Row]) -> "RenderableType":
@@ -290,7 +304,7 @@ def _comparison(report: Report) -> Table:
         for (name, left), (_, right) in zip(_overview(report), _overview(other), strict=True)
     ]
     leaks = ("Samples that (nearly) repeat the first", "", grouped(other["leaks"]))
-    return "Comparison", ("", "first", "second"), [*rows, leaks]
+    return _told("Comparison", ("", "first", "second"), [*rows, leaks])
 
 
 # -----------------------------------------------------------------------------
@@ -309,17 +323,18 @@ td,th{padding:.2rem .7rem;border-bottom:1px solid #8884;text-align:left;vertical
 
 def html_page(report: Report) -> str:
     """One page that needs no other file and runs no script."""
-    warnings = "".join(f'<p class="warning">{cell(w)}</p>' for w in report["warnings"])
+    warnings = "".join(f'<p class="warning">{cell(translated(w))}</p>' for w in report["warnings"])
     shown = tables(report) + ([_comparison(report)] if "compare" in report else [])
     if "compare" in report:
         leaks = report["compare"]["leak_findings"][:_TOP]
         rows = [(f"{f['source']}:{f['line']}", f["note"]) for f in leaks]
-        shown.append(("Samples in both", ("where", "what"), rows))
+        shown.append(_told("Samples in both", ("where", "what"), rows))
     sections = "".join(_html_table(*table) for table in shown if table[2])
+    title = translated("Data set")
     return (
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width"><title>Data set</title>'
-        f"<style>{_STYLE}</style><h1>Data set</h1>{warnings}{sections}</html>\n"
+        f'<!doctype html><html lang="{current()}"><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width"><title>{title}</title>'
+        f"<style>{_STYLE}</style><h1>{title}</h1>{warnings}{sections}</html>\n"
     )
 
 

@@ -96,7 +96,7 @@ def line_chart(title: str, lines: Mapping[str, Points], *, x_name: str = "step")
         down = TOP + (y_range[1] - y) / (y_range[1] - y_range[0]) * (HEIGHT - TOP - BOTTOM)
         return f"{across:.1f},{down:.1f}"
 
-    parts = [_grid(x_range, y_range, place, x_name)]
+    parts = [_grid(x_range, y_range, place, language.translated(x_name))]
     for number, (name, points) in enumerate(lines.items()):
         drawn = thinned(points)
         parts.append(

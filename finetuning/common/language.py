@@ -1,14 +1,19 @@
 """What people read, in their language: English texts come in, Chinese ones go out where that is asked for.
 
 The program is written in English. `docs/messages_zh.tsv` holds its texts and their translations, a pair a
-line; `{}` stands for a value, and `{name}` for one within a sentence that may be empty. A finished text finds
-its line by what stands between the values, so a text is translated where it is shown, and nobody else has to
-know of languages. Names of settings, tags and files stay as they are, and so does a text without a line.
-Values are looked up as well: they may be texts of the program.
+line; `{}` stands for a value. A name within the braces says more of it: `{n1}` is a quantity, `{said}` are
+words of another program, `{names}` are the user's, `{one}` is no list; any other name is of a value that may
+be empty and stays within its sentence. A finished text finds its line by what stands between the values, so
+it is translated where it is shown, and nobody else has to know of languages. Values are looked up as well:
+they may be texts of the program. Texts side by side (`JOINTS`) are looked up one by one.
+
+A text comes out whole: its translation is used only where each value is translated as well or is no prose.
+Else the text stays in English. Names of settings, tags and files stay as they are.
 """
 
 import csv
 import functools
+import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -17,9 +22,25 @@ from pathlib import Path
 
 LANGUAGES = ("en", "zh")
 DOCS = Path(__file__).parents[2] / "docs"
-DEEPEST = 6  # values within values
-FRAMES = ("warning: {}", "error: {}")  # around any text, so they are taken off first
+FRAMES = ("warning: ", "error: ")  # before any text
+JOINTS = {  # between texts that stand alone
+    "; ": "；", ". ": "。", ": ": "：", "  ": "  ", ", ": "，", " or ": " 或 ", " and ": " 和 ",
+}  # fmt: skip
+AS_THEY_ARE = ("said", "names")  # values that nobody has to translate
+MOST_READINGS = 32  # ways in which a line may be made of one text
 PLACE = re.compile(r"\{(\w*)\}")  # of a value
+CHINESE = re.compile("[\u4e00-\u9fff]")
+QUOTED = re.compile(r"“[^”]*”|`[^`]*`|\"[^\"]*\"|(?<![A-Za-z])'[^']*'(?![A-Za-z])")
+_END = "[^\\s，。；：（）“”]"  # what no Chinese sentence adds
+NO_PROSE = re.compile(
+    rf"{QUOTED.pattern}"
+    r"|\b(?:uv|hf|iconv|chmod|modelscope|nvidia-smi|python|ulimit) [^，。；（）“”]*"  # a command
+    rf"|--[\w-]+(?: {_END}+)?"  # an option with its value
+    rf"|{_END}*[/\\_=<>]{_END}*"  # a path, a setting, a tag
+)
+QUANTITY = re.compile(r"[-+~]?\d[\d.,:e+-]*(?: ?(?:%|°C|[A-Za-z]{1,3}(?:/s)?))?")  # with its unit
+PROSE = re.compile("[A-Za-z][A-Za-z'’-]+ [a-z][a-z'’-]+")
+LOOSE = re.compile(r"(?<![\w.-])[A-Za-z]?[a-z]{2,}(?![\w.-])")  # a word that is no file's name
 _current = ["en"]  # of this process, as a locale is
 
 
@@ -47,16 +68,65 @@ def translated(text: str) -> str:
     return "\n".join(in_chinese(line) for line in text.split("\n"))
 
 
-def in_chinese(line: str, depth: int = 0) -> str:
-    """A line in Chinese; as it is where there is no translation of it."""
-    found = find(line) if depth < DEEPEST else None
-    if found is not None:
-        message, values = found
-        return message.filled([in_chinese(value, depth + 1) for value in values])
-    parts = line.split("; ") if depth < DEEPEST else []
-    told = [in_chinese(part, depth + 1) for part in parts]
-    whole = len(parts) > 1 and all(a != b for a, b in zip(parts, told, strict=True))
-    return "；".join(told) if whole else line  # half in one language, half in another is no text
+def in_chinese(line: str) -> str:
+    """A line in Chinese; as it is where there is no translation of the whole of it."""
+    text = line.strip()
+    for frame in FRAMES:
+        if text.startswith(frame):
+            (message,) = (m for m in _catalogue()[1] if m.text == f"{frame}{{}}")
+            return message.filled([in_chinese(text[len(frame) :])])
+    whole = _whole(text)
+    return line if whole is None else line.replace(text, whole)
+
+
+def is_prose(text: str) -> bool:
+    """Whether English words stand in it that a reader would have to understand."""
+    return bool(PROSE.search(NO_PROSE.sub("|", text)))
+
+
+def is_loose(text: str) -> bool:
+    """Whether an English word stands in it that is no name."""
+    return bool(LOOSE.search(NO_PROSE.sub("|", text)))
+
+
+def is_mixed(line: str) -> bool:
+    """Whether a line is half in Chinese and half in English: the fault that a whole translation excludes."""
+    for frame in FRAMES:
+        line = line.removeprefix(in_chinese(f"{frame}X").removesuffix("X"))
+    return bool(CHINESE.search(NO_PROSE.sub("|", line))) and is_prose(line)
+
+
+@functools.lru_cache(maxsize=4096)
+def _whole(text: str) -> str | None:
+    """The translation of a text with all that is in it; None where there is none."""
+    exact, patterns = _catalogue()
+    if text in exact:
+        return exact[text].chinese
+    for message in patterns:
+        for values in itertools.islice(message.readings(text), MOST_READINGS):
+            told = list(map(_value, message.names, values))
+            if None not in told:
+                return message.filled(told)
+    return next(filter(None, (_joined(text, *joint) for joint in JOINTS.items())), None)
+
+
+def _value(name: str, value: str) -> str | None:
+    """How a value is shown; None where it is prose without a translation."""
+    told = None if name == "names" else _whole(value)
+    return value if told is None and (name in AS_THEY_ARE or not is_prose(value)) else told
+
+
+def _joined(text: str, joint: str, chinese: str) -> str | None:
+    """Texts side by side, each whole: a word that stands loose is English, too."""
+    hidden = QUOTED.sub(lambda quoted: "|" * len(quoted[0]), text)
+    for found in re.finditer(re.escape(joint), hidden):
+        parts = text[: found.start()], text[found.end() :]
+        told = list(map(_whole, parts))
+        if any(told) and not any(
+            is_loose(part) for part, zh in zip(parts, told, strict=True) if zh is None
+        ):
+            return chinese.join(zh or part for part, zh in zip(parts, told, strict=True))
+    return None
 
 
 @dataclass(frozen=True)
@@ -76,51 +146,42 @@ class Message:
         """Of its values, empty where one has none."""
         return tuple(PLACE.findall(self.text))
 
-    def values(self, line: str) -> list[str] | None:
-        """The values in a line that was made of this text; None where it was made of another one."""
-        found = self._between(line)
-        return found if found is None or all(map(_fits, self.names, found)) else None
+    def readings(self, line: str) -> Iterator[list[str]]:
+        """The values in a line, in every way in which it can be made of this text."""
+        first, last = self.fixed[0], self.fixed[-1]
+        inner = line[len(first) : len(line) - len(last)]
+        if line == first + inner + last and all(part in inner for part in self.fixed[1:-1]):
+            yield from self._readings(inner, 0)
 
-    def _between(self, line: str) -> list[str] | None:
-        first, *others = self.fixed
-        if not line.startswith(first):
-            return None
-        if not others:
-            return [] if line == first else None
-        found, place = [], len(first)
-        for part in others[:-1]:
-            end = line.find(part, place)
-            if end < 0:
-                return None
-            found.append(line[place:end])
-            place = end + len(part)
-        last = len(line) - len(others[-1])
-        if last < place or not line.endswith(others[-1]):
-            return None
-        return [*found, line[place:last]]
+    def _readings(self, rest: str, number: int) -> Iterator[list[str]]:
+        """Of the values from this one on."""
+        name, after = self.names[number], self.fixed[number + 1]
+        if number == len(self.names) - 1:
+            if _fits(name, rest):
+                yield [rest]
+            return
+        place = rest.find(after)
+        while place >= 0:
+            if _fits(name, rest[:place]):
+                for others in self._readings(rest[place + len(after) :], number + 1):
+                    yield [rest[:place], *others]
+            place = rest.find(after, place + 1)
 
     def filled(self, values: list[str]) -> str:
-        """The translation with these values: {} takes the next, {0} the first, {name} that of this name."""
-        rest, known = iter(values), dict(zip(self.names, values, strict=True))
+        """The translation with these values: {} takes the next without name, {0} the first, {name} its."""
+        named = list(zip(self.names, values, strict=True))
+        rest, known = iter([value for name, value in named if not name]), dict(named)
         known |= {str(number): value for number, value in enumerate(values)}
         return PLACE.sub(lambda place: known[place[1]] if place[1] else next(rest), self.chinese)
 
 
 def _fits(name: str, value: str) -> bool:
-    """Whether it can be the value of such a place: one with a name stays within its sentence."""
-    return ". " not in value if name else bool(value)
-
-
-def find(line: str) -> tuple[Message, list[str]] | None:
-    """The message that a line was made of, and its values: `FRAMES`, then those with most fixed text."""
-    exact, patterns = _catalogue()
-    if line in exact:
-        return exact[line], []
-    for message in patterns:
-        values = message.values(line)
-        if values is not None:
-            return message, values
-    return None
+    """Whether it can be the value of such a place."""
+    if re.fullmatch(r"n\d", name):
+        return QUANTITY.fullmatch(value) is not None
+    if name == "one":
+        return "; " not in value
+    return ". " not in value if name not in ("", *AS_THEY_ARE) else bool(value)
 
 
 def pairs(name: str) -> Iterator[tuple[str, str]]:
@@ -137,7 +198,7 @@ def _catalogue() -> tuple[dict[str, Message], list[Message]]:
     messages = [Message(*pair) for pair in pairs("messages_zh.tsv")]
     exact = {message.text: message for message in messages if not message.names}
     patterns = [message for message in messages if message.names]
-    patterns.sort(key=lambda message: (message.text not in FRAMES, -len("".join(message.fixed))))
+    patterns.sort(key=lambda message: -len("".join(message.fixed)))
     return exact, patterns
 
 

@@ -128,10 +128,10 @@ def _nothing_there(path: str, expanded: str) -> str:
     """What a path lacks, with what it may have meant."""
     shown = clean_line(path, 200)
     parent, name = os.path.split(expanded.rstrip("/\\"))
-    here = os.getcwd()
+    here = "" if os.path.isabs(expanded) else f" in {clean_line(os.getcwd(), 200)}"
     if parent and not os.path.isdir(parent):
         return (
-            f"there is no {shown}: no folder {clean_line(parent, 100)} in {clean_line(here, 200)}; give an "
+            f"there is no {shown}: no folder {clean_line(parent, 100)}{here}; give an "
             f"existing file, folder or glob ({_HUB}owner/name is a dataset of the hub)"
         )
     try:
@@ -141,7 +141,7 @@ def _nothing_there(path: str, expanded: str) -> str:
     near = difflib.get_close_matches(name, beside, n=1)
     meant = f"; is {clean_line(os.path.join(parent, near[0]), 200)} meant?" if near else ""
     todo = meant or "; give an existing file, folder or glob"
-    return f"there is no {shown} in {clean_line(here, 200)}{todo}"
+    return f"there is no {shown}{here}{todo}"
 
 
 def _readable() -> str:
@@ -171,9 +171,9 @@ def _add_existing(path: str, source: str, there: os.stat_result, found: Listing)
     kind = _kind_of(path)
     if kind is None:
         todo = _SAVE_AS.get(os.path.splitext(path.lower())[1])
-        raise UserError(
-            f"can't read {shown}: {todo + '; ' if todo else ''}readable are {_readable()}"
-        )
+        if todo:
+            raise UserError(f"can't read {shown}: {todo}; readable are {_readable()}")
+        raise UserError(f"can't read {shown}: readable are {_readable()}")
     real = os.path.realpath(path)
     found.files.append(DataFile(path, _source(source), kind, there.st_size, real))
     if _is_held_out(os.path.basename(path), set()):

@@ -16,6 +16,7 @@ from finetuning.common.errors import UserError
 from finetuning.common.files import atomic_write_text, strict
 from finetuning.common.formatting import UNKNOWN, duration, flat, grouped, shown
 from finetuning.common.html import cell, html_page, line_chart, table
+from finetuning.common.language import translated
 from finetuning.common.text import clean_line, redact, table_cell
 from finetuning.events.metric_table import is_custom
 from finetuning.runs import naming
@@ -122,6 +123,11 @@ def outcomes(runs: Sequence[RecordedRun]) -> Rows:
     ]
 
 
+def told(rows: Rows) -> Rows:
+    """Rows of results, names and texts, in the language of the reader."""
+    return [(translated(name), [translated(text) for text in texts]) for name, texts in rows]
+
+
 def _changed(runs: Sequence[RecordedRun]) -> Rows:
     """What resumes have set otherwise: the settings above are those of the newest session."""
     texts = ["; ".join(run.configuration.get("changes", ())) for run in runs]
@@ -177,7 +183,7 @@ def as_markdown(runs: Sequence[RecordedRun]) -> str:
     names, parts = labels(runs), []
     for title, rows in (
         ("Settings that differ", setting_rows(runs)),
-        (results_title(runs), [*outcomes(runs), *metric_rows(runs)]),
+        (results_title(runs), told([*outcomes(runs), *metric_rows(runs)])),
     ):
         lines = [
             ["", *names],
@@ -185,7 +191,7 @@ def as_markdown(runs: Sequence[RecordedRun]) -> str:
             *([name, *texts] for name, texts in rows),
         ]
         cells = ("| " + " | ".join(table_cell(text, 200) for text in line) + " |" for line in lines)
-        parts.append(f"## {title}\n\n" + "\n".join(cells))
+        parts.append(f"## {translated(title)}\n\n" + "\n".join(cells))
     return "\n\n".join(parts) + "\n"
 
 
@@ -232,7 +238,7 @@ def setting_rows(runs: Sequence[RecordedRun]) -> Rows:
     rows = [
         (name, [UNKNOWN if v is None else redact(str(v)) for v in values]) for name, values in found
     ]
-    return rows or [("none", ["" for _ in runs])]
+    return rows or [(translated("none"), ["" for _ in runs])]
 
 
 def metric_rows(runs: Sequence[RecordedRun]) -> Rows:
@@ -271,7 +277,9 @@ def rich_tables(
         part = [[row[0], *row[first:last]] for row in down]
         widths = [columns[0] - 3, *(width - 3 for width in columns[first:last])]
         tables.append(
-            _table(title if first == 1 else "", ["run", *heads[first:last]], part, widths)
+            _table(
+                title if first == 1 else "", [translated("run"), *heads[first:last]], part, widths
+            )
         )
         first = last
     return tables
@@ -292,7 +300,7 @@ def _table(
     rows: Iterable[Sequence[str]],
     widths: Sequence[int | None] | None = None,
 ) -> Table:
-    table = Table(title=title or None, title_justify="left", title_style="bold")
+    table = Table(title=translated(title) or None, title_justify="left", title_style="bold")
     for name, width in zip(header, widths or [None] * len(header), strict=True):
         table.add_column(Text(clean_line(name)), overflow="fold", width=width)
     for row in rows:
@@ -320,21 +328,21 @@ def sparkline(values: Sequence[float], width: int = SPARK_WIDTH) -> str:
 def page(runs: Sequence[RecordedRun]) -> str:
     """Tables and curves of all runs in one page, offline and without scripts."""
     names = labels(runs)
-    results = _html_table(names, [*outcomes(runs), *metric_rows(runs)])
+    results = _html_table(names, told([*outcomes(runs), *metric_rows(runs)]))
     newest = list(zip(names, runs, strict=True))[-MOST_CURVES:]
     own = {clean_line(tag, 60): tag for _, run in newest for tag in run.custom}
     charts = "".join(
         line_chart(title, {name: run.series[tag] for name, run in newest if tag in run.series})
         for title, tag in (CHARTS | own).items()
     )
-    some = f" of the newest {len(newest)}" if len(newest) < len(runs) else ""
+    some = f"Curves of the newest {len(newest)}" if len(newest) < len(runs) else "Curves"
     body = (
-        f"<h1>{len(runs)} runs</h1>"
-        f"<h2>Settings that differ</h2>{_html_table(names, setting_rows(runs))}"
-        f"<h2>{html.escape(results_title(runs))}</h2>{results}"
-        f'<h2>Curves{some}</h2><div class="charts">{charts}</div>'
+        f"<h1>{translated(f'{len(runs)} runs')}</h1>"
+        f"<h2>{translated('Settings that differ')}</h2>{_html_table(names, setting_rows(runs))}"
+        f"<h2>{html.escape(translated(results_title(runs)))}</h2>{results}"
+        f'<h2>{translated(some)}</h2><div class="charts">{charts}</div>'
     )
-    return html_page("Runs", body)
+    return html_page(translated("Runs"), body)
 
 
 def _html_table(names: Sequence[str], rows: Rows) -> str:

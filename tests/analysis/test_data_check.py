@@ -10,6 +10,7 @@ import pytest
 
 from direct_finetuning_with_existing_modules import main
 from finetuning.analysis.data_check import FaultKind
+from finetuning.common import language
 from finetuning.readers.sample import Finding
 
 WHERE = "all findings and the statistics: "
@@ -260,3 +261,20 @@ def test_one_file_without_a_sample_hides_nothing_of_the_others(check, tmp_path):
     )
     assert code == 1 and any("mine.jsonl:21: broken: " in text for text in said)
     assert any("other.jsonl:1: without a sample: " in text for text in said)
+
+
+def test_a_check_speaks_chinese(check, cache_dir: Path):
+    """Every line on the terminal and in the file is wholly Chinese, whatever is wrong."""
+    lines = [*good(), "{ broken\n", line("重复的题？"), line("重复的题？")]
+    lines += [line("没有思考的题？", thinking=""), line("没有答案的题？", answer="")]
+    before = set((cache_dir / "checks").glob("*.md"))
+    try:
+        _, said = check(lines, "--language", "zh")
+        assert language.current() == "zh"
+        (page,) = set((cache_dir / "checks").glob("*.md")) - before
+        said += page.read_text(encoding="utf-8").splitlines()
+        english = [text for text in said if language.is_mixed(text) or language.is_prose(text)]
+        assert len(said) > 30 and not english
+        assert any("损坏：第 3 列 JSON 有误" in text for text in said)
+    finally:
+        language.use("en")
