@@ -8,6 +8,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -133,6 +134,8 @@ def _sums(documents, loss: float) -> LossSums:
 
 class NoEvaluator:
     """Nothing is held out."""
+
+    questions: ClassVar = {"step": 0, "losses": [], "answers": []}
 
     def measure(self, *_: object) -> dict:
         return {}
