@@ -289,6 +289,7 @@ BOUNDS = {
     "lora_dropout": (0.0, 0.999, -0.001, 1.0),
     "eval_fraction": (0.0, 0.999, -0.001, 1.0),
     "max_eval_samples": (0, LARGE, -1, None),
+    "replay": (0.0, 0.999, -0.001, 1.0),
     "max_seq_length": (16, LARGE, 15, "long"),
     "tokens_per_row": (0, LARGE, -1, "long"),
     "max_broken_fraction": (0.0, 1.0, -0.001, 1.001),

@@ -49,12 +49,12 @@ def write_all(folder: Path, *, share: float = 1.0) -> None:
     }.items():
         _write(folder / f"{name}.train.jsonl", records[cut:])
         _write(folder / f"{name}.held_out.jsonl", records[:cut])
-    lines = Path(bundled_data("general"), "general.jsonl").read_text(encoding="utf-8").splitlines()
-    general = [json.loads(line) for line in lines]
-    # Languages take turns, so that pairs are what both halves have alike.
-    pairs = [general[i : i + 2] for i in range(0, len(general), 2)]
-    for part, chosen in (("gauge", pairs[::2]), ("unseen", pairs[1::2])):
-        _write(folder / f"general.{part}.jsonl", [record for pair in chosen for record in pair])
+    for part, name in (
+        ("gauge", "gauge"),
+        ("unseen", "replay"),
+    ):  # halves with both languages alike
+        text = Path(bundled_data("general"), f"{name}.jsonl").read_text(encoding="utf-8")
+        (folder / f"general.{part}.jsonl").write_text(text, encoding="utf-8")
 
 
 def _write_split(folder: Path, name: str, records: Sequence[Record]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from finetuning.common.errors import UserError
 from finetuning.common.text import clean_line
-from finetuning.config import DataSettings
+from finetuning.config import DataSettings, bundled_data
 from finetuning.data.near_duplicates import SampleClusters, joined_labels
 from finetuning.readers.arrow_samples import ArrowSamples
 from finetuning.readers.dataset import SampleSet
@@ -27,6 +27,10 @@ class Split:
     held_out: np.ndarray  # (m,) indices, empty when the held-out data are files of their own
     eval_read: SampleSet | None  # held-out files of the user's
     clusters: SampleClusters  # of all samples: for the split, and for the statistics after it
+    replayed: (
+        np.ndarray
+    )  # (k,) indices of general text, of which tokens are drawn into the training
+    seed: int = 0  # of what is drawn
 
     def training_texts(self, at_most: int = 20_000) -> list[str]:
         """Plain text of the distinct training samples, of many evenly spaced ones, for the
@@ -51,19 +55,23 @@ def split_samples(
     out by the weight of its source. Raises UserError where nothing is left for training."""
     clusters = SampleClusters(read.samples, read.fingerprint, cache_dir, workers)
     train = np.arange(len(read.samples))
-    held_out = train[:0]
+    held_out = replayed = train[:0]
     if eval_read is None and settings.eval_fraction:
         train, held_out = split_held_out(
             read.samples, settings.eval_fraction, clusters, at_most=settings.max_eval_samples
         )
+    if settings.replay:
+        general = _of_file(read.samples, replay_text())
+        replayed = np.flatnonzero(general)
+        train, held_out = train[~general[train]], held_out[~general[held_out]]
     if not len(train):
         raise UserError(
             f"data: all of {len(read.samples)} samples are held out; lower --eval-fraction or add others"
         )
-    if settings.data_weights:
+    if settings.data_weights and settings.data_weights_by == "samples":
         weights = dict(zip(settings.data_path, settings.data_weights, strict=True))
         train = weighted_indices(read.samples, train, weights, seed)
-    return Split(read, train, held_out, eval_read, clusters)
+    return Split(read, train, held_out, eval_read, clusters, replayed, seed)
 
 
 def split_held_out(
@@ -133,7 +141,7 @@ def weighted_indices(
 ) -> np.ndarray:
     """`indices` with those of a source repeated or thinned out by its weight; int64, same order.
 
-    A weight's key is a source or a glob of sources; the first that fits counts, others weigh 1.
+    A weight's key is a source, its folder or a glob of sources; the first that fits counts, others weigh 1.
     Weight 2.5 takes every sample twice and half of them a third time, drawn by a hash of seed and
     content: where a file lies, and what else is read, change nothing. Raises UserError for a weight
     that is negative or not finite, a key that fits nothing, and nothing left.
@@ -156,6 +164,59 @@ def weighted_indices(
     if len(indices) and not counts.any():
         raise UserError("source weights leave no sample; raise one above 0")
     return np.repeat(indices, counts)
+
+
+def weighted_by_tokens(
+    split: Split, weights: dict[str, float], replay: float, tokens: np.ndarray
+) -> np.ndarray:
+    """The training samples, sources repeated or thinned out until their tokens are to each other as their
+    weights, with the general text's share `replay` of all; int64.
+
+    weights: as of `weighted_indices`; empty: all samples once. tokens: (n,) of each of all samples. The
+    source of the largest weight is shown once, another one as a whole so often as it fits; of the rest
+    samples are drawn by a hash of seed and content, to the nearest half of a sample. Raises UserError like
+    `weighted_indices`.
+    """
+    samples, own = split.read.samples, split.train
+    if weights:
+        names, codes = source_numbers(samples)
+        _weight_of_sources(names, weights)  # refuses what fits nothing
+        keys = [next((key for key in weights if _fits(name, key)), "") for name in names]
+        of_key = np.asarray(keys)[codes[own]]
+        parts = {key: own[of_key == key] for key in weights if weights[key]}
+        totals = {key: tokens[part].sum() for key, part in parts.items() if len(part)}
+        if not totals:
+            raise UserError("source weights leave no sample; raise one above 0")
+        largest = max(totals, key=lambda key: weights[key])
+        unit = totals[largest] / weights[largest]
+        wanted = {key: weights[key] * unit for key in totals}
+        drawn = [_to_tokens(split, parts[key], tokens, wanted[key]) for key in totals]
+        own = np.sort(np.concatenate(drawn))
+    wanted = replay / (1 - replay) * tokens[own].sum()
+    return np.concatenate([own, _to_tokens(split, split.replayed, tokens, wanted)])
+
+
+def _to_tokens(split: Split, part: np.ndarray, tokens: np.ndarray, wanted: float) -> np.ndarray:
+    """The samples of a part, repeated or drawn until they have so many tokens."""
+    total = tokens[part].sum()
+    if not total or not wanted:
+        return part[:0]
+    whole, rest = divmod(wanted, total)
+    order = part[np.argsort(_draws(split.read.samples, part, split.seed)[part], kind="stable")]
+    own = tokens[order]
+    drawn = order[np.cumsum(own) - own / 2 < rest]
+    return np.sort(np.concatenate([np.repeat(part, int(whole)), drawn]))
+
+
+def replay_text() -> str:
+    """The general text that trains, whose other half the forgetting gauge reads."""
+    return f"{bundled_data('general')}/replay.jsonl"
+
+
+def _of_file(samples: Sequence[Sample], path: str) -> np.ndarray:
+    """(n,) bool: which samples are of this file."""
+    names, codes = source_numbers(samples)
+    return np.isin(codes, [i for i, name in enumerate(names) if name == path])
 
 
 def _draws(samples: Sequence[Sample], wanted: np.ndarray, seed: int) -> np.ndarray:
@@ -195,4 +256,9 @@ def _weight_of_sources(sources: list[str], weights: dict[str, float]) -> dict[st
 
 
 def _fits(source: str, key: str) -> bool:
-    return source == key or fnmatch.fnmatchcase(source, key)
+    """Whether a file is meant by its name, a glob or its folder."""
+    return (
+        source == key
+        or fnmatch.fnmatchcase(source, key)
+        or source.startswith(f"{key.rstrip('/')}/")
+    )

@@ -11,7 +11,7 @@ from finetuning.common.errors import UserError
 from finetuning.common.text import clean_line
 from finetuning.config import DataSettings
 from finetuning.data.chat_template import chat_format
-from finetuning.data.split import Split
+from finetuning.data.split import Split, replay_text, weighted_by_tokens
 from finetuning.data.token_table import TokenizedSamples
 from finetuning.data.tokenization import left_out, nothing_left, tokenize_samples
 from finetuning.readers.dataset import Progress, SampleSet, read_samples
@@ -89,7 +89,8 @@ def read_data(
             progress=progress,
         )
 
-    read = samples_of(settings.data_path)
+    general = (replay_text(),) if settings.replay else ()
+    read = samples_of((*settings.data_path, *general))
     check_broken(read, settings.max_broken_fraction)
     return read, samples_of(settings.eval_path) if settings.eval_path else None
 
@@ -156,6 +157,7 @@ def prepare_data(
     """Tokenize both parts. Raises UserError where no training sample is short enough."""
     options = {"workers": workers, "cache_dir": cache_dir, "progress": progress}
     tokens = tokenize_samples(split.read, tokenizer, settings, **options)
+    split = _weighed(split, tokens, settings)
     train = DataPart(split.read.samples, tokens, tokens.documents_of(split.train))
     if split.eval_read is None:
         documents = tokens.documents_of(split.held_out)
@@ -167,6 +169,19 @@ def prepare_data(
     if not len(train):
         raise nothing_left(split.read.samples, tokens.truncation, settings, len(held_out))
     return TrainingData(split, train, held_out, settings.most_tokens, workers, cache_dir)
+
+
+def _weighed(split: Split, tokens: TokenizedSamples, settings: DataSettings) -> Split:
+    """The split whose sources and general text have their shares of the tokens, where these are wanted."""
+    by_tokens = settings.data_weights and settings.data_weights_by == "tokens"
+    if not by_tokens and not settings.replay:
+        return split
+    of_samples = np.bincount(
+        tokens.sample_index, weights=tokens.lengths, minlength=len(split.read.samples)
+    )
+    shares = zip(settings.data_path, settings.data_weights, strict=True) if by_tokens else ()
+    train = weighted_by_tokens(split, dict(shares), settings.replay, of_samples)
+    return replace(split, train=train)
 
 
 @contextmanager

@@ -205,6 +205,8 @@ def data_too_long(run: RecordedRun) -> NextStep | None:
     if not total or cut / total < CUT:
         return None
     length = _setting(run, "max_seq_length")
+    if not isinstance(length, int):  # a run that has not recorded it
+        return None
     return NextStep(
         "The data are too long for --max-seq-length: samples are left out or shortened.",
         f"{cut} of {total} samples, {100 * cut / total:.0f}%, are longer than {length} tokens.",

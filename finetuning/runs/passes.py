@@ -52,7 +52,10 @@ def plan_general(
     if not config.forgetting:
         return None
     own = config.general_path
-    paths, option = (own, "--general-path") if own else ((bundled_data("general"),), "")
+    ours = bundled_data("general") + (
+        "/gauge.jsonl" if config.replay else ""
+    )  # not what is trained
+    paths, option = (own, "--general-path") if own else ((ours,), "")
     most = 0
     if dist.device.type == "cpu":
         most = min(evaluation.num_tokens, CPU_TOKENS) if evaluation else CPU_TOKENS

@@ -1,11 +1,18 @@
 """Training and held-out samples: no near duplicate crosses the split; weights of sources."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from finetuning.common.errors import UserError
 from finetuning.data.near_duplicates import jaccard
-from finetuning.data.split import split_held_out, weighted_indices
+from finetuning.data.split import (
+    Split,
+    split_held_out,
+    weighted_by_tokens,
+    weighted_indices,
+)
 from finetuning.readers.sample import Sample
 from tests.helpers.similar_texts import similar_texts
 
@@ -37,6 +44,46 @@ def test_a_part_of_a_source_is_rounded_to_the_nearest_number():
     for weight in (0.29, 0.57, 0.58, 1.14):  # times 100, each is a little below a whole number
         picked = weighted_indices(data, np.arange(100), {"a.md": weight}, seed=1)
         assert len(picked) == round(100 * weight), weight
+
+
+def shares(picked: np.ndarray, tokens: np.ndarray, samples: list[Sample]) -> dict[str, float]:
+    found = dict.fromkeys((sample.source for sample in samples), 0.0)
+    for i in picked:
+        found[samples[i].source] += tokens[i]
+    return {name: float(n / tokens[picked].sum()) for name, n in found.items()}
+
+
+def test_weights_by_tokens_are_shares_of_the_tokens():
+    """Sources of unlike lengths; a folder is a source, and the largest weight is shown once."""
+    data = [Sample(f"q{i}", "", "a", source="a.md" if i < 40 else "d/b.md") for i in range(200)]
+    data += [Sample(f"g{i}", "", "a", source="general.jsonl") for i in range(20)]
+    tokens = np.r_[np.full(40, 900), np.arange(160) + 10, np.full(20, 60)].astype(float)
+    own, general = np.arange(200), np.arange(200, 220)
+
+    def split(seed: int = 0) -> Split:
+        read = SimpleNamespace(samples=data)
+        return Split(read, own, own[:0], None, None, replayed=general, seed=seed)
+
+    weights = {"a.md": 0.94, "d": 0.06}
+    picked = weighted_by_tokens(split(), weights, 0.0, tokens)
+    assert shares(picked, tokens, data)["d/b.md"] == pytest.approx(0.06, abs=0.002)
+    assert np.bincount(picked, minlength=220)[:40].tolist() == [1] * 40
+    again, other = (weighted_by_tokens(split(seed), weights, 0.0, tokens) for seed in (0, 1))
+    assert picked.tolist() == again.tolist() != other.tolist()
+    picked = weighted_by_tokens(split(), {"a.md": 0.2, "d": 0.8}, 0.0, tokens)
+    assert shares(picked, tokens, data)["d/b.md"] == pytest.approx(0.8, abs=0.02)
+    # Few general texts are shown again and again until they have their share.
+    picked = weighted_by_tokens(split(), {}, 0.2, tokens)
+    assert shares(picked, tokens, data)["general.jsonl"] == pytest.approx(0.2, abs=0.001)
+    assert set(np.bincount(picked, minlength=220)[200:]) == {10, 11} and picked.dtype == np.int64
+    assert np.bincount(picked, minlength=220)[:200].tolist() == [1] * 200
+    picked = weighted_by_tokens(split(), weights, 0.5, tokens)
+    found = shares(picked, tokens, data)
+    assert found["general.jsonl"] == pytest.approx(0.5, abs=0.001)
+    assert found["d/b.md"] / found["a.md"] == pytest.approx(6 / 94, abs=0.003)
+    for weights, reason in [({"x.md": 1}, "nothing was read"), ({"*": 0}, "leave no sample")]:
+        with pytest.raises(UserError, match=reason):
+            weighted_by_tokens(split(), weights, 0.0, tokens)
 
 
 def _samples(questions: list[str]) -> list[Sample]:

@@ -119,7 +119,14 @@ def test_each_setting_of_what_is_held_out_makes_no_run_the_best(tmp_path, name, 
 
 
 def test_every_setting_of_the_data_is_among_them_or_moves_no_held_out_token():
-    trains_only = {"data_weights", "packing", "tokens_per_row", "max_broken_fraction"}
+    trains_only = {
+        "data_weights",
+        "data_weights_by",
+        "replay",
+        "packing",
+        "tokens_per_row",
+        "max_broken_fraction",
+    }
     names = {field.name for field in dataclasses.fields(DataSettings)}
     assert names - trains_only == set(HELD_OUT_OTHERWISE) - {"model_name", "seed"}
 

@@ -84,6 +84,7 @@ def forgets(files):
 def too_long(files):
     counts = {"dropped": 20, "shortened": 5}
     files["dataset"] |= {"total_samples": 100, "truncation": counts}
+    files["settings"] |= {"max_seq_length": 2048}
 
 
 def too_slow(files):

@@ -246,6 +246,16 @@ def train_sources(world: World, config: Config) -> Counter:
     return Counter(Path(part.sample(int(d)).source).stem for d in part.documents)
 
 
+def token_shares(world: World, config: Config) -> dict[str, float]:
+    """Of each source in the tokens of an epoch."""
+    part = world.plan(config).data.train
+    found = Counter()
+    for document in part.documents:
+        name = Path(part.sample(int(document)).source).stem
+        found[name] += int(part.tokens.lengths[document])
+    return {name: tokens / found.total() for name, tokens in found.items()}
+
+
 def held_out_sources(world: World, config: Config) -> set[str]:
     part = world.plan(config).data.held_out
     return {Path(part.sample(int(d)).source).stem for d in part.documents}
@@ -649,6 +659,14 @@ ROWS = [
     # The data
     Row("data_path", data("a", "b"), train_sources, lambda seen: set(seen) == {"a", "b"}),
     Row("data_weights", (2.0, 0.29), train_sources, {"a": 24, "b": 3}, beside=only("a", "b")),
+    Row(
+        "data_weights_by",
+        "tokens",
+        token_shares,
+        lambda seen: abs(seen["b"] - 0.2) < 0.02,
+        beside=only("a", "b") | {"data_weights": (0.8, 0.2)},
+    ),
+    Row("replay", 0.2, token_shares, lambda seen: abs(seen.get("replay", 0) - 0.2) < 0.02),
     Row("columns", {"question": "题目"}, first_question, "另一题0", beside=only("renamed")),
     Row("eval_path", data("b"), held_out_sources, {"b"}),
     Row("empty_thinking", "train", empty_blocks, (18, 18), beside=only("a", "talks")),
@@ -839,6 +857,21 @@ def test_every_word_of_a_choice_has_a_row():
         if word != default(name)
     }
     assert not words - tried
+
+
+def test_what_is_replayed_is_not_measured_nor_held_out(world: World, monkeypatch):
+    monkeypatch.setattr("finetuning.runs.passes.CPU_TOKENS", 10**6)
+    for share in (0.0, 0.2):
+        plan = world.plan(replace(world.base, eval_fraction=0.0, replay=share))
+        general, _ = plan.general
+        measured = {general.sample(int(d)).question for d in general.documents}
+        train = plan.data.train
+        trained = {train.sample(int(d)).question for d in train.documents}
+        assert len(measured) == (34 if share else 68) and not measured & trained
+    held_out = world.plan(replace(world.base, eval_fraction=0.5, replay=0.2)).data.held_out
+    assert len(held_out) and "replay" not in {
+        Path(held_out.sample(int(d)).source).stem for d in held_out.documents
+    }
 
 
 def test_ranks_drop_out_differently(world: World):
