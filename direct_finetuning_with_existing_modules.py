@@ -6,8 +6,6 @@ Your own data and model:
     uv run python direct_finetuning_with_existing_modules.py --data-path my.jsonl --model-name FOLDER
 Several GPUs:
     uv run torchrun --nproc-per-node auto direct_finetuning_with_existing_modules.py
-The smallest run on a CPU:
-    uv run python direct_finetuning_with_existing_modules.py --max-steps 3 --num-probes 0
 Watch it:
     uv run tensorboard --logdir=qwen3_4b_thinking_output/tensorboard_logs
 
@@ -46,7 +44,6 @@ if __name__ == "__main__":  # help, wrong settings and paths need none of the sl
 
 import functools
 import math
-from contextlib import nullcontext
 from pathlib import Path
 
 from finetuning.analysis.data_check import check_data
@@ -55,7 +52,6 @@ from finetuning.common.formatting import due
 from finetuning.data.packing import PlannedStep
 from finetuning.runs import directory, session, summary
 from finetuning.runs.build import build_engine, build_evaluator
-from finetuning.runs.directory import disk_faults_stop_the_run
 from finetuning.runs.identity import check_identity
 from finetuning.runs.init_adapter import with_own_settings
 from finetuning.runs.metrics import MetricsProcessor
@@ -132,9 +128,9 @@ class DirectTrainer:
     def train(self) -> TrainState:
         """The whole run, from data to final model. Returns the state after the last step."""
         output_dir = Path(self.config.output_dir)
-        lock = directory.only_writer(output_dir) if self.dist.is_main else nullcontext()
+        lock = directory.only_writer(output_dir, self.dist.is_main)
         with self.stop, lock, self.news, self.mirror:
-            with disk_faults_stop_the_run(output_dir):
+            with directory.disk_faults_stop_the_run(output_dir):
                 checkpoint = self.checkpoints.resolve_resume(self.resume, self.mirror.fetch)
             self.plan = plan_run(
                 self.config,
@@ -145,10 +141,10 @@ class DirectTrainer:
             )
             self.engine = build_engine(self.config, self.plan, self.dist, self.terminal)
             self.evaluator = build_evaluator(self.config, self.plan, self.engine, self.dist)
-            with disk_faults_stop_the_run(output_dir):
+            with directory.disk_faults_stop_the_run(output_dir):
                 self.open(checkpoint)
             try:
-                with disk_faults_stop_the_run(output_dir):
+                with directory.disk_faults_stop_the_run(output_dir):
                     self.loop()
                     self.finish()
             except BaseException as error:
@@ -308,8 +304,7 @@ class DirectTrainer:
     def look_at_end(self) -> None:
         """End a run that early stopping or an alert has ended, now or in an earlier session."""
         config = self.config
-        by = self.plan.settings["best_by"]
-        limits = config.early_stopping_patience, config.alert_actions, by
+        limits = config.early_stopping_patience, config.alert_actions, self.plan.settings["best_by"]
         reason = summary.stopped_text(self.state, *limits)
         if reason and not self.outcome:
             self.terminal.info(f"ended at step {self.state.step}: {reason}")

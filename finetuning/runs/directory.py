@@ -102,13 +102,14 @@ def lock_output(output_dir: Path) -> FileLock:
 
 
 @contextmanager
-def only_writer(output_dir: Path) -> Iterator[None]:
-    """Within it, no other run writes below the output directory; see `lock_output`."""
-    lock = lock_output(output_dir)
+def only_writer(output_dir: Path, is_main: bool) -> Iterator[None]:
+    """Within it, no other run writes below the output directory; see `lock_output`. Rank 0 locks for all."""
+    lock = lock_output(output_dir) if is_main else None
     try:
         yield
     finally:
-        lock.release()
+        if lock:
+            lock.release()
 
 
 def _remove_leftovers(output_dir: Path) -> None:
