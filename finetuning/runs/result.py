@@ -9,7 +9,7 @@ from finetuning.common.paths import expanded
 from finetuning.model.resolve import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter
 from finetuning.runs.directory import MODELS, RunDirectory, owner
 
-BEST = "the result of its run: it was stopped early, and this is the best held-out loss"
+BEST = "the result of its run: it was stopped early, and this is its best model"
 FINAL = "the result of its run: the last step"
 _CONFIG = "config.json"  # of a whole model, after full fine-tuning
 
