@@ -83,8 +83,8 @@ def source_regression(memory: DetectorMemory, metrics: Mapping) -> Verdict:
 
 def _follow_source(memory: DetectorMemory, tag: str, loss: float, size: int) -> bool:
     name = f"source {tag}"
-    known = sum(1 for other in memory.series if other.startswith("source "))
-    if name not in memory.series and known >= MOST_SOURCES:
+    others = () if name in memory.series else memory.series
+    if sum(other.startswith("source ") for other in others) >= MOST_SOURCES:
         return False
     values = memory.remember(name, loss, keep=4 * size)
     if len(values) >= size:

@@ -31,15 +31,18 @@ def unusual(memory: DetectorMemory, metrics: Mapping, name: str, value: float) -
 
 def _rise_of_groups(memory: DetectorMemory, metrics: Mapping, family: str) -> float | None:
     found = []
-    known = [name for name in memory.series if name.startswith(family)]
-    for tag, loss in metrics.items():
-        if not tag.startswith(family) or loss is None or not math.isfinite(loss) or loss < 0:
+    own = [tag for tag in metrics if tag.startswith(family)]
+    known = memory.series.keys() >= set(own)
+    room = known or sum(name.startswith(family) for name in memory.series) < MOST_GROUPS
+    for tag in own:
+        loss = metrics[tag]
+        if loss is None or not math.isfinite(loss) or loss < 0:
             continue
         before = memory.series.get(tag, [])
-        if before or len(known) < MOST_GROUPS:
+        if before or room:
             memory.remember(tag, loss, keep=OWN)
         if len(before) >= FEWEST:
-            found.append(_log(loss) - median(_log(x) for x in before[-NEAREST:]))
+            found.append(_log(loss) - _median_log(before[-NEAREST:]))
         else:
             return None  # a group that nothing is known of may be the reason
     return max(found, default=None)
@@ -63,6 +66,11 @@ def _rise_by_length(
         return None
     nearest = sorted(pairs, key=lambda pair: abs(pair[0] - tokens))[:NEAREST]
     return _log(value) - median(pair[1] for pair in nearest)
+
+
+def _median_log(values: list[float]) -> float:
+    """The median of the logs; of an odd number of values it is the log of their median."""
+    return _log(median(values)) if len(values) % 2 else median(map(_log, values))
 
 
 def _log(value: float) -> float:
