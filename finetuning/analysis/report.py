@@ -25,6 +25,10 @@ Table = tuple[str, Row, list[Row]]  # title, header, rows
 
 _OWN_ROWS = {"Overview", "Lengths", "Quality by component"}  # no name of a file or of a term
 _TOP = 15  # terms and findings shown
+# A run packs what trains alone, so its rows are filled otherwise.
+_PACKED = "packing efficiency of all these samples"
+# 商用密码 is no occurrence of 密码.
+_HOLDING = "samples, the longest term counts"
 _BAR = 24  # columns of a full bar
 _FINDING_TITLES = {
     "train_eval_leaks": "Held-out samples that repeat training samples",
@@ -77,7 +81,7 @@ def _tables(report: Report) -> list[Table]:
         ("Overview", ("", "value"), _overview(report)),
         ("Files", ("file", "samples"), _files(report)),
         ("Lengths", ("", "mean", "p50", "p90", "p99", "max"), _lengths(report)),
-        ("Sequence length", ("tokens", "longer samples", "packing efficiency"), _fit(report)),
+        ("Sequence length", ("tokens", "longer samples", _PACKED), _fit(report)),
         (
             "Difficulty and quality levels",
             ("level", "difficulty", "output quality"),
@@ -87,7 +91,7 @@ def _tables(report: Report) -> list[Table]:
         ("Categories of terms", ("category", "occurrences"), _categories(report)),
         (
             _cut_title("Terms", _TOP, len(report["terms"])),
-            ("#", "term", "category", "level", "samples"),
+            ("#", "term", "category", "level", _HOLDING),
             _terms(report),
         ),
         *_finding_tables(report),
@@ -265,7 +269,7 @@ def _rich_table(title: str, header: Row, rows: list[Row]) -> "RenderableType":
     return table
 
 
-_BAR_COLUMNS = {"samples", "occurrences", "mean", "packing efficiency", "difficulty"}
+_BAR_COLUMNS = {"samples", "occurrences", "mean", _PACKED, _HOLDING, "difficulty"}
 
 
 def _bars(header: Row, rows: list[Row]) -> list[float]:
