@@ -24,6 +24,10 @@ Row = tuple[str, ...]
 Table = tuple[str, Row, list[Row]]  # title, header, rows
 
 _TOP = 15  # terms and findings shown
+# A run packs what trains alone, so its rows are filled otherwise.
+_PACKED = "packing efficiency of all these samples"
+# 商用密码 is no occurrence of 密码.
+_HOLDING = "samples, the longest term counts"
 _BAR = 24  # columns of a full bar
 _FINDING_TITLES = {
     "train_eval_leaks": "Held-out samples that repeat training samples",
@@ -88,7 +92,7 @@ def _tables(report: Report) -> list[Table]:
         ("Overview", ("", "value"), _overview(report)),
         ("Files", ("file", "samples"), _files(report)),
         ("Lengths", ("", "mean", "p50", "p90", "p99", "max"), _lengths(report)),
-        ("Sequence length", ("tokens", "longer samples", "packing efficiency"), _fit(report)),
+        ("Sequence length", ("tokens", "longer samples", _PACKED), _fit(report)),
         (
             "Difficulty and quality levels",
             ("level", "difficulty", "output quality"),
@@ -98,7 +102,7 @@ def _tables(report: Report) -> list[Table]:
         ("Categories of terms", ("category", "occurrences"), _categories(report)),
         (
             _cut_title("Terms", _TOP, len(report["terms"])),
-            ("#", "term", "category", "level", "samples"),
+            ("#", "term", "category", "level", _HOLDING),
             _terms(report),
         ),
         *_finding_tables(report),
@@ -279,7 +283,7 @@ def _rich_table(title: str, header: Row, rows: list[Row]) -> "RenderableType":
     return table
 
 
-_BAR_COLUMNS = {"samples", "occurrences", "mean", "packing efficiency", "difficulty"}
+_BAR_COLUMNS = {"samples", "occurrences", "mean", _PACKED, _HOLDING, "difficulty"}
 
 
 def _bars(header: Row, rows: list[Row]) -> list[float]:

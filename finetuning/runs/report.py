@@ -29,7 +29,7 @@ from finetuning.common.language import current, translated, use
 from finetuning.common.limited import STOPPED, Ended, Limits, run_limited
 from finetuning.common.terminal import Terminal
 from finetuning.common.text import clean_line, redact, redact_values
-from finetuning.events.address import pinned_address
+from finetuning.events.address import SERVER, pinned_address
 from finetuning.runs import naming
 from finetuning.runs.directory import RunDirectory
 from finetuning.runs.findings import findings
@@ -170,9 +170,12 @@ def _head(run: RecordedRun) -> str:
 def _watch(run: RecordedRun) -> str:
     """How to see the curves move, and the address that pins the charts that matter."""
     command = f"uv run tensorboard --logdir={run.directory.tensorboard.parent}"
+    link = (
+        f'<a href="{html.escape(pinned_address())}">{_said("TensorBoard, six charts pinned")}</a>'
+    )
     return (
-        f"<p>{html.escape(translated('watch it:'))} <code>{html.escape(redact(command))}</code><br>"
-        f"{html.escape(translated('then open:'))} <code>{html.escape(pinned_address())}</code></p>"
+        f"<p>{_said('watch it:')} <code>{html.escape(redact(command))}</code><br>"
+        f"{_said('then open:')} {link} ({html.escape(SERVER)})</p>"
     )
 
 

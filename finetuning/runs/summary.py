@@ -76,7 +76,10 @@ def run_rows(plan: RunPlan, engine: TrainingEngine, dist: Distributed) -> list[t
         ("logged", _logged(plan.logging_steps)),
         ("questions", plan.probing.text()),
         ("best model", plan.best_text),
-        ("packing", f"{steps.num_rows} rows, {steps.efficiency:.1%} full{alone}"),
+        (
+            "packing",
+            f"{steps.num_rows} rows of training samples, {steps.efficiency:.1%} full{alone}",
+        ),
         ("gradient checkpointing", "on" if engine.gradient_checkpointing else "off"),
         ("compiled layers", "on" if engine.batch_shape else "off"),
         ("CUDA graph", f"no: {reason}" if reason else "from the second step on"),

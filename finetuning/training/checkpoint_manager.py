@@ -129,7 +129,11 @@ class CheckpointManager:
         except OSError as error:
             reason = error.strerror or error
             return f"{self.directory} can't be written ({reason}); free some space"
-        self._say(f"saved {path}")
+        number = path.name.partition(".")[2]
+        among = (
+            f" (checkpoint {number} of step {step}: others have been here before)" if number else ""
+        )
+        self._say(f"saved {path}{among}")
         self.newest_path = path
         return ""
 

@@ -2,6 +2,8 @@
 
 import html.parser
 
+from finetuning.events.address import pinned_address
+
 VOID = {"meta", "br", "hr", "img", "circle", "line", "path", "use", "rect"}
 
 
@@ -37,7 +39,9 @@ class Page(html.parser.HTMLParser):
 def assert_harmless(text: str) -> Page:
     parsed = Page(text)
     assert not parsed.tags & {"script", "img", "iframe", "object", "link", "form"}
-    assert all(address.startswith("#") for address in parsed.addresses), parsed.addresses
+    own = {pinned_address()}  # TensorBoard on this machine: nothing of the data is in it
+    outside = [address for address in parsed.addresses if not address.startswith("#")]
+    assert own.issuperset(outside), outside
     assert not parsed.handlers
     assert "default-src 'none'" in text
     return parsed

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
+from finetuning.common import language
 from finetuning.common.distributed import Distributed
 from finetuning.common.errors import RunStopped, UserError
 from finetuning.training import checkpoint_manager
@@ -167,3 +168,16 @@ def test_a_restarted_group_goes_on_with_its_run_whatever_resume_says(make):
     save(second, 3)
     third = make(group)
     assert third.resolve_resume("").run == "run" and third.run_before_first_checkpoint() == ""
+
+
+def test_a_second_checkpoint_of_a_step_is_explained(make: Make, tmp_path: Path):
+    """`checkpoint-6.2` is no step of six and a fifth."""
+    for run in ("first", "second"):
+        checkpoints = make(save_steps=0)
+        save(checkpoints, 6, run)
+    path = tmp_path / "checkpoint-6.2"
+    told = f"saved {path} (checkpoint 2 of step 6: others have been here before)"
+    assert checkpoints.said == [told] and path.is_dir()
+    assert language.in_chinese(told) == (
+        f"已保存 {path}（第 6 步的第 2 个检查点：之前的运行已在此处留下同一步的检查点）"
+    )
