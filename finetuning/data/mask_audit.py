@@ -6,9 +6,14 @@ from typing import Any
 
 import numpy as np
 
+from finetuning.common.language import translated
 from finetuning.common.text import clean, fenced
 from finetuning.data.token_table import Segment, TokenizedSample, TokenizedSamples, carries_loss
 
+_LEGEND = (
+    "`+` = carries loss, `-` = carries none; the number is the position of a line's first token; "
+    "`│` separates tokens; `\\n` is a line break."
+)
 _AUDIT_RUN = 400  # tokens of one segment that are shown whole; of longer ones both ends
 
 
@@ -18,17 +23,15 @@ def mask_audit(tokens: TokenizedSamples, tokenizer: Any, count: int = 3) -> str:
     The documents are spread evenly over the table. `│` separates tokens, a `+` marks lines with loss.
     """
     chosen = np.unique(np.linspace(0, len(tokens) - 1, min(count, len(tokens))).astype(int))
-    parts = [
-        "`+` = carries loss, `-` = carries none; the number is the position of a line's first token; "
-        "`│` separates tokens; `\\n` is a line break."
-    ]
+    parts = [translated(_LEGEND)]
     for number in chosen.tolist():
         document = tokens[number]
         targets = int(tokens.num_targets[number])
-        parts.append(
+        told = (
             f"**Document {number}** (sample {document.index}): {len(document.ids)} tokens, "
             f"{targets} carry loss"
         )
+        parts.append(translated(told))
         parts.append(fenced("\n".join(_audit_lines(document, tokenizer))))
     return "\n\n".join(parts)
 
@@ -44,7 +47,8 @@ def _audit_lines(document: TokenizedSample, tokenizer: Any, per_line: int = 16) 
             spans = [(start, start + _AUDIT_RUN // 2), (stop - _AUDIT_RUN // 2, stop)]
         for number, (first, last) in enumerate(spans):
             if number:
-                yield f"      … {first - spans[0][1]} tokens of {segment.name} not shown"
+                left_out = f"… {first - spans[0][1]} tokens of {segment.name} not shown"
+                yield f"      {translated(left_out)}"
             for at in range(first, last, per_line):
                 ids = document.ids[at : min(at + per_line, last)].tolist()
                 shown = "│".join(_shown(token, tokenizer) for token in ids)

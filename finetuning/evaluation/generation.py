@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from finetuning.analysis.crypto_terms import find_terms
+from finetuning.common.language import translated
 from finetuning.common.text import fenced, table_cell, table_cell_of_lines
 from finetuning.data.chat_template import encode_prompt, parse_completion
 from finetuning.data.token_table import Segment, carries_loss
@@ -293,7 +294,8 @@ def _sample_text(probe: EvalPrompt, completion: Completion) -> str:
         "closed": completion.closed,
         "ended": completion.ended,
     }
-    facts = ", ".join(f"{name} {'yes' if good else 'NO'}" for name, good in verdict.items())
+    told = (translated(f"{name} {'yes' if good else 'NO'}") for name, good in verdict.items())
+    facts = ", ".join(told)
     lines = functools.partial(table_cell_of_lines, limit=SHOWN_CHARACTERS)
     lengths = f"{completion.thinking_tokens} | {probe.thinking_tokens}"
     # A table, since only a table stands side by side; its cells take no code fences.
@@ -301,10 +303,10 @@ def _sample_text(probe: EvalPrompt, completion: Completion) -> str:
         [
             f"### {table_cell(sample.source)}:{sample.line}\n",
             fenced(sample.question[:SHOWN_CHARACTERS]) + "\n",
-            f"| | model ({facts}) | reference |",
+            f"| | {translated('model')} ({facts}) | {translated('reference')} |",
             "| --- | --- | --- |",
-            f"| thinking | {lines(completion.thinking)} | {lines(sample.thinking)} |",
-            f"| answer | {lines(completion.answer)} | {lines(sample.answer)} |",
-            f"| thinking tokens | {lengths} |",
+            f"| {translated('thinking')} | {lines(completion.thinking)} | {lines(sample.thinking)} |",
+            f"| {translated('answer')} | {lines(completion.answer)} | {lines(sample.answer)} |",
+            f"| {translated('thinking tokens')} | {lengths} |",
         ]
     )

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from finetuning.common.language import translated
 from finetuning.common.text import fenced, table_cell
 from finetuning.data.training_data import DataPart
 
@@ -58,7 +59,7 @@ def _order(row: Row) -> tuple[float, int, int]:
 def hardest_text(part: DataPart, rows: Sequence[Row], *, training: bool = False) -> str:
     """Markdown: place and id, loss by segment, and an excerpt of each in a code fence."""
     names = ["#", "sample", *(["step", "above level"] if training else []), "loss", *SEGMENTS]
-    lines = [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
+    lines = [f"| {' | '.join(map(translated, names))} |", "| --- " * len(names) + "|"]
     excerpts = []
     for rank, (above, step, document, *losses) in enumerate(rows, start=1):
         moment = [str(step), "–" if above is None else f"{above:+.3f}"] if training else []

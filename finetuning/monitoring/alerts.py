@@ -34,6 +34,15 @@ EXAMPLES = {
     for metric in METRICS
     if is_watched(tag := re.sub("<.>|<name>", "0", metric.tag))
 }
+_HEADER = (
+    "alert",
+    "times",
+    "steps",
+    "last value",
+    "limit",
+    "evidence",
+    "what to do",
+)  # of the table
 
 
 @dataclass(frozen=True)
@@ -168,9 +177,9 @@ class AlertMonitor:
     def table(self) -> str:
         """All alerts of the run as one Markdown table: a row per kind, with every step of it."""
         if not self.rows:
-            return "No alerts."
+            return translated("No alerts.")
         lines = [
-            "| alert | times | steps | last value | limit | evidence | what to do |",
+            f"| {' | '.join(map(translated, _HEADER))} |",
             "|---|---|---|---|---|---|---|",
         ]
         for name, row in sorted(self.rows.items(), key=lambda item: item[1]["step"]):

@@ -12,6 +12,7 @@ import numpy as np
 from finetuning.common.distributed import Distributed
 from finetuning.common.files import json_text
 from finetuning.common.formatting import flat, shown
+from finetuning.common.language import translated
 from finetuning.common.text import table_cell
 from finetuning.data.accounts import account_rows
 from finetuning.events.address import pinned_address
@@ -33,7 +34,7 @@ FEW_UPDATES = 100  # below which a run is told that it is short
 
 def markdown_table(rows: Mapping[str, Any], header: tuple[str, str] = ("name", "value")) -> str:
     """A two-column Markdown table."""
-    lines = [f"| {header[0]} | {header[1]} |", "| --- | --- |"]
+    lines = [f"| {' | '.join(map(translated, header))} |", "| --- | --- |"]
     lines += [f"| {table_cell(str(k))} | {table_cell(str(v), 300)} |" for k, v in rows.items()]
     return "\n".join(lines)
 
@@ -41,7 +42,7 @@ def markdown_table(rows: Mapping[str, Any], header: tuple[str, str] = ("name", "
 def epoch_summary(epoch: int, steps: int, metrics: Mapping[str, float]) -> str:
     """One epoch's line in TEXT."""
     rows = {name.partition("/")[2].replace("_", " "): f"{v:.4g}" for name, v in metrics.items()}
-    return f"**Epoch {epoch}**, {steps} steps\n\n" + markdown_table(rows)
+    return translated(f"**Epoch {epoch}**, {steps} steps") + "\n\n" + markdown_table(rows)
 
 
 def hparams(settings: Mapping[str, Any]) -> dict[str, bool | float | str]:

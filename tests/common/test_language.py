@@ -3,14 +3,18 @@
 import ast
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
+import compare_runs
+import convergence
+import dataset_stats
 from finetuning.chinese_help import GROUPS, help_text
 from finetuning.command_line import CommandLine
 from finetuning.common import language
+from finetuning.common.arguments import parsed
 from finetuning.common.errors import UserError
 from finetuning.config import DirectTrainingConfig
 from finetuning.events.metric_table import METRICS, description
@@ -19,6 +23,7 @@ from finetuning.monitoring.alerts import Alert, AlertMonitor
 from finetuning.monitoring.detector_memory import Finding
 from finetuning.runs import report
 from finetuning.runs.before_after import BEFORE_AND_AFTER
+from finetuning.runs.comparison import told
 
 ROOT = Path(__file__).parents[2]
 # Where texts for people come from; what stays in English is made in no way of `SAYING`.
@@ -247,21 +252,59 @@ def test_notes_of_charts(chinese):
     assert "`evaluation.loss_metrics`" in description("Training/Loss")
 
 
+def english(lines: Iterable[str]) -> list[str]:
+    """Lines that are English, or half English."""
+    return [line for line in lines if language.is_prose(line) or language.is_mixed(line)]
+
+
+def test_statistics_of_data_speak_chinese(tmp_path: Path, capfd: pytest.CaptureFixture):
+    """The terminal and the page, with another data set beside the first and what is wrong with both."""
+    bad = tmp_path / "bad.jsonl"
+    lines = [
+        '{"question": "什么是杂凑？", "answer": "压缩。"}',
+        '{"question": "空？", "answer": ""}',
+        "{",
+    ]
+    bad.write_text("\n".join([*lines, lines[0]]), encoding="utf-8")
+    page = tmp_path / "page.html"
+    words = ["--language", "zh", str(bad), "--compare", str(bad), "--html", str(page)]
+    try:
+        parsed("dataset_stats.py", dataset_stats.main, words)()
+    finally:
+        language.use("en")
+    text = page.read_text(encoding="utf-8")
+    cells = re.findall(r"<(?:h1|h2|th|td|p[^>]*)>([^<]+)<", text)
+    assert len(cells) > 60 and not english(cells)
+    assert not english(capfd.readouterr().out.splitlines())
+
+
 @pytest.mark.slow
 def test_a_whole_run_speaks_chinese(
     tiny_run: Callable[..., int], tmp_path: Path, capfd: pytest.CaptureFixture
 ):
-    """Every line of the terminal, and the report's heads; the log stays in English."""
-    first = ("--max-steps", "4", "--eval-steps", "2", "--num-probes", "0")
+    """Every line of the terminal, the report's heads and tables, and what other programs make of the run; the
+    log stays in English."""
+    first = ("--max-steps", "4", "--eval-steps", "2", "--num-probes", "1")
+    zh = ("--language", "zh")
     try:
-        assert tiny_run(tmp_path, "--language", "zh", first=first) == 0
+        assert tiny_run(tmp_path, *zh, "--plan", first=first) == 0
+        assert tiny_run(tmp_path, *zh, first=first) == 0
+        assert tiny_run(tmp_path, *zh, "--resume", "latest", "--max-steps", "9", first=first) == 2
+        (page,) = (tmp_path / "out").glob("training_logs/*/report.html")
+        parsed("compare_runs.py", compare_runs.main, [*zh, str(tmp_path / "out")])()
+        run = str(page.parent)
+        convergence.show(parsed("convergence.py", convergence.Options, [*zh, run]))
+        rows = [("held-out loss", ["1 ± 0.2"]), ("seconds of training", ["3"])]
+        assert told(rows)[0][0] == "留出损失"
     finally:
         language.use("en")
-    lines = [line for line in capfd.readouterr().out.splitlines() if line.strip()]
+    told_lines = capfd.readouterr()
+    lines = [line for line in (told_lines.out + told_lines.err).splitlines() if line.strip()]
     silent = [line for line in lines if not CHINESE.search(line)]
-    assert len(lines) > 20 and not [line for line in silent if not line.startswith("CUDA graph")]
-    (page,) = (tmp_path / "out").glob("training_logs/*/report.html")
-    heads = re.findall(r"<(?:h2|figcaption|summary)>([^<]+)<", page.read_text(encoding="utf-8"))
-    assert len(heads) > 20 and not [h for h in heads if not CHINESE.search(h) and h != "CPU，%"]
+    assert len(lines) > 60 and not english(lines)
+    assert not [line for line in silent if re.search("[a-z]{3}", line) and "/" not in line]
+    text = page.read_text(encoding="utf-8")
+    heads = re.findall(r"<(?:h2|figcaption|summary|th)>([^<]+)<", text)
+    assert len(heads) > 20 and not english(heads)
     (log,) = (tmp_path / "out").glob("training_logs/*/training.log")
     assert "held-out loss" in log.read_text(encoding="utf-8")
