@@ -255,8 +255,11 @@ def english(lines: Iterable[str]) -> list[str]:
     return [line for line in lines if language.is_prose(line) or language.is_mixed(line)]
 
 
-def test_statistics_of_data_speak_chinese(tmp_path: Path, capfd: pytest.CaptureFixture):
+def test_statistics_of_data_speak_chinese(
+    tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
     """The terminal and the page, with another data set beside the first and what is wrong with both."""
+    monkeypatch.setenv("COLUMNS", "300")  # a cell is a line
     bad = tmp_path / "bad.jsonl"
     lines = [
         '{"question": "什么是杂凑？", "answer": "压缩。"}',
