@@ -28,6 +28,7 @@ JOINTS = {  # between texts that stand alone
 }  # fmt: skip
 AS_THEY_ARE = ("said", "names")  # values that nobody has to translate
 MOST_READINGS = 32  # ways in which a line may be made of one text
+MOST_CUTS = 8  # places of a joint that are tried one by one
 PLACE = re.compile(r"\{(\w*)\}")  # of a value
 CHINESE = re.compile("[\u4e00-\u9fff]")
 QUOTED = re.compile(r"“[^”]*”|`[^`]*`|\"[^\"]*\"|(?<![A-Za-z])'[^']*'(?![A-Za-z])")
@@ -118,15 +119,23 @@ def _value(name: str, value: str) -> str | None:
 
 def _joined(text: str, joint: str, chinese: str) -> str | None:
     """Texts side by side, each whole: a word that stands loose is English, too."""
-    hidden = QUOTED.sub(lambda quoted: "|" * len(quoted[0]), text)
-    for found in re.finditer(re.escape(joint), hidden):
-        parts = text[: found.start()], text[found.end() :]
+    for parts in _cut(text, joint):
         told = list(map(_whole, parts))
-        if any(told) and not any(
-            is_loose(part) for part, zh in zip(parts, told, strict=True) if zh is None
-        ):
-            return chinese.join(zh or part for part, zh in zip(parts, told, strict=True))
+        both = list(zip(parts, told, strict=True))
+        if any(told) and not any(zh is None and is_loose(part) for part, zh in both):
+            return chinese.join(part if zh is None else zh for part, zh in both)
     return None
+
+
+def _cut(text: str, joint: str) -> Iterator[list[str]]:
+    """In two at each place outside quotes; a long list, where that would take too long, at all of them."""
+    hidden = QUOTED.sub(lambda quoted: "|" * len(quoted[0]), text)
+    places = [found.span() for found in re.finditer(re.escape(joint), hidden)]
+    if len(places) <= MOST_CUTS:
+        yield from ([text[:start], text[end:]] for start, end in places)
+        return
+    bounds = itertools.pairwise([(0, 0), *places, (len(text), len(text))])
+    yield [text[end:start] for (_, end), (start, _) in bounds]
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -311,3 +312,16 @@ def test_a_whole_run_speaks_chinese(
     assert len(heads) > 20 and not english(heads)
     (log,) = (tmp_path / "out").glob("training_logs/*/training.log")
     assert "held-out loss" in log.read_text(encoding="utf-8")
+
+
+def test_a_long_line_takes_no_time(chinese):
+    """However often its parts could be joined: a list of thousands is cut once."""
+    started = time.process_time()
+    for line in (
+        ", ".join(f"name{i}" for i in range(2000)),
+        "; ".join(f"a/{i}.jsonl:3: broken: nobody, knows: this" for i in range(200)),
+    ):
+        assert language.translated(line) == line
+    broken = "; ".join(f"a/{i}.jsonl:3: broken: empty answer" for i in range(200))
+    assert language.translated(broken).startswith("a/0.jsonl:3：损坏：答案为空；")
+    assert time.process_time() - started < 5
