@@ -31,16 +31,19 @@ MOST_READINGS = 32  # ways in which a line may be made of one text
 MOST_CUTS = 8  # places of a joint that are tried one by one
 PLACE = re.compile(r"\{(\w*)\}")  # of a value
 CHINESE = re.compile("[\u4e00-\u9fff]")
-QUOTED = re.compile(r"“[^”]*”|`[^`]*`|\"[^\"]*\"|(?<![A-Za-z])'[^']*'(?![A-Za-z])")
+# Bounded, as what is searched may be anybody's text.
+QUOTED = re.compile(
+    r"“[^”]{0,500}”|`[^`]{0,500}`|\"[^\"]{0,500}\"|(?<![A-Za-z])'[^']{0,500}'(?![A-Za-z])"
+)
 _END = "[^\\s，。；：（）“”]"  # what no Chinese sentence adds
 NO_PROSE = re.compile(
     rf"{QUOTED.pattern}"
     r"|\b(?:uv|hf|iconv|chmod|modelscope|nvidia-smi|python|ulimit) [^，。；（）“”]*"  # a command
     rf"|--[\w-]+(?: {_END}+)?"  # an option with its value
-    rf"|{_END}*[/\\_=<>]{_END}*"  # a path, a setting, a tag
+    rf"|{_END}{{0,200}}[/\\_=<>]{_END}*"  # a path, a setting, a tag
 )
 QUANTITY = re.compile(r"[-+~]?\d[\d.,:e+-]*(?: ?(?:%|°C|[A-Za-z]{1,3}(?:/s)?))?")  # with its unit
-PROSE = re.compile("[A-Za-z][A-Za-z'’-]+ [a-z][a-z'’-]+")
+PROSE = re.compile("[A-Za-z][A-Za-z'’-]{1,40} [a-z][a-z'’-]+")
 LOOSE = re.compile(r"(?<![\w.-])[A-Za-z]?[a-z]{2,}(?![\w.-])")  # a word that is no file's name
 _current = ["en"]  # of this process, as a locale is
 
