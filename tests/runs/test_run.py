@@ -385,8 +385,8 @@ def test_numbers_that_are_read_behind_the_next_step_are_the_same(
     original = DirectTrainer.open
     late: list[int] = []
 
-    def open_late(self) -> None:
-        original(self)
+    def open_late(self, checkpoint) -> None:
+        original(self, checkpoint)
         self.reads_are_free, self.logs_late = False, True
 
     def log_late(self) -> bool:
