@@ -445,7 +445,7 @@ class DirectTrainer:
                 end = self.record.write_summary(self.plan, self.engine, state, monitoring, outcome)
                 self.terminal.final(summary.closing_lines(end, self.record.run))
                 self.news.done(self.record.run, summary.result_lines(end, self.record.run))
-        result = summary.result(outcome, state)
+        result = summary.result(outcome, state, self.plan.best_by_as_set)
         details = {"saved": self.checkpoints.step, "signal": self.stop.name, "result": result}
         self.record.status(outcome, step=state.step, **details)
 

@@ -133,7 +133,8 @@ def f29(rig: Rig, tally: Tally, count: int) -> None:
 
 def arguments_are_recorded() -> None:
     """Mutant: a command is recorded as it was given."""
-    replaced(identity, "program_of", lambda command: command)
+    shown = identity.SHOWN_PART | {"alert_actions": lambda command: command}
+    replaced(identity, "SHOWN_PART", shown)
 
 
 def all_that_is_said_is_kept() -> None:

@@ -119,8 +119,12 @@ class RunPlan:
     @property
     def best_text(self) -> str:
         """By what a model is the best, for a person."""
-        left = "best_by" in self.automatic
-        return self.probing.best_text("auto" if left else self.settings["best_by"])
+        return self.probing.best_text(self.best_by_as_set)
+
+    @property
+    def best_by_as_set(self) -> str:
+        """auto where that is left to the program."""
+        return "auto" if "best_by" in self.automatic else self.settings["best_by"]
 
     @property
     def data(self) -> TrainingData:

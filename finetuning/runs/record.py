@@ -213,7 +213,8 @@ class RunRecord:
         model, state.changes = summary.model_size(plan, engine), list(self.changes)
         gpus = self._gpus()
         final = summary.final_metrics(plan, model, state, monitoring) | gpus.metrics()
-        end = {"run": self.run.name, "outcome": outcome, "result": summary.result(outcome, state)}
+        result = summary.result(outcome, state, plan.best_by_as_set)
+        end = {"run": self.run.name, "outcome": outcome, "result": result}
         statistics = summary.training_statistics(plan, model, state, final, end)
         self.logger.log(state.step, final)
         text = summary.final_summary(statistics)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from finetuning.common.errors import UserError
 from finetuning.common.files import read_json_object
@@ -10,6 +11,7 @@ from finetuning.model.resolve import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter
 from finetuning.runs.directory import MODELS, RunDirectory, owner
 
 BEST = "the result of its run: it was stopped early, and this is its best model"
+CHOSEN = "the result of its run: its best model, as --best-by asks"
 FINAL = "the result of its run: the last step"
 _CONFIG = "config.json"  # of a whole model, after full fine-tuning
 
@@ -26,9 +28,9 @@ class Trained:
 def find_trained(named: str, output_dir: str) -> Trained:
     """`named`, a folder or the name of one below `output_dir`; when empty, the result of the newest run.
 
-    That is what the run says it has come to: `best_model` where it was stopped early, else `final_model`.
-    Where a newer checkpoint or best model is there, its run goes on, and the newest counts. Raises UserError
-    where there is none.
+    That is what the run says it has come to: `best_model` where it was stopped early or --best-by was set,
+    else `final_model`. Where a newer checkpoint or best model is there, its run goes on, and the newest
+    counts. Raises UserError where there is none.
     """
     output = Path(expanded(output_dir, "--output-dir"))
     if named:
@@ -44,9 +46,15 @@ def find_trained(named: str, output_dir: str) -> Trained:
     newest = max(found)[2]  # written at the same moment: final_model, then best_model
     if newest != final:
         return Trained(newest, "the newest; its run has not come to its end")
-    if _best_counts(best, final):
-        return Trained(best, BEST)
+    status = _status(best, final)
+    if status.get("result") == best.name:
+        return Trained(best, why_best(status.get("status", "")))
     return Trained(final, FINAL)
+
+
+def why_best(outcome: str) -> str:
+    """Why the best model is the result of a run that has ended so."""
+    return BEST if outcome == "stopped" else CHOSEN
 
 
 def _named(named: str, output: Path) -> Path:
@@ -68,13 +76,13 @@ def _named(named: str, output: Path) -> Path:
     return folder
 
 
-def _best_counts(best: Path, final: Path) -> bool:
-    """Whether the run of both has named the best one its result."""
+def _status(best: Path, final: Path) -> dict[str, Any]:
+    """What the run of both models says of its end; empty where they are not of one run."""
     run = owner(final)
     status = RunDirectory(final.parent, run).logs / "status.json"
     if not run or owner(best) != run or not _age(best) or not status.is_file():
-        return False
-    return read_json_object(status).get("result") == best.name
+        return {}
+    return read_json_object(status)
 
 
 def _age(folder: Path) -> float:

@@ -20,7 +20,7 @@ from finetuning.model.resolve import licence_of
 from finetuning.runs.directory import ORIGIN, RUN_NAME, RunDirectory
 from finetuning.runs.model_card import CARD, model_card
 from finetuning.runs.plan import RunPlan
-from finetuning.runs.result import BEST, FINAL
+from finetuning.runs.result import FINAL, why_best
 from finetuning.training.engine import TrainingEngine
 from finetuning.training.state import TrainState
 
@@ -309,9 +309,9 @@ def _model_lines(statistics: Mapping[str, Any], run: RunDirectory) -> list[str]:
     training, final = statistics["training"], run.final_model
     best_step, best = training["best_step"], shown(training["best_eval_loss"])
     if statistics["result"] == run.best_model.name:
-        last = shown(training["last_eval_loss"])
+        last, why = shown(training["last_eval_loss"]), why_best(statistics["outcome"])
         return [
-            f"model: {run.best_model}, of step {best_step}, held-out loss {best} ({BEST}); ask.py and "
+            f"model: {run.best_model}, of step {best_step}, held-out loss {best} ({why}); ask.py and "
             f"export.py take it. The last one, {last}: {final}"
         ]
     better = best_step and best_step != training["steps"]
@@ -321,12 +321,14 @@ def _model_lines(statistics: Mapping[str, Any], run: RunDirectory) -> list[str]:
     ]
 
 
-def result(outcome: str, state: TrainState) -> str:
-    """Name of the folder whose model is what the run has come to: the best, where it was stopped early;
-    empty where the run is to go on."""
+def result(outcome: str, state: TrainState, best_by: str) -> str:
+    """Name of the folder whose model is what the run has come to: the best, where it was stopped early or
+    where a user has said what makes it the best (best_by as it was set, auto: left open); empty where the
+    run is to go on."""
     if outcome == "preempted":
         return ""
-    return "best_model" if outcome == "stopped" and state.best_step else "final_model"
+    asked = best_by != "auto" and state.best_step != state.step
+    return "best_model" if state.best_step and (asked or outcome == "stopped") else "final_model"
 
 
 def stopped_text(state: TrainState, patience: int, actions: Mapping[str, str], best_by: str) -> str:

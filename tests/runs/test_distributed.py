@@ -357,7 +357,8 @@ def test_ranks_with_other_data_are_refused():
 def test_what_an_alert_of_one_rank_asks_for_is_done_by_all(wish, monkeypatch):
     """Memory and waiting times are a rank's own."""
     trainer = DirectTrainer(DirectTrainingConfig(device="cpu"), quiet=True)
-    trainer.record = SimpleNamespace(log=lambda step, metrics: set(), stop_alerts=[])
+    trainer.record = SimpleNamespace(log=lambda step, metrics: set(), stop_alerts=[], raised=[])
+    trainer.plan = SimpleNamespace(settings={"best_by": "loss"})
     trainer.metrics = SimpleNamespace(clock=StepClock())
     monkeypatch.setattr(
         Distributed, "any", lambda self, save, stop: [wish == "save", wish == "stop"]

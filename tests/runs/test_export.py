@@ -161,9 +161,14 @@ def test_ask_export_and_the_last_lines_agree_and_say_why(out, tiny_run, tmp_path
     assert f"model: {out / 'final_model'} ({FINAL}); ask.py and export.py take it" in told
     assert find_trained("", str(out)) == Trained(out / "final_model", FINAL)
     status = out / "training_logs" / run / "status.json"
-    stopped = json.loads(status.read_text(encoding="utf-8")) | {"result": "best_model"}
+    stopped = json.loads(status.read_text(encoding="utf-8")) | {
+        "result": "best_model",
+        "status": "stopped",
+    }
     status.write_text(json.dumps(stopped), encoding="utf-8")
-    told = closing_lines(statistics | {"result": "best_model"}, RunDirectory(out, run))
+    told = closing_lines(
+        statistics | {"result": "best_model", "outcome": "stopped"}, RunDirectory(out, run)
+    )
     assert f"model: {out / 'best_model'}, of step " in told and f"({BEST}); ask.py" in told
     assert find_trained("", str(out)) == Trained(out / "best_model", BEST)
     arguments = ["--output-dir", str(out), "--device", "cpu"]

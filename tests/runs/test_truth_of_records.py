@@ -29,7 +29,7 @@ from finetuning.runs import record, report
 from finetuning.runs.comparison import metric_rows, outcomes
 from finetuning.runs.comparison import page as comparison_page
 from finetuning.runs.recorded import find_runs, read_recorded
-from finetuning.runs.result import find_trained
+from finetuning.runs.result import CHOSEN, Trained, find_trained
 from sweep import Sweep, members_of
 from tests.helpers.read_events import read_texts
 
@@ -153,6 +153,18 @@ def test_the_best_model_is_the_result_of_a_run_that_stopped_early(tmp_path, run,
     more = ["--early-stopping-patience", "5"]
     assert run(tmp_path, *WORSE, "--resume", "auto", *more) == 0
     assert json_of(out / "training_statistics.json")["training"]["steps"] > end
+
+
+@pytest.mark.slow
+def test_who_says_what_makes_a_model_the_best_has_the_best_one(tmp_path, run, capfd):
+    less = [one for one in WORSE if one not in ("--early-stopping-patience", "3")]
+    assert run(tmp_path, *less, "--max-steps", "20", "--best-by", "loss") == 0
+    out = tmp_path / "out"
+    statistics = json_of(out / "training_statistics.json")
+    assert 0 < statistics["training"]["best_step"] < 20, "it got worse"
+    assert (statistics["outcome"], statistics["result"]) == ("completed", "best_model")
+    assert f"({CHOSEN}); ask.py" in capfd.readouterr().out
+    assert find_trained("", str(out)) == Trained(out / "best_model", CHOSEN)
 
 
 def test_a_final_model_whose_run_went_to_its_end_is_the_result(finished, tmp_path):
