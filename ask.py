@@ -251,7 +251,8 @@ def run(ask: Ask, console: Console | None = None) -> None:
     base_model = expanded(ask.base_model, "--base-model")
     model, tokenizer = load_for_inference(folder, device=device, base_model=base_model)
     aside = Console(stderr=True, style="dim", highlight=False)
-    aside.print(Text(translated(f"{folder} ({trained.reason}) on {device}")))
+    said = translated(f"{folder} ({trained.reason}) on {device}")
+    aside.print(Text(said), soft_wrap=True)  # a path stays one word
     if read_origin(folder).get("base", {}).get("model") == EMBEDDED:
         aside.print(Text(translated(DEMONSTRATION)))
     console = console or Console(highlight=False)
