@@ -120,7 +120,7 @@ class PlanElsewhere:
         return [
             ("GPUs", f"{self.gpus}, {mode}"),
             *account_rows(self.accounts),
-            ("longest sample", self.length.text()),
+            ("longest sample taken", self.length.text()),
             ("tokens an update", f"{tokens:,.0f}"),
             *self.forecast.rows(),
             ("does it fit", "yes" if self.fits else f"no: {self._advice()}"),

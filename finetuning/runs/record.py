@@ -289,7 +289,9 @@ def watch_text(run: RunDirectory) -> str:
 
 def show_plan(terminal: Terminal, plan: RunPlan) -> None:
     """What --plan shows: what becomes of the data, and what the run would do, need and take."""
-    length = ("longest sample", plan.inputs.length.text())
+    if plan.inputs.model.embedded:
+        terminal.final(banner(plan.inputs.model).partition("What it is")[0].rstrip())
+    length = ("longest sample taken", plan.inputs.length.text())
     rows = [*account_rows(plan.inputs.accounts), length, *plan.forecast.rows()]
     terminal.table(f"Plan for {plan.inputs.model.name}", rows, always=True)
     tell_losses(terminal, plan.inputs.accounts)

@@ -70,7 +70,7 @@ def run_rows(plan: RunPlan, engine: TrainingEngine, dist: Distributed) -> list[t
         ("samples", f"{len(data.train)} train, {len(data.held_out)} held out"),
         *account_rows(plan.inputs.accounts),
         *([("remarks", f"{remarks}; --check-data lists them")] if remarks else []),
-        ("longest sample", plan.inputs.length.text()),
+        ("longest sample taken", plan.inputs.length.text()),
         ("tokens per epoch", f"{steps.num_tokens:,}"),
         ("steps", f"{steps.num_steps} ({steps.steps_per_epoch} per epoch)"),
         ("learning rate", _rate_text(plan)),
@@ -94,7 +94,8 @@ def _rate_text(plan: RunPlan) -> str:
     if "learning_rate" not in plan.automatic:
         return rate
     share = "" if plan.settings["lora_r"] else ", a tenth as all weights are trained"
-    few = f"; {updates} updates are few, more --num-epochs teach more" * (updates < FEW_UPDATES)
+    longer = "more --max-steps" if plan.settings["max_steps"] else "more --num-epochs"
+    few = f"; {updates} updates are few, {longer} teach more" * (updates < FEW_UPDATES)
     return f"{rate} (auto, for {updates} updates{share}{few})"
 
 

@@ -182,7 +182,7 @@ def test_what_to_do_about_a_skipped_file_stands_beside_it(accounts, tmp_path):
     first, second, last = row.removeprefix("3: ").split("; ")
     assert {first, second} == todo and last == str(tmp_path / "readme.md")
     told = language.in_chinese(row)
-    assert f"{xls}：请另存为 .xlsx" in told and f"{pdf}：把其中的问答复制到" in told
+    assert f"{xls}：请另存为 .xlsx" in told and f"{pdf}：请把其中的问题和答案复制到" in told
 
 
 # ---- in a run -----------------------------------------------------------------------------------
