@@ -79,8 +79,9 @@ class AlertCommand:
         """End it and what it started. `reason` is told: "was ended …"."""
         self._ended_for = self._ended_for or reason
         with suppress(ProcessLookupError, PermissionError):
-            if hasattr(os, "killpg"):
-                os.killpg(self._child.pid, signal.SIGKILL)  # the group of its own session
+            kill = getattr(signal, "SIGKILL", None)
+            if kill and hasattr(os, "killpg"):
+                os.killpg(self._child.pid, kill)  # the group of its own session
             else:
                 self._child.kill()
 
