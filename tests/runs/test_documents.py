@@ -328,6 +328,8 @@ class Runner:
             arguments = self.swept(arguments)
         if arguments[0] == "ask.py":
             arguments += ["--max-new-tokens", "4"]
+        if arguments[0] == "scripts/gpu_check.py":  # all phases: test_gpu_check, which is long
+            arguments += ["--small", "--device", "cpu", "--only", "facts", "model", "step 2048"]
         if arguments == ["scripts/pin_versions.py"]:
             return self.pin_versions()
         if arguments[0] == "scripts/update_guide.py":
