@@ -273,3 +273,13 @@ def test_plan_of_bad_input_is_an_error(tmp_path, tiny_model, capfd):
     inputs = ["--model-name", str(tiny_model), "--data-path", str(tmp_path / "absent.jsonl")]
     assert main(["--plan", *inputs]) == 2
     assert capfd.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_plan_says_that_it_is_for_the_demonstration_model(tmp_path, cache_dir, tiny_data, capfd):
+    """Whose memory and time are no measure of those of the model that a user has in mind."""
+    places = ("--output-dir", str(tmp_path / "out"), "--cache-dir", str(cache_dir))
+    told = ["--plan", "--model-name", "embedded", "--data-path", str(tiny_data), *places]
+    assert main([*told, "--quiet"]) == 0
+    said = capfd.readouterr().out
+    assert "DEMONSTRATION MODEL, not Qwen3" in said and "Why: it was asked for by name." in said
