@@ -10,12 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import direct_finetuning_with_existing_modules as program
-from finetuning.common import limited, process, terminal, workers
+from finetuning.common import limited, process, terminal
 from finetuning.readers import dataset, opening
 from finetuning.runs import report as run_report
 
-from . import orphans
-from .bounds import of_session
+from .bounds import of_session, workers_outlive_their_parent
 from .rig import Rig, fork, replaced, status_of, wait_until, write_records
 from .tally import Row, Tally, Trial
 
@@ -128,11 +127,6 @@ def f31(rig: Rig, tally: Tally, count: int) -> None:
 def no_handlers() -> None:
     """Mutant: signals have their default effect."""
     replaced(process.StopSignal, "__enter__", lambda self: self)
-
-
-def workers_outlive_their_parent() -> None:
-    """Mutant: a worker is not told whose it is."""
-    replaced(workers, "begin_worker", orphans.begin_worker)
 
 
 ROWS = [

@@ -93,13 +93,6 @@ def is_loose(text: str) -> bool:
     return bool(LOOSE.search(NO_PROSE.sub("|", text)))
 
 
-def is_mixed(line: str) -> bool:
-    """Whether a line is half in Chinese and half in English: the fault that a whole translation excludes."""
-    for frame in FRAMES:
-        line = line.removeprefix(in_chinese(f"{frame}X").removesuffix("X"))
-    return bool(CHINESE.search(NO_PROSE.sub("|", line))) and is_prose(line)
-
-
 @functools.lru_cache(maxsize=4096)
 def _whole(text: str) -> str | None:
     """The translation of a text with all that is in it; None where there is none."""

@@ -12,6 +12,7 @@ from direct_finetuning_with_existing_modules import main
 from finetuning.analysis.data_check import FaultKind
 from finetuning.common import language
 from finetuning.readers.sample import Finding
+from tests.helpers.mixed_text import is_mixed
 
 WHERE = "all findings and the statistics: "
 ALL = "all findings: "  # where nothing is left, there are no statistics
@@ -273,7 +274,7 @@ def test_a_check_speaks_chinese(check, cache_dir: Path):
         assert language.current() == "zh"
         (page,) = set((cache_dir / "checks").glob("*.md")) - before
         said += page.read_text(encoding="utf-8").splitlines()
-        english = [text for text in said if language.is_mixed(text) or language.is_prose(text)]
+        english = [text for text in said if is_mixed(text) or language.is_prose(text)]
         assert len(said) > 30 and not english
         assert any("损坏：第 3 列 JSON 有误" in text for text in said)
     finally:

@@ -16,6 +16,7 @@ from finetuning.command_line import parse_command_line
 from finetuning.common import language
 from finetuning.common.arguments import help_text, parsed
 from finetuning.common.errors import UserError
+from tests.helpers.mixed_text import is_mixed
 
 PROGRAMS = {
     "ask.py": ask.Ask,
@@ -55,7 +56,7 @@ def test_the_page_is_in_the_language_of_the_reader(program: str, capsys: pytest.
     language.use("zh")
     page = help_text(program, kind)
     assert all(name in page.replace("-", "_") for name in inspect.signature(kind).parameters)
-    assert not [line for line in page.splitlines() if language.is_mixed(line)]
+    assert not [line for line in page.splitlines() if is_mixed(line)]
 
 
 def test_words_become_options_or_a_call():
@@ -101,5 +102,5 @@ def test_a_fault_is_one_line(program: str, words: list[str], told: str):
     assert line.startswith(f"error: command line: {told}") and "\n" not in line and "│" not in line
     language.use("zh")
     shown = language.translated(line)
-    assert shown.startswith("错误：命令行：") and not language.is_mixed(shown)
+    assert shown.startswith("错误：命令行：") and not is_mixed(shown)
     assert not language.is_prose(shown)

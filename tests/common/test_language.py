@@ -25,6 +25,7 @@ from finetuning.monitoring.detector_memory import Finding
 from finetuning.runs import report
 from finetuning.runs.before_after import BEFORE_AND_AFTER
 from finetuning.runs.comparison import told
+from tests.helpers.mixed_text import is_mixed
 
 ROOT = Path(__file__).parents[2]
 # Where texts for people come from; what stays in English is made in no way of `SAYING`.
@@ -152,7 +153,7 @@ def test_translations_have_the_values_of_their_texts():
 
 
 def test_no_translation_is_half_in_english():
-    mixed = [zh for _, zh in language.pairs("messages_zh.tsv") if language.is_mixed(zh)]
+    mixed = [zh for _, zh in language.pairs("messages_zh.tsv") if is_mixed(zh)]
     assert not mixed
 
 
@@ -179,7 +180,7 @@ def test_no_translation_is_half_in_english():
 )
 def test_a_text_is_whole(chinese, line: str):
     shown = language.translated(line)
-    assert CHINESE.search(shown) and not language.is_mixed(shown), shown
+    assert CHINESE.search(shown) and not is_mixed(shown), shown
 
 
 @pytest.mark.parametrize(
@@ -195,8 +196,8 @@ def test_what_has_no_translation_stays_as_it_is(chinese, words: str):
     line = words.format("as its learning rate has come to its end")
     assert language.translated(line) == line
     assert language.translated(f"warning: {line}") == f"警告：{line}"
-    assert not language.is_mixed(f"警告：{line}")
-    assert language.is_mixed(f"{line}，数据")
+    assert not is_mixed(f"警告：{line}")
+    assert is_mixed(f"{line}，数据")
 
 
 def test_a_text_is_found_by_what_stands_between_its_values(chinese):
@@ -255,7 +256,7 @@ def test_notes_of_charts(chinese):
 
 def english(lines: Iterable[str]) -> list[str]:
     """Lines that are English, or half English."""
-    return [line for line in lines if language.is_prose(line) or language.is_mixed(line)]
+    return [line for line in lines if language.is_prose(line) or is_mixed(line)]
 
 
 def test_statistics_of_data_speak_chinese(
