@@ -113,6 +113,10 @@ CURVE_FILE = Bound(
     256 * _MIB, "bytes", "a log of another tool that is read whole: trainer_state.json, what a run printed",
     "the file is refused", "monitoring/test_convergence.py::test_a_log_that_is_read_whole_is_bounded",
 )  # fmt: skip
+CURVE_LINE = Bound(
+    100_000, "characters", "a line of a CSV of losses",
+    "the file is refused", "monitoring/test_convergence.py::test_a_line_of_csv_is_bounded",
+)  # fmt: skip
 CURVE_COLUMNS = Bound(
     500, "columns", "the course of one tag of a run that is read back: lowest and highest of each are kept",
     "neighbours become one", "runs/test_series.py::test_memory_stays_and_no_spike_is_lost",

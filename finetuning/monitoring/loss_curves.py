@@ -8,10 +8,11 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
-from finetuning.common.bounds import CURVE_FILE, RECORD
+from finetuning.common.bounds import CURVE_FILE, CURVE_LINE, RECORD
 from finetuning.common.errors import UserError
 from finetuning.common.files import read_json_object, regular
 from finetuning.events.reading import read_run
@@ -194,8 +195,7 @@ def _whole(path: Path) -> str:
 
 def _read_csv(path: Path) -> Iterator[tuple[str, dict]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        lines = iter(lambda: file.readline(RECORD.limit), "")  # csv refuses a field that is longer
-        reader = csv.DictReader(lines)
+        reader = csv.DictReader(_bounded_lines(file))
         names = [name.strip() for name in reader.fieldnames or ()]
         found = set(meanings(names, f"{path}:1").values())
         if not {STEP, LOSS} <= found:
@@ -203,6 +203,14 @@ def _read_csv(path: Path) -> Iterator[tuple[str, dict]]:
         reader.fieldnames = names
         for record in reader:
             yield f"{path}:{reader.line_num}", record
+
+
+def _bounded_lines(file: TextIO) -> Iterator[str]:
+    """csv's own limit of a field is one for the whole process, and the readers of samples raise it."""
+    while line := file.readline(CURVE_LINE.limit + 1):
+        if len(line) > CURVE_LINE.limit:
+            raise csv.Error(f"a line longer than {CURVE_LINE}")
+        yield line
 
 
 def _read_events(path: Path) -> Iterator[tuple[str, dict]]:
