@@ -3,13 +3,21 @@
 What is taken is noted, so that what nobody took can be told; no reader has to remember it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from finetuning.common.bounds import COLUMNS
 from finetuning.readers.names import layout
 from finetuning.readers.sample import BrokenRecordError
-from finetuning.readers.values import is_absent, is_absent_word, is_no_switch
+from finetuning.readers.values import (
+    is_absent,
+    is_absent_word,
+    is_no_switch,
+    others,
+    short_text,
+    steps_text,
+    text_of,
+)
 
 
 class Oddity(NamedTuple):
@@ -54,6 +62,7 @@ class Fields:
         self._filled = {name: value for name, value in record.items() if not is_absent(value)}
         self.layout = layout(self._names, chosen)
         self.remarks: list[Oddity] = []
+        self._beside: dict[str, Any] = {}  # what objects hold beside the text that was taken
 
     def remark(self, text: str, example: str = "") -> None:
         """Say what is odd about the record's values."""
@@ -88,6 +97,24 @@ class Fields:
         self._taken.add(name)
         return self._filled.get(name)
 
+    def text(self, name: str) -> str:
+        """Take a column that holds text, see `text_of`."""
+        return text_of(self.take(name), name, self._beside)
+
+    def short(self, name: str) -> str:
+        """Take a column that holds an option: a text or a number."""
+        value = self._filled.get(name)
+        is_short = isinstance(value, (str, int, float))
+        return short_text(self.take(name)) if is_short else self.text(name).strip()
+
+    def leave(self, value: dict[str, Any], taken: Collection[str | None], name: str) -> None:
+        """Note what an object in a column holds beside what was taken of it."""
+        self._beside |= others(value, taken, name)
+
+    def steps(self, name: str) -> str:
+        """Take a column that holds a reasoning, see `steps_text`."""
+        return steps_text(self.take(name), name, self._beside)
+
     def peek(self, name: str) -> Any:
         """A column's value, which does not count as used."""
         return self._values.get(name)
@@ -117,5 +144,6 @@ class Fields:
                 if name not in self._filled and is_absent_word(value):
                     self.remark(f"“{value.strip()}” in {name} is read as no value")
         if self._taken.issuperset(self._filled):
-            return {}
-        return {name: v for name, v in self._filled.items() if name not in self._taken}
+            return self._beside
+        left = {name: v for name, v in self._filled.items() if name not in self._taken}
+        return left | self._beside

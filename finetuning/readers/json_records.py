@@ -17,6 +17,7 @@ from finetuning.readers.names import is_record
 from finetuning.readers.opening import BLOCK, Chunk, text_stream, utf8_stream
 from finetuning.readers.sample import BrokenSample, Remark
 from finetuning.readers.turns import are_turns
+from finetuning.readers.values import kind
 
 Record = tuple[int, Any]
 _BLANK_LINES = 100  # at the beginning of a file
@@ -246,7 +247,7 @@ def _opens_conversation(window: _Window) -> bool:
     return are_turns([value])
 
 
-def _unwrapped(value: Any, file: DataFile, line: int) -> Iterator[Record | Remark]:
+def _unwrapped(value: Any, file: DataFile, line: int) -> Iterator[Record | BrokenSample | Remark]:
     """The records of an object such as {"data": [...]}, of a table by columns, or the one that it is."""
     if isinstance(value, dict) and (rows := _by_columns(value)):
         yield from ((line, row) for row in rows)
@@ -268,13 +269,17 @@ def _unwrapped(value: Any, file: DataFile, line: int) -> Iterator[Record | Remar
         return
     if isinstance(value.get("columns"), list) and isinstance(value.get("data"), list):
         names = [str(name) for name in value["columns"]]
-        yield from (
-            (line, dict(zip(names, row, strict=False)))
-            for row in value["data"]
-            if isinstance(row, list)
-        )
+        yield from (_row(names, row, file, line) for row in value["data"])
         return
     yield from _listed(value, file, line)
+
+
+def _row(names: list[str], row: Any, file: DataFile, line: int) -> Record | BrokenSample:
+    """A row of a table whose columns are named once."""
+    if isinstance(row, list) and len(row) == len(names):
+        return line, dict(zip(names, row, strict=True))
+    has = f"{len(row)} values" if isinstance(row, list) else kind(row)
+    return BrokenSample(file.source, line, f"a row of {has} below {len(names)} columns")
 
 
 def _by_columns(value: dict) -> list[dict]:

@@ -262,10 +262,15 @@ def _question_at(lines: list[_Line], at: int) -> _Label:
     level = 0
     if heading := _HEADING.match(text):
         level, text = len(heading[1]), text[heading.end() :]
-    if bold := _BOLD.match(text):
-        text = bold["text"]
+    text = _without_bold(text)  # of `**1. …**`
     text = text[number.end() :] if (number := _NUMBERED.match(text)) else text
+    text = _without_bold(text)  # of `1. **…**`
     return _Label(at, "question", "question", text, level, True)
+
+
+def _without_bold(text: str) -> str:
+    bold = _BOLD.match(text)
+    return bold["text"] if bold else text
 
 
 # ---- records ------------------------------------------------------------------------------------

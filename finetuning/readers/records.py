@@ -5,8 +5,9 @@ understands), or a conversation (ShareGPT, messages, pairs). The question's mate
 White space around a question, a reasoning or an answer is not content and is dropped; nothing else is.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
+from string import ascii_uppercase
 from typing import Any, NamedTuple
 
 from finetuning.common.text import clean_line
@@ -31,7 +32,15 @@ from finetuning.readers.turns import (
     reasoning_in,
     tools_text,
 )
-from finetuning.readers.values import NOTHING, is_absent, kind, parsed, text_of, width
+from finetuning.readers.values import (
+    NOTHING,
+    is_absent,
+    kind,
+    one_line_end,
+    parsed,
+    short_text,
+    width,
+)
 
 SAMPLE_KEYS = (
     "question", "thinking", "answer", "system", "history", "tools", "difficulty", "messages",
@@ -115,14 +124,19 @@ def _labelled(record: dict) -> dict | None:
     data, notes = record.get("data"), record.get("annotations")
     if not isinstance(data, dict) or not isinstance(notes, list):
         return None
-    found = dict(data)
-    for note in notes[:1]:
-        for result in note.get("result") or [] if isinstance(note, dict) else []:
-            value = result.get("value") if isinstance(result, dict) else None
-            texts = value.get("text") if isinstance(value, dict) else None
-            if isinstance(texts, list) and texts and isinstance(result.get("from_name"), str):
-                found[result["from_name"]] = texts[0]
-    return found if is_record(map(str, found)) else None
+    found = {key: value for key, value in record.items() if key != "data"} | data
+    left = notes[1:]
+    note = notes[0] if notes and isinstance(notes[0], dict) else {}
+    left.append({key: value for key, value in note.items() if key != "result"})
+    for result in note.get("result") or []:
+        value = result.get("value") if isinstance(result, dict) else None
+        texts = value.get("text") if isinstance(value, dict) else None
+        if isinstance(texts, list) and texts and isinstance(result.get("from_name"), str):
+            found[result["from_name"]] = texts[0]
+            value = {**value, "text": texts[1:]}
+            result = {**result, "value": value, "from_name": None}
+        left.append(result)
+    return found | {"annotations": left} if is_record(map(str, found)) else None
 
 
 # ---- a question and an answer -------------------------------------------------------------------
@@ -144,15 +158,14 @@ def _pair(fields: Fields, notes: Notes) -> Sample:
         answer = [answer]
     if isinstance(question, list) or are_turns(answer):
         return _conversation(_joined_turns(question, answer), fields, notes)
-    text = text_of(question, question_key).strip()
-    text = _with_material(text, question_key, fields)
-    thinking, answer = reasoned(text_of(answer, answer_key), fields)
+    text = _with_material(fields.text(question_key).strip(), question_key, fields)
+    thinking, answer = reasoned(fields.text(answer_key), fields)
     system, history = fields.first("system"), fields.first("history")
     return Sample(
         question=text,
         thinking=thinking,
         answer=answer,
-        system=text_of(fields.take(system), system).strip() if system else "",
+        system=fields.text(system).strip() if system else "",
         history=earlier_turns(fields.take(history), notes) if history else (),
     )
 
@@ -226,7 +239,7 @@ def _with_material(question: str, key: str, fields: Fields) -> str:
         if not _is_material(name, material, fields):
             continue
         texts = material if isinstance(material, list) else [material]
-        text = "\n\n".join(text_of(item, name).strip() for item in texts)
+        text = "\n\n".join(one_line_end(item).strip() for item in texts if not is_absent(item))
         fields.take(name)
         if text and text not in question:
             question = f"{text}\n\n{question}"
@@ -250,7 +263,7 @@ def _input(question_key: str, fields: Fields) -> str:
         n for n in fields.layout.of("question") if "".join(words(n)[-1:]).endswith(_INPUT)
     ]
     for name in names:
-        if name != question_key and (text := text_of(fields.take(name), name).strip()):
+        if name != question_key and (text := fields.text(name).strip()):
             if text in NOTHING and not ruled:
                 fields.remark(f"“{text}” in {name} is read as no value")
                 continue
@@ -273,14 +286,13 @@ def _options(fields: Fields) -> tuple[list[str], list[str]]:
     """(columns, lines) of a question's options, lettered where they have no letters."""
     single = sorted(fields.layout.of("option"), key=lambda name: words(name)[-1])
     if single:
-        lines = [_option_line(words(name)[-1], fields.take(name), name) for name in single]
+        lines = [_lettered(words(name)[-1], fields.short(name)) for name in single]
         return single, [line for line in lines if line]
     for name in fields.layout.of("options"):
         value = fields.peek(name)
         if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
             value = _json_or_text(value)
-        lines = list(_option_lines(value, name))
-        if lines:
+        if lines := _option_lines(value, name, fields):
             fields.take(name)
             return [name], lines
     return [], []
@@ -293,37 +305,43 @@ def _json_or_text(value: str) -> Any:
         return value
 
 
-def _option_lines(value: Any, name: str) -> Iterator[str]:
-    if isinstance(value, str) and not is_absent(value):
-        yield text_of(value, name).strip()
-    elif isinstance(value, dict) and isinstance(value.get("text"), list):
-        labels = value.get("label")
-        labels = labels if isinstance(labels, list) else "ABCDEFGHIJ"
-        yield from (
-            _option_line(str(k), v, name) for k, v in zip(labels, value["text"], strict=False)
-        )
+def _option_lines(value: Any, name: str, fields: Fields) -> list[str]:
+    """The options in a column: a text, a list, or an object of them; none for anything else."""
+    if isinstance(value, str):
+        return [] if is_absent(value) else [one_line_end(value).strip()]
+    if isinstance(value, dict) and isinstance(value.get("text"), list):  # as ARC has its choices
+        texts, labels = value["text"], value.get("label")
+        fields.leave(value, ("text", "label"), name)
     elif isinstance(value, dict):
-        yield from (line for k, v in value.items() if (line := _option_line(str(k), v, name)))
-    elif isinstance(value, list) and all(isinstance(item, str) for item in value):
-        yield from (
-            _option_line(letter, item, name)
-            for letter, item in zip("ABCDEFGHIJ", value, strict=False)
-        )
+        texts, labels = list(value.values()), list(value)
     elif isinstance(value, list) and all(isinstance(item, dict) for item in value):
-        for letter, item in zip("ABCDEFGHIJ", value, strict=False):
-            label = next(
-                (item[k] for k in ("label", "key", "id") if isinstance(item.get(k), str)), letter
-            )
-            text = next(
-                (item[k] for k in ("text", "content", "value") if isinstance(item.get(k), str)), ""
-            )
-            yield _option_line(label, text, name)
+        keys = [_first_text(item, ("text", "content", "value", "内容", "选项")) for item in value]
+        if None in keys:
+            return []
+        texts = [item[key] for item, key in zip(value, keys, strict=True)]
+        named = [_first_text(item, ("label", "key", "id")) for item in value]
+        labels = None if None in named else [i[key] for i, key in zip(value, named, strict=True)]
+        for item, used in zip(value, zip(keys, named, strict=True), strict=True):
+            fields.leave(item, used, name)
+    else:
+        texts, labels = value, None
+    if not isinstance(texts, list) or not all(isinstance(t, (str, int, float)) for t in texts):
+        return []
+    if not isinstance(labels, list) or len(labels) != len(texts):
+        labels = ascii_uppercase[: len(texts)]
+    if len(labels) < len(texts):
+        return []
+    lines = map(_lettered, map(str, labels), map(short_text, texts))
+    return [line for line in lines if line]
 
 
-def _option_line(letter: str, value: Any, name: str) -> str:
-    text = str(value) if isinstance(value, (int, float)) else text_of(value, name).strip()
-    lettered = text[:2].upper().rstrip(".、．:：)） ") == letter.upper()
-    return text if lettered or not text else f"{letter.upper()}. {text}"
+def _first_text(value: dict, keys: tuple[str, ...]) -> str | None:
+    return next((key for key in keys if isinstance(value.get(key), str)), None)
+
+
+def _lettered(letter: str, text: str) -> str:
+    has_one = text[:2].upper().rstrip(".、．:：)） ") == letter.upper()
+    return text if has_one or not text else f"{letter.upper()}. {text}"
 
 
 def _difficulty(fields: Fields) -> int | None:
@@ -377,9 +395,9 @@ def _system(messages: list[dict], fields: Fields) -> str:
     called so; another column is left to be told."""
     key = fields.first("system")
     if messages[0]["role"] != "system":
-        return text_of(fields.take(key), key).strip() if key else ""
+        return fields.text(key).strip() if key else ""
     first = messages.pop(0)["content"].strip()
-    if key and words(key) == ("system",) and text_of(fields.take(key), key).strip() != first:
+    if key and words(key) == ("system",) and fields.text(key).strip() != first:
         raise BrokenRecordError("system prompt given twice: as a column and as a message")
     return first
 

@@ -9,7 +9,7 @@ from finetuning.readers.flags import carries_no_loss
 from finetuning.readers.names import is_record, meaning
 from finetuning.readers.reasoning import has_marks, split_reasoning
 from finetuning.readers.sample import THINK_TAG, BrokenRecordError
-from finetuning.readers.values import NOTHING, is_absent, kind, parsed, steps_text, text_of
+from finetuning.readers.values import NOTHING, is_absent, kind, parsed
 
 _ROLES = {
     "system": "system", "developer": "system", "系统": "system", "user": "user", "human": "user",
@@ -61,7 +61,7 @@ def messages_of(turns: Any, notes: Notes) -> list[dict]:
             and all(isinstance(t, str) for t in turn)
         ):
             found += [
-                message("user", text_of(turn[0], "a turn")),
+                _alone(turn[0], "a turn", notes),
                 assistant({"content": turn[1]}, notes),
             ]
             continue
@@ -77,16 +77,24 @@ def messages_of(turns: Any, notes: Notes) -> list[dict]:
     return found
 
 
+def _alone(question: Any, name: str, notes: Notes) -> dict:
+    """A question that stands by itself, as a message."""
+    fields = Fields({name: question})
+    made = message("user", fields.text(name))
+    notes.add(fields)
+    return made
+
+
 def _pair_of_turns(fields: Fields, notes: Notes) -> list[dict]:
     """A question and its answer in one turn, as in {"human": …, "assistant": …}."""
     found = []
     if key := fields.first("system"):
-        found.append(message("system", text_of(fields.take(key), key).strip()))
+        found.append(message("system", fields.text(key).strip()))
     question, answer = fields.first_text("question"), fields.first_text("answer")
     if question is None or answer is None:
         raise BrokenRecordError(f"empty turn of the {'user' if question is None else 'assistant'}")
-    found.append(message("user", text_of(fields.take(question), question).strip()))
-    content = text_of(fields.take(answer), answer)
+    found.append(message("user", fields.text(question).strip()))
+    content = fields.text(answer)
     found.append(_assistant(fields, (content, "", []), notes))
     return found
 
@@ -96,7 +104,7 @@ def _turn(fields: Fields, name: str | None, notes: Notes) -> dict:
     if name is None:
         keys = clean_line(", ".join(fields.names()), 100)
         raise BrokenRecordError(f"a turn without role; its keys are: {keys}")
-    role = _role(text_of(fields.take(name), name))
+    role = _role(fields.text(name))
     if role == "call":
         key = fields.first_of(_TEXT_KEYS)
         calls = tool_calls(parsed(fields.take(key) if key else None, "function_call"))
@@ -168,7 +176,7 @@ def reasoned(text: str, fields: Fields) -> tuple[str, str]:
 
 def reasoning_in(fields: Fields, key: str) -> str:
     """Take the reasoning that has a field of its own; some sets keep the marks in it."""
-    text = steps_text(fields.take(key), key)
+    text = fields.steps(key)
     if text in NOTHING and not fields.is_ruled("thinking"):
         fields.remark(f"“{text}” in {key} is read as no value")
         return ""
@@ -190,23 +198,23 @@ def reasoning_in(fields: Fields, key: str) -> str:
 def _parts(fields: Fields, notes: Notes) -> tuple[str, str, list[dict]]:
     """(text, reasoning, tool calls) of a turn whose content is text or a list of typed parts."""
     key = fields.first_of(_TEXT_KEYS)
-    content = fields.take(key) if key else None
+    content = fields.peek(key) if key else None
     if not isinstance(content, list):
-        return text_of(content, "content"), "", []
+        return fields.text(key) if key else "", "", []
+    fields.take(key)
     texts, reasonings, calls = [], [], []
     for part in content:
         form = part.get("type") if isinstance(part, dict) else kind(part)
         keys = ("value", str(form), "text", "content")
         fitting = Fields(part) if isinstance(part, dict) else Fields({})
         name = fitting.first_of(keys)
-        value = fitting.take(name) if name else None
         fitting.take("type")
         if form == "text":
-            texts.append(text_of(value, "a text part"))
+            texts.append(fitting.text(name) if name else "")
         elif form in ("reasoning", "thinking"):
-            reasonings.append(text_of(value, "a reasoning part"))
+            reasonings.append(fitting.steps(name) if name else "")
         elif form == "tool_call":
-            calls += tool_calls(parsed(value, "tool_call"))
+            calls += tool_calls(parsed(fitting.take(name) if name else None, "tool_call"))
         elif form in _MEDIA_PARTS:
             raise BrokenRecordError(
                 f"a part of type {form!r} holds what a text model can't see or hear"
@@ -243,7 +251,7 @@ def earlier_turns(history: Any, notes: Notes) -> tuple[dict, ...]:
     for pair in value if isinstance(value, list) else [None]:
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             raise BrokenRecordError("history must be a list of [question, answer] pairs")
-        messages.append(message("user", text_of(pair[0], "history")))
+        messages.append(_alone(pair[0], "history", notes))
         messages.append(assistant({"content": pair[1]}, notes))
     return tuple(messages)
 

@@ -5,7 +5,7 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from finetuning.common.text import clean_line
@@ -20,6 +20,7 @@ NOTHING = frozenset(
     ("无", "無", "空", "暂无", "无。", "没有", "/", "-", "--", "—", "——", "－", "略", "略。")
 )
 """What people write into a cell that may stay empty."""
+_TEXTS = ("text", "value", "content")  # keys of an object that is a text, as SQuAD's answers are
 _SWITCHES = {"on", "off", "true", "false", "yes", "no", "low", "medium", "high", "minimal", "enabled",
              "disabled", "auto", "是", "否", "开", "关", "0", "1"}  # fmt: skip
 # Short values that say something about a record: one word or number, an address, a date.
@@ -89,12 +90,14 @@ def kind(value: Any) -> str:
     return names.get(type(value), "a number" if isinstance(value, (int, float)) else "binary data")
 
 
-def text_of(value: Any, name: str) -> str:
-    """A value that must be text, with line ends of one form; absent values are ''."""
+def text_of(value: Any, name: str, left: dict[str, Any]) -> str:
+    """A value that must be text, with line ends of one form; absent values are ''. What an object
+    holds beside its text is put into `left`."""
     if type(value) is str:
         return "" if is_absent(value) else one_line_end(value)
-    if isinstance(value, dict) and "text" in value:  # as SQuAD has its answers
-        value = value["text"]
+    if isinstance(value, dict) and (key := next((k for k in _TEXTS if k in value), None)):
+        left.update(others(value, (key,), name))
+        value = value[key]
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
         value = value[0]
     if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -125,8 +128,25 @@ def parsed(value: Any, name: str) -> Any:
         raise BrokenRecordError(f"{name} is text that is not JSON") from None
 
 
-def steps_text(value: Any, name: str) -> str:
-    """Reasoning as text: a text, or steps in a list, each a text or an object that holds one."""
+def others(value: dict, taken: Collection[str | None], name: str) -> dict[str, Any]:
+    """What an object in a column holds beside what is taken of it, named as the parts of a turn are."""
+    return {
+        f"{name}: {key}": item
+        for key, item in value.items()
+        if key not in taken and not is_absent(item)
+    }
+
+
+def short_text(value: str | float | None) -> str:
+    """A word, number or line of an option, or '' for none."""
+    if isinstance(value, str):
+        return "" if is_absent(value) else one_line_end(value).strip()
+    return "" if value is None else str(value)
+
+
+def steps_text(value: Any, name: str, left: dict[str, Any]) -> str:
+    """Reasoning as text: a text, or steps in a list, each a text or an object that holds one. What
+    else an object holds is put into `left`."""
     if isinstance(value, str) and value.lstrip().startswith("[") and value.rstrip().endswith("]"):
         try:
             value = json.loads(value)
@@ -135,23 +155,24 @@ def steps_text(value: Any, name: str) -> str:
     if isinstance(value, str):
         return one_line_end(value).strip()
     if isinstance(value, (list, dict)):
-        return "\n".join(text.strip() for text in _steps(value, name) if text.strip())
+        return "\n".join(text.strip() for text in _steps(value, name, left) if text.strip())
     raise BrokenRecordError(f"{name} must be text, not {kind(value)}")
 
 
-def _steps(value: Any, name: str, depth: int = 0) -> Iterator[str]:
+def _steps(value: Any, name: str, left: dict[str, Any], depth: int = 0) -> Iterator[str]:
     if isinstance(value, str):
         yield one_line_end(value)
     elif isinstance(value, list) and depth < 4:
         for item in value:
-            yield from _steps(item, name, depth + 1)
+            yield from _steps(item, name, left, depth + 1)
     elif isinstance(value, dict) and depth < 4:
         key = _step_key(value)
         if key is not None:
-            yield from _steps(value[key], name, depth + 1)
+            left.update(others(value, (key,), name))
+            yield from _steps(value[key], name, left, depth + 1)
         elif all(_COUNTED.fullmatch(str(k)) for k in value):
             for item in value.values():
-                yield from _steps(item, name, depth + 1)
+                yield from _steps(item, name, left, depth + 1)
         elif any(
             isinstance(item, (str, list, dict)) and not is_absent(item) for item in value.values()
         ):
