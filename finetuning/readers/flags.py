@@ -66,6 +66,13 @@ _NO_LOSS = {
     "ignored",
 }
 _BAD_LABELS = word_set("false bad undesirable negative rejected incorrect wrong 错误")
+_SPLIT = word_set(
+    "split splits subset partition fold 划分 数据划分 数据集划分 拆分 子集 数据子集 集合"
+)
+_SPLIT_BESIDE = word_set("data dataset set of 数据 数据集 所属")
+_FOR_TESTS = word_set(
+    "test testing validation valid val dev eval evaluation holdout 测试 测试集 验证 验证集 评测 评测集 评估 评估集"
+)
 _NUMBER = re.compile(r"\d{1,3}\.\d{1,6}")
 _WEIGHTS = {"weight", "loss weight", "sample weight", "权重", "样本权重"}
 
@@ -80,12 +87,14 @@ def _word(value: Any) -> str:
 
 
 def _flag(name: str) -> str:
-    """media, right, checked, wrong, state, weight or training: what a column says about its record."""
+    """media, right, checked, wrong, state, weight, split or training: what a column says of its record."""
     found = words(name)
     latin, chinese = {w for w in found if w.isascii()}, "".join(w for w in found if not w.isascii())
     joined = " ".join(found)
     if joined in _WEIGHTS:
         return "weight"
+    if _SPLIT & set(found) and set(found) <= _SPLIT | _SPLIT_BESIDE:
+        return "split"
     media = _MEDIA & latin or any(word in chinese for word in _MEDIA_CHINESE)
     if media and latin <= _MEDIA | _MEDIA_FORM:
         return "media"
@@ -120,6 +129,8 @@ def heed_flags(fields: Fields) -> None:
             _heed_media(fields, name, value)
         elif flag == "weight":
             _heed_weight(fields, name, value)
+        elif flag == "split":
+            _heed_split(fields, name, value)
         elif _says_no(flag, name, value):
             _say_no(fields, flag, name, value)
         elif value is True or _denies_trouble(flag, name, value):
@@ -143,6 +154,13 @@ def _heed_weight(fields: Fields, name: str, value: Any) -> None:
         raise LeftOutError(f"its {name} is 0")
     if _word(value) != "1":
         fields.remark(f"{name} other than 1 is not heeded; --data-weights weighs whole files")
+
+
+def _heed_split(fields: Fields, name: str, value: Any) -> None:
+    """Tell it only: a file of such records may be meant for them, as one of `--eval-path` is."""
+    if _word(value) in _FOR_TESTS:
+        fields.take(name)
+        fields.remark(f"its {name} is {_word(value)}; it is read all the same")
 
 
 def _say_no(fields: Fields, flag: str, name: str, value: Any) -> None:
