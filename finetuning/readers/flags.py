@@ -71,7 +71,8 @@ _SPLIT = word_set(
 )
 _SPLIT_BESIDE = word_set("data dataset set of 数据 数据集 所属")
 _FOR_TESTS = word_set(
-    "test testing validation valid val dev eval evaluation holdout 测试 测试集 验证 验证集 评测 评测集 评估 评估集"
+    "test testing validation valid val dev eval evaluation holdout "
+    "测试 测试集 验证 验证集 评测 评测集 评估 评估集"
 )
 _NUMBER = re.compile(r"\d{1,3}\.\d{1,6}")
 _WEIGHTS = {"weight", "loss weight", "sample weight", "权重", "样本权重"}
