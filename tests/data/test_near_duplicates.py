@@ -164,6 +164,19 @@ def test_the_work_for_form_letters_grows_with_their_number(compared):
         assert 1 < len(compared) / count < 7, count
 
 
+@pytest.mark.parametrize("alone", ["PAIRS_A_TEXT", "_MEETINGS_A_TEXT"])
+def test_either_limit_alone_ends_the_exact_join(alone, monkeypatch):
+    """Each holds for what the other lets through: few meetings of many pairs, many of few."""
+    for limit in {"PAIRS_A_TEXT", "_MEETINGS_A_TEXT"} - {alone}:
+        monkeypatch.setattr(near_duplicates, limit, 1_000_000)
+    joined, asked = near_duplicates._join_minhash, []
+    monkeypatch.setattr(
+        near_duplicates, "_join_minhash", lambda *given: (asked.append(1), joined(*given))[1]
+    )
+    near_duplicate_clusters(form_letters(300))
+    assert asked == [1]
+
+
 def test_near_ones_are_found_among_form_letters():
     """A letter with one character changed has its partner found, whatever the family around it."""
     letters = form_letters(600)
