@@ -35,10 +35,18 @@ def exact_only(monkeypatch):
 @pytest.fixture
 def compared(monkeypatch):
     """A one for each comparison of two texts."""
-    made, similarity = [], near_duplicates._similarity
-    monkeypatch.setattr(
-        near_duplicates, "_similarity", lambda a, b: (made.append(1), similarity(a, b))[1]
-    )
+    return _counted(monkeypatch, "_similarity")
+
+
+def _counted(monkeypatch, name: str) -> list[int]:
+    """A one for each call of a function of near_duplicates from here on."""
+    made, function = [], getattr(near_duplicates, name)
+
+    def call(*given):
+        made.append(1)
+        return function(*given)
+
+    monkeypatch.setattr(near_duplicates, name, call)
     return made
 
 
@@ -169,10 +177,7 @@ def test_either_limit_alone_ends_the_exact_join(alone, monkeypatch):
     """Each holds for what the other lets through: few meetings of many pairs, many of few."""
     for limit in {"PAIRS_A_TEXT", "_MEETINGS_A_TEXT"} - {alone}:
         monkeypatch.setattr(near_duplicates, limit, 1_000_000)
-    joined, asked = near_duplicates._join_minhash, []
-    monkeypatch.setattr(
-        near_duplicates, "_join_minhash", lambda *given: (asked.append(1), joined(*given))[1]
-    )
+    asked = _counted(monkeypatch, "_join_minhash")
     near_duplicate_clusters(form_letters(300))
     assert asked == [1]
 
