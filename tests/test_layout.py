@@ -6,6 +6,7 @@ uv run pytest tests/test_layout.py
 import ast
 import functools
 import graphlib
+import itertools
 import re
 import subprocess
 import sys
@@ -70,6 +71,10 @@ THE_WHOLE_CONFIGURATION = (
     *AT_THE_ROOT,
 )
 # Sizes.
+WRITTEN = (
+    "*.py",
+    *(f"{folder}/**/*.py" for folder in ("finetuning", "tests", "benchmarks", "scripts")),
+)
 LINES_OF_A_FILE = 500
 LINES_OF_A_FUNCTION = 50
 PARAMETERS, FUNCTIONS_WITH_MORE = 8, 3
@@ -316,6 +321,16 @@ def test_ruff_is_content(arguments: list[str]):
     ruff = [sys.executable, "-m", "ruff", *arguments, "--quiet", "."]
     done = subprocess.run(ruff, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+def test_a_statement_does_one_thing():
+    """Several calls in a tuple, or a choice whose value nobody takes, are statements of their own."""
+    found = []
+    for path in itertools.chain(*map(ROOT.glob, WRITTEN)):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Expr) and isinstance(node.value, (ast.Tuple, ast.IfExp)):
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert not found
 
 
 def test_public_functions_have_types_and_docstrings():

@@ -414,7 +414,10 @@ def overwrite_damaged() -> None:
     rename = os.rename
 
     def delete(src, dst, **places):
-        shutil.rmtree(src) if str(dst).endswith(".damaged") else rename(src, dst, **places)
+        if str(dst).endswith(".damaged"):
+            shutil.rmtree(src)
+        else:
+            rename(src, dst, **places)
 
     replaced(os, "rename", delete)
 

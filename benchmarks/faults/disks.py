@@ -300,7 +300,8 @@ def refused(rig: Rig, output: Path, number: int, *, nobody: bool = False) -> Tri
             become_nobody()
 
     fired = fork(errors, try_it).wait().code == number
-    (output / "probe").unlink(missing_ok=True) if fired and number == errno.ENOSPC else None
+    if fired and number == errno.ENOSPC:
+        (output / "probe").unlink(missing_ok=True)
     outcome = rig.run(output, patch=patch, notes=errors.with_name("out"))
     problems = [] if outcome.code == 2 else [f"exit {outcome.code}: {outcome.output[-400:]}"]
     problems += ["a traceback"] if "Traceback" in outcome.output else []

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,9 +10,7 @@ from finetuning.analysis.facts import LISTED, Facts, Finding
 from finetuning.data.near_duplicates import SampleClusters, jaccard, pair_text, smallest_of_equal
 from finetuning.readers.sample import Sample
 
-if TYPE_CHECKING:
-    pass
-
+_PLACES = 8  # of other answers to a question that one finding names
 
 Leaks = tuple[int, list[Finding]]
 """How many held-out samples repeat training samples, and the first of them."""
@@ -122,7 +119,8 @@ def _conflict_findings(samples: Sequence[Sample], conflicts: list[np.ndarray]) -
     found = []
     for group in conflicts[:LISTED]:
         first, *others = _by_place(samples, group)
-        places = ", ".join(_place(sample) for sample in others)
+        more = f" and {len(others) - _PLACES} more" if len(others) > _PLACES else ""
+        places = ", ".join(_place(sample) for sample in others[:_PLACES]) + more
         note = f"{len(group)} different answers to one question, also at {places}"
         found.append(Finding(first.source, first.line, note))
     return sorted(found)

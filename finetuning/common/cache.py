@@ -23,7 +23,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from finetuning.common.errors import UserError
-from finetuning.common.files import atomic_write_text, publish_folder, staging_folder
+from finetuning.common.files import atomic_write_text, give_mode, publish_folder, staging_folder
 
 T = TypeVar("T")
 PACKAGE = Path(__file__).parents[1]
@@ -98,6 +98,9 @@ def _check_owner(folder: Path) -> None:
         return
     if _shared(folder.parent) and folder.parent.stat().st_gid in os.getgroups():
         return
+    with suppress(OSError):  # nothing can be written beside it
+        if folder.stat().st_uid == _as_made_here(folder.parent).st_uid:
+            return
     raise UserError(
         f"the cache {folder} belongs to another user, who could change it; choose another --cache-dir, or "
         "share it with a group: chmod g+rws on the cache folder before it is used"
@@ -105,10 +108,26 @@ def _check_owner(folder: Path) -> None:
 
 
 def _is_closed(folder: Path) -> bool:
-    """Whether nobody else may write a folder, and it holds no link to what lies elsewhere and may change."""
+    """Whether nobody else may write a folder, as far as that can be prevented where it lies, and it holds no
+    link to what lies elsewhere and may change."""
     others = stat.S_IWOTH | (0 if _shared(folder.parent) else stat.S_IWGRP)
     places = (folder, *folder.rglob("*"))
-    return not any(path.is_symlink() or path.stat().st_mode & others for path in places)
+    if any(path.is_symlink() for path in places):
+        return False
+    if any(path.stat().st_mode & others for path in places):
+        others &= ~_as_made_here(folder.parent).st_mode
+    return not any(path.stat().st_mode & others for path in places)
+
+
+def _as_made_here(folder: Path) -> os.stat_result:
+    """What becomes of a new file that nobody else may write. FAT, drives of Windows and some network mounts
+    keep neither owner nor permissions: there the mount says for all files who may write them."""
+    handle, name = tempfile.mkstemp(dir=folder, prefix=".made-here-")
+    os.close(handle)
+    try:
+        return os.stat(name)
+    finally:
+        os.unlink(name)
 
 
 def _shared(folder: Path) -> bool:
@@ -122,7 +141,7 @@ def _make_parents(folder: Path) -> None:
         _make_parents(folder.parent)
         folder.mkdir(exist_ok=True)
         if _shared(folder.parent):
-            folder.chmod(folder.parent.stat().st_mode)
+            give_mode(folder, folder.parent.stat().st_mode)
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -143,7 +162,7 @@ def _seal(building: Path) -> None:
     shared = _shared(building.parent)
     for path in (building, *building.rglob("*")):
         readable = (0o050 if path.is_dir() else 0o040) if shared else 0
-        path.chmod(path.stat().st_mode & ~0o022 | readable)
+        give_mode(path, path.stat().st_mode & ~0o022 | readable)
 
 
 def _remove_leftovers(parent: Path) -> None:

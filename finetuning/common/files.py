@@ -1,5 +1,6 @@
 """Files and folders that appear whole or not at all, and strict JSON."""
 
+import errno
 import hashlib
 import json
 import math
@@ -14,6 +15,12 @@ from typing import IO, Any
 
 from finetuning.common.errors import UserError
 from finetuning.common.text import CONTROLS, INVISIBLE, clean_line
+
+_NO_MODES = (
+    errno.EPERM,
+    errno.ENOTSUP,
+    errno.ENOSYS,
+)  # what a file system without permissions says
 
 # -----------------------------------------------------------------------------
 # Files
@@ -41,7 +48,7 @@ def atomic_write_text(path: Path, text: str) -> None:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)
     with atomic_write(path, Path(name), "w", encoding="utf-8", newline="\n") as file:
-        os.chmod(name, usual_mode())  # mkstemp's is 0600
+        give_mode(Path(name), usual_mode())  # mkstemp's is 0600
         file.write(text)
 
 
@@ -73,6 +80,16 @@ def usual_mode() -> int:
     umask = os.umask(0)
     os.umask(umask)
     return 0o666 & ~umask
+
+
+def give_mode(path: Path, mode: int) -> None:
+    """Permissions of a file or folder of ours; without effect where none are kept, as on FAT, drives of
+    Windows and some network mounts. Who relies on them looks at what they became."""
+    try:
+        path.chmod(mode)
+    except OSError as error:
+        if error.errno not in _NO_MODES:
+            raise
 
 
 # -----------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from finetuning.common.bounds import Bound
 
-POLL_SECONDS = 0.1
+POLL_SECONDS = 0.1  # between two questions whether work is still wanted
 STOPPED = -1  # the exit code of work that was ended: its time was up, or nobody wants it any more
 
 
@@ -48,7 +48,7 @@ def run_limited(
     limits: Limits,
     *,
     given: bytes = b"",
-    unwanted: Callable[[], bool] = lambda: False,
+    unwanted: Callable[[], bool] | None = None,
 ) -> Ended:
     """Run a module of ours in a process with these limits; it is ended when its time is up or it is
     unwanted.
@@ -68,14 +68,16 @@ def run_limited(
     deadline = time.monotonic() + limits.wall.limit
     try:
         while True:
+            left = max(0.0, deadline - time.monotonic())
             with contextlib.suppress(subprocess.TimeoutExpired):
-                said, complaint = child.communicate(timeout=POLL_SECONDS)
+                said, complaint = child.communicate(
+                    timeout=min(left, POLL_SECONDS) if unwanted else left
+                )
                 break
-            if unwanted() or time.monotonic() > deadline:
+            if left == 0 or (unwanted and unwanted()):
                 return Ended(STOPPED, "", "")
     finally:
-        if child.poll() is None:
-            child.kill()
+        child.kill()  # which does nothing to one that has ended
         child.wait()
     lines = complaint.decode(errors="replace").strip().splitlines()
     return Ended(child.returncode, said.decode(errors="replace"), lines[-1] if lines else "")

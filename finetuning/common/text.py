@@ -19,8 +19,13 @@ _SECRET_SHAPE = re.compile(
     r"|xox[abpr]-[A-Za-z0-9-]{10,}|eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,})"
 )
 _URL_USERINFO = re.compile(r"(?<=://)[^/\s@]+(?=@)")
-# Addresses by which a robot of a chat is written to: who knows one may write.
-_ROBOT = re.compile(r"(/bot/v2/hook/|/services/(?=T)|/webhook/send\?)[^\s\"'<>]+")
+# Addresses by which a robot of a chat is written to: who knows one may write. By the form of the key that
+# the service makes, as libraries show the path alone, and an ordinary path may hold the same words.
+_KEY = r"(?=[A-Za-z-]*+\d)[0-9A-Za-z-]{8,}+(?!\.\w)"
+_ROBOT = re.compile(
+    rf"(/bot/v2/hook/(?={_KEY})|/services/(?=T[A-Z0-9]*+/B[A-Z0-9]*+/{_KEY})|/webhook/send\?(?=key=))"
+    r"[^\s\"'<>]+"
+)
 _KEY_VALUE = (
     re.compile(  # begins where a word does, else a long word would be tried from each letter
         r"(?i)(?<![\w-])"

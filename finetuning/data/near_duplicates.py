@@ -11,15 +11,15 @@ decides. Clusters are the connected components of that relation.
 import hashlib
 import itertools
 import math
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from finetuning.common.cache import cached_folder, code_version, kept_array
 from finetuning.common.ngrams import gram_hashes, normalized
+from finetuning.common.temporary_file import TemporaryFile
 from finetuning.common.workers import in_order
 from finetuning.readers.sample import Sample
 
@@ -106,14 +106,15 @@ def near_duplicate_clusters(
     """Cluster label (n,) per text: the smallest index in its cluster (alone: its own). int32
     below 2**31 texts.
 
-    `texts` may be lazy; each is read a few times. Does not depend on their order.
+    `texts` may be lazy; each is read a few times. Does not depend on their order. Raises UserError where the
+    temporary folder has no room.
     """
     if len(texts) == 0:
         return np.zeros(0, np.int64)
     keys = np.fromiter(map(text_key, texts), np.uint64, len(texts))
     same = smallest_of_equal(keys)
     first = np.flatnonzero(_is_first(same)).astype(same.dtype)  # of each distinct text
-    with tempfile.TemporaryFile() as file:
+    with TemporaryFile() as file:
         sets = _Sets(texts, first, file)
         labels = _join_exact(sets, threshold) if len(first) <= exact_limit else None
         if labels is None:
@@ -214,7 +215,7 @@ class _Sets:
     them for the first time reads the texts in order.
     """
 
-    def __init__(self, texts: Sequence[str], chosen: np.ndarray, file: BinaryIO) -> None:
+    def __init__(self, texts: Sequence[str], chosen: np.ndarray, file: TemporaryFile) -> None:
         self._texts, self._chosen, self._file = texts, chosen, file
         self.sizes = np.zeros(len(chosen), np.int32)
         self._starts = np.full(len(chosen), -1, np.int64)  # -1: not in the file
@@ -225,8 +226,9 @@ class _Sets:
     def __getitem__(self, i: int) -> np.ndarray:
         if self._starts[i] < 0:
             return shingles(self._texts[int(self._chosen[i])])
-        self._file.seek(int(self._starts[i]))
-        return np.frombuffer(self._file.read(8 * int(self.sizes[i])), np.uint64)
+        return np.frombuffer(
+            self._file.read(8 * int(self.sizes[i]), int(self._starts[i])), np.uint64
+        )
 
     def __iter__(self) -> Iterator[np.ndarray]:
         if self.sizes.all():
@@ -237,8 +239,8 @@ class _Sets:
             made = shingles(text)
             self.sizes[i] = len(made)
             if end + made.nbytes <= _KEPT_BYTES:
-                self._file.seek(end)
-                self._starts[i], end = end, end + self._file.write(made.tobytes())
+                self._file.write(made.tobytes(), end)
+                self._starts[i], end = end, end + made.nbytes
             yield made
 
 
@@ -327,7 +329,8 @@ def _join_minhash(sets: _Sets, keys: np.ndarray, threshold: float) -> np.ndarray
     labels = np.arange(len(sets), dtype=np.int32)
     in_vain = np.zeros(len(sets), np.uint8)
     by_key = np.argsort(keys).astype(np.int32)  # so that the order of the texts changes nothing
-    with _Signatures(sets, _rows_per_band(threshold)) as signatures:
+    with TemporaryFile() as file:
+        signatures = _Signatures(sets, _rows_per_band(threshold), file)
         for band in signatures.bands:
             order = by_key[np.argsort(band[by_key], kind="stable")]
             band = band[order]
@@ -353,27 +356,20 @@ def _rows_per_band(threshold: float) -> int:
 
 
 class _Signatures:
-    """MinHash of all sets, in mapped temporary files: `bands` (bands, n) uint32, a hash of every `rows`
+    """MinHash of all sets, mapped from a temporary file: `bands` (bands, n) uint32, a hash of every `rows`
     values; `values` (n, 125) uint8, the low bytes of them all."""
 
-    def __init__(self, sets: _Sets, rows: int) -> None:
-        self._folder = tempfile.TemporaryDirectory()
-        self.bands = self._array("bands", np.uint32, (_NUM_PERM // rows, len(sets)))
-        self.values = self._array("values", np.uint8, (len(sets), _NUM_PERM))
+    def __init__(self, sets: _Sets, rows: int, file: TemporaryFile) -> None:
+        n, count, size = len(sets), _NUM_PERM // rows, np.dtype(np.uint32).itemsize
+        behind = count * n * size
         made = iter(sets)
-        for start in range(0, len(sets), _CHUNK):
+        for start in range(0, n, _CHUNK):
             values = _minhash(list(itertools.islice(made, _CHUNK)))
-            self.bands[:, start : start + len(values)] = _band_hashes(values, rows)
-            self.values[start : start + len(values)] = values.astype(np.uint8)
-
-    def _array(self, name: str, kind: type, shape: tuple[int, int]) -> np.ndarray:
-        return np.memmap(Path(self._folder.name) / name, kind, "w+", shape=shape)
-
-    def __enter__(self) -> "_Signatures":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._folder.cleanup()
+            for i, band in enumerate(_band_hashes(values, rows)):
+                file.write(band.tobytes(), (i * n + start) * size)
+            file.write(values.astype(np.uint8).tobytes(), behind + start * _NUM_PERM)
+        self.bands = file.mapped(np.uint32, (count, n))
+        self.values = file.mapped(np.uint8, (n, _NUM_PERM), behind)
 
 
 def _minhash(sets: list[np.ndarray]) -> np.ndarray:

@@ -22,7 +22,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from finetuning.common.errors import UserError
-from finetuning.common.files import fsync_files, staging_folder
+from finetuning.common.files import fsync_files, give_mode, staging_folder
 
 # Qwen's control tokens in the order of their ids, which follow the text vocabulary.
 SPECIAL_TOKENS = (
@@ -145,7 +145,7 @@ def build_embedded(texts: Sequence[str], cache_dir: Path, seed: int = 0) -> Path
     folder.parent.mkdir(parents=True, exist_ok=True)
     with staging_folder(folder.parent, ".embedded-") as staging:
         _write_model(texts, staging, seed)
-        staging.chmod(0o755)
+        give_mode(staging, 0o755)
         fsync_files(staging)
         try:
             staging.rename(folder)

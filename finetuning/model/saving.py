@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from finetuning.common.files import (
     fsync_files,
+    give_mode,
     publish_folder,
     staging_folder,
     usual_mode,
@@ -142,7 +143,7 @@ def _fill(
         for name, text in (notes or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
         for path in folder.iterdir():
-            path.chmod(usual_mode())  # safetensors' is 0600
+            give_mode(path, usual_mode())  # safetensors' is 0600
         fsync_files(folder)
     except Exception as error:
         # A full disk is a SafetensorError to safetensors and a bare Exception to tokenizers.

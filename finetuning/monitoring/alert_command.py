@@ -17,16 +17,8 @@ from finetuning.common.errors import UserError
 from finetuning.common.text import REDACTED, redact, without
 from finetuning.monitoring.alerts import Alert
 
-# Becomes the command, once the kernel knows that it is to end when its parent does (PR_SET_PDEATHSIG).
-_ENDS_WITH_PARENT = """
-import ctypes, os, sys
-ctypes.CDLL(None).prctl(1, 9)
-if os.getppid() == int(sys.argv[1]):
-    try:
-        os.execvp(sys.argv[2], sys.argv[2:])
-    except OSError as error:
-        sys.exit(error.strerror)
-"""
+_SUPERVISOR = Path(__file__).with_name("supervisor.py")
+_SUPERVISED = sys.platform.startswith("linux")
 
 
 class AlertCommand:
@@ -34,8 +26,8 @@ class AlertCommand:
 
     It is split as a shell would and run without a shell, so nothing in the alert is ever interpreted. What
     it prints is dropped; a failure is one line on stderr. It and the processes that it started are ended
-    after `timeout_s` seconds, and where it says too much. Raises UserError for an empty command or one with
-    an open quote.
+    after `timeout_s` seconds, where it says too much, and with the run, however that ends (Linux). Raises
+    UserError for an empty command or one with an open quote.
     """
 
     def __init__(
@@ -61,10 +53,8 @@ class AlertCommand:
             self._watch.start()
 
     def _started_as(self) -> list[str]:
-        if not sys.platform.startswith("linux"):
-            return self._words
-        own = [sys.executable, "-I", "-S", "-c", _ENDS_WITH_PARENT, str(os.getpid())]
-        return [*own, *self._words]
+        own = [sys.executable, "-I", "-S", str(_SUPERVISOR), str(os.getpid())]
+        return [*own, *self._words] if _SUPERVISED else self._words
 
     def is_alive(self) -> bool:
         """Whether it is still at work."""
@@ -79,9 +69,10 @@ class AlertCommand:
         """End it and what it started. `reason` is told: "was ended …"."""
         self._ended_for = self._ended_for or reason
         with suppress(ProcessLookupError, PermissionError):
-            kill = getattr(signal, "SIGKILL", None)
-            if kill and hasattr(os, "killpg"):
-                os.killpg(self._child.pid, kill)  # the group of its own session
+            if _SUPERVISED:
+                self._child.terminate()
+            elif hasattr(os, "killpg"):
+                os.killpg(self._child.pid, signal.SIGKILL)  # the group of its own session
             else:
                 self._child.kill()
 

@@ -127,7 +127,9 @@ class AlertMonitor:
             for step, level in enumerate(levels * 2, start=1):
                 row = {tag: min(level, most) for tag, most in tags.items()}
                 twin.observe(step, row | {TOKENS: 1e15 * step})
-            twin.table(), twin.scalars(), twin.state_dict()
+            twin.table()
+            twin.scalars()
+            twin.state_dict()
 
     def observe(
         self, step: int, metrics: Mapping[str, float], evidence: Mapping | None = None

@@ -90,7 +90,8 @@ class ConvergenceMonitor:
             for later in range(1, MIN_POINTS + 1):
                 twin.observe(step + later, factor * loss, 0.0)
                 if later in (1, MIN_POINTS):
-                    twin.scalars(), twin.state_dict()
+                    twin.scalars()
+                    twin.state_dict()
 
     def observe(self, step: int, loss: float, learning_rate: float | None = None) -> None:
         """Take one logged loss. A non-finite one is counted and never fitted."""

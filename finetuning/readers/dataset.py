@@ -252,7 +252,7 @@ def _fingerprint(ids: Iterable[bytes]) -> str:
 _READERS = (
     "arrow_samples", "damage", "dataset", "fields", "files", "findings", "flags", "formats", "json_records",
     "labelled", "markdown", "names", "office", "opening", "reasoning", "records", "sample", "tables", "texts",
-    "turns", "values",
+    "turns", "values", "verdicts",
 )  # fmt: skip
 _MAKERS = (
     "common.bounds",

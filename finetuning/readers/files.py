@@ -45,6 +45,7 @@ _DESCRIBES = re.compile(
     re.I,
 )
 _LOCKS = ("~$", ".")
+_EMPTY = "skipped: it is empty"
 _OF_A_KIND = 20  # skipped files that are told one by one
 _HUB = "hf://datasets/"
 _SPLIT = re.compile(
@@ -111,7 +112,8 @@ def list_files(path: str, cache_dir: Path | None = None) -> Listing:
         for name in sorted(glob.glob(expanded, recursive=True)):
             _add_matched(name, found)
         if not found.files:
-            raise UserError(f"no data file matches {shown}; readable are {_readable()}")
+            known = f"no data file matches {shown}; readable are {_readable()}"
+            raise UserError(f"{known}{_beside(found.skipped)}")
     else:
         raise UserError(_nothing_there(path, expanded))
     return found
@@ -201,7 +203,7 @@ def _add_matched(name: str, found: Listing) -> None:
     if not os.path.isdir(name) and (_kind_of(name) is None or _describes(name)):
         found.skipped.append(_skipped(name, name))
     elif stat.S_ISREG(there.st_mode) and there.st_size == 0:
-        found.skipped.append(Remark(_source(name), 1, "skipped: it is empty"))
+        found.skipped.append(Remark(_source(name), 1, _EMPTY))
     else:
         _add_existing(name, name, there, found)
 
@@ -248,21 +250,26 @@ def _add_folder(path: str, source: str, found: Listing) -> None:
             continue
         there = _regular(entry)
         if there.st_size == 0:
-            skipped.append(Remark(name, 1, "skipped: it is empty"))
+            skipped.append(Remark(name, 1, _EMPTY))
             continue
         real = (
             os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(folder, entry.name)
         )
         files.append((inner, DataFile(entry.path, name, kind, there.st_size, real, named=False)))
     if not files:
-        empty = sum(remark.text == "skipped: it is empty" for remark in skipped)
-        others = len(skipped) - empty
-        more = f"; {others} files of other kinds lie there" if others else ""
-        more += f"; empty files: {empty}" if empty else ""
-        raise UserError(f"the folder {clean_line(source, 200)} holds no {_readable()} file{more}")
+        shown = clean_line(source, 200)
+        raise UserError(f"the folder {shown} holds no {_readable()} file{_beside(skipped)}")
     _add_for_training(files, found)
     found.skipped.extend(_grouped(skipped, source))
     _add_described_columns(path, found)
+
+
+def _beside(skipped: list[Remark]) -> str:
+    """How many files lie where no file can be read, for a message."""
+    empty = sum(remark.text == _EMPTY for remark in skipped)
+    others = len(skipped) - empty
+    more = f"; {others} files of other kinds lie there" if others else ""
+    return more + (f"; empty files: {empty}" if empty else "")
 
 
 def _grouped(skipped: list[Remark], source: str) -> Iterator[Remark]:

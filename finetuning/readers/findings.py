@@ -9,7 +9,7 @@ from finetuning.common.bounds import DEPTH
 from finetuning.common.text import clean_line
 from finetuning.readers.fields import Oddity
 from finetuning.readers.files import DataFile
-from finetuning.readers.flags import says_no
+from finetuning.readers.flags import may_refuse
 from finetuning.readers.names import meaning
 from finetuning.readers.records import Reading
 from finetuning.readers.sample import BrokenSample, Remark, Sample, strings_of
@@ -62,9 +62,9 @@ class Findings:
                     known.longest = len(value)
                 continue
             meant = name in reading.notes.meant
-            if not meant and isinstance(value, (int, float)) and value is not False:
+            if not meant and isinstance(value, (int, float)) and not isinstance(value, bool):
                 continue
-            if says_no(value):
+            if not meant and may_refuse(name, value):
                 self._left[name] = _Told(line, shown(value))
                 continue
             texts = [text for text in _strings(value) if meant or is_text(text)]

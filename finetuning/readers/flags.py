@@ -7,36 +7,42 @@ from finetuning.readers.fields import Fields
 from finetuning.readers.names import meaning, word_set, words
 from finetuning.readers.sample import BrokenRecordError, LeftOutError
 from finetuning.readers.values import shown
+from finetuning.readers.verdicts import asks, asks_for_verdict, is_of_record, name_polarity, refuses
 
 _MEDIA = word_set("media image images img imgs picture pictures photo audio audios video videos")
 _MEDIA_CHINESE = ("图片", "图像", "音频", "视频", "配图")
 _MEDIA_FORM = word_set("path paths url urls file files bytes base64 data list")
 _RIGHT = word_set(
-    "correct correctness label passed good valid right usable accepted desirable kto ok okay"
+    "correct correctness label passed good valid right usable accepted acceptable desirable accurate "
+    "reliable satisfactory satisfied satisfies meets kto ok okay"
 )
 _CHECKED = word_set("verified reviewed checked approved")
 _WRONG = word_set(
     "incorrect wrong deleted discarded cancelled canceled rejected bad invalid skip skipped exclude excluded "
     "ignore ignored discard drop dropped disabled hallucination hallucinated"
 )
-_WRONG_CHINESE = re.compile(
-    "(?:是否|已|被|标记)*(?:跳过|排除|禁用|停用|有误|有错|错误|作废|废弃|删除|忽略|幻觉)(?:标记)?"
-)
-_RIGHT_CHINESE = ("正确", "对错", "合格", "可用", "有效", "采纳", "采用", "通过")
+_TROUBLE = word_set("error errors issue issues mistake mistakes problem problems")
+_REPAIR = word_set("fix fixes fixing correction corrections rework rewrite rewriting")
+_HAS, _NEEDS = word_set("has have contains contain"), word_set("need needs needed require requires")
 _STATE = word_set(
     "status state review verdict result verify verification judge judgement judgment feedback outcome vote"
 )
 _STATE_CHINESE = ("状态", "审核", "复核", "质检", "评判", "判定", "反馈")
+_OUTCOME, _OUTCOME_CHINESE = word_set("verdict result outcome"), re.compile("结果|结论")
 # A name with one of these asks whether there is a verdict, not which: a false of it refuses nothing.
 _OPEN = word_set("need needs needed has have require requires required pending under use")
-_OPEN_CHINESE = re.compile("待|需|有无|是否有|已有")
 _REFUSED = word_set(
     "discarded rejected reject invalid deleted wrong incorrect fail failed dislike disliked bad downvote "
-    "驳回 不通过 未通过 不合格 已删除 废弃 作废 错误 差评 踩 点踩 不正确 不采纳"
+    "驳回 不通过 未通过 不合格 已删除 废弃 作废 错误 差评 踩 点踩 不正确 不采纳 拒绝"
 )
-_NO = word_set("false no n 0 否 错 错误 不正确 不合格 incorrect wrong failed fail")
+_NO = word_set(
+    "false no n 0 否 不 不是 错 不对 错误 不正确 不合格 × ✗ ✘ ❌ incorrect wrong failed fail"
+)
+_NONE = word_set("无 没有")
 _FALSE = word_set("false")
-_YES = word_set("true yes y 1 是")
+_YES = word_set("true yes y 1 是 有 存在 对 √ ✓ ✔ ✅")
+_OF_ANYTHING = word_set("0 1 有 存在")  # no answers where the name asks nothing
+_VERDICTS = ("right", "checked", "state")
 _LOSS = word_set("loss weight train trainable learn supervise supervised trained training")
 _LOSS_BESIDE = word_set(
     "loss is weight scale mask turn this compute calculate on need needs do token tokens use used for in to"
@@ -90,7 +96,7 @@ def _word(value: Any) -> str:
 def _flag(name: str) -> str:
     """media, right, checked, wrong, state, weight, split or training: what a column says of its record."""
     found = words(name)
-    latin, chinese = {w for w in found if w.isascii()}, "".join(w for w in found if not w.isascii())
+    latin, chinese = {w for w in found if w.isascii()}, _chinese(name)
     joined = " ".join(found)
     if joined in _WEIGHTS:
         return "weight"
@@ -99,6 +105,8 @@ def _flag(name: str) -> str:
     media = _MEDIA & latin or any(word in chinese for word in _MEDIA_CHINESE)
     if media and latin <= _MEDIA | _MEDIA_FORM:
         return "media"
+    if _says_trouble(latin):
+        return "wrong"
     for kind, signs in (
         ("wrong", _WRONG),
         ("right", _RIGHT),
@@ -107,18 +115,33 @@ def _flag(name: str) -> str:
     ):
         if signs & latin:
             return kind
-    if _WRONG_CHINESE.fullmatch(chinese):
-        return "wrong"
+    speaks_for = name_polarity(chinese)
+    if speaks_for is not None:
+        return "right" if speaks_for else "wrong"
     if any(word in chinese for word in _STATE_CHINESE):
         return "state"
-    if joined not in _LOSS_ALONE and _is_loss(name):
-        return "training"
-    return "right" if any(word in chinese for word in _RIGHT_CHINESE) else ""
+    return "training" if joined not in _LOSS_ALONE and _is_loss(name) else ""
 
 
-def says_no(value: Any) -> bool:
-    """Whether a value that nothing heeds may say that its record is not to be learnt."""
-    return value is False or (isinstance(value, str) and _word(value) in _REFUSED | _FALSE)
+def _chinese(name: str) -> str:
+    return "".join(word for word in words(name) if not word.isascii())
+
+
+def _says_trouble(latin: set[str]) -> bool:
+    """has_errors, needs_fix; has_problem_statement is no trouble."""
+    has = latin & _TROUBLE and latin & _HAS and latin <= _TROUBLE | _HAS
+    return bool(has or (latin & _REPAIR and latin & _NEEDS and latin <= _REPAIR | _NEEDS))
+
+
+def may_refuse(name: str, value: Any) -> bool:
+    """Whether a value that nothing heeds may say that its record is not to be learnt: a yes or a no whose
+    question is not understood, or a word that refuses."""
+    if not isinstance(value, str):
+        return isinstance(value, bool)
+    said, asked = _word(value), asks(name)
+    if said in _YES | _NO:
+        return asked or said not in _OF_ANYTHING
+    return said in _REFUSED or (asked and said in _NONE) or refuses(said)
 
 
 def heed_flags(fields: Fields) -> None:
@@ -134,12 +157,12 @@ def heed_flags(fields: Fields) -> None:
             _heed_split(fields, name, value)
         elif _says_no(flag, name, value):
             _say_no(fields, flag, name, value)
-        elif value is True or _denies_trouble(flag, name, value):
+        elif _says_yes(flag, name, value):
             fields.take(name)  # it says yes; any other false stays, and is told
 
 
 def _heed_media(fields: Fields, name: str, value: Any) -> None:
-    if _word(value) in _NO or isinstance(value, (bool, int, float)):
+    if _word(value) in _NO | _NONE or isinstance(value, (bool, int, float)):
         fields.take(name)  # whether there is one, or how many
         return
     raise BrokenRecordError(
@@ -178,30 +201,46 @@ def _says_no(flag: str, name: str, value: Any) -> bool:
     if isinstance(value, list):  # one verdict for each of several answers
         return flag == "right" and bool(value) and all(item is False for item in value)
     text = isinstance(value, str) and meaning(name) is not None
+    said = _word(value)
     if flag == "state":
-        no = _REFUSED | _NO if "是否" in name else _REFUSED | _FALSE
-        return _word(value) in (_REFUSED if _asks(name) else no) and not text
+        return not text and _state_refuses(name, said)
     if flag == "training":
         if _is_inverse(name):
             return _word(value) in _YES
         measure = "loss" in words(name) and set(words(name)) <= _MEASURE
         return _word(value) in (_NO - {"0"} if measure else _NO)
     if flag == "wrong":
-        return _word(value) in _YES and not text
+        return not text and (said in _YES or _refuses(name, said))
     if text or ("label" in words(name) and not isinstance(value, bool)):
-        return not text and _word(value) in _BAD_LABELS
-    return _word(value) in _NO
+        return not text and said in _BAD_LABELS
+    return said in _NO or _refuses(name, said)
 
 
-def _denies_trouble(flag: str, name: str, value: Any) -> bool:
-    """Whether it says that nothing is wrong: deleted, no_train or a like flag that is false."""
-    return _word(value) in _NO and (flag == "wrong" or (flag == "training" and _is_inverse(name)))
+def _refuses(name: str, said: str) -> bool:
+    """Whether a word that is no plain no refuses the record that it is said of."""
+    return refuses(said) and is_of_record(_chinese(name))
+
+
+def _state_refuses(name: str, said: str) -> bool:
+    if said in _REFUSED or _refuses(name, said):
+        return True
+    if _asks(name):
+        return False
+    chinese = _chinese(name)
+    outcome = bool(_OUTCOME.intersection(words(name)) or _OUTCOME_CHINESE.search(chinese))
+    return said in (_NO - {"0"} if outcome or asks(chinese) else _FALSE)
+
+
+def _says_yes(flag: str, name: str, value: Any) -> bool:
+    """Whether a flag speaks for the record: one of right is true, or one such as deleted is false."""
+    if flag == "wrong" or (flag == "training" and _is_inverse(name)):
+        return _word(value) in _NO | _NONE
+    return value is True or (flag in _VERDICTS and isinstance(value, str) and _word(value) in _YES)
 
 
 def _asks(name: str) -> bool:
     """Whether a state is still to be told: needs_review, 待审核."""
-    found = words(name)
-    return bool(_OPEN & set(found) or _OPEN_CHINESE.search("".join(found)))
+    return bool(_OPEN.intersection(words(name))) or asks_for_verdict(_chinese(name))
 
 
 def _is_inverse(name: str) -> bool:

@@ -17,7 +17,7 @@ from finetuning.readers.names import is_record
 from finetuning.readers.opening import BLOCK, Chunk, text_stream, utf8_stream
 from finetuning.readers.sample import BrokenSample, Remark
 from finetuning.readers.turns import are_turns
-from finetuning.readers.values import kind
+from finetuning.readers.values import is_text, kind
 
 Record = tuple[int, Any]
 _BLANK_LINES = 100  # at the beginning of a file
@@ -325,7 +325,11 @@ def _listed(value: dict, file: DataFile, line: int) -> Iterator[Record | Remark]
     others = [name for name in lists if str(name).lower() in _OTHER_SPLITS]
     for name in train or [name for name in lists if name not in others] or others:
         yield from ((line, record) for record in lists[name])
-    if not lists:
+    empty = [name for name, items in value.items() if items == []]
+    if not lists and empty and not any(isinstance(v, str) and is_text(v) for v in value.values()):
+        text = f"{clean_line(str(empty[0]), 40)} is an empty list; no record is in it"
+        yield Remark(file.source, line, text)
+    elif not lists:
         yield line, value
     left = [name for name in others if train or len(lists) > len(others)]
     for name in left:

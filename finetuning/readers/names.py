@@ -100,6 +100,8 @@ _ABOUT_CHINESE = word_set(
     "编号 序号 类型 类别 分类 来源 出处 长度 得分 评分 分数 时间 日期 作者 语言 标签 "
     "状态 链接 数量 字数 个数 次数 模型名 版本 网址 路径 文件名 标题 名称 摘要 图片 图像"
 )
+ASKING = re.compile("是否|是不是|有没有|有无|能否|可否")
+"""A name with one of these asks about a text or a record: it holds no part of the sample."""
 _SYSTEM = word_set("system sys prompt message msg instruction instructions content role text")
 _SYSTEM_CHINESE = re.compile("系统(?:提示|指令|消息|设定|角色|人设)")
 _WRONG = word_set("incorrect wrong false bad rejected negative distractor distractors")
@@ -199,6 +201,8 @@ def _meaning(name: str) -> Meaning | None:
     if named or _SYSTEM_CHINESE.search(chinese):
         return Meaning("system", STRONG)
     if _ABOUT.intersection(latin) or any(word in chinese for word in _ABOUT_CHINESE):
+        return None
+    if ASKING.search(chinese):
         return None
     meant = _by_chinese(chinese) or _by_english(latin)
     if meant and meant.role in ("answer", "thinking", "options"):

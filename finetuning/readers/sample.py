@@ -101,6 +101,9 @@ class Remark:
         return f"{self.source}:{self.line}: {self.text}"
 
 
+_NOTE = 2000  # characters; what a note tells is short, but what to do about it stands at its end
+
+
 class Finding(NamedTuple):
     """Something that is wrong with a place in the data, or odd about it."""
 
@@ -110,7 +113,7 @@ class Finding(NamedTuple):
     note: str
 
     def __str__(self) -> str:
-        return f"{clean_line(self.source)}:{self.line}: {self.kind}: {clean_line(self.note, 300)}"
+        return f"{clean_line(self.source)}:{self.line}: {self.kind}: {clean_line(self.note, _NOTE)}"
 
 
 class NothingLeftError(UserError):

@@ -110,9 +110,9 @@ def csv_records(chunk: Chunk) -> Iterator[tuple[int, Any] | BrokenSample | Remar
         head = list(itertools.islice(text, _HEADER_WITHIN))
         mark, skipped = _separator(file, head)
         lines = itertools.chain(head[skipped:], text)
-        yield from table_records(
-            _rows(csv.reader(lines, delimiter=mark, strict=True), file, skipped), file
-        )
+        # A quote behind a blank is one as well: as text, its cell would end at the first comma inside.
+        rows = csv.reader(lines, delimiter=mark, skipinitialspace=True, strict=True)
+        yield from table_records(_rows(rows, file, skipped), file)
 
 
 def _lines(text: TextIO, file: DataFile) -> Iterator[str]:

@@ -56,6 +56,13 @@ def test_good_data_pass(check):
     assert code == 0 and said == ["20 samples: nothing to complain of"]
 
 
+def test_what_to_do_stands_behind_the_longest_finding():
+    """A list of columns, each with an example, and then the option that reads one of them."""
+    columns = ", ".join(f"{'列' * 60}{i} (“{'例' * 24}…”)" for i in range(8))
+    note = f"not used: {columns} and 3 more; no reasoning was found: --columns thinking A reads it"
+    assert str(Finding("a.csv", 2, "remark", note)) == f"a.csv:2: remark: {note}"
+
+
 def test_every_fault_has_its_place(check):
     lines = [
         *good(),

@@ -210,6 +210,18 @@ def test_conflicting_answers_are_found():
     ) == {"b.jsonl:3", "part2.jsonl:9"}
 
 
+def test_of_many_answers_to_a_question_whole_places_are_named():
+    others = [
+        _sample(
+            8, source=f"{'很长的名字' * 20}.jsonl", line=1000 + i, answer=f"第{i}种回答，各不相同。"
+        )
+        for i in range(30)
+    ]
+    (finding,) = compute_statistics(others).to_json()["findings"]["conflicting_answers"]
+    places = re.findall(r"jsonl:(\d+)", finding["note"])
+    assert places == [str(1001 + i) for i in range(8)] and finding["note"].endswith("and 21 more")
+
+
 def test_citation_conflict_copied_answer_and_missing_thinking_are_found():
     wrong = _sample(90, answer="ZUC算法由GM/T 0002-2012规定，它是一种序列密码。", line=77)
     answer = SAMPLES[15].answer

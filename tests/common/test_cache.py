@@ -83,6 +83,40 @@ def test_what_others_may_write_and_what_lies_elsewhere_is_made_anew(tmp_path: Pa
     assert {path.name for path in folder.parent.iterdir()} == {"a", "a.lock", "written"}
 
 
+@pytest.fixture(params=["without effect", "refused"])
+def without_modes(request, tmp_path, monkeypatch):
+    """A mount that keeps no permissions and no owners, as a drive of Windows: all of it looks alike."""
+    look, change = os.stat, os.chmod
+
+    def seen(path, *arguments, **named):
+        found = look(path, *arguments, **named)
+        if not str(path).startswith(str(tmp_path)):
+            return found
+        fields, others = found.__reduce__()[1]
+        mode, inode, device, links, _, *rest = fields
+        return os.stat_result((mode | 0o777, inode, device, links, 54321, *rest), others)
+
+    def changed(path, *arguments, **named):
+        if not str(path).startswith(str(tmp_path)):
+            change(path, *arguments, **named)
+        elif request.param == "refused":
+            raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "stat", seen)
+    monkeypatch.setattr(os, "chmod", changed)
+
+
+def test_where_no_permissions_are_kept_a_folder_is_found_again(tmp_path, without_modes):
+    folder = tmp_path / "cache" / "a"
+    for _ in range(3):
+        assert fetch(folder) == 10
+    assert (tmp_path / "cache" / "written").read_text() == "x"
+    (folder / "numbers.npy").write_bytes(b"damaged")
+    assert fetch(folder) == 10
+    assert (tmp_path / "cache" / "written").read_text() == "xx"
+    assert {path.name for path in folder.parent.iterdir()} == {"a", "a.lock", "written"}
+
+
 def test_what_dead_processes_were_building_is_removed_and_what_lives_stays(tmp_path: Path):
     dead, alive = tmp_path / ".building-dead", tmp_path / ".building-alive"
     for folder in (dead, alive):

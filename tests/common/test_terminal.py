@@ -147,7 +147,10 @@ def test_other_ranks_are_silent(capfd):
     other = Terminal(is_main=False)
     with other.working("reading") as report:
         report(1, 2)
-    other.info("x"), other.warning("x"), other.final("x"), other.table("x", [("a", 1)])
+    other.info("x")
+    other.warning("x")
+    other.final("x")
+    other.table("x", [("a", 1)])
     other.start_progress(2, 0, 2)
     other.advance(1, LOGGED)
     captured = capfd.readouterr()

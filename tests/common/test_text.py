@@ -63,6 +63,28 @@ def test_secrets_are_redacted_by_place(monkeypatch: pytest.MonkeyPatch):
     }
 
 
+def test_addresses_of_robots_are_redacted_and_ordinary_paths_are_not(subtests):
+    """With their host, as a user gives them, and without, as libraries show them."""
+    key, slack = (
+        "0a1b2c3d-4e5f-6071-8293-a4b5c6d7e8f9",
+        "T0AB12CD/B0EF34GH/aB3dE5fG7hI9jK1lM3nO5pQ7",
+    )
+    for path in (f"/bot/v2/hook/{key}", f"/services/{slack}", f"/webhook/send?key={key}"):
+        for text in (f"at https://host{path}.", f"(url: {path})", f"'{path}'"):
+            with subtests.test(text=text):
+                said = redact(text)
+                assert REDACTED in said and key not in said and slack.split("/")[-1] not in said
+    for path in (
+        "/srv/services/Training/data.jsonl",
+        "/services/TEST/BASE/run.json",
+        "/home/u/bot/v2/hook/notes.md",
+        "https://docs.example/services/Terms",
+        "/data/webhook/send.csv",
+    ):
+        with subtests.test(path=path):
+            assert redact(path) == path
+
+
 def test_a_word_without_end_is_looked_at_once(subtests):
     """What a looping model writes. Tried from each letter anew this would take an hour."""
     for word in ["x", "密", "-", "token", "x-"]:

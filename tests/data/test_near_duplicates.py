@@ -1,15 +1,53 @@
-"""Near duplicates against a brute-force Jaccard join over all pairs."""
+"""Near duplicates against a brute-force Jaccard join over all pairs.
 
+uv run pytest -m "not long" tests/data/test_near_duplicates.py
+"""
+
+import os
 import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from finetuning.common.ngrams import normalized
+from finetuning.common.temporary_file import TemporaryFile
 from finetuning.data import near_duplicates
 from finetuning.data.near_duplicates import SampleClusters, jaccard, near_duplicate_clusters
 from finetuning.readers.sample import Sample
 from tests.helpers.similar_texts import similar_texts
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def exact_only(monkeypatch):
+    """The other join, which would find nearly the same, is not made, however many pairs are compared."""
+    monkeypatch.setattr(near_duplicates, "PAIRS_A_TEXT", 1_000_000)
+    monkeypatch.setattr(near_duplicates, "_MEETINGS_A_TEXT", 1_000_000)
+    monkeypatch.setattr(near_duplicates, "_join_minhash", None)
+
+
+@pytest.fixture
+def compared(monkeypatch):
+    """A one for each comparison of two texts."""
+    return _counted(monkeypatch, "_similarity")
+
+
+def _counted(monkeypatch, name: str) -> list[int]:
+    """A one for each call of a function of near_duplicates from here on."""
+    made, function = [], getattr(near_duplicates, name)
+
+    def call(*given):
+        made.append(1)
+        return function(*given)
+
+    monkeypatch.setattr(near_duplicates, name, call)
+    return made
 
 
 def _grams(text: str) -> set[str]:
@@ -32,7 +70,8 @@ def _brute_force(texts: list[str], threshold: float) -> np.ndarray:
 
 @pytest.mark.parametrize("threshold", [0.5, 0.8, 0.9])
 @pytest.mark.parametrize("exact_limit", [10_000, 0], ids=["exact", "minhash"])
-def test_clusters_equal_brute_force(threshold, exact_limit):
+def test_clusters_equal_brute_force(threshold, exact_limit, monkeypatch):
+    monkeypatch.setattr(near_duplicates, "_join_minhash" if exact_limit else "_join_exact", None)
     texts = similar_texts(200, seed=1, changed=100)
     expected = _brute_force(texts, threshold)
     assert len(set(expected.tolist())) < len(texts) - 20  # there is something to find
@@ -125,16 +164,22 @@ def form_letters(count: int, slots: int = 20) -> list[str]:
     ]
 
 
-def test_the_work_for_form_letters_grows_with_their_number(monkeypatch):
-    """Every pair of them would be compared, 600 for each of 1,200 texts."""
-    compared, similarity = [], near_duplicates._similarity
-    monkeypatch.setattr(
-        near_duplicates, "_similarity", lambda a, b: (compared.append(1), similarity(a, b))[1]
-    )
+def test_the_work_for_form_letters_grows_with_their_number(compared):
+    """Every pair would be compared, 600 for each of 1,200 texts; 15 if nobody counted those in vain."""
     for count in (600, 1200):
         compared.clear()
         near_duplicate_clusters(form_letters(count))
-        assert 1 < len(compared) / count < 20, count
+        assert 1 < len(compared) / count < 7, count
+
+
+@pytest.mark.parametrize("alone", ["PAIRS_A_TEXT", "_MEETINGS_A_TEXT"])
+def test_either_limit_alone_ends_the_exact_join(alone, monkeypatch):
+    """Each holds for what the other lets through: few meetings of many pairs, many of few."""
+    for limit in {"PAIRS_A_TEXT", "_MEETINGS_A_TEXT"} - {alone}:
+        monkeypatch.setattr(near_duplicates, limit, 1_000_000)
+    asked = _counted(monkeypatch, "_join_minhash")
+    near_duplicate_clusters(form_letters(300))
+    assert asked == [1]
 
 
 def test_near_ones_are_found_among_form_letters():
@@ -164,13 +209,13 @@ def long_patterns(count: int) -> list[str]:
 
 @pytest.mark.parametrize("texts", [arithmetic(300), long_patterns(40)], ids=["arithmetic", "long"])
 @pytest.mark.parametrize("threshold", [0.3, 0.5, 0.8])
-def test_patterns_are_joined_as_brute_force_joins_them(texts, threshold):
+def test_patterns_are_joined_as_brute_force_joins_them(texts, threshold, exact_only):
     found = near_duplicate_clusters(texts, threshold)
     np.testing.assert_array_equal(found, _brute_force(texts, threshold))
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.8, 1.0])
-def test_short_and_repeated_texts_are_joined_as_brute_force_joins_them(threshold):
+def test_short_and_repeated_texts_are_joined_as_brute_force_joins_them(threshold, exact_only):
     """Sets of one to a dozen shingles, where a prefix is nearly all of them."""
     drawn = random.Random(7)
     texts = ["".join(drawn.choices("密钥分", k=drawn.randint(1, 16))) for _ in range(300)]
@@ -179,14 +224,20 @@ def test_short_and_repeated_texts_are_joined_as_brute_force_joins_them(threshold
 
 
 @pytest.mark.parametrize("texts", [arithmetic, long_patterns])
-def test_few_of_a_pattern_are_compared(texts, monkeypatch):
-    """Those with several rare shingles in common, not all that share one."""
-    compared, similarity = [], near_duplicates._similarity
-    monkeypatch.setattr(
-        near_duplicates, "_similarity", lambda a, b: (compared.append(1), similarity(a, b))[1]
-    )
+def test_few_of_a_pattern_are_compared(texts, compared, exact_only):
+    """Those with several rare shingles in common, not all that share one: about two a text."""
     near_duplicate_clusters(texts(800))
-    assert len(compared) < near_duplicates.PAIRS_A_TEXT * 800
+    assert len(compared) < 800
+
+
+def test_what_occurs_once_is_in_no_prefix():
+    """Nobody shares it, and it would be most of what is joined."""
+    drawn = random.Random(5)
+    texts = ["".join(drawn.choices(SIGNS * 30, k=60)) for _ in range(200)]
+    with TemporaryFile() as file:
+        sets = near_duplicates._Sets(texts, np.arange(200), file)
+        prefixes, _ = near_duplicates._prefixes(sets, 0.8)
+        assert prefixes.nnz < 0.05 * sets.sizes.sum()
 
 
 @pytest.mark.slow
@@ -201,3 +252,87 @@ def test_both_searches_are_made_at_once_by_two_processes(tmp_path, monkeypatch):
         at_once.search_both()
         for found, wanted in zip((at_once.questions, at_once.pairs), expected, strict=True):
             np.testing.assert_array_equal(found, wanted)
+
+
+# ------------------------------------------------------------------------------------- temporary files
+
+WAITS = """
+import signal
+from finetuning.data import near_duplicates
+
+def wait(*_):
+    print("made", flush=True)
+    signal.pause()
+
+near_duplicates._likely_pairs = wait
+near_duplicates.near_duplicate_clusters(["密钥有多长？", "分组有多长？"] * 100, exact_limit=0)
+"""
+FILLS = """
+import random
+from finetuning.common.errors import UserError
+from finetuning.data.near_duplicates import near_duplicate_clusters
+
+drawn = random.Random(1)
+texts = ["".join(chr(0x4E00 + drawn.randrange(2000)) for _ in range(12)) for _ in range(9000)]
+try:
+    near_duplicate_clusters(texts, exact_limit=0)
+except UserError as error:
+    print(error)
+"""
+
+
+def _started(code: str, folder: Path, *before: str) -> subprocess.Popen:
+    """A program whose temporary files lie in a folder."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(folder)}
+    return subprocess.Popen(
+        [*before, sys.executable, "-c", code],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "SIGKILL"])
+def test_nothing_remains_of_one_that_a_signal_ends(tmp_path, how):
+    child = _started(WAITS, tmp_path)
+    try:
+        assert child.stdout.readline() == "made\n", child.stderr.read()
+    finally:
+        child.send_signal(getattr(signal, how))
+        child.communicate()
+    assert child.returncode and not list(tmp_path.iterdir())
+
+
+def _may_mount() -> bool:
+    """Whether this user may have a file system of his own."""
+    trial = [
+        "unshare",
+        "--user",
+        "--map-root-user",
+        "--mount",
+        "mount",
+        "-t",
+        "tmpfs",
+        "none",
+        "/mnt",
+    ]
+    return (
+        bool(shutil.which(trial[0])) and not subprocess.run(trial, capture_output=True).returncode
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not _may_mount(), reason="needs a file system of its own")
+@pytest.mark.parametrize("kilobytes", [256, 1024], ids=["sets", "signatures"])
+def test_a_full_temporary_folder_is_said(tmp_path, kilobytes):
+    """A page of a mapped file that finds no room would end the process by a signal."""
+    mount = f'mount -t tmpfs -o size={kilobytes}k none "{tmp_path}" && exec "$@"'
+    own = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, "sh"]
+    child = _started(FILLS, tmp_path, *own)
+    said, complaint = child.communicate()
+    assert child.returncode == 0, complaint
+    assert said.startswith(f"can't write to the temporary folder {tmp_path}: No space left")
+    assert "TMPDIR" in said and said.count("\n") == 1

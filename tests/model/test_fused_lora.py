@@ -229,7 +229,8 @@ def test_a_layer_called_alone_or_twice_or_on_other_input_is_right():
         for call in calls:
             output = (q, k, v)[call // 2]((x, other)[call % 2])
             torch.testing.assert_close(output, expected[call], atol=1e-5, rtol=1e-4)
-    k(x), v(x)  # whoever asks last empties the group
+    k(x)
+    v(x)  # whoever asks last empties the group
     assert q._group._input is None and q._group._outputs == []
 
 

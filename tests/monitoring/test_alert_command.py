@@ -51,13 +51,14 @@ def wait_for(path: Path) -> None:
 
 def is_gone(process: int) -> bool:
     deadline = time.monotonic() + 5
-    while psutil.pid_exists(process):
-        if psutil.Process(process).status() == psutil.STATUS_ZOMBIE:
+    while time.monotonic() < deadline:
+        try:
+            if psutil.Process(process).status() == psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.NoSuchProcess:
             return True
-        if time.monotonic() > deadline:
-            return False
         time.sleep(0.02)
-    return True
+    return False
 
 
 def test_command_gets_the_alert_as_json_and_nothing_is_interpreted(tmp_path):
@@ -122,24 +123,69 @@ def test_the_end_of_a_run_waits_for_commands_a_little(tmp_path, capsys, monkeypa
         assert capsys.readouterr().err.count("was ended with the run") == 2
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's word, Linux")
+DESCENDANTS = """
+import os, pathlib, subprocess, sys, time
+folder, depth = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+if depth:
+    for own_session in (False, True):
+        subprocess.Popen([sys.executable, "-S", "-c", sys.argv[3], folder, str(depth - 1), sys.argv[3]],
+                         start_new_session=own_session, stderr=subprocess.DEVNULL)
+(folder / f"{os.getpid()}.part").write_text("")
+(folder / f"{os.getpid()}.part").rename(folder / str(os.getpid()))
+if depth != 1:  # those below lose their parent
+    time.sleep(60)
+"""
+
+
+def descendants(folder: Path) -> list[int]:
+    """The command, those that it started, and theirs: some in sessions of their own, some orphans."""
+    deadline = time.monotonic() + 30
+    while len(found := [int(path.name) for path in folder.glob("*[0-9]")]) < 7:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return found
+
+
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's word, Linux")
+
+
+@linux
 def test_a_command_ends_with_a_parent_that_is_killed(tmp_path):
-    noted = (
-        "import os, pathlib, sys, time; pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); "
-        "time.sleep(60)"
-    )
+    """And so does all that it started."""
     start = f"""
 import time
 from finetuning.monitoring.alert_command import AlertCommand
 from finetuning.monitoring.alerts import Alert
-AlertCommand({python(noted, tmp_path / "pid")!r}, Alert("NonFinite", 1, 1.0, 0.0))
+command = {python(DESCENDANTS, tmp_path, 2, DESCENDANTS)!r}
+AlertCommand(command, Alert("NonFinite", 1, 1.0, 0.0))
 time.sleep(60)
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     parent = subprocess.Popen([sys.executable, "-c", start], env=environment)
     try:
-        wait_for(tmp_path / "pid")
+        found = descendants(tmp_path)
     finally:
         parent.kill()
         parent.wait()
-    assert is_gone(int((tmp_path / "pid").read_text()))
+    assert all(map(is_gone, found))
+
+
+@linux
+def test_what_a_command_left_behind_ends_when_its_time_is_up(tmp_path, capsys):
+    command = AlertCommand(python(DESCENDANTS, tmp_path, 2, DESCENDANTS), EVIL, timeout_s=3)
+    found = descendants(tmp_path)
+    command.join(30)
+    assert "was ended after 3 s" in capsys.readouterr().err
+    assert all(map(is_gone, found))
+
+
+@linux
+def test_a_command_that_leaves_a_process_behind_has_ended_with_it(tmp_path, capsys):
+    leaves = """
+import pathlib, subprocess, sys
+subprocess.Popen([sys.executable, "-c", f"import time; time.sleep(0.5); open({sys.argv[1]!r}, 'w')"],
+                 start_new_session=True, stderr=subprocess.DEVNULL)
+sys.exit(3)
+"""
+    AlertCommand(python(leaves, tmp_path / "done"), EVIL).join(30)
+    assert (tmp_path / "done").exists() and "exited 3" in capsys.readouterr().err

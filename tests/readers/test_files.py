@@ -87,6 +87,7 @@ def test_a_file_in_a_folder_that_holds_nothing_is_skipped_and_told(tmp_path):
     """Empty, blank, without a record; one that was named itself is refused (above)."""
     (tmp_path / "a.md").write_text(PLAIN, encoding="utf-8")
     nothing = {"b.jsonl": "", "c.csv": "", "d.md": "", "e.jsonl": "\n\n", "f.json": "[]"}
+    nothing |= {"i.json": '{"data": []}', "j.json": '{"version": 2, "data": [], "name": "qa"}'}
     nothing |= {"g.csv": "question,answer\n", "h.xlsx": ""}
     for name, content in nothing.items():
         (tmp_path / name).write_text(content, encoding="utf-8")
@@ -105,8 +106,12 @@ def test_a_file_in_a_folder_that_holds_nothing_is_skipped_and_told(tmp_path):
     folder = tmp_path / "only"
     folder.mkdir()
     (folder / "a.jsonl").write_text("")
-    with pytest.raises(UserError, match=r"holds no .*; empty files: 1"):
-        read_samples([str(folder)])
+    for empty in (folder, folder / "*", folder / "*.jsonl"):
+        with pytest.raises(UserError, match=r"(holds no|no data file matches) .*; empty files: 1"):
+            read_samples([str(empty)])
+    (folder / "b.pdf").write_text("x")
+    with pytest.raises(UserError, match=r"matches .*; 1 files of other kinds .*; empty files: 1"):
+        read_samples([str(folder / "*")])
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX special files")

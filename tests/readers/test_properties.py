@@ -8,7 +8,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from finetuning.readers.files import DataFile
+from finetuning.readers.findings import Findings
 from finetuning.readers.names import meaning
+from finetuning.readers.records import record_sample
+from finetuning.readers.sample import LeftOutError
 from tests.helpers.generated_records import NAMES, PLAIN, RECORD, SENTENCE, ids, outcome, written
 
 MANY = settings(
@@ -68,6 +72,31 @@ def test_a_planted_key_of_a_turn_is_used_or_told(tmp_path, records, name, text, 
 WORDS = """question 问题 prompt instruction input answer 参考答案 model_answer output thinking 解析 思维链 cot
 explanation system 人设 context 选项A 选项B 备注"""
 COLUMNS = st.sampled_from(WORDS.split())
+
+
+ASKED = """审核 复核 数据 系统 证书 已 需 有 待 可 未 不 效 求 用 误 问题 答案 正确 有效 满足 要求 重复 返工
+通过 公开"""
+PARTS = st.lists(st.sampled_from(ASKED.split()), max_size=3).map("".join)
+
+
+@given(PARTS, st.sampled_from(["是否", "是不是", "有没有", "能否"]), PARTS)
+@settings(MANY, max_examples=5 * MANY.max_examples)
+def test_a_yes_or_a_no_is_heeded_or_told_and_is_no_text(subject, asks, what):
+    """Whatever a name asks: of yes and no one at least speaks against the record, or nobody knows."""
+    name = f"{subject}{asks}{what}"
+    silent = []
+    for value in ("是", "否"):
+        findings = Findings()
+        try:
+            reading = record_sample({"问题": "SM3？", "回复": "256比特。", name: value})
+        except LeftOutError as error:
+            assert str(error) == f"its {name} is {value}"
+            continue
+        findings.record(1, reading)
+        assert (reading.sample.question, reading.sample.answer) == ("SM3？", "256比特。")
+        told = findings.remarks(DataFile("", "", "json", 0, ""))
+        silent += [value] if not any(name in remark.text for remark in told) else []
+    assert len(silent) < 2, name
 
 
 @given(st.dictionaries(COLUMNS, SENTENCE, min_size=2), st.randoms())

@@ -348,7 +348,10 @@ class Runner:
         if "--format" in arguments:
             pytest.importorskip("gguf", reason="needs the package gguf: uv run --extra gguf")
         output = self.folder / arguments[arguments.index("--output") + 1]
-        shutil.rmtree(output) if output.is_dir() else output.unlink(missing_ok=True)
+        if output.is_dir():
+            shutil.rmtree(output)
+        else:
+            output.unlink(missing_ok=True)
 
     def ollama(self, arguments: list[str]) -> None:
         """By its parts, Go's template and llama.cpp: the program itself comes from no package index."""

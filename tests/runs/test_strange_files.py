@@ -343,7 +343,8 @@ def test_no_folder_of_a_run_is_a_traceback(finished: Path, tmp_path: Path, count
             (run.logs / other).write_text("".join(json.dumps(row) + "\n" for row in content))
         write_report(run)
         runs = comparison.read_all([run], curves=True) * 2
-        comparison.page(runs), comparison.as_json(runs)
+        comparison.page(runs)
+        comparison.as_json(runs)
 
     attack(count, trial)
 
