@@ -1,7 +1,8 @@
 """A copy of a run's checkpoints and models elsewhere, made behind the training; and the way back from there.
 
-What is to be copied is held by hard links, so that the training may remove and replace its own files
-meanwhile. A thread uploads; of each kind the newest counts, so a slow target gets fewer, not older ones.
+What is to be copied is held meanwhile: by hard links what nobody writes to any more, so that the training may
+remove and replace its own files; the run's records, which it goes on writing, by copies of what they are then.
+A thread uploads; of each kind the newest counts, so a slow target gets fewer, not older ones.
 """
 
 import json
@@ -18,7 +19,7 @@ from typing import Any
 from finetuning.common.bounds import MIRROR_END
 from finetuning.common.errors import RunStopped, UserError
 from finetuning.common.files import fsync_directory, read_json_object, staging_folder
-from finetuning.common.remote import RemoteFolder, check_address, hidden_parts, shown_address
+from finetuning.common.remote import BLOCK, RemoteFolder, check_address, hidden_parts, shown_address
 from finetuning.common.terminal import Terminal
 from finetuning.common.text import without
 from finetuning.config import OutputSettings
@@ -32,11 +33,11 @@ LOGS = ("tensorboard_logs", "training_logs")
 
 @dataclass(frozen=True)
 class _Copy:
-    """What is to be uploaded: its files, held by links, each up to a size."""
+    """What is to be uploaded: its files, held."""
 
     about: dict[str, Any]
-    files: dict[str, tuple[Path, int]]
-    folder: Path  # of the links
+    files: dict[str, Path]
+    folder: Path  # in which they are held
     protect: str  # checkpoint that is kept beside the newest
 
 
@@ -123,7 +124,7 @@ class Mirror:
     def _add(
         self, kind: str, name: str, step: int, files: Mapping[str, Path], protect: str = ""
     ) -> None:
-        """Hold the files by links, in place of what waits of this kind."""
+        """Hold the files, in place of what waits of this kind."""
         with self._changed:
             self._number += 1
         folder = self._staging / str(self._number)
@@ -160,8 +161,7 @@ class Mirror:
         """Whether it is there now."""
         try:
             mirror = RemoteFolder(self._address)
-            files = {name: _cut(path, size) for name, (path, size) in copy.files.items()}
-            write_bundle(mirror, copy.about, files)
+            write_bundle(mirror, copy.about, copy.files)
         except Exception as error:  # libraries of object stores raise what they like
             self._fail(f"{type(error).__name__}: {error}")
             return False
@@ -305,24 +305,25 @@ def _files(folder: Path) -> dict[str, Path]:
     return {p.name: p for p in paths if p.is_file() and not p.name.startswith(".")}
 
 
-def _held(files: Mapping[str, Path], folder: Path) -> Iterator[tuple[str, tuple[Path, int]]]:
-    """Links to files, and their sizes now; copies where the disk has no links."""
+def _held(files: Mapping[str, Path], folder: Path) -> Iterator[tuple[str, Path]]:
+    """Records as they are now; links to the other files, or copies where the disk has no links."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, (name, path) in enumerate(files.items()):
         held = folder / str(number)
-        size = path.stat().st_size
-        try:
-            os.link(path, held)
-        except OSError:
-            shutil.copyfile(path, held)
-        yield name, (held, size)
+        if name.partition("/")[0] in LOGS:
+            _copy_as_it_is_now(path, held)
+        else:
+            try:
+                os.link(path, held)
+            except OSError:
+                shutil.copyfile(path, held)
+        yield name, held
 
 
-def _cut(path: Path, size: int) -> Path:
-    """The file, or its beginning where the run has written on."""
-    if path.stat().st_size <= size:
-        return path
-    beginning = path.with_name(f"{path.name}.cut")
-    shutil.copyfile(path, beginning)
-    os.truncate(beginning, size)
-    return beginning
+def _copy_as_it_is_now(path: Path, target: Path) -> None:
+    """A file that is written to meanwhile, up to its size at the beginning."""
+    with path.open("rb") as file, target.open("wb") as copy:
+        left = os.fstat(file.fileno()).st_size
+        while left and (data := file.read(min(left, BLOCK))):
+            copy.write(data)
+            left -= len(data)

@@ -165,22 +165,30 @@ def test_what_was_saved_comes_back_on_an_empty_machine(tmp_path: Path, address: 
     ]
 
 
-def test_records_are_those_of_the_checkpoint(tmp_path: Path, memory: str):
-    """What the run writes while the files are on their way does not come along."""
-    mirror, heard = begin(tmp_path / "a", memory)
-    run, go_on = RunDirectory(tmp_path / "a", RUN), threading.Event()
-    put = RemoteFolder.put
-    with (
-        mock.patch.object(RemoteFolder, "put", lambda *a: (go_on.wait(10), put(*a))),
-        mirror,
-    ):
-        mirror.add_checkpoint(run, checkpoint(tmp_path / "a", 2), None)
-        with open(run.logs / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write("step 3\n")
-        go_on.set()
-        until(lambda: heard.infos)
-    fetched(tmp_path / "b", memory)
-    assert (tmp_path / "b" / "training_logs" / RUN / "metrics.jsonl").read_text() == "step 2\n"
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_records_are_those_of_the_checkpoint(tmp_path: Path, address: str, when: str):
+    """What the run writes before or after each file that is sent harms no upload and does not come along."""
+    mirror, heard = begin(tmp_path / "a", address)
+    run, put = RunDirectory(tmp_path / "a", RUN), RemoteFolder.put
+
+    def while_the_run_writes(*arguments: object) -> None:
+        for step, moment in ((3, "before"), (4, "after")):
+            if moment == when:
+                for file in (run.logs / "metrics.jsonl", run.tensorboard / "events"):
+                    with open(file, "a", encoding="utf-8") as live:
+                        live.write(f"step {step}\n")
+            if moment == "before":
+                put(*arguments)
+
+    with mock.patch.object(RemoteFolder, "put", while_the_run_writes), mirror:
+        path = checkpoint(tmp_path / "a", 2)
+        mirror.add_checkpoint(run, path, None)
+        arrives(heard, path)
+    assert heard.warnings == []
+    fetched(tmp_path / "b", address)
+    for place in ("training_logs", "tensorboard_logs"):
+        (file,) = (tmp_path / "b" / place / RUN).iterdir()
+        assert file.read_text() == "step 2\n"
 
 
 def test_of_several_runs_the_one_that_was_mirrored_last_goes_on(tmp_path: Path, memory: str):
