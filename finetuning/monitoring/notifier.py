@@ -80,7 +80,12 @@ class _Line:
                 if not self._waiting:
                     return
                 notice = self._waiting.popleft()
-            self._deliver(notice)
+            try:
+                self._deliver(notice)
+            except (
+                Exception
+            ) as error:  # of a mistake of ours, too, one line tells, and the next one is tried
+                self._lost(type(error).__name__)
 
     def _deliver(self, notice: Notice) -> None:
         gives_up, pause = time.monotonic() + NOTICE_PATIENCE.limit, FIRST_PAUSE
