@@ -31,7 +31,8 @@ def check_address(address: str, name: str, *, apart: str = "") -> None:
         raise UserError(
             f"{name} {clean_line(protocol, 40)}://: {reason}; install what it takes, or give a folder"
         ) from None
-    for part in address.split("::"):  # an address may lead through others
+    *through, last = address.split("::")  # an address may lead through others
+    for part in (*(one for one in through if "://" in one), last):
         if apart and get_protocol(part) in LOCAL:
             place = fsspec.core.url_to_fs(part)[1]
             if _is_within(place, apart) or _is_within(apart, place):

@@ -34,6 +34,7 @@ REDACTED = "[redacted]"
 SHORTEST_SECRET = 6  # characters; a shorter word is too common to be searched for
 PIECE = 8  # of a word, as it may be that of a longer one
 PIECE_OF_SECRET = 4  # of what is a secret and nothing else
+SHOWN = 300  # characters of what others say
 
 
 def clean(text: str, limit: int | None = None) -> str:
@@ -72,7 +73,7 @@ def without(text: str, *secrets: str, piece: int = PIECE) -> str:
     words = {word for form in forms for word in (form, *re.split(r"[^\w.-]+", form))}
     pieces = {word for word in words if len(word) >= SHORTEST_SECRET}
     pieces |= {form[i : i + piece] for form in forms for i in range(len(form) - piece + 1)}
-    text = clean(text)
+    text = clean(text)[: 10 * SHOWN]  # the rest is not shown, whatever is hidden before it
     hidden = [False] * len(text)
     for length in {len(found) for found in pieces}:
         for i in range(len(text) - length + 1):
@@ -80,7 +81,7 @@ def without(text: str, *secrets: str, piece: int = PIECE) -> str:
                 hidden[i : i + length] = [True] * length
     runs = groupby(zip(hidden, text, strict=True), key=lambda pair: pair[0])
     shown = (REDACTED if hides else "".join(letter for _, letter in run) for hides, run in runs)
-    return clean_line(redact("".join(shown)), 300)
+    return clean_line(redact("".join(shown)), SHOWN)
 
 
 def redact_values(value: Any, key: str = "") -> Any:

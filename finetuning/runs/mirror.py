@@ -221,24 +221,24 @@ class Mirror:
     def _prune(self, mirror: RemoteFolder, copy: _Copy) -> None:
         """Remove the run's oldest checkpoints beyond `keep`, and what was cut; never the newest, nor another
         run's. One that can't be removed keeps no other."""
-        faults = []
+        faults: list[Exception] = []
         try:
             found = read_checkpoints(mirror, copy.about["run"])
-            self._latest = max(self._latest, *(bundle.at for bundle in found.whole))
-            kept = {bundle.name for bundle in found.whole[: self._keep]}
-            kept |= {copy.about["name"], copy.protect}
-            for folder in (*found.cut, *(b.folder for b in found.whole if b.name not in kept)):
-                try:
-                    mirror.remove(folder)
-                except Exception as error:  # libraries of object stores raise what they like
-                    faults.append(error)
-        except Exception as error:  # the same
-            faults.append(error)
-        if not faults:
+        except Exception as error:  # libraries of object stores raise what they like
+            faults, found = [error], Checkpoints([], [], [])
+        self._latest = max([self._latest, *(bundle.at for bundle in found.whole)])
+        kept = {bundle.name for bundle in found.whole[: self._keep]}
+        kept |= {copy.about["name"], copy.protect}
+        for folder in (*found.cut, *(b.folder for b in found.whole if b.name not in kept)):
+            try:
+                mirror.remove(folder)
+            except Exception as error:  # the same
+                faults.append(error)
+        if faults:
+            reason = f"{type(faults[0]).__name__}: {faults[0]}"
+            self._fail("pruning", f"old checkpoints can't be removed ({reason})")
+        else:
             self._goes_well("pruning")
-            return
-        reason = f"{type(faults[0]).__name__}: {faults[0]}"
-        self._fail("pruning", f"old checkpoints can't be removed ({reason})")
 
     @contextmanager
     def _faults_are_told(self, name: str) -> Iterator[None]:

@@ -712,7 +712,9 @@ def test_a_mirror_within_the_output_or_around_it_is_refused(
         check_address(chained, "mirror", apart="out")
 
 
-def test_a_mirror_beside_the_output_is_taken(tmp_path: Path):
+def test_a_mirror_beside_the_output_is_taken(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check_address(f"simplecache::memory://{tmp_path.name}", "mirror", apart=".")
     out = str(tmp_path / "out")
     for address in (tmp_path / "outer", tmp_path / "o", f"memory://{out}", f"file://{out}2"):
         check_address(str(address), "mirror", apart=out)
@@ -841,6 +843,34 @@ def train_until(count: int, *arguments: object, **session: object) -> None:
     """A session that is killed in the middle of the upload of its `count`-th file."""
     with failing_after(count, lambda: os.kill(os.getpid(), signal.SIGKILL)):
         train(*arguments, **session)
+
+
+@pytest.mark.slow
+def test_a_signal_to_a_run_that_waits_for_its_mirror(
+    tmp_path: Path, run, memory: str, capfd, monkeypatch
+):
+    """The run is done, and its end no ten minutes away."""
+
+    class Limit:
+        @property
+        def limit(self) -> int:
+            """Asked when the wait begins."""
+            process = os.getpid()
+            threading.Timer(0.5, lambda: os.kill(process, signal.SIGTERM)).start()
+            return MIRROR_END.limit
+
+    go_on = threading.Event()
+    monkeypatch.setattr(module, "MIRROR_END", Limit())
+    monkeypatch.setattr(RemoteFolder, "put", lambda *a: go_on.wait(60))
+    begun = time.monotonic()
+    assert run(tmp_path, "--max-steps", "2", "--mirror", memory) == 0
+    assert time.monotonic() - begun < 50
+    go_on.set()
+    printed = capfd.readouterr()
+    told = f"warning: mirror {memory}: the last upload was not done and is left"
+    assert told in " ".join((printed.out + printed.err).split())
+    (status,) = (tmp_path / "out").glob("training_logs/*/status.json")
+    assert json.loads(status.read_text())["status"] == "completed"
 
 
 @pytest.mark.slow
