@@ -33,7 +33,7 @@ if __name__ == "__main__":  # help, wrong settings and paths need none of the sl
     try:
         command = parse_command_line(sys.argv[1:])
         check_paths(command.training)
-        check_address(command.training.mirror, "mirror", apart=command.training.output_dir)
+        check_address(command.training.mirror, "mirror", output_dir=command.training.output_dir)
         read_channels(command.training.notify if process.is_first_rank() else ())
         first = Terminal(quiet=command.quiet, is_main=process.is_first_rank())
         first.info("starting: the libraries are being loaded")

@@ -13,10 +13,10 @@ BLOCK = 8 * 2**20  # bytes that are held at once
 LOCAL = ("file", "local")  # protocols of folders of this machine
 
 
-def check_address(address: str, name: str, *, apart: str = "") -> None:
+def check_address(address: str, name: str, *, output_dir: str = "") -> None:
     """Raise UserError where nothing here can reach such an address. Nothing is asked over a network.
 
-    name: of the setting. An empty address is none. apart: a folder that it must neither be, hold nor lie in.
+    name: of the setting. An empty address is none. output_dir: what it must neither be, hold nor lie in.
     """
     if not address:
         return
@@ -33,12 +33,13 @@ def check_address(address: str, name: str, *, apart: str = "") -> None:
         ) from None
     *through, last = address.split("::")  # an address may lead through others
     for part in (*(one for one in through if "://" in one), last):
-        if apart and get_protocol(part) in LOCAL:
+        if output_dir and get_protocol(part) in LOCAL:
             place = fsspec.core.url_to_fs(part)[1]
-            if _is_within(place, apart) or _is_within(apart, place):
+            if _is_within(place, output_dir) or _is_within(output_dir, place):
                 raise UserError(
-                    f"{name} {clean_line(shown_address(part), 200)}: it is, holds or lies in the folder that "
-                    f"it is to be a copy of, {clean_line(apart, 200)}; give a folder apart from that"
+                    f"{name} {clean_line(shown_address(part), 200)} and output_dir "
+                    f"{clean_line(output_dir, 200)} are one folder, or one lies in the other; give the "
+                    "mirror a place of its own"
                 )
 
 

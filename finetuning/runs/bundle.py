@@ -63,10 +63,14 @@ def read_checkpoints(mirror: RemoteFolder, run: str) -> Checkpoints:
             if bundle := read_bundle(mirror, run, name):
                 found.whole.append(bundle)
             else:
-                there = mirror.read(f"{folder}/{MANIFEST}", 1) is not None
-                (found.damaged if there else found.cut).append(folder)
+                (found.damaged if has_manifest(mirror, folder) else found.cut).append(folder)
     found.whole.sort(key=lambda bundle: bundle.at, reverse=True)
     return found
+
+
+def has_manifest(mirror: RemoteFolder, folder: str) -> bool:
+    """Whether a bundle was whole there once; where it is no more, it is damaged."""
+    return mirror.read(f"{folder}/{MANIFEST}", 1) is not None
 
 
 def read_bundle(mirror: RemoteFolder, run: str, name: str) -> Bundle | None:

@@ -30,6 +30,7 @@ from finetuning.runs.bundle import (
     Checkpoints,
     DamagedBundle,
     fetch_files,
+    has_manifest,
     read_bundle,
     read_checkpoints,
     write_bundle,
@@ -72,7 +73,7 @@ class Mirror:
         *,
         is_main: bool,
     ) -> None:
-        check_address(output.mirror, "mirror", apart=output.output_dir)
+        check_address(output.mirror, "mirror", output_dir=output.output_dir)
         self._address = output.mirror if is_main else ""
         self._output, self._keep = Path(output.output_dir), output.save_total_limit
         self._staging = self._output / MIRRORING
@@ -292,6 +293,9 @@ class Mirror:
         newest = self._newest_run(found)
         if not newest:
             self._terminal.info(f"mirror {self._shown}: there is no checkpoint yet")
+        for folder in (folder for of_run in found.values() for folder in of_run.cut):
+            self._terminal.info(f"mirror: {folder} is an upload that was cut; it is passed over")
+        if not newest:
             return
         for folder in found[newest].damaged:
             self._terminal.warning(f"mirror: {folder}/{BUNDLE} is damaged; it is passed over")
@@ -329,13 +333,19 @@ class Mirror:
         try:
             yield
         except Exception as error:  # libraries of object stores raise what they like
-            if isinstance(error, OSError) and error.errno in FULL:
-                raise  # not the mirror's fault
+            if self._is_of_our_disk(error):
+                raise
             reason = self._harmless(f"{type(error).__name__}: {error}")
             raise RunStopped(
                 f"mirror {self._shown}: can't be read ({reason}), so it is not known whether the run goes on "
                 "from there; try again, or start without --resume"
             ) from error
+
+    def _is_of_our_disk(self, error: Exception) -> bool:
+        """Whether it is no fault of the mirror: what is read there fills no disk and has no name of ours."""
+        name = getattr(error, "filename", None)
+        ours = isinstance(name, (str, Path)) and _is_below(Path(name), self._output)
+        return isinstance(error, OSError) and (error.errno in FULL or ours)
 
     def _fetch_run(self, mirror: RemoteFolder, bundle: Bundle) -> None:
         run = RunDirectory(self._output, bundle.run)
@@ -370,6 +380,12 @@ class Mirror:
     def _fetch_best(self, mirror: RemoteFolder, run: RunDirectory, step: int) -> None:
         """To the place from which the run takes its models back."""
         best = read_bundle(mirror, run.name, run.best_model.name)
+        folder = f"{run.name}/{run.best_model.name}"
+        if best is None and has_manifest(mirror, folder):
+            self._terminal.warning(
+                f"mirror: {folder}/{BUNDLE} is damaged; the best model is not carried"
+            )
+            return
         if best is None or best.step != step:
             self._terminal.info(f"best_model, of step {step}, is not at the mirror: not carried")
             return
@@ -394,6 +410,10 @@ def _latest(mirror: RemoteFolder) -> float:
     """The time of the checkpoint that was mirrored last, of whatever run; 0 for none."""
     runs = [read_checkpoints(mirror, name) for name in mirror.names() if is_run_name(name)]
     return max((of_run.whole[0].at for of_run in runs if of_run.whole), default=0.0)
+
+
+def _is_below(path: Path, folder: Path) -> bool:
+    return path.absolute().is_relative_to(folder.absolute())
 
 
 def _files(folder: Path) -> dict[str, Path]:

@@ -376,6 +376,30 @@ def test_damaged_files_are_told_and_the_checkpoint_before_is_taken(tmp_path: Pat
     assert fetched(tmp_path / "c", address)[0] == ["checkpoint-4"]
 
 
+def test_a_damaged_manifest_of_a_best_model_is_told(tmp_path: Path, memory: str):
+    mirrored(tmp_path / "a", memory, 4, best=3)
+    damage(memory, f"{RUN}/best_model/mirror.json")
+    names, heard = fetched(tmp_path / "b", memory)
+    assert names == ["checkpoint-4"] and heard.warnings == [
+        f"mirror: {RUN}/best_model/mirror.json is damaged; the best model is not carried"
+    ]
+
+
+def test_an_upload_that_was_cut_is_told(tmp_path: Path, address: str):
+    for run in (RUN, OTHER):
+        RemoteFolder(address).write(f"{run}/checkpoint-9/state.json", b"half")
+    told = [
+        f"mirror: {r}/checkpoint-9 is an upload that was cut; it is passed over"
+        for r in (RUN, OTHER)
+    ]
+    names, heard = fetched(tmp_path / "b", address)
+    assert names == heard.warnings == []
+    assert heard.infos == [f"mirror {address}: there is no checkpoint yet", *told]
+    mirrored(tmp_path / "o", address, 2)  # which removes what was cut of its run
+    names, heard = fetched(tmp_path / "c", address)
+    assert names == ["checkpoint-2"] and heard.infos[0] == told[1] and len(heard.infos) == 2
+
+
 @pytest.mark.parametrize("file", ["state.json", "mirror.json"])
 def test_no_other_run_takes_the_place_of_a_damaged_one(tmp_path: Path, address: str, file: str):
     mirror, _ = begin(tmp_path / "o", address)
@@ -673,10 +697,15 @@ def test_a_disk_that_is_full_where_a_checkpoint_comes_to_is_not_the_mirrors_faul
     tmp_path: Path, memory: str
 ):
     mirrored(tmp_path / "a", memory, 2)
-    full = mock.patch.object(RemoteFolder, "get", side_effect=OSError(28, "No space left"))
-    told = pytest.raises(RunStopped, match=r"^output_dir .*No space left")
-    with full, told, disk_faults_stop_the_run(tmp_path / "b"):
-        fetched(tmp_path / "b", memory)
+    for fault, blamed in (
+        (OSError(28, "No space left"), "output_dir"),
+        (PermissionError(13, "not yours", str(tmp_path / "b" / "checkpoints")), "output_dir"),
+        (PermissionError(13, "not yours", str(tmp_path / "bucket")), "mirror"),
+    ):
+        told = pytest.raises(RunStopped, match=rf"^{blamed} .*{fault.strerror}")
+        broken = mock.patch.object(RemoteFolder, "get", side_effect=fault)
+        with broken, told, disk_faults_stop_the_run(tmp_path / "b"):
+            fetched(tmp_path / "b", memory)
     assert [p for p in (tmp_path / "b").rglob("*") if p.is_file()] == []
 
 
@@ -706,18 +735,18 @@ def test_a_mirror_within_the_output_or_around_it_is_refused(
     assert time.monotonic() - begun < 5 and not (tmp_path / "out").exists()
     printed = capfd.readouterr().err
     assert printed.startswith("error: mirror ") and printed.count("\n") == 1
-    assert "give a folder apart from that" in printed
+    assert "give the mirror a place of its own" in printed
     chained = f"simplecache::file://{tmp_path}/out"
     with pytest.raises(UserError):
-        check_address(chained, "mirror", apart="out")
+        check_address(chained, "mirror", output_dir="out")
 
 
 def test_a_mirror_beside_the_output_is_taken(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    check_address(f"simplecache::memory://{tmp_path.name}", "mirror", apart=".")
+    check_address(f"simplecache::memory://{tmp_path.name}", "mirror", output_dir=".")
     out = str(tmp_path / "out")
     for address in (tmp_path / "outer", tmp_path / "o", f"memory://{out}", f"file://{out}2"):
-        check_address(str(address), "mirror", apart=out)
+        check_address(str(address), "mirror", output_dir=out)
 
 
 @pytest.mark.parametrize(
