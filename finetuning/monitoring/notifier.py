@@ -82,9 +82,7 @@ class _Line:
                 notice = self._waiting.popleft()
             try:
                 self._deliver(notice)
-            except (
-                Exception
-            ) as error:  # of a mistake of ours, too, one line tells, and the next one is tried
+            except Exception as error:  # a mistake of ours is told as well, and the next one goes
                 self._lost(type(error).__name__)
 
     def _deliver(self, notice: Notice) -> None:
