@@ -84,7 +84,7 @@ class Mirror:
         self._failing: set[str] = set()  # kinds that have failed when they were tried last
         self._ends = self._told = self._held_told = False  # told: of a target that is away
         self._number = 0  # of the newest copy
-        self._latest: float | None = None  # time of what was mirrored last, as far as is known
+        self._latest: float | None = None  # time of what was mirrored last, once something was
         self._at_once = at_once
         self._run: RunDirectory | None = None
         # Asked instead of the thread, which CPython 3.11 takes for dead once a signal breaks off a `join`.
@@ -207,9 +207,10 @@ class Mirror:
         name = copy.about["name"]
         try:
             mirror = RemoteFolder(self._address)
-            if self._latest is None:
-                self._latest = _latest(mirror)
-            self._latest = write_bundle(mirror, copy.about, copy.files, self._latest).at
+            if self._latest is not None:
+                mirror.look()  # a disk that was unmounted leaves an empty place, which is not the mirror
+            latest = _latest(mirror) if self._latest is None else self._latest
+            self._latest = write_bundle(mirror, copy.about, copy.files, latest).at
         except Exception as error:  # libraries of object stores raise what they like
             self._fail(kind, f"{name}: {type(error).__name__}: {error}")
             return False
@@ -408,8 +409,13 @@ class Mirror:
 
 def _latest(mirror: RemoteFolder) -> float:
     """The time of the checkpoint that was mirrored last, of whatever run; 0 for none."""
-    runs = [read_checkpoints(mirror, name) for name in mirror.names() if is_run_name(name)]
-    return max((of_run.whole[0].at for of_run in runs if of_run.whole), default=0.0)
+    times = [0.0]
+    for name in filter(is_run_name, mirror.names()):
+        with suppress(
+            Exception
+        ):  # a folder that can't be read says nothing, and holds up no upload
+            times += [bundle.at for bundle in read_checkpoints(mirror, name).whole]
+    return max(times)
 
 
 def _is_below(path: Path, folder: Path) -> bool:

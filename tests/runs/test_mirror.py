@@ -562,6 +562,36 @@ def test_what_always_fails_is_told_once_and_blocks_nothing_else(
     assert f"mirror {memory}: {broken}" in heard.warnings[0]
 
 
+def test_a_folder_of_others_that_can_not_be_read_holds_up_no_upload(tmp_path: Path, memory: str):
+    RemoteFolder(memory).write(f"{OTHER}/checkpoint-1/mirror.json", b"of somebody else")
+    names = RemoteFolder.names
+
+    def refuses(self: RemoteFolder, folder: str = "") -> list[str]:
+        if folder == OTHER:
+            raise PermissionError("not yours")
+        return names(self, folder)
+
+    with mock.patch.object(RemoteFolder, "names", refuses):
+        mirrored(tmp_path / "a", memory, 2)
+    assert whole_at(memory) == {"checkpoint-2", "records"}
+
+
+def test_a_disk_that_is_unmounted_meanwhile_is_a_target_that_is_away(tmp_path: Path):
+    """What is written into its empty place fills another disk and is no copy elsewhere."""
+    place, run = tmp_path / "disk" / "mirror", RunDirectory(tmp_path / "a", RUN)
+    mirror, heard = begin(tmp_path / "a", str(place))
+    with mirror:
+        for step in (2, 4, 6):
+            if step == 4:
+                place.rename(tmp_path / "elsewhere")
+            if step == 6:
+                (tmp_path / "elsewhere").rename(place)
+            mirror.add_checkpoint(run, checkpoint(tmp_path / "a", step), None)
+            until(lambda: not mirror._due() and len(heard.infos + heard.warnings) == step // 2)  # noqa: B023
+    assert len(heard.warnings) == 1 and "no such folder" in heard.warnings[0]
+    assert whole_at(str(place)) == {"checkpoint-2", "checkpoint-6", "records"}
+
+
 def test_old_checkpoints_that_stay_are_told_and_the_new_one_is_there(tmp_path: Path, memory: str):
     mirror, heard = begin(tmp_path / "a", memory, keep=1)
     run, remove = RunDirectory(tmp_path / "a", RUN), RemoteFolder.remove
