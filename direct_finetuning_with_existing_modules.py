@@ -33,7 +33,7 @@ if __name__ == "__main__":  # help, wrong settings and paths need none of the sl
     try:
         command = parse_command_line(sys.argv[1:])
         check_paths(command.training)
-        check_address(command.training.mirror, "mirror")
+        check_address(command.training.mirror, "mirror", output_dir=command.training.output_dir)
         read_channels(command.training.notify if process.is_first_rank() else ())
         first = Terminal(quiet=command.quiet, is_main=process.is_first_rank())
         first.info("starting: the libraries are being loaded")
@@ -106,7 +106,7 @@ class DirectTrainer:
         self.outcome = ""  # why the loop ends: completed, preempted, stopped, nonfinite
         self.rollback_from = 0  # non-finite step to go back from
         self.nonfinite_places: list[str] = []  # samples of the newest non-finite step
-        self.mirror = Mirror(config, self.terminal, is_main=self.dist.is_main)
+        self.mirror = Mirror(config, self.terminal, self.stop.at_once, is_main=self.dist.is_main)
         self.checkpoints = CheckpointManager(
             Path(config.output_dir) / "checkpoints",
             self.dist,

@@ -84,7 +84,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.name = ""
-        self._waits = False  # for the loop
+        self._waits = self._leaves = False  # for the loop; the block that it is in
         self._since = 0.0
         self._former: dict[int, object] = {}
 
@@ -108,25 +108,30 @@ class StopSignal:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Within it a signal leaves the block at once; what comes after it sees the signal's name."""
-        self._waits = False
+        """Within it a signal leaves the block at once, one that follows another, too; what comes after
+        it sees the first one's name."""
+        self._leaves = True
         try:
             yield
         except Interrupted as end:
             if end.second:
                 raise
         finally:
-            self._waits = True
+            self._leaves = False
 
     def _take(self, number: int, _frame: object) -> None:
         name, now = signal.Signals(number).name, time.monotonic()
         if not self.name:
             self.name, self._since = name, now
-            if not self._waits:
+            if not self._waits or self._leaves:
                 raise Interrupted(number, second=False)
             return
-        again = number == signal.SIGINT or (name == self.name != "SIGXCPU")
-        if again and now - self._since >= self.AGAIN_SECONDS:
+        if name == "SIGXCPU" or now - self._since < self.AGAIN_SECONDS:
+            return
+        if self._leaves:
+            self._since = now
+            raise Interrupted(number, second=False)
+        if number == signal.SIGINT or name == self.name:
             signal.signal(number, signal.SIG_DFL)  # a third one waits for nothing
             raise Interrupted(number, second=True)
 

@@ -2,7 +2,9 @@
 
 import os
 import re
+from itertools import groupby
 from typing import Any
+from urllib.parse import quote, unquote
 
 # C0 and C1 controls except tab and newline, and the line separators that split a log line in two.
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -35,6 +37,9 @@ _KEY_VALUE = (
 )
 REDACTED = "[redacted]"
 SHORTEST_SECRET = 6  # characters; a shorter word is too common to be searched for
+PIECE = 8  # of a word, as it may be that of a longer one
+PIECE_OF_SECRET = 4  # of what is a secret and nothing else
+SHOWN = 300  # characters of what others say
 
 
 def clean(text: str, limit: int | None = None) -> str:
@@ -65,14 +70,23 @@ def redact(text: str) -> str:
     return text
 
 
-def without(text: str, *secrets: str) -> str:
-    """`redact` on one line, and none of these, nor a part of them that is long enough to be one, is in it."""
-    parts = {part for secret in secrets for part in (secret, *re.split(r"[^\w.-]+", secret))}
-    text = clean(text)
-    for part in sorted(parts, key=len, reverse=True):
-        if len(part) >= SHORTEST_SECRET:
-            text = text.replace(part, REDACTED)
-    return clean_line(redact(text), 300)
+def without(text: str, *secrets: str, piece: int = PIECE) -> str:
+    """`redact` on one line, and no word of a secret is in it, nor `piece` characters of one in a row, as it
+    is or as an address writes it: others may cut one anywhere, at each `/` for example."""
+    plain = {form for secret in secrets for form in (secret, unquote(secret))}
+    forms = plain | {quote(form, safe="") for form in plain}
+    words = {word for form in forms for word in (form, *re.split(r"[^\w.-]+", form))}
+    pieces = {word for word in words if len(word) >= SHORTEST_SECRET}
+    pieces |= {form[i : i + piece] for form in forms for i in range(len(form) - piece + 1)}
+    text = clean(text)[: 10 * SHOWN]  # the rest is not shown, whatever is hidden before it
+    hidden = [False] * len(text)
+    for length in {len(found) for found in pieces}:
+        for i in range(len(text) - length + 1):
+            if text[i : i + length] in pieces:
+                hidden[i : i + length] = [True] * length
+    runs = groupby(zip(hidden, text, strict=True), key=lambda pair: pair[0])
+    shown = (REDACTED if hides else "".join(letter for _, letter in run) for hides, run in runs)
+    return clean_line(redact("".join(shown)), SHOWN)
 
 
 def redact_values(value: Any, key: str = "") -> Any:

@@ -30,11 +30,11 @@ from dataclasses import dataclass, field
 from email.message import EmailMessage
 from email.utils import formatdate, make_msgid
 from typing import Any
-from urllib.parse import SplitResult, parse_qs, quote_plus, unquote, urlsplit
+from urllib.parse import SplitResult, quote_plus, unquote, urlsplit
 
 from finetuning.common.bounds import NOTICE, NOTICE_ANSWER, NOTICE_WAIT
 from finetuning.common.errors import UserError
-from finetuning.common.text import redact, without
+from finetuning.common.text import PIECE_OF_SECRET, redact, without
 
 FROM_ENVIRONMENT = "env:"
 PASSWORD = "SMTP_PASSWORD"
@@ -110,7 +110,8 @@ class Channel:
 
     def _harmless(self, text: str) -> str:
         """What others say, on one line, without anything of the address."""
-        return without(text, self.address.geturl(), unquote(self.address.geturl()), self.password)
+        text = without(text, self.address.fragment, self.password, piece=PIECE_OF_SECRET)
+        return without(text, self.address.geturl())
 
 
 def read_channels(settings: Sequence[str]) -> list[Channel]:
@@ -296,8 +297,8 @@ class _Mail:
         try:
             with closing(_connected(parts, bool(user), timeout)) as server:
                 if user:
-                    server.login(user, channel.password)
-                server.send_message(message)
+                    _log_in(server, user, channel.password)
+                _Mail._hand_over(server, message)
                 with suppress(OSError):  # it has been taken
                     server.quit()
         except smtplib.SMTPRecipientsRefused as error:
@@ -305,13 +306,33 @@ class _Mail:
             raise _refused(code, words) from None
         except smtplib.SMTPResponseException as error:
             raise _refused(error.smtp_code, error.smtp_error) from None
+
+    @staticmethod
+    def _hand_over(server: smtplib.SMTP, message: EmailMessage) -> None:
+        """By RFC 6531 (SMTPUTF8) where an address is not ASCII."""
+        try:
+            server.send_message(message)
         except smtplib.SMTPNotSupportedError:
-            raise Undelivered("the server takes no password", lasting=True) from None
+            text = "the server takes no address with letters beyond ASCII (SMTPUTF8)"
+            raise Undelivered(text, lasting=True) from None
+
+
+def _log_in(server: smtplib.SMTP, user: str, password: str) -> None:
+    try:
+        server.login(user, password)
+    except smtplib.SMTPNotSupportedError:
+        raise Undelivered("the server takes no password", lasting=True) from None
+    except UnicodeEncodeError:  # smtplib sends none
+        text = "user and password must be of ASCII characters"
+        raise Undelivered(text, lasting=True) from None
 
 
 def _asked(parts: SplitResult, name: str) -> list[str]:
-    """The values of a name in an address's query, which may be several, with commas."""
-    return [one for value in parse_qs(parts.query).get(name, ()) for one in value.split(",") if one]
+    """The values of a name in an address's query, which may be several, with commas. A `+` is one (RFC 6068):
+    it is of those that stand in the names of people."""
+    pairs = (pair.partition("=") for pair in parts.query.split("&"))
+    values = (unquote(value) for key, _, value in pairs if key == name)
+    return [one for value in values for one in value.split(",") if one]
 
 
 def _sender(parts: SplitResult) -> str:

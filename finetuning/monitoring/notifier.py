@@ -80,7 +80,10 @@ class _Line:
                 if not self._waiting:
                     return
                 notice = self._waiting.popleft()
-            self._deliver(notice)
+            try:
+                self._deliver(notice)
+            except Exception as error:  # a mistake of ours is told as well, and the next one goes
+                self._lost(type(error).__name__)
 
     def _deliver(self, notice: Notice) -> None:
         gives_up, pause = time.monotonic() + NOTICE_PATIENCE.limit, FIRST_PAUSE

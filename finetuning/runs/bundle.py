@@ -6,6 +6,7 @@
         mirror.json                         written last: SHA-256 of every file, and of itself
 
 Whatever has no manifest, or not its own, is not there: an upload that was cut is never taken for whole.
+What was saved later has the later time, whatever the clocks of the machines say that mirror a run.
 """
 
 import json
@@ -21,6 +22,7 @@ from finetuning.common.remote import RemoteFolder, entry_of
 
 MANIFEST = "mirror.json"
 FORMAT = "qwen3-thinking-finetuning mirror 1"
+MOMENT = 0.001  # s by which a bundle is later than the one before, where clocks say otherwise
 
 
 class DamagedBundle(Exception):
@@ -34,8 +36,7 @@ class Bundle:
     run: str
     name: str
     step: int
-    sequence: int  # of a checkpoint: which was saved later
-    at: float  # s since the epoch, when it was whole
+    at: float  # s since the epoch, when it was whole; later than what was there before
     files: dict[str, dict[str, Any]]
 
     @property
@@ -44,12 +45,40 @@ class Bundle:
         return f"{self.run}/{self.name}"
 
 
+@dataclass(frozen=True)
+class Checkpoints:
+    """What lies at a mirror under the names of a run's checkpoints."""
+
+    whole: list[Bundle]  # the newest first
+    damaged: list[str]  # folders with a manifest that is none, or was altered
+    cut: list[str]  # folders without one
+
+
+def read_checkpoints(mirror: RemoteFolder, run: str) -> Checkpoints:
+    """Those of one run, by their manifests."""
+    found = Checkpoints([], [], [])
+    for name in mirror.names(run):
+        if name.startswith("checkpoint-"):
+            folder = f"{run}/{name}"
+            if bundle := read_bundle(mirror, run, name):
+                found.whole.append(bundle)
+            else:
+                (found.damaged if has_manifest(mirror, folder) else found.cut).append(folder)
+    found.whole.sort(key=lambda bundle: bundle.at, reverse=True)
+    return found
+
+
+def has_manifest(mirror: RemoteFolder, folder: str) -> bool:
+    """Whether a bundle was whole there once; where it is no more, it is damaged."""
+    return mirror.read(f"{folder}/{MANIFEST}", 1) is not None
+
+
 def read_bundle(mirror: RemoteFolder, run: str, name: str) -> Bundle | None:
     """The bundle that is whole there, by its manifest; None where there is none."""
     data = mirror.read(f"{run}/{name}/{MANIFEST}", RECORD.limit)
     try:
         content = json.loads(data or b"")
-        kinds = {"step": int, "sequence": int, "at": float, "files": dict, "run": str, "name": str}
+        kinds = {"step": int, "at": float, "files": dict, "run": str, "name": str}
         known = content.pop("format") == FORMAT and data == sealed_json(
             {"format": FORMAT, **content}
         )
@@ -61,11 +90,14 @@ def read_bundle(mirror: RemoteFolder, run: str, name: str) -> Bundle | None:
     return bundle if known and right and safe and bundle.folder == f"{run}/{name}" else None
 
 
-def write_bundle(mirror: RemoteFolder, about: Mapping[str, Any], files: Mapping[str, Path]) -> None:
+def write_bundle(
+    mirror: RemoteFolder, about: Mapping[str, Any], files: Mapping[str, Path], after: float
+) -> Bundle:
     """Upload files under their names, each compared with what is there afterwards, then the manifest.
 
-    about: run, name, step and sequence. What was there under this name goes first. Raises DamagedBundle for
-    a file that arrived otherwise than it was sent, and whatever the library raises.
+    about: run, name and step. What was there under this name goes first. after: the time of what was
+    mirrored before. Raises DamagedBundle for a file that arrived otherwise than it was sent, and whatever
+    the library raises.
     """
     folder = f"{about['run']}/{about['name']}"
     mirror.remove(folder)
@@ -76,11 +108,12 @@ def write_bundle(mirror: RemoteFolder, about: Mapping[str, Any], files: Mapping[
             entries[name] = entry_of(file)
         if mirror.entry(f"{folder}/{name}") != entries[name]:
             raise DamagedBundle(f"{folder}/{name} is not what was sent")
-    bundle = Bundle(**about, at=time.time(), files=entries)
+    bundle = Bundle(**about, at=max(time.time(), after + MOMENT), files=entries)
     manifest = sealed_json({"format": FORMAT, **asdict(bundle)})
     mirror.write(f"{folder}/{MANIFEST}", manifest)
     if mirror.read(f"{folder}/{MANIFEST}", RECORD.limit) != manifest:
         raise DamagedBundle(f"{folder}/{MANIFEST} is not what was sent")
+    return bundle
 
 
 def fetch_files(mirror: RemoteFolder, bundle: Bundle, names: Sequence[str], target: Path) -> None:

@@ -170,7 +170,7 @@ class CheckpointManager:
         run, path = self._dist.get("run") or None, None
         if run or resume in ("latest", "auto"):
             path = self._newest(run)
-            if path is None:
+            if path is None and (run is None or self._dist.get("saved")):
                 fetch(run)
                 path = self._newest(run)
         return Path(resume) if path is None and resume not in ("", "latest", "auto") else path

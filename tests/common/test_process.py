@@ -99,6 +99,29 @@ def test_a_block_can_be_left_at_once_and_what_follows_sees_the_name():
         send("SIGTERM")  # the launcher's; it ends nothing here
 
 
+@pytest.mark.parametrize(
+    ("first", "second"), [("SIGINT", "SIGINT"), ("SIGUSR1", "SIGTERM"), ("SIGTERM", "SIGUSR1")]
+)
+def test_a_block_is_left_by_a_signal_that_follows_another(first, second, monkeypatch):
+    """As a loop that has ended for the first one may wait in it; no more than the block is left."""
+    now = [time.monotonic()]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    done = []
+    with StopSignal() as stop:
+        stop.wait_for_loop()
+        send(first)
+        with stop.at_once():
+            send(first)  # the launcher passes on what the terminal has sent
+            done.append("after the launcher's")
+            now[0] += 1
+            send("SIGXCPU")  # the kernel repeats it each second
+            done.append("after the kernel's")
+            send(second)
+            done.append("after a second one")
+        send(second)  # the launcher's
+        assert done == ["after the launcher's", "after the kernel's"] and stop.name == first
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ignored", [True, False])
 def test_the_imports_leave_an_ignored_ctrl_c_ignored(ignored: bool):

@@ -4,6 +4,7 @@ uv run pytest tests/common/test_text.py
 """
 
 from html.parser import HTMLParser
+from urllib.parse import quote, unquote
 
 import pytest
 from hypothesis import given, settings
@@ -17,6 +18,7 @@ from finetuning.common.text import (
     redact_values,
     table_cell,
     table_cell_of_lines,
+    without,
 )
 
 
@@ -83,6 +85,29 @@ def test_addresses_of_robots_are_redacted_and_ordinary_paths_are_not(subtests):
     ):
         with subtests.test(path=path):
             assert redact(path) == path
+
+
+@pytest.mark.parametrize("secret", ["ab+cd/ef==", "a.b-c_d~e", "密码+密码/密码", "plain12345"])
+def test_no_piece_of_a_secret_is_left(secret: str):
+    """However others write it, and wherever they cut it."""
+    escaped = quote(secret, safe="")
+    for written in (secret, escaped, unquote(escaped), f"x{secret}x", secret.replace("/", "\\/")):
+        shown = without(f"sign of {written} is wrong", secret, piece=4)
+        assert shown.startswith("sign of ") and shown.endswith(" is wrong") and REDACTED in shown
+        assert not [i for i in range(len(secret) - 3) if secret[i : i + 4] in shown]
+    for cut in range(4, len(secret)):
+        for piece in (secret[:cut], secret[-cut:]):
+            assert without(f"at {piece}", secret, piece=4) == f"at {REDACTED}"
+            assert without(f"at {piece}", escaped, piece=4) == f"at {REDACTED}"
+
+
+def test_what_others_say_stays_readable():
+    said = "404 no_service: token is not exist, see the service"
+    assert without(said, "https://hooks.example.com/services/T0/B0/Qx7pl41n?access_token=") == said
+    assert (
+        without("404 in services", "https://hooks.example.com/services/T0") == "404 in [redacted]"
+    )
+    assert without("", "secret1") == "" and without("as it is") == "as it is"
 
 
 def test_a_word_without_end_is_looked_at_once(subtests):

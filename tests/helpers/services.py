@@ -222,6 +222,7 @@ class MailServer:
     port: int = 0
     tls: ssl.SSLContext | None = None
     at_once: bool = False
+    takes_utf8: bool = False
     refuses: dict[str, str] = field(default_factory=dict)  # command -> answer
     mails: list[EmailMessage] = field(default_factory=list)
     whom: list[str] = field(default_factory=list)
@@ -249,12 +250,15 @@ def _smtp(mail: MailServer) -> type[socketserver.StreamRequestHandler]:
                     word, _, rest = line.partition(" ")
                     if word.upper() in mail.refuses:
                         self.say(mail.refuses[word.upper()])
+                    elif not (line.isascii() or mail.takes_utf8):
+                        self.say("553 not a mailbox")
                     elif self.command(word.upper(), rest):
                         return
 
         def command(self, word: str, rest: str) -> bool:
             if word == "EHLO":
                 extensions = ["here", *["STARTTLS"] * bool(mail.tls and not self.encrypted)]
+                extensions += ["8BITMIME", "SMTPUTF8"] * mail.takes_utf8
                 for name in extensions:
                     self.say(f"250-{name}")
                 self.say("250 AUTH PLAIN")

@@ -3,6 +3,7 @@
 uv run pytest tests/monitoring/test_channels.py
 """
 
+import json
 import re
 import shutil
 import socket
@@ -115,6 +116,17 @@ def test_nothing_of_the_address_is_in_what_the_other_side_says():
     assert TOKEN not in repr(channel) and error.value.__suppress_context__
 
 
+@pytest.mark.parametrize("service", ["feishu", "dingtalk"])
+def test_nothing_of_the_secret_that_signs_is_in_what_the_other_side_says(service: str):
+    """It is base64, in which `+` and `/` may make words of two letters."""
+    secret = "ab+cd/ef=="
+    said = json.dumps({"code": 19021, "errcode": 310000, "msg": f"sign {secret}, not ab+cd"})
+    told = pytest.raises(Undelivered, match=r"sign .*, not")
+    with chat_server(service, secret=secret, first=[(200, said)]) as chat, told as error:
+        Channel.of(chat.setting).deliver(NOTICE_, 5)
+    assert not [piece for piece in ("ab+c", "cd/e", "ef==") if piece in str(error.value)]
+
+
 def test_a_refused_connection_and_a_host_that_is_none():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -189,6 +201,31 @@ def test_mail_takes_a_notice():
     assert mail.logins == []
 
 
+@pytest.mark.parametrize("plus", ["+", "%2B"])
+def test_mail_goes_to_a_name_with_a_plus(plus: str):
+    whom = f"to=me{plus}runs@x.example,b@y.example&from=bot{plus}1@x.example"
+    with mail_server() as mail:
+        Channel.of(f"mail=smtp://127.0.0.1:{mail.port}?{whom}").deliver(NOTICE_, 5)
+    assert mail.whom == ["me+runs@x.example", "b@y.example"]
+    (message,) = mail.mails
+    assert message["To"] == "me+runs@x.example, b@y.example"
+    assert message["From"] == "bot+1@x.example"
+
+
+def test_mail_goes_to_a_name_beyond_ascii_where_the_server_takes_it():
+    """SMTPUTF8, RFC 6531; elsewhere the notice says what is the matter."""
+    setting = "mail=smtp://127.0.0.1:{}?to=%E5%BC%A0%E4%B8%89@x.example"
+    with mail_server(takes_utf8=True) as mail, mail_server() as plain:
+        Channel.of(setting.format(mail.port)).deliver(NOTICE_, 5)
+        with pytest.raises(Undelivered, match="no address with letters beyond ASCII") as error:
+            Channel.of(setting.format(plain.port)).deliver(NOTICE_, 5)
+    assert error.value.lasting and plain.mails == []
+    assert mail.whom == ["张三@x.example"]
+    (message,) = mail.mails
+    assert message["To"] == "张三@x.example" and message["Subject"] == NOTICE_.title
+    assert message.get_content().splitlines() == TEXT.splitlines()
+
+
 @pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl for a certificate")
 def test_mail_sends_the_password_over_an_encrypted_connection_only(tmp_path: Path, monkeypatch):
     tls, trusted = certificate(tmp_path)
@@ -204,6 +241,11 @@ def test_mail_sends_the_password_over_an_encrypted_connection_only(tmp_path: Pat
         with pytest.raises(Undelivered, match="offers no encryption") as error:
             Channel.of(setting.format(plain.port)).deliver(NOTICE_, 5)
         assert error.value.lasting and plain.logins == plain.mails == []
+        monkeypatch.setenv("SMTP_PASSWORD", "密码")
+        with pytest.raises(Undelivered, match="must be of ASCII characters") as error:
+            Channel.of(setting.format(mail.port)).deliver(NOTICE_, 5)
+        monkeypatch.setenv("SMTP_PASSWORD", SECRET)
+        assert error.value.lasting and len(mail.mails) == 1
     with mail_server(tls=tls, at_once=True) as mail:
         Channel.of(f"mail=smtps://bot@127.0.0.1:{mail.port}?to=a@x.example").deliver(NOTICE_, 5)
     assert mail.logins == [("bot", SECRET, True)] and mail.mails[0]["From"] == "bot@127.0.0.1"

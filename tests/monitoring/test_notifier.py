@@ -13,7 +13,7 @@ import pytest
 
 from finetuning.common.bounds import NOTICE_END, NOTICE_PATIENCE, NOTICES
 from finetuning.monitoring import notifier
-from finetuning.monitoring.channels import Notice, read_channels
+from finetuning.monitoring.channels import Channel, Notice, read_channels
 from finetuning.monitoring.notifier import Notifier
 from tests.helpers.services import HANGS, TOKEN, chat_server, until
 
@@ -88,6 +88,27 @@ def test_what_is_refused_for_good_is_not_tried_again():
             teller.tell(notice)
         teller.close()
     assert chat.texts == ["news 2"] and len(chat.times) == 2 and len(said) == 1
+
+
+def test_a_mistake_of_ours_is_told_and_the_next_notice_goes_out(monkeypatch):
+    deliver, tried = Channel.deliver, []
+
+    def breaks_twice(self: Channel, notice: Notice, *timeout: float) -> None:
+        tried.append(notice)
+        if len(tried) < 3:
+            raise RuntimeError(f"{TOKEN}: nobody has thought of this")
+        deliver(self, notice, *timeout)
+
+    monkeypatch.setattr(Channel, "deliver", breaks_twice)
+    with chat_server("slack") as chat:
+        teller, said = start(chat.setting)
+        for notice in news(1, 2, 3):
+            teller.tell(notice)
+        teller.close()
+    assert chat.texts == ["news 3"]
+    assert said == [
+        "notify slack: a notice did not arrive (RuntimeError); the run goes on, and no other loss is told"
+    ]
 
 
 def test_a_server_that_is_not_there(monkeypatch):

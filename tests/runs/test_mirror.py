@@ -23,12 +23,13 @@ from safetensors.torch import load_file
 from finetuning.common.bounds import MIRROR_END
 from finetuning.common.errors import RunStopped, UserError
 from finetuning.common.files import sealed_json
+from finetuning.common.process import StopSignal
 from finetuning.common.remote import RemoteFolder, check_address, hidden_parts, shown_address
 from finetuning.config import OutputSettings
 from finetuning.events.reading import read_metrics, read_run
 from finetuning.runs import mirror as module
 from finetuning.runs.bundle import FORMAT, read_bundle
-from finetuning.runs.directory import MIRRORING, RunDirectory
+from finetuning.runs.directory import MIRRORING, RunDirectory, disk_faults_stop_the_run
 from finetuning.runs.mirror import Mirror
 from finetuning.training.checkpoint import load_checkpoint, prune_checkpoints, save_checkpoint
 from tests.helpers.ranks import on_ranks, results_of
@@ -165,22 +166,30 @@ def test_what_was_saved_comes_back_on_an_empty_machine(tmp_path: Path, address: 
     ]
 
 
-def test_records_are_those_of_the_checkpoint(tmp_path: Path, memory: str):
-    """What the run writes while the files are on their way does not come along."""
-    mirror, heard = begin(tmp_path / "a", memory)
-    run, go_on = RunDirectory(tmp_path / "a", RUN), threading.Event()
-    put = RemoteFolder.put
-    with (
-        mock.patch.object(RemoteFolder, "put", lambda *a: (go_on.wait(10), put(*a))),
-        mirror,
-    ):
-        mirror.add_checkpoint(run, checkpoint(tmp_path / "a", 2), None)
-        with open(run.logs / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write("step 3\n")
-        go_on.set()
-        until(lambda: heard.infos)
-    fetched(tmp_path / "b", memory)
-    assert (tmp_path / "b" / "training_logs" / RUN / "metrics.jsonl").read_text() == "step 2\n"
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_records_are_those_of_the_checkpoint(tmp_path: Path, address: str, when: str):
+    """What the run writes before or after each file that is sent harms no upload and does not come along."""
+    mirror, heard = begin(tmp_path / "a", address)
+    run, put = RunDirectory(tmp_path / "a", RUN), RemoteFolder.put
+
+    def while_the_run_writes(*arguments: object) -> None:
+        for step, moment in ((3, "before"), (4, "after")):
+            if moment == when:
+                for file in (run.logs / "metrics.jsonl", run.tensorboard / "events"):
+                    with open(file, "a", encoding="utf-8") as live:
+                        live.write(f"step {step}\n")
+            if moment == "before":
+                put(*arguments)
+
+    with mock.patch.object(RemoteFolder, "put", while_the_run_writes), mirror:
+        path = checkpoint(tmp_path / "a", 2)
+        mirror.add_checkpoint(run, path, None)
+        arrives(heard, path)
+    assert heard.warnings == []
+    fetched(tmp_path / "b", address)
+    for place in ("training_logs", "tensorboard_logs"):
+        (file,) = (tmp_path / "b" / place / RUN).iterdir()
+        assert file.read_text() == "step 2\n"
 
 
 def test_of_several_runs_the_one_that_was_mirrored_last_goes_on(tmp_path: Path, memory: str):
@@ -195,9 +204,82 @@ def test_of_several_runs_the_one_that_was_mirrored_last_goes_on(tmp_path: Path, 
     assert fetched(tmp_path / "d", memory, RUN + "1")[0] == []
 
 
-def test_an_empty_mirror_gives_nothing(tmp_path: Path, address: str):
-    assert fetched(tmp_path / "a", address)[0] == []
-    assert fetched(tmp_path / "a", "")[0] == []
+def test_an_empty_mirror_gives_nothing_which_is_told(tmp_path: Path, address: str):
+    (tmp_path / "mirror").mkdir()
+    names, heard = fetched(tmp_path / "a", address)
+    assert names == [] and heard.infos == [f"mirror {address}: there is no checkpoint yet"]
+    names, heard = fetched(tmp_path / "a", "")
+    assert names == heard.infos == []
+
+
+def test_a_folder_that_is_not_there_or_a_file_is_no_empty_mirror(tmp_path: Path):
+    """A disk that is not mounted, or a wrong name: a fresh start would leave the run behind."""
+    place, root = tmp_path / "mirror", RemoteFolder(f"memory://{tmp_path.name}")
+    with pytest.raises(RunStopped, match="no such folder; make it if it is a new one"):
+        fetched(tmp_path / "a", str(place))
+    place.write_text("a file, not a folder", encoding="utf-8")
+    root.write("file", b"the same")
+    for address in (str(place), f"memory://{tmp_path.name}/file"):
+        with pytest.raises(RunStopped, match="a file, and not a folder"):
+            fetched(tmp_path / "a", address)
+    place.unlink()
+    (tmp_path / "a").mkdir()
+    place.symlink_to(tmp_path / "a", target_is_directory=True)
+    assert fetched(tmp_path / "b", str(place))[0] == []
+
+
+def test_a_file_with_the_name_of_a_run_or_checkpoint_is_none(tmp_path: Path, address: str):
+    mirrored(tmp_path / "a", address, 2)
+    for name in (OTHER, f"{RUN}/checkpoint-9"):
+        RemoteFolder(address).write(name, b"of somebody else")
+    names, heard = fetched(tmp_path / "b", address)
+    assert names == ["checkpoint-2"] and heard.warnings == []
+
+
+@pytest.mark.parametrize("clock", ["right", "an hour behind"])
+def test_a_run_that_goes_on_elsewhere_keeps_its_newest(
+    tmp_path: Path, address: str, monkeypatch, clock: str
+):
+    """There its numbers may begin anew, and the clock may be wrong."""
+    mirrored(tmp_path / "a", address, 2, 4, 6)
+    if clock != "right":
+        now = time.time
+        monkeypatch.setattr(time, "time", lambda: now() - 3600)
+    mirror, heard = begin(tmp_path / "b", address, keep=2)
+    with mirror:
+        for step in (5, 7):  # from a copy of checkpoint-4
+            path = checkpoint(tmp_path / "b", step)
+            mirror.add_checkpoint(RunDirectory(tmp_path / "b", RUN), path, None)
+            arrives(heard, path)
+    assert heard.warnings == []
+    assert whole_at(address) == {"checkpoint-5", "checkpoint-7", "records"}
+    assert fetched(tmp_path / "c", address)[0] == ["checkpoint-7"]
+
+
+def test_two_sessions_of_a_run_at_once_keep_what_each_has_just_saved(tmp_path: Path, memory: str):
+    sessions = [begin(tmp_path / name, memory, keep=1) for name in ("a", "b")]
+    checkpoint(tmp_path / "a", 50), checkpoint(tmp_path / "a", 60)  # its numbers are higher
+    with sessions[0][0], sessions[1][0]:
+        for step in (2, 3, 4, 5):
+            folder, (mirror, heard) = tmp_path / "ab"[step % 2], sessions[step % 2]
+            path = checkpoint(folder, step)
+            mirror.add_checkpoint(RunDirectory(folder, RUN), path, None)
+            arrives(heard, path)
+            assert whole_at(memory) == {path.name}
+    assert not [line for _, heard in sessions for line in heard.warnings]
+
+
+def test_a_run_whose_clock_is_behind_is_still_the_one_that_was_mirrored_last(
+    tmp_path: Path, memory: str, monkeypatch
+):
+    mirrored(tmp_path / "a", memory, 90)
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() - 3600)
+    mirror, _ = begin(tmp_path / "o", memory)
+    with mirror:
+        path = checkpoint(tmp_path / "o", 4, OTHER)
+        mirror.add_checkpoint(RunDirectory(tmp_path / "o", OTHER), path, None)
+    assert fetched(tmp_path / "b", memory)[0] == ["checkpoint-4"]
 
 
 def test_old_checkpoints_go_as_they_do_here(tmp_path: Path, address: str):
@@ -285,11 +367,80 @@ def test_damaged_files_are_told_and_the_checkpoint_before_is_taken(tmp_path: Pat
         names, heard = fetched(tmp_path / f"b{i}", address)
         assert names == ["checkpoint-2"]
         told = (
-            f"mirror: {name} is not what its manifest says; the checkpoint before it is looked for"
+            f"mirror: {name} is damaged; it is passed over"
+            if name.endswith("mirror.json")
+            else f"mirror: {name} is not what its manifest says; the checkpoint before it is looked for"
         )
-        assert heard.warnings == ([] if name.endswith("mirror.json") else [told])
+        assert heard.warnings == [told]
         RemoteFolder(root).write(name, whole[name])
     assert fetched(tmp_path / "c", address)[0] == ["checkpoint-4"]
+
+
+def test_a_damaged_manifest_of_a_best_model_is_told(tmp_path: Path, memory: str):
+    mirrored(tmp_path / "a", memory, 4, best=3)
+    damage(memory, f"{RUN}/best_model/mirror.json")
+    names, heard = fetched(tmp_path / "b", memory)
+    assert names == ["checkpoint-4"] and heard.warnings == [
+        f"mirror: {RUN}/best_model/mirror.json is damaged; the best model is not carried"
+    ]
+
+
+def test_an_upload_that_was_cut_is_told(tmp_path: Path, address: str):
+    for run in (RUN, OTHER):
+        RemoteFolder(address).write(f"{run}/checkpoint-9/state.json", b"half")
+    told = [
+        f"mirror: {r}/checkpoint-9 is an upload that was cut; it is passed over"
+        for r in (RUN, OTHER)
+    ]
+    names, heard = fetched(tmp_path / "b", address)
+    assert names == heard.warnings == []
+    assert heard.infos == [f"mirror {address}: there is no checkpoint yet", *told]
+    mirrored(tmp_path / "o", address, 2)  # which removes what was cut of its run
+    names, heard = fetched(tmp_path / "c", address)
+    assert names == ["checkpoint-2"] and heard.infos[0] == told[1] and len(heard.infos) == 2
+
+
+@pytest.mark.parametrize("file", ["state.json", "mirror.json"])
+def test_no_other_run_takes_the_place_of_a_damaged_one(tmp_path: Path, address: str, file: str):
+    mirror, _ = begin(tmp_path / "o", address)
+    with mirror:
+        path = checkpoint(tmp_path / "o", 90, OTHER)
+        mirror.add_checkpoint(RunDirectory(tmp_path / "o", OTHER), path, None)
+    mirrored(tmp_path / "a", address, 2, 4)
+    for step in (4, 2):
+        damage(address, f"{RUN}/checkpoint-{step}/{file}")
+    with pytest.raises(RunStopped, match=f"remove {RUN}.* there") as error:
+        fetched(tmp_path / "b", address)
+    assert "start without --resume" in str(error.value)
+    assert not list((tmp_path / "b").glob("checkpoints/*"))
+    assert fetched(tmp_path / "c", address, OTHER)[0] == ["checkpoint-90"]
+    RemoteFolder(address).remove(RUN)  # as the message says
+    assert fetched(tmp_path / "d", address)[0] == ["checkpoint-90"]
+
+
+def test_a_damaged_manifest_may_be_that_of_the_newest(tmp_path: Path, memory: str):
+    """Of which run, so, is not known; but where its own run is the newest anyway, it is passed over."""
+    mirrored(tmp_path / "a", memory, 2, 4)
+    mirror, _ = begin(tmp_path / "o", memory)
+    with mirror:
+        path = checkpoint(tmp_path / "o", 90, OTHER)
+        mirror.add_checkpoint(RunDirectory(tmp_path / "o", OTHER), path, None)
+    damage(memory, f"{RUN}/checkpoint-4/mirror.json")
+    with pytest.raises(RunStopped, match=f"{RUN}/checkpoint-4/mirror.json is damaged"):
+        fetched(tmp_path / "b", memory)
+    names, heard = fetched(tmp_path / "c", memory, RUN)
+    assert names == ["checkpoint-2"] and len(heard.warnings) == 1
+
+
+def test_what_is_damaged_is_not_removed(tmp_path: Path, memory: str):
+    """As here: its tensors may still be of use to somebody."""
+    mirrored(tmp_path / "a", memory, 2)
+    damage(memory, f"{RUN}/checkpoint-2/mirror.json")
+    mirror, _ = begin(tmp_path / "a", memory, keep=1)
+    with mirror:
+        path = checkpoint(tmp_path / "a", 4)
+        mirror.add_checkpoint(RunDirectory(tmp_path / "a", RUN), path, None)
+    assert RemoteFolder(memory).names(RUN) == ["checkpoint-2", "checkpoint-4", "records"]
 
 
 def test_damaged_records_and_best_models_are_left_behind_and_told(tmp_path: Path, memory: str):
@@ -334,7 +485,7 @@ def test_the_best_model_of_another_step_is_not_carried(tmp_path: Path, memory: s
 )
 def test_names_that_lead_elsewhere_are_no_bundle(memory: str, name: str):
     entry = {"bytes": 0, "sha256": ""}
-    about = {"run": RUN, "name": "checkpoint-1", "step": 1, "sequence": 1, "at": 1.0}
+    about = {"run": RUN, "name": "checkpoint-1", "step": 1, "at": 1.0}
     for files, taken in (
         ({"state.json": entry}, True),
         ({"state.json": entry, name: entry}, False),
@@ -387,6 +538,60 @@ def test_what_was_saved_during_an_upload_that_fails_is_tried_at_once(tmp_path: P
     assert len(heard.warnings) == 1
 
 
+@pytest.mark.parametrize("broken", ["best_model", "checkpoint"])
+def test_what_always_fails_is_told_once_and_blocks_nothing_else(
+    tmp_path: Path, memory: str, broken: str
+):
+    put = RemoteFolder.put
+
+    def refuses(self: RemoteFolder, source: Path, name: str) -> None:
+        if f"/{broken}" in name:
+            raise OSError("too large for this place")
+        put(self, source, name)
+
+    mirror, heard = begin(tmp_path / "a", memory)
+    run = RunDirectory(tmp_path / "a", RUN)
+    with mock.patch.object(RemoteFolder, "put", refuses), mirror:
+        for step in (2, 4):
+            mirror.add_model(run, best_model(tmp_path / "a", step), step)
+            mirror.add_checkpoint(run, checkpoint(tmp_path / "a", step), None)
+            until(lambda: not mirror._due() and len(heard.infos) >= step // 2)  # noqa: B023
+    whole = {"best_model": {"checkpoint-2", "checkpoint-4"}, "checkpoint": {"best_model"}}
+    assert whole_at(memory) == {*whole[broken], "records"}
+    assert len(heard.warnings) == 1 and "too large for this place" in heard.warnings[0]
+    assert f"mirror {memory}: {broken}" in heard.warnings[0]
+
+
+def test_a_folder_of_others_that_can_not_be_read_holds_up_no_upload(tmp_path: Path, memory: str):
+    RemoteFolder(memory).write(f"{OTHER}/checkpoint-1/mirror.json", b"of somebody else")
+    names = RemoteFolder.names
+
+    def refuses(self: RemoteFolder, folder: str = "") -> list[str]:
+        if folder == OTHER:
+            raise PermissionError("not yours")
+        return names(self, folder)
+
+    with mock.patch.object(RemoteFolder, "names", refuses):
+        mirrored(tmp_path / "a", memory, 2)
+    assert whole_at(memory) == {"checkpoint-2", "records"}
+
+
+def test_a_disk_that_is_unmounted_meanwhile_is_a_target_that_is_away(tmp_path: Path):
+    """What is written into its empty place fills another disk and is no copy elsewhere."""
+    place, run = tmp_path / "disk" / "mirror", RunDirectory(tmp_path / "a", RUN)
+    mirror, heard = begin(tmp_path / "a", str(place))
+    with mirror:
+        for step in (2, 4, 6):
+            if step == 4:
+                place.rename(tmp_path / "elsewhere")
+            if step == 6:
+                (tmp_path / "elsewhere").rename(place)
+            mirror.add_checkpoint(run, checkpoint(tmp_path / "a", step), None)
+            until(lambda: not mirror._due() and len(heard.infos + heard.warnings) == step // 2)  # noqa: B023
+    assert len(heard.warnings) == 1 and "no such folder" in heard.warnings[0]
+    assert whole_at(str(place)) == {"checkpoint-2", "checkpoint-6", "records"}
+
+
 def test_old_checkpoints_that_stay_are_told_and_the_new_one_is_there(tmp_path: Path, memory: str):
     mirror, heard = begin(tmp_path / "a", memory, keep=1)
     run, remove = RunDirectory(tmp_path / "a", RUN), RemoteFolder.remove
@@ -397,12 +602,13 @@ def test_old_checkpoints_that_stay_are_told_and_the_new_one_is_there(tmp_path: P
         remove(self, folder)
 
     with mock.patch.object(RemoteFolder, "remove", refuses), mirror:
-        for step in (2, 4):
+        for step in (2, 4, 6, 8):
             path = checkpoint(tmp_path / "a", step)
             mirror.add_checkpoint(run, path, None)
-            arrives(heard, path)
+            until(lambda: f"mirrored {path.name} to {memory}" in heard.infos)  # noqa: B023
     assert len(heard.warnings) == 1 and "old checkpoints can't be removed" in heard.warnings[0]
-    assert fetched(tmp_path / "b", memory)[0] == ["checkpoint-4"]
+    assert whole_at(memory) == {"checkpoint-2", "checkpoint-8", "records"}
+    assert fetched(tmp_path / "b", memory)[0] == ["checkpoint-8"]
 
 
 def test_of_what_waits_for_a_slow_target_the_newest_goes(tmp_path: Path, memory: str):
@@ -445,15 +651,28 @@ def test_a_second_signal_waits_for_nothing(tmp_path: Path, memory: str):
         go_on.set()
 
 
-def test_a_signal_ends_the_wait_and_not_the_run(tmp_path: Path, memory: str):
-    go_on, begun = threading.Event(), time.monotonic()
-    mirror, heard = begin(tmp_path / "a", memory)
-    mirror._thread.join = mock.Mock(side_effect=KeyboardInterrupt)
-    with mock.patch.object(RemoteFolder, "put", lambda *a: go_on.wait(20)):
+@pytest.mark.parametrize("before", ["", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_ends_the_wait_and_not_the_run(
+    tmp_path: Path, memory: str, monkeypatch, before: str, name: str
+):
+    """Also one after that which has ended the run: what was saved is on its way then."""
+    monkeypatch.setattr(StopSignal, "AGAIN_SECONDS", 0.05)
+    go_on, heard, stop = threading.Event(), Heard(), StopSignal()
+    mirror = Mirror(output(tmp_path / "a", memory), heard, stop.at_once, is_main=True)
+    number = getattr(signal, name)
+    timer = threading.Timer(0.3, lambda: signal.pthread_kill(threading.main_thread().ident, number))
+    with mock.patch.object(RemoteFolder, "put", lambda *a: go_on.wait(20)), stop:
+        stop.wait_for_loop()
+        if before:
+            os.kill(os.getpid(), getattr(signal, before))
         with mirror:
             path = checkpoint(tmp_path / "a", 2)
             mirror.add_checkpoint(RunDirectory(tmp_path / "a", RUN), path, None)
-        assert time.monotonic() - begun < 5 and "is left" in heard.warnings[0]
+            timer.start()
+            begun = time.monotonic()
+        assert 0.2 < time.monotonic() - begun < 5 and stop.name == (before or name)
+        assert heard.warnings == [f"mirror {memory}: the last upload was not done and is left"]
         go_on.set()
 
 
@@ -472,7 +691,52 @@ def test_a_full_disk_harms_no_run(tmp_path: Path, memory: str):
         mirror,
     ):
         mirror.add_checkpoint(RunDirectory(tmp_path / "a", RUN), path, None)
-    assert len(heard.warnings) == 1 and "No space left on device" in heard.warnings[0]
+    (told,) = heard.warnings
+    assert told == (
+        f"checkpoint-2 can't be held in {tmp_path / 'a' / MIRRORING} until it is mirrored (No space left on "
+        "device); the run goes on, and the next save tries again"
+    )
+
+
+def test_what_was_held_by_half_goes_at_once(tmp_path: Path, memory: str):
+    """On a disk that is full it takes the place of what is saved next."""
+    mirror, heard = begin(tmp_path / "a", memory)
+    run, copies = RunDirectory(tmp_path / "a", RUN), []
+
+    def fills(source: Path, target: Path) -> None:
+        copies.append(target)
+        Path(target).write_bytes(Path(source).read_bytes()[:9])
+        if len(copies) == 3:
+            raise OSError(28, "No space left on device")
+
+    with (
+        mock.patch("os.link", side_effect=OSError("not supported")),
+        mock.patch("shutil.copyfile", fills),
+    ):
+        mirror.add_checkpoint(run, checkpoint(tmp_path / "a", 2), None)
+    assert len(copies) == 3 and len(heard.warnings) == 1
+    assert list((tmp_path / "a" / MIRRORING).iterdir()) == []
+    with mirror:
+        path = checkpoint(tmp_path / "a", 4)
+        mirror.add_checkpoint(run, path, None)
+        until(lambda: heard.infos)
+    assert whole_at(memory) == {"checkpoint-4", "records"} and len(heard.warnings) == 1
+
+
+def test_a_disk_that_is_full_where_a_checkpoint_comes_to_is_not_the_mirrors_fault(
+    tmp_path: Path, memory: str
+):
+    mirrored(tmp_path / "a", memory, 2)
+    for fault, blamed in (
+        (OSError(28, "No space left"), "output_dir"),
+        (PermissionError(13, "not yours", str(tmp_path / "b" / "checkpoints")), "output_dir"),
+        (PermissionError(13, "not yours", str(tmp_path / "bucket")), "mirror"),
+    ):
+        told = pytest.raises(RunStopped, match=rf"^{blamed} .*{fault.strerror}")
+        broken = mock.patch.object(RemoteFolder, "get", side_effect=fault)
+        with broken, told, disk_faults_stop_the_run(tmp_path / "b"):
+            fetched(tmp_path / "b", memory)
+    assert [p for p in (tmp_path / "b").rglob("*") if p.is_file()] == []
 
 
 def test_a_mirror_that_can_not_be_read_stops_a_resume(tmp_path: Path, memory: str):
@@ -487,11 +751,44 @@ def test_a_mirror_that_can_not_be_read_stops_a_resume(tmp_path: Path, memory: st
 
 
 @pytest.mark.parametrize(
+    "address",
+    ["out", "out/", "out/copy", ".", "..", "link", "link/copy", "x/../out", "file://{}/out/copy"],
+)
+def test_a_mirror_within_the_output_or_around_it_is_refused(
+    tmp_path: Path, run, capfd, monkeypatch, address: str
+):
+    """A copy that would copy itself, or that goes with what it is a copy of."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "out", target_is_directory=True)
+    begun = time.monotonic()
+    assert run(tmp_path, "--mirror", address.format(tmp_path)) == 2
+    assert time.monotonic() - begun < 5 and not (tmp_path / "out").exists()
+    printed = capfd.readouterr().err
+    assert printed.startswith("error: mirror ") and printed.count("\n") == 1
+    assert "give the mirror a place of its own" in printed
+    chained = f"simplecache::file://{tmp_path}/out"
+    with pytest.raises(UserError):
+        check_address(chained, "mirror", output_dir="out")
+
+
+def test_a_mirror_beside_the_output_is_taken(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check_address(f"simplecache::memory://{tmp_path.name}", "mirror", output_dir=".")
+    out = str(tmp_path / "out")
+    for address in (tmp_path / "outer", tmp_path / "o", f"memory://{out}", f"file://{out}2"):
+        check_address(str(address), "mirror", output_dir=out)
+
+
+@pytest.mark.parametrize(
     ("address", "shown"),
     [
         (f"s3://me:{SECRETS[0]}/{SECRETS[1]}@bucket/x", "s3://bucket/x"),
         (f"memory://bucket/x?sig={SECRETS[0]}#{SECRETS[1]}", "memory://bucket/x"),
         (f"ftp://me:a?b#{SECRETS[0]}@host/x", "ftp://host/x"),
+        (f"s3://bucket/x#{SECRETS[0]}@{SECRETS[1]}", "s3://[redacted]"),
+        (f"s3://bucket:99#{SECRETS[0]}@{SECRETS[1]}", "s3://[redacted]"),
+        (f"s3://bucket/x@y/z?{SECRETS[0]}@{SECRETS[1]}", "s3://[redacted]"),
+        ("s3://bucket/x@y/z", "s3://y/z"),
         ("/data/mirror", "/data/mirror"),
     ],
 )
@@ -517,6 +814,24 @@ def test_a_package_that_is_missing_is_named_at_once(tmp_path: Path, run, capfd, 
     assert SECRETS[0] not in printed
     with pytest.raises(UserError):
         check_address(address, "mirror")
+
+
+@pytest.mark.parametrize(
+    "address", ["memory://place/x#ab+cd/ef==", "memory://place/x?s=ab%2Bcd/ef=="]
+)
+def test_no_fragment_of_a_secret_is_in_what_goes_wrong(tmp_path: Path, address: str):
+    """A library names the folder above a file: half a secret, where that has a slash."""
+    mirror, heard = begin(tmp_path / "a", address)
+    root = fsspec.core.url_to_fs(address)[1]
+    for place in (root, root.rpartition("/")[0], root.replace("%2B", "+"), root[:-3]):
+        mirror._failing.clear()
+        mirror._fail("checkpoint", f"FileNotFoundError: {place}: no such folder")
+        with pytest.raises(RunStopped) as error, mirror._faults_stop_the_run():
+            raise FileNotFoundError(f"{place}: no such folder")
+        for told in (heard.warnings.pop(), str(error.value)):
+            assert "no such folder" in told and "memory://place/x" in told
+            assert not [piece for piece in ("ab+c", "ab%2", "cd/e", "/ef=") if piece in told]
+        mirror._goes_well("checkpoint")
 
 
 def test_no_secret_of_an_address_is_in_what_a_run_leaves(tmp_path: Path, run, capfd, monkeypatch):
@@ -587,6 +902,34 @@ def train_until(count: int, *arguments: object, **session: object) -> None:
     """A session that is killed in the middle of the upload of its `count`-th file."""
     with failing_after(count, lambda: os.kill(os.getpid(), signal.SIGKILL)):
         train(*arguments, **session)
+
+
+@pytest.mark.slow
+def test_a_signal_to_a_run_that_waits_for_its_mirror(
+    tmp_path: Path, run, memory: str, capfd, monkeypatch
+):
+    """The run is done, and its end no ten minutes away."""
+
+    class Limit:
+        @property
+        def limit(self) -> int:
+            """Asked when the wait begins."""
+            process = os.getpid()
+            threading.Timer(0.5, lambda: os.kill(process, signal.SIGTERM)).start()
+            return MIRROR_END.limit
+
+    go_on = threading.Event()
+    monkeypatch.setattr(module, "MIRROR_END", Limit())
+    monkeypatch.setattr(RemoteFolder, "put", lambda *a: go_on.wait(60))
+    begun = time.monotonic()
+    assert run(tmp_path, "--max-steps", "2", "--mirror", memory) == 0
+    assert time.monotonic() - begun < 50
+    go_on.set()
+    printed = capfd.readouterr()
+    told = f"warning: mirror {memory}: the last upload was not done and is left"
+    assert told in " ".join((printed.out + printed.err).split())
+    (status,) = (tmp_path / "out").glob("training_logs/*/status.json")
+    assert json.loads(status.read_text())["status"] == "completed"
 
 
 @pytest.mark.slow

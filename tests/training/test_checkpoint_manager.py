@@ -4,6 +4,7 @@ uv run pytest tests/training/test_checkpoint_manager.py
 """
 
 import dataclasses
+import shutil
 import time
 from collections.abc import Callable
 from functools import partial
@@ -168,6 +169,20 @@ def test_a_restarted_group_goes_on_with_its_run_whatever_resume_says(make):
     save(second, 3)
     third = make(group)
     assert third.resolve_resume("").run == "run" and third.run_before_first_checkpoint() == ""
+
+
+def test_elsewhere_is_asked_where_there_may_be_something(make: Make, tmp_path: Path):
+    """Not for a run that has saved nothing yet: its mirror need not be there."""
+    asked: list[str | None] = []
+    group = dataclasses.replace(ONE, job_store=HashStore())
+    assert make(group).resolve_resume("auto", asked.append) is None and asked == [None]
+    group.put("run", "run")
+    assert make(group).resolve_resume("auto", asked.append) is None and asked == [None]
+    checkpoints = make(group)
+    save(checkpoints, 3)
+    assert make(group).resolve_resume("auto", asked.append).run == "run" and asked == [None]
+    shutil.rmtree(checkpoints.newest_path)
+    assert make(group).resolve_resume("auto", asked.append) is None and asked == [None, "run"]
 
 
 def test_a_second_checkpoint_of_a_step_is_explained(make: Make, tmp_path: Path):
