@@ -26,10 +26,10 @@ from transformers import AutoConfig, GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from finetuning.common.arguments import parsed
+from finetuning.common.destination import Destination
 from finetuning.common.distributed import limit_threads, pick_device
 from finetuning.common.errors import RunStopped, UserError, exit_code
-from finetuning.common.files import fsync_directory, fsync_files, staging_folder
-from finetuning.common.paths import check_name, expanded
+from finetuning.common.paths import expanded
 from finetuning.common.terminal import Terminal
 from finetuning.model.gguf_file import check_architecture, read_gguf, write_gguf
 from finetuning.model.gguf_tokens import vocabulary
@@ -37,6 +37,7 @@ from finetuning.model.loading import load_tokenizer
 from finetuning.model.merging import (
     TOLERANCE,
     Agreement,
+    bytes_in,
     compare,
     logits_apart,
     logits_of,
@@ -104,26 +105,34 @@ class Source:
 
 def export(settings: Export, terminal: Terminal) -> Agreement:
     """Write it once its logits agree. Raises RunStopped where they don't."""
-    output, base_model = free_place(settings), expanded(settings.base_model, "--base-model")
+    destination, base_model = (
+        destination_of(settings),
+        expanded(settings.base_model, "--base-model"),
+    )
     limit_threads()
     trained = find_trained(settings.adapter, settings.output_dir)
     below = model_below(trained.folder, base_model)
     origin = read_origin(trained.folder) or {"base": {"model": below.name}}
     check_possible(settings, trained.folder, below, origin)
     precision = own_precision(below) if settings.precision == "auto" else settings.precision
-    device = pick_device(settings.device)
-    record = record_of(origin, trained.folder, terminal)
-    source = Source(trained.folder, base_model, output.stem, precision, device, origin, record)
-    terminal.info(f"exporting {trained.folder} ({trained.reason})")
-    with terminal.working("asking the trained model"):
-        apart = logits_apart(trained.folder, device, base_model)
-    try:
-        agreement = made_and_checked(settings, source, output, apart, terminal)
-    except OSError as error:
-        raise RunStopped(
-            f"--output {output}: can't be written ({error.strerror or error}); free its disk, or choose "
-            "another place"
-        ) from error
+    output = destination.path
+    with destination.held(bytes_in(below, precision)) as staging:
+        device = pick_device(settings.device)
+        record = record_of(origin, trained.folder, terminal)
+        name = output.name.removesuffix(".gguf")
+        source = Source(trained.folder, base_model, name, precision, device, origin, record)
+        terminal.info(f"exporting {trained.folder} ({trained.reason})")
+        with terminal.working("asking the trained model"):
+            apart = logits_apart(trained.folder, device, base_model)
+        made = staging / output.name if destination.is_file else staging
+        try:
+            agreement = made_and_checked(settings, source, made, apart, terminal)
+            destination.publish(made)
+        except OSError as error:
+            raise RunStopped(
+                f"--output {output}: can't be written ({error.strerror or error}); free its disk, or choose "
+                "another place"
+            ) from error
     terminal.final(f"model: {output}")
     terminal.info(f"serve it: {SERVED[settings.format].format(shlex.quote(str(output)))}")
     return agreement
@@ -132,31 +141,27 @@ def export(settings: Export, terminal: Terminal) -> Agreement:
 def made_and_checked(
     settings: Export,
     source: Source,
-    output: Path,
+    made: Path,
     apart: tuple[torch.Tensor, torch.Tensor],
     terminal: Terminal,
 ) -> Agreement:
-    """Write beside the output, compare with the logits `apart` (trained, base), and give it its name."""
-    with staging_folder(output.parent, f".{output.name}-", "unchecked") as staging:
-        made = staging / output.name if settings.format == "gguf" else staging
-        with terminal.working("writing and reading back"):
-            agreement = compare(WRITERS[settings.format](source, made), *apart)
-        check(agreement, settings.tolerance or TOLERANCE[source.precision], terminal)
-        publish(made, output)
+    """Write it, and compare its logits with those `apart` (trained, base)."""
+    with terminal.working("writing and reading back"):
+        agreement = compare(WRITERS[settings.format](source, made), *apart)
+    check(agreement, settings.tolerance or TOLERANCE[source.precision], terminal)
     return agreement
 
 
-def free_place(settings: Export) -> Path:
-    """Where to write, absolute. UserError where something is there, or for a name of another format."""
-    output = Path(expanded(settings.output, "--output"))
-    check_name(output, "--output")
+def destination_of(settings: Export) -> Destination:
+    """Where to write. UserError where something is there, or for a name of another format."""
+    output = Path(expanded(settings.output, "--output")).absolute()
     is_file = output.suffix == ".gguf"
     if is_file != (settings.format == "gguf"):
         kind = "a file that ends in .gguf" if settings.format == "gguf" else "a folder"
         raise UserError(f"--output {output}: --format {settings.format} writes {kind}")
-    if output.exists() and not (output.is_dir() and not is_file and not any(output.iterdir())):
-        raise UserError(f"--output {output}: exists; choose one that does not")
-    return output.absolute()
+    destination = Destination(output, is_file, "--output")
+    destination.check_free()
+    return destination
 
 
 def check_possible(
@@ -228,15 +233,6 @@ def modelfile_of(below: ResolvedModel, origin: Mapping[str, Any]) -> str:
 
 
 WRITERS = {"hf": write_hf, "gguf": write_file, "ollama": write_ollama}
-
-
-def publish(made: Path, output: Path) -> None:
-    """Give what was made its name, once it is on the disk."""
-    fsync_files(made if made.is_dir() else made.parent)
-    if output.exists():
-        output.rmdir()
-    made.rename(output)
-    fsync_directory(output.parent)
 
 
 def check(agreement: Agreement, tolerance: float, terminal: Terminal) -> None:

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 import transformers
 
+from finetuning.common.fingerprint import weight_files
 from finetuning.data.chat_template import encode_prompt
 from finetuning.model.adapters import load_adapter
 from finetuning.model.loading import base_of, load_base, load_for_inference, load_tokenizer
 from finetuning.model.resolve import ResolvedModel, is_adapter, named_model, saved_dtype
+from finetuning.model.sizes import numbers_in
 
 PROMPTS = (
     "SM4的分组长度和密钥长度各是多少比特？",
@@ -21,6 +23,7 @@ PROMPTS = (
 # Largest difference of a logit, in standard deviations of the logits, times what the adapter moves them
 # if that is more than one: rounding takes a share of each merged weight, so it grows with the adapter.
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.25, "fp16": 0.1, "q8_0": 0.25}
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "q8_0": 34 / 32}  # of a number
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -57,6 +60,12 @@ def own_precision(below: ResolvedModel) -> str:
     """A key of `TOLERANCE`: what the weights of a model's folder are held in."""
     assert below.path is not None
     return PRECISIONS.get(saved_dtype(below.path), "fp32")
+
+
+def bytes_in(below: ResolvedModel, precision: str) -> int:
+    """About how many bytes the weights of a model's folder take in a precision, a key of `BYTES`."""
+    assert below.path is not None
+    return round(numbers_in(weight_files(below.path)) * BYTES[precision])
 
 
 @dataclass(frozen=True)

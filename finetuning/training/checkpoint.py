@@ -29,8 +29,8 @@ from safetensors.torch import save as save_safetensors
 from finetuning.common.errors import UserError
 from finetuning.common.files import (
     durable_file,
-    fsync_directory,
     json_bytes,
+    rename_durably,
     sealed_json,
     staging_folder,
 )
@@ -165,10 +165,8 @@ def _publish(
             "files": digests,
         }
         _write(staging / MANIFEST, sealed_json(manifest))
-        fsync_directory(staging)
         target = free_name(directory, step)
-        os.rename(staging, target)
-        fsync_directory(directory)
+        rename_durably(staging, target)
     return target
 
 

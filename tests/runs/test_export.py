@@ -4,6 +4,7 @@ uv run pytest tests/runs/test_export.py
 """
 
 import ctypes
+import errno
 import json
 import math
 import os
@@ -129,12 +130,45 @@ def test_bad_input_is_one_clear_line(tmp_path, adapter, tiny_model, capsys):
     assert not (tmp_path / "merged").exists() and not (tmp_path / "merged.gguf").exists()
 
 
-def test_a_place_that_can_not_be_written_is_told(tmp_path, adapter, capsys):
+def test_a_place_that_can_not_be_written_is_told(tmp_path, adapter, monkeypatch, capsys):
+    """Before anything is loaded; and where a disk gets full in the middle, with what to do."""
     (tmp_path / "file").write_text("")
-    output = tmp_path / "file" / "merged"
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "model_below", None)
+        output = tmp_path / "file" / "merged"
+        assert main(["--adapter", str(adapter), "--output", str(output), "--device", "cpu"]) == 2
+    said = capsys.readouterr().err
+    assert "file is no folder; choose another place" in said and said.count("\n") == 1
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(export, "save_merged", full)
+    output = tmp_path / "merged"
     assert main(["--adapter", str(adapter), "--output", str(output), "--device", "cpu"]) == 3
     said = capsys.readouterr().err
-    assert "can't be written (Not a directory); free its disk" in said and said.count("\n") == 1
+    assert "can't be written (No space left on device); free its disk" in said
+    assert said.count("\n") == 1 and [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_two_exports_to_one_place_do_not_meet(tmp_path, adapter, monkeypatch, capsys):
+    """The second is told so, and what appears is all of the first."""
+    pytest.importorskip("gguf", reason="needs the package gguf: uv run --extra gguf")
+    arguments = ["--adapter", str(adapter), "--output", str(tmp_path / "model.gguf")]
+    arguments += ["--format", "gguf", "--device", "cpu"]
+    real, codes = export.check, []
+
+    def check_while_another_starts(*given: object) -> None:
+        monkeypatch.setattr(export, "check", real)
+        codes.append(main(arguments))
+        real(*given)
+
+    monkeypatch.setattr(export, "check", check_while_another_starts)
+    assert main(arguments) == 0 and codes == [2]
+    assert "another process is writing it; wait for it" in capsys.readouterr().err
+    alone = tmp_path / "alone" / "model.gguf"
+    assert main([*arguments, "--output", str(alone)]) == 0
+    assert (tmp_path / "model.gguf").read_bytes() == alone.read_bytes()
 
 
 def test_without_the_package_the_way_to_it_is_told(tmp_path, adapter, monkeypatch, capsys):
