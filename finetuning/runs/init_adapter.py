@@ -58,8 +58,11 @@ def read_origin(folder: Path) -> dict:
         return {}
     known = {name: manifest[name] for name in ("run", "step") if name in manifest}
     known |= {"system_prompt": system} if (system := counters.get("system_prompt")) else {}
-    loss = counters.get("last_eval_loss")
-    return {**known, "held_out_loss": loss, "base": identity, "trained": identity}
+    known |= {
+        "held_out_loss": counters.get("last_eval_loss"),
+        "evaluated_step": counters.get("last_eval_step"),
+    }
+    return {**known, "base": identity, "trained": identity}
 
 
 def check_base(

@@ -14,7 +14,7 @@ from finetuning.common.files import atomic_write, atomic_write_text, read_json_o
 from finetuning.common.formatting import shown
 from finetuning.common.text import clean_line, redact, table_cell
 from finetuning.config import EMBEDDED, DirectTrainingConfig, allowed_values
-from finetuning.runs.before_after import changes
+from finetuning.runs.before_after import changes, newest_evaluation
 from finetuning.runs.directory import MODELS, ORIGIN, owner
 from finetuning.runs.recorded import RecordedRun
 
@@ -127,12 +127,19 @@ def _facts(origin: Mapping[str, Any], name: str) -> str:
         "base model, by content": origin.get("base", {}).get("model_weights"),
         "run": origin.get("run"),
         "step": f"{origin.get('step')} of {steps}" if steps else None,
-        "held-out loss there": shown(origin.get("held_out_loss")) if steps else None,
+        **(_measured(origin) if steps else {}),
         "trained": scale if trained else None,
         "longest sequence": trained.get("max_seq_length"),
         "data, by content": trained.get("data"),
     }
     return _table(("", ""), ((row, value) for row, value in rows.items() if value))
+
+
+def _measured(origin: Mapping[str, Any]) -> dict[str, str]:
+    """The row of the held-out loss, which may have been measured at an earlier step."""
+    at, loss = origin.get("evaluated_step"), origin.get("held_out_loss")
+    where = "there" if at == origin.get("step") else f"at step {at}" if at is not None else "so far"
+    return {f"held-out loss {where}": shown(loss)} if loss is not None else {}
 
 
 def _use(kind: Kind) -> str:
@@ -158,17 +165,27 @@ def _licence(base: Mapping[str, Any], name: str) -> str:
 
 
 def _recorded(record: RecordedRun, step: int | None) -> list[str]:
-    rows = [
-        (change.name, shown(change.before), shown(change.after), change.verdict)
-        for change in changes(record.series, step) or changes(record.series)
-    ]
-    table = _table(("", "base", "tuned", ""), rows)
     return [
-        *([f"## Before and after\n\n{table}"] if rows else []),
+        *_before_and_after(record, step),
         f"## Curves\n\n![losses, accuracy and gradient norm over the steps]({CURVES})",
         f"## Data\n\n{_data(record.dataset())}",
         f"## Settings\n\n{_settings(record.configuration.get('config', {}))}",
     ]
+
+
+def _before_and_after(record: RecordedRun, step: int | None) -> list[str]:
+    """At this step, or at the newest evaluation before it, which is said; never at a later one."""
+    step = record.steps if step is None else step
+    at = newest_evaluation(record.series, step)
+    rows = [
+        (change.name, shown(change.before), shown(change.after), change.verdict)
+        for change in (changes(record.series, at) if at else ())
+    ]
+    if not rows:
+        return []
+    table = _table(("", "base", "tuned", ""), rows)
+    earlier = f"Measured at step {at}, the last time before this model's.\n\n" if at != step else ""
+    return [f"## Before and after\n\n{earlier}{table}"]
 
 
 def _data(statistics: Mapping[str, Any]) -> str:

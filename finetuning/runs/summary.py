@@ -137,8 +137,8 @@ def model_notes(plan: RunPlan, run: str, state: TrainState) -> dict[str, str]:
 
 
 def _origin(plan: RunPlan, run: str, state: TrainState) -> dict[str, Any]:
-    """The content of origin.json: step, the held-out loss that was measured last, base, settings, and the
-    system prompt of the data."""
+    """The content of origin.json: step, the held-out loss that was measured last and its step, base,
+    settings, and the system prompt of the data."""
     identity, model = plan.identity, plan.inputs.model
     base = {name: identity[name] for name in ("model", "model_weights", "model_config")}
     licence = licence_of(model.path) if model.path else ""
@@ -147,6 +147,7 @@ def _origin(plan: RunPlan, run: str, state: TrainState) -> dict[str, Any]:
         "run": run,
         "step": state.step,
         "held_out_loss": state.last_eval_loss,
+        "evaluated_step": state.last_eval_step,
         "base": base | ({"licence": licence} if licence else {}),
         "trained": {name: identity[name] for name in trained},
         **({"system_prompt": state.system_prompt} if state.system_prompt else {}),

@@ -28,6 +28,7 @@ from finetuning.model.loading import load_for_inference
 from finetuning.model.merging import Agreement, MergedModel, merged_model, model_below
 from finetuning.model.saving import save_adapter
 from finetuning.runs.directory import RunDirectory
+from finetuning.runs.recorded import read_recorded
 from finetuning.runs.result import BEST, FINAL, Trained, find_trained
 from finetuning.runs.summary import closing_lines
 from tests.helpers.models import disturb, load
@@ -229,13 +230,24 @@ def test_a_model_is_meant_by_its_name(out, monkeypatch, tmp_path):
 
 
 def test_an_exported_checkpoint_says_what_it_is(out, tmp_path):
-    checkpoint = min((out / "checkpoints").iterdir())
-    places = ["--output-dir", str(out), "--output", str(tmp_path / "merged"), "--device", "cpu"]
-    assert main([*places, "--adapter", checkpoint.name]) == 0
-    card = (tmp_path / "merged" / "README.md").read_text(encoding="utf-8")
-    assert f"| step | {checkpoint.name.removeprefix('checkpoint-')} of 6 |" in card
-    assert "## Before and after" in card and (tmp_path / "merged" / "curves.png").is_file()
-    assert "vllm serve FOLDER" in card
+    """Its numbers are those of the evaluation before it, which is named; never those of a later one."""
+    (logs,) = (out / "training_logs").iterdir()
+    losses = {
+        at: f"{v:.4g}" for at, v in read_recorded(RunDirectory(out, logs.name)).series["Eval/Loss"]
+    }
+    assert sorted(losses) == [0, 3, 6]
+    for step, evaluated in ((2, 0), (4, 3), (6, 6)):
+        output = tmp_path / f"merged-{step}"
+        places = ["--output-dir", str(out), "--output", str(output), "--device", "cpu"]
+        assert main([*places, "--adapter", f"checkpoint-{step}"]) == 0
+        card = (output / "README.md").read_text(encoding="utf-8")
+        where = "there" if step == evaluated else f"at step {evaluated}"
+        assert f"| step | {step} of 6 |\n| held-out loss {where} | {losses[evaluated]} |" in card
+        shown = f"| held-out loss | {losses[0]} | {losses[evaluated]} |"
+        assert (shown in card) == bool(evaluated)
+        assert ("## Before and after" in card) == bool(evaluated)
+        assert ("Measured at step 3, the last time before" in card) == (step == 4)
+        assert "vllm serve" in card and (output / "curves.png").is_file()
 
 
 def test_a_broken_record_does_not_keep_a_model_back(out, tmp_path, capfd):

@@ -12,6 +12,7 @@ from PIL import Image
 
 from finetuning.common.bounds import CARD_HEAD
 from finetuning.model.resolve import licence_of
+from finetuning.runs.before_after import changes, newest_evaluation
 from finetuning.runs.directory import RunDirectory
 from finetuning.runs.model_card import complete_cards, curves, model_card, public_name
 from finetuning.runs.recorded import read_recorded
@@ -152,6 +153,34 @@ def test_the_best_model_shows_its_own_evaluation(out: Path):
         if "held-out loss |" in line
     )
     assert f"{steps[first]:.4g}" in row and f"{steps[step]:.4g}" in row
+
+
+@pytest.mark.parametrize(
+    ("step", "evaluated", "after"),
+    [(20, 20, 1.5), (39, 20, 1.5), (40, 40, 1.2), (59, 40, 1.2), (99, 60, 1.9), (19, None, None)],
+)
+def test_a_card_never_shows_a_later_evaluation(step: int, evaluated: int | None, after: float):
+    series = {"Eval/Loss": [(0, 2.0), (20, 1.5), (40, 1.2), (60, 1.9)]}
+    assert newest_evaluation(series, step) == evaluated
+    if evaluated is not None:
+        assert [(c.before, c.after) for c in changes(series, evaluated)] == [(2.0, after)]
+
+
+def test_without_an_evaluation_of_the_base_nothing_is_compared():
+    """Where the record of a resumed run begins later."""
+    assert not changes({"Eval/Loss": [(60, 1.2), (80, 1.1)]})
+    assert changes({"Eval/Loss": [(0, 1.2), (80, 1.1)]})
+
+
+def test_a_loss_of_an_earlier_step_is_said_to_be_one():
+    card = model_card(ORIGIN | {"step": 12, "evaluated_step": 12}, "adapter")
+    assert "| held-out loss there | 1.235 |" in card
+    card = model_card(ORIGIN | {"step": 12, "evaluated_step": 10}, "adapter")
+    assert "| held-out loss at step 10 | 1.235 |" in card
+    assert "| held-out loss so far | 1.235 |" in model_card(ORIGIN, "adapter"), (
+        "of an older version"
+    )
+    assert "| held-out loss" not in model_card(ORIGIN | {"held_out_loss": None}, "adapter")
 
 
 def test_a_setting_with_a_text_is_not_shown(out: Path):
