@@ -31,6 +31,7 @@ from finetuning.common.distributed import limit_threads, pick_device
 from finetuning.common.errors import RunStopped, UserError, exit_code
 from finetuning.common.paths import expanded
 from finetuning.common.terminal import Terminal
+from finetuning.config import EMBEDDED
 from finetuning.model.gguf_file import check_architecture, read_gguf, write_gguf
 from finetuning.model.gguf_tokens import vocabulary
 from finetuning.model.loading import load_tokenizer
@@ -47,7 +48,7 @@ from finetuning.model.merging import (
     prompt_logits,
 )
 from finetuning.model.modelfile import modelfile
-from finetuning.model.resolve import ResolvedModel, is_adapter
+from finetuning.model.resolve import ResolvedModel, is_adapter, licence_of, shared_name
 from finetuning.model.saving import save_merged, stop_at_turns
 from finetuning.runs.directory import RunDirectory
 from finetuning.runs.init_adapter import read_origin
@@ -96,7 +97,7 @@ class Source:
 
     folder: Path  # of an adapter, or of a model that was trained whole
     base_model: str
-    name: str  # what the file calls the model
+    name: str  # of what is written, without its suffix
     precision: str
     device: torch.device
     origin: Mapping[str, Any]  # what the folder says of where it has come from
@@ -112,7 +113,7 @@ def export(settings: Export, terminal: Terminal) -> Agreement:
     limit_threads()
     trained = find_trained(settings.adapter, settings.output_dir)
     below = model_below(trained.folder, base_model)
-    origin = read_origin(trained.folder) or {"base": {"model": below.name}}
+    origin = origin_of(trained.folder, below)
     check_possible(settings, trained.folder, below, origin)
     precision = own_precision(below) if settings.precision == "auto" else settings.precision
     output = destination.path
@@ -182,6 +183,16 @@ def check_possible(
         modelfile_of(below, origin)
 
 
+def origin_of(folder: Path, below: ResolvedModel) -> dict[str, Any]:
+    """What the folder says of where its model has come from; an adapter's base as others may call it."""
+    origin = read_origin(folder)
+    base = origin.get("base", {})
+    if is_adapter(folder) and base.get("model") != EMBEDDED:
+        assert below.path is not None
+        base = {"licence": licence_of(below.path), **base, "model": shared_name(below)}
+    return {**origin, "base": base}
+
+
 def record_of(origin: Mapping[str, Any], folder: Path, terminal: Terminal) -> RecordedRun | None:
     """The record of the run that has trained the model in a folder; a broken one is told and left out."""
     for output in folder.absolute().parents[
@@ -203,7 +214,7 @@ def record_of(origin: Mapping[str, Any], folder: Path, terminal: Terminal) -> Re
 def write_hf(source: Source, folder: Path) -> torch.Tensor:
     """A plain model folder with a card."""
     save_merged(merged_model(source.folder, source.base_model), folder, source.precision)
-    write_card(folder, "merged", source.origin, source.record)
+    write_card(folder, source.name, "merged", source.origin, source.record)
     return logits_of(folder, source.device)
 
 

@@ -21,7 +21,7 @@ from finetuning.model.resolve import (
     ResolvedModel,
     as_user_error,
     ensure_local,
-    hub_spelling,
+    hub_name,
     named_model,
     resolve_model,
     saved_dtype,
@@ -84,7 +84,7 @@ def load_model(
         recompute_activations(model)
     if lora.lora_r == 0:
         return model.requires_grad_(True)
-    base_name = resolved.name if hub_spelling(resolved) else str(folder)
+    base_name = hub_name(resolved) or str(folder)
     if settings.init_adapter:
         adapted = load_adapter(model, Path(settings.init_adapter).expanduser(), base_name)
         check_ends(adapted)

@@ -74,7 +74,7 @@ def check_base(
     the adapter's configuration, where that model is on this machine.
     """
     base = read_origin(folder).get("base", {})
-    name = str(base.get("model") or read_adapter_config(folder).base_model_name_or_path or "")
+    name = str(read_adapter_config(folder).base_model_name_or_path or base.get("model") or "")
     weights = base.get("model_weights") or _weights_of(name)
     shown, ours = clean_line(name, 200) or "unnamed", clean_line(model.name, 200)
     if weights is not None:

@@ -6,6 +6,8 @@ switches or words of a choice; no path of a machine. Beside a recorded run it ha
 
 import dataclasses
 import io
+import json
+import shlex
 from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -41,8 +43,9 @@ asked = [{"role": "user", "content": "SM4的分组长度是多少？"}]
 options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
 prompt = tokenizer.apply_chat_template(asked, **options)
 said = model.generate(**prompt, max_new_tokens=2048)[0, prompt["input_ids"].shape[1] :]
-thinking, _, answer = tokenizer.decode(said, skip_special_tokens=True).partition("</think>")"""
-_OURS = """In the folder of the program that trained it:
+thinking, _, answer = tokenizer.decode(said, skip_special_tokens=True).partition("</think>")
+print(answer)"""
+_OURS = """In the folder of the program that trained it (with its `--output-dir`, where the run had one):
 
 ```
 uv run python ask.py "SM4的分组长度是多少？" --adapter FOLDER
@@ -51,7 +54,8 @@ uv run python export.py --adapter FOLDER --output merged_model
 
 """
 _SERVERS = """\
-Served with OpenAI's interface by vLLM or SGLang; what was thought is apart, in `reasoning_content`:
+Served with OpenAI's interface by vLLM or SGLang, in the folder that holds this one. What was thought is
+apart: vLLM calls it `reasoning` (its older versions `reasoning_content`), SGLang `reasoning_content`.
 
 ```
 vllm serve FOLDER --served-model-name crypto --reasoning-parser deepseek_r1
@@ -59,27 +63,38 @@ python -m sglang.launch_server --model-path FOLDER --served-model-name crypto --
 ```
 
 """
+_FOR_THE_PROGRAM = (
+    "origin.json",
+    "run.txt",
+)  # beside a trained model; the first may hold a text of the data
+_ELSEWHERE = """
+
+First write into `adapter_config.json`, as `base_model_name_or_path`, what others call the base: now it is the
+place of a folder on the machine that trained it."""
 _LIMITS = """\
 The model was trained to think before it answers: its reply begins with its reasoning, which ends at
 `</think>`. What it says may be wrong. The held-out loss says how well it predicts samples of the same kind,
 and nothing about other questions."""
 
 
-def model_card(origin: Mapping[str, Any], kind: Kind, record: RecordedRun | None = None) -> str:
+def model_card(
+    origin: Mapping[str, Any], kind: Kind, folder: str, record: RecordedRun | None = None
+) -> str:
     """Markdown. origin: the content of the model's origin.json, of which anything may be missing.
 
-    record: its run as it was recorded; then changes, curves (the file `CURVES`), data and settings follow.
+    folder: the last part of its name, for the lines that others copy. record: its run as it was recorded;
+    then changes, curves (the file `CURVES`), data and settings follow.
     """
     base = origin.get("base", {})
     name = public_name(base.get("model", ""))
     sections = [
         _head(base, kind),
         f"# {origin.get('run') or 'A trained model'}\n\n{_what(name, kind)}\n\n{_facts(origin, name)}",
-        f"## Use\n\n{_use(kind)}",
+        f"## Use\n\n{_lines_for(folder, _use(kind))}",
         *(_recorded(record, origin.get("step")) if record else []),
         f"## Limits\n\n{_LIMITS}",
         f"## Licence\n\n{_licence(base, name)}",
-        "## Share\n\n```\nhf upload OWNER/NAME FOLDER\n```",
+        f"## Share\n\n{_lines_for(folder, _share(kind, name))}",
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -144,7 +159,24 @@ def _measured(origin: Mapping[str, Any]) -> dict[str, str]:
 
 def _use(kind: Kind) -> str:
     code = f"```python\n{_PEFT if kind == 'adapter' else _TRANSFORMERS}{_ASKING}\n```"
-    return (_OURS if kind == "adapter" else _SERVERS) + f"In Python:\n\n{code}"
+    return (_OURS if kind == "adapter" else _SERVERS) + f"In Python, there too:\n\n{code}"
+
+
+def _share(kind: Kind, name: str) -> str:
+    """The line for the hub, and what has to be done before it."""
+    left_out = (
+        "" if kind == "merged" else "".join(f" --exclude {file}" for file in _FOR_THE_PROGRAM)
+    )
+    before = _ELSEWHERE if kind == "adapter" and "/" not in name else ""
+    return f"```\nhf upload OWNER/NAME FOLDER{left_out}\n```{before}"
+
+
+def _lines_for(folder: str, text: str) -> str:
+    """With the name of the folder in Python's and the shell's lines, where a line can hold it."""
+    if not folder.isprintable() or "`" in folder:
+        return text
+    text = text.replace('"FOLDER"', json.dumps(folder, ensure_ascii=False))
+    return text.replace("FOLDER", shlex.quote(folder))
 
 
 def _licence(base: Mapping[str, Any], name: str) -> str:
@@ -254,13 +286,13 @@ def curves(record: RecordedRun) -> bytes:
 
 
 def write_card(
-    folder: Path, kind: Kind, origin: Mapping[str, Any], record: RecordedRun | None
+    folder: Path, name: str, kind: Kind, origin: Mapping[str, Any], record: RecordedRun | None
 ) -> None:
-    """README.md of a model's folder, and the picture that it shows."""
+    """README.md of a model's folder, which is to be called `name`, and the picture that it shows."""
     if record is not None:
         with atomic_write(folder / CURVES, folder / f".{CURVES}.tmp") as file:
             file.write(curves(record))
-    atomic_write_text(folder / CARD, model_card(origin, kind, record))
+    atomic_write_text(folder / CARD, model_card(origin, kind, name, record))
 
 
 def complete_cards(record: RecordedRun) -> None:
@@ -270,4 +302,4 @@ def complete_cards(record: RecordedRun) -> None:
         if owner(folder) == record.name and (folder / ORIGIN).is_file():
             origin = read_json_object(folder / ORIGIN)
             kind: Kind = "adapter" if origin.get("trained", {}).get("lora_r") else "whole"
-            write_card(folder, kind, origin, record)
+            write_card(folder, name, kind, origin, record)

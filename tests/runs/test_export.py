@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants as hub_constants
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ask
@@ -248,6 +249,41 @@ def test_an_exported_checkpoint_says_what_it_is(out, tmp_path):
         assert ("## Before and after" in card) == bool(evaluated)
         assert ("Measured at step 3, the last time before" in card) == (step == 4)
         assert "vllm serve" in card and (output / "curves.png").is_file()
+
+
+def test_a_base_is_named_as_others_know_it(tiny_run, tiny_model, tmp_path, monkeypatch, capsys):
+    """A folder that looks like a hub's name is none; one of the hub's cache has it; so has what is given."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_model, "models/tiny")
+    short = ["--model-name", "models/tiny", "--max-steps", "1", "--save-steps", "1"]
+    assert tiny_run(tmp_path, *short, "--eval-fraction", "0") == 0
+    out = tmp_path / "out"
+    origin = json.loads((out / "final_model" / "origin.json").read_text(encoding="utf-8"))
+    assert origin["base"]["model"] == "tiny"
+    saved = json.loads((out / "final_model" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert saved["base_model_name_or_path"] == str(tmp_path / "models" / "tiny")
+    card = (out / "final_model" / "README.md").read_text(encoding="utf-8")
+    assert "base_model:" not in card and "First write into `adapter_config.json`" in card
+
+    repo = tmp_path / "hf" / "models--someone--Tiny-1B"
+    shutil.copytree(tiny_model, repo / "snapshots" / "abc")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("abc")
+    monkeypatch.setattr(hub_constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
+    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    given = {"": "", "someone/Tiny-1B": "base_model: someone/Tiny-1B\n"}
+    for name in ("final_model", "checkpoint-1"):
+        for base, head in given.items():
+            output = tmp_path / f"{name}-{len(base)}"
+            places = ["--output-dir", str(out), "--output", str(output), "--device", "cpu"]
+            base_model = ["--base-model", base] if base else []
+            assert main([*places, *base_model, "--adapter", name]) == 0, capsys.readouterr().err
+            card = (output / "README.md").read_text(encoding="utf-8")
+            assert head in card and ("base_model:" in card) == bool(head)
+            for file in output.glob("*.*"):
+                assert str(tmp_path).encode() not in file.read_bytes(), file
 
 
 def test_a_broken_record_does_not_keep_a_model_back(out, tmp_path, capfd):
