@@ -24,13 +24,14 @@ import ask
 import export
 from export import check, main
 from finetuning.common.errors import RunStopped
+from finetuning.common.files import sealed_json
 from finetuning.common.terminal import Terminal
 from finetuning.model.loading import load_for_inference
 from finetuning.model.merging import Agreement, MergedModel, merged_model, model_below
 from finetuning.model.saving import save_adapter
-from finetuning.runs.directory import RunDirectory
+from finetuning.runs.directory import RunDirectory, new_run, own_models
 from finetuning.runs.recorded import read_recorded
-from finetuning.runs.result import BEST, FINAL, Trained, find_trained
+from finetuning.runs.result import BEST, FINAL, GOES_ON, Trained, find_trained
 from finetuning.runs.summary import closing_lines
 from tests.helpers.models import disturb, load
 from tests.helpers.ranks import on_ranks, results_of
@@ -212,10 +213,36 @@ def test_ask_export_and_the_last_lines_agree_and_say_why(out, tiny_run, tmp_path
     assert f"exporting {out / 'best_model'} ({BEST})" in capfd.readouterr().out
     assert ask.main(["q", *arguments, "--max-new-tokens", "1"]) == 0
     assert f"{out / 'best_model'} ({BEST})" in " ".join(capfd.readouterr().err.split())
-    newer = max((out / "checkpoints").iterdir())
-    os.utime(newer / "adapter_model.safetensors", (2e9, 2e9))
-    assert find_trained("", str(out)).folder == newer
-    assert "has not come to its end" in find_trained("", str(out)).reason
+    status.write_text(json.dumps(stopped | {"result": "", "status": "running"}), encoding="utf-8")
+    assert find_trained("", str(out)) == Trained(out / "best_model", GOES_ON), "of step 6"
+    shutil.rmtree(out / "best_model")
+    assert find_trained("", str(out)) == Trained(out / "checkpoints" / "checkpoint-6", GOES_ON)
+
+
+@pytest.mark.parametrize("last", ["checkpoints/checkpoint-4", "best_model", "final_model"])
+def test_a_copy_has_the_same_result(out, last):
+    """Whatever times its files have: the records say what the run has come to."""
+    for place in ("checkpoints/checkpoint-6", "final_model", "best_model", last):
+        for path in (out / place).iterdir():
+            os.utime(path, (2e9 + (place == last), 2e9 + (place == last)))
+    assert find_trained("", str(out)) == Trained(out / "final_model", FINAL)
+
+
+def test_the_newest_run_that_has_something_is_meant(out):
+    """One that has only begun has nothing yet: the result is still that of the run before."""
+    (old,) = (path.name for path in (out / "training_logs").iterdir())
+    new = RunDirectory(out, new_run(out).name)
+    new.write_status("running", step=0)
+    for path in own_models(new):
+        assert path.parent.name == old, "put aside, as every start does it"
+    aside = out / "earlier_models" / old / "final_model"
+    assert find_trained("", str(out)) == Trained(aside, FINAL)
+    checkpoint = shutil.copytree(out / "checkpoints" / "checkpoint-2", out / "checkpoints" / "new")
+    manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+    manifest |= {"run": new.name, "step": 1, "sequence": 99}
+    (checkpoint / "manifest.json").write_bytes(sealed_json(manifest))
+    checkpoint = checkpoint.rename(checkpoint.with_name("checkpoint-1"))
+    assert find_trained("", str(out)) == Trained(checkpoint, GOES_ON)
 
 
 def test_a_model_is_meant_by_its_name(out, monkeypatch, tmp_path):
