@@ -177,8 +177,7 @@ def check_possible(
         return
     config = AutoConfig.from_pretrained(below.path, local_files_only=True)
     check_architecture(config)
-    tokenizer = load_tokenizer(below)
-    vocabulary(tokenizer, max(len(tokenizer), config.vocab_size))
+    vocabulary(load_tokenizer(below), config.vocab_size)
     if settings.format == "ollama":
         modelfile_of(below, origin)
 

@@ -185,6 +185,7 @@ def _quantization(
 
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer: object, folder: Path) -> None:
+    """UserError where a text may have a token that the model has no row for."""
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise UserError(
@@ -206,6 +207,7 @@ def load_for_inference(
     )
     tokenizer = load_tokenizer(resolved)
     model = load_base(resolved, device, weight_dtype(device, precision))
+    _check_vocabulary(model, tokenizer, _folder(resolved))
     if is_adapter:
         model = load_adapter(model, folder, resolved.name)
     model.config.use_cache = True

@@ -197,6 +197,42 @@ def test_words_are_cut_as_llama_cuts_them(tmp_path):
         assert [server.tokens(text) for text in TEXTS] == ids
 
 
+def test_of_several_templates_that_of_plain_conversations_is_written():
+    """As transformers chooses it, whichever stands first."""
+    tokenizer = copy.copy(qwen3_tokenizer())
+    plain = tokenizer.chat_template
+    for order in (("tool_use", "default"), ("default", "tool_use")):
+        tokenizer.chat_template = {
+            name: plain if name == "default" else "{# tools #}" + plain for name in order
+        }
+        assert vocabulary(tokenizer, len(tokenizer)).chat_template == plain
+    tokenizer.chat_template = {"tool_use": plain, "rag": plain}
+    with pytest.raises(UserError, match="chat template can't be used"):
+        vocabulary(tokenizer, len(tokenizer))
+
+
+@pytest.mark.parametrize("far", [False, True])
+def test_a_token_without_a_row_is_one_clear_line(tmp_path, far):
+    """More tokens than rows; or no more of them, but one with an id behind the last row."""
+    _, tokenizer = make("qwen3", tmp_path / "model")
+    rows = len(tokenizer) - 1
+    if far:
+        content = json.loads(tokenizer.backend_tokenizer.to_str())
+        content["model"]["vocab"]["甲乙"] = len(tokenizer) + 7
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer.from_str(json.dumps(content)),
+            eos_token=tokenizer.eos_token,
+            chat_template=tokenizer.chat_template,
+        )
+        rows = len(tokenizer)
+    highest = max(tokenizer.get_vocab().values())
+    with pytest.raises(
+        UserError, match=f"ids up to {highest}, the model {rows} rows of embeddings"
+    ):
+        vocabulary(tokenizer, rows)
+    assert len(vocabulary(tokenizer, highest + 1).tokens) == highest + 1
+
+
 @pytest.mark.parametrize(
     ("expression", "changes"),
     [
