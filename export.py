@@ -47,8 +47,9 @@ from finetuning.model.merging import (
     own_precision,
     prompt_logits,
 )
-from finetuning.model.modelfile import modelfile
+from finetuning.model.modelfile import context_length, modelfile
 from finetuning.model.resolve import ResolvedModel, is_adapter, licence_of, shared_name
+from finetuning.model.sampling_defaults import SamplingDefaults
 from finetuning.model.saving import save_merged, stop_at_turns
 from finetuning.runs.directory import RunDirectory
 from finetuning.runs.init_adapter import read_origin
@@ -239,7 +240,11 @@ def modelfile_of(below: ResolvedModel, origin: Mapping[str, Any]) -> str:
     generation = None
     if (below.path / GENERATION_CONFIG_NAME).is_file():
         generation = GenerationConfig.from_pretrained(below.path, local_files_only=True)
-    return modelfile(WEIGHTS, load_tokenizer(below), generation, origin.get("system_prompt", ""))
+    config = AutoConfig.from_pretrained(below.path, local_files_only=True)
+    longest = origin.get("trained", {}).get("max_seq_length", 0)
+    context = context_length(config.max_position_embeddings, longest)
+    defaults, system = SamplingDefaults.of(generation), origin.get("system_prompt", "")
+    return modelfile(WEIGHTS, load_tokenizer(below), defaults, context, system)
 
 
 WRITERS = {"hf": write_hf, "gguf": write_file, "ollama": write_ollama}

@@ -5,6 +5,7 @@ uv run --group serving --extra gguf pytest -m "not long" tests/model/test_gguf_f
 
 import copy
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     GPT2Config,
     LlamaConfig,
     PreTrainedTokenizerFast,
@@ -24,6 +26,7 @@ from finetuning.common.errors import UserError
 from finetuning.model.gguf_file import PRECISIONS, check_architecture, read_gguf, write_gguf
 from finetuning.model.gguf_tokens import PRE_TOKENIZERS, vocabulary
 from finetuning.model.merging import TOLERANCE
+from finetuning.model.sampling_defaults import SamplingDefaults
 from finetuning.runs.identity import PROBE
 from tests.helpers.llama_server import serving
 from tests.helpers.qwen3_tokenizer import qwen3_tokenizer
@@ -140,6 +143,29 @@ def test_llama_cpp_cuts_texts_as_the_tokenizer_does(written):
         asked = [{"role": "system", "content": "简短。"}, {"role": "user", "content": "SM4？"}]
         shown = server.post("/apply-template", messages=asked)["prompt"]
     assert shown == tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95},
+        {"do_sample": True, "repetition_penalty": 1.05},
+    ],
+)
+def test_llama_cpp_draws_as_the_model_says(tmp_path, given):
+    """Without a word of the client's, and not by its own defaults."""
+    model, tokenizer = make("qwen3", tmp_path / "model")
+    model.generation_config = GenerationConfig(**given)
+    write_gguf(model, tokenizer, tmp_path / "model.gguf", "fp32", "tiny")
+    with serving(tmp_path / "model.gguf") as server:
+        used = server.properties()["default_generation_settings"]["params"]
+        context = server.properties()["default_generation_settings"]["n_ctx"]
+    expected = asdict(SamplingDefaults.of(model.generation_config))
+    assert used.pop("repeat_last_n") in (-1, context)
+    expected.pop("repeat_last_n")
+    assert {name: used[name] for name in expected} == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.slow

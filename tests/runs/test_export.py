@@ -355,6 +355,8 @@ def test_the_system_prompt_of_all_the_data_is_ollama_s(same, tiny_run, tmp_path)
         text = (output / "Modelfile").read_text(encoding="utf-8")
         assert ('SYSTEM """你是密码学助手。\n简短。"""\n' in text) == same
         assert ("SYSTEM" in text) == same and 'PARAMETER stop "<|im_end|>"' in text
+        assert "PARAMETER num_ctx 4096\n" in text, "all positions of the tiny model"
+        assert "PARAMETER temperature 0\n" in text, "as it has no generation_config that says more"
 
 
 def test_a_model_that_was_trained_whole_is_exported_too(tiny_model, tmp_path):
