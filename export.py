@@ -144,7 +144,7 @@ def made_and_checked(
     settings: Export,
     source: Source,
     made: Path,
-    apart: tuple[torch.Tensor, torch.Tensor],
+    apart: tuple[torch.Tensor, torch.Tensor | None],
     terminal: Terminal,
 ) -> Agreement:
     """Write it, and compare its logits with those `apart` (trained, base)."""
@@ -253,17 +253,24 @@ WRITERS = {"hf": write_hf, "gguf": write_file, "ollama": write_ollama}
 def check(agreement: Agreement, tolerance: float, terminal: Terminal) -> None:
     """Say how well the logits agree. RunStopped where they don't."""
     difference, effect = agreement.difference, agreement.effect
-    limit = tolerance * max(1.0, effect)
+    limit = tolerance * max(1.0, effect or 0.0)
     terminal.info(
         f"exported against trained: largest difference of a logit {difference:.2g} standard deviations "
-        f"(at most {limit:.2g}); the adapter itself moves them by {effect:.2g}"
+        f"(at most {limit:.2g})"
     )
+    if effect is not None:
+        terminal.info(f"the adapter itself moves a logit by up to {effect:.2g} of them")
     if not (math.isfinite(difference) and difference <= limit):
         raise RunStopped(
             f"the exported model differs by {difference:.2g} standard deviations, more than {limit:.2g}; "
             "nothing was written. Try --precision fp32"
         )
-    if difference > 0.5 * effect > 0:
+    if effect == 0:
+        terminal.warning(
+            "the adapter changes nothing: what is exported answers as its base does. It was probably not "
+            "trained; look at --adapter, and at the loss of its run"
+        )
+    elif effect is not None and difference > 0.5 * effect:
         terminal.warning(
             "rounding the merged weights changes the logits by half as much as the adapter does, or "
             "more; --precision fp32 keeps what it has learned"

@@ -73,19 +73,21 @@ class Agreement:
     """Logits of the merged model against those of base and adapter apart, in standard deviations."""
 
     difference: float  # largest, over all prompts, positions and words
-    effect: float  # the same between base and trained model: what the adapter does
+    effect: (
+        float | None
+    )  # the same between base and trained model: what the adapter does; None without one
 
 
 def logits_apart(
     folder: Path, device: torch.device, base_model: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits with the adapter, and of its base alone; twice the same for a model that was trained whole."""
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Logits with the adapter, and of its base alone; None for a model that was trained whole."""
     model, tokenizer = load_for_inference(
         folder, device=device, precision="fp32", base_model=base_model
     )
     trained = prompt_logits(model, tokenizer)
     if not is_adapter(folder):
-        return trained, trained
+        return trained, None
     with model.disable_adapter():
         return trained, prompt_logits(model, tokenizer)
 
@@ -109,8 +111,10 @@ def prompt_logits(model: torch.nn.Module, tokenizer: Any) -> torch.Tensor:
     return torch.cat(rows)
 
 
-def compare(merged: torch.Tensor, trained: torch.Tensor, base: torch.Tensor) -> Agreement:
+def compare(merged: torch.Tensor, trained: torch.Tensor, base: torch.Tensor | None) -> Agreement:
     """Largest differences in units of the logits' standard deviation."""
-    unit = trained.std()
-    difference, effect = ((other - trained).abs().max() / unit for other in (merged, base))
-    return Agreement(difference.item(), effect.item())
+
+    def distance(other: torch.Tensor) -> float:
+        return ((other - trained).abs().max() / trained.std()).item()
+
+    return Agreement(distance(merged), None if base is None else distance(base))

@@ -91,8 +91,24 @@ def test_rounding_that_eats_the_adapter_is_warned_about(capsys):
     check(Agreement(difference=0.02, effect=0.03), 0.25, Terminal())
     assert "--precision fp32" in capsys.readouterr().err
     check(Agreement(difference=0.02, effect=3.0), 0.25, Terminal())
-    check(Agreement(difference=0.0, effect=0.0), 0.25, Terminal())
+    check(Agreement(difference=0.2, effect=None), 0.25, Terminal())
     assert not capsys.readouterr().err
+
+
+def test_an_adapter_that_does_nothing_is_told(tmp_path, tiny_model, capsys):
+    """One that was never trained; a model that was trained whole has none of which to speak."""
+    model, tokenizer = load(tiny_model, lora_r=4)
+    save_adapter(model, tokenizer, tmp_path / "final_model")
+    places = ["--adapter", str(tmp_path / "final_model"), "--output", str(tmp_path / "merged")]
+    assert main([*places, "--device", "cpu"]) == 0
+    told = capsys.readouterr()
+    assert "the adapter changes nothing" in told.err and "probably not trained" in told.err
+    check(Agreement(difference=0.0, effect=None), 0.25, Terminal())
+    told = capsys.readouterr()
+    assert (
+        "largest difference of a logit 0 standard" in told.out
+        and "adapter" not in told.out + told.err
+    )
 
 
 @pytest.mark.parametrize("difference", [0.3, math.nan, math.inf])
