@@ -107,12 +107,11 @@ class Source:
 
 def export(settings: Export, terminal: Terminal) -> Agreement:
     """Write it once its logits agree. Raises RunStopped where they don't."""
-    destination, base_model = (
-        destination_of(settings),
-        expanded(settings.base_model, "--base-model"),
-    )
+    destination = destination_of(settings)
+    base_model = expanded(settings.base_model, "--base-model")
     limit_threads()
     trained = find_trained(settings.adapter, settings.output_dir)
+    destination.check_outside(trained.folder)
     below = model_below(trained.folder, base_model)
     origin = origin_of(trained.folder, below)
     check_possible(settings, trained.folder, below, origin)

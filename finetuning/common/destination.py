@@ -45,6 +45,14 @@ class Destination:
         except OSError as error:
             raise self._unwritable(error) from error
 
+    def check_outside(self, model: Path) -> None:
+        """UserError where it lies in the folder of a saved model, which does not stay."""
+        if self.path.resolve().is_relative_to(model.resolve()):
+            raise UserError(
+                f"{self.option} {self.path}: lies in {model}, which a run replaces with all that is in it; "
+                "choose another place"
+            )
+
     @contextmanager
     def held(self, needed_bytes: int) -> Iterator[Path]:
         """A folder beside it to work in; within the block no other process makes anything for this name.

@@ -159,7 +159,9 @@ def _measured(origin: Mapping[str, Any]) -> dict[str, str]:
 
 def _use(kind: Kind) -> str:
     code = f"```python\n{_PEFT if kind == 'adapter' else _TRANSFORMERS}{_ASKING}\n```"
-    return (_OURS if kind == "adapter" else _SERVERS) + f"In Python, there too:\n\n{code}"
+    return (
+        _OURS if kind == "adapter" else _SERVERS
+    ) + f"In Python, in the folder that holds this one:\n\n{code}"
 
 
 def _share(kind: Kind, name: str) -> str:
@@ -168,7 +170,7 @@ def _share(kind: Kind, name: str) -> str:
         "" if kind == "merged" else "".join(f" --exclude {file}" for file in _FOR_THE_PROGRAM)
     )
     before = _ELSEWHERE if kind == "adapter" and "/" not in name else ""
-    return f"```\nhf upload OWNER/NAME FOLDER{left_out}\n```{before}"
+    return f"In the folder that holds this one:\n\n```\nhf upload OWNER/NAME FOLDER{left_out}\n```{before}"
 
 
 def _lines_for(folder: str, text: str) -> str:

@@ -140,6 +140,7 @@ def test_bad_input_is_one_clear_line(tmp_path, adapter, tiny_model, capsys):
         "--format ollama writes a folder": [*named, "--format", "ollama", *file],
         "--precision q8_0 is for --format gguf": [*named, "--precision", "q8_0", *output],
         "no such folder, here or below": ["--adapter", "checkpoint-7", *output],
+        "which a run replaces": [*named, "--output", str(adapter / "merged")],
     }
     for expected, arguments in cases.items():
         assert main(arguments) == 2
