@@ -367,7 +367,7 @@ class DirectTrainer:
     def save_model(self, folder: Path) -> None:
         """The adapter with its tokenizer, whole or not at all."""
         with self.metrics.clock.phase("saving"), self.terminal.working(f"saving {folder.name}"):
-            notes = summary.model_notes(self.plan, self.record.run.name, self.state)
+            notes = summary.model_notes(self.plan, self.record.run, folder, self.state)
             self.engine.save(folder, self.plan.inputs.tokenizer, notes)
             self.mirror.add_model(self.record.run, folder, self.state.step)
 

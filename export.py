@@ -26,17 +26,19 @@ from transformers import AutoConfig, GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from finetuning.common.arguments import parsed
+from finetuning.common.destination import Destination
 from finetuning.common.distributed import limit_threads, pick_device
 from finetuning.common.errors import RunStopped, UserError, exit_code
-from finetuning.common.files import fsync_directory, fsync_files, staging_folder
-from finetuning.common.paths import check_name, expanded
+from finetuning.common.paths import expanded
 from finetuning.common.terminal import Terminal
+from finetuning.config import EMBEDDED
 from finetuning.model.gguf_file import check_architecture, read_gguf, write_gguf
 from finetuning.model.gguf_tokens import vocabulary
 from finetuning.model.loading import load_tokenizer
 from finetuning.model.merging import (
     TOLERANCE,
     Agreement,
+    bytes_in,
     compare,
     logits_apart,
     logits_of,
@@ -45,8 +47,9 @@ from finetuning.model.merging import (
     own_precision,
     prompt_logits,
 )
-from finetuning.model.modelfile import modelfile
-from finetuning.model.resolve import ResolvedModel, is_adapter
+from finetuning.model.modelfile import context_length, modelfile
+from finetuning.model.resolve import ResolvedModel, is_adapter, licence_of, shared_name
+from finetuning.model.sampling_defaults import SamplingDefaults
 from finetuning.model.saving import save_merged, stop_at_turns
 from finetuning.runs.directory import RunDirectory
 from finetuning.runs.init_adapter import read_origin
@@ -95,7 +98,7 @@ class Source:
 
     folder: Path  # of an adapter, or of a model that was trained whole
     base_model: str
-    name: str  # what the file calls the model
+    name: str  # of what is written, without its suffix
     precision: str
     device: torch.device
     origin: Mapping[str, Any]  # what the folder says of where it has come from
@@ -104,26 +107,33 @@ class Source:
 
 def export(settings: Export, terminal: Terminal) -> Agreement:
     """Write it once its logits agree. Raises RunStopped where they don't."""
-    output, base_model = free_place(settings), expanded(settings.base_model, "--base-model")
+    destination = destination_of(settings)
+    base_model = expanded(settings.base_model, "--base-model")
     limit_threads()
     trained = find_trained(settings.adapter, settings.output_dir)
+    destination.check_outside(trained.folder)
     below = model_below(trained.folder, base_model)
-    origin = read_origin(trained.folder) or {"base": {"model": below.name}}
+    origin = origin_of(trained.folder, below)
     check_possible(settings, trained.folder, below, origin)
     precision = own_precision(below) if settings.precision == "auto" else settings.precision
-    device = pick_device(settings.device)
-    record = record_of(origin, trained.folder, terminal)
-    source = Source(trained.folder, base_model, output.stem, precision, device, origin, record)
-    terminal.info(f"exporting {trained.folder} ({trained.reason})")
-    with terminal.working("asking the trained model"):
-        apart = logits_apart(trained.folder, device, base_model)
-    try:
-        agreement = made_and_checked(settings, source, output, apart, terminal)
-    except OSError as error:
-        raise RunStopped(
-            f"--output {output}: can't be written ({error.strerror or error}); free its disk, or choose "
-            "another place"
-        ) from error
+    output = destination.path
+    with destination.held(bytes_in(below, precision)) as staging:
+        device = pick_device(settings.device)
+        record = record_of(origin, trained.folder, terminal)
+        name = output.name.removesuffix(".gguf")
+        source = Source(trained.folder, base_model, name, precision, device, origin, record)
+        terminal.info(f"exporting {trained.folder} ({trained.reason})")
+        with terminal.working("asking the trained model"):
+            apart = logits_apart(trained.folder, device, base_model)
+        made = staging / output.name if destination.is_file else staging
+        try:
+            agreement = made_and_checked(settings, source, made, apart, terminal)
+            destination.publish(made)
+        except OSError as error:
+            raise RunStopped(
+                f"--output {output}: can't be written ({error.strerror or error}); free its disk, or choose "
+                "another place"
+            ) from error
     terminal.final(f"model: {output}")
     terminal.info(f"serve it: {SERVED[settings.format].format(shlex.quote(str(output)))}")
     return agreement
@@ -132,31 +142,27 @@ def export(settings: Export, terminal: Terminal) -> Agreement:
 def made_and_checked(
     settings: Export,
     source: Source,
-    output: Path,
-    apart: tuple[torch.Tensor, torch.Tensor],
+    made: Path,
+    apart: tuple[torch.Tensor, torch.Tensor | None],
     terminal: Terminal,
 ) -> Agreement:
-    """Write beside the output, compare with the logits `apart` (trained, base), and give it its name."""
-    with staging_folder(output.parent, f".{output.name}-", "unchecked") as staging:
-        made = staging / output.name if settings.format == "gguf" else staging
-        with terminal.working("writing and reading back"):
-            agreement = compare(WRITERS[settings.format](source, made), *apart)
-        check(agreement, settings.tolerance or TOLERANCE[source.precision], terminal)
-        publish(made, output)
+    """Write it, and compare its logits with those `apart` (trained, base)."""
+    with terminal.working("writing and reading back"):
+        agreement = compare(WRITERS[settings.format](source, made), *apart)
+    check(agreement, settings.tolerance or TOLERANCE[source.precision], terminal)
     return agreement
 
 
-def free_place(settings: Export) -> Path:
-    """Where to write, absolute. UserError where something is there, or for a name of another format."""
-    output = Path(expanded(settings.output, "--output"))
-    check_name(output, "--output")
+def destination_of(settings: Export) -> Destination:
+    """Where to write. UserError where something is there, or for a name of another format."""
+    output = Path(expanded(settings.output, "--output")).absolute()
     is_file = output.suffix == ".gguf"
     if is_file != (settings.format == "gguf"):
         kind = "a file that ends in .gguf" if settings.format == "gguf" else "a folder"
         raise UserError(f"--output {output}: --format {settings.format} writes {kind}")
-    if output.exists() and not (output.is_dir() and not is_file and not any(output.iterdir())):
-        raise UserError(f"--output {output}: exists; choose one that does not")
-    return output.absolute()
+    destination = Destination(output, is_file, "--output")
+    destination.check_free()
+    return destination
 
 
 def check_possible(
@@ -171,10 +177,19 @@ def check_possible(
         return
     config = AutoConfig.from_pretrained(below.path, local_files_only=True)
     check_architecture(config)
-    tokenizer = load_tokenizer(below)
-    vocabulary(tokenizer, max(len(tokenizer), config.vocab_size))
+    vocabulary(load_tokenizer(below), config.vocab_size)
     if settings.format == "ollama":
         modelfile_of(below, origin)
+
+
+def origin_of(folder: Path, below: ResolvedModel) -> dict[str, Any]:
+    """What the folder says of where its model has come from; an adapter's base as others may call it."""
+    origin = read_origin(folder)
+    base = origin.get("base", {})
+    if is_adapter(folder) and base.get("model") != EMBEDDED:
+        assert below.path is not None
+        base = {"licence": licence_of(below.path), **base, "model": shared_name(below)}
+    return {**origin, "base": base}
 
 
 def record_of(origin: Mapping[str, Any], folder: Path, terminal: Terminal) -> RecordedRun | None:
@@ -198,7 +213,7 @@ def record_of(origin: Mapping[str, Any], folder: Path, terminal: Terminal) -> Re
 def write_hf(source: Source, folder: Path) -> torch.Tensor:
     """A plain model folder with a card."""
     save_merged(merged_model(source.folder, source.base_model), folder, source.precision)
-    write_card(folder, "merged", source.origin, source.record)
+    write_card(folder, source.name, "merged", source.origin, source.record)
     return logits_of(folder, source.device)
 
 
@@ -224,35 +239,37 @@ def modelfile_of(below: ResolvedModel, origin: Mapping[str, Any]) -> str:
     generation = None
     if (below.path / GENERATION_CONFIG_NAME).is_file():
         generation = GenerationConfig.from_pretrained(below.path, local_files_only=True)
-    return modelfile(WEIGHTS, load_tokenizer(below), generation, origin.get("system_prompt", ""))
+    config = AutoConfig.from_pretrained(below.path, local_files_only=True)
+    longest = origin.get("trained", {}).get("max_seq_length", 0)
+    context = context_length(config.max_position_embeddings, longest)
+    defaults, system = SamplingDefaults.of(generation), origin.get("system_prompt", "")
+    return modelfile(WEIGHTS, load_tokenizer(below), defaults, context, system)
 
 
 WRITERS = {"hf": write_hf, "gguf": write_file, "ollama": write_ollama}
 
 
-def publish(made: Path, output: Path) -> None:
-    """Give what was made its name, once it is on the disk."""
-    fsync_files(made if made.is_dir() else made.parent)
-    if output.exists():
-        output.rmdir()
-    made.rename(output)
-    fsync_directory(output.parent)
-
-
 def check(agreement: Agreement, tolerance: float, terminal: Terminal) -> None:
     """Say how well the logits agree. RunStopped where they don't."""
     difference, effect = agreement.difference, agreement.effect
-    limit = tolerance * max(1.0, effect)
+    limit = tolerance * max(1.0, effect or 0.0)
     terminal.info(
         f"exported against trained: largest difference of a logit {difference:.2g} standard deviations "
-        f"(at most {limit:.2g}); the adapter itself moves them by {effect:.2g}"
+        f"(at most {limit:.2g})"
     )
+    if effect is not None:
+        terminal.info(f"the adapter itself moves a logit by up to {effect:.2g} of them")
     if not (math.isfinite(difference) and difference <= limit):
         raise RunStopped(
             f"the exported model differs by {difference:.2g} standard deviations, more than {limit:.2g}; "
             "nothing was written. Try --precision fp32"
         )
-    if difference > 0.5 * effect > 0:
+    if effect == 0:
+        terminal.warning(
+            "the adapter changes nothing: what is exported answers as its base does. It was probably not "
+            "trained; look at --adapter, and at the loss of its run"
+        )
+    elif effect is not None and difference > 0.5 * effect:
         terminal.warning(
             "rounding the merged weights changes the logits by half as much as the adapter does, or "
             "more; --precision fp32 keeps what it has learned"

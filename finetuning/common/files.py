@@ -123,8 +123,16 @@ def publish_folder(staging: Path, target: Path) -> None:
     old = target.with_name(f".{target.name}-old-{os.getpid()}")
     if target.exists():
         target.rename(old)
-    staging.rename(target)
+    rename_durably(staging, target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def rename_durably(made: Path, target: Path) -> None:
+    """Give a file, or a folder of files, that is on the disk its name, which a power cut does not lose."""
+    if made.is_dir():
+        fsync_directory(made)
+    os.rename(made, target)
+    fsync_directory(target.parent)
 
 
 def fsync_files(folder: Path) -> None:

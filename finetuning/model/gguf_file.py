@@ -17,6 +17,7 @@ import transformers
 from finetuning.common.errors import UserError
 from finetuning.common.text import clean_line
 from finetuning.model.gguf_tokens import vocabulary
+from finetuning.model.sampling_defaults import SamplingDefaults
 
 PRECISIONS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 """Ours -> the file's names of what matrices are held in; vectors are always fp32."""
@@ -96,7 +97,7 @@ def write_gguf(
         for title, tensor in tensors.items()
     }
     _describe_model(writer, config, name)
-    _describe_sampling(writer, model.generation_config)
+    _describe_sampling(writer, SamplingDefaults.of(model.generation_config))
     _describe_text(writer, tokenizer, model.get_input_embeddings().weight.shape[0])
     writer.add_file_type(_file_type(gguf, precision))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -193,16 +194,14 @@ def _describe_model(writer: Any, config: transformers.PreTrainedConfig, name: st
     writer.add_vocab_size(config.vocab_size)
 
 
-def _describe_sampling(writer: Any, generation: transformers.GenerationConfig | None) -> None:
-    """How the model's own configuration draws a token; llama.cpp starts from it."""
-    if generation is None or not generation.do_sample:
-        return
-    if generation.temperature is not None:
-        writer.add_sampling_temp(generation.temperature)
-    if generation.top_p is not None:
-        writer.add_sampling_top_p(generation.top_p)
-    if generation.top_k is not None:
-        writer.add_sampling_top_k(generation.top_k)
+def _describe_sampling(writer: Any, defaults: SamplingDefaults) -> None:
+    """llama.cpp starts from it."""
+    writer.add_sampling_temp(defaults.temperature)
+    writer.add_sampling_top_k(defaults.top_k)
+    writer.add_sampling_top_p(defaults.top_p)
+    writer.add_sampling_min_p(defaults.min_p)
+    writer.add_sampling_penalty_repeat(defaults.repeat_penalty)
+    writer.add_sampling_penalty_last_n(defaults.repeat_last_n)
 
 
 def _describe_text(writer: Any, tokenizer: Any, rows: int) -> None:

@@ -43,6 +43,7 @@ class Vocabulary:
     begins: bool
     """Whether the chat template puts `bos` before a conversation."""
     chat_template: str
+    """Of several named ones that for conversations without tools, which training rendered."""
 
 
 def vocabulary(tokenizer: Any, rows: int) -> Vocabulary:
@@ -62,7 +63,6 @@ def vocabulary(tokenizer: Any, rows: int) -> Vocabulary:
     }
     question = [{"role": "user", "content": "Q0q"}]
     prompt = render(tokenizer, question, None, {}, prompt=True)
-    template = tokenizer.chat_template
     return Vocabulary(
         pre_tokenizer=name,
         tokens=tokens,
@@ -73,7 +73,7 @@ def vocabulary(tokenizer: Any, rows: int) -> Vocabulary:
         ],
         ends={name: token for name, token in ends.items() if token is not None},
         begins=bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token),
-        chat_template=template if isinstance(template, str) else next(iter(template.values())),
+        chat_template=tokenizer.get_chat_template(),
     )
 
 
@@ -107,9 +107,15 @@ def _steps(pre_tokenizer: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any
 
 def _tokens(tokenizer: Any, rows: int) -> tuple[list[str], list[int]]:
     """Text and kind of every id; rows of the embedding that no token has are unused."""
-    tokens, kinds = [f"[PAD{i}]" for i in range(rows)], [UNUSED] * rows
-    for token, i in tokenizer.get_vocab().items():
-        tokens[i], kinds[i] = token, NORMAL
+    known = {i: (token, NORMAL) for token, i in tokenizer.get_vocab().items()}
     for i, token in tokenizer.added_tokens_decoder.items():
-        tokens[i], kinds[i] = token.content, CONTROL if token.special else USER_DEFINED
-    return tokens, kinds
+        known[i] = token.content, CONTROL if token.special else USER_DEFINED
+    highest = max(known, default=-1)
+    if highest >= rows:
+        raise UserError(
+            f"GGUF: the tokenizer has ids up to {highest}, the model {rows} rows of embeddings; give the "
+            "base its own tokenizer files"
+        )
+    unused = ((f"[PAD{i}]", UNUSED) for i in range(rows))
+    both = [known.get(i, pad) for i, pad in enumerate(unused)]
+    return [token for token, _ in both], [kind for _, kind in both]

@@ -21,7 +21,7 @@ from finetuning.model.resolve import (
     ResolvedModel,
     as_user_error,
     ensure_local,
-    hub_spelling,
+    hub_name,
     named_model,
     resolve_model,
     saved_dtype,
@@ -84,7 +84,7 @@ def load_model(
         recompute_activations(model)
     if lora.lora_r == 0:
         return model.requires_grad_(True)
-    base_name = resolved.name if hub_spelling(resolved) else str(folder)
+    base_name = hub_name(resolved) or str(folder)
     if settings.init_adapter:
         adapted = load_adapter(model, Path(settings.init_adapter).expanduser(), base_name)
         check_ends(adapted)
@@ -185,6 +185,7 @@ def _quantization(
 
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer: object, folder: Path) -> None:
+    """UserError where a text may have a token that the model has no row for."""
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise UserError(
@@ -206,6 +207,7 @@ def load_for_inference(
     )
     tokenizer = load_tokenizer(resolved)
     model = load_base(resolved, device, weight_dtype(device, precision))
+    _check_vocabulary(model, tokenizer, _folder(resolved))
     if is_adapter:
         model = load_adapter(model, folder, resolved.name)
     model.config.use_cache = True

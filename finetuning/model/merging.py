@@ -8,10 +8,12 @@ from typing import Any
 import torch
 import transformers
 
+from finetuning.common.fingerprint import weight_files
 from finetuning.data.chat_template import encode_prompt
 from finetuning.model.adapters import load_adapter
 from finetuning.model.loading import base_of, load_base, load_for_inference, load_tokenizer
 from finetuning.model.resolve import ResolvedModel, is_adapter, named_model, saved_dtype
+from finetuning.model.sizes import numbers_in
 
 PROMPTS = (
     "SM4的分组长度和密钥长度各是多少比特？",
@@ -21,6 +23,7 @@ PROMPTS = (
 # Largest difference of a logit, in standard deviations of the logits, times what the adapter moves them
 # if that is more than one: rounding takes a share of each merged weight, so it grows with the adapter.
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.25, "fp16": 0.1, "q8_0": 0.25}
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "q8_0": 34 / 32}  # of a number
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -59,24 +62,32 @@ def own_precision(below: ResolvedModel) -> str:
     return PRECISIONS.get(saved_dtype(below.path), "fp32")
 
 
+def bytes_in(below: ResolvedModel, precision: str) -> int:
+    """About how many bytes the weights of a model's folder take in a precision, a key of `BYTES`."""
+    assert below.path is not None
+    return round(numbers_in(weight_files(below.path)) * BYTES[precision])
+
+
 @dataclass(frozen=True)
 class Agreement:
     """Logits of the merged model against those of base and adapter apart, in standard deviations."""
 
     difference: float  # largest, over all prompts, positions and words
-    effect: float  # the same between base and trained model: what the adapter does
+    effect: (
+        float | None
+    )  # the same between base and trained model: what the adapter does; None without one
 
 
 def logits_apart(
     folder: Path, device: torch.device, base_model: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits with the adapter, and of its base alone; twice the same for a model that was trained whole."""
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Logits with the adapter, and of its base alone; None for a model that was trained whole."""
     model, tokenizer = load_for_inference(
         folder, device=device, precision="fp32", base_model=base_model
     )
     trained = prompt_logits(model, tokenizer)
     if not is_adapter(folder):
-        return trained, trained
+        return trained, None
     with model.disable_adapter():
         return trained, prompt_logits(model, tokenizer)
 
@@ -100,8 +111,10 @@ def prompt_logits(model: torch.nn.Module, tokenizer: Any) -> torch.Tensor:
     return torch.cat(rows)
 
 
-def compare(merged: torch.Tensor, trained: torch.Tensor, base: torch.Tensor) -> Agreement:
+def compare(merged: torch.Tensor, trained: torch.Tensor, base: torch.Tensor | None) -> Agreement:
     """Largest differences in units of the logits' standard deviation."""
-    unit = trained.std()
-    difference, effect = ((other - trained).abs().max() / unit for other in (merged, base))
-    return Agreement(difference.item(), effect.item())
+
+    def distance(other: torch.Tensor) -> float:
+        return ((other - trained).abs().max() / trained.std()).item()
+
+    return Agreement(distance(merged), None if base is None else distance(base))

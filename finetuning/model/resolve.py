@@ -391,6 +391,35 @@ def hub_spelling(resolved: ResolvedModel) -> bool:
     return not resolved.embedded and resolved.reason != "local folder"
 
 
+def hub_name(resolved: ResolvedModel) -> str:
+    """Under which name the hub has the model; empty where that is not known, as of most folders."""
+    if hub_spelling(resolved):
+        return resolved.name
+    if resolved.embedded or resolved.path is None:
+        return ""
+    folder = resolved.path
+    names = (
+        folder.parent.parent.name.removeprefix("models--").replace("--", "/", 1),
+        f"{folder.parent.name}/{folder.name}".replace("___", "."),
+    )
+    return next((name for name in names if _is_cached_as(name, folder)), "")
+
+
+def _is_cached_as(name: str, folder: Path) -> bool:
+    """Whether a folder, resolved, is what a name of the hub means where there is no network."""
+    cached = _cached_folders(name, "") if _HUB_NAME.fullmatch(name) else ()
+    first = next((path for _, path in cached), None)
+    return first is not None and first.resolve() == folder
+
+
+def shared_name(resolved: ResolvedModel) -> str:
+    """What others may call the model: the hub's name, else the last part of its folder's."""
+    if resolved.embedded:
+        return EMBEDDED
+    assert resolved.path is not None or hub_spelling(resolved)
+    return hub_name(resolved) or resolved.path.name
+
+
 def short_reason(error: Exception) -> str:
     """What an error says, on one line, without secrets."""
     return clean_line(redact(str(error) or type(error).__name__), 300)

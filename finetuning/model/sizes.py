@@ -32,12 +32,17 @@ def check_sizes(config: Mapping[str, Any], path: Path, files: Sequence[Path]) ->
 
 def check_count(parameters: int, folder: Path, files: Sequence[Path]) -> None:
     """Raise UserError where a model that was laid out has far more numbers than its files hold."""
-    held = sum(math.prod(shape) for shape in _shapes(files))
+    held = numbers_in(files)
     if parameters > held * MODEL_EXCESS.limit:
         raise UserError(
             f"model folder {folder}: its config.json describes {parameters:,} weights, the files hold "
             f"{held:,}: they don't belong together; download the folder again"
         )
+
+
+def numbers_in(files: Sequence[Path]) -> int:
+    """How many numbers safetensors files hold."""
+    return sum(math.prod(shape) for shape in _shapes(files))
 
 
 def _shapes(files: Sequence[Path]) -> Iterator[Sequence[int]]:

@@ -48,12 +48,21 @@ class Change:
         return shown(self.before) + before, shown(self.after) + after
 
 
+def newest_evaluation(series: Mapping[str, Points], step: int) -> int | None:
+    """Step of the newest evaluation up to `step`; None where there is none behind that of the base."""
+    steps = (at for tag in _VALUES for at, _ in series.get(tag, ()))
+    return max((at for at in steps if 0 < at <= step), default=None)
+
+
 def changes(series: Mapping[str, Points], step: int | None = None) -> list[Change]:
-    """Rows of the table at the evaluation of this step, else at the newest; none before there are two."""
+    """Rows of the table at the evaluation of this step, else at the newest; none without that of the base,
+    which is that of step 0."""
 
     def ends(tag: str) -> tuple[float, float] | None:
         """Of the base, and at the evaluation."""
         points = series.get(tag, ())
+        if not points or points[0][0]:
+            return None
         later = [value for at, value in points[1:] if step is None or at == step]
         return (points[0][1], later[-1]) if later else None
 

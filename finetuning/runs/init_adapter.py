@@ -58,8 +58,11 @@ def read_origin(folder: Path) -> dict:
         return {}
     known = {name: manifest[name] for name in ("run", "step") if name in manifest}
     known |= {"system_prompt": system} if (system := counters.get("system_prompt")) else {}
-    loss = counters.get("last_eval_loss")
-    return {**known, "held_out_loss": loss, "base": identity, "trained": identity}
+    known |= {
+        "held_out_loss": counters.get("last_eval_loss"),
+        "evaluated_step": counters.get("last_eval_step"),
+    }
+    return {**known, "base": identity, "trained": identity}
 
 
 def check_base(
@@ -71,7 +74,7 @@ def check_base(
     the adapter's configuration, where that model is on this machine.
     """
     base = read_origin(folder).get("base", {})
-    name = str(base.get("model") or read_adapter_config(folder).base_model_name_or_path or "")
+    name = str(read_adapter_config(folder).base_model_name_or_path or base.get("model") or "")
     weights = base.get("model_weights") or _weights_of(name)
     shown, ours = clean_line(name, 200) or "unnamed", clean_line(model.name, 200)
     if weights is not None:

@@ -19,7 +19,11 @@ from typing import Any
 
 from finetuning.common.bounds import MIRROR_END
 from finetuning.common.errors import RunStopped, UserError
-from finetuning.common.files import fsync_directory, read_json_object, staging_folder
+from finetuning.common.files import (
+    read_json_object,
+    rename_durably,
+    staging_folder,
+)
 from finetuning.common.remote import BLOCK, RemoteFolder, check_address, hidden_parts, shown_address
 from finetuning.common.terminal import Terminal
 from finetuning.common.text import PIECE_OF_SECRET, clean_line, without
@@ -358,8 +362,7 @@ class Mirror:
             best_step = json.loads((staging / STATE).read_bytes())["train_state"]["best_step"]
             if best_step:
                 self._fetch_best(mirror, run, best_step)
-            os.rename(staging, free_name(checkpoints, bundle.step))
-            fsync_directory(checkpoints)
+            rename_durably(staging, free_name(checkpoints, bundle.step))
 
     def _fetch_records(self, mirror: RemoteFolder, bundle: Bundle, run: RunDirectory) -> None:
         """Curves, texts and files of the run, where it has none here."""

@@ -6,6 +6,8 @@ switches or words of a choice; no path of a machine. Beside a recorded run it ha
 
 import dataclasses
 import io
+import json
+import shlex
 from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +16,7 @@ from finetuning.common.files import atomic_write, atomic_write_text, read_json_o
 from finetuning.common.formatting import shown
 from finetuning.common.text import clean_line, redact, table_cell
 from finetuning.config import EMBEDDED, DirectTrainingConfig, allowed_values
-from finetuning.runs.before_after import changes
+from finetuning.runs.before_after import changes, newest_evaluation
 from finetuning.runs.directory import MODELS, ORIGIN, owner
 from finetuning.runs.recorded import RecordedRun
 
@@ -41,8 +43,9 @@ asked = [{"role": "user", "content": "SM4的分组长度是多少？"}]
 options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
 prompt = tokenizer.apply_chat_template(asked, **options)
 said = model.generate(**prompt, max_new_tokens=2048)[0, prompt["input_ids"].shape[1] :]
-thinking, _, answer = tokenizer.decode(said, skip_special_tokens=True).partition("</think>")"""
-_OURS = """In the folder of the program that trained it:
+thinking, _, answer = tokenizer.decode(said, skip_special_tokens=True).partition("</think>")
+print(answer)"""
+_OURS = """In the folder of the program that trained it (with its `--output-dir`, where the run had one):
 
 ```
 uv run python ask.py "SM4的分组长度是多少？" --adapter FOLDER
@@ -51,7 +54,8 @@ uv run python export.py --adapter FOLDER --output merged_model
 
 """
 _SERVERS = """\
-Served with OpenAI's interface by vLLM or SGLang; what was thought is apart, in `reasoning_content`:
+Served with OpenAI's interface by vLLM or SGLang, in the folder that holds this one. What was thought is
+apart: vLLM calls it `reasoning` (its older versions `reasoning_content`), SGLang `reasoning_content`.
 
 ```
 vllm serve FOLDER --served-model-name crypto --reasoning-parser deepseek_r1
@@ -59,27 +63,38 @@ python -m sglang.launch_server --model-path FOLDER --served-model-name crypto --
 ```
 
 """
+_FOR_THE_PROGRAM = (
+    "origin.json",
+    "run.txt",
+)  # beside a trained model; the first may hold a text of the data
+_ELSEWHERE = """
+
+First write into `adapter_config.json`, as `base_model_name_or_path`, what others call the base: now it is the
+place of a folder on the machine that trained it."""
 _LIMITS = """\
 The model was trained to think before it answers: its reply begins with its reasoning, which ends at
 `</think>`. What it says may be wrong. The held-out loss says how well it predicts samples of the same kind,
 and nothing about other questions."""
 
 
-def model_card(origin: Mapping[str, Any], kind: Kind, record: RecordedRun | None = None) -> str:
+def model_card(
+    origin: Mapping[str, Any], kind: Kind, folder: str, record: RecordedRun | None = None
+) -> str:
     """Markdown. origin: the content of the model's origin.json, of which anything may be missing.
 
-    record: its run as it was recorded; then changes, curves (the file `CURVES`), data and settings follow.
+    folder: the last part of its name, for the lines that others copy. record: its run as it was recorded;
+    then changes, curves (the file `CURVES`), data and settings follow.
     """
     base = origin.get("base", {})
     name = public_name(base.get("model", ""))
     sections = [
         _head(base, kind),
         f"# {origin.get('run') or 'A trained model'}\n\n{_what(name, kind)}\n\n{_facts(origin, name)}",
-        f"## Use\n\n{_use(kind)}",
+        f"## Use\n\n{_lines_for(folder, _use(kind))}",
         *(_recorded(record, origin.get("step")) if record else []),
         f"## Limits\n\n{_LIMITS}",
         f"## Licence\n\n{_licence(base, name)}",
-        "## Share\n\n```\nhf upload OWNER/NAME FOLDER\n```",
+        f"## Share\n\n{_lines_for(folder, _share(kind, name))}",
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -127,7 +142,7 @@ def _facts(origin: Mapping[str, Any], name: str) -> str:
         "base model, by content": origin.get("base", {}).get("model_weights"),
         "run": origin.get("run"),
         "step": f"{origin.get('step')} of {steps}" if steps else None,
-        "held-out loss there": shown(origin.get("held_out_loss")) if steps else None,
+        **(_measured(origin) if steps else {}),
         "trained": scale if trained else None,
         "longest sequence": trained.get("max_seq_length"),
         "data, by content": trained.get("data"),
@@ -135,9 +150,35 @@ def _facts(origin: Mapping[str, Any], name: str) -> str:
     return _table(("", ""), ((row, value) for row, value in rows.items() if value))
 
 
+def _measured(origin: Mapping[str, Any]) -> dict[str, str]:
+    """The row of the held-out loss, which may have been measured at an earlier step."""
+    at, loss = origin.get("evaluated_step"), origin.get("held_out_loss")
+    where = "there" if at == origin.get("step") else f"at step {at}" if at is not None else "so far"
+    return {f"held-out loss {where}": shown(loss)} if loss is not None else {}
+
+
 def _use(kind: Kind) -> str:
     code = f"```python\n{_PEFT if kind == 'adapter' else _TRANSFORMERS}{_ASKING}\n```"
-    return (_OURS if kind == "adapter" else _SERVERS) + f"In Python:\n\n{code}"
+    return (
+        _OURS if kind == "adapter" else _SERVERS
+    ) + f"In Python, in the folder that holds this one:\n\n{code}"
+
+
+def _share(kind: Kind, name: str) -> str:
+    """The line for the hub, and what has to be done before it."""
+    left_out = (
+        "" if kind == "merged" else "".join(f" --exclude {file}" for file in _FOR_THE_PROGRAM)
+    )
+    before = _ELSEWHERE if kind == "adapter" and "/" not in name else ""
+    return f"In the folder that holds this one:\n\n```\nhf upload OWNER/NAME FOLDER{left_out}\n```{before}"
+
+
+def _lines_for(folder: str, text: str) -> str:
+    """With the name of the folder in Python's and the shell's lines, where a line can hold it."""
+    if not folder.isprintable() or "`" in folder:
+        return text
+    text = text.replace('"FOLDER"', json.dumps(folder, ensure_ascii=False))
+    return text.replace("FOLDER", shlex.quote(folder))
 
 
 def _licence(base: Mapping[str, Any], name: str) -> str:
@@ -158,17 +199,27 @@ def _licence(base: Mapping[str, Any], name: str) -> str:
 
 
 def _recorded(record: RecordedRun, step: int | None) -> list[str]:
-    rows = [
-        (change.name, shown(change.before), shown(change.after), change.verdict)
-        for change in changes(record.series, step) or changes(record.series)
-    ]
-    table = _table(("", "base", "tuned", ""), rows)
     return [
-        *([f"## Before and after\n\n{table}"] if rows else []),
+        *_before_and_after(record, step),
         f"## Curves\n\n![losses, accuracy and gradient norm over the steps]({CURVES})",
         f"## Data\n\n{_data(record.dataset())}",
         f"## Settings\n\n{_settings(record.configuration.get('config', {}))}",
     ]
+
+
+def _before_and_after(record: RecordedRun, step: int | None) -> list[str]:
+    """At this step, or at the newest evaluation before it, which is said; never at a later one."""
+    step = record.steps if step is None else step
+    at = newest_evaluation(record.series, step)
+    rows = [
+        (change.name, shown(change.before), shown(change.after), change.verdict)
+        for change in (changes(record.series, at) if at else ())
+    ]
+    if not rows:
+        return []
+    table = _table(("", "base", "tuned", ""), rows)
+    earlier = f"Measured at step {at}, the last time before this model's.\n\n" if at != step else ""
+    return [f"## Before and after\n\n{earlier}{table}"]
 
 
 def _data(statistics: Mapping[str, Any]) -> str:
@@ -237,13 +288,13 @@ def curves(record: RecordedRun) -> bytes:
 
 
 def write_card(
-    folder: Path, kind: Kind, origin: Mapping[str, Any], record: RecordedRun | None
+    folder: Path, name: str, kind: Kind, origin: Mapping[str, Any], record: RecordedRun | None
 ) -> None:
-    """README.md of a model's folder, and the picture that it shows."""
+    """README.md of a model's folder, which is to be called `name`, and the picture that it shows."""
     if record is not None:
         with atomic_write(folder / CURVES, folder / f".{CURVES}.tmp") as file:
             file.write(curves(record))
-    atomic_write_text(folder / CARD, model_card(origin, kind, record))
+    atomic_write_text(folder / CARD, model_card(origin, kind, name, record))
 
 
 def complete_cards(record: RecordedRun) -> None:
@@ -253,4 +304,4 @@ def complete_cards(record: RecordedRun) -> None:
         if owner(folder) == record.name and (folder / ORIGIN).is_file():
             origin = read_json_object(folder / ORIGIN)
             kind: Kind = "adapter" if origin.get("trained", {}).get("lora_r") else "whole"
-            write_card(folder, kind, origin, record)
+            write_card(folder, name, kind, origin, record)

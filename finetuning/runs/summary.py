@@ -5,6 +5,7 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from finetuning.common.language import translated
 from finetuning.common.text import table_cell
 from finetuning.data.accounts import account_rows
 from finetuning.events.address import pinned_address
-from finetuning.model.resolve import licence_of
+from finetuning.model.resolve import licence_of, shared_name
 from finetuning.runs.directory import ORIGIN, RUN_NAME, RunDirectory
 from finetuning.runs.model_card import CARD, model_card
 from finetuning.runs.plan import RunPlan
@@ -129,24 +130,28 @@ def checkpoint_state(plan: RunPlan, state: TrainState) -> dict[str, Any]:
     }
 
 
-def model_notes(plan: RunPlan, run: str, state: TrainState) -> dict[str, str]:
-    """Files beside a saved model: its run; what it has come from; its card."""
-    origin = _origin(plan, run, state)
-    card = model_card(origin, "adapter" if plan.identity["lora_r"] else "whole")
-    return {RUN_NAME: f"{run}\n", ORIGIN: json_text(origin, indent=1) + "\n", CARD: card}
+def model_notes(
+    plan: RunPlan, run: RunDirectory, folder: Path, state: TrainState
+) -> dict[str, str]:
+    """Files in the `folder` of a saved model: its run; what it has come from; its card."""
+    origin = _origin(plan, run.name, state)
+    card = model_card(origin, "adapter" if plan.identity["lora_r"] else "whole", folder.name)
+    return {RUN_NAME: f"{run.name}\n", ORIGIN: json_text(origin, indent=1) + "\n", CARD: card}
 
 
 def _origin(plan: RunPlan, run: str, state: TrainState) -> dict[str, Any]:
-    """The content of origin.json: step, the held-out loss that was measured last, base, settings, and the
-    system prompt of the data."""
+    """The content of origin.json: step, the held-out loss that was measured last and its step, base,
+    settings, and the system prompt of the data. No place of this machine."""
     identity, model = plan.identity, plan.inputs.model
-    base = {name: identity[name] for name in ("model", "model_weights", "model_config")}
+    base = {name: identity[name] for name in ("model_weights", "model_config")}
+    base["model"] = shared_name(model)
     licence = licence_of(model.path) if model.path else ""
     trained = ("steps", "lora_r", "lora_alpha", "max_seq_length", "data")
     return {
         "run": run,
         "step": state.step,
         "held_out_loss": state.last_eval_loss,
+        "evaluated_step": state.last_eval_step,
         "base": base | ({"licence": licence} if licence else {}),
         "trained": {name: identity[name] for name in trained},
         **({"system_prompt": state.system_prompt} if state.system_prompt else {}),

@@ -29,8 +29,8 @@ from safetensors.torch import save as save_safetensors
 from finetuning.common.errors import UserError
 from finetuning.common.files import (
     durable_file,
-    fsync_directory,
     json_bytes,
+    rename_durably,
     sealed_json,
     staging_folder,
 )
@@ -161,14 +161,12 @@ def _publish(
             "format": FORMAT,
             "step": step,
             "run": run,
-            "sequence": 1 + max((m["sequence"] for _, m in _manifests(directory)), default=0),
+            "sequence": 1 + max((m["sequence"] for _, m in manifests(directory)), default=0),
             "files": digests,
         }
         _write(staging / MANIFEST, sealed_json(manifest))
-        fsync_directory(staging)
         target = free_name(directory, step)
-        os.rename(staging, target)
-        fsync_directory(directory)
+        rename_durably(staging, target)
     return target
 
 
@@ -181,7 +179,7 @@ def prune_checkpoints(
     What can't be removed is warned about.
     """
     ours = [
-        path for path, manifest in _manifests(directory) if manifest["run"] == run
+        path for path, manifest in manifests(directory) if manifest["run"] == run
     ]  # oldest first
     for path in ours[: -max(1, keep)]:
         if path == protect or path.is_symlink():
@@ -258,7 +256,7 @@ def newest_checkpoint(
     Newest is what was saved last, not the highest step: an older run's `checkpoint-9999` in the same
     directory does not win. With `run` given, only that run's checkpoints count.
     """
-    for path, manifest in reversed(_manifests(directory, warn)):
+    for path, manifest in reversed(manifests(directory, warn)):
         if run is not None and manifest["run"] != run:
             continue
         try:
@@ -296,7 +294,7 @@ def misfits_are_told(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _manifests(
+def manifests(
     directory: Path, warn: Callable[[str], None] | None = None
 ) -> list[tuple[Path, dict[str, Any]]]:
     """Our checkpoints below `directory` with their manifests, in the order in which they were saved.

@@ -13,7 +13,15 @@ from finetuning.common.kinds import misfit
 from finetuning.common.text import clean_line
 
 # Fields that earlier versions did not write down; a run without them goes on with their defaults.
-ADDED_LATER = ("evaluation_due", "stop_alerts", "changes", "reach", "system_prompt", "best_score")
+ADDED_LATER = (
+    "evaluation_due",
+    "stop_alerts",
+    "changes",
+    "reach",
+    "system_prompt",
+    "best_score",
+    "last_eval_step",
+)
 
 Mean = float | None  # of a segment's loss; None where it has no token, or is not finite
 HardRow = tuple[
@@ -42,6 +50,7 @@ class TrainState:
     last_loss: float | None = None  # the newest Training/Loss
     first_eval_loss: float | None = None
     last_eval_loss: float | None = None
+    last_eval_step: int | None = None
     best_eval_loss: float | None = None  # of the best model
     best_score: float | None = None  # its Eval/Answer_Score, where the answers decide
     best_step: int | None = None
@@ -97,7 +106,7 @@ class TrainState:
             return False
         if self.first_eval_loss is None:
             self.first_eval_loss = loss
-        self.last_eval_loss = loss
+        self.last_eval_loss, self.last_eval_step = loss, step
         score = metrics.get("Eval/Answer_Score") if by == "answers" else None
         if math.isfinite(loss) and self._is_better(loss, score, by):
             self.best_eval_loss, self.best_score = loss, score

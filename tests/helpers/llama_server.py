@@ -44,6 +44,11 @@ class LlamaServer:
         with urllib.request.urlopen(request, timeout=60) as answer:
             return json.load(answer)
 
+    def properties(self) -> Any:
+        """How it stands, with the settings of a request that gives none."""
+        with urllib.request.urlopen(f"{self.address}/props", timeout=60) as answer:
+            return json.load(answer)
+
     def tokens(self, text: str) -> list[int]:
         """Ids of a text, in which the names of control tokens are these."""
         said = self.post("/tokenize", content=text, add_special=False, parse_special=True)

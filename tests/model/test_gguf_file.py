@@ -5,6 +5,7 @@ uv run --group serving --extra gguf pytest -m "not long" tests/model/test_gguf_f
 
 import copy
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     GPT2Config,
     LlamaConfig,
     PreTrainedTokenizerFast,
@@ -24,6 +26,7 @@ from finetuning.common.errors import UserError
 from finetuning.model.gguf_file import PRECISIONS, check_architecture, read_gguf, write_gguf
 from finetuning.model.gguf_tokens import PRE_TOKENIZERS, vocabulary
 from finetuning.model.merging import TOLERANCE
+from finetuning.model.sampling_defaults import SamplingDefaults
 from finetuning.runs.identity import PROBE
 from tests.helpers.llama_server import serving
 from tests.helpers.qwen3_tokenizer import qwen3_tokenizer
@@ -143,6 +146,29 @@ def test_llama_cpp_cuts_texts_as_the_tokenizer_does(written):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95},
+        {"do_sample": True, "repetition_penalty": 1.05},
+    ],
+)
+def test_llama_cpp_draws_as_the_model_says(tmp_path, given):
+    """Without a word of the client's, and not by its own defaults."""
+    model, tokenizer = make("qwen3", tmp_path / "model")
+    model.generation_config = GenerationConfig(**given)
+    write_gguf(model, tokenizer, tmp_path / "model.gguf", "fp32", "tiny")
+    with serving(tmp_path / "model.gguf") as server:
+        used = server.properties()["default_generation_settings"]["params"]
+        context = server.properties()["default_generation_settings"]["n_ctx"]
+    expected = asdict(SamplingDefaults.of(model.generation_config))
+    assert used.pop("repeat_last_n") in (-1, context)
+    expected.pop("repeat_last_n")
+    assert {name: used[name] for name in expected} == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.slow
 def test_the_real_tokenizer_of_qwen3(tmp_path):
     """151,669 tokens, in a model whose embedding has more rows."""
     tokenizer = qwen3_tokenizer()
@@ -195,6 +221,42 @@ def test_words_are_cut_as_llama_cuts_them(tmp_path):
     assert ids != [qwen3_tokenizer()(text).input_ids for text in TEXTS]
     with serving(tmp_path / "model.gguf") as server:
         assert [server.tokens(text) for text in TEXTS] == ids
+
+
+def test_of_several_templates_that_of_plain_conversations_is_written():
+    """As transformers chooses it, whichever stands first."""
+    tokenizer = copy.copy(qwen3_tokenizer())
+    plain = tokenizer.chat_template
+    for order in (("tool_use", "default"), ("default", "tool_use")):
+        tokenizer.chat_template = {
+            name: plain if name == "default" else "{# tools #}" + plain for name in order
+        }
+        assert vocabulary(tokenizer, len(tokenizer)).chat_template == plain
+    tokenizer.chat_template = {"tool_use": plain, "rag": plain}
+    with pytest.raises(UserError, match="chat template can't be used"):
+        vocabulary(tokenizer, len(tokenizer))
+
+
+@pytest.mark.parametrize("far", [False, True])
+def test_a_token_without_a_row_is_one_clear_line(tmp_path, far):
+    """More tokens than rows; or no more of them, but one with an id behind the last row."""
+    _, tokenizer = make("qwen3", tmp_path / "model")
+    rows = len(tokenizer) - 1
+    if far:
+        content = json.loads(tokenizer.backend_tokenizer.to_str())
+        content["model"]["vocab"]["甲乙"] = len(tokenizer) + 7
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer.from_str(json.dumps(content)),
+            eos_token=tokenizer.eos_token,
+            chat_template=tokenizer.chat_template,
+        )
+        rows = len(tokenizer)
+    highest = max(tokenizer.get_vocab().values())
+    with pytest.raises(
+        UserError, match=f"ids up to {highest}, the model {rows} rows of embeddings"
+    ):
+        vocabulary(tokenizer, rows)
+    assert len(vocabulary(tokenizer, highest + 1).tokens) == highest + 1
 
 
 @pytest.mark.parametrize(

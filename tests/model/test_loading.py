@@ -41,9 +41,12 @@ def smaller_vocabulary(folder):
 
 @pytest.mark.parametrize("fault", [lost_tensor, other_shape, smaller_vocabulary])
 def test_weights_that_do_not_fit_are_refused(copy, fault):
+    """For training, and for questions and exports."""
     reason = fault(copy)
     with pytest.raises(UserError, match=reason):
         load(copy)
+    with pytest.raises(UserError, match=reason):
+        loading.load_for_inference(copy, device="cpu")
 
 
 def test_an_unknown_architecture_is_refused(copy):

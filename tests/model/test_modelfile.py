@@ -7,12 +7,13 @@ import copy
 import re
 
 import pytest
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from finetuning.common.errors import UserError
 from finetuning.data.chat_template import chat_format, render
 from finetuning.model.demo_model import CHAT_TEMPLATE
-from finetuning.model.modelfile import frame_of, go_template, modelfile, rendered
+from finetuning.model.modelfile import context_length, frame_of, go_template, modelfile, rendered
+from finetuning.model.sampling_defaults import SamplingDefaults
 from tests.helpers.go_template import rendered_by_go
 from tests.helpers.qwen3_tokenizer import QWEN3_TEMPLATE, qwen3_tokenizer
 from tests.helpers.templates import DAMAGED, FAMILIES, WHOLE
@@ -109,7 +110,9 @@ def test_ollama_finds_the_marks_of_thinking():
 
 def test_the_file_has_weights_template_stop_and_sampling():
     generation = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.95, top_k=20)
-    text = modelfile("model.gguf", qwen3_tokenizer(), generation, "你是密码学助手。\n简短。")
+    defaults = SamplingDefaults.of(generation)
+    system = "你是密码学助手。\n简短。"
+    text = modelfile("model.gguf", qwen3_tokenizer(), defaults, 16_384, system)
     template = go_template(frame_of(qwen3_tokenizer()))
     assert text.splitlines()[0] == "FROM ./model.gguf"
     assert f'\nTEMPLATE """{template}"""\n' in text
@@ -117,12 +120,47 @@ def test_the_file_has_weights_template_stop_and_sampling():
     parameters = [line for line in text.splitlines() if line.startswith("PARAMETER")]
     assert parameters == [
         'PARAMETER stop "<|im_end|>"',
+        "PARAMETER num_ctx 16384",
         "PARAMETER temperature 0.6",
-        "PARAMETER top_p 0.95",
         "PARAMETER top_k 20",
+        "PARAMETER top_p 0.95",
+        "PARAMETER min_p 0",
+        "PARAMETER repeat_penalty 1",
+        "PARAMETER repeat_last_n -1",
     ]
-    plain = modelfile("model.gguf", qwen3_tokenizer(), GenerationConfig())
-    assert "SYSTEM" not in plain and plain.count("PARAMETER") == 1
+    plain = modelfile("model.gguf", qwen3_tokenizer(), SamplingDefaults.of(None), 4096)
+    assert "SYSTEM" not in plain and "PARAMETER temperature 0\n" in plain
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"do_sample": True},
+        {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.1},
+        {"temperature": 0.6, "repetition_penalty": 1.05},
+    ],
+)
+def test_defaults_are_what_transformers_does(given: dict, tiny_model):
+    """By the processors that its `generate` makes."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.generation_config = GenerationConfig(**given)
+    config, _ = model._prepare_generation_config(None)
+    defaults = SamplingDefaults.of(model.generation_config)
+    assert (defaults.temperature == 0) == (not config.do_sample)
+    if config.do_sample:
+        assert defaults.temperature == config.temperature
+        assert (defaults.top_k, defaults.top_p) == (config.top_k, config.top_p)
+        assert defaults.min_p == (config.min_p or 0)
+    assert defaults.repeat_penalty == config.repetition_penalty
+
+
+@pytest.mark.parametrize(
+    ("positions", "longest", "context"),
+    [(262_144, 2048, 16_384), (262_144, 20_000, 20_000), (4096, 2048, 4096), (4096, 8192, 4096)],
+)
+def test_a_chat_has_room_for_a_long_thought(positions: int, longest: int, context: int):
+    assert context_length(positions, longest) == context
 
 
 MANNERS = {**FAMILIES, **DAMAGED}
@@ -143,7 +181,7 @@ def test_a_template_is_said_right_or_refused(tokenizer, request):
 
 def test_what_a_modelfile_can_not_say_is_refused():
     with pytest.raises(UserError, match="which ends a text there"):
-        modelfile("model.gguf", qwen3_tokenizer(), None, 'say """')
+        modelfile("model.gguf", qwen3_tokenizer(), SamplingDefaults.of(None), 4096, 'say """')
     own = copy.copy(qwen3_tokenizer())
     own.chat_template = QWEN3_TEMPLATE.replace(
         "'<|im_start|>' ~ message.role", "'{' ~ '{' ~ message.role"

@@ -89,6 +89,23 @@ def test_the_hub_cache(nowhere, tiny):
     assert resolve_model(NAME, "cpu").path == folder
 
 
+def test_a_folder_of_a_cache_has_the_hub_s_name(nowhere, tiny):
+    """Only where this name would lead to that folder again; any other folder has no name but its own."""
+    main = in_hub_cache(nowhere, tiny)
+    other = Path(shutil.copytree(tiny, main.parent / "def456"))
+    alike = Path(shutil.copytree(tiny, nowhere / "models" / "tiny"))
+    names = {NAME: NAME, str(main): NAME, str(other): "", str(alike): "", str(tiny): ""}
+    for given, name in names.items():
+        assert resolve.hub_name(resolve_model(given, "cpu")) == name
+    assert resolve.shared_name(resolve_model(str(main), "cpu")) == NAME
+    assert resolve.shared_name(resolve_model(str(alike), "cpu")) == "tiny"
+    assert resolve.shared_name(resolve_model("embedded", "cpu")) == "embedded"
+    shutil.rmtree(nowhere / "hf")
+    spelled = NAME.replace(".", "___")
+    folder = shutil.copytree(tiny, nowhere / "ms" / "hub" / "models" / spelled)
+    assert resolve.hub_name(resolve_model(str(folder), "cpu")) == NAME
+
+
 def test_a_revision_of_the_hub_is_that_one_or_none(nowhere, tiny):
     """By branch or tag, by commit; another one is not taken for it, nor ModelScope's, which says none."""
     main = in_hub_cache(nowhere, tiny)

@@ -4,6 +4,7 @@ uv run pytest tests/runs/test_export.py
 """
 
 import ctypes
+import errno
 import json
 import math
 import os
@@ -16,18 +17,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants as hub_constants
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ask
 import export
 from export import check, main
 from finetuning.common.errors import RunStopped
+from finetuning.common.files import sealed_json
 from finetuning.common.terminal import Terminal
 from finetuning.model.loading import load_for_inference
 from finetuning.model.merging import Agreement, MergedModel, merged_model, model_below
 from finetuning.model.saving import save_adapter
-from finetuning.runs.directory import RunDirectory
-from finetuning.runs.result import BEST, FINAL, Trained, find_trained
+from finetuning.runs.directory import RunDirectory, new_run, own_models
+from finetuning.runs.recorded import read_recorded
+from finetuning.runs.result import BEST, FINAL, GOES_ON, Trained, find_trained
 from finetuning.runs.summary import closing_lines
 from tests.helpers.models import disturb, load
 from tests.helpers.ranks import on_ranks, results_of
@@ -87,8 +91,24 @@ def test_rounding_that_eats_the_adapter_is_warned_about(capsys):
     check(Agreement(difference=0.02, effect=0.03), 0.25, Terminal())
     assert "--precision fp32" in capsys.readouterr().err
     check(Agreement(difference=0.02, effect=3.0), 0.25, Terminal())
-    check(Agreement(difference=0.0, effect=0.0), 0.25, Terminal())
+    check(Agreement(difference=0.2, effect=None), 0.25, Terminal())
     assert not capsys.readouterr().err
+
+
+def test_an_adapter_that_does_nothing_is_told(tmp_path, tiny_model, capsys):
+    """One that was never trained; a model that was trained whole has none of which to speak."""
+    model, tokenizer = load(tiny_model, lora_r=4)
+    save_adapter(model, tokenizer, tmp_path / "final_model")
+    places = ["--adapter", str(tmp_path / "final_model"), "--output", str(tmp_path / "merged")]
+    assert main([*places, "--device", "cpu"]) == 0
+    told = capsys.readouterr()
+    assert "the adapter changes nothing" in told.err and "probably not trained" in told.err
+    check(Agreement(difference=0.0, effect=None), 0.25, Terminal())
+    told = capsys.readouterr()
+    assert (
+        "largest difference of a logit 0 standard" in told.out
+        and "adapter" not in told.out + told.err
+    )
 
 
 @pytest.mark.parametrize("difference", [0.3, math.nan, math.inf])
@@ -120,6 +140,7 @@ def test_bad_input_is_one_clear_line(tmp_path, adapter, tiny_model, capsys):
         "--format ollama writes a folder": [*named, "--format", "ollama", *file],
         "--precision q8_0 is for --format gguf": [*named, "--precision", "q8_0", *output],
         "no such folder, here or below": ["--adapter", "checkpoint-7", *output],
+        "which a run replaces": [*named, "--output", str(adapter / "merged")],
     }
     for expected, arguments in cases.items():
         assert main(arguments) == 2
@@ -129,12 +150,45 @@ def test_bad_input_is_one_clear_line(tmp_path, adapter, tiny_model, capsys):
     assert not (tmp_path / "merged").exists() and not (tmp_path / "merged.gguf").exists()
 
 
-def test_a_place_that_can_not_be_written_is_told(tmp_path, adapter, capsys):
+def test_a_place_that_can_not_be_written_is_told(tmp_path, adapter, monkeypatch, capsys):
+    """Before anything is loaded; and where a disk gets full in the middle, with what to do."""
     (tmp_path / "file").write_text("")
-    output = tmp_path / "file" / "merged"
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "model_below", None)
+        output = tmp_path / "file" / "merged"
+        assert main(["--adapter", str(adapter), "--output", str(output), "--device", "cpu"]) == 2
+    said = capsys.readouterr().err
+    assert "file is no folder; choose another place" in said and said.count("\n") == 1
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(export, "save_merged", full)
+    output = tmp_path / "merged"
     assert main(["--adapter", str(adapter), "--output", str(output), "--device", "cpu"]) == 3
     said = capsys.readouterr().err
-    assert "can't be written (Not a directory); free its disk" in said and said.count("\n") == 1
+    assert "can't be written (No space left on device); free its disk" in said
+    assert said.count("\n") == 1 and [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_two_exports_to_one_place_do_not_meet(tmp_path, adapter, monkeypatch, capsys):
+    """The second is told so, and what appears is all of the first."""
+    pytest.importorskip("gguf", reason="needs the package gguf: uv run --extra gguf")
+    arguments = ["--adapter", str(adapter), "--output", str(tmp_path / "model.gguf")]
+    arguments += ["--format", "gguf", "--device", "cpu"]
+    real, codes = export.check, []
+
+    def check_while_another_starts(*given: object) -> None:
+        monkeypatch.setattr(export, "check", real)
+        codes.append(main(arguments))
+        real(*given)
+
+    monkeypatch.setattr(export, "check", check_while_another_starts)
+    assert main(arguments) == 0 and codes == [2]
+    assert "another process is writing it; wait for it" in capsys.readouterr().err
+    alone = tmp_path / "alone" / "model.gguf"
+    assert main([*arguments, "--output", str(alone)]) == 0
+    assert (tmp_path / "model.gguf").read_bytes() == alone.read_bytes()
 
 
 def test_without_the_package_the_way_to_it_is_told(tmp_path, adapter, monkeypatch, capsys):
@@ -176,10 +230,36 @@ def test_ask_export_and_the_last_lines_agree_and_say_why(out, tiny_run, tmp_path
     assert f"exporting {out / 'best_model'} ({BEST})" in capfd.readouterr().out
     assert ask.main(["q", *arguments, "--max-new-tokens", "1"]) == 0
     assert f"{out / 'best_model'} ({BEST})" in " ".join(capfd.readouterr().err.split())
-    newer = max((out / "checkpoints").iterdir())
-    os.utime(newer / "adapter_model.safetensors", (2e9, 2e9))
-    assert find_trained("", str(out)).folder == newer
-    assert "has not come to its end" in find_trained("", str(out)).reason
+    status.write_text(json.dumps(stopped | {"result": "", "status": "running"}), encoding="utf-8")
+    assert find_trained("", str(out)) == Trained(out / "best_model", GOES_ON), "of step 6"
+    shutil.rmtree(out / "best_model")
+    assert find_trained("", str(out)) == Trained(out / "checkpoints" / "checkpoint-6", GOES_ON)
+
+
+@pytest.mark.parametrize("last", ["checkpoints/checkpoint-4", "best_model", "final_model"])
+def test_a_copy_has_the_same_result(out, last):
+    """Whatever times its files have: the records say what the run has come to."""
+    for place in ("checkpoints/checkpoint-6", "final_model", "best_model", last):
+        for path in (out / place).iterdir():
+            os.utime(path, (2e9 + (place == last), 2e9 + (place == last)))
+    assert find_trained("", str(out)) == Trained(out / "final_model", FINAL)
+
+
+def test_the_newest_run_that_has_something_is_meant(out):
+    """One that has only begun has nothing yet: the result is still that of the run before."""
+    (old,) = (path.name for path in (out / "training_logs").iterdir())
+    new = RunDirectory(out, new_run(out).name)
+    new.write_status("running", step=0)
+    for path in own_models(new):
+        assert path.parent.name == old, "put aside, as every start does it"
+    aside = out / "earlier_models" / old / "final_model"
+    assert find_trained("", str(out)) == Trained(aside, FINAL)
+    checkpoint = shutil.copytree(out / "checkpoints" / "checkpoint-2", out / "checkpoints" / "new")
+    manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+    manifest |= {"run": new.name, "step": 1, "sequence": 99}
+    (checkpoint / "manifest.json").write_bytes(sealed_json(manifest))
+    checkpoint = checkpoint.rename(checkpoint.with_name("checkpoint-1"))
+    assert find_trained("", str(out)) == Trained(checkpoint, GOES_ON)
 
 
 def test_a_model_is_meant_by_its_name(out, monkeypatch, tmp_path):
@@ -195,13 +275,59 @@ def test_a_model_is_meant_by_its_name(out, monkeypatch, tmp_path):
 
 
 def test_an_exported_checkpoint_says_what_it_is(out, tmp_path):
-    checkpoint = min((out / "checkpoints").iterdir())
-    places = ["--output-dir", str(out), "--output", str(tmp_path / "merged"), "--device", "cpu"]
-    assert main([*places, "--adapter", checkpoint.name]) == 0
-    card = (tmp_path / "merged" / "README.md").read_text(encoding="utf-8")
-    assert f"| step | {checkpoint.name.removeprefix('checkpoint-')} of 6 |" in card
-    assert "## Before and after" in card and (tmp_path / "merged" / "curves.png").is_file()
-    assert "vllm serve FOLDER" in card
+    """Its numbers are those of the evaluation before it, which is named; never those of a later one."""
+    (logs,) = (out / "training_logs").iterdir()
+    losses = {
+        at: f"{v:.4g}" for at, v in read_recorded(RunDirectory(out, logs.name)).series["Eval/Loss"]
+    }
+    assert sorted(losses) == [0, 3, 6]
+    for step, evaluated in ((2, 0), (4, 3), (6, 6)):
+        output = tmp_path / f"merged-{step}"
+        places = ["--output-dir", str(out), "--output", str(output), "--device", "cpu"]
+        assert main([*places, "--adapter", f"checkpoint-{step}"]) == 0
+        card = (output / "README.md").read_text(encoding="utf-8")
+        where = "there" if step == evaluated else f"at step {evaluated}"
+        assert f"| step | {step} of 6 |\n| held-out loss {where} | {losses[evaluated]} |" in card
+        shown = f"| held-out loss | {losses[0]} | {losses[evaluated]} |"
+        assert (shown in card) == bool(evaluated)
+        assert ("## Before and after" in card) == bool(evaluated)
+        assert ("Measured at step 3, the last time before" in card) == (step == 4)
+        assert "vllm serve" in card and (output / "curves.png").is_file()
+
+
+def test_a_base_is_named_as_others_know_it(tiny_run, tiny_model, tmp_path, monkeypatch, capsys):
+    """A folder that looks like a hub's name is none; one of the hub's cache has it; so has what is given."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_model, "models/tiny")
+    short = ["--model-name", "models/tiny", "--max-steps", "1", "--save-steps", "1"]
+    assert tiny_run(tmp_path, *short, "--eval-fraction", "0") == 0
+    out = tmp_path / "out"
+    origin = json.loads((out / "final_model" / "origin.json").read_text(encoding="utf-8"))
+    assert origin["base"]["model"] == "tiny"
+    saved = json.loads((out / "final_model" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert saved["base_model_name_or_path"] == str(tmp_path / "models" / "tiny")
+    card = (out / "final_model" / "README.md").read_text(encoding="utf-8")
+    assert "base_model:" not in card and "First write into `adapter_config.json`" in card
+
+    repo = tmp_path / "hf" / "models--someone--Tiny-1B"
+    shutil.copytree(tiny_model, repo / "snapshots" / "abc")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("abc")
+    monkeypatch.setattr(hub_constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
+    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    given = {"": "", "someone/Tiny-1B": "base_model: someone/Tiny-1B\n"}
+    for name in ("final_model", "checkpoint-1"):
+        for base, head in given.items():
+            output = tmp_path / f"{name}-{len(base)}"
+            places = ["--output-dir", str(out), "--output", str(output), "--device", "cpu"]
+            base_model = ["--base-model", base] if base else []
+            assert main([*places, *base_model, "--adapter", name]) == 0, capsys.readouterr().err
+            card = (output / "README.md").read_text(encoding="utf-8")
+            assert head in card and ("base_model:" in card) == bool(head)
+            for file in output.glob("*.*"):
+                assert str(tmp_path).encode() not in file.read_bytes(), file
 
 
 def test_a_broken_record_does_not_keep_a_model_back(out, tmp_path, capfd):
@@ -246,6 +372,8 @@ def test_the_system_prompt_of_all_the_data_is_ollama_s(same, tiny_run, tmp_path)
         text = (output / "Modelfile").read_text(encoding="utf-8")
         assert ('SYSTEM """你是密码学助手。\n简短。"""\n' in text) == same
         assert ("SYSTEM" in text) == same and 'PARAMETER stop "<|im_end|>"' in text
+        assert "PARAMETER num_ctx 4096\n" in text, "all positions of the tiny model"
+        assert "PARAMETER temperature 0\n" in text, "as it has no generation_config that says more"
 
 
 def test_a_model_that_was_trained_whole_is_exported_too(tiny_model, tmp_path):

@@ -4,6 +4,7 @@ uv run --group serving --extra gguf pytest -m "not long" tests/runs/test_serving
 """
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from export import main
 from finetuning.data.chat_template import encode_prompt
 from finetuning.model.loading import load_for_inference
+from finetuning.runs.model_card import model_card
 from tests.helpers.llama_server import serving
 from tests.helpers.taught_model import AFTER, QUESTION, make_taught_model
 
@@ -92,36 +94,23 @@ def test_a_client_gets_thinking_and_answer_apart(exported, kind):
     assert [text.strip() for text in streamed] == list(AFTER)
 
 
-# As somebody would write it who has never seen this project.
-_PLAIN = """
-import json, sys
-from transformers import AutoModelForCausalLM, AutoTokenizer
-kind, folder, question = sys.argv[1:]
-if kind == "hf":
-    model = AutoModelForCausalLM.from_pretrained(folder)
-else:
-    from peft import AutoPeftModelForCausalLM
-    model = AutoPeftModelForCausalLM.from_pretrained(folder)
-tokenizer = AutoTokenizer.from_pretrained(folder)
-asked = [{"role": "user", "content": question}]
-asks = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
-prompt = tokenizer.apply_chat_template(asked, **asks)
-said = model.generate(**prompt, max_new_tokens=64, do_sample=False)[0, prompt["input_ids"].shape[1]:]
-print(json.dumps([tokenizer.decode(said, skip_special_tokens=True), len(said)]))
-"""
-
-
-@pytest.mark.parametrize("kind", ["hf", "peft"])
-def test_plain_transformers_and_peft_say_it_too(taught, exported, kind, tmp_path):
-    folder = exported("hf") if kind == "hf" else taught
+@pytest.mark.parametrize("kind", ["merged", "adapter"])
+def test_the_lines_of_the_card_make_it_answer(taught, exported, kind, tmp_path):
+    """As they stand there, in a process that has never seen this project."""
+    folder = exported("hf") if kind == "merged" else taught
+    card = folder / "README.md"
+    text = card.read_text("utf-8") if card.is_file() else model_card({}, "adapter", folder.name)
+    (code,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert QUESTION in code and f'"{folder.name}"' in code
+    more = "\nimport json\nprint(json.dumps([thinking, answer, len(said)]))"
     done = subprocess.run(
-        [sys.executable, "-c", _PLAIN, kind, str(folder), QUESTION],
+        [sys.executable, "-I", "-c", code + more],
         capture_output=True,
         text=True,
-        cwd=tmp_path,
+        cwd=folder.parent,
         timeout=240,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    text, count = json.loads(done.stdout.splitlines()[-1])
-    thinking, _, answer = text.partition("</think>")
-    assert (thinking.strip(), answer.strip()) == AFTER and count < 64
+    shown, said = done.stdout.rsplit("\n", 2)[:2]
+    thinking, answer, count = json.loads(said)
+    assert (thinking.strip(), answer.strip()) == AFTER and shown == answer and count < 64
