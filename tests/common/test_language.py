@@ -2,9 +2,10 @@
 
 import ast
 import dataclasses
+import itertools
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -218,6 +219,88 @@ def test_a_text_is_found_by_what_stands_between_its_values(chinese):
     assert told("") == ""
 
 
+WORDS = [
+    key
+    for key, _ in language.pairs("messages_zh.tsv")
+    if " " not in key and not language.PLACE.search(key)
+]
+TEXTS = [
+    key
+    for key, _ in language.pairs("messages_zh.tsv")
+    if " " in key and not re.search("[{“”`\"']", key)
+]
+WORDS_A_FORM = 8
+OF_PATHS = [  # and of names
+    "there is no {}; give an existing file, folder or glob",
+    "there is no {} in a/b; give an existing file, folder or glob",
+    "{}: no such file or folder",
+    "{}: no such directory; give an output directory or a run's logs",
+    "{}: broken JSON (x)",
+    "{} is empty; remove it or fill it",
+    "no data file matches {}; readable are .csv",
+    "--adapter {}: no such folder, here or below {}; give a folder, or a name such as final_model, "
+    "best_model or checkpoint-50",
+    "--resume: {} is not the name of a run of this program",
+    "--resume {}: not a usable checkpoint (x); name another directory below checkpoints/, or use "
+    "--resume latest",
+    "output_dir {}: another run is writing there; wait for it or choose another --output-dir",
+    "model_name {}: no such folder; check the path",
+    "model_name {} can't be had. Tried: local folder {} (not there); hub https://a.b (answers 404). "
+    "Download it where there is network (hf download {}, or modelscope download --model {}), set "
+    "HF_ENDPOINT to a mirror you can reach, or give --model-name the path of a local folder",
+    "model folder {} has no x.safetensors; download the folder again",
+    "init_adapter {}: its base model is {}, and the weights of a/b are others; give --model-name that "
+    "base, or another adapter",
+]
+
+
+@pytest.mark.parametrize("form", OF_PATHS)
+def test_a_word_of_the_user_is_no_word_of_the_program(chinese, form: str):
+    """Folders, models and runs may be called what a text of the program is: data, model, none."""
+    for word in WORDS:
+        shown = language.translated(f"error: {form.replace('{}', word)}")
+        assert CHINESE.search(shown) and shown.count(word) >= form.count("{}"), shown
+        assert not is_mixed(shown), shown
+
+
+def filled_in(form: str, values: Iterable[str], others: Mapping[str, str]) -> str:
+    """values: of places without a name; others: of the named ones, empty where none is given."""
+    rest = iter(values)
+    return language.PLACE.sub(
+        lambda place: others.get(place[1], "") if place[1] else next(rest), form
+    )
+
+
+def test_no_text_translates_a_word_that_is_put_into_it(chinese):
+    """Save where the catalogue says that the place is for a word of the program."""
+    others = {"n1": "12", "n2": "12", "n3": "12", "one": "1 or more", "said": "X1", "names": "X1"}
+    others |= dict.fromkeys(("word", "word1", "word2"), "question")
+    words = itertools.cycle(WORDS)
+    forms = [form for form, _ in language.pairs("messages_zh.tsv") if "{}" in form]
+    for form in forms * WORDS_A_FORM:
+        if form.startswith(language.FRAMES) or form.startswith(" "):  # a text; the end of one
+            continue
+        given = [next(words) for _ in re.findall("{}", form)]
+        text = filled_in(form, given, others)
+        shown = language.translated(text)
+        assert shown == text or not [word for word in given if word not in shown], text
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "“{}” stands above the header and is not used",
+        "sheet “{}” is hidden; it is read",
+        "unknown role '{}'",
+        "alert_actions: no alert '{}'; there are Divergence",
+    ],
+)
+def test_what_stands_in_quotes_is_nobodys_to_translate(chinese, form: str):
+    for text in TEXTS:
+        shown = language.translated(form.replace("{}", text))
+        assert CHINESE.search(shown) and text in shown, shown
+
+
 def test_faults_of_settings_are_translated_one_by_one(chinese):
     with pytest.raises(UserError) as caught:
         DirectTrainingConfig(learning_rate=0.0, batch_size=0)
@@ -234,10 +317,49 @@ def test_faults_of_settings_are_translated_one_by_one(chinese):
         ({"LC_MESSAGES": "zh_TW", "LANG": "de_DE"}, "zh"),
         ({"LANG": "C"}, "en"),
         ({"HOME": "/"}, "en"),
+        ({"LANG": "en_US.UTF-8", "LANGUAGE": "zh_CN:en"}, "zh"),
+        ({"LANG": "zh_CN.UTF-8", "LANGUAGE": "en:zh"}, "en"),
+        ({"LANG": "de_DE", "LANGUAGE": "de:zh_CN:en"}, "zh"),
+        ({"LANG": "zh_CN.UTF-8", "LANGUAGE": ""}, "zh"),
+        ({"LC_ALL": "C", "LANG": "en_US.UTF-8", "LANGUAGE": "zh_CN"}, "en"),
+        ({"LANG": "C.UTF-8", "LANGUAGE": "zh_CN"}, "en"),
+        ({"LANGUAGE": "zh_CN"}, "en"),
     ],
 )
 def test_the_locale_says_which_language(environment: dict, expected: str):
     assert language.of_locale(environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("system", "expected"),
+    [("zh_CN", "zh"), ("Chinese (Simplified)_China", "zh"), ("de_DE", "en"), ("", "en")],
+)
+def test_where_no_variable_is_set_the_system_says_it(
+    monkeypatch: pytest.MonkeyPatch, system: str, expected: str
+):
+    for name in ("LC_ALL", "LC_MESSAGES", "LANG", "LANGUAGE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(language.locale, "getlocale", lambda: (system or None, "UTF-8"))
+    language.use("auto")
+    assert language.current() == expected
+    monkeypatch.setenv("LANG", "en_US.UTF-8")
+    language.use("auto")
+    assert language.current() == "en"
+
+
+def test_a_program_without_its_documents_speaks_english(
+    chinese, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(language, "DOCS", tmp_path)
+    caches = (language._catalogue, language._whole)
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        for line in ("error: the question is empty", "warning: data: x", "saving", "saved a/b"):
+            assert language.translated(line) == line
+    finally:
+        for cache in caches:
+            cache.cache_clear()
 
 
 def test_help_in_chinese_has_every_option(chinese):
