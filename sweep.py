@@ -27,7 +27,7 @@ from rich.console import Console
 
 from finetuning.command_line import parse_command_line
 from finetuning.common import language
-from finetuning.common.arguments import FLAG, parsed
+from finetuning.common.arguments import parsed
 from finetuning.common.errors import RunStopped, UserError, exit_code
 from finetuning.common.files import atomic_write_text, json_text, read_json_object
 from finetuning.common.fingerprint import text_digest
@@ -132,7 +132,7 @@ def check(members: Sequence[Member], shared: Sequence[str]) -> None:
         raise UserError(f"{taken[0]} behind -- is set by the sweep itself; see sweep.py --help")
     chosen = language.current()
     for member in members:
-        if parse_command_line([*member.arguments(shared), FLAG, chosen]).training.mirror:
+        if parse_command_line([*member.arguments(shared), language.FLAG, chosen]).training.mirror:
             raise UserError("--mirror: runs of a sweep would resume from each other; leave it out")
 
 

@@ -55,6 +55,7 @@ LIBRARIES = {
     "tyro": (
         "finetuning/command_line.py",
         "finetuning/common/arguments.py",
+        "finetuning/common/chinese_help.py",
         "finetuning/runs/report.py",
         *AT_THE_ROOT,
     ),

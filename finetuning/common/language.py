@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LANGUAGES = ("en", "zh")
+FLAG = "--language"  # of every program
 DOCS = Path(__file__).parents[2] / "docs"
 FRAMES = ("warning: ", "error: ")  # before any text
 JOINTS = {  # between texts that stand alone
