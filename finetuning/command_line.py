@@ -12,7 +12,8 @@ from finetuning.common.arguments import options_of, without_language
 from finetuning.common.errors import UserError
 from finetuning.common.files import regular
 from finetuning.common.language import FLAG
-from finetuning.common.paths import expanded
+from finetuning.common.machine import check_device_name
+from finetuning.common.paths import check_there, expanded
 from finetuning.common.text import REDACTED
 from finetuning.config import PARTLY_SHOWN, DirectTrainingConfig, allowed_values, either
 from finetuning.foreign_names import (
@@ -67,13 +68,9 @@ def parse_command_line(arguments: list[str]) -> CommandLine:
         raise UserError(_unknown_text(unknown))
     if command.gpus and not command.plan:
         raise UserError("--gpus is for --plan: add --plan, or leave it out")
-    for flag, folder in (
-        ("model_name", command.training.model_name),
-        ("init_adapter", command.training.init_adapter),
-    ):
-        path = Path(folder)
-        if folder.startswith((".", "/", "\\")) and not path.exists():
-            raise UserError(f"{flag} {folder}: no such folder; check the path")
+    check_device_name(command.training.device)
+    check_there(command.training.model_name, "model_name")
+    check_there(command.training.init_adapter, "init_adapter")
     return dataclasses.replace(command, resume=expanded(command.resume, "--resume"))
 
 

@@ -46,7 +46,7 @@ LIBRARIES = {
         f"finetuning/model/{name}.py"
         for name in ("adapters", "adapter_config", "saving", "fused_lora")
     ),
-    "gguf": ("finetuning/model/gguf_file.py",),
+    "gguf": ("finetuning/model/gguf_package.py",),
     "tensorboard": ("finetuning/events/",),
     "pynvml": ("finetuning/monitoring/",),
     "openpyxl": ("finetuning/readers/office.py",),

@@ -102,7 +102,7 @@ def in_chinese(line: str) -> str:
     for frame in FRAMES:
         if text.startswith(frame):
             message = next((m for m in _catalogue()[1] if m.text == f"{frame}{{}}"), None)
-            return message.filled([in_chinese(text[len(frame) :])]) if message else line
+            return message.filled([in_chinese(text[len(frame) :])], [True]) if message else line
     whole = _whole(text)
     return line if whole is None else line.replace(text, whole)
 
@@ -128,7 +128,9 @@ def _whole(text: str, words: bool = True, begins: bool = True) -> str | None:
         for values in itertools.islice(message.readings(text), MOST_READINGS):
             told = list(map(_value, message.names, values, message.are_quoted))
             if None not in told:
-                return message.filled(told)
+                return message.filled(
+                    told, [zh != value for zh, value in zip(told, values, strict=True)]
+                )
     joined = (_joined(text, words, begins, joint) for joint in JOINTS)
     return next(filter(None, joined), None)
 
@@ -214,12 +216,25 @@ class Message:
                     yield [rest[:place], *others]
             place = rest.find(after, place + 1)
 
-    def filled(self, values: list[str]) -> str:
-        """The translation with these values: {} takes the next without name, {0} the first, {name} its."""
-        named = list(zip(self.names, values, strict=True))
+    def filled(self, values: list[str], are_words: list[bool]) -> str:
+        """The translation with these values: {} takes the next without name, {0} the first, {name} its.
+
+        are_words: which of them are words of the program; between these and other Chinese stands no space.
+        """
+        told = list(zip(values, are_words, strict=True))
+        named = list(zip(self.names, told, strict=True))
         rest, known = iter([value for name, value in named if not name]), dict(named)
-        known |= {str(number): value for number, value in enumerate(values)}
-        return PLACE.sub(lambda place: known[place[1]] if place[1] else next(rest), self.chinese)
+        known |= {str(number): value for number, value in enumerate(told)}
+        first, *others = PLACE.split(self.chinese)
+        line = first
+        for name, after in zip(others[::2], others[1::2], strict=True):
+            value, is_word = known[name] if name else next(rest)
+            if is_word and CHINESE.match(value) and re.search("[\u4e00-\u9fff] $", line):
+                line = line[:-1]
+            if is_word and CHINESE.match(value[-1:]) and re.match(" [\u4e00-\u9fff]", after):
+                after = after[1:]
+            line += value + after
+        return line
 
 
 def _fits(name: str, value: str) -> bool:
