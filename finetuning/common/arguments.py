@@ -21,6 +21,7 @@ from finetuning.common.language import FLAG
 
 HELP = {"-h", "--help"}
 COMPLETION = ("--tyro-print-completion", "--tyro-write-completion")
+_KINDS = {"INT": "a whole number", "FLOAT": "a number", "STR": "a text", "PATH": "a path"}
 SHELLS = ("bash", "zsh", "fish")  # tyro needs another library for a fourth
 _WIDE = "10000"  # columns; a line of a message is a line
 
@@ -94,7 +95,7 @@ def _errors_in_a_line(words: Sequence[str]) -> Iterator[None]:
     except SystemExit as end:
         if not end.code:  # completions were printed
             raise
-        fault = _fault(said.getvalue())
+        fault = _fault(said.getvalue(), words)
         raise UserError(f"command line: {fault}; --help lists all options") from end
     except OSError as error:  # of the file for completions
         raise UserError(
@@ -107,7 +108,7 @@ def _errors_in_a_line(words: Sequence[str]) -> Iterator[None]:
             os.environ["COLUMNS"] = width
 
 
-def _fault(box: str) -> str:
+def _fault(box: str, words: Sequence[str]) -> str:
     """What tyro's message says, in a line."""
     lines = [line.strip("│").rstrip() for line in box.splitlines()[1:-1]]
     ruled = itertools.groupby(lines, lambda line: not line.strip(" ─-"))  # "-": not on UTF-8
@@ -117,9 +118,39 @@ def _fault(box: str) -> str:
     if first.startswith("Missing from"):
         names = [line.split()[0] for line in told if re.match(r" {4,5}\S", line)]
         return f"missing: {', '.join(names)}"
+    unread = re.match(r"Error parsing (--[\w-]+): ", first)
+    usage = next((line.split(" ", 1) for line in others if line.startswith("--")), [""])
+    if unread and usage[0] == unread[1]:
+        return f"{usage[0]} is {_given(usage[0], words)!r}, must be {_wanted(usage[1])}"
     unknown = first.removeprefix("Unrecognized options: ")
     if unknown != first:
         near = next((line.partition(",")[0] for line in others if line.startswith("--")), "")
         meant = f" (did you mean {near.split()[0]!r}?)" if near else ""
         return f"unknown option {unknown.partition(',')[0]!r}{meant}"
     return first.rstrip(".")
+
+
+def _given(flag: str, words: Sequence[str]) -> str:
+    """The value of an option in a command line."""
+    for number, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name.replace("_", "-") == flag:
+            behind = itertools.takewhile(
+                lambda word: not word.startswith("--"), words[number + 1 :]
+            )
+            return value if equals else " ".join(behind)
+    return ""
+
+
+def _wanted(usage: str) -> str:
+    """What an option takes, in words: of FLOAT|{auto}, of [STR INT [STR INT ...]]."""
+    parts = re.findall(r"[^\[\]\s]+", usage)
+    unit = parts[: len(parts) // 2] if "..." in parts else parts
+    kinds = [" or ".join(map(_kind, alternatives.split("|"))) for alternatives in unit]
+    if len(kinds) == 2:
+        return f"pairs of {kinds[0]} and {kinds[1]}"
+    return f"{kinds[0]}, or several" if len(parts) > 1 else kinds[0]
+
+
+def _kind(part: str) -> str:
+    return _KINDS.get(part) or " or ".join(map(repr, part.strip("{}").split(",")))

@@ -203,7 +203,7 @@ def test_what_has_no_translation_stays_as_it_is(chinese, words: str):
 
 def test_a_text_is_found_by_what_stands_between_its_values(chinese):
     told = language.translated
-    assert told("step 3/12  loss 1.2") == "第 3/12 步  loss 1.2"
+    assert told("step 3/12  loss 1.2") == "第 3/12 步  损失 1.2"
     assert (
         told("held-out loss 2.1 -> 1.9, best 1.8 at step 7")
         == "留出损失 2.1 -> 1.9，最低 1.8，在第 7 步"
