@@ -245,7 +245,7 @@ def _fits(name: str, value: str) -> bool:
         return "; " not in value
     if name in ("", *AS_THEY_ARE) or name.startswith("word"):
         return bool(value)
-    return ". " not in value and not value[:1].isalnum()  # what is added to a word is no end of it
+    return ". " not in value and value[:1] in ("", *" ,;:(")  # as a clause begins, no end of a word
 
 
 def pairs(name: str) -> Iterator[tuple[str, str]]:

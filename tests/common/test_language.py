@@ -89,7 +89,7 @@ def test_every_text_for_people_has_a_translation(file: str):
 
 
 def test_alerts_settings_charts_and_headings_have_one():
-    assert not missing(iter(ADVICE.values()))
+    assert not missing(re.sub(r"\{\w+\}", "", text) for text in ADVICE.values())
     settings = language.meanings("settings_zh.tsv")
     fields = [
         f.name for kind in (DirectTrainingConfig, CommandLine) for f in dataclasses.fields(kind)
@@ -142,15 +142,43 @@ def test_the_table_of_alerts_says_what_to_do_and_what_ends_it(chinese):
     assert "检查风扇" in monitor.table() and "时报警结束" in monitor.table()
 
 
+@pytest.mark.parametrize(
+    "name", ["messages_zh.tsv", "metrics_zh.tsv", "options_zh.tsv", "settings_zh.tsv"]
+)
+def test_a_catalogue_has_each_text_once(name: str):
+    keys = [key for key, chinese in language.pairs(name) if chinese.strip()]
+    assert len(keys) == len(set(keys)) == len(list(language.pairs(name)))
+
+
 def test_translations_have_the_values_of_their_texts():
+    """The same kinds, each as often; those without a name in their order, or all by number."""
     for text, translation in language.pairs("messages_zh.tsv"):
-        names = [re.findall(r"\{([a-z]\w*)\}", side) for side in (text, translation)]
-        assert sorted(names[0]) == sorted(names[1]), text
-        holes = re.findall(r"\{(\d*)\}", translation)
-        numbered = {int(hole) for hole in holes if hole}
-        places = [i for i, name in enumerate(language.PLACE.findall(text)) if not name]
-        used = numbered | set(places[: holes.count("")])
-        assert used == set(places) and len(holes) == len(places), text
+        theirs, ours = (language.PLACE.findall(side) for side in (text, translation))
+        named = sorted(filter(None, theirs))
+        assert not any(name.isdecimal() for name in named) and len(named) == len(set(named)), text
+        assert sorted(name for name in ours if name and not name.isdecimal()) == named, text
+        bare = [name for name in ours if not name or name.isdecimal()]
+        numbers = [str(place) for place, name in enumerate(theirs) if not name]
+        assert sorted(bare) in ([""] * len(numbers), sorted(numbers)), text
+
+
+def test_every_text_of_the_catalogue_finds_its_own_translation(chinese):
+    """No other text of the catalogue takes its words, or a part of them for a value."""
+    values = {"said": "X1", "names": "X1", "one": "1 or more"}
+    values |= {f"n{number}": f"1{number}" for number in range(1, 6)}
+    values |= dict.fromkeys(("word", "word1", "word2"), "question")
+    words = {"1 or more": language.in_chinese("1 or more"), "question": "问题"}
+    for text, translation in language.pairs("messages_zh.tsv"):
+        names = language.PLACE.findall(text)
+        given = [
+            values.get(name, "") if name else f"a/x{place}.y" for place, name in enumerate(names)
+        ]
+        rest = iter(given)
+        line = language.PLACE.sub(lambda _, rest=rest: next(rest), text)
+        told = [words.get(value, value) for value in given]
+        message = language.Message(text, translation)
+        if not text.startswith(" "):  # the end of a text, found within it
+            assert language.in_chinese(line) == message.filled(told, [x in words for x in given])
 
 
 def test_no_translation_is_half_in_english():
