@@ -39,10 +39,13 @@ CHINESE = re.compile("[\u4e00-\u9fff]")
 QUOTED = re.compile(
     r"“[^”]{0,500}”|`[^`]{0,500}`|\"[^\"]{0,500}\"|(?<![A-Za-z])'[^']{0,500}'(?![A-Za-z])"
 )
+COMMANDS = (
+    "uv", "hf", "iconv", "chmod", "modelscope", "nvidia-smi", "python", "ulimit", "ollama", "llama-server",
+)  # fmt: skip
 _END = "[^\\s，。；：（）“”]"  # what no Chinese sentence adds
 NO_PROSE = re.compile(
     rf"{QUOTED.pattern}"
-    r"|\b(?:uv|hf|iconv|chmod|modelscope|nvidia-smi|python|ulimit) [^，。；（）“”]*"  # a command
+    rf"|\b(?:{'|'.join(COMMANDS)}) [^，。；（）“”]*"
     rf"|--[\w-]+(?: {_END}+)?"  # an option with its value
     rf"|{_END}{{0,200}}[/\\_=<>]{_END}*"  # a path, a setting, a tag
 )

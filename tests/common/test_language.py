@@ -34,12 +34,18 @@ SPEAKING = sorted(
     for path in [*ROOT.glob("*.py"), *(ROOT / "finetuning").rglob("*.py")]
     if not path.name.startswith("test_") and "import" in path.read_text(encoding="utf-8")
 )
-# Functions and classes -> the argument that is shown.
+# Functions and classes -> the arguments that are shown.
 SHOWING = (
     "info warning final say warn _warn working _tell remark UserError RunStopped NothingLeftError Absent "
-    "BrokenRecordError LeftOutError RenderingFault TemplateLimitError _TooLongError"
+    "BrokenRecordError LeftOutError RenderingFault TemplateLimitError _TooLongError translated problem "
+    "DamagedBundle DamagedCheckpoint Oddity Undelivered _NoTrialError embedded_because release_graph _fail "
+    "_said _section"
 )
-SAYING = {**dict.fromkeys(SHOWING.split(" "), 0), "note": 1, "Remark": 2, "Finding": 3}
+SAYING = {
+    **dict.fromkeys(SHOWING.split(" "), (0,)), "note": (1,), "Remark": (2,), "Finding": (2, 3),
+    "BrokenSample": (2,), "WorseSource": (1,), "_tell": (0, 1), "_refuse": (1,), "as_user_error": (1,),
+    "read_model_json": (1,), "RowProof": (1,),
+}  # fmt: skip
 CHINESE = re.compile("[\u4e00-\u9fff]")
 VALUES = ("X1", "12", ".csv", "")
 ENGLISH = re.compile("[a-z]+ [a-z]+ [a-z]+")  # a part of a sentence; names and commands are shorter
@@ -71,10 +77,10 @@ def said(file: str) -> Iterator[str]:
     for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and node.args:
             name = getattr(node.func, "attr", getattr(node.func, "id", ""))
-            place = SAYING.get(name, len(node.args))
-            text = form(node.args[place]) if place < len(node.args) else None
-            if text and ENGLISH.search(text):
-                yield from text.split("\n")
+            for place in SAYING.get(name, ()):
+                text = form(node.args[place]) if place < len(node.args) else None
+                if text and ENGLISH.search(text):
+                    yield from text.split("\n")
 
 
 def missing(texts: Iterator[str]) -> list[str]:
