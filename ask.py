@@ -11,6 +11,8 @@ as they are written. A chat remembers questions and answers, shows how much was 
 demand.
 """
 
+# ruff: noqa: E402  what is slow to import comes once the command line is known to be right
+
 from finetuning.common import process  # first: Ctrl-C gets an answer while torch is loaded
 
 if __name__ == "__main__":
@@ -22,7 +24,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import torch
 import tyro
 from rich.console import Console
 from rich.live import Live
@@ -30,24 +31,13 @@ from rich.table import Table
 from rich.text import Text
 
 from finetuning.common.arguments import parsed
-from finetuning.common.distributed import limit_threads, pick_device
 from finetuning.common.errors import UserError, exit_code
 from finetuning.common.language import translated
-from finetuning.common.paths import expanded
+from finetuning.common.machine import check_device_name
+from finetuning.common.paths import check_there, expanded
 from finetuning.config import EMBEDDED
-from finetuning.evaluation.reply import Reply, generate
-from finetuning.model.loading import load_for_inference
-from finetuning.model.resolve import is_adapter
-from finetuning.runs.init_adapter import read_origin
-from finetuning.runs.result import find_trained
-
-process.imports_are_done()
-
-STYLES = {"thinking": "dim", "answer": ""}
-CHAT_HELP = (
-    "/thinking: what was thought, /compare: the base beside it, /new: forget all, /exit: end"
-)
-DEMONSTRATION = "This is the demonstration model: its answers mean nothing."
+from finetuning.model.adapter_files import is_adapter
+from finetuning.runs.result import Trained, find_trained
 
 
 @dataclass(frozen=True)
@@ -75,6 +65,45 @@ class Ask:
     """Of the sampling; both sides of --compare use the same."""
     device: str = "auto"
     """auto: CUDA, else MPS, else CPU."""
+
+
+def checked(ask: Ask) -> Trained:
+    """Which model is asked. UserError for what can be known to be wrong before the model is loaded."""
+    if ask.question is not None and not ask.question.strip():
+        raise UserError("the question is empty")
+    if ask.compare and ask.question is None:
+        raise UserError("--compare needs a question; in a chat type /compare")
+    if ask.max_new_tokens < 1 or (ask.temperature is not None and not ask.temperature >= 0):
+        raise UserError("--max-new-tokens must be at least 1, --temperature 0 or more")
+    check_device_name(ask.device)
+    check_there(expanded(ask.base_model, "--base-model"), "--base-model")
+    trained = find_trained(ask.adapter, ask.output_dir)
+    if ask.compare and not is_adapter(trained.folder):
+        raise UserError(
+            f"--compare: {trained.folder} is a whole model, not an adapter that can be put aside"
+        )
+    return trained
+
+
+if __name__ == "__main__":  # help, and what is wrong, need none of the slow imports
+    if refused := exit_code(lambda: checked(parsed("ask.py", Ask))):
+        sys.exit(refused)
+    print(translated("starting: the libraries are being loaded"), file=sys.stderr, flush=True)
+
+import torch
+
+from finetuning.common.distributed import limit_threads, pick_device
+from finetuning.evaluation.reply import Reply, generate
+from finetuning.model.loading import load_for_inference
+from finetuning.runs.init_adapter import read_origin
+
+process.imports_are_done()
+
+STYLES = {"thinking": "dim", "answer": ""}
+CHAT_HELP = (
+    "/thinking: what was thought, /compare: the base beside it, /new: forget all, /exit: end"
+)
+DEMONSTRATION = "This is the demonstration model: its answers mean nothing."
 
 
 def answer(model: torch.nn.Module, tokenizer: Any, ask: Ask, console: Console) -> None:
@@ -234,20 +263,9 @@ def remark(reply: Reply, ask: Ask) -> str:
 
 def run(ask: Ask, console: Console | None = None) -> None:
     """Find the model, load it, and let it reply."""
-    if ask.question is not None and not ask.question.strip():
-        raise UserError("the question is empty")
-    if ask.compare and ask.question is None:
-        raise UserError("--compare needs a question; in a chat type /compare")
-    if ask.max_new_tokens < 1 or (ask.temperature is not None and not ask.temperature >= 0):
-        raise UserError("--max-new-tokens must be at least 1, --temperature 0 or more")
+    trained = checked(ask)
     limit_threads()
-    trained = find_trained(ask.adapter, ask.output_dir)
-    folder = trained.folder
-    if ask.compare and not is_adapter(folder):
-        raise UserError(
-            f"--compare: {folder} is a whole model, not an adapter that can be put aside"
-        )
-    device = pick_device(ask.device)
+    folder, device = trained.folder, pick_device(ask.device)
     base_model = expanded(ask.base_model, "--base-model")
     model, tokenizer = load_for_inference(folder, device=device, base_model=base_model)
     aside = Console(stderr=True, style="dim", highlight=False)

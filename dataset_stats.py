@@ -17,21 +17,18 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from finetuning.analysis import report
-from finetuning.analysis.duplicates import find_leaks
-from finetuning.analysis.statistics import compute_statistics
 from finetuning.common.arguments import parsed
-from finetuning.common.cache import temporary_folder
 from finetuning.common.errors import UserError, exit_code
 from finetuning.common.files import atomic_write_text
 from finetuning.common.language import translated
-from finetuning.common.paths import expanded
+from finetuning.common.paths import check_writable, expanded
 from finetuning.common.text import clean_line
 from finetuning.config import DataSettings
-from finetuning.readers.dataset import SampleSet, read_samples
+from finetuning.readers.files import check_paths
 
 if TYPE_CHECKING:
     from finetuning.data.token_table import TokenizedSamples
+    from finetuning.readers.dataset import SampleSet
 
 
 _NO_LIMIT = 2**31 - 1  # tokens of a sample
@@ -59,15 +56,40 @@ def main(
         workers: Processes that read and analyse.
     """
     tokenizer = tokenizer and Path(expanded(str(tokenizer), "--tokenizer"))
+    page = Path(expanded(str(html or "dataset_statistics.html"), "--html"))
+    if html or not json:
+        check_writable(page, "--html")
+    _check(paths, compare, max_seq_length, tokenizer, workers)
+
+    from finetuning.analysis import report  # slow; what is wrong is said before
+
     result = _described(paths, compare, max_seq_length, tokenizer, workers)
     if json:
         print(dumps(result, ensure_ascii=False, allow_nan=False))
     else:
         report.print_report(result)
     if html or not json:
-        page = Path(expanded(str(html or "dataset_statistics.html"), "--html"))
         atomic_write_text(page, report.html_page(result))
         print(translated(f"Report as a page: {page}"), file=sys.stderr if json else sys.stdout)
+
+
+def _check(
+    paths: Sequence[str],
+    compare: Sequence[str],
+    max_seq_length: int | None,
+    tokenizer: Path | None,
+    workers: int,
+) -> None:
+    """Raise UserError for what can be known to be wrong before anything is read."""
+    if not paths:
+        raise UserError("no path given; name a file, a folder or a glob")
+    if max_seq_length is not None and max_seq_length < 2:
+        raise UserError(f"max_seq_length is {max_seq_length}; give at least 2 tokens")
+    if workers < 1:
+        raise UserError(f"workers is {workers}, must be at least 1")
+    if tokenizer and not tokenizer.is_dir():
+        raise UserError(f"tokenizer: {clean_line(str(tokenizer), 200)} is no folder of a model")
+    check_paths(DataSettings(data_path=tuple(paths), eval_path=tuple(compare)))
 
 
 def _described(
@@ -78,12 +100,11 @@ def _described(
     workers: int,
 ) -> dict[str, Any]:
     """The JSON of one data set; with another to compare, that one's under "compare"."""
-    if not paths:
-        raise UserError("no path given; name a file, a folder or a glob")
-    if max_seq_length is not None and max_seq_length < 2:
-        raise UserError(f"max_seq_length is {max_seq_length}; give at least 2 tokens")
+    from finetuning.analysis.duplicates import find_leaks
+    from finetuning.analysis.statistics import compute_statistics
+    from finetuning.readers.dataset import read_samples
 
-    def statistics_of(data: SampleSet) -> dict[str, Any]:
+    def statistics_of(data: "SampleSet") -> dict[str, Any]:
         tokens = _exact_tokens(data, tokenizer, workers) if tokenizer else None
         options = {"tokens": tokens, "max_seq_length": max_seq_length, "workers": workers}
         return compute_statistics(data, **options).to_json()
@@ -98,14 +119,13 @@ def _described(
     return result
 
 
-def _exact_tokens(data: SampleSet, folder: Path, workers: int) -> "TokenizedSamples":
+def _exact_tokens(data: "SampleSet", folder: Path, workers: int) -> "TokenizedSamples":
     """Every sample as the model would see it, none cut or left out."""
     from transformers import AutoTokenizer
 
+    from finetuning.common.cache import temporary_folder
     from finetuning.data.tokenization import tokenize_samples
 
-    if not folder.is_dir():
-        raise UserError(f"tokenizer: {clean_line(str(folder), 200)} is no folder of a model")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:

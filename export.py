@@ -8,6 +8,8 @@
 Before anything appears under its name, its logits are compared with those of base and adapter apart.
 """
 
+# ruff: noqa: E402  what is slow to import comes once the command line is known to be right
+
 from finetuning.common import process  # first: Ctrl-C gets an answer while torch is loaded
 
 if __name__ == "__main__":
@@ -21,50 +23,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from transformers import AutoConfig, GenerationConfig
-from transformers.utils import GENERATION_CONFIG_NAME
-
 from finetuning.common.arguments import parsed
 from finetuning.common.destination import Destination
-from finetuning.common.distributed import limit_threads, pick_device
 from finetuning.common.errors import RunStopped, UserError, exit_code
-from finetuning.common.paths import expanded
+from finetuning.common.language import translated
+from finetuning.common.machine import check_device_name
+from finetuning.common.paths import check_there, expanded
 from finetuning.common.terminal import Terminal
-from finetuning.config import EMBEDDED
-from finetuning.model.gguf_file import check_architecture, read_gguf, write_gguf
-from finetuning.model.gguf_tokens import vocabulary
-from finetuning.model.loading import load_tokenizer
-from finetuning.model.merging import (
-    TOLERANCE,
-    Agreement,
-    bytes_in,
-    compare,
-    logits_apart,
-    logits_of,
-    merged_model,
-    model_below,
-    own_precision,
-    prompt_logits,
-)
-from finetuning.model.modelfile import context_length, modelfile
-from finetuning.model.resolve import ResolvedModel, is_adapter, licence_of, shared_name
-from finetuning.model.sampling_defaults import SamplingDefaults
-from finetuning.model.saving import save_merged, stop_at_turns
-from finetuning.runs.directory import RunDirectory
-from finetuning.runs.init_adapter import read_origin
-from finetuning.runs.model_card import write_card
-from finetuning.runs.recorded import RecordedRun, read_recorded
-from finetuning.runs.result import find_trained
-
-process.imports_are_done()
-
-WEIGHTS = "model.gguf"  # in ollama's folder
-SERVED = {  # format -> what comes next
-    "hf": "{0}/README.md has the lines for vLLM, SGLang and transformers",
-    "gguf": "llama-server -m {0} --jinja",
-    "ollama": "ollama create crypto -f {0}/Modelfile",
-}
+from finetuning.model.adapter_files import is_adapter
+from finetuning.model.gguf_package import gguf_package
+from finetuning.runs.result import Trained, find_trained
 
 
 @dataclass(frozen=True)
@@ -92,6 +60,79 @@ class Export:
     """Where the logits are compared."""
 
 
+def checked(settings: Export) -> tuple[Destination, Trained]:
+    """Where to write, and what. UserError for what can be known to be wrong before the model is looked at."""
+    destination = destination_of(settings)
+    trained = find_trained(settings.adapter, settings.output_dir)
+    destination.check_outside(trained.folder)
+    if settings.format != "hf":
+        gguf_package()
+    elif settings.precision == "q8_0":
+        raise UserError("--precision q8_0 is for --format gguf and ollama; leave it out")
+    elif not is_adapter(trained.folder):
+        raise UserError(f"--adapter {trained.folder}: a whole model already; use it as it is")
+    check_device_name(settings.device)
+    check_there(expanded(settings.base_model, "--base-model"), "--base-model")
+    return destination, trained
+
+
+def destination_of(settings: Export) -> Destination:
+    """Where to write. UserError where something is there, or for a name of another format."""
+    output = Path(expanded(settings.output, "--output")).absolute()
+    is_file = output.suffix == ".gguf"
+    if is_file != (settings.format == "gguf"):
+        kind = "a file that ends in .gguf" if settings.format == "gguf" else "a folder"
+        raise UserError(f"--output {output}: --format {settings.format} writes {kind}")
+    destination = Destination(output, is_file, "--output")
+    destination.check_free()
+    return destination
+
+
+if __name__ == "__main__":  # help, and what is wrong, need none of the slow imports
+    if refused := exit_code(lambda: checked(parsed("export.py", Export))):
+        sys.exit(refused)
+    print(translated("starting: the libraries are being loaded"), file=sys.stderr, flush=True)
+
+import torch
+from transformers import AutoConfig, GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
+
+from finetuning.common.distributed import limit_threads, pick_device
+from finetuning.config import EMBEDDED
+from finetuning.model.gguf_file import check_architecture, read_gguf, write_gguf
+from finetuning.model.gguf_tokens import vocabulary
+from finetuning.model.loading import load_tokenizer
+from finetuning.model.merging import (
+    TOLERANCE,
+    Agreement,
+    bytes_in,
+    compare,
+    logits_apart,
+    logits_of,
+    merged_model,
+    model_below,
+    own_precision,
+    prompt_logits,
+)
+from finetuning.model.modelfile import context_length, modelfile
+from finetuning.model.resolve import ResolvedModel, licence_of, shared_name
+from finetuning.model.sampling_defaults import SamplingDefaults
+from finetuning.model.saving import save_merged, stop_at_turns
+from finetuning.runs.directory import RunDirectory
+from finetuning.runs.init_adapter import read_origin
+from finetuning.runs.model_card import write_card
+from finetuning.runs.recorded import RecordedRun, read_recorded
+
+process.imports_are_done()
+
+WEIGHTS = "model.gguf"  # in ollama's folder
+SERVED = {  # format -> what comes next
+    "hf": "{0}/README.md has the lines for vLLM, SGLang and transformers",
+    "gguf": "llama-server -m {0} --jinja",
+    "ollama": "ollama create crypto -f {0}/Modelfile",
+}
+
+
 @dataclass(frozen=True)
 class Source:
     """What is exported, and how."""
@@ -107,14 +148,12 @@ class Source:
 
 def export(settings: Export, terminal: Terminal) -> Agreement:
     """Write it once its logits agree. Raises RunStopped where they don't."""
-    destination = destination_of(settings)
+    destination, trained = checked(settings)
     base_model = expanded(settings.base_model, "--base-model")
     limit_threads()
-    trained = find_trained(settings.adapter, settings.output_dir)
-    destination.check_outside(trained.folder)
     below = model_below(trained.folder, base_model)
     origin = origin_of(trained.folder, below)
-    check_possible(settings, trained.folder, below, origin)
+    check_possible(settings, below, origin)
     precision = own_precision(below) if settings.precision == "auto" else settings.precision
     output = destination.path
     with destination.held(bytes_in(below, precision)) as staging:
@@ -153,27 +192,9 @@ def made_and_checked(
     return agreement
 
 
-def destination_of(settings: Export) -> Destination:
-    """Where to write. UserError where something is there, or for a name of another format."""
-    output = Path(expanded(settings.output, "--output")).absolute()
-    is_file = output.suffix == ".gguf"
-    if is_file != (settings.format == "gguf"):
-        kind = "a file that ends in .gguf" if settings.format == "gguf" else "a folder"
-        raise UserError(f"--output {output}: --format {settings.format} writes {kind}")
-    destination = Destination(output, is_file, "--output")
-    destination.check_free()
-    return destination
-
-
-def check_possible(
-    settings: Export, folder: Path, below: ResolvedModel, origin: Mapping[str, Any]
-) -> None:
+def check_possible(settings: Export, below: ResolvedModel, origin: Mapping[str, Any]) -> None:
     """UserError where the model can't be written so; before any weights are loaded."""
     if settings.format == "hf":
-        if settings.precision == "q8_0":
-            raise UserError("--precision q8_0 is for --format gguf and ollama; leave it out")
-        if not is_adapter(folder):
-            raise UserError(f"--adapter {folder}: a whole model already; use it as it is")
         return
     config = AutoConfig.from_pretrained(below.path, local_files_only=True)
     check_architecture(config)

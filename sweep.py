@@ -8,6 +8,8 @@ What stands behind `--` goes to every run of the training program. A second star
 only what is missing: a run that was broken off goes on from its newest checkpoint.
 """
 
+# ruff: noqa: E402  what is slow to import comes once the command line is known to be right
+
 import itertools
 import json
 import math
@@ -23,33 +25,19 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from rich.console import Console
 
 from finetuning.command_line import parse_command_line
 from finetuning.common import language
-from finetuning.common.arguments import FLAG, parsed
+from finetuning.common.arguments import parsed
 from finetuning.common.errors import RunStopped, UserError, exit_code
 from finetuning.common.files import atomic_write_text, json_text, read_json_object
 from finetuning.common.fingerprint import text_digest
-from finetuning.common.formatting import UNKNOWN, shown
-from finetuning.common.paths import check_name, expanded
+from finetuning.common.paths import check_name, check_writable, expanded
 from finetuning.common.text import clean_line
-from finetuning.runs.comparison import rich_tables, told
-from finetuning.runs.recorded import RecordedRun, find_runs, read_recorded
+from finetuning.readers.files import check_paths
 
 PROGRAM = Path(__file__).with_name("direct_finetuning_with_existing_modules.py")
-OVER = ("completed", "stopped")  # a run with one of these is not started again
 RESERVED = ("--output-dir", "--resume", "--seed")  # of each run; the sweep sets them
-POLL_SECONDS = 0.2
-# Two-sided 95% quantiles of Student's t by degrees of freedom; above, the normal one.
-STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
-COLUMNS = {
-    "held-out loss": "Eval/Loss",
-    "KL, held out": "Forgetting/KL_Held_Out",
-    "KL, general text": "Forgetting/KL_General",
-    "general loss": "Forgetting/General_Loss",
-    "exact answers": "Eval/Exact_Answer",
-}
 
 
 @dataclass(frozen=True)
@@ -84,26 +72,15 @@ class Member:
         return [
             *(*shared, *own, "--seed", str(self.seed)),
             *("--output-dir", str(self.folder), "--resume", "auto", "--quiet"),
+            *(language.FLAG, language.current()),
         ]
-
-    def recorded(self) -> RecordedRun | None:
-        """Its newest run; None where there is none yet."""
-        if not (self.folder / "training_logs").is_dir():
-            return None
-        try:
-            return read_recorded(find_runs([self.folder])[-1])
-        except UserError:
-            return None  # broken off before its first number
-
-    @property
-    def is_over(self) -> bool:
-        run = self.recorded()
-        return run is not None and run.status.get("status") in OVER
 
 
 def members_of(sweep: Sweep) -> list[Member]:
-    """All combinations with all seeds. Raises UserError for a setting without values."""
+    """All combinations with all seeds. Raises UserError where there is none."""
     values: dict[str, list[str]] = {}
+    if not sweep.vary:
+        raise UserError("nothing to vary: write a setting and its values: lora-r=4,16")
     for word in sweep.vary:
         name, equals, listed = word.partition("=")
         found = [value for value in listed.split(",") if value]
@@ -115,6 +92,8 @@ def members_of(sweep: Sweep) -> list[Member]:
         values[name] = list(dict.fromkeys(found))
     if not sweep.seeds:
         raise UserError("--seeds: give at least one")
+    if sweep.jobs < 0:
+        raise UserError(f"--jobs is {sweep.jobs}, must be at least 1, or 0")
     root, members = Path(expanded(sweep.output_dir, "--output-dir")), []
     for chosen in itertools.product(*values.values()):
         settings = dict(zip(values, chosen, strict=True))
@@ -130,27 +109,105 @@ def check(members: Sequence[Member], shared: Sequence[str]) -> None:
     taken = [word for word in shared if word.partition("=")[0].replace("_", "-") in RESERVED]
     if taken:
         raise UserError(f"{taken[0]} behind -- is set by the sweep itself; see sweep.py --help")
-    chosen = language.current()
-    for member in members:
-        if parse_command_line([*member.arguments(shared), FLAG, chosen]).training.mirror:
-            raise UserError("--mirror: runs of a sweep would resume from each other; leave it out")
+    settings = [parse_command_line(member.arguments(shared)).training for member in members]
+    if any(one.mirror for one in settings):
+        raise UserError("--mirror: runs of a sweep would resume from each other; leave it out")
+    for one in {(one.data_path, one.eval_path): one for one in settings}.values():
+        check_paths(one)
 
 
-def remember(root: Path, shared: Sequence[str]) -> None:
-    """Keep what all runs share, as a digest, since it may hold a secret; refuse a folder in which other runs
-    are."""
+def known(root: Path, shared: Sequence[str]) -> str:
+    """What all runs share, as a digest, since it may hold a secret. UserError where other runs are."""
     check_name(root, "--output-dir")
     path, digest = root / "sweep.json", text_digest(*shared)
-    if path.is_file() and read_json_object(path).get("arguments") != digest:
+    check_writable(path, "--output-dir")
+    if not path.is_file():
+        return digest
+    begun_with = read_json_object(path).get("arguments")
+    if not isinstance(begun_with, str):
+        raise UserError(
+            f"{path}: not the record of a sweep, or of an older version; use another --output-dir"
+        )
+    if begun_with != digest:
         raise UserError(
             f"{path}: this sweep was begun with other arguments behind --; use another --output-dir"
         )
+    return digest
+
+
+def remember(root: Path, shared: Sequence[str]) -> None:
+    """Keep what all runs share, to know it again."""
+    record = {"arguments": known(root, shared)}
     root.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(path, json_text({"arguments": digest}))
+    atomic_write_text(root / "sweep.json", json_text(record))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A command line that was found right."""
+
+    sweep: Sweep
+    members: Sequence[Member]
+    shared: Sequence[str]
+    """Arguments of every run."""
+
+    @property
+    def root(self) -> Path:
+        return Path(expanded(self.sweep.output_dir, "--output-dir"))
+
+
+def asked(arguments: Sequence[str]) -> Asked:
+    """Read a command line. UserError for what can be known to be wrong before anything starts."""
+    arguments = list(arguments)
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    sweep, shared = parsed("sweep.py", Sweep, arguments[:cut]), arguments[cut + 1 :]
+    found = Asked(sweep, members_of(sweep), shared)
+    check(found.members, shared)
+    known(found.root, shared)
+    return found
+
+
+if __name__ == "__main__":  # help, and what is wrong, need none of the slow imports
+    if refused := exit_code(lambda: asked(sys.argv[1:])):
+        sys.exit(refused)
+
+from rich.console import Console
+
+from finetuning.common.formatting import UNKNOWN, shown
+from finetuning.runs.comparison import rich_tables, told
+from finetuning.runs.recorded import RecordedRun, find_runs, read_recorded
+
+OVER = ("completed", "stopped")  # a run with one of these is not started again
+POLL_SECONDS = 0.2
+# Two-sided 95% quantiles of Student's t by degrees of freedom; above, the normal one.
+STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
+COLUMNS = {
+    "held-out loss": "Eval/Loss",
+    "KL, held out": "Forgetting/KL_Held_Out",
+    "KL, general text": "Forgetting/KL_General",
+    "general loss": "Forgetting/General_Loss",
+    "exact answers": "Eval/Exact_Answer",
+}
 
 
 # -----------------------------------------------------------------------------
 # Running
+
+
+def recorded(member: Member) -> RecordedRun | None:
+    """Its newest run; None where there is none yet."""
+    if not (member.folder / "training_logs").is_dir():
+        return None
+    try:
+        return read_recorded(find_runs([member.folder])[-1])
+    except UserError:
+        return None  # broken off before its first number
+
+
+def is_over(member: Member) -> bool:
+    """Whether it has come to its end."""
+    run = recorded(member)
+    return run is not None and run.status.get("status") in OVER
 
 
 class Pool:
@@ -191,6 +248,7 @@ class Pool:
                 env=environment,
             )
         self._running[process] = member, gpu
+        _say(f"{member.folder.name}: started; its output: {member.folder / 'sweep.log'}")
 
     def _ended(self, waiting: int) -> list[Member]:
         """Take out the runs that are over; those of them that failed."""
@@ -202,13 +260,13 @@ class Pool:
                 "done" if good else f"failed with code {process.returncode}: {_last_line(member)}"
             )
             left = f"{waiting + len(self._running)} left"
-            print(
-                language.translated(f"{member.folder.name}: {said} ({left})"),
-                file=sys.stderr,
-                flush=True,
-            )
+            _say(f"{member.folder.name}: {said} ({left})")
             failed += [] if good else [member]
         return failed
+
+
+def _say(text: str) -> None:
+    print(language.translated(text), file=sys.stderr, flush=True)
 
 
 def _last_line(member: Member) -> str:
@@ -254,7 +312,7 @@ def rows_of(members: Sequence[Member]) -> list[Row]:
     for member in members:
         key = tuple(member.settings.values())
         empty = Row(member.settings, {column: () for column in COLUMNS}, ())
-        row, run = found.setdefault(key, empty), member.recorded()
+        row, run = found.setdefault(key, empty), recorded(member)
         if run is None or run.status.get("status") not in OVER:
             continue
         numbers = {
@@ -276,7 +334,7 @@ def verdict(rows: Sequence[Row]) -> str:
     if not known:
         return "no run has a held-out loss yet"
     best = known[0]
-    named = " ".join(f"--{name} {value}" for name, value in best.settings.items()) or "the defaults"
+    named = " ".join(f"--{name} {value}" for name, value in best.settings.items())
     text = f"lowest held-out loss: {named}, {best.text('held-out loss')}"
     if math.isnan(best.half_interval()):
         error = f" ± {shown(2 * best.errors[0])} over the held-out samples" if best.errors else ""
@@ -311,10 +369,7 @@ def as_json(rows: Sequence[Row]) -> dict[str, Any]:
 
 def show(rows: Sequence[Row]) -> None:
     """The table on the terminal, a column a combination."""
-    names = [
-        " ".join(f"{k}={v}" for k, v in row.settings.items()) or language.translated("the defaults")
-        for row in rows
-    ]
+    names = [" ".join(f"{k}={v}" for k, v in row.settings.items()) for row in rows]
     table = [("seeds", [str(len(row.seconds)) for row in rows])]
     for column in COLUMNS:
         if any(row.numbers[column] for row in rows):
@@ -334,13 +389,10 @@ def show(rows: Sequence[Row]) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     """Run what is missing, then compare. Raises RunStopped where a run has failed."""
-    arguments = list(arguments)
-    cut = arguments.index("--") if "--" in arguments else len(arguments)
-    sweep, shared = parsed("sweep.py", Sweep, arguments[:cut]), arguments[cut + 1 :]
-    members = members_of(sweep)
-    check(members, shared)
-    remember(Path(expanded(sweep.output_dir, "--output-dir")), shared)
-    missing = [member for member in members if not member.is_over]
+    command = asked(arguments)
+    sweep, members, shared = command.sweep, command.members, command.shared
+    remember(command.root, shared)
+    missing = [member for member in members if not is_over(member)]
     failed = Pool(sweep.jobs or len(sweep.gpus) or 1, sweep.gpus).run(missing, shared)
     rows = rows_of(members)
     if sweep.json:

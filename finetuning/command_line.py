@@ -1,20 +1,19 @@
 """The command line of the main program and its TOML file: both become a `DirectTrainingConfig`."""
 
 import dataclasses
-import sys
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
-from finetuning.chinese_help import help_text
-from finetuning.common import language
-from finetuning.common.arguments import errors_in_a_line
+from finetuning.common.arguments import options_of, without_language
 from finetuning.common.errors import UserError
 from finetuning.common.files import regular
-from finetuning.common.paths import expanded
+from finetuning.common.language import FLAG
+from finetuning.common.machine import check_device_name
+from finetuning.common.paths import check_there, expanded
 from finetuning.common.text import REDACTED
 from finetuning.config import PARTLY_SHOWN, DirectTrainingConfig, allowed_values, either
 from finetuning.foreign_names import (
@@ -24,6 +23,8 @@ from finetuning.foreign_names import (
     suggestion,
     translated,
 )
+
+PROGRAM = "direct_finetuning_with_existing_modules.py"
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,6 @@ class CommandLine:
     check_data: bool = False
     """Read and tokenize everything, say what is wrong with it, the worst of each kind here and all in a file,
     and end with 0 (good) or 1."""
-    language: Literal["auto", "zh", "en"] = "auto"
-    """Of the terminal, alerts, report and the notes of charts; auto: that of the locale."""
     quiet: bool = False
     """Only warnings and the closing lines on the terminal."""
     trust_remote_code: bool = False
@@ -53,8 +52,8 @@ class CommandLine:
 
 
 def parse_command_line(arguments: list[str]) -> CommandLine:
-    """Defaults, then the TOML file of --config, then the command line. Raises UserError for the file."""
-    language.use(_value_of("--language", arguments))
+    """Defaults, then the TOML file of --config, then the command line. Raises UserError for both."""
+    arguments = without_language(arguments)
     path = _value_of("--config", arguments)
     defaults = CommandLine(
         training=read_config_file(Path(expanded(path, "--config")))
@@ -62,28 +61,16 @@ def parse_command_line(arguments: list[str]) -> CommandLine:
         else DirectTrainingConfig()
     )
     arguments, _ = our_arguments(arguments, _own_names())
-    if language.current() == "zh" and {"-h", "--help"} & set(arguments):
-        print(help_text(Path(sys.argv[0]).name, CommandLine))
-        sys.exit(0)
-    with errors_in_a_line(arguments):
-        command, unknown = tyro.cli(
-            CommandLine,
-            args=arguments,
-            default=defaults,
-            use_underscores=False,
-            return_unknown_args=True,
-        )
+    command, unknown = options_of(
+        PROGRAM, CommandLine, arguments, default=defaults, return_unknown_args=True
+    )
     if unknown:
         raise UserError(_unknown_text(unknown))
     if command.gpus and not command.plan:
         raise UserError("--gpus is for --plan: add --plan, or leave it out")
-    for flag, folder in (
-        ("model_name", command.training.model_name),
-        ("init_adapter", command.training.init_adapter),
-    ):
-        path = Path(folder)
-        if folder.startswith((".", "/", "\\")) and not path.exists():
-            raise UserError(f"{flag} {folder}: no such folder; check the path")
+    check_device_name(command.training.device)
+    check_there(command.training.model_name, "model_name")
+    check_there(command.training.init_adapter, "init_adapter")
     return dataclasses.replace(command, resume=expanded(command.resume, "--resume"))
 
 
@@ -94,7 +81,7 @@ def what_was_renamed(arguments: list[str]) -> str:
 
 def _own_names() -> set[str]:
     kinds = (DirectTrainingConfig, CommandLine)
-    return {field.name for kind in kinds for field in dataclasses.fields(kind)}
+    return {FLAG[2:], *(field.name for kind in kinds for field in dataclasses.fields(kind))}
 
 
 def _unknown_text(unknown: list[str]) -> str:

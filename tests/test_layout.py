@@ -47,7 +47,7 @@ LIBRARIES = {
         f"finetuning/model/{name}.py"
         for name in ("adapters", "adapter_config", "saving", "fused_lora")
     ),
-    "gguf": ("finetuning/model/gguf_file.py",),
+    "gguf": ("finetuning/model/gguf_package.py",),
     "tensorboard": ("finetuning/events/",),
     "pynvml": ("finetuning/monitoring/",),
     "openpyxl": ("finetuning/readers/office.py",),
@@ -56,6 +56,7 @@ LIBRARIES = {
     "tyro": (
         "finetuning/command_line.py",
         "finetuning/common/arguments.py",
+        "finetuning/common/chinese_help.py",
         "finetuning/runs/report.py",
         *AT_THE_ROOT,
     ),

@@ -10,37 +10,31 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
-from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 import tyro
 
 from finetuning.common import language
+from finetuning.common.chinese_help import help_text
 from finetuning.common.errors import UserError
+from finetuning.common.language import FLAG
 
-FLAG = "--language"
 HELP = {"-h", "--help"}
+COMPLETION = ("--tyro-print-completion", "--tyro-write-completion")
+_KINDS = {"INT": "a whole number", "FLOAT": "a number", "STR": "a text", "PATH": "a path"}
+SHELLS = ("bash", "zsh", "fish")  # tyro needs another library for a fourth
 _WIDE = "10000"  # columns; a line of a message is a line
-_TYPES = {int: "整数", float: "数", str: "文本", Path: "路径", tuple: "一个或多个"}
 
 
 def parsed(program: str, kind: Callable, arguments: Sequence[str] | None = None) -> Any:
     """The options of a program: an object of the dataclass `kind`, or, of a function, the call that is asked
-    for. Its options in Chinese are in docs/options_zh.tsv. Raises UserError."""
+    for. Raises UserError."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    words = _without_language(words)
-    if language.current() == "zh" and HELP & set(words):
-        print(help_text(program, kind))
-        sys.exit(0)
-    about = (inspect.getdoc(kind) or "").partition("\nArgs:")[0].strip()
-    about += f"\n\n{FLAG} auto|zh|en: of all that is shown; auto: that of the locale."
-    taken = kind if dataclasses.is_dataclass(kind) else _call_of(kind)
-    with errors_in_a_line(words):
-        return tyro.cli(taken, args=words, prog=program, description=about, use_underscores=False)
+    return options_of(program, kind, without_language(words))
 
 
-def _without_language(words: list[str]) -> list[str]:
-    """The other words; what is shown from now on is in this language."""
+def without_language(words: Sequence[str]) -> list[str]:
+    """The other words; what is shown from now on is in the language that they ask for. Raises UserError."""
     left, chosen = [], "auto"
     rest = iter(words)
     for word in rest:
@@ -55,6 +49,30 @@ def _without_language(words: list[str]) -> list[str]:
     return left
 
 
+def options_of(program: str, kind: Callable, words: Sequence[str], **options: Any) -> Any:
+    """What `parsed` gives, of words without a language. options: of `tyro.cli`."""
+    if language.current() == "zh" and HELP & set(words):
+        print(help_text(program, kind))
+        sys.exit(0)
+    about = (inspect.getdoc(kind) or "").partition("\nArgs:")[0].strip()
+    about += f"\n\n{FLAG} auto|zh|en: of all that is shown; auto: that of the system."
+    taken = kind if dataclasses.is_dataclass(kind) else _call_of(kind)
+    with _errors_in_a_line(words):
+        _check_completion(words)
+        return tyro.cli(
+            taken, args=words, prog=program, description=about, use_underscores=False, **options
+        )
+
+
+def _check_completion(words: Sequence[str]) -> None:
+    """tyro takes the shell as it is."""
+    flag, shell = (*words[:2], "", "")[:2]
+    if flag in COMPLETION and shell and shell not in SHELLS:
+        raise UserError(
+            f"command line: {flag} is {shell!r}, must be {' or '.join(map(repr, SHELLS))}"
+        )
+
+
 def _call_of(function: Callable) -> Callable:
     @functools.wraps(function)
     def call(*arguments: Any, **named: Any) -> Callable:
@@ -64,7 +82,7 @@ def _call_of(function: Callable) -> Callable:
 
 
 @contextmanager
-def errors_in_a_line(words: Sequence[str]) -> Iterator[None]:
+def _errors_in_a_line(words: Sequence[str]) -> Iterator[None]:
     """While it lasts, what tyro has against the words of a command line is a UserError and no box."""
     if HELP & set(words):
         yield
@@ -75,8 +93,14 @@ def errors_in_a_line(words: Sequence[str]) -> Iterator[None]:
         with redirect_stderr(said):
             yield
     except SystemExit as end:
-        fault = _fault(said.getvalue())
+        if not end.code:  # completions were printed
+            raise
+        fault = _fault(said.getvalue(), words)
         raise UserError(f"command line: {fault}; --help lists all options") from end
+    except OSError as error:  # of the file for completions
+        raise UserError(
+            f"{words[0]} {error.filename}: can't be written ({error.strerror})"
+        ) from error
     finally:
         if width is None:
             del os.environ["COLUMNS"]
@@ -84,7 +108,7 @@ def errors_in_a_line(words: Sequence[str]) -> Iterator[None]:
             os.environ["COLUMNS"] = width
 
 
-def _fault(box: str) -> str:
+def _fault(box: str, words: Sequence[str]) -> str:
     """What tyro's message says, in a line."""
     lines = [line.strip("│").rstrip() for line in box.splitlines()[1:-1]]
     ruled = itertools.groupby(lines, lambda line: not line.strip(" ─-"))  # "-": not on UTF-8
@@ -94,6 +118,10 @@ def _fault(box: str) -> str:
     if first.startswith("Missing from"):
         names = [line.split()[0] for line in told if re.match(r" {4,5}\S", line)]
         return f"missing: {', '.join(names)}"
+    unread = re.match(r"Error parsing (--[\w-]+): ", first)
+    usage = next((line.split(" ", 1) for line in others if line.startswith("--")), [""])
+    if unread and usage[0] == unread[1]:
+        return f"{usage[0]} is {_given(usage[0], words)!r}, must be {_wanted(usage[1])}"
     unknown = first.removeprefix("Unrecognized options: ")
     if unknown != first:
         near = next((line.partition(",")[0] for line in others if line.startswith("--")), "")
@@ -102,48 +130,27 @@ def _fault(box: str) -> str:
     return first.rstrip(".")
 
 
-def help_text(program: str, kind: Callable) -> str:
-    """The page of a program in Chinese: every option with its values, its default and what it is for."""
-    hints = get_type_hints(kind, include_extras=True)
-    named = inspect.signature(kind).parameters
-    meant = language.meanings("options_zh.tsv")
-    stem = program.removesuffix(".py")
-    words = [name for name in named if _is_positional(hints[name])]
-    usage = " ".join(f"[{word}]" for word in words)
-    lines = [
-        f"用法：{program} {usage} [选项]".replace("  ", " "),
-        "",
-        meant.get(stem, ""),
-        "",
-        "选项：",
-    ]
-    for name, option in named.items():
-        flag = f"[{name}]" if name in words else f"--{name.replace('_', '-')}"
-        lines.append(f"  {flag}{_values(hints[name], option.default)}")
-        lines.append(f"      {meant.get(f'{stem}.{name}', '')}")
-    lines.append(f"  {FLAG} {{auto|zh|en}}（默认 auto）")
-    lines.append("      所显示内容的语言；auto：按系统区域设置")
-    return "\n".join(lines)
+def _given(flag: str, words: Sequence[str]) -> str:
+    """The value of an option in a command line."""
+    for number, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name.replace("_", "-") == flag:
+            behind = itertools.takewhile(
+                lambda word: not word.startswith("--"), words[number + 1 :]
+            )
+            return value if equals else " ".join(behind)
+    return ""
 
 
-def _is_positional(hint: Any) -> bool:
-    return tyro.conf.Positional in getattr(hint, "__metadata__", ())
+def _wanted(usage: str) -> str:
+    """What an option takes, in words: of FLOAT|{auto}, of [STR INT [STR INT ...]]."""
+    parts = re.findall(r"[^\[\]\s]+", usage)
+    unit = parts[: len(parts) // 2] if "..." in parts else parts
+    kinds = [" or ".join(map(_kind, alternatives.split("|"))) for alternatives in unit]
+    if len(kinds) == 2:
+        return f"pairs of {kinds[0]} and {kinds[1]}"
+    return f"{kinds[0]}, or several" if len(parts) > 1 else kinds[0]
 
 
-def _values(hint: Any, default: Any) -> str:
-    """What an option takes, and its default."""
-    while hasattr(hint, "__metadata__"):
-        hint = hint.__origin__
-    if hint is bool:
-        return "（默认打开）" if default else "（默认关闭）"
-    kinds = [kind for kind in get_args(hint) if kind is not type(None)] or [hint]
-    if get_origin(hint) is tuple:
-        kinds = [tuple]
-    choices = kinds if get_origin(hint) is Literal else [_TYPES[kind] for kind in kinds]
-    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-    given = (
-        "必填"
-        if default is inspect.Parameter.empty
-        else f"默认 {'空' if shown in (None, '') else shown}"
-    )
-    return f" {{{'|'.join(choices)}}}（{given}）"
+def _kind(part: str) -> str:
+    return _KINDS.get(part) or " or ".join(map(repr, part.strip("{}").split(",")))

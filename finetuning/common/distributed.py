@@ -22,8 +22,7 @@ import torch.distributed as torch_distributed
 
 from finetuning.common.errors import UserError
 from finetuning.common.limited import end_with
-from finetuning.common.machine import processors
-from finetuning.common.text import clean_line
+from finetuning.common.machine import check_device_name, processors
 
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}  # of a group, by its model's device
 _POLL_SECONDS = 0.2  # between two questions to the store
@@ -226,6 +225,7 @@ def _newest_group(
 def pick_device(device: str, local_rank: int = 0) -> torch.device:
     """`auto`: CUDA, else Apple's MPS, else CPU; `cuda`: this rank's GPU; `cuda:1`, `mps`, `cpu`. Raises
     UserError for what is not here."""
+    check_device_name(device)
     there = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
@@ -234,10 +234,6 @@ def pick_device(device: str, local_rank: int = 0) -> torch.device:
     if device == "auto":
         device = next(name for name, usable in there.items() if usable)
     name, _, number = device.partition(":")
-    if name not in there or (number and not (name == "cuda" and number.isdecimal())):
-        raise UserError(
-            f"device is {clean_line(device, 60)!r}, must be auto, cuda, cuda:1, mps or cpu"
-        )
     if not there[name]:
         raise UserError(
             f"device {device}: this machine has none that works here (driver, CUDA_VISIBLE_DEVICES, a "

@@ -1,4 +1,4 @@
-"""The share of the machine that this process may use: processors and memory, by affinity and control groups.
+"""The machine: names of its devices, and the share of processors and memory that this process may use.
 
 A job gets a share of a node through its scheduler or its container: a set of processors, and limits of
 control groups (v1 or v2) at any level above it. What the machine as a whole has is not ours.
@@ -6,11 +6,15 @@ control groups (v1 or v2) at any level above it. What the machine as a whole has
 
 import math
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+
+from finetuning.common.errors import UserError
+from finetuning.common.text import clean_line
 
 PROC = Path("/proc/self")
 USUAL_MOUNT = Path(
@@ -25,6 +29,14 @@ _MEMORY_FILES = {
 }
 # Of memory.stat: file pages that the kernel takes back before a limit is felt.
 _RECLAIMABLE = ("inactive_file", "active_file", "slab_reclaimable")
+
+
+def check_device_name(device: str) -> None:
+    """Raise UserError for what names no device; whether it is here, only torch can say (`pick_device`)."""
+    if not re.fullmatch(r"auto|mps|cpu|cuda:?|cuda:[0-9]+", device):
+        raise UserError(
+            f"device is {clean_line(device, 60)!r}, must be auto, cuda, cuda:1, mps or cpu"
+        )
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Paths as users give them: a home directory behind `~`, a cache without one, names that a locale breaks."""
 
+import errno
 import os
 import shutil
 import tempfile
@@ -25,6 +26,26 @@ def expanded(path: str, name: str) -> str:
             "path without ~"
         )
     return found
+
+
+def check_there(folder: str, name: str) -> None:
+    """Raise UserError for a folder that is not there; what may be a name of the hub is left alone."""
+    if folder.startswith((".", "/", "\\")) and not os.path.exists(folder):
+        raise UserError(f"{name} {clean_line(folder, 200)}: no such folder; check the path")
+
+
+def check_writable(file: Path, name: str) -> None:
+    """Raise UserError for a file that can't be written, before the work for it; folders above it are made."""
+    above = next(path for path in file.absolute().parents if os.path.lexists(path))
+    fault = 0
+    if file.is_dir():
+        fault = errno.EISDIR
+    elif not above.is_dir():
+        fault = errno.ENOTDIR
+    elif not os.access(above, os.W_OK | os.X_OK):
+        fault = errno.EACCES
+    if fault:
+        raise UserError(f"{name} {file}: can't be written ({os.strerror(fault)})")
 
 
 def home_cache(name: str) -> Path | None:

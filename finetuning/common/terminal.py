@@ -258,8 +258,8 @@ class RunPanel:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Panel]:
         texts = [
-            ("", _metric_line(self.metrics, with_trend=True)),
-            *(("cyan", line) for line in gpu_lines(self.metrics)),
+            ("", translated(_metric_line(self.metrics, with_trend=True))),
+            *(("cyan", translated(line)) for line in gpu_lines(self.metrics)),
             ("yellow", self.warning),
         ]
         lines = [
@@ -385,9 +385,9 @@ def _metric_line(metrics: Mapping[str, float], with_trend: bool = False) -> str:
         "grad": ("Training/Gradient_Norm", "{:.2f}"),
         "tok/s": ("Throughput/Tokens_Per_Second", "{:.0f}"),
     }
+    ends = {"loss": trend_arrow(metrics)} if with_trend else {}
     parts = [
-        f"{name} {form.format(metrics[tag])}"
-        + (f" {trend_arrow(metrics)}" if with_trend and name == "loss" else "")
+        f"{name} {form.format(metrics[tag])} {ends.get(name, '')}".rstrip()
         for name, (tag, form) in shown.items()
         if tag in metrics
     ]

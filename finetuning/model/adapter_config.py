@@ -15,9 +15,8 @@ from finetuning.common.errors import UserError
 from finetuning.common.fingerprint import safetensors_header
 from finetuning.common.kinds import misfit
 from finetuning.common.text import clean_line
+from finetuning.model.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from finetuning.model.resolve import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
     as_user_error,
     read_model_json,
 )

@@ -22,10 +22,9 @@ from finetuning.common.errors import UserError
 from finetuning.common.text import clean_line
 from finetuning.config import LoraSettings
 from finetuning.model.adapter_config import read_adapter_config
+from finetuning.model.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from finetuning.model.parallel import decoder_layers, placed_like
 from finetuning.model.resolve import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
     check_safetensors,
     short_reason,
 )

@@ -16,6 +16,7 @@ import transformers
 
 from finetuning.common.errors import UserError
 from finetuning.common.text import clean_line
+from finetuning.model.gguf_package import gguf_package
 from finetuning.model.gguf_tokens import vocabulary
 from finetuning.model.sampling_defaults import SamplingDefaults
 
@@ -46,7 +47,6 @@ ARCHITECTURES = {
 
 def check_architecture(config: transformers.PreTrainedConfig) -> None:
     """UserError where a model with this configuration can't be written as GGUF; before weights are loaded."""
-    _package()
     kind = config.model_type
     if kind not in ARCHITECTURES:
         raise UserError(
@@ -69,18 +69,6 @@ def check_architecture(config: transformers.PreTrainedConfig) -> None:
             )
 
 
-def _package() -> ModuleType:
-    """The package gguf. UserError where it is not installed."""
-    try:
-        import gguf
-    except ImportError as error:
-        raise UserError(
-            "--format gguf and ollama need the package gguf, which is not installed; start with "
-            "uv run --extra gguf"
-        ) from error
-    return gguf
-
-
 # -----------------------------------------------------------------------------
 # Writing
 
@@ -89,7 +77,7 @@ def write_gguf(
     model: transformers.PreTrainedModel, tokenizer: Any, path: Path, precision: str, name: str
 ) -> None:
     """A new file. precision: a key of `PRECISIONS`. name: what the file calls the model."""
-    gguf, config = _package(), model.config
+    gguf, config = gguf_package(), model.config
     writer = gguf.GGUFWriter(path, config.model_type)
     tensors = dict(_file_tensors(model))
     held = {
@@ -118,7 +106,7 @@ def write_gguf(
 
 def _file_tensors(model: transformers.PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
     """Name in the file -> tensor, a shared one once. UserError for one that the file has no place for."""
-    gguf, config = _package(), model.config
+    gguf, config = gguf_package(), model.config
     arch = next(a for a, title in gguf.MODEL_ARCH_NAMES.items() if title == config.model_type)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     tied = set() if not config.tie_word_embeddings else {"lm_head.weight"}
@@ -225,7 +213,7 @@ def _describe_text(writer: Any, tokenizer: Any, rows: int) -> None:
 @torch.no_grad()
 def read_gguf(path: Path, model: transformers.PreTrainedModel) -> None:
     """Put the file's weights, as they are rounded there, into a model of its configuration."""
-    gguf, config = _package(), model.config
+    gguf, config = gguf_package(), model.config
     places = dict(_file_tensors(model))
     for tensor in gguf.GGUFReader(path).tensors:
         values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())

@@ -11,13 +11,13 @@ from finetuning.common.errors import UserError
 from finetuning.common.text import clean_line
 from finetuning.config import LoraSettings, ModelSettings
 from finetuning.model.adapter_config import read_adapter_config
+from finetuning.model.adapter_files import ADAPTER_CONFIG
 from finetuning.model.adapters import (
     attach_adapters,
     check_ends,
     load_adapter,
 )
 from finetuning.model.resolve import (
-    ADAPTER_CONFIG,
     ResolvedModel,
     as_user_error,
     ensure_local,

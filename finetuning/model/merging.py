@@ -10,9 +10,10 @@ import transformers
 
 from finetuning.common.fingerprint import weight_files
 from finetuning.data.chat_template import encode_prompt
+from finetuning.model.adapter_files import is_adapter
 from finetuning.model.adapters import load_adapter
 from finetuning.model.loading import base_of, load_base, load_for_inference, load_tokenizer
-from finetuning.model.resolve import ResolvedModel, is_adapter, named_model, saved_dtype
+from finetuning.model.resolve import ResolvedModel, named_model, saved_dtype
 from finetuning.model.sizes import numbers_in
 
 PROMPTS = (

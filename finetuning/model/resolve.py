@@ -22,6 +22,7 @@ from finetuning.common.files import read_json_object, regular
 from finetuning.common.text import clean_line, redact
 from finetuning.config import EMBEDDED
 from finetuning.model import demo_model
+from finetuning.model.adapter_files import ADAPTER_CONFIG
 from finetuning.model.fp8_products import require_fp8
 from finetuning.model.sizes import check_sizes
 
@@ -29,8 +30,6 @@ DEFAULT_MODEL = "Qwen/Qwen3-4B-Thinking-2507"
 # Free GPU memory: 7.5 of bf16 weights or 15 of fp32 ones, 0.5 of adapter, the rest for a short row.
 DEFAULT_MODEL_GIB = {torch.bfloat16: 12.0, torch.float32: 20.0}
 HUB_TIMEOUT = 5.0  # seconds for "is the hub there?"
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model", "README.md"]
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "qwen.tiktoken")
@@ -460,8 +459,3 @@ def saved_dtype(folder: Path) -> torch.dtype:
     """The type of the weights in a model folder, from its configuration."""
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     return getattr(config, "dtype", None) or torch.float32
-
-
-def is_adapter(folder: Path) -> bool:
-    """Whether a PEFT adapter is in the folder."""
-    return (folder / ADAPTER_CONFIG).is_file() and (folder / ADAPTER_WEIGHTS).is_file()

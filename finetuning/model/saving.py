@@ -28,10 +28,10 @@ from finetuning.common.files import (
 )
 from finetuning.common.paths import utf8_twin
 from finetuning.data.chat_template import chat_format
+from finetuning.model.adapter_files import ADAPTER_WEIGHTS
 from finetuning.model.adapters import adapter_documents, adapter_state
 from finetuning.model.merging import PRECISIONS, MergedModel
 from finetuning.model.parallel import full_tensor
-from finetuning.model.resolve import ADAPTER_WEIGHTS
 
 TORCH_TYPES = {precision: dtype for dtype, precision in PRECISIONS.items()}
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from finetuning.common.bounds import ACTION_END, ACTION_OUTPUT, ACTION_TIME
 from finetuning.common.errors import UserError
+from finetuning.common.language import translated
 from finetuning.common.text import REDACTED, redact, without
 from finetuning.monitoring.alerts import Alert
 
@@ -102,7 +103,8 @@ class AlertCommand:
         """One line on stderr that shows none of the command's arguments, which may hold a secret."""
         program, *arguments = self._words
         name = redact(Path(program).name)
-        print(f"alert command {name!r} {without(what, *arguments)}", file=sys.stderr)
+        line = f"alert command {name!r} {without(what, *arguments)}"
+        print(translated(line), file=sys.stderr)
 
 
 def _words(command: str | Sequence[str]) -> list[str]:

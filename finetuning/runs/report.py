@@ -13,19 +13,20 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import tyro
 from markdown_it import MarkdownIt
 from markdown_it.rules_inline import StateInline
 
 from finetuning.analysis import report as analysis_report
+from finetuning.common.arguments import parsed
 from finetuning.common.bounds import REPORT_CPU, REPORT_MEMORY, REPORT_WALL
 from finetuning.common.errors import exit_code
 from finetuning.common.files import atomic_write_text
 from finetuning.common.formatting import UNKNOWN, duration, flat, shown
 from finetuning.common.html import Points, cell, html_page, line_chart, table
-from finetuning.common.language import current, translated, use
+from finetuning.common.language import current, translated
 from finetuning.common.limited import STOPPED, Ended, Limits, run_limited
 from finetuning.common.terminal import Terminal
 from finetuning.common.text import clean_line, redact, redact_values
@@ -355,17 +356,14 @@ def _cell(value: object) -> str:
 def main(
     place: tyro.conf.Positional[Path] = Path("qwen3_4b_thinking_output"),
     /,
-    language: Literal["auto", "zh", "en"] = "auto",
 ) -> None:
     """Write report.html of a run: curves, alerts, samples, data, settings, in one offline page.
 
     Args:
         place: An output directory, whose newest run is taken, or the log directory of one run.
-        language: Of the page; auto: that of the locale.
     """
-    use(language)
     print(write_report(find_runs([place])[-1]))
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(lambda: tyro.cli(main)))
+    sys.exit(exit_code(lambda: parsed(f"python -m {REPORT}", main)()))

@@ -8,7 +8,7 @@ from typing import Any
 from finetuning.common.errors import UserError
 from finetuning.common.files import read_json_object
 from finetuning.common.paths import expanded
-from finetuning.model.resolve import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter
+from finetuning.model.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter
 from finetuning.runs.directory import MODELS, RunDirectory, owner
 from finetuning.runs.init_adapter import read_origin
 from finetuning.training.checkpoint import manifests

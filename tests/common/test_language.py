@@ -2,9 +2,10 @@
 
 import ast
 import dataclasses
+import itertools
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,6 @@ import pytest
 import compare_runs
 import convergence
 import dataset_stats
-from finetuning.chinese_help import GROUPS, help_text
 from finetuning.command_line import CommandLine
 from finetuning.common import language
 from finetuning.common.arguments import parsed
@@ -34,12 +34,18 @@ SPEAKING = sorted(
     for path in [*ROOT.glob("*.py"), *(ROOT / "finetuning").rglob("*.py")]
     if not path.name.startswith("test_") and "import" in path.read_text(encoding="utf-8")
 )
-# Functions and classes -> the argument that is shown.
+# Functions and classes -> the arguments that are shown.
 SHOWING = (
     "info warning final say warn _warn working _tell remark UserError RunStopped NothingLeftError Absent "
-    "BrokenRecordError LeftOutError RenderingFault TemplateLimitError _TooLongError"
+    "BrokenRecordError LeftOutError RenderingFault TemplateLimitError _TooLongError translated problem "
+    "DamagedBundle DamagedCheckpoint Oddity Undelivered _NoTrialError embedded_because release_graph _fail "
+    "_said _section"
 )
-SAYING = {**dict.fromkeys(SHOWING.split(" "), 0), "note": 1, "Remark": 2, "Finding": 3}
+SAYING = {
+    **dict.fromkeys(SHOWING.split(" "), (0,)), "note": (1,), "Remark": (2,), "Finding": (2, 3),
+    "BrokenSample": (2,), "WorseSource": (1,), "_tell": (0, 1), "_refuse": (1,), "as_user_error": (1,),
+    "read_model_json": (1,), "RowProof": (1,),
+}  # fmt: skip
 CHINESE = re.compile("[\u4e00-\u9fff]")
 VALUES = ("X1", "12", ".csv", "")
 ENGLISH = re.compile("[a-z]+ [a-z]+ [a-z]+")  # a part of a sentence; names and commands are shorter
@@ -71,10 +77,10 @@ def said(file: str) -> Iterator[str]:
     for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and node.args:
             name = getattr(node.func, "attr", getattr(node.func, "id", ""))
-            place = SAYING.get(name, len(node.args))
-            text = form(node.args[place]) if place < len(node.args) else None
-            if text and ENGLISH.search(text):
-                yield from text.split("\n")
+            for place in SAYING.get(name, ()):
+                text = form(node.args[place]) if place < len(node.args) else None
+                if text and ENGLISH.search(text):
+                    yield from text.split("\n")
 
 
 def missing(texts: Iterator[str]) -> list[str]:
@@ -89,12 +95,13 @@ def test_every_text_for_people_has_a_translation(file: str):
 
 
 def test_alerts_settings_charts_and_headings_have_one():
-    assert not missing(iter(ADVICE.values()))
+    assert not missing(re.sub(r"\{\w+\}", "", text) for text in ADVICE.values())
     settings = language.meanings("settings_zh.tsv")
     fields = [
         f.name for kind in (DirectTrainingConfig, CommandLine) for f in dataclasses.fields(kind)
     ]
-    assert settings.keys() == set(fields) - {"training"}
+    groups = [kind.__name__ for kind in DirectTrainingConfig.__bases__]
+    assert settings.keys() == {*fields, *groups} - {"training"}
     assert {m.tag for m in METRICS} <= language.meanings("metrics_zh.tsv").keys()
     titles = [*report.CHARTS, *(title for _, title in report.TEXTS), *BEFORE_AND_AFTER]
     assert not missing(iter(titles))
@@ -141,15 +148,43 @@ def test_the_table_of_alerts_says_what_to_do_and_what_ends_it(chinese):
     assert "检查风扇" in monitor.table() and "时报警结束" in monitor.table()
 
 
+@pytest.mark.parametrize(
+    "name", ["messages_zh.tsv", "metrics_zh.tsv", "options_zh.tsv", "settings_zh.tsv"]
+)
+def test_a_catalogue_has_each_text_once(name: str):
+    keys = [key for key, chinese in language.pairs(name) if chinese.strip()]
+    assert len(keys) == len(set(keys)) == len(list(language.pairs(name)))
+
+
 def test_translations_have_the_values_of_their_texts():
+    """The same kinds, each as often; those without a name in their order, or all by number."""
     for text, translation in language.pairs("messages_zh.tsv"):
-        names = [re.findall(r"\{([a-z]\w*)\}", side) for side in (text, translation)]
-        assert sorted(names[0]) == sorted(names[1]), text
-        holes = re.findall(r"\{(\d*)\}", translation)
-        numbered = {int(hole) for hole in holes if hole}
-        places = [i for i, name in enumerate(language.PLACE.findall(text)) if not name]
-        used = numbered | set(places[: holes.count("")])
-        assert used == set(places) and len(holes) == len(places), text
+        theirs, ours = (language.PLACE.findall(side) for side in (text, translation))
+        named = sorted(filter(None, theirs))
+        assert not any(name.isdecimal() for name in named) and len(named) == len(set(named)), text
+        assert sorted(name for name in ours if name and not name.isdecimal()) == named, text
+        bare = [name for name in ours if not name or name.isdecimal()]
+        numbers = [str(place) for place, name in enumerate(theirs) if not name]
+        assert sorted(bare) in ([""] * len(numbers), sorted(numbers)), text
+
+
+def test_every_text_of_the_catalogue_finds_its_own_translation(chinese):
+    """No other text of the catalogue takes its words, or a part of them for a value."""
+    values = {"said": "X1", "names": "X1", "one": "1 or more"}
+    values |= {f"n{number}": f"1{number}" for number in range(1, 6)}
+    values |= dict.fromkeys(("word", "word1", "word2"), "question")
+    words = {"1 or more": language.in_chinese("1 or more"), "question": "问题"}
+    for text, translation in language.pairs("messages_zh.tsv"):
+        names = language.PLACE.findall(text)
+        given = [
+            values.get(name, "") if name else f"a/x{place}.y" for place, name in enumerate(names)
+        ]
+        rest = iter(given)
+        line = language.PLACE.sub(lambda _, rest=rest: next(rest), text)
+        told = [words.get(value, value) for value in given]
+        message = language.Message(text, translation)
+        if not text.startswith(" "):  # the end of a text, found within it
+            assert language.in_chinese(line) == message.filled(told, [x in words for x in given])
 
 
 def test_no_translation_is_half_in_english():
@@ -202,7 +237,7 @@ def test_what_has_no_translation_stays_as_it_is(chinese, words: str):
 
 def test_a_text_is_found_by_what_stands_between_its_values(chinese):
     told = language.translated
-    assert told("step 3/12  loss 1.2") == "第 3/12 步  loss 1.2"
+    assert told("step 3/12  loss 1.2") == "第 3/12 步  损失 1.2"
     assert (
         told("held-out loss 2.1 -> 1.9, best 1.8 at step 7")
         == "留出损失 2.1 -> 1.9，最低 1.8，在第 7 步"
@@ -216,6 +251,88 @@ def test_a_text_is_found_by_what_stands_between_its_values(chinese):
     assert told("one\nevaluation") == "one\n评估"
     assert told("words of nobody, evaluation in them") == "words of nobody, evaluation in them"
     assert told("") == ""
+
+
+WORDS = [
+    key
+    for key, _ in language.pairs("messages_zh.tsv")
+    if " " not in key and not language.PLACE.search(key)
+]
+TEXTS = [
+    key
+    for key, _ in language.pairs("messages_zh.tsv")
+    if " " in key and not re.search("[{“”`\"']", key)
+]
+WORDS_A_FORM = 8
+OF_PATHS = [  # and of names
+    "there is no {}; give an existing file, folder or glob",
+    "there is no {} in a/b; give an existing file, folder or glob",
+    "{}: no such file or folder",
+    "{}: no such directory; give an output directory or a run's logs",
+    "{}: broken JSON (x)",
+    "{} is empty; remove it or fill it",
+    "no data file matches {}; readable are .csv",
+    "--adapter {}: no such folder, here or below {}; give a folder, or a name such as final_model, "
+    "best_model or checkpoint-50",
+    "--resume: {} is not the name of a run of this program",
+    "--resume {}: not a usable checkpoint (x); name another directory below checkpoints/, or use "
+    "--resume latest",
+    "output_dir {}: another run is writing there; wait for it or choose another --output-dir",
+    "model_name {}: no such folder; check the path",
+    "model_name {} can't be had. Tried: local folder {} (not there); hub https://a.b (answers 404). "
+    "Download it where there is network (hf download {}, or modelscope download --model {}), set "
+    "HF_ENDPOINT to a mirror you can reach, or give --model-name the path of a local folder",
+    "model folder {} has no x.safetensors; download the folder again",
+    "init_adapter {}: its base model is {}, and the weights of a/b are others; give --model-name that "
+    "base, or another adapter",
+]
+
+
+@pytest.mark.parametrize("form", OF_PATHS)
+def test_a_word_of_the_user_is_no_word_of_the_program(chinese, form: str):
+    """Folders, models and runs may be called what a text of the program is: data, model, none."""
+    for word in WORDS:
+        shown = language.translated(f"error: {form.replace('{}', word)}")
+        assert CHINESE.search(shown) and shown.count(word) >= form.count("{}"), shown
+        assert not is_mixed(shown), shown
+
+
+def filled_in(form: str, values: Iterable[str], others: Mapping[str, str]) -> str:
+    """values: of places without a name; others: of the named ones, empty where none is given."""
+    rest = iter(values)
+    return language.PLACE.sub(
+        lambda place: others.get(place[1], "") if place[1] else next(rest), form
+    )
+
+
+def test_no_text_translates_a_word_that_is_put_into_it(chinese):
+    """Save where the catalogue says that the place is for a word of the program."""
+    others = {"n1": "12", "n2": "12", "n3": "12", "one": "1 or more", "said": "X1", "names": "X1"}
+    others |= dict.fromkeys(("word", "word1", "word2"), "question")
+    words = itertools.cycle(WORDS)
+    forms = [form for form, _ in language.pairs("messages_zh.tsv") if "{}" in form]
+    for form in forms * WORDS_A_FORM:
+        if form.startswith(language.FRAMES) or form.startswith(" "):  # a text; the end of one
+            continue
+        given = [next(words) for _ in re.findall("{}", form)]
+        text = filled_in(form, given, others)
+        shown = language.translated(text)
+        assert shown == text or not [word for word in given if word not in shown], text
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "“{}” stands above the header and is not used",
+        "sheet “{}” is hidden; it is read",
+        "unknown role '{}'",
+        "alert_actions: no alert '{}'; there are Divergence",
+    ],
+)
+def test_what_stands_in_quotes_is_nobodys_to_translate(chinese, form: str):
+    for text in TEXTS:
+        shown = language.translated(form.replace("{}", text))
+        assert CHINESE.search(shown) and text in shown, shown
 
 
 def test_faults_of_settings_are_translated_one_by_one(chinese):
@@ -234,19 +351,49 @@ def test_faults_of_settings_are_translated_one_by_one(chinese):
         ({"LC_MESSAGES": "zh_TW", "LANG": "de_DE"}, "zh"),
         ({"LANG": "C"}, "en"),
         ({"HOME": "/"}, "en"),
+        ({"LANG": "en_US.UTF-8", "LANGUAGE": "zh_CN:en"}, "zh"),
+        ({"LANG": "zh_CN.UTF-8", "LANGUAGE": "en:zh"}, "en"),
+        ({"LANG": "de_DE", "LANGUAGE": "de:zh_CN:en"}, "zh"),
+        ({"LANG": "zh_CN.UTF-8", "LANGUAGE": ""}, "zh"),
+        ({"LC_ALL": "C", "LANG": "en_US.UTF-8", "LANGUAGE": "zh_CN"}, "en"),
+        ({"LANG": "C.UTF-8", "LANGUAGE": "zh_CN"}, "en"),
+        ({"LANGUAGE": "zh_CN"}, "en"),
     ],
 )
 def test_the_locale_says_which_language(environment: dict, expected: str):
     assert language.of_locale(environment) == expected
 
 
-def test_help_in_chinese_has_every_option(chinese):
-    page = help_text("program.py", CommandLine)
-    for kind in GROUPS.values():
-        for field in dataclasses.fields(kind):
-            assert f"--{field.name.replace('_', '-')}" in page
-    lines = [line for line in page.splitlines() if line.startswith("      ")]
-    assert all(CHINESE.search(line) for line in lines)
+@pytest.mark.parametrize(
+    ("system", "expected"),
+    [("zh_CN", "zh"), ("Chinese (Simplified)_China", "zh"), ("de_DE", "en"), ("", "en")],
+)
+def test_where_no_variable_is_set_the_system_says_it(
+    monkeypatch: pytest.MonkeyPatch, system: str, expected: str
+):
+    for name in ("LC_ALL", "LC_MESSAGES", "LANG", "LANGUAGE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(language.locale, "getlocale", lambda: (system or None, "UTF-8"))
+    language.use("auto")
+    assert language.current() == expected
+    monkeypatch.setenv("LANG", "en_US.UTF-8")
+    language.use("auto")
+    assert language.current() == "en"
+
+
+def test_a_program_without_its_documents_speaks_english(
+    chinese, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(language, "DOCS", tmp_path)
+    caches = (language._catalogue, language._whole)
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        for line in ("error: the question is empty", "warning: data: x", "saving", "saved a/b"):
+            assert language.translated(line) == line
+    finally:
+        for cache in caches:
+            cache.cache_clear()
 
 
 def test_notes_of_charts(chinese):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from finetuning.common import terminal
+from finetuning.common import language, terminal
 from finetuning.common.formatting import duration
 from finetuning.common.terminal import RunPanel, Terminal, gpu_lines, trend_arrow
 
@@ -213,6 +213,36 @@ def test_gpu_lines_are_few():
     lines = gpu_lines(metrics)
     assert lines[0] == "GPU 0  50 % busy" and lines[-1] == "8 more GPUs" and len(lines) == 5
     assert gpu_lines({"Final_GPU_0/x": 1.0}) == []
+
+
+GAUGES = {
+    "Training/Loss": 1.25, "Eval/Loss": 2.5, "Training/Learning_Rate": 1e-3,
+    "Training/Gradient_Norm": 3.25, "Throughput/Tokens_Per_Second": 1500.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("trend", [{}, {"Monitoring/Loss_Trend": -1.0}], ids=["unknown", "falls"])
+def test_steps_are_shown_in_chinese(capsys, trend: dict):
+    """Lines and panel, with and without a held-out loss; no word of them is English."""
+    gpus = {f"GPU_{i}/{name}": 40.0 for i in range(9) for name in ("Temperature_C", "Power_W")}
+    gpus |= {"GPU_0/Utilization_Percent": 98.0, "GPU_0/Memory_Usage_Percent": 70.0}
+    language.use("zh")
+    try:
+        shown = Terminal()
+        shown.start_progress(total=2, done=0, steps_per_epoch=2)
+        for kept in ({"Eval/Loss"}, {"Training/Loss"}, set(GAUGES) - {"Eval/Loss"}, set(GAUGES)):
+            shown.advance(2, {tag: GAUGES[tag] for tag in kept})
+        shown.stop_progress()
+        panel = RunPanel(100, 40, 10)
+        panel.advance(41, GAUGES | gpus | trend)
+        Console(width=200).print(panel)
+    finally:
+        language.use("en")
+    said = capsys.readouterr().out
+    assert "第 2/2 步  损失 1.2500  留出 2.5000  学习率 1.00e-03  梯度 3.25" in said
+    assert "忙碌 98 %  显存 70 %" in said and "个 GPU" in said
+    assert ("损失 1.2500 ↘" in said) == bool(trend)
+    assert not re.search("[a-z]{3}", said.replace("token", "")), said
 
 
 def test_durations():

@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 import pytest
-import tyro
 
+from finetuning.common.arguments import parsed
 from finetuning.common.bounds import REPORT_CPU, REPORT_MEMORY, REPORT_WALL
 from finetuning.common.errors import UserError, exit_code
 from finetuning.common.formatting import shown
@@ -332,7 +332,7 @@ def test_bad_places_and_files_are_clear_errors(
     with pytest.raises(UserError, match="no run"):
         find_runs([tmp_path])
     monkeypatch.setattr("sys.argv", ["finetuning.runs.report", str(tmp_path / "absent")])
-    assert exit_code(lambda: tyro.cli(report.main)) == 2
+    assert exit_code(lambda: parsed("report", report.main)()) == 2
     assert capfd.readouterr().err.startswith("error: ")
     (run.logs / "metrics.jsonl").write_text("{}\n", encoding="utf-8")
     with pytest.raises(UserError, match="not a metrics file"):

@@ -3,6 +3,7 @@
 uv run pytest -m "not long" tests/runs/test_startup.py
 """
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,9 +24,9 @@ def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 COMMAND = f"""
 import runpy, sys
-sys.argv[0] = {SCRIPT!r}
+del sys.argv[0]
 try:
-    runpy.run_path({SCRIPT!r}, run_name="__main__")
+    runpy.run_path(sys.argv[0], run_name="__main__")
 except SystemExit as error:
     heavy = [name for name in {HEAVY} if name in sys.modules]
     print("\\nheavy:", heavy)
@@ -49,10 +50,49 @@ except SystemExit as error:
     ],
 )
 def test_help_and_wrong_settings_are_answered_before_torch(arguments, code, said):
-    done = python(COMMAND, *arguments)
+    answered_at_once(SCRIPT, *arguments, code=code, said=said)
+
+
+def answered_at_once(program: str, *arguments: str, code: int, said: str) -> None:
+    """In a word, and before anything slow is imported."""
+    done = python(COMMAND, program, *arguments)
     assert done.returncode == code, done.stderr[-2000:]
     assert said in done.stdout + done.stderr and "Traceback" not in done.stderr
     assert "heavy: []" in done.stdout
+    assert not code or done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("ask.py q --adapter nope", "--adapter nope: no such folder"),
+        ("ask.py q --output-dir nope", "train first"),
+        ("ask.py q --temperature -1", "--temperature"),
+        ("ask.py q --device gpu", "device is 'gpu'"),
+        ("ask.py q --base-model ./nope", "--base-model ./nope: no such folder"),
+        ("ask.py --compare", "--compare needs a question"),
+        ("export.py --output x --adapter nope", "--adapter nope: no such folder"),
+        ("export.py --output docs", "--output docs: exists"),
+        ("export.py --output x --precision int8", "invalid choice 'int8'"),
+        ("dataset_stats.py data/rwa", "is data/raw meant?"),
+        ("dataset_stats.py data/raw --compare nope", "there is no nope"),
+        ("dataset_stats.py data/raw --tokenizer nope", "nope is no folder of a model"),
+        ("dataset_stats.py data/raw --html docs", "--html docs: can't be written"),
+        ("dataset_stats.py data/raw --workers 0", "workers is 0, must be at least 1"),
+        ("sweep.py", "nothing to vary"),
+        ("sweep.py lora-r=-3", "lora_r is -3"),
+        ("sweep.py lora-r=4 -- --data-path data/rwa", "is data/raw meant?"),
+    ],
+)
+def test_other_programs_refuse_before_their_slow_imports(words: str, said: str):
+    answered_at_once(*words.split(" "), code=2, said=said)
+
+
+@pytest.mark.parametrize("program", ["compare_runs.py", "convergence.py"])
+def test_what_reads_runs_needs_no_torch(program: str):
+    done = python(COMMAND, program, "nope")
+    assert done.returncode == 2 and "nope: no such" in done.stderr
+    assert not re.search("torch|transformers|peft", done.stdout.partition("heavy:")[2])
 
 
 def test_the_program_imports_nothing_that_can_wait():

@@ -34,10 +34,15 @@ def test_every_combination_with_every_seed_is_a_run_of_its_own():
         assert arguments[arguments.index(name) + 1] == value
 
 
-@pytest.mark.parametrize("word", ["lora-r", "lora-r=", "=4", "--=4"])
-def test_a_setting_without_values_is_refused(word):
-    with pytest.raises(UserError, match="lora-r=4,16"):
-        members(word)
+@pytest.mark.parametrize("words", [(), ("lora-r",), ("lora-r=",), ("=4",), ("--=4",)])
+def test_a_setting_without_values_is_refused(words: tuple[str, ...]):
+    with pytest.raises(UserError, match="write a setting and its values: lora-r=4,16"):
+        members(*words)
+
+
+def test_fewer_runs_than_one_at_a_time_are_refused():
+    with pytest.raises(UserError, match="--jobs is -1"):
+        members("lora-r=4", jobs=-1)
 
 
 def test_what_a_run_would_refuse_is_refused_before_anything_starts(tmp_path):
@@ -45,6 +50,9 @@ def test_what_a_run_would_refuse_is_refused_before_anything_starts(tmp_path):
         sweep.main(["lora-dropout=0.1,7", "--output-dir", str(tmp_path / "out")])
     with pytest.raises(UserError, match="--seed"):
         sweep.main(["lora-r=4", "--output-dir", str(tmp_path / "out"), "--", "--seed", "3"])
+    for option in ("--data-path", "--device"):
+        with pytest.raises(UserError, match=r"there is no nope|device is 'nope'"):
+            sweep.main(["lora-r=4", "--output-dir", str(tmp_path / "out"), "--", option, "nope"])
     assert not (tmp_path / "out").exists()
 
 
@@ -61,6 +69,22 @@ def test_what_all_runs_share_is_known_again_and_not_shown(tmp_path):
     assert "Qx7pl41n" not in (tmp_path / "sweep.json").read_text(encoding="utf-8")
     with pytest.raises(UserError, match="begun with other arguments"):
         sweep.remember(tmp_path, [*shared, "--packing"])
+
+
+@pytest.mark.parametrize("record", [{"arguments": ["--packing"]}, {}, {"arguments": None}])
+def test_the_record_of_an_earlier_version_is_refused(tmp_path, record: dict):
+    (tmp_path / "sweep.json").write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(UserError, match=r"sweep.json: .*older version; use another --output-dir"):
+        sweep.main(["lora-r=4", "--output-dir", str(tmp_path), "--", "--packing"])
+    assert json.loads((tmp_path / "sweep.json").read_text(encoding="utf-8")) == record
+
+
+def test_a_place_that_can_not_be_written_is_told_before_anything_starts(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "taken" / "sweep.json").mkdir(parents=True)
+    for place in (tmp_path / "file", tmp_path / "file" / "out", tmp_path / "taken"):
+        with pytest.raises(UserError, match=r"^--output-dir .*: can't be written"):
+            sweep.main(["lora-r=4", "--output-dir", str(place)])
 
 
 def row(rate: str, *losses: float) -> sweep.Row:
@@ -80,7 +104,7 @@ def test_the_winner_has_an_interval_that_seeds_give():
     assert sweep.verdict([row("1")]) == "no run has a held-out loss yet"
 
 
-def test_gpus_are_dealt_evenly(monkeypatch, tmp_path):
+def test_gpus_are_dealt_evenly_and_each_start_is_told(monkeypatch, tmp_path, capsys):
     seen = []
 
     class Started:
@@ -97,6 +121,9 @@ def test_gpus_are_dealt_evenly(monkeypatch, tmp_path):
     runs = sweep.members_of(sweep.Sweep(("lora-r=1,2,3,4",), output_dir=str(tmp_path)))
     assert sweep.Pool(2, ("3", "5")).run(runs, []) == []
     assert seen == ["3", "5", "3", "5"]
+    started = [line for line in capsys.readouterr().err.splitlines() if ": started; " in line]
+    assert [line.partition(",")[0] for line in started] == [f"lora-r={r}" for r in (1, 2, 3, 4)]
+    assert all(line.endswith("sweep.log") for line in started)
 
 
 @pytest.fixture
