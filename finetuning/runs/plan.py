@@ -326,7 +326,7 @@ def tokenized(
     if length := SequenceLength.known(config, pinned):
         return tokens(length.of(config), "tokens"), length
     whole = tokens(replace(config, over_length="drop"), "all tokens")
-    length = SequenceLength.of_data(config, model, whole.lengths, dist, fits)
+    length = SequenceLength.of_data(config, model, whole.own_lengths, dist, fits)
     if whole.lengths.max() <= length.max_seq_length:
         return whole.of_length(length.max_seq_length), length
     return tokens(length.of(config), "tokens"), length
