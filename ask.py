@@ -38,6 +38,7 @@ from finetuning.config import EMBEDDED
 from finetuning.evaluation.reply import Reply, generate
 from finetuning.model.loading import load_for_inference
 from finetuning.model.resolve import is_adapter
+from finetuning.rules import TEMPERATURE
 from finetuning.runs.init_adapter import read_origin
 from finetuning.runs.result import find_trained
 
@@ -70,7 +71,8 @@ class Ask:
     max_new_tokens: int = 2048
     """Longest reply, tokens."""
     temperature: float | None = None
-    """0: always the most probable token; not given: what the model's own configuration says."""
+    """0: always the most probable token, else 0.01 or more; not given: what the model's own configuration
+    says."""
     seed: int = 0
     """Of the sampling; both sides of --compare use the same."""
     device: str = "auto"
@@ -238,8 +240,10 @@ def run(ask: Ask, console: Console | None = None) -> None:
         raise UserError("the question is empty")
     if ask.compare and ask.question is None:
         raise UserError("--compare needs a question; in a chat type /compare")
-    if ask.max_new_tokens < 1 or (ask.temperature is not None and not ask.temperature >= 0):
-        raise UserError("--max-new-tokens must be at least 1, --temperature 0 or more")
+    if ask.max_new_tokens < 1:
+        raise UserError("--max-new-tokens must be at least 1")
+    if ask.temperature is not None and not TEMPERATURE.holds(ask.temperature):
+        raise UserError(f"--temperature must be {TEMPERATURE.wanted}")
     limit_threads()
     trained = find_trained(ask.adapter, ask.output_dir)
     folder = trained.folder
