@@ -38,7 +38,7 @@ from finetuning.config import EMBEDDED
 from finetuning.evaluation.reply import Reply, generate
 from finetuning.model.loading import load_for_inference
 from finetuning.model.resolve import is_adapter
-from finetuning.rules import TEMPERATURE
+from finetuning.rules import LOWEST_TEMPERATURE, TEMPERATURE
 from finetuning.runs.init_adapter import read_origin
 from finetuning.runs.result import find_trained
 
@@ -243,7 +243,7 @@ def run(ask: Ask, console: Console | None = None) -> None:
     if ask.max_new_tokens < 1:
         raise UserError("--max-new-tokens must be at least 1")
     if ask.temperature is not None and not TEMPERATURE.holds(ask.temperature):
-        raise UserError(f"--temperature must be {TEMPERATURE.wanted}")
+        raise UserError(f"--temperature must be 0, or {LOWEST_TEMPERATURE} or more")
     limit_threads()
     trained = find_trained(ask.adapter, ask.output_dir)
     folder = trained.folder

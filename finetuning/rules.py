@@ -36,7 +36,8 @@ TEMPERATURE = Rule(
     f"0, or {LOWEST_TEMPERATURE} or more",
 )
 AUTO_OR_TEMPERATURE = Rule(
-    lambda value: value == "auto" or TEMPERATURE.holds(value), f"auto, or {TEMPERATURE.wanted}"
+    lambda value: value == "auto" or TEMPERATURE.holds(value),
+    f"auto, 0, or {LOWEST_TEMPERATURE} or more",
 )
 STEPS = Rule(
     lambda value: value == "auto" or (isinstance(value, int) and value >= 0), "auto, or 0 or more"

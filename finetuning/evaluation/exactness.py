@@ -46,7 +46,8 @@ def wilson(count: float, of_all: int) -> tuple[float, float]:
 
 
 def with_interval(tag: str, outcomes: Sequence[float]) -> dict[str, float]:
-    """The rate of outcomes that are 0 or 1, and the ends of its interval."""
+    """The mean of outcomes from 0 to 1, and the ends of its interval: that of a rate, which is rather too
+    wide where outcomes lie between 0 and 1, as they vary less."""
     low, high = wilson(sum(outcomes), len(outcomes))
     return {tag: sum(outcomes) / len(outcomes), f"{tag}_Low": low, f"{tag}_High": high}
 

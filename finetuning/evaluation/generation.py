@@ -205,6 +205,9 @@ def probe_metrics(
         "Eval/Format_Valid_Rate": [float(c.valid) for _, c in whole],
         "Eval/Budget_Hit_Rate": [float(not c.ended) for c in completions],
         "Eval/Exact_Answer": _known(exact_answer(p.sample.answer, c.answer) for p, c in whole),
+        "Eval/Fact_Recall": _known(fact_recall(p.sample.answer, c.answer) for p, c in whole),
+        "Eval/Answer_Score": [answer_score(p.sample.answer, c) for p, c in whole],
+        "Eval/Term_Recall": _known(term_recall(p.sample.answer, c.answer) for p, c in whole),
     }
     means = {
         "Eval/Think_Length_Ratio": [
@@ -213,9 +216,6 @@ def probe_metrics(
             if p.thinking_tokens and c.closed
         ],
         "Eval/Repetition_Rate": [repetition_rate(c.tokens) for c in completions],
-        "Eval/Term_Recall": _known(term_recall(p.sample.answer, c.answer) for p, c in whole),
-        "Eval/Answer_Score": [answer_score(p.sample.answer, c) for p, c in whole],
-        "Eval/Fact_Recall": _known(fact_recall(p.sample.answer, c.answer) for p, c in whole),
     }
     metrics = {tag: sum(v) / len(v) for tag, v in means.items() if v}
     for tag, outcomes in rates.items():

@@ -14,7 +14,7 @@ from finetuning.common.files import atomic_write, atomic_write_text, read_json_o
 from finetuning.common.formatting import shown
 from finetuning.common.text import clean_line, redact, table_cell
 from finetuning.config import EMBEDDED, DirectTrainingConfig, allowed_values
-from finetuning.runs.before_after import changes
+from finetuning.runs.before_after import changes, start_name
 from finetuning.runs.directory import MODELS, ORIGIN, owner
 from finetuning.runs.recorded import RecordedRun
 
@@ -159,10 +159,10 @@ def _licence(base: Mapping[str, Any], name: str) -> str:
 
 def _recorded(record: RecordedRun, step: int | None) -> list[str]:
     rows = [
-        (change.name, shown(change.before), shown(change.after), change.verdict)
+        (change.name, *change.texts, change.verdict)
         for change in changes(record.series, step) or changes(record.series)
     ]
-    table = _table(("", "base", "tuned", ""), rows)
+    table = _table(("", start_name(record.configuration), "tuned", ""), rows)
     return [
         *([f"## Before and after\n\n{table}"] if rows else []),
         f"## Curves\n\n![losses, accuracy and gradient norm over the steps]({CURVES})",

@@ -20,7 +20,6 @@ Pairs = list[tuple[Mapping[str, Any], Mapping[str, Any]]]
 class QuestionPairs:
     """Pairs (before, after) of the same questions: their losses, and their answers where both were judged."""
 
-    step: int  # of the later one
     losses: Pairs
     answers: Pairs
 
@@ -32,7 +31,7 @@ class QuestionPairs:
         before, after = (read_json_object(logs / name) for name in (BEFORE, AFTER))
         answers = _pairs(before["answers"], after["answers"])
         judged = [p for p in answers if all(one["score"] is not None for one in p)]
-        return cls(int(after["step"]), _pairs(before["losses"], after["losses"]), judged)
+        return cls(_pairs(before["losses"], after["losses"]), judged)
 
     def loss_change(self) -> tuple[float, float]:
         """The mean change of a question's loss, weighed by its tokens, and its standard error over the

@@ -64,12 +64,14 @@ def test_the_first_table_is_the_base_against_the_tuned_model(run):
             "Eval/Loss": 2.0,
             "Eval/Loss_Error": 0.1,
             "Forgetting/General_Loss": 1.5,
+            "Forgetting/General_Loss_Error": 0.05,
             "Eval/Term_Recall": 0.2,
         },
         {
             "Eval/Loss": 1.5,
             "Eval/Loss_Error": 0.2,
             "Forgetting/General_Loss": 1.75,
+            "Forgetting/General_Loss_Error": 0.05,
             "Eval/Term_Recall": 0.2,
         },
     ]
@@ -81,7 +83,7 @@ def test_the_first_table_is_the_base_against_the_tuned_model(run):
     assert cells == [
         *("held-out loss", "2 ± 0.2", "1.5 ± 0.4", "better"),
         *("terms of the reference named", "0.2", "0.2", ""),
-        *("loss on general text", "1.5", "1.75", "worse"),
+        *("loss on general text", "1.5 ± 0.1", "1.75 ± 0.1", "worse"),
     ]
     answers = [{"place": f"a:{i}", "question": f"第{i}问<b>", "thinking": ""} for i in range(9)]
     for name, step, losses, scores in (
