@@ -147,7 +147,9 @@ class Evaluator:
             [] if held_out is None else losses_of(part, self._plan.documents, held_out.documents)
         )
         answers = answers_of(asked.probes, completions, asked.most) if completions else []
-        self.questions = {"step": step, "losses": losses, "answers": answers}
+        number = 0 if held_out is None else len(self._plan.documents)
+        found = {"losses": losses, "held_out": number, "answers": answers}
+        self.questions = {"step": step} | found
 
     def _sums(
         self,

@@ -37,16 +37,16 @@ def before_and_after(run: RecordedRun) -> str:
 
 
 def _counts(found: QuestionPairs) -> list[tuple[str, ...]]:
-    """How many questions got better and worse: by loss, of all held-out ones, and by answer."""
+    """How many questions got better and worse: by loss, of the held-out ones, and by answer."""
     rows = []
     mean, error = found.loss_change()
     if not math.isnan(mean):
         won, lost = found.by_loss()
         change = f"{mean:+.4g} ± {shown(2 * error)}"
         sure = abs(mean) > 2 * error
-        rows.append(
-            (*_won(len(won), len(lost), "held-out questions by loss"), change, _way(-mean, sure))
-        )
+        name, kept = "held-out questions by loss", len(found.losses)
+        name = f"{kept} of {found.held_out} {name}" if kept < found.held_out else name
+        rows.append((*_won(len(won), len(lost), name), change, _way(-mean, sure)))
     if found.answers:
         won, lost = found.by_answer()
         same = len(found.answers) - len(won) - len(lost)
