@@ -216,7 +216,7 @@ Final_Config/lora_r | | at the end | runs.metrics
 Final_Config/max_seq_length | | at the end | runs.metrics
     Longest sequence, once more.
 Final_Config/num_epochs | | at the end | runs.metrics
-    Passes over the training data that were asked for.
+    Passes over the training data: as set, or with --max-steps, which ends the run then, what its steps make.
 Final_Dataset/<name> | | at the end | runs.metrics
     Numbers of samples: trained on, held out, broken.
 Final_Model/<name> | | at the end | runs.metrics

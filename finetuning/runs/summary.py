@@ -72,7 +72,7 @@ def run_rows(plan: RunPlan, engine: TrainingEngine, dist: Distributed) -> list[t
         *([("remarks", f"{remarks}; --check-data lists them")] if remarks else []),
         ("longest sample taken", plan.inputs.length.text()),
         ("tokens per epoch", f"{steps.num_tokens:,}"),
-        ("steps", f"{steps.num_steps} ({steps.steps_per_epoch} per epoch)"),
+        ("steps", _steps_text(plan)),
         ("learning rate", _rate_text(plan)),
         ("logged", _logged(plan.logging_steps)),
         ("questions", plan.probing.text()),
@@ -86,6 +86,14 @@ def run_rows(plan: RunPlan, engine: TrainingEngine, dist: Distributed) -> list[t
         ("CUDA graph", f"no: {reason}" if reason else "from the second step on"),
         *plan.forecast.short_rows(),
     ]
+
+
+def _steps_text(plan: RunPlan) -> str:
+    """How many updates, and which setting ends the run there."""
+    steps, epochs = plan.steps, plan.settings["num_epochs"]
+    end = "--max-steps" if plan.settings["max_steps"] else f"--num-epochs {epochs:g}"
+    auto = " (auto)" * ("num_epochs" in plan.automatic and not plan.settings["max_steps"])
+    return f"{steps.num_steps} by {end}{auto}, {steps.steps_per_epoch} per epoch"
 
 
 def _rate_text(plan: RunPlan) -> str:

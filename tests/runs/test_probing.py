@@ -43,3 +43,17 @@ def test_the_start_says_what_decides_and_warns_where_nothing_can(
     assert len(said) == bool(doubt) and all(doubt in one for one in said)
     assert all(in_chinese(one) != one for one in said)
     assert in_chinese(asked.best_text(config.best_by, held_out)) != text
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        (["--max-steps", "3", "--num-epochs", "7"], "3 by --max-steps, "),
+        (["--max-steps", "0", "--num-epochs", "0.5"], "by --num-epochs 0.5, "),
+    ],
+)
+def test_the_start_says_which_setting_ends_the_run(settings, text, tiny_run, tmp_path, capsys):
+    options = ["--num-probes", "0", "--no-forgetting", "--eval-fraction", "0"]
+    assert tiny_run(tmp_path, *options, first=settings) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert text in said and "per epoch" in said
