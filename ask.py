@@ -37,6 +37,7 @@ from finetuning.common.machine import check_device_name
 from finetuning.common.paths import check_there, expanded
 from finetuning.config import EMBEDDED
 from finetuning.model.adapter_files import is_adapter
+from finetuning.rules import LOWEST_TEMPERATURE, TEMPERATURE
 from finetuning.runs.result import Trained, find_trained
 
 
@@ -60,7 +61,8 @@ class Ask:
     max_new_tokens: int = 2048
     """Longest reply, tokens."""
     temperature: float | None = None
-    """0: always the most probable token; not given: what the model's own configuration says."""
+    """0: always the most probable token, else 0.01 or more; not given: what the model's own configuration
+    says."""
     seed: int = 0
     """Of the sampling; both sides of --compare use the same."""
     device: str = "auto"
@@ -73,8 +75,10 @@ def checked(ask: Ask) -> Trained:
         raise UserError("the question is empty")
     if ask.compare and ask.question is None:
         raise UserError("--compare needs a question; in a chat type /compare")
-    if ask.max_new_tokens < 1 or (ask.temperature is not None and not ask.temperature >= 0):
-        raise UserError("--max-new-tokens must be at least 1, --temperature 0 or more")
+    if ask.max_new_tokens < 1:
+        raise UserError("--max-new-tokens must be at least 1")
+    if ask.temperature is not None and not TEMPERATURE.holds(ask.temperature):
+        raise UserError(f"--temperature must be 0, or {LOWEST_TEMPERATURE} or more")
     check_device_name(ask.device)
     check_there(expanded(ask.base_model, "--base-model"), "--base-model")
     trained = find_trained(ask.adapter, ask.output_dir)

@@ -17,7 +17,7 @@ from finetuning.common.paths import expanded, home_cache
 from finetuning.rules import (
     ABOVE_ZERO,
     AUTO_OR_ABOVE_ZERO,
-    AUTO_OR_FROM_ZERO,
+    AUTO_OR_TEMPERATURE,
     BELOW_ONE,
     FROM_ONE,
     FROM_ZERO,
@@ -380,8 +380,8 @@ class OutputSettings(_Settings):
     probe_max_new_tokens: int = 0
     """Longest probe answer, tokens; 0: a quarter more than the longest reference, on a CPU at most 640."""
     probe_temperature: float | Literal["auto"] = "auto"
-    """Temperature at which answers are drawn, with top-p 0.95 and seed; 0: greedily. auto: 0.6 for a model
-    that thinks, else 0."""
+    """Temperature at which answers are drawn, 0.01 or more, with top-p 0.95 and seed; 0: greedily. auto: 0.6
+    for a model that thinks, else 0."""
     alert_actions: dict[str, str] = field(default_factory=dict)
     """Alert name -> log, save, stop, or a command to run with the alert as JSON on its input."""
     mirror: str = ""
@@ -405,7 +405,7 @@ class OutputSettings(_Settings):
         yield from self._breaches(STEPS, "save_steps", "eval_steps", "num_probes")
         not_negative = ("early_stopping_patience", "probe_max_new_tokens", "workers")
         yield from self._breaches(FROM_ZERO, *not_negative)
-        yield from self._breaches(AUTO_OR_FROM_ZERO, "probe_temperature")
+        yield from self._breaches(AUTO_OR_TEMPERATURE, "probe_temperature")
         for name in self.alert_actions:
             if name not in ALERT_NAMES:
                 near, known = closest(name, ALERT_NAMES), ", ".join(ALERT_NAMES)
@@ -445,6 +445,9 @@ class DirectTrainingConfig(  # the fields come in the reverse order of the bases
             yield "quantization 4bit can't be sharded: leave parallel at auto, or set it to ddp"
         if self.best_by == "answers" and not self.num_probes:
             yield "best_by answers needs questions: set num_probes above 0, or leave it at auto"
+        nothing_held_out = not (self.eval_fraction or self.eval_path)
+        if self.best_by == "answers" and nothing_held_out and not self.probe_path:
+            yield "best_by answers needs questions: hold samples out, or set probe_path"
         if self.kl_anchor and not self.lora_r:
             yield "kl_anchor needs the base, which is there with adapters only: set lora_r above 0"
         if self.quantization == "4bit" and not self.lora_r:

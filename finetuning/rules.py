@@ -30,8 +30,14 @@ NOT_EMPTY = Rule(bool, "not empty")
 AUTO_OR_ABOVE_ZERO = Rule(
     lambda value: value == "auto" or (finite(value) and value > 0), "auto, or above 0 and finite"
 )
-AUTO_OR_FROM_ZERO = Rule(
-    lambda value: value == "auto" or (finite(value) and value >= 0), "auto, or finite, 0 or more"
+LOWEST_TEMPERATURE = 0.01  # scores divided by much less are no numbers any more
+TEMPERATURE = Rule(
+    lambda value: value == 0 or (finite(value) and value >= LOWEST_TEMPERATURE),
+    f"0, or {LOWEST_TEMPERATURE} or more",
+)
+AUTO_OR_TEMPERATURE = Rule(
+    lambda value: value == "auto" or TEMPERATURE.holds(value),
+    f"auto, 0, or {LOWEST_TEMPERATURE} or more",
 )
 STEPS = Rule(
     lambda value: value == "auto" or (isinstance(value, int) and value >= 0), "auto, or 0 or more"

@@ -275,6 +275,21 @@ def test_a_missing_file_is_a_clear_error(tmp_path: Path):
         read_config_file(tmp_path / "absent.toml")
 
 
+@pytest.mark.parametrize("temperature", [1e-40, 0.001, 0.0099])
+def test_a_temperature_that_only_rounding_errors_can_tell_from_0_is_refused(temperature: float):
+    with pytest.raises(UserError, match=r"probe_temperature is .* 0, or 0\.01 or more"):
+        DirectTrainingConfig(probe_temperature=temperature)
+    assert DirectTrainingConfig(probe_temperature=0.0).probe_temperature == 0
+
+
+def test_answers_decide_only_where_something_is_asked():
+    asks = {"best_by": "answers", "eval_fraction": 0.0}
+    with pytest.raises(UserError, match="best_by answers needs questions: hold samples out"):
+        DirectTrainingConfig(**asks)
+    for more in ({"probe_path": ("a.jsonl",)}, {"eval_path": ("a.jsonl",)}, {"eval_fraction": 0.1}):
+        DirectTrainingConfig(**asks | more)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_numbers_that_are_none_are_refused(value: float):
     with pytest.raises(UserError, match="learning_rate"):
@@ -316,7 +331,7 @@ BOUNDS = {
     "save_total_limit": (1, LARGE, 0, None),
     "early_stopping_patience": (0, LARGE, -1, None),
     "num_probes": (0, LARGE, -1, "many"),
-    "probe_temperature": (0.0, 2.0, -0.1, NEVER),
+    "probe_temperature": (0.01, 2.0, -0.1, NEVER),
     "probe_max_new_tokens": (0, LARGE, -1, None),
     "workers": (0, LARGE, -1, None),
 }

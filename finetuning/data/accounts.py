@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+
 from finetuning.common.errors import UserError
 from finetuning.common.text import clean_line
 from finetuning.config import DataSettings
@@ -50,7 +52,8 @@ class Accounts:
 
     read, tokens: of these files. whose: "data" or "held-out data". splits: samples that spell a control token
     are kept as ordinary text. all_turns: every turn is learnt. chosen_length: max_seq_length is the user's,
-    who has decided what is too long. empty_thinking: the setting.
+    who has decided what is too long. empty_thinking: the setting. general: (k,) indices of the samples that
+    are general text of the program's own, which do not count.
     """
 
     read: SampleSet
@@ -60,11 +63,13 @@ class Accounts:
     all_turns: bool
     chosen_length: bool
     empty_thinking: str
+    general: np.ndarray
 
-    @property
+    @cached_property
     def report(self) -> TruncationReport:
         """What tokenization tells."""
-        return self.tokens.truncation
+        samples = self.read.samples
+        return self.tokens.truncation.without([samples[int(i)] for i in self.general])
 
     @property
     def broken(self) -> tuple[BrokenSample, ...]:
@@ -74,17 +79,22 @@ class Accounts:
     @property
     def documents(self) -> int:
         """Turns that are learnt, with those that are too long."""
-        return len(self.tokens) + len(self.report.dropped) + len(self.report.empty_thinking)
+        kept = len(self.tokens) - len(self.tokens.documents_of(self.general))
+        return kept + len(self.report.dropped) + len(self.report.empty_thinking)
 
     def rows(self) -> Rows:
         """Names and texts, always the same names."""
-        files = len(self.read.samples_per_file)
-        read = f"{len(self.read.samples):,} samples of {files:,} file{'s' * (files != 1)}"
+        files = len(self.read.samples_per_file) - bool(len(self.general))
+        read = f"{self._samples:,} samples of {files:,} file{'s' * (files != 1)}"
         return [
             ("read", read),
             *((share.name, share.shown()) for share in self._shares),
             ("skipped files", self._skipped()),
         ]
+
+    @property
+    def _samples(self) -> int:
+        return len(self.read.samples) - len(self.general)
 
     def _skipped(self) -> str:
         """How many files are not read, the first of them, and what to do about them; those of which something
@@ -126,7 +136,7 @@ class Accounts:
     @cached_property
     def _shares(self) -> list[_Share]:
         report, documents, turns = self.report, self.documents, self.report.assistant_turns
-        everything = len(self.read.samples) + len(self.read.broken)
+        everything = self._samples + len(self.read.broken)
         kept = "are kept as ordinary text: their" if self.splits else "are left out: their"
         silent = turns - report.learnt_turns
         return [
@@ -202,10 +212,12 @@ def accounts_of(data: TrainingData, settings: DataSettings) -> tuple[Accounts, .
         "chosen_length": chosen,
         "empty_thinking": settings.empty_thinking,
     }
-    own = Accounts(data.split.read, data.train.tokens, "data", **rules)
+    general = data.split.general
+    own = Accounts(data.split.read, data.train.tokens, "data", **rules, general=general)
     if data.split.eval_read is None:
         return (own,)
-    return own, Accounts(data.split.eval_read, data.held_out.tokens, "held-out data", **rules)
+    whose, tokens = "held-out data", data.held_out.tokens
+    return own, Accounts(data.split.eval_read, tokens, whose, **rules, general=general[:0])
 
 
 def account_rows(accounts: Sequence[Accounts]) -> Rows:

@@ -2,8 +2,9 @@
 
 import fnmatch
 import hashlib
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,9 +28,8 @@ class Split:
     held_out: np.ndarray  # (m,) indices, empty when the held-out data are files of their own
     eval_read: SampleSet | None  # held-out files of the user's
     clusters: SampleClusters  # of all samples: for the split, and for the statistics after it
-    replayed: (
-        np.ndarray
-    )  # (k,) indices of general text, of which tokens are drawn into the training
+    general: np.ndarray  # (k,) indices of general text of the program's own
+    replayed: np.ndarray  # (l,) those of it of which tokens are drawn into the training
     seed: int = 0  # of what is drawn
 
     def training_texts(self, at_most: int = 20_000) -> list[str]:
@@ -51,27 +51,59 @@ def split_samples(
     cache_dir: Path | None = None,
     workers: int = 1,
 ) -> Split:
-    """Split off the held-out share where there are no held-out files; the rest is repeated or thinned
-    out by the weight of its source. Raises UserError where nothing is left for training."""
-    clusters = SampleClusters(read.samples, read.fingerprint, cache_dir, workers)
+    """Split off the held-out share where there are no held-out files; the rest is repeated or thinned out by
+    the weight of its source. General text is set apart first, so that it changes nothing of what is held
+    out. Raises UserError where nothing is left for training."""
+    clusters = own_clusters = SampleClusters(read.samples, read.fingerprint, cache_dir, workers)
     train = np.arange(len(read.samples))
-    held_out = replayed = train[:0]
-    if eval_read is None and settings.eval_fraction:
-        train, held_out = split_held_out(
-            read.samples, settings.eval_fraction, clusters, at_most=settings.max_eval_samples
-        )
+    held_out = general = train[:0]
+    own: Sequence[Sample] = read.samples
     if settings.replay:
-        general = _of_file(read.samples, replay_text())
-        replayed = np.flatnonzero(general)
-        train, held_out = train[~general[train]], held_out[~general[held_out]]
+        general = _of_file(own, replay_text())
+        is_own = np.ones(len(own), bool)
+        is_own[general] = False
+        train, own = np.flatnonzero(is_own), _Part(own, is_own)
+        # Searched alone, or a general text might join two samples that nothing else joins.
+        own_clusters = SampleClusters(own, f"{read.fingerprint}-own", cache_dir, workers)
+    if eval_read is None and settings.eval_fraction:
+        fraction, at_most = settings.eval_fraction, settings.max_eval_samples
+        places = split_held_out(own, fraction, own_clusters, at_most=at_most)
+        train, held_out = (train[part] for part in places)
+    replayed = _without_leaks(general, held_out, clusters)
     if not len(train):
         raise UserError(
-            f"data: all of {len(read.samples)} samples are held out; lower --eval-fraction or add others"
+            f"data: all of {len(own)} samples are held out; lower --eval-fraction or add others"
         )
     if settings.data_weights and settings.data_weights_by == "samples":
         weights = dict(zip(settings.data_path, settings.data_weights, strict=True))
         train = weighted_indices(read.samples, train, weights, seed)
-    return Split(read, train, held_out, eval_read, clusters, replayed, seed)
+    return Split(read, train, held_out, eval_read, clusters, general, replayed, seed)
+
+
+class _Part(Sequence):
+    """Those samples that a mask (n,) takes, made on demand so that large data stay on disk."""
+
+    def __init__(self, samples: Sequence[Sample], mask: np.ndarray) -> None:
+        self._samples, self._mask, self._places = samples, mask, np.flatnonzero(mask)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._samples[int(self._places[index])]
+
+    def __iter__(self) -> Iterator[Sample]:
+        return itertools.compress(self._samples, self._mask)
+
+
+def _without_leaks(
+    general: np.ndarray, held_out: np.ndarray, clusters: SampleClusters
+) -> np.ndarray:
+    """The general texts (l,) that are no near duplicates of a held-out sample."""
+    if not len(general) or not len(held_out):
+        return general
+    joined = joined_labels(clusters.questions, np.arange(len(clusters.pairs)), clusters.pairs)
+    return general[~np.isin(joined[general], joined[held_out])]
 
 
 def split_held_out(
@@ -214,9 +246,9 @@ def replay_text() -> str:
 
 
 def _of_file(samples: Sequence[Sample], path: str) -> np.ndarray:
-    """(n,) bool: which samples are of this file."""
+    """(k,) indices of the samples of this file."""
     names, codes = source_numbers(samples)
-    return np.isin(codes, [i for i, name in enumerate(names) if name == path])
+    return np.flatnonzero(np.isin(codes, [i for i, name in enumerate(names) if name == path]))
 
 
 def _draws(samples: Sequence[Sample], wanted: np.ndarray, seed: int) -> np.ndarray:

@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from enum import IntEnum
 from functools import cached_property
 from pathlib import Path
@@ -92,6 +92,28 @@ class TruncationReport:
         values = {k: v if isinstance(v, int) else tuple(v) for k, v in stored.items()}
         broken = (b if isinstance(b, BrokenSample) else BrokenSample(**b) for b in stored["broken"])
         return cls(**{**values, "broken": tuple(broken)})
+
+    def without(self, samples: Sequence[Sample]) -> "TruncationReport":
+        """What is said of all others. samples: of one assistant turn each."""
+        ids, places = {s.id for s in samples}, {(s.source, s.line) for s in samples}
+        if not ids:
+            return self
+        broken = tuple(one for one in self.broken if (one.source, one.line) not in places)
+        lengths = zip(self.truncated, self.long_lengths, strict=True)
+        left = {
+            field.name: tuple(one for one in getattr(self, field.name) if one not in ids)
+            for field in fields(self)
+            if field.default == () and field.name not in ("broken", "long_lengths")
+        }
+        turns = len(samples) - (len(self.broken) - len(broken))
+        return replace(
+            self,
+            **left,
+            broken=broken,
+            long_lengths=tuple(length for one, length in lengths if one not in ids),
+            assistant_turns=self.assistant_turns - turns,
+            learnt_turns=self.learnt_turns - turns,
+        )
 
 
 def less_of(

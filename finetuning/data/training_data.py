@@ -58,6 +58,15 @@ class TrainingData:
         tables = {id(part.tokens): part.tokens.lengths for part in (self.train, self.held_out)}
         return np.concatenate([*tables.values()])
 
+    @property
+    def own_lengths(self) -> np.ndarray:
+        """Of the user's documents: without general text for training."""
+        tokens = self.train.tokens
+        own = np.ones(len(tokens), bool)
+        own[tokens.documents_of(self.split.general)] = False
+        others = [self.held_out.tokens.lengths] * (self.held_out.tokens is not tokens)
+        return np.concatenate([tokens.lengths[own], *others])
+
     def of_length(self, max_seq_length: int) -> "TrainingData":
         """The same, by a max_seq_length that no document is longer than."""
         assert self.lengths.max() <= max_seq_length, max_seq_length
@@ -91,7 +100,8 @@ def read_data(
 
     general = (replay_text(),) if settings.replay else ()
     read = samples_of((*settings.data_path, *general))
-    check_broken(read, settings.max_broken_fraction)
+    ours = sum(read.samples_per_file.get(path, 0) for path in general)
+    check_broken(read, settings.max_broken_fraction, ours=ours)
     return read, samples_of(settings.eval_path) if settings.eval_path else None
 
 
@@ -132,9 +142,12 @@ def general_part(
     return DataPart(samples, tokens, np.arange(count))
 
 
-def check_broken(read: SampleSet, max_fraction: float, place: str = "data") -> None:
-    """Refuse data of which too much can't be read, naming the first places."""
-    total = len(read.samples) + len(read.broken)
+def check_broken(
+    read: SampleSet, max_fraction: float, place: str = "data", *, ours: int = 0
+) -> None:
+    """Refuse data of which too much can't be read, naming the first places. ours: samples that are the
+    program's own, and do not count."""
+    total = len(read.samples) - ours + len(read.broken)
     if len(read.broken) <= max_fraction * total:
         return
     places = "; ".join(f"{b.source}:{b.line} {b.reason}" for b in read.broken[:3])

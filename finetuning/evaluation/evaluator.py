@@ -3,7 +3,6 @@
 Nothing here touches the training state: modes are restored and no random number is drawn.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +26,7 @@ from finetuning.evaluation.generation import (
     samples_text,
 )
 from finetuning.evaluation.hardest_samples import hardest, hardest_text, loss_rows
-from finetuning.evaluation.loss_metrics import LossMetrics, standard_error
+from finetuning.evaluation.loss_metrics import LossMetrics, eval_errors
 from finetuning.evaluation.question_record import answers_of, losses_of
 from finetuning.model.decoding import Decoder
 from finetuning.model.packed_model import PackedLossModel
@@ -148,7 +147,9 @@ class Evaluator:
             [] if held_out is None else losses_of(part, self._plan.documents, held_out.documents)
         )
         answers = answers_of(asked.probes, completions, asked.most) if completions else []
-        self.questions = {"step": step, "losses": losses, "answers": answers}
+        number = 0 if held_out is None else len(self._plan.documents)
+        found = {"losses": losses, "held_out": number, "answers": answers}
+        self.questions = {"step": step} | found
 
     def _sums(
         self,
@@ -166,9 +167,7 @@ class Evaluator:
         if self._dist.is_main:
             rows = hardest(loss_rows(self._plan.documents, sums))
             logger.add_text("Eval/Hardest_Samples", hardest_text(self._part, rows), step)
-        error = standard_error(sums)
-        known = kl_metric("Forgetting/KL_Held_Out", found.divergence)
-        known |= {} if math.isnan(error) else {"Eval/Loss_Error": error}
+        known = kl_metric("Forgetting/KL_Held_Out", found.divergence) | eval_errors(sums)
         return self._losses.eval_metrics(self._losses.vector(self._plan.documents, sums)) | known
 
     def _answers(

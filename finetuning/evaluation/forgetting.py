@@ -17,6 +17,7 @@ from finetuning.common.distributed import Distributed
 from finetuning.data.packing import StepPlan, build_batch
 from finetuning.data.token_table import TokenizedSamples
 from finetuning.data.training_data import DataPart
+from finetuning.evaluation.loss_metrics import standard_errors
 from finetuning.model.loss import Anchor
 from finetuning.model.packed_model import PackedLossModel
 from finetuning.model.parallel import reshard
@@ -93,6 +94,11 @@ def kl_metric(tag: str, sums: np.ndarray) -> dict[str, float]:
 
 def general_metrics(sums: Any) -> Mapping[str, float]:
     """Tags of the general text from `HeldOutSums`."""
-    total = sums.documents.sum(axis=(0, 1))
-    loss = float(total[0] / total[2]) if total[2] else math.nan
-    return {"Forgetting/General_Loss": loss} | kl_metric("Forgetting/KL_General", sums.divergence)
+    tag, totals = "Forgetting/General_Loss", sums.documents.sum(axis=1)[:, [0, 2]]
+    loss, count = totals.sum(axis=0)
+    metrics = {tag: float(loss / count) if count else math.nan}
+    return (
+        metrics
+        | standard_errors({tag: totals})
+        | kl_metric("Forgetting/KL_General", sums.divergence)
+    )

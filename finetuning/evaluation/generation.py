@@ -9,7 +9,6 @@ number where the reference has one.
 import functools
 import json
 import re
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from finetuning.data.chat_template import encode_prompt, parse_completion
 from finetuning.data.token_table import Segment, carries_loss
 from finetuning.data.training_data import DataPart
 from finetuning.evaluation.exactness import fact_recall, with_interval
+from finetuning.evaluation.notation import number, plain
 from finetuning.model.attention import ordinary_attention
 from finetuning.model.decoding import Decoder, Request
 from finetuning.readers.sample import Sample
@@ -205,6 +205,9 @@ def probe_metrics(
         "Eval/Format_Valid_Rate": [float(c.valid) for _, c in whole],
         "Eval/Budget_Hit_Rate": [float(not c.ended) for c in completions],
         "Eval/Exact_Answer": _known(exact_answer(p.sample.answer, c.answer) for p, c in whole),
+        "Eval/Fact_Recall": _known(fact_recall(p.sample.answer, c.answer) for p, c in whole),
+        "Eval/Answer_Score": [answer_score(p.sample.answer, c) for p, c in whole],
+        "Eval/Term_Recall": _known(term_recall(p.sample.answer, c.answer) for p, c in whole),
     }
     means = {
         "Eval/Think_Length_Ratio": [
@@ -213,9 +216,6 @@ def probe_metrics(
             if p.thinking_tokens and c.closed
         ],
         "Eval/Repetition_Rate": [repetition_rate(c.tokens) for c in completions],
-        "Eval/Term_Recall": _known(term_recall(p.sample.answer, c.answer) for p, c in whole),
-        "Eval/Answer_Score": [answer_score(p.sample.answer, c) for p, c in whole],
-        "Eval/Fact_Recall": _known(fact_recall(p.sample.answer, c.answer) for p, c in whole),
     }
     metrics = {tag: sum(v) / len(v) for tag, v in means.items() if v}
     for tag, outcomes in rates.items():
@@ -240,7 +240,7 @@ def exact_answer(reference: str, answer: str) -> float | None:
     wanted, given = final_answer(reference), final_answer(answer)
     if wanted is None or given is None:
         return None if wanted is None else 0.0
-    return float(wanted == given or _number(wanted) == _number(given) is not None)
+    return float(wanted == given or number(wanted) == number(given) is not None)
 
 
 def answer_score(reference: str, completion: Completion) -> float:
@@ -256,21 +256,15 @@ def answer_score(reference: str, completion: Completion) -> float:
 
 
 def final_answer(text: str) -> str | None:
-    """What stands behind the last `最终答案：`, for comparison: without spaces, emphasis (but a sign of
-    multiplication) and the commas of thousands, in half-width lower case."""
+    """What stands behind the last `最终答案：`, for comparison: in one notation, in lower case, and without
+    spaces but those between two words or two numbers."""
     found = _FINAL_ANSWER.findall(text)
     if not found:
         return None
-    plain = re.sub(r"\*\*(.+?)\*\*", r"\1", found[-1]).strip("* ")
-    answer = unicodedata.normalize("NFKC", re.sub(r"[\s。`]+", "", plain)).lower()
-    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", answer).rstrip(".")
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
+    answer = plain(found[-1]).strip(" .*").lower()
+    return re.sub(
+        r"(?<![a-z0-9])\s+|\s+(?![a-z0-9])|(?<=[a-z])\s+(?=\d)|(?<=\d)\s+(?=[a-z])", "", answer
+    )
 
 
 def _known(values: Iterable[float | None]) -> list[float]:

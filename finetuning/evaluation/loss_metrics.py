@@ -124,17 +124,34 @@ class LossMetrics:
         return ratios
 
 
-def standard_error(per_document: np.ndarray) -> float:
-    """Of the mean loss per token, as other held-out documents would give another: (D, segments, 3) sums.
+def eval_errors(per_document: np.ndarray) -> dict[str, float]:
+    """Standard errors of the Eval/ tags of (D, segments, 3) sums, as `standard_errors` says."""
+    whole = per_document.sum(axis=1)
+    return standard_errors(
+        {
+            "Eval/Loss": whole[:, [0, 2]],
+            "Eval/Token_Accuracy": whole[:, [1, 2]],
+            "Eval/Thinking_Loss": per_document[:, Segment.THINKING, [0, 2]],
+            "Eval/Answer_Loss": per_document[:, Segment.ANSWER, [0, 2]],
+        }
+    )
 
-    That of a ratio of sums over documents (Cochran 1977, §6.4); NaN of fewer than two with a target.
+
+def standard_errors(ratios: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """`<tag>_Error` of a mean per token, as other documents would give another: (D, 2) sums and tokens.
+
+    That of a ratio of sums over documents (Cochran 1977, §6.4); absent for fewer than two with a token.
     """
-    loss, count = per_document[:, :, [0, 2]].sum(axis=1).T
-    loss, count = loss[count > 0], count[count > 0]
+    found = {f"{tag}_Error": _standard_error(*totals.T) for tag, totals in ratios.items()}
+    return {tag: error for tag, error in found.items() if not math.isnan(error)}
+
+
+def _standard_error(total: np.ndarray, count: np.ndarray) -> float:
+    total, count = total[count > 0], count[count > 0]
     number = len(count)
     if number < 2:
         return math.nan
-    spread = ((loss - loss.sum() / count.sum() * count) ** 2).sum()
+    spread = ((total - total.sum() / count.sum() * count) ** 2).sum()
     return float(math.sqrt(spread * number / (number - 1)) / count.sum())
 
 

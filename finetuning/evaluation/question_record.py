@@ -9,20 +9,24 @@ from typing import Any
 
 import numpy as np
 
+from finetuning.common.bounds import QUESTIONS_KEPT
 from finetuning.data.training_data import DataPart
 from finetuning.evaluation.generation import Completion, EvalPrompt, answer_score
 from finetuning.evaluation.hardest_samples import loss_rows
 
-MOST_QUESTIONS = 2_000  # with their losses; the first of the held-out part
 QUESTION, TEXT = 300, 2_000  # characters
 
 
 def losses_of(
     part: DataPart, documents: Sequence[int], per_document: np.ndarray
 ) -> list[dict[str, Any]]:
-    """Loss, tokens and question of each held-out document. per_document: (D, segments, 3)."""
-    rows = loss_rows(documents[:MOST_QUESTIONS], per_document[:MOST_QUESTIONS])
-    tokens = dict(zip(map(int, documents), per_document[:, 1:, 2].sum(1).tolist(), strict=True))
+    """Loss, tokens and question of held-out documents, of many `QUESTIONS_KEPT` evenly spread ones, always
+    the same. per_document: (D, segments, 3)."""
+    count = len(documents)
+    kept = np.linspace(0, count - 1, min(count, QUESTIONS_KEPT.limit)).round().astype(int)
+    documents, per_document = np.asarray(documents)[kept], per_document[kept]
+    rows = loss_rows(documents, per_document)
+    tokens = dict(zip(documents.tolist(), per_document[:, 1:, 2].sum(1).tolist(), strict=True))
     return [
         {
             "place": part.place(row[2]),

@@ -216,7 +216,7 @@ Final_Config/lora_r | | at the end | runs.metrics
 Final_Config/max_seq_length | | at the end | runs.metrics
     Longest sequence, once more.
 Final_Config/num_epochs | | at the end | runs.metrics
-    Passes over the training data that were asked for.
+    Passes over the training data: as set, or with --max-steps, which ends the run then, what its steps make.
 Final_Dataset/<name> | | at the end | runs.metrics
     Numbers of samples: trained on, held out, broken.
 Final_Model/<name> | | at the end | runs.metrics
@@ -284,6 +284,26 @@ Eval/Budget_Hit_Rate_Low | fraction | generation probes | evaluation.exactness
     Lower end of the rate's 95% interval (Wilson).
 Eval/Budget_Hit_Rate_High | fraction | generation probes | evaluation.exactness
     Upper end of the rate's 95% interval.
+Eval/Term_Recall_Low | fraction | judged probes | evaluation.exactness
+    Lower end of its 95% interval (Wilson's, of the mean as if it were a rate).
+Eval/Term_Recall_High | fraction | judged probes | evaluation.exactness
+    Upper end of its 95% interval.
+Eval/Answer_Score_Low | fraction | judged probes | evaluation.exactness
+    Lower end of its 95% interval (Wilson's, of the mean as if it were a rate).
+Eval/Answer_Score_High | fraction | judged probes | evaluation.exactness
+    Upper end of its 95% interval.
+Eval/Fact_Recall_Low | fraction | judged probes | evaluation.exactness
+    Lower end of its 95% interval (Wilson's, of the mean as if it were a rate).
+Eval/Fact_Recall_High | fraction | judged probes | evaluation.exactness
+    Upper end of its 95% interval.
+Eval/Token_Accuracy_Error | fraction | evaluation | evaluation.loss_metrics
+    Standard error of Eval/Token_Accuracy over the held-out samples.
+Eval/Thinking_Loss_Error | nats/token | evaluation | evaluation.loss_metrics
+    Standard error of Eval/Thinking_Loss over the held-out samples.
+Eval/Answer_Loss_Error | nats/token | evaluation | evaluation.loss_metrics
+    Standard error of Eval/Answer_Loss over the held-out samples.
+Forgetting/General_Loss_Error | nats/token | measured forgetting | evaluation.loss_metrics
+    Standard error of Forgetting/General_Loss over the general samples.
 Eval/Perplexity | | evaluation | evaluation.evaluator
     exp(Eval/Loss).
 Eval/By_Source/<name> | nats/token | evaluation | evaluation.evaluator

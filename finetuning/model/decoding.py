@@ -33,8 +33,7 @@ class Request:
     """Prompts that are written on.
 
     ids: (B, T), padded on the left, where mask (B, T) is 0. most: new tokens. end_id: what ends a row.
-    enough: asked now and then with the number of tokens written; true ends them all. sampling: how tokens are
-    chosen.
+    enough: asked now and then with the number of tokens written; true ends them all.
     """
 
     ids: torch.Tensor
@@ -42,11 +41,6 @@ class Request:
     most: int
     end_id: int
     enough: Callable[[int], bool] = lambda count: False
-    sampling: Sampling = GREEDILY
-
-    def chooser(self) -> Chooser:
-        """Which token comes next, by the scores and the number of those before it."""
-        return self.sampling.chooser(len(self.ids), self.most, self.ids.device)
 
 
 class Decoder:
@@ -79,7 +73,6 @@ class Decoder:
         n is the most, or less where all rows have ended or enough is written.
         """
         self.prepare()
-        request = replace(request, sampling=self._sampling)
         if not _can_have_graphs(request):
             self.why_no_graph = "there is no CUDA device"
         if not self.why_no_graph:
@@ -98,8 +91,13 @@ class Decoder:
             self._try(request)
             self._is_tried = True
         with _one_token_attention(self.model):
-            decoder = StaticDecoder(self.model, request)
-            return written_tokens(decoder, request, record=request.most > CHECKED_EVERY)
+            decoder, choose = StaticDecoder(self.model, request), self._chooser(request)
+            record = request.most > CHECKED_EVERY
+            return written_tokens(decoder, request, choose, record=record)
+
+    def _chooser(self, request: Request) -> Chooser:
+        """Which token comes next, by the scores and the number of those before it."""
+        return self._sampling.chooser(len(request.ids), request.most, request.ids.device)
 
     def _try(self, request: Request) -> None:
         """Raise RuntimeError unless the first scores are those of the model's own way."""
@@ -139,7 +137,7 @@ class Decoder:
             stop = request.enough(so_far.shape[1] - width)
             return torch.full((len(so_far),), stop, dtype=torch.bool, device=so_far.device)
 
-        choose = request.chooser()
+        choose = self._chooser(request)
 
         def only_chosen(so_far: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
             chosen = choose(scores, so_far.shape[1] - width)
@@ -153,7 +151,7 @@ class Decoder:
             eos_token_id=request.end_id,
             pad_token_id=request.end_id,
             stopping_criteria=[written],
-            logits_processor=[only_chosen] if request.sampling.temperature else [],
+            logits_processor=[only_chosen] if self._sampling.temperature else [],
             **GREEDY,
         )
         return out[:, width:]
@@ -232,9 +230,11 @@ class StaticDecoder:
         return out.logits[:, -1].float()
 
 
-def written_tokens(decoder: StaticDecoder, request: Request, *, record: bool) -> torch.Tensor:
+def written_tokens(
+    decoder: StaticDecoder, request: Request, choose: Chooser, *, record: bool
+) -> torch.Tensor:
     """(B, n) tokens chosen by their scores, see `Decoder.write`; with a graph if `record`."""
-    scores, most, choose = decoder.scores, request.most, request.chooser()
+    scores, most = decoder.scores, request.most
     tokens = torch.full((len(scores), most), request.end_id, device=scores.device)
     ended = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
     for count in range(1, most + 1):

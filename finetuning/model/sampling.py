@@ -32,10 +32,13 @@ class Sampling:
         """Of the most probable tokens that together reach `top_p`, the one in which `numbers` (B,) fall."""
         likely, tokens = (scores.float() / self.temperature).softmax(1).sort(1, descending=True)
         sums = likely.cumsum(1)
-        kept = (sums - likely < self.top_p).sum(1, keepdim=True)  # one at least
+        kept = (sums - likely < self.top_p).sum(1, keepdim=True).clamp(min=1)
         wanted = numbers.float()[:, None] * sums.gather(1, kept - 1)
         place = (sums <= wanted).sum(1, keepdim=True)
-        return tokens.gather(1, place.minimum(kept - 1))[:, 0]
+        drawn = tokens.gather(1, place.minimum(kept - 1))[:, 0]
+        # A NaN or an infinite score leaves no probabilities: then as without a temperature. The host does not
+        # ask, for it would wait for the GPU.
+        return torch.where(sums[:, -1].isfinite(), drawn, scores.argmax(1))
 
 
 GREEDILY = Sampling()

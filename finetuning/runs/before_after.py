@@ -1,7 +1,9 @@
 """What a run has changed: the base's numbers beside those of the trained model."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from finetuning.common.formatting import shown
 from finetuning.runs.recorded import Points
@@ -29,23 +31,49 @@ TAGS = frozenset(tag + end for tag in _VALUES for end in ("", _ERROR, *_INTERVAL
 
 
 @dataclass(frozen=True)
+class Measured:
+    """A number with its interval of 95%; without one it may be anything. text: both, as people read them."""
+
+    value: float
+    low: float
+    high: float
+    text: str
+
+    @classmethod
+    def of(cls, series: Mapping[str, Points], tag: str, step: int) -> "Measured":
+        """A tag at a step at which it was measured."""
+        ends = ("", _ERROR, *_INTERVAL)
+        value, error, low, high = (dict(series.get(tag + end, ())).get(step) for end in ends)
+        if error is not None:
+            text = f"{shown(value)} ± {shown(2 * error)}"
+            return cls(value, value - 2 * error, value + 2 * error, text)
+        if low is not None and high is not None:
+            return cls(value, low, high, f"{shown(value)} ({shown(low)}–{shown(high)})")
+        return cls(value, -math.inf, math.inf, shown(value))
+
+    def differs_from(self, other: "Measured") -> bool:
+        """Whether chance hardly explains the difference: the interval of 95% of two independent numbers'
+        difference is without 0 (Newcombe 1998, method 10; of standard errors, the usual one). The same
+        questions are asked twice, so it is rather too wide."""
+        low, high = sorted((self, other), key=lambda one: one.value)
+        return high.value - low.value > math.hypot(high.value - high.low, low.high - low.value)
+
+
+@dataclass(frozen=True)
 class Change:
     """One number of the base, and of the trained model."""
 
     name: str
     tag: str
-    before: float
-    after: float
+    before: Measured
+    after: Measured
     verdict: str
-    """better, worse, or empty: the same, or a distance."""
-    spreads: tuple[str, str] = ("", "")
-    """How sure both are: ± twice the standard error, or the interval of a rate in brackets."""
+    """better, worse, or empty: chance explains it, nobody knows how sure it is, or it is a distance."""
 
     @property
     def texts(self) -> tuple[str, str]:
         """Both numbers as people read them."""
-        before, after = self.spreads
-        return shown(self.before) + before, shown(self.after) + after
+        return self.before.text, self.after.text
 
 
 def newest_evaluation(series: Mapping[str, Points], step: int) -> int | None:
@@ -55,36 +83,23 @@ def newest_evaluation(series: Mapping[str, Points], step: int) -> int | None:
 
 
 def changes(series: Mapping[str, Points], step: int | None = None) -> list[Change]:
-    """Rows of the table at the evaluation of this step, else at the newest; none without that of the base,
-    which is that of step 0."""
+    """Rows of the table at the evaluation of this step, else at the newest; none before there are two.
 
-    def ends(tag: str) -> tuple[float, float] | None:
-        """Of the base, and at the evaluation."""
-        points = series.get(tag, ())
-        if not points or points[0][0]:
-            return None
-        later = [value for at, value in points[1:] if step is None or at == step]
-        return (points[0][1], later[-1]) if later else None
-
+    A number that was not measured before the first step has no row: nothing else is of the base.
+    """
     rows = []
     for name, (tag, more) in BEFORE_AND_AFTER.items():
-        found = ends(tag)
-        if found is None:
+        at = [known for known, _ in series.get(tag, ())]
+        later = [known for known in at[1:] if step is None or known == step]
+        if not later or at[0] != 0:
             continue
-        before, after = found
-        same = more is None or before == after
-        verdict = "" if same else ("worse", "better")[more == (after > before)]
-        rows.append(Change(name, tag, before, after, verdict, _spreads(tag, ends)))
+        before, after = Measured.of(series, tag, 0), Measured.of(series, tag, later[-1])
+        told = more is not None and after.differs_from(before)
+        verdict = "better" if more == (after.value > before.value) else "worse"
+        rows.append(Change(name, tag, before, after, verdict * told))
     return rows
 
 
-def _spreads(tag: str, ends: Callable[[str], tuple[float, float] | None]) -> tuple[str, str]:
-    """ends: the base's value of a tag, and that at the evaluation."""
-    if errors := ends(tag + _ERROR):
-        before, after = (f" ± {shown(2 * error)}" for error in errors)
-        return before, after
-    low, high = (ends(tag + name) for name in _INTERVAL)
-    if low is None or high is None:
-        return "", ""
-    before, after = (f" ({shown(a)}–{shown(b)})" for a, b in zip(low, high, strict=True))
-    return before, after
+def start_name(configuration: Mapping[str, Any]) -> str:
+    """What is trained on: the base, or an adapter of an earlier run."""
+    return "first adapter" if configuration.get("config", {}).get("init_adapter") else "base"

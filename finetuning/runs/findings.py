@@ -207,11 +207,20 @@ def data_too_long(run: RecordedRun) -> NextStep | None:
     length = _setting(run, "max_seq_length")
     if not isinstance(length, int):  # a run that has not recorded it
         return None
-    return NextStep(
-        "The data are too long for --max-seq-length: samples are left out or shortened.",
-        f"{cut} of {total} samples, {100 * cut / total:.0f}%, are longer than {length} tokens.",
-        command(run, max_seq_length=2 * length),
+    evidence = (
+        f"{cut} of {total} samples, {100 * cut / total:.0f}%, are longer than {length} tokens."
     )
+    if "max_seq_length" not in run.configuration.get("automatic", ()):
+        title = "The data are too long for --max-seq-length: samples are left out or shortened."
+        return NextStep(title, evidence, command(run, max_seq_length="auto"))
+    title = "The data are too long for the memory or the model: samples are left out or shortened."
+    for name, bad, better in (
+        ("gradient_checkpointing", "off", "auto"),
+        ("over_length", "drop", "truncate_thinking"),
+    ):
+        if _setting(run, name) == bad:
+            return NextStep(title, evidence, command(run, **{name: better}))
+    return None  # more than that is not in a setting
 
 
 def source_harmful(run: RecordedRun) -> NextStep | None:

@@ -16,7 +16,7 @@ from finetuning.common.files import atomic_write, atomic_write_text, read_json_o
 from finetuning.common.formatting import shown
 from finetuning.common.text import clean_line, redact, table_cell
 from finetuning.config import EMBEDDED, DirectTrainingConfig, allowed_values
-from finetuning.runs.before_after import changes, newest_evaluation
+from finetuning.runs.before_after import changes, newest_evaluation, start_name
 from finetuning.runs.directory import MODELS, ORIGIN, owner
 from finetuning.runs.recorded import RecordedRun
 
@@ -212,12 +212,12 @@ def _before_and_after(record: RecordedRun, step: int | None) -> list[str]:
     step = record.steps if step is None else step
     at = newest_evaluation(record.series, step)
     rows = [
-        (change.name, shown(change.before), shown(change.after), change.verdict)
+        (change.name, *change.texts, change.verdict)
         for change in (changes(record.series, at) if at else ())
     ]
     if not rows:
         return []
-    table = _table(("", "base", "tuned", ""), rows)
+    table = _table(("", start_name(record.configuration), "tuned", ""), rows)
     earlier = f"Measured at step {at}, the last time before this model's.\n\n" if at != step else ""
     return [f"## Before and after\n\n{earlier}{table}"]
 

@@ -48,6 +48,7 @@ from finetuning.runs.identity import (
 )
 from finetuning.runs.init_adapter import check_base
 from finetuning.runs.passes import (
+    Plans,
     evaluation_steps,
     plan_steps,
     steps_between_points,
@@ -119,7 +120,7 @@ class RunPlan:
     @property
     def best_text(self) -> str:
         """By what a model is the best, for a person."""
-        return self.probing.best_text(self.best_by_as_set)
+        return self.probing.best_text(self.best_by_as_set, len(self.data.held_out))
 
     @property
     def best_by_as_set(self) -> str:
@@ -151,8 +152,7 @@ def plan_run(
     rows = prove_rows(config, inputs.model, dist, terminal)
     data, tokenizer, warn = inputs.data, inputs.tokenizer, terminal.warning
     steps, evaluation, general = plans = plan_steps(config, data, tokenizer, dist, warn)
-    probing = plan_probes(config, inputs.model.path, tokenizer, data.held_out, dist, warn)
-    eval_steps, probing = evaluation_steps(config, plans, probing, dist)
+    eval_steps, probing = plan_evaluations(config, inputs, plans, dist, warn)
     settings = recorded_settings(config)
     run_identity = identity(settings, inputs.model.name, inputs.contents, data, steps)
     check_ranks(dist.gather(run_identity))
@@ -182,6 +182,22 @@ def plan_run(
         rows=rows,
         forecast=estimate,
     )
+
+
+def plan_evaluations(
+    config: DirectTrainingConfig,
+    inputs: RunData,
+    plans: Plans,
+    dist: Distributed,
+    warn: Callable[[str], None],
+) -> tuple[int, Probing]:
+    """Steps between two evaluations, and what these ask; warned where no model may be the best by them."""
+    held_out = inputs.data.held_out
+    probing = plan_probes(config, inputs.model.path, inputs.tokenizer, held_out, dist, warn)
+    eval_steps, probing = evaluation_steps(config, plans, probing, dist)
+    for doubt in probing.doubts(config, len(held_out)):
+        warn(doubt)
+    return eval_steps, probing
 
 
 def automatic_settings(config: DirectTrainingConfig) -> tuple[str, ...]:
@@ -326,7 +342,7 @@ def tokenized(
     if length := SequenceLength.known(config, pinned):
         return tokens(length.of(config), "tokens"), length
     whole = tokens(replace(config, over_length="drop"), "all tokens")
-    length = SequenceLength.of_data(config, model, whole.lengths, dist, fits)
+    length = SequenceLength.of_data(config, model, whole.own_lengths, dist, fits)
     if whole.lengths.max() <= length.max_seq_length:
         return whole.of_length(length.max_seq_length), length
     return tokens(length.of(config), "tokens"), length

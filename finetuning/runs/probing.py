@@ -1,6 +1,6 @@
 """Which questions a run's evaluations answer, how many, how long, how drawn, and how often."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,20 +51,42 @@ class Probing:
         own = {"num_probes": len(self.probes), "probe_temperature": self.warmth}
         return own | {"best_by": self.best_by(best_by)}
 
+    @property
+    def judged(self) -> int:
+        """Answers that are judged for certain, as their references fit."""
+        return sum(probe.reference_tokens <= self.most for probe in self.probes)
+
     def best_by(self, wanted: str) -> str:
         """loss or answers, by which a model is the best."""
-        judged = sum(probe.reference_tokens <= self.most for probe in self.probes)
-        enough = self.always and judged >= ENOUGH_JUDGED
+        enough = self.always and self.judged >= ENOUGH_JUDGED
         return wanted if wanted != "auto" else "answers" if enough else "loss"
 
-    def best_text(self, wanted: str) -> str:
-        """The same for a person, with the reason where that was left to the program."""
+    def best_text(self, wanted: str, held_out: int) -> str:
+        """The same for a person, with the reason where that was left to the program. held_out: samples."""
+        if not held_out and self.best_by(wanted) == "loss":
+            return "none, as no sample is held out"
         by = {"loss": "held-out loss", "answers": "answers"}[self.best_by(wanted)]
         if wanted != "auto":
             return f"by {by}"
         few = "" if self.always else ", as not every evaluation asks"
         few = few or f", as fewer than {ENOUGH_JUDGED} answers are judged"
         return f"by {by} (auto{few * (self.best_by(wanted) == 'loss')})"
+
+    def doubts(self, config: DirectTrainingConfig, held_out: int) -> Iterator[str]:
+        """Why no model may turn out to be the best, so that early stopping waits in vain. held_out: samples
+        ."""
+        by, known = self.best_by(config.best_by), bool(config.early_stopping_patience)
+        if by == "loss" and not held_out and (known or config.best_by == "loss"):
+            yield (
+                "no sample is held out, so no loss says which model is the best, and early stopping never "
+                "ends the run; hold some out, or name questions with --probe-path and --best-by answers"
+            )
+        if by == "answers" and not self.judged:
+            yield (
+                f"every reference is longer than the {self.most:,} tokens of an answer, so answers that are "
+                "cut are not judged and an evaluation may not count; raise --probe-max-new-tokens, or use "
+                "--best-by loss"
+            )
 
     def text(self) -> str:
         """For a person."""

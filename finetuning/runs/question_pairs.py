@@ -18,9 +18,12 @@ Pairs = list[tuple[Mapping[str, Any], Mapping[str, Any]]]
 
 @dataclass(frozen=True)
 class QuestionPairs:
-    """Pairs (before, after) of the same questions: their losses, and their answers where both were judged."""
+    """Pairs (before, after) of the same questions: their losses, and their answers where both were judged.
 
-    step: int  # of the later one
+    held_out: samples, of which `losses` has all or evenly spread ones.
+    """
+
+    held_out: int
     losses: Pairs
     answers: Pairs
 
@@ -32,7 +35,8 @@ class QuestionPairs:
         before, after = (read_json_object(logs / name) for name in (BEFORE, AFTER))
         answers = _pairs(before["answers"], after["answers"])
         judged = [p for p in answers if all(one["score"] is not None for one in p)]
-        return cls(int(after["step"]), _pairs(before["losses"], after["losses"]), judged)
+        losses = _pairs(before["losses"], after["losses"])
+        return cls(int(after.get("held_out", len(losses))), losses, judged)
 
     def loss_change(self) -> tuple[float, float]:
         """The mean change of a question's loss, weighed by its tokens, and its standard error over the

@@ -8,7 +8,7 @@ from finetuning.common.formatting import shown
 from finetuning.common.html import cell, table
 from finetuning.common.language import translated
 from finetuning.common.text import redact
-from finetuning.runs.before_after import changes
+from finetuning.runs.before_after import changes, start_name
 from finetuning.runs.question_pairs import Pairs, QuestionPairs
 from finetuning.runs.recorded import RecordedRun
 
@@ -28,23 +28,25 @@ def before_and_after(run: RecordedRun) -> str:
     if found is not None:
         rows += _counts(found)
     note = _said(
-        "±: twice the standard error over the held-out samples. In brackets: intervals of 95%."
+        "±: twice the standard error over the samples. In brackets: intervals of 95%. Better and worse are "
+        "said where chance hardly explains the difference."
     )
-    texts = "" if found is None else _questions(found)
-    return _table(("", "base", "tuned", ""), rows) + f"<p>{note}</p>{texts}"
+    start = start_name(run.configuration)
+    texts = "" if found is None else _questions(found, start)
+    return _table(("", start, "tuned", ""), rows) + f"<p>{note}</p>{texts}"
 
 
 def _counts(found: QuestionPairs) -> list[tuple[str, ...]]:
-    """How many questions got better and worse: by loss, of all held-out ones, and by answer."""
+    """How many questions got better and worse: by loss, of the held-out ones, and by answer."""
     rows = []
     mean, error = found.loss_change()
     if not math.isnan(mean):
         won, lost = found.by_loss()
         change = f"{mean:+.4g} ± {shown(2 * error)}"
         sure = abs(mean) > 2 * error
-        rows.append(
-            (*_won(len(won), len(lost), "held-out questions by loss"), change, _way(-mean, sure))
-        )
+        name, kept = "held-out questions by loss", len(found.losses)
+        name = f"{kept} of {found.held_out} {name}" if kept < found.held_out else name
+        rows.append((*_won(len(won), len(lost), name), change, _way(-mean, sure)))
     if found.answers:
         won, lost = found.by_answer()
         same = len(found.answers) - len(won) - len(lost)
@@ -61,8 +63,8 @@ def _way(gain: float, sure: bool) -> str:
     return translated(("worse", "better")[gain > 0]) if sure else ""
 
 
-def _questions(found: QuestionPairs) -> str:
-    """The most changed questions, with the answers of both, or with their losses."""
+def _questions(found: QuestionPairs, start: str) -> str:
+    """The most changed questions, with the answers of both, or with their losses. start: the first model."""
     parts = []
     for pairs, title in zip(found.by_answer(), ("Answered better", "Answered worse"), strict=True):
         rows = [
@@ -75,14 +77,14 @@ def _questions(found: QuestionPairs) -> str:
             for b, a in pairs[:SHOWN]
         ]
         parts.append(
-            _details(title, pairs, _table(("question", "base", "tuned", "reference"), rows))
+            _details(title, pairs, _table(("question", start, "tuned", "reference"), rows))
         )
     for pairs, title in zip(found.by_loss(), ("Loss fell most", "Loss rose most"), strict=True):
         rows = [
             (b["place"], b["question"], shown(b["loss"]), shown(a["loss"]))
             for b, a in pairs[:SHOWN]
         ]
-        parts.append(_details(title, pairs, _table(("sample", "question", "base", "tuned"), rows)))
+        parts.append(_details(title, pairs, _table(("sample", "question", start, "tuned"), rows)))
     return "".join(parts)
 
 

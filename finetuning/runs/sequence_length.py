@@ -96,7 +96,9 @@ def choose_length(lengths: np.ndarray, positions: int, fits: Fits) -> tuple[int,
     whose = f"the longest sample has {longest:,}"
     if longest > positions:
         whose += f", the model {positions:,} positions"
-    if most <= ROW_TOKENS or fits(most):
+    if most <= ROW_TOKENS:  # a row has as many anyway, so nobody has asked the memory
+        return most, whose
+    if fits(most):
         return most, f"{whose}, which fit{'s' * (longest <= positions)} the memory"
     kept = min(_rounded(int(np.percentile(lengths, KEPT, method="higher"))), most)
     kept = max(kept, min(ROW_TOKENS, positions))
@@ -105,7 +107,12 @@ def choose_length(lengths: np.ndarray, positions: int, fits: Fits) -> tuple[int,
         why = "whose memory is not known" if known is None else "too many for the memory"
         return kept, f"{whose}, {why}; {KEPT}% have no more"
     steps = largest_batch(lambda n: 0 if fits(n * LENGTH_STEP) else 1, 0, kept // LENGTH_STEP)
-    return max(steps * LENGTH_STEP, ROW_TOKENS), f"{whose}; no more fit the memory"
+    if steps * LENGTH_STEP < ROW_TOKENS:
+        return (
+            ROW_TOKENS,
+            f"{whose}, too many for the memory; a row has {ROW_TOKENS:,}, which may be, too",
+        )
+    return steps * LENGTH_STEP, f"{whose}; no more fit the memory"
 
 
 def positions_of(model: ResolvedModel) -> int:

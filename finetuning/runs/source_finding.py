@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
+from finetuning.data.split import replay_text
 from finetuning.runs.recorded import Points, RecordedRun
 
 FEWEST = 5  # held-out samples of a source, and of all others, from which something is said of it
@@ -104,18 +105,26 @@ def _finite(points: Points) -> dict[int, float]:
 
 
 def without_source(run: RecordedRun, source: str) -> dict[str, Any] | None:
-    """--data-path and --data-weights, if any, without the source; None where that can't be told."""
+    """Settings without the source: --data-path and --data-weights, if any, or --replay; None where that can't
+    be told: nothing would be left, or a folder's share of the tokens is that of several files."""
     settings = run.configuration.get("config", {})
     paths, weights = settings.get("data_path") or [], settings.get("data_weights") or []
+    if settings.get("replay") and source == replay_text():
+        return {"replay": 0.0}
     sources = list(run.dataset().get("samples_per_file") or ())
-    kept, kept_weights = [], []
+    kept: dict[str, list[float]] = {}  # a path, and its weight
     for place, path in enumerate(paths):
         rest = [path] if not _holds(path, source) else _others(path, source, sources)
-        kept += rest
-        kept_weights += weights[place : place + 1] * len(rest)
-    if not kept or len(kept) > max(MOST_FILES, len(paths)) or kept == list(paths):
+        if len(rest) > 1 and weights and settings.get("data_weights_by") == "tokens":
+            return None
+        for one in rest:
+            kept.setdefault(one, weights[place : place + 1])
+    kept_weights = [weight for known in kept.values() for weight in known]
+    if not kept or len(kept) > max(MOST_FILES, len(paths)) or list(kept) == list(paths):
         return None
-    return {"data_path": kept} | ({"data_weights": kept_weights} if weights else {})
+    if weights and not any(kept_weights):
+        return None
+    return {"data_path": list(kept)} | ({"data_weights": kept_weights} if weights else {})
 
 
 def _holds(path: str, source: str) -> bool:

@@ -73,7 +73,7 @@ def run_rows(plan: RunPlan, engine: TrainingEngine, dist: Distributed) -> list[t
         *([("remarks", f"{remarks}; --check-data lists them")] if remarks else []),
         ("longest sample taken", plan.inputs.length.text()),
         ("tokens per epoch", f"{steps.num_tokens:,}"),
-        ("steps", f"{steps.num_steps} ({steps.steps_per_epoch} per epoch)"),
+        ("steps", _steps_text(plan)),
         ("learning rate", _rate_text(plan)),
         ("logged", _logged(plan.logging_steps)),
         ("questions", plan.probing.text()),
@@ -87,6 +87,14 @@ def run_rows(plan: RunPlan, engine: TrainingEngine, dist: Distributed) -> list[t
         ("CUDA graph", f"no: {reason}" if reason else "from the second step on"),
         *plan.forecast.short_rows(),
     ]
+
+
+def _steps_text(plan: RunPlan) -> str:
+    """How many updates, and which setting ends the run there."""
+    steps, epochs = plan.steps, plan.settings["num_epochs"]
+    end = "--max-steps" if plan.settings["max_steps"] else f"--num-epochs {epochs:g}"
+    auto = " (auto)" * ("num_epochs" in plan.automatic and not plan.settings["max_steps"])
+    return f"{steps.num_steps} by {end}{auto}, {steps.steps_per_epoch} per epoch"
 
 
 def _rate_text(plan: RunPlan) -> str:
@@ -216,6 +224,7 @@ def training_statistics(
             "first_eval_loss": state.first_eval_loss,
             "last_eval_loss": state.last_eval_loss,
             "best_eval_loss": state.best_eval_loss,
+            "best_score": state.best_score,
             "best_step": state.best_step,
             "nonfinite_steps": state.nonfinite_steps,
             "micro_batch_splits": state.micro_batch_splits,
@@ -292,10 +301,14 @@ def result_lines(statistics: Mapping[str, Any], run: RunDirectory) -> list[str]:
         f"loss {shown(training['final_loss'])}"
     ]
     if training["first_eval_loss"] is not None:
+        ends = shown(training["first_eval_loss"]), shown(training["last_eval_loss"])
+        best = f", best {shown(training['best_eval_loss'])} at step {training['best_step']}"
         lines.append(
-            f"held-out loss {shown(training['first_eval_loss'])} -> {shown(training['last_eval_loss'])}"
-            f", best {shown(training['best_eval_loss'])} at step {training['best_step']}"
+            f"held-out loss {ends[0]} -> {ends[1]}{best * (training['best_score'] is None)}"
         )
+    if training["best_score"] is not None:
+        score = shown(training["best_score"])
+        lines.append(f"best answers: score {score} at step {training['best_step']}")
     return [*lines, *_model_lines(statistics, run)]
 
 
@@ -313,17 +326,17 @@ def closing_lines(statistics: Mapping[str, Any], run: RunDirectory) -> str:
 def _model_lines(statistics: Mapping[str, Any], run: RunDirectory) -> list[str]:
     """Which folder is the result, and which other one there is."""
     training, final = statistics["training"], run.final_model
-    best_step, best = training["best_step"], shown(training["best_eval_loss"])
+    best_step, loss, score = (training[f"best_{name}"] for name in ("step", "eval_loss", "score"))
+    good = f"held-out loss {shown(loss)}" if score is None else f"answer score {shown(score)}"
+    best = f"{run.best_model}, of step {best_step}, {good}"
     if statistics["result"] == run.best_model.name:
-        last, why = shown(training["last_eval_loss"]), why_best(statistics["outcome"])
-        return [
-            f"model: {run.best_model}, of step {best_step}, held-out loss {best} ({why}); ask.py and "
-            f"export.py take it. The last one, {last}: {final}"
-        ]
+        why = why_best(statistics["outcome"])
+        last = f", {shown(training['last_eval_loss'])}" * (score is None)
+        return [f"model: {best} ({why}); ask.py and export.py take it. The last one{last}: {final}"]
     better = best_step and best_step != training["steps"]
     return [
         f"model: {final} ({FINAL}); ask.py and export.py take it",
-        *([f"best: {run.best_model}, of step {best_step}, held-out loss {best}"] * bool(better)),
+        *([f"best: {best}"] * bool(better)),
     ]
 
 

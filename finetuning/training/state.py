@@ -51,7 +51,7 @@ class TrainState:
     first_eval_loss: float | None = None
     last_eval_loss: float | None = None
     last_eval_step: int | None = None
-    best_eval_loss: float | None = None  # of the best model
+    best_eval_loss: float | None = None  # of the best model; None where nothing is held out
     best_score: float | None = None  # its Eval/Answer_Score, where the answers decide
     best_step: int | None = None
     evals_without_gain: int = 0
@@ -100,28 +100,29 @@ class TrainState:
 
     def note_evaluation(self, step: int, metrics: Mapping[str, float], by: str = "loss") -> bool:
         """Take an evaluation's numbers; True if its model is the best so far, `by` its loss or its answers,
-        of equally good ones the one of the lower loss. Without a held-out loss nothing is taken."""
+        of equally good ones the one of the lower loss. An evaluation without the number that decides does
+        not count, neither for nor against."""
         loss = metrics.get("Eval/Loss")
-        if loss is None:
-            return False
-        if self.first_eval_loss is None:
-            self.first_eval_loss = loss
-        self.last_eval_loss, self.last_eval_step = loss, step
+        if loss is not None:
+            self.first_eval_loss = loss if self.first_eval_loss is None else self.first_eval_loss
+            self.last_eval_loss, self.last_eval_step = loss, step
         score = metrics.get("Eval/Answer_Score") if by == "answers" else None
-        if math.isfinite(loss) and self._is_better(loss, score, by):
+        if (loss if by == "loss" else score) is None:
+            return False
+        if (loss is None or math.isfinite(loss)) and self._is_better(loss, score):
             self.best_eval_loss, self.best_score = loss, score
             self.best_step, self.evals_without_gain = step, 0
             return True
         self.evals_without_gain += 1
         return False
 
-    def _is_better(self, loss: float, score: float | None, by: str) -> bool:
-        if by == "answers" and score is None:  # nothing was judged
-            return False
-        if self.best_eval_loss is None or (score is not None and self.best_score is None):
-            return True
-        best = 0.0 if score is None else self.best_score
-        return ((score or 0.0), -loss) > (best, -self.best_eval_loss)
+    def _is_better(self, loss: float | None, score: float | None) -> bool:
+        """score: None where the loss decides. What decides now may not have decided before."""
+        if score is None:
+            return self.best_eval_loss is None or loss < self.best_eval_loss
+        if self.best_score is None or score != self.best_score:
+            return self.best_score is None or score > self.best_score
+        return None not in (loss, self.best_eval_loss) and loss < self.best_eval_loss
 
     def go_on_from(self, later: "TrainState", failed: int) -> None:
         """This state is that of a rollback: keep what the later one knows and going back doesn't undo.

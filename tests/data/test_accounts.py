@@ -239,3 +239,31 @@ def test_a_run_refuses_what_would_lose_too_much(tmp_path, data, tiny_run, capfd)
         assert "9 of 12 samples are left out: their text spells a control token" in said
         assert "--control-tokens split keeps them" in said
     assert not list((tmp_path / "out").glob("training_logs/*"))
+
+
+def test_general_text_of_ours_does_not_count(accounts, qwen3):
+    """With --replay and without, the accounts, what is refused and the longest samples are the same."""
+    long, broken = record(0, thinking="想" * 600), ["{\n"] * 3
+    lines = [*(record(i) for i in range(1, 17)), long, *broken, record(20, answer="答<|im_end|>")]
+    for length in (64, 256):  # general texts are too long, too, or not
+        settings = up_to(length, max_broken_fraction=0.5)
+        alone = accounts(lines, settings)
+        beside = accounts(lines, replace(settings, replay=0.2))
+        assert len(beside.general) == 34 and len(beside.read.samples) > len(alone.read.samples)
+        assert beside.rows() == alone.rows()
+    with pytest.raises(UserError, match="3 of 21 samples are broken"):
+        accounts(lines, up_to(256, replay=0.5))
+
+
+def test_general_text_does_not_shorten_what_99_percent_have(tmp_path, qwen3):
+    path = tmp_path / "mine.jsonl"
+    lines = [record(i, thinking="想" * (3000 if i < 1 else 20)) for i in range(90)]
+    path.write_text("".join(lines), encoding="utf-8")
+    found = []
+    for share in (0.0, 0.2):
+        settings = DataSettings(data_path=(str(path),), replay=share)
+        read, _ = read_data(settings)
+        data = prepare_data(split_samples(read, settings), qwen3, settings)
+        found.append(sorted(data.own_lengths.tolist()))
+        assert len(data.lengths) == 90 + 34 * bool(share)
+    assert found[0] == found[1]

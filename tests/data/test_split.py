@@ -6,13 +6,17 @@ import numpy as np
 import pytest
 
 from finetuning.common.errors import UserError
+from finetuning.config import DataSettings
 from finetuning.data.near_duplicates import jaccard
 from finetuning.data.split import (
     Split,
+    replay_text,
     split_held_out,
+    split_samples,
     weighted_by_tokens,
     weighted_indices,
 )
+from finetuning.readers.dataset import SampleSet, read_samples
 from finetuning.readers.sample import Sample
 from tests.helpers.similar_texts import similar_texts
 
@@ -62,7 +66,7 @@ def test_weights_by_tokens_are_shares_of_the_tokens():
 
     def split(seed: int = 0) -> Split:
         read = SimpleNamespace(samples=data)
-        return Split(read, own, own[:0], None, None, replayed=general, seed=seed)
+        return Split(read, own, own[:0], None, None, general, replayed=general, seed=seed)
 
     weights = {"a.md": 0.94, "d": 0.06}
     picked = weighted_by_tokens(split(), weights, 0.0, tokens)
@@ -156,3 +160,35 @@ def test_of_many_samples_no_more_are_held_out_than_asked():
     some = {n: set(split_held_out(samples, 0.2, at_most=n)[1].tolist()) for n in (1, 10, 40, 9999)}
     assert some[1] < some[10] < some[40] < everything == some[9999]
     assert [len(some[n]) for n in (1, 10, 40)] == [1, 10, 40]
+
+
+def _with_general(
+    samples: list[Sample], replay: float, **settings: float
+) -> tuple[set[str], Split]:
+    """The held-out ids of a run with this share of general text."""
+    general = list(read_samples([replay_text()]).samples) if replay else []
+    read = SampleSet([*samples, *general], (), {}, f"{replay}")
+    split = split_samples(read, DataSettings(replay=replay, **settings))
+    assert not {*split.train, *split.held_out} & set(split.replayed)
+    return {read.samples[int(i)].id for i in split.held_out}, split
+
+
+@pytest.mark.parametrize("count", [10, 12, 60])
+def test_general_text_changes_nothing_of_what_is_held_out(count: int):
+    for seed in range(5):
+        samples = _samples(similar_texts(count, seed=seed, changed=count // 2))
+        alone, _ = _with_general(samples, 0.0)
+        beside, _ = _with_general(samples, 0.2)
+        assert alone and alone == beside
+        assert _with_general(samples, 0.2, max_eval_samples=1)[0] <= alone
+
+
+def test_a_general_text_that_is_held_out_too_is_not_replayed():
+    general = list(read_samples([replay_text()]).samples)
+    others = _samples(similar_texts(30, seed=3))
+    copies = [Sample(question=g.question, thinking="", answer=g.answer) for g in general]
+    ids, split = _with_general([*copies, *others], 0.2, eval_fraction=0.3)
+    assert ids == _with_general([*copies, *others], 0.0, eval_fraction=0.3)[0]
+    held_out = {split.read.samples[int(i)].question for i in split.held_out}
+    replayed = {split.read.samples[int(i)].question for i in split.replayed}
+    assert held_out & {g.question for g in general} and not held_out & replayed

@@ -309,9 +309,46 @@ def test_by_answers_the_best_answers_win_and_of_equal_ones_the_lower_loss():
         told.append(state.note_evaluation(step, metrics, "answers"))
     assert told == [True, True, False, True, False]
     assert (state.best_step, state.best_eval_loss, state.best_score) == (3, 4.0, 0.6)
-    assert state.evals_without_gain == 1 and state.last_eval_loss == 9.0
+    assert state.evals_without_gain == 0, "where nothing was judged, nothing was worse"
+    assert state.last_eval_loss == 9.0
+    assert not state.note_evaluation(6, {"Eval/Loss": 1.0, "Eval/Answer_Score": 0.1}, "answers")
+    assert state.evals_without_gain == 1
     by_loss = TrainState(best_eval_loss=1.0, best_step=5)  # of a session in which the loss decided
     assert by_loss.note_evaluation(6, {"Eval/Loss": 2.0, "Eval/Answer_Score": 0.1}, "answers")
+
+
+def test_without_a_held_out_loss_the_answers_decide():
+    state = TrainState()
+    scores = [0.2, 0.5, 0.5, 0.1]
+    told = [
+        state.note_evaluation(i, {"Eval/Answer_Score": x}, "answers") for i, x in enumerate(scores)
+    ]
+    assert told == [True, True, False, False]
+    assert (state.best_step, state.best_score, state.best_eval_loss) == (1, 0.5, None)
+    assert state.evals_without_gain == 2
+    assert not state.note_evaluation(4, {"Eval/Answer_Score": 0.9}, "loss")
+    assert not state.note_evaluation(4, {}, "answers") and state.evals_without_gain == 2
+
+
+@pytest.mark.slow
+def test_own_questions_choose_the_model_of_a_run_without_held_out_samples(
+    tiny_run, tiny_data, tmp_path, monkeypatch, capsys
+):
+    """The second evaluation of the training is the best by what the questions get, and the run ends early."""
+    scores = iter([0.0, 0.2, 0.6, 0.5, 0.4])
+    monkeypatch.setattr(
+        "finetuning.evaluation.evaluator.probe_metrics",
+        lambda *_: {"Eval/Answer_Score": next(scores)},
+    )
+    asked = ["--eval-fraction", "0", "--probe-path", str(tiny_data), "--num-probes", "2"]
+    rules = ["--best-by", "answers", "--early-stopping-patience", "2", "--eval-steps", "1"]
+    assert tiny_run(tmp_path, *asked, *rules, "--probe-max-new-tokens", "4") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    out = tmp_path / "out"
+    assert json.loads((out / "best_model" / "origin.json").read_text())["step"] == 2
+    status = json.loads(next(out.glob("training_logs/*/status.json")).read_text())
+    assert (status["status"], status["result"]) == ("stopped", "best_model")
+    assert "of step 2, answer score 0.6 (" in said and "best answers: score 0.6 at step 2" in said
 
 
 @pytest.mark.slow

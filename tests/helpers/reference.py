@@ -145,14 +145,14 @@ class Adapters:
 
 @dataclass
 class Evaluation:
-    """Of each held-out sample its sums, and the adapters; the mean KL(base‖model) of a learnt token of the
-    held-out and of the general samples, and the loss on the latter."""
+    """Of each held-out and of each general sample its sums, and the adapters; the mean KL(base‖model) of a
+    learnt token of either."""
 
     samples: list[Sums]
     adapters: Adapters
+    general: list[Sums]
     kl_held_out: float = math.nan
     kl_general: float = math.nan
-    general_loss: float = math.nan
 
     @property
     def sums(self) -> Sums:
@@ -346,14 +346,9 @@ class PlainTraining:
     def evaluate(self) -> Evaluation:
         self.model.eval()
         samples = [losses_of(self.model, d, self.close_id)[1] for d in self.held_out]
-        general = sum((losses_of(self.model, d, self.close_id)[1] for d in self.general), Sums())
-        return Evaluation(
-            samples,
-            self.adapters(),
-            self.divergence(self.held_out),
-            self.divergence(self.general),
-            general.mean() if self.general else math.nan,
-        )
+        general = [losses_of(self.model, d, self.close_id)[1] for d in self.general]
+        distances = self.divergence(self.held_out), self.divergence(self.general)
+        return Evaluation(samples, self.adapters(), general, *distances)
 
     def divergence(self, documents: Sequence[Document]) -> float:
         """The mean KL(base‖model) of a supervised token."""

@@ -15,7 +15,8 @@ from transformers import (
 
 from finetuning.model import decoding
 from finetuning.model.decoding import Decoder, Request, StaticDecoder, written_tokens
-from finetuning.model.sampling import Sampling
+from finetuning.model.sampling import GREEDILY, Sampling
+from finetuning.rules import LOWEST_TEMPERATURE
 
 SIZES = {
     "vocab_size": 96,
@@ -29,6 +30,7 @@ END, MOST = 1, 21
 IDS = torch.tensor([[0, 0, 0, 7, 8], [3, 4, 5, 6, 9], [0, 5, 6, 7, 8]])
 MASK = (IDS > 0).long()
 ASKED = Request(IDS, MASK, MOST, END)
+CERTAIN = GREEDILY.chooser(len(IDS), MOST, IDS.device)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,7 @@ def test_buffers_that_stay_give_the_tokens_of_generate(model):
     expected = until_end(expected_tokens(model))
     assert len({tuple(row) for row in expected}) == 3 and max(map(len, expected)) > 8
     with decoding._one_token_attention(model):
-        found = written_tokens(StaticDecoder(model, ASKED), ASKED, record=False)
+        found = written_tokens(StaticDecoder(model, ASKED), ASKED, CERTAIN, record=False)
     assert until_end(found) == expected
     assert model.config._attn_implementation == "sdpa"
 
@@ -86,7 +88,7 @@ def test_scores_are_those_of_generate(model):
 
 def test_it_ends_where_all_rows_ended_or_enough_is_written(model, monkeypatch):
     def written(request: Request) -> torch.Tensor:
-        return written_tokens(StaticDecoder(model, request), request, record=False)
+        return written_tokens(StaticDecoder(model, request), request, CERTAIN, record=False)
 
     with torch.no_grad(), decoding._one_token_attention(model):
         told: list[int] = []
@@ -163,12 +165,12 @@ def test_what_the_graph_can_not_do_is_told_once_and_left_to_generate(model, monk
 
 @torch.no_grad()
 def test_drawn_tokens_are_those_of_the_seed_by_every_way(model):
-    drawn = replace(ASKED, sampling=Sampling(0.9, seed=3))
+    choose = Sampling(0.9, seed=3).chooser(len(IDS), MOST, IDS.device)
     decoder, other = (Decoder(model, sampling=Sampling(0.9, seed=seed)) for seed in (3, 4))
     state = torch.get_rng_state()
     own = until_end(decoder.write(ASKED))
     with decoding._one_token_attention(model):
-        kept = written_tokens(StaticDecoder(model, drawn), drawn, record=False)
+        kept = written_tokens(StaticDecoder(model, ASKED), ASKED, choose, record=False)
     assert own == until_end(kept) == until_end(decoder.write(ASKED))
     assert own != until_end(expected_tokens(model)), "greedy"
     assert own != until_end(other.write(ASKED))
@@ -193,3 +195,30 @@ def test_a_token_that_is_nearly_certain_is_drawn_and_equal_ones_all_are():
     assert Sampling(0.6).chooser(100, 1, device)(certain, 0).eq(1).all()
     equal = torch.zeros(2000, 4)
     assert set(Sampling(0.6, top_p=1.0).chooser(2000, 1, device)(equal, 0).tolist()) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_scores_that_are_no_numbers_still_give_a_token(bad: float):
+    """Of a whole row, or of one score; the rows beside it are drawn as ever."""
+    scores = torch.randn(3, 7, generator=torch.Generator().manual_seed(0))
+    alone = Sampling(0.6, seed=2).chooser(3, 1, torch.device("cpu"))(scores, 0)
+    for place in (slice(None), 4):
+        broken = scores.clone()
+        broken[1, place] = bad
+        found = Sampling(0.6, seed=2).chooser(3, 1, torch.device("cpu"))(broken, 0)
+        assert 0 <= found[1] < 7 and found[[0, 2]].equal(alone[[0, 2]])
+        if place == 4:
+            assert (found[1] == 4) == (bad != float("-inf"))
+
+
+@torch.no_grad()
+def test_a_model_whose_scores_are_no_numbers_writes_its_answers_to_the_end():
+    broken = Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=16)).eval()
+    broken.lm_head.weight.fill_(float("nan"))
+    assert Decoder(broken, sampling=Sampling(0.6)).write(ASKED).shape == (3, MOST)
+
+
+def test_the_lowest_temperature_takes_the_most_probable_token():
+    scores = torch.randn(50, 9, generator=torch.Generator().manual_seed(0)) * 10
+    choose = Sampling(LOWEST_TEMPERATURE).chooser(50, 1, torch.device("cpu"))
+    assert choose(scores, 0).equal(scores.argmax(1))

@@ -205,6 +205,7 @@ def test_bad_input_is_one_clear_line(tmp_path, tiny_model, capsys):
         "is empty": [" "],
         "needs a question": ["--compare"],
         "--temperature": [QUESTION, "--temperature", "-1"],
+        "0, or 0.01 or more": [QUESTION, "--temperature", "1e-40"],
         "whole model": [QUESTION, "--adapter", str(tiny_model), "--compare"],
     }
     for expected, arguments in cases.items():

@@ -11,6 +11,7 @@ import pytest
 
 from finetuning.command_line import parse_command_line
 from finetuning.common import language
+from finetuning.data.split import replay_text
 from finetuning.runs.directory import RUN_PREFIX, RunDirectory
 from finetuning.runs.findings import KINDS, command, findings
 from finetuning.runs.recorded import find_runs, read_recorded
@@ -47,6 +48,7 @@ def recorded(folder: Path, files: dict):
     (run.logs / "alerts.jsonl").write_text("".join(json.dumps(x) + "\n" for x in files["alerts"]))
     (run.logs / "dataset_statistics.json").write_text(json.dumps(files["dataset"]))
     configuration = {"config": files["settings"], "steps": 200}
+    configuration["automatic"] = files.get("automatic", [])
     configuration["held_out_samples"] = files.get("held_out", {})
     (run.logs / "configuration.json").write_text(json.dumps(configuration))
     return read_recorded(run)
@@ -115,7 +117,7 @@ BUILT = {  # kind: (what makes a run have it, words of its title, settings that 
     "saturated": (by_heart, "by heart", {"num_epochs": 0.8}),
     "stopped_too_early": (goes_on, "too early", {"num_epochs": 6.0}),
     "forgotten": (forgets, "forgets", {"learning_rate": 1e-4}),
-    "data_too_long": (too_long, "too long", {"max_seq_length": 4096}),
+    "data_too_long": (too_long, "too long", {"max_seq_length": "auto"}),
     "source_harmful": (poor_source, "poor.jsonl gets worse", {"data_path": ("good.jsonl",)}),
     "waits_for_data": (waits, "waits for data", {"workers": 4}),
 }
@@ -141,7 +143,7 @@ def test_a_run_with_the_trouble_has_its_finding_and_no_other(tmp_path, kind):
     assert words in found.title and any(c.isdigit() for c in found.evidence)
     config = parse_command_line(shlex.split(found.command)[4:]).training
     for name, value in settings.items():
-        same = value if isinstance(value, tuple) else pytest.approx(value)
+        same = value if isinstance(value, tuple | str) else pytest.approx(value)
         assert getattr(config, name) == same, name
     if "data_path" not in settings:
         assert tuple(config.data_path) == ("good.jsonl", "poor.jsonl"), "its settings come along"
@@ -276,6 +278,60 @@ def test_the_run_without_a_source_differs_from_the_run(tmp_path):
         if more:
             assert fewer["data_weights"] == [0.5]
         assert fewer is None or command(run, **fewer) != command(run)
+
+
+def test_where_the_program_chose_the_length_another_setting_is_named(tmp_path):
+    """A longer sample does not fit: twice the length would not either."""
+    cases = {
+        "off": ({"gradient_checkpointing": "off"}, "gradient_checkpointing", "auto"),
+        "drop": ({}, "over_length", "truncate_thinking"),
+        "shortened": ({"over_length": "truncate_thinking"}, None, None),
+    }
+    for case, (settings, name, value) in cases.items():
+        files = healthy()
+        too_long(files)
+        files["settings"] |= settings
+        files["automatic"] = ["max_seq_length"]
+        found = findings(recorded(tmp_path / case, files))
+        assert len(found) == bool(name)
+        if name:
+            config = parse_command_line(shlex.split(found[0].command)[4:]).training
+            assert getattr(config, name) == value and config.max_seq_length == "auto"
+            assert "memory or the model" in found[0].title
+            assert language.in_chinese(found[0].title) != found[0].title
+
+
+def test_shares_of_tokens_stay_what_they_were(tmp_path):
+    """Of a folder of several files none has the folder's share; a source of no weight is not left alone."""
+    sources = {"/d/good.jsonl": 9, "/d/other.jsonl": 9, "/d/poor.jsonl": 9, "/e.jsonl": 9}
+    for number, (by, paths, weights, wanted) in enumerate(
+        [
+            ("tokens", ["/d", "/e.jsonl"], [0.4, 0.6], None),
+            ("samples", ["/d", "/e.jsonl"], [0.4, 0.6], [0.4, 0.4, 0.6]),
+            ("tokens", ["/d/poor.jsonl", "/e.jsonl"], [0.4, 0.6], [0.6]),
+            ("samples", ["/d/poor.jsonl", "/e.jsonl"], [1.0, 0.0], None),
+            ("samples", ["/d/good.jsonl", "/d"], [2.0, 1.0], [2.0, 1.0]),
+        ]
+    ):
+        files = healthy()
+        files["settings"] |= {"data_path": paths, "data_weights": weights, "data_weights_by": by}
+        files["dataset"]["samples_per_file"] = sources
+        fewer = without_source(recorded(tmp_path / str(number), files), "/d/poor.jsonl")
+        assert (fewer or {}).get("data_weights") == wanted
+        if fewer:
+            assert len(fewer["data_path"]) == len(set(fewer["data_path"])) == len(wanted)
+
+
+def test_general_text_of_ours_is_left_out_by_its_own_setting(tmp_path):
+    files = healthy()
+    files["settings"] |= {"replay": 0.2}
+    files["dataset"]["samples_per_file"] = {"good.jsonl": 9, "poor.jsonl": 9, replay_text(): 34}
+    files["alerts"] += [
+        alert("Source_Regression", losses="training", source=replay_text().lstrip("/"))
+    ]
+    (found,) = findings(recorded(tmp_path, files))
+    config = parse_command_line(shlex.split(found.command)[4:]).training
+    assert config.replay == 0 and config.data_path == ("good.jsonl", "poor.jsonl")
 
 
 def test_a_source_that_can_not_be_left_out_is_to_be_looked_at(tmp_path):

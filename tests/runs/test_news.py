@@ -72,9 +72,8 @@ def test_every_service_hears_begin_and_end_in_the_language_of_the_run(
             and "步数: 3" in "\n".join(begun).replace("：", ": ")
         )
         assert done[0] == f"训练完成 {name}" and done[1].startswith("完成：3 步")
-        assert any(
-            re.fullmatch(r"留出损失: .+ ± .+ → .+ ± .+ \((变好|变差)\)", line) for line in done
-        )
+        told = "three steps change nothing that is more than chance: no verdict stands behind the numbers"
+        assert any(re.fullmatch(r"留出损失: \S+ ± \S+ → \S+ ± \S+", line) for line in done), told
         assert not any("--logdir" in line for line in done)
     printed = capfd.readouterr()
     for secret in (TOKEN, SECRET):

@@ -19,6 +19,7 @@ from finetuning.common.arguments import parsed
 from finetuning.common.bounds import REPORT_CPU, REPORT_MEMORY, REPORT_WALL
 from finetuning.common.errors import UserError, exit_code
 from finetuning.common.formatting import shown
+from finetuning.common.language import in_chinese
 from finetuning.common.terminal import Terminal
 from finetuning.evaluation.generation import Completion, EvalPrompt, samples_text
 from finetuning.readers.sample import Sample
@@ -64,12 +65,14 @@ def test_the_first_table_is_the_base_against_the_tuned_model(run):
             "Eval/Loss": 2.0,
             "Eval/Loss_Error": 0.1,
             "Forgetting/General_Loss": 1.5,
+            "Forgetting/General_Loss_Error": 0.05,
             "Eval/Term_Recall": 0.2,
         },
         {
             "Eval/Loss": 1.5,
             "Eval/Loss_Error": 0.2,
             "Forgetting/General_Loss": 1.75,
+            "Forgetting/General_Loss_Error": 0.05,
             "Eval/Term_Recall": 0.2,
         },
     ]
@@ -81,7 +84,7 @@ def test_the_first_table_is_the_base_against_the_tuned_model(run):
     assert cells == [
         *("held-out loss", "2 ± 0.2", "1.5 ± 0.4", "better"),
         *("terms of the reference named", "0.2", "0.2", ""),
-        *("loss on general text", "1.5", "1.75", "worse"),
+        *("loss on general text", "1.5 ± 0.1", "1.75 ± 0.1", "worse"),
     ]
     answers = [{"place": f"a:{i}", "question": f"第{i}问<b>", "thinking": ""} for i in range(9)]
     for name, step, losses, scores in (
@@ -111,6 +114,10 @@ def test_the_first_table_is_the_base_against_the_tuned_model(run):
         *("held-out questions by loss", "2 better, 1 worse"),
         *(f"-0.2833 ± {shown(error)}", ""),
     ]
+    found |= {"held_out": 5000}
+    (run.logs / "after.json").write_text(json.dumps(found), encoding="utf-8")
+    assert "3 of 5000 held-out questions by loss" in page(read_recorded(run))
+    assert in_chinese("3 of 5000 held-out questions by loss") == "5000 个留出问题中的 3 个，按损失"
     assert cells[16:20] == ["questions by answer", "6 better, 1 worse", "1 alike", ""]
     better, worse = first.split("<details>")[1:3]
     assert "Answered better (5/6)" in better and "before0" in better and "after0" in better

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from finetuning.common.distributed import init_distributed
+from finetuning.common.language import in_chinese
 from finetuning.common.terminal import Terminal
 from finetuning.config import NO_LIMIT, DirectTrainingConfig
 from finetuning.runs.plan import plan_run
@@ -26,13 +27,22 @@ MANY = np.r_[np.full(985, 700), np.full(10, 3000), np.full(5, 9001)]  # 99% have
         (NO_LIMIT, 8000, 8000, "the model 8,000 positions, which fit the memory"),
         (9023, NO_LIMIT, 3008, "too many for the memory; 99% have no more"),
         (3007, NO_LIMIT, 2944, "no more fit the memory"),
-        (100, NO_LIMIT, 2048, "no more fit the memory"),
-        (NO_LIMIT, 1024, 1024, "the model 1,024 positions"),
+        (100, NO_LIMIT, 2048, "too many for the memory; a row has 2,048, which may be, too"),
+        (9023, 8000, 8000, "the model 8,000 positions, which fit the memory"),
+        (7000, 8000, 3008, "positions, too many for the memory; 99% have no more"),
+        (2500, 8000, 2496, "positions; no more fit the memory"),
     ],
 )
 def test_a_length_is_that_of_the_data_or_what_the_memory_takes(room, positions, tokens, said):
     chosen, reason = choose_length(MANY, positions, lambda length: length <= room)
     assert chosen == tokens and said in reason
+    assert in_chinese(reason) != reason
+
+
+def test_no_word_of_the_memory_where_nobody_asked_it():
+    chosen, reason = choose_length(MANY, 1024, lambda _: pytest.fail("asked"))
+    assert (chosen, reason) == (1024, "the longest sample has 9,001, the model 1,024 positions")
+    assert in_chinese(reason) != reason
 
 
 def test_short_samples_leave_the_rows_as_they_are():
@@ -42,7 +52,7 @@ def test_short_samples_leave_the_rows_as_they_are():
 
 def test_where_the_memory_is_not_known_99_percent_are_kept():
     chosen, reason = choose_length(MANY, NO_LIMIT, lambda _: None)
-    assert chosen == 3008 and "not known" in reason
+    assert chosen == 3008 and "not known" in reason and in_chinese(reason) != reason
 
 
 def test_what_was_set_counts_and_a_checkpoint_decides_the_rest():
@@ -103,9 +113,7 @@ def test_what_does_not_fit_is_left_out_and_told(config, monkeypatch):
     )
     plan = plan_run(config, dist, Terminal(quiet=True))
     assert plan.settings["max_seq_length"] == 2048
-    assert (
-        "no more fit the memory" in plan.inputs.length.text() or "99%" in plan.inputs.length.text()
-    )
+    assert "no more fit the memory" in plan.inputs.length.text()
     assert dict(plan.inputs.accounts[0].rows())["too long"].startswith("1 of 61 (1.6%)")
 
 

@@ -115,19 +115,23 @@ def distances_from_the_base(cpu: CpuRun) -> None:
     for tag, of in {
         "KL_Held_Out": lambda evaluation: evaluation.kl_held_out,
         "KL_General": lambda evaluation: evaluation.kl_general,
-        "General_Loss": lambda evaluation: evaluation.general_loss,
+        "General_Loss": lambda evaluation: sum(evaluation.general, Sums()).mean(),
     }.items():
         values = {step: of(evaluation) for step, evaluation in found.items()}
         assert len(set(values.values())) > 2, "nothing to see"
         cpu.values.scalars(f"Forgetting/{tag}", values, rel=1e-4, abs=1e-6)
+    errors = {step: error_of(evaluation.general) for step, evaluation in found.items()}
+    cpu.values.scalars("Forgetting/General_Loss_Error", errors, rel=1e-3)
 
 
-def error_of(samples: list[Sums]) -> float:
-    """By the delta method: each sample's deviation from what its tokens would have at the mean loss."""
-    mean = sum(samples, Sums()).mean()
-    off = [sum(s.loss[part] for part in PARTS) - mean * s.targets for s in samples]
+def error_of(samples: list[Sums], *parts: str, of: str = "loss") -> float:
+    """By the delta method: each sample's deviation from what its tokens would have at the mean."""
+    counts = [sum(s.count[part] for part in parts or PARTS) for s in samples]
+    totals = [sum(getattr(s, of)[part] for part in parts or PARTS) for s in samples]
+    mean = sum(totals) / sum(counts)
+    off = [t - mean * n for t, n in zip(totals, counts, strict=True) if n]
     variance = sum(value**2 for value in off) / (len(off) - 1)
-    return math.sqrt(len(off) * variance) / sum(s.targets for s in samples)
+    return math.sqrt(len(off) * variance) / sum(counts)
 
 
 def held_out_losses(cpu: CpuRun) -> None:
@@ -141,8 +145,15 @@ def held_out_losses(cpu: CpuRun) -> None:
     for tag, parts in tags.items():
         losses = cpu.evaluated(lambda sums, p=parts: sums.mean(*p))
         cpu.values.scalars(f"Eval/{tag}", losses, **CLOSE_TO)
-    errors = {step: error_of(found.samples) for step, found in cpu.reference.evaluations.items()}
-    cpu.values.scalars("Eval/Loss_Error", errors, rel=1e-3)
+    for tag, parts, of in (
+        ("Loss", (), "loss"),
+        ("Thinking_Loss", ("thinking",), "loss"),
+        ("Answer_Loss", ("answer",), "loss"),
+        ("Token_Accuracy", (), "correct"),
+    ):
+        found = cpu.reference.evaluations.items()
+        errors = {step: error_of(e.samples, *parts, of=of) for step, e in found}
+        cpu.values.scalars(f"Eval/{tag}_Error", errors, rel=1e-3)
     perplexity = cpu.evaluated(lambda sums: math.exp(sums.mean()))
     cpu.values.scalars("Eval/Perplexity", perplexity, rel=1e-4)
     right = cpu.evaluated(lambda sums: sums.accuracy())
@@ -211,20 +222,25 @@ def answers_to_the_probes(cpu: CpuRun) -> None:
     valid = dict(zip(EVALUATED, (0, 2 / 4, 2 / 4, 3 / 4, 2 / 3), strict=True))
     values.scalars("Eval/Format_Valid_Rate", valid)
     # Question 1 wants SM4 and SM3, 2 wants SM2, 3 wants SM9 and SM2, 4 nothing.
-    recall = [0, (1 / 2 + 0 + 1) / 3, (1 / 2 + 0 + 0) / 3, (1 + 1 + 1 / 2) / 3, (1 / 2 + 0 + 0) / 3]
-    values.scalars("Eval/Term_Recall", dict(zip(EVALUATED, recall, strict=True)))
+    terms = [0, (1 / 2 + 0 + 1) / 3, (1 / 2 + 0 + 0) / 3, (1 + 1 + 1 / 2) / 3, (1 / 2 + 0 + 0) / 3]
+    terms = dict(zip(EVALUATED, terms, strict=True))
+    values.scalars("Eval/Term_Recall", terms)
     exact = dict(zip(EVALUATED, (0, 1 / 2, 1, 0, 1), strict=True))
     values.scalars("Eval/Exact_Answer", exact)
     # The numbers 35 and 1,250 are all that must be exact of the references.
     values.scalars("Eval/Fact_Recall", exact)
     # Valid and right: of 1 and 2 the number counts, of 3 two terms; 4 has nothing that could be wrong.
     scores = [0, (1 + 0 + 1 + 0) / 4, (1 + 1 + 0 + 0) / 4, (0 + 0 + 1 / 2 + 0) / 4, (1 + 1 + 0) / 3]
-    values.scalars("Eval/Answer_Score", dict(zip(EVALUATED, scores, strict=True)))
+    scores = dict(zip(EVALUATED, scores, strict=True))
+    values.scalars("Eval/Answer_Score", scores)
     judged = dict(zip(EVALUATED, (3, 4, 4, 4, 3), strict=True))
     for tag, rates, counts in (
         ("Budget_Hit_Rate", cut, dict.fromkeys(EVALUATED, 4)),
         ("Format_Valid_Rate", valid, judged),
         ("Exact_Answer", exact, dict.fromkeys(EVALUATED, 2)),
+        ("Fact_Recall", exact, dict.fromkeys(EVALUATED, 2)),
+        ("Term_Recall", terms, dict.fromkeys(EVALUATED, 3)),
+        ("Answer_Score", scores, judged),
     ):
         ends = {step: interval_of(rates[step], counts[step]) for step in EVALUATED}
         for place, end in enumerate(("Low", "High")):
