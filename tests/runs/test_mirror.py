@@ -258,7 +258,8 @@ def test_a_run_that_goes_on_elsewhere_keeps_its_newest(
 
 def test_two_sessions_of_a_run_at_once_keep_what_each_has_just_saved(tmp_path: Path, memory: str):
     sessions = [begin(tmp_path / name, memory, keep=1) for name in ("a", "b")]
-    checkpoint(tmp_path / "a", 50), checkpoint(tmp_path / "a", 60)  # its numbers are higher
+    for step in (50, 60):  # its numbers are higher
+        checkpoint(tmp_path / "a", step)
     with sessions[0][0], sessions[1][0]:
         for step in (2, 3, 4, 5):
             folder, (mirror, heard) = tmp_path / "ab"[step % 2], sessions[step % 2]

@@ -173,7 +173,9 @@ def test_a_card_never_shows_a_later_evaluation(step: int, evaluated: int | None,
     series = {"Eval/Loss": [(0, 2.0), (20, 1.5), (40, 1.2), (60, 1.9)]}
     assert newest_evaluation(series, step) == evaluated
     if evaluated is not None:
-        assert [(c.before, c.after) for c in changes(series, evaluated)] == [(2.0, after)]
+        assert [(c.before.value, c.after.value) for c in changes(series, evaluated)] == [
+            (2.0, after)
+        ]
 
 
 def test_without_an_evaluation_of_the_base_nothing_is_compared():
