@@ -45,6 +45,7 @@ except SystemExit as error:
         (["--data-path", "elsewhere/raw"], 2, "no folder elsewhere"),
         (["--data-path", "my_qa.jsonl"], 2, "there is no my_qa.jsonl"),
         (["--mirror", "nosuch://place"], 2, "Protocol not known"),
+        (["--output-dir", "out", "--mirror", "out/copy"], 2, "give the mirror a place of its own"),
         (["--notify", "slack=env:NO_SUCH_ROBOT"], 2, "no variable NO_SUCH_ROBOT"),
         (["--eval-path", "data/raw/01_symmetric.pdf"], 2, "there is no data/raw/01_symmetric.pdf"),
     ],
