@@ -159,9 +159,8 @@ def _measured(origin: Mapping[str, Any]) -> dict[str, str]:
 
 def _use(kind: Kind) -> str:
     code = f"```python\n{_PEFT if kind == 'adapter' else _TRANSFORMERS}{_ASKING}\n```"
-    return (
-        _OURS if kind == "adapter" else _SERVERS
-    ) + f"In Python, in the folder that holds this one:\n\n{code}"
+    programs = _OURS if kind == "adapter" else _SERVERS
+    return f"{programs}In Python, in the folder that holds this one:\n\n{code}"
 
 
 def _share(kind: Kind, name: str) -> str:
