@@ -204,6 +204,14 @@ def test_no_translation_is_half_in_english():
         "allows. What helps: mend them (--check-data lists them); or raise --max-broken-fraction",
         "nothing to train on: 14 broken, 2 no thinking",
         "up to 1; at most 1 are kept",
+        "3; at most 1 are kept",
+        "no: try --quantization 4bit, --max-seq-length 1024, more GPUs with --parallel fsdp",
+        "none: nothing is held out",
+        "serve it: ollama create crypto -f a/b/Modelfile",
+        "warning: GPU_0/Power_W is absent: NVMLError: Not Supported",
+        "warning: no CUDA graph, kernels are launched one by one: dropout draws random numbers",
+        "warning: mirror a/b: old checkpoints can't be removed (OSError: X1); the run goes on, and the next "
+        "save tries again",
         "total, tokens, estimated",
         "error: configuration: fp16 is 'true', must be False here; learning_rate is 'fast', must be 'auto' "
         "or float",
