@@ -13,7 +13,7 @@ from typing import Any
 from finetuning.common.formatting import four_digits
 from finetuning.common.text import REDACTED
 from finetuning.config import PARTLY_SHOWN, DirectTrainingConfig
-from finetuning.runs.recorded import Points, RecordedRun
+from finetuning.runs.recorded import RecordedRun
 from finetuning.runs.source_finding import without_source, worse_source
 
 MOST = 5
@@ -98,15 +98,9 @@ def _alerts(run: RecordedRun, *names: str) -> list[Mapping[str, Any]]:
     return [alert for alert in run.alerts.newest if alert.get("name") in names]
 
 
-def _finite(points: Points) -> Points:
-    return [
-        (step, value) for step, value in points if value == value and abs(value) != float("inf")
-    ]
-
-
 def _quarters(run: RecordedRun, tag: str) -> tuple[float, float, float] | None:
     """Means of a tag over the first tenth, the third and the last quarter; None with under 16 points."""
-    values = [value for _, value in _finite(run.series.get(tag, []))]
+    values = list(run.finite(tag).values())
     n = len(values)
     if n < 16:
         return None
@@ -153,7 +147,7 @@ def rate_too_low(run: RecordedRun) -> NextStep | None:
 
 def overfitted(run: RecordedRun) -> NextStep | None:
     """The held-out loss was best long before the end."""
-    held_out = _finite(run.series.get("Eval/Loss", []))
+    held_out = list(run.finite("Eval/Loss").items())
     if len(held_out) < 3:
         return None
     step, best = min(held_out, key=lambda point: point[1])
@@ -173,7 +167,7 @@ def overfitted(run: RecordedRun) -> NextStep | None:
 
 def stopped_too_early(run: RecordedRun) -> NextStep | None:
     """The loss was still falling when the schedule had come to its end, on held-out data too."""
-    means, held_out = _quarters(run, "Training/Loss"), _finite(run.series.get("Eval/Loss", []))
+    means, held_out = _quarters(run, "Training/Loss"), list(run.finite("Eval/Loss").items())
     if means is None or rate_too_low(run) or rate_too_high(run):
         return None
     _, before, end = means

@@ -24,7 +24,7 @@ from finetuning.evaluation.generation import (
 )
 from finetuning.model.sampling import Sampling
 
-ENOUGH_JUDGED = 16  # answers of an evaluation by which models can be told apart
+ENOUGH_JUDGED = 16  # answers of an evaluation from which on they choose: large differences show
 
 
 @dataclass(frozen=True)

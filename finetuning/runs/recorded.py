@@ -80,13 +80,17 @@ class RecordedRun:
         points = self.series.get(tag)
         return points[-1][1] if points else None
 
+    def finite(self, tag: str) -> dict[int, float]:
+        """The finite values of a tag by their steps, which rise."""
+        return {step: value for step, value in self.series.get(tag, ()) if math.isfinite(value)}
+
     def highest(self, tag: str) -> float | None:
         """The largest finite value of a tag."""
-        return max((v for _, v in self.series.get(tag, ()) if math.isfinite(v)), default=None)
+        return max(self.finite(tag).values(), default=None)
 
     def lowest(self, tag: str) -> float | None:
         """The smallest finite value of a tag."""
-        return min((v for _, v in self.series.get(tag, ()) if math.isfinite(v)), default=None)
+        return min(self.finite(tag).values(), default=None)
 
     def first(self, tag: str) -> float | None:
         """The oldest value of a tag."""

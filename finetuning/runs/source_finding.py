@@ -8,7 +8,7 @@ from statistics import NormalDist
 from typing import Any
 
 from finetuning.data.split import replay_text
-from finetuning.runs.recorded import Points, RecordedRun
+from finetuning.runs.recorded import RecordedRun
 
 FEWEST = 5  # held-out samples of a source, and of all others, from which something is said of it
 WORSE = 0.05  # rise of a source's held-out loss, as a share of its best
@@ -38,7 +38,7 @@ def worse_source(run: RecordedRun) -> WorseSource | None:
     """
     names = {source.lstrip("/"): source for source in run.dataset().get("samples_per_file") or ()}
     held_out = run.configuration.get("held_out_samples") or {}
-    whole = _finite(run.series.get("Eval/Loss", ()))
+    whole = run.finite("Eval/Loss")
     fell = len(whole) > 1 and whole[max(whole)] < whole[min(whole)]
     judged = [name for name in names if held_out.get(name, 0) >= FEWEST] if fell else []
     worst, most = None, 0.0
@@ -77,14 +77,14 @@ class _Rise:
 
 
 def _rise(run: RecordedRun, name: str, held_out: Mapping[str, int]) -> _Rise | None:
-    own = _finite(run.series.get(FAMILY + name, ()))
-    errors = _finite(run.series.get("Eval/Loss_Error", ()))
+    own = run.finite(FAMILY + name)
+    errors = run.finite("Eval/Loss_Error")
     if len(own) < 3:
         return None
     first, last = min(own, key=own.get), max(own)
     changes = {}
     for other, number in held_out.items():
-        losses = _finite(run.series.get(FAMILY + other, ()))
+        losses = run.finite(FAMILY + other)
         if other != name and number and first in losses and last in losses:
             changes[other] = losses[last] - losses[first]
     rest = sum(held_out[other] for other in changes)
@@ -98,10 +98,6 @@ def _rise(run: RecordedRun, name: str, held_out: Mapping[str, int]) -> _Rise | N
 
 def _quantile(sources: int) -> float:
     return NormalDist().inv_cdf(1 - DOUBT / 2 / sources)
-
-
-def _finite(points: Points) -> dict[int, float]:
-    return {step: value for step, value in points if math.isfinite(value)}
 
 
 def without_source(run: RecordedRun, source: str) -> dict[str, Any] | None:
