@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from finetuning.common.errors import UserError
-from finetuning.data import chat_template
+from finetuning.data import chat_template, tokenization
 from finetuning.data.token_table import TokenizedSamples
 from finetuning.data.tokenization import tokenize_samples
 from finetuning.readers.dataset import SampleSet
@@ -35,8 +35,9 @@ MANY = settings(FEW, max_examples=int(os.environ.get("FUZZ_EXAMPLES", "40")))
 
 @pytest.fixture(autouse=True)
 def trusted(monkeypatch):
-    """These templates come to an end: no child process tries each of them first."""
+    """These templates and this tokenizer come to an end: no child process tries them for each file."""
     monkeypatch.setattr(chat_template, "check_template", lambda text: None)
+    monkeypatch.setattr(tokenization, "check_tokenizer", lambda *given: None)
 
 
 def tokens_of(found: SampleSet, family: str) -> TokenizedSamples | str:
