@@ -63,9 +63,8 @@ class Destination:
         with ExitStack() as stack:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                tempfile.TemporaryFile(
-                    dir=self.path.parent
-                ).close()  # or the lock takes it for held
+                # Where no file can be made, the lock would seem to be held.
+                tempfile.TemporaryFile(dir=self.path.parent).close()
                 stack.enter_context(_locked(self._beside("lock")))
                 self.check_free()  # it may have been filled since
                 self._check_room(needed_bytes)
