@@ -21,6 +21,7 @@ MEASURED_AS_ZERO = {
     *("Eval/Answer_Score", "Eval/Repetition_Rate", "Eval/Budget_Hit_Rate"),
     *(f"Dataset/Quality_Level_{k}_{of}" for k in range(1, 5) for of in ("Count", "Percent")),
     "Final_Dataset/Broken_Samples",
+    *("System/Net_MBps", "System/Disk_Read_MBps"),  # of a machine on which nothing else runs
     "Monitoring/Convergence_Score",
 }
 
