@@ -18,7 +18,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from direct_finetuning_with_existing_modules import DirectTrainer, DirectTrainingConfig
-from finetuning.events.metric_table import find_metric, is_detail
+from finetuning.events.metric_table import find_metric, is_detail, is_quiet
 from finetuning.events.reading import read_run
 from finetuning.training.state import TrainState
 from tests.helpers.tensorboard_server import TensorBoardServer
@@ -124,7 +124,8 @@ def check_events_equal_metrics_jsonl(run: Run) -> str:
     written = {}
     for record in run.metrics:
         for tag, value in record["metrics"].items():
-            if not is_detail(tag):  # those are in metrics.jsonl alone
+            begun = tag in {known for known, _ in written} or not is_quiet(tag) or value
+            if begun and not is_detail(tag):  # those are in metrics.jsonl alone
                 written[tag, record["step"]] = value
     seen = {
         (tag, event.step): event.value

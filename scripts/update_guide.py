@@ -28,6 +28,7 @@ TABS = {
 CONDITIONS = {
     "always": "总是",
     "at the end": "结束时",
+    "once above 0": "第一次大于 0 之后",
     "evaluation": "每次评估",
     "evaluation after step 0": "第 0 步之后的评估",
     "evaluation, end of an epoch": "评估与 epoch 结束",

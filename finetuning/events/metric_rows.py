@@ -151,13 +151,13 @@ Monitoring/Forecast_Final_Loss_High | nats/token | always | monitoring.convergen
     Upper end of the forecast's interval.
 Monitoring/Steps_To_99_Percent | steps | always | monitoring.convergence
     Steps until 99% of the forecast fall of the loss, at the mean learning rate so far; may exceed those left.
-Monitoring/NonFinite_Steps | steps | always | runs.metrics
+Monitoring/NonFinite_Steps | steps | once above 0 | runs.metrics
     Updates left out so far because loss or gradient was NaN or infinite.
-Monitoring/Resume_Count | | always | runs.metrics
+Monitoring/Resume_Count | | once above 0 | runs.metrics
     How often this run was resumed.
 Monitoring/Logging_Overhead_Percent | % | always | runs.metrics
     Time that logged steps took from the training loop: numbers, forecast, alerts and the logger itself.
-Monitoring/Alerts_Active | alerts | always | monitoring.alerts
+Monitoring/Alerts_Active | alerts | once above 0 | monitoring.alerts
     Alerts that are raised now; each has a chart of its own, Alerts/…, once it was.
 Alerts/Gradient_Explosion | 0 or 1 | alerts | monitoring.alerts
     The gradient norm is far above its usual range.

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from finetuning.common import language
 from finetuning.events import metric_rows
 
+QUIET = "once above 0"
+
 
 @dataclass(frozen=True, slots=True)
 class Metric:
@@ -101,6 +103,13 @@ def is_detail(tag: str) -> bool:
     """Whether a number is written to metrics.jsonl only."""
     metric = find_metric(tag)
     return metric is not None and metric.kind == "detail"
+
+
+@functools.cache
+def is_quiet(tag: str) -> bool:
+    """Whether a number has a chart only from its first value above 0 on: a count of what should not be."""
+    metric = find_metric(tag)
+    return metric is not None and metric.when == QUIET
 
 
 @functools.cache

@@ -230,6 +230,8 @@ class StepWriter:
         for tag, number in scalars.items():
             if metric_table.is_detail(tag):
                 continue
+            if not number and tag not in self._described and metric_table.is_quiet(tag):
+                continue
             value = add(tag=tag, simple_value=number)
             if tag not in self._described:
                 self._described.add(tag)

@@ -158,8 +158,11 @@ def overfitted(run: RecordedRun) -> NextStep | None:
     if shorter is None:
         return None
     unit = "steps" if "max_steps" in shorter else "epochs"
+    title = f"The run went on too long: it overfits. Take best_model, and train fewer {unit}."
+    if _setting(run, "best_by") == "answers":  # best_model may be of another step
+        title = f"The run went on too long by its held-out loss: it overfits. Train fewer {unit}."
     return NextStep(
-        f"The run went on too long: it overfits. Take best_model, and train fewer {unit}.",
+        title,
         f"The held-out loss was {four_digits(best)} at step {step}, and {four_digits(last)} at the end.",
         command(run, **shorter),
     )

@@ -102,6 +102,23 @@ def test_details_are_in_json_lines_only(tmp_path):
     assert found[4] == {"Training/By_Source/a.jsonl": 4.0}
 
 
+def test_a_count_of_what_should_not_be_has_a_chart_once_it_is_above_0(tmp_path):
+    """And from then on, 0 included, though a resume comes between; what may well be 0 always has one."""
+    lines, quiet = tmp_path / "metrics.jsonl", "Monitoring/Alerts_Active"
+    counts = [0.0, 0.0, 2.0, 0.0, 0.0, 1.0]
+    for resume, until in ((None, 2), (2, 4), (4, 6)):
+        logger = TensorBoardLogger(
+            tmp_path / "run", metrics_path=lines, resume_step=resume, warn=NO_WARNING
+        )
+        with logger:
+            for step in range((resume or 0) + 1, until + 1):
+                logger.log(step, {quiet: counts[step - 1], "Eval/Exact_Answer": 0.0, "own": 0.0})
+    shown = read_run(tmp_path / "run")
+    assert shown[quiet] == [(3, 2.0), (4, 0.0), (5, 0.0), (6, 1.0)]
+    assert [len(shown[tag]) for tag in ("Eval/Exact_Answer", "own")] == [6, 6]
+    assert [line["metrics"][quiet] for line in read_metrics(lines)] == counts
+
+
 def test_one_event_and_one_line_for_a_step(tmp_path):
     lines = tmp_path / "metrics.jsonl"
     with TensorBoardLogger(tmp_path / "run", metrics_path=lines, warn=NO_WARNING) as logger:

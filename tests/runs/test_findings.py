@@ -256,6 +256,16 @@ def test_an_overfitted_run_is_told_first(tmp_path):
     assert "overfits" in first.title and "poor.jsonl" in second.title
 
 
+@pytest.mark.parametrize("steps", [0, 200])
+def test_where_answers_chose_the_best_model_the_loss_does_not_name_it(tmp_path, steps):
+    files = healthy()
+    overfits(files)
+    files["settings"] |= {"best_by": "answers", "max_steps": steps}
+    (found,) = findings(recorded(tmp_path, files))
+    assert "best_model" not in found.title and "overfits" in found.title
+    assert language.in_chinese(found.title) != found.title
+
+
 def test_the_run_without_a_source_differs_from_the_run(tmp_path):
     """A file that is named, one of a folder, one of a glob with weights, and the only one."""
     cases = {

@@ -11,6 +11,19 @@ from finetuning.events.reading import read_run
 from finetuning.runs.recorded import find_runs, read_recorded
 
 MOST_SCALARS = 120
+# Of a model that has learnt nothing, of data that are all good, and of a run that is too short for a score:
+# these are measured, and are 0 in this run alone.
+MEASURED_AS_ZERO = {
+    *(
+        f"Eval/{name}"
+        for name in ("Format_Valid_Rate", "Exact_Answer", "Fact_Recall", "Term_Recall")
+    ),
+    *("Eval/Answer_Score", "Eval/Repetition_Rate", "Eval/Budget_Hit_Rate"),
+    *(f"Dataset/Quality_Level_{k}_{of}" for k in range(1, 5) for of in ("Count", "Percent")),
+    "Final_Dataset/Broken_Samples",
+    *("System/Net_MBps", "System/Disk_Read_MBps"),  # of a machine on which nothing else runs
+    "Monitoring/Convergence_Score",
+}
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +41,8 @@ def test_a_healthy_run_has_few_charts(curves: Path):
     (run_dir,) = (curves / "tensorboard_logs").iterdir()
     scalars = read_run(run_dir)
     assert len(scalars) <= MOST_SCALARS, len(scalars)
-    flat = [tag for tag, points in scalars.items() if not any(value for _, value in points)]
-    silent = {"Monitoring/NonFinite_Steps", "Monitoring/Resume_Count", "Monitoring/Alerts_Active"}
-    begun = ("Dataset/", "Final_", "Eval/", "System/", "Monitoring/Convergence_Score")
-    assert not [tag for tag in flat if tag not in silent and not tag.startswith(begun)]
+    flat = {tag for tag, points in scalars.items() if not any(value for _, value in points)}
+    assert flat <= MEASURED_AS_ZERO, flat - MEASURED_AS_ZERO
     raised = [tag for tag in scalars if tag.startswith("Alerts/")]
     assert all(any(value for _, value in scalars[tag]) for tag in raised)
 
