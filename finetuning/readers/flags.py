@@ -81,13 +81,16 @@ _FOR_TESTS = word_set(
     "测试 测试集 验证 验证集 评测 评测集 评估 评估集"
 )
 _NUMBER = re.compile(r"\d{1,3}\.\d{1,6}")
+_WITH_REASON = re.compile(r"([是否])[，,。.；;：:（(、\s]")
 _WEIGHTS = {"weight", "loss weight", "sample weight", "权重", "样本权重"}
 
 
 def _word(value: Any) -> str:
-    """A flag's value as a word; a number as it is written shortest."""
+    """A flag's value as a word; a number as it is written shortest, 否 where a reason stands behind it."""
     if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
         value = float(value)
+    elif isinstance(value, str) and (answer := _WITH_REASON.match(value.lstrip())):
+        value = answer[1]
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return str(value).strip().casefold() if isinstance(value, (bool, int, float, str)) else ""

@@ -6,6 +6,7 @@ uv run pytest -m "not long" tests/runs/test_faults.py
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -151,6 +152,18 @@ def test_nothing_waits_for_seconds():
         if isinstance(node, ast.Attribute) and ast.unparse(node) == "time.sleep"
     ]
     assert found == ["rig.py wait_until"]
+
+
+def test_the_page_sums_up_its_own_rows():
+    """Rows of a later day are put in by hand."""
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (F\d\d) \|[^|]*" + r"\| (\d+) " * 4 + r"\|", page, re.MULTILINE)
+    assert [name for name, *_ in rows] == ROWS
+    tried, survived, lost, void = (
+        sum(map(int, column)) for column in list(zip(*rows, strict=True))[1:]
+    )
+    said = f"**{tried} trials: {survived} survived, {lost} lost, {void} void.**"
+    assert said in page and survived == tried - lost - void
 
 
 @slow
