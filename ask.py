@@ -34,11 +34,10 @@ from finetuning.common.arguments import parsed
 from finetuning.common.errors import UserError, exit_code
 from finetuning.common.language import translated
 from finetuning.common.machine import check_device_name
-from finetuning.common.paths import check_there, expanded
 from finetuning.config import EMBEDDED
 from finetuning.model.adapter_files import is_adapter
 from finetuning.rules import LOWEST_TEMPERATURE, TEMPERATURE
-from finetuning.runs.result import Trained, find_trained
+from finetuning.runs.result import Trained, base_named, find_trained
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def checked(ask: Ask) -> Trained:
     if ask.temperature is not None and not TEMPERATURE.holds(ask.temperature):
         raise UserError(f"--temperature must be 0, or {LOWEST_TEMPERATURE} or more")
     check_device_name(ask.device)
-    check_there(expanded(ask.base_model, "--base-model"), "--base-model")
+    base_named(ask.base_model)
     trained = find_trained(ask.adapter, ask.output_dir)
     if ask.compare and not is_adapter(trained.folder):
         raise UserError(
@@ -270,7 +269,7 @@ def run(ask: Ask, console: Console | None = None) -> None:
     trained = checked(ask)
     limit_threads()
     folder, device = trained.folder, pick_device(ask.device)
-    base_model = expanded(ask.base_model, "--base-model")
+    base_model = base_named(ask.base_model)
     model, tokenizer = load_for_inference(folder, device=device, base_model=base_model)
     aside = Console(stderr=True, style="dim", highlight=False)
     said = translated(f"{folder} ({trained.reason}) on {device}")

@@ -28,11 +28,11 @@ from finetuning.common.destination import Destination
 from finetuning.common.errors import RunStopped, UserError, exit_code
 from finetuning.common.language import translated
 from finetuning.common.machine import check_device_name
-from finetuning.common.paths import check_there, expanded
+from finetuning.common.paths import expanded
 from finetuning.common.terminal import Terminal
 from finetuning.model.adapter_files import is_adapter
 from finetuning.model.gguf_package import gguf_package
-from finetuning.runs.result import Trained, find_trained
+from finetuning.runs.result import Trained, base_named, find_trained
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def checked(settings: Export) -> tuple[Destination, Trained]:
     elif not is_adapter(trained.folder):
         raise UserError(f"--adapter {trained.folder}: a whole model already; use it as it is")
     check_device_name(settings.device)
-    check_there(expanded(settings.base_model, "--base-model"), "--base-model")
+    base_named(settings.base_model)
     return destination, trained
 
 
@@ -149,7 +149,7 @@ class Source:
 def export(settings: Export, terminal: Terminal) -> Agreement:
     """Write it once its logits agree. Raises RunStopped where they don't."""
     destination, trained = checked(settings)
-    base_model = expanded(settings.base_model, "--base-model")
+    base_model = base_named(settings.base_model)
     limit_threads()
     below = model_below(trained.folder, base_model)
     origin = origin_of(trained.folder, below)

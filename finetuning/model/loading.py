@@ -23,7 +23,6 @@ from finetuning.model.resolve import (
     ensure_local,
     hub_name,
     named_model,
-    resolve_model,
     saved_dtype,
     weight_dtype,
 )
@@ -202,9 +201,7 @@ def load_for_inference(
     `base_model` replaces the base that the adapter's configuration names.
     """
     device, is_adapter = torch.device(device), (folder / ADAPTER_CONFIG).is_file()
-    resolved = (
-        base_of(folder, device, base_model) if is_adapter else named_model(str(folder), False)
-    )
+    resolved = base_of(folder, base_model) if is_adapter else named_model(str(folder), False)
     tokenizer = load_tokenizer(resolved)
     model = load_base(resolved, device, weight_dtype(device, precision))
     _check_vocabulary(model, tokenizer, _folder(resolved))
@@ -214,9 +211,9 @@ def load_for_inference(
     return model.eval(), tokenizer
 
 
-def base_of(adapter: Path, device: torch.device, base_model: str = "") -> ResolvedModel:
+def base_of(adapter: Path, base_model: str = "") -> ResolvedModel:
     """The base of a saved adapter, on this machine: `base_model`, or the one that its file names."""
     name = base_model or read_adapter_config(adapter).base_model_name_or_path
     if not name:
         raise UserError(f"{adapter / ADAPTER_CONFIG} names no base model; give it as --base-model")
-    return ensure_local(resolve_model(name, device))
+    return ensure_local(named_model(name, False))

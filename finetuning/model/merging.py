@@ -42,7 +42,7 @@ def model_below(folder: Path, base_model: str = "") -> ResolvedModel:
     base_model: replaces the base that the adapter's configuration names.
     """
     if is_adapter(folder):
-        return base_of(folder, torch.device("cpu"), base_model)
+        return base_of(folder, base_model)
     return named_model(str(folder), False)
 
 

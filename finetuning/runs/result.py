@@ -7,7 +7,8 @@ from typing import Any
 
 from finetuning.common.errors import UserError
 from finetuning.common.files import read_json_object
-from finetuning.common.paths import expanded
+from finetuning.common.paths import check_there, expanded
+from finetuning.config import EMBEDDED
 from finetuning.model.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter
 from finetuning.runs.directory import MODELS, RunDirectory, owner
 from finetuning.runs.init_adapter import read_origin
@@ -47,6 +48,18 @@ def find_trained(named: str, output_dir: str) -> Trained:
             "below it; train first, or name a folder with --adapter"
         )
     return found
+
+
+def base_named(base_model: str) -> str:
+    """What --base-model says, a folder or a name of the hub; UserError for a folder that is not there."""
+    name = expanded(base_model, "--base-model")
+    if name == EMBEDDED:
+        raise UserError(
+            f"--base-model {name}: a run makes the demonstration model, and its adapter says where; leave "
+            "it out"
+        )
+    check_there(name, "--base-model")
+    return name
 
 
 def _runs(output: Path) -> list[tuple[str, dict[str, Any]]]:

@@ -71,6 +71,10 @@ def answered_at_once(program: str, *arguments: str, code: int, said: str) -> Non
         ("ask.py q --temperature -1", "--temperature"),
         ("ask.py q --device gpu", "device is 'gpu'"),
         ("ask.py q --base-model ./nope", "--base-model ./nope: no such folder"),
+        (
+            "ask.py q --base-model embedded",
+            "--base-model embedded: a run makes the demonstration model",
+        ),
         ("ask.py --compare", "--compare needs a question"),
         ("export.py --output x --adapter nope", "--adapter nope: no such folder"),
         ("export.py --output docs", "--output docs: exists"),
