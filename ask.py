@@ -98,7 +98,7 @@ import torch
 from finetuning.common.distributed import limit_threads, pick_device
 from finetuning.evaluation.reply import Reply, generate
 from finetuning.model.loading import load_for_inference
-from finetuning.runs.init_adapter import read_origin
+from finetuning.runs.origin import read_origin
 
 process.imports_are_done()
 

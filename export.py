@@ -119,8 +119,8 @@ from finetuning.model.resolve import ResolvedModel, licence_of, shared_name
 from finetuning.model.sampling_defaults import SamplingDefaults
 from finetuning.model.saving import save_merged, stop_at_turns
 from finetuning.runs.directory import RunDirectory
-from finetuning.runs.init_adapter import read_origin
 from finetuning.runs.model_card import write_card
+from finetuning.runs.origin import read_origin
 from finetuning.runs.recorded import RecordedRun, read_recorded
 
 process.imports_are_done()

@@ -7,13 +7,12 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 
 from finetuning.common.errors import UserError
-from finetuning.common.files import read_json_object
 from finetuning.common.fingerprint import model_fingerprint
 from finetuning.common.text import clean_line
 from finetuning.config import DirectTrainingConfig
 from finetuning.model.adapter_config import read_adapter_config
 from finetuning.model.resolve import ResolvedModel, hub_spelling
-from finetuning.runs.directory import ORIGIN
+from finetuning.runs.origin import read_origin
 
 
 def with_own_settings(
@@ -44,25 +43,6 @@ def with_own_settings(
     if others:
         warn(f"init_adapter {config.init_adapter} brings its own settings: {'; '.join(others)}")
     return dataclasses.replace(config, **own)
-
-
-def read_origin(folder: Path) -> dict:
-    """What a saved model, or a checkpoint, says about its origin; empty where it says nothing."""
-    if (folder / ORIGIN).is_file():
-        return read_json_object(folder / ORIGIN)
-    if not (folder / "state.json").is_file():
-        return {}
-    state, manifest = (read_json_object(folder / name) for name in ("state.json", "manifest.json"))
-    identity, counters = state.get("identity"), state.get("train_state", {})
-    if not isinstance(identity, dict):
-        return {}
-    known = {name: manifest[name] for name in ("run", "step") if name in manifest}
-    known |= {"system_prompt": system} if (system := counters.get("system_prompt")) else {}
-    known |= {
-        "held_out_loss": counters.get("last_eval_loss"),
-        "evaluated_step": counters.get("last_eval_step"),
-    }
-    return {**known, "base": identity, "trained": identity}
 
 
 def check_base(

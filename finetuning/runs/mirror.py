@@ -40,7 +40,8 @@ from finetuning.runs.bundle import (
     write_bundle,
 )
 from finetuning.runs.directory import MIRRORING, RunDirectory, is_run_name
-from finetuning.training.checkpoint import MANIFEST, STAGING_PREFIX, STATE, free_name
+from finetuning.training.checkpoint import STAGING_PREFIX, free_name
+from finetuning.training.manifest import MANIFEST, STATE
 
 KINDS = ("best_model", "final_model", "checkpoint", "records")  # in the order of their upload
 LOGS = ("tensorboard_logs", "training_logs")

@@ -11,8 +11,8 @@ from finetuning.common.paths import check_there, expanded
 from finetuning.config import EMBEDDED
 from finetuning.model.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter
 from finetuning.runs.directory import MODELS, RunDirectory, owner
-from finetuning.runs.init_adapter import read_origin
-from finetuning.training.checkpoint import manifests
+from finetuning.runs.origin import read_origin
+from finetuning.training.manifest import manifests
 
 BEST = "the result of its run: it was stopped early, and this is its best model"
 CHOSEN = "the result of its run: its best model, as --best-by asks"

@@ -14,8 +14,8 @@ from finetuning.runs import directory, summary
 from finetuning.runs.build import start_system_monitor
 from finetuning.runs.directory import RunDirectory
 from finetuning.runs.identity import changed_settings, recorded_settings
-from finetuning.runs.init_adapter import read_origin
 from finetuning.runs.naming import trial_name
+from finetuning.runs.origin import read_origin
 from finetuning.runs.plan import RunPlan
 from finetuning.runs.record import RunRecord, announce, tell_resume
 from finetuning.training.checkpoint import Checkpoint

@@ -36,10 +36,16 @@ from finetuning.common.files import (
 )
 from finetuning.common.text import clean_line
 from finetuning.model.parallel import full_tensor, placed_like
+from finetuning.training.manifest import (
+    FORMAT,
+    MANIFEST,
+    STATE,
+    DamagedCheckpoint,
+    manifests,
+    put_aside,
+    read_manifest,
+)
 
-FORMAT = "qwen3-thinking-finetuning checkpoint 1"
-MANIFEST = "manifest.json"
-STATE = "state.json"
 STAGING_PREFIX = ".staging-"
 FILE_BYTES = 4 * 2**30  # of tensors in one file: saving holds twice that, and not the whole state
 
@@ -64,10 +70,6 @@ class Checkpoint:
         """As its run recorded them; empty where the file has none, which a restore refuses."""
         found = self.state.get("config") if isinstance(self.state, Mapping) else None
         return found if isinstance(found, Mapping) else {}
-
-
-class DamagedCheckpoint(Exception):
-    """The directory is not what its manifest says; the message names the file and the difference."""
 
 
 class NonFiniteTensor(Exception):
@@ -225,7 +227,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
     Raises DamagedCheckpoint for anything missing, extra in name, short, altered, or of another format.
     """
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     for name, entry in manifest["files"].items():
         if not isinstance(name, str) or Path(name).name != name:
             raise DamagedCheckpoint(f"{path / MANIFEST}: a file name leads out of the checkpoint")
@@ -262,7 +264,7 @@ def newest_checkpoint(
         try:
             return load_checkpoint(path)
         except (DamagedCheckpoint, OSError) as error:
-            aside = _put_aside(path)
+            aside = put_aside(path)
             warn(f"damaged checkpoint, kept aside as {aside.name}: {error}")
     return None
 
@@ -294,50 +296,6 @@ def misfits_are_told(path: Path) -> Iterator[None]:
         ) from error
 
 
-def manifests(
-    directory: Path, warn: Callable[[str], None] | None = None
-) -> list[tuple[Path, dict[str, Any]]]:
-    """Our checkpoints below `directory` with their manifests, in the order in which they were saved.
-
-    With `warn`, a directory of our name without a readable manifest is put aside and named.
-    """
-    found = []
-    for path in directory.glob("checkpoint-*"):
-        if not path.is_dir() or path.name.endswith(".damaged"):
-            continue
-        try:
-            manifest = _read_manifest(path)
-            if path.name.partition(".")[0] != f"checkpoint-{manifest['step']}":
-                raise DamagedCheckpoint(f"{path}: its manifest is that of step {manifest['step']}")
-            found.append((path, manifest))
-        except (DamagedCheckpoint, OSError) as error:
-            if warn is not None and not path.is_symlink():
-                warn(f"damaged checkpoint, kept aside as {_put_aside(path).name}: {error}")
-    return sorted(found, key=lambda item: item[1]["sequence"])
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    file = path / MANIFEST
-    if file.is_symlink() or not file.is_file():
-        raise DamagedCheckpoint(f"{file}: missing or not a plain file")
-    data = file.read_bytes()
-    try:
-        manifest = json.loads(data)
-        kinds = {"step": int, "run": str, "sequence": int, "files": dict}
-        good = manifest["format"] == FORMAT and all(
-            type(manifest[key]) is kind for key, kind in kinds.items()
-        )
-        # It has no manifest above it, so it carries its own digest; and no byte may differ.
-        unaltered = data == sealed_json(manifest)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DamagedCheckpoint(f"{file}: not a manifest") from error
-    if not good or STATE not in manifest["files"]:
-        raise DamagedCheckpoint(f"{file}: not a manifest of this program's checkpoints")
-    if not unaltered:
-        raise DamagedCheckpoint(f"{file}: its own SHA-256 is not right")
-    return manifest
-
-
 def _verify(file: Path, entry: Any) -> None:
     if file.is_symlink() or not file.is_file():
         raise DamagedCheckpoint(f"{file}: missing or not a plain file")
@@ -347,15 +305,6 @@ def _verify(file: Path, entry: Any) -> None:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if digest != entry.get("sha256"):
         raise DamagedCheckpoint(f"{file}: its SHA-256 is not the manifest's")
-
-
-def _put_aside(path: Path) -> Path:
-    aside, number = path.with_name(path.name + ".damaged"), 1
-    while aside.exists():
-        number += 1
-        aside = path.with_name(f"{path.name}.{number}.damaged")
-    os.rename(path, aside)
-    return aside
 
 
 # -----------------------------------------------------------------------------

@@ -77,7 +77,7 @@ def answered_at_once(program: str, *arguments: str, code: int, said: str) -> Non
         ),
         ("ask.py --compare", "--compare needs a question"),
         ("export.py --output x --adapter nope", "--adapter nope: no such folder"),
-        ("export.py --output docs", "--output docs: exists"),
+        ("export.py --output docs", "docs: exists; choose one that does not"),
         ("export.py --output x --precision int8", "invalid choice 'int8'"),
         ("dataset_stats.py data/rwa", "is data/raw meant?"),
         ("dataset_stats.py data/raw --compare nope", "there is no nope"),
