@@ -89,7 +89,9 @@ def _stated_polarity(name: str) -> bool | None:
     found = _PREDICATE.search(name)
     if found is None or (found["conforming"] and not _reviewed(name[: found.start()])):
         return None
-    return True if _speaks_for(found) else None
+    if found["bad"] and not found["no"]:
+        return None
+    return _speaks_for(found)
 
 
 def _reviewed(subject: str) -> bool:
