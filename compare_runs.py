@@ -7,6 +7,11 @@ uv run python compare_runs.py RUN RUN --json
 A run is an output directory, or a run's directory below training_logs/ or tensorboard_logs/ in it.
 """
 
+from finetuning.common import process  # first: Ctrl-C gets an answer while the libraries are loaded
+
+if __name__ == "__main__":
+    process.imports_begin()
+
 import json
 import sys
 from collections.abc import Sequence
@@ -37,6 +42,8 @@ from finetuning.runs.comparison import (
     write_file,
 )
 from finetuning.runs.recorded import RecordedRun, find_runs
+
+process.imports_are_done()
 
 # -----------------------------------------------------------------------------
 # Terminal

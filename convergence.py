@@ -7,7 +7,10 @@ and in docs/convergence.md. By itself:
     uv run python convergence.py RUN_DIR|losses.csv|trainer_state.json [--upto 0.5] [--json]
 """
 
-from __future__ import annotations
+from finetuning.common import process  # first: Ctrl-C gets an answer while the libraries are loaded
+
+if __name__ == "__main__":
+    process.imports_begin()
 
 import json
 import sys
@@ -23,6 +26,8 @@ from finetuning.common.language import translated
 from finetuning.common.paths import expanded
 from finetuning.monitoring.convergence import describe
 from finetuning.monitoring.loss_curves import read_curve
+
+process.imports_are_done()
 
 
 def _print_description(result: dict) -> None:

@@ -8,6 +8,11 @@ One pass over the samples gives mergeable `Facts` (also in parallel); duplicates
 from keys and, for near ones, by reading the texts once more.
 """
 
+from finetuning.common import process  # first: Ctrl-C gets an answer while the libraries are loaded
+
+if __name__ == "__main__":
+    process.imports_begin()
+
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -29,6 +34,8 @@ from finetuning.readers.files import check_paths
 if TYPE_CHECKING:
     from finetuning.data.token_table import TokenizedSamples
     from finetuning.readers.dataset import SampleSet
+
+process.imports_are_done()
 
 
 _NO_LIMIT = 2**31 - 1  # tokens of a sample

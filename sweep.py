@@ -10,6 +10,11 @@ only what is missing: a run that was broken off goes on from its newest checkpoi
 
 # ruff: noqa: E402  what is slow to import comes once the command line is known to be right
 
+from finetuning.common import process  # first: Ctrl-C gets an answer while the libraries are loaded
+
+if __name__ == "__main__":
+    process.imports_begin()
+
 import itertools
 import json
 import math
@@ -177,6 +182,8 @@ from finetuning.common.formatting import UNKNOWN, shown
 from finetuning.runs.comparison import rich_tables, told
 from finetuning.runs.recorded import RecordedRun, find_runs, read_recorded
 
+process.imports_are_done()
+
 OVER = ("completed", "stopped")  # a run with one of these is not started again
 POLL_SECONDS = 0.2
 # Two-sided 95% quantiles of Student's t by degrees of freedom; above, the normal one.
@@ -253,12 +260,10 @@ class Pool:
     def _ended(self, waiting: int) -> list[Member]:
         """Take out the runs that are over; those of them that failed."""
         failed = []
-        for process in [p for p in self._running if p.poll() is not None]:
-            member, _ = self._running.pop(process)
-            good = process.returncode == 0
-            said = (
-                "done" if good else f"failed with code {process.returncode}: {_last_line(member)}"
-            )
+        for done in [p for p in self._running if p.poll() is not None]:
+            member, _ = self._running.pop(done)
+            good = done.returncode == 0
+            said = "done" if good else f"failed with code {done.returncode}: {_last_line(member)}"
             left = f"{waiting + len(self._running)} left"
             _say(f"{member.folder.name}: {said} ({left})")
             failed += [] if good else [member]

@@ -145,6 +145,21 @@ def test_the_imports_leave_an_ignored_ctrl_c_ignored(ignored: bool):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
+    "program", ["compare_runs.py", "convergence.py", "dataset_stats.py", "sweep.py"]
+)
+def test_ctrl_c_within_the_imports_of_a_small_program_is_one_line(program: str, tmp_path: Path):
+    source, script = (ROOT / program).read_text(encoding="utf-8"), tmp_path / "script.py"
+    interrupt = "import os, signal; os.kill(os.getpid(), signal.SIGINT)\n"
+    source = source.replace("process.imports_are_done()", interrupt, 1)
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{source}", encoding="utf-8")
+    words = ["lora-r=4"] * (program == "sweep.py")  # which looks at them before the last imports
+    command = [sys.executable, str(script), *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (130, "interrupted before anything was to save\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
     ("program", "words"), [("ask.py", ["q"]), ("export.py", ["--output", "nowhere"])]
 )
 def test_ctrl_c_within_the_imports_of_a_program_is_one_line(program, words, tmp_path):
