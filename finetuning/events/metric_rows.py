@@ -157,7 +157,7 @@ Monitoring/Resume_Count | | once above 0 | runs.metrics
     How often this run was resumed.
 Monitoring/Logging_Overhead_Percent | % | always | runs.metrics
     Time that logged steps took from the training loop: numbers, forecast, alerts and the logger itself.
-Monitoring/Alerts_Active | alerts | once above 0 | monitoring.alerts
+Monitoring/Alerts_Active | alerts | always | monitoring.alerts
     Alerts that are raised now; each has a chart of its own, Alerts/…, once it was.
 Alerts/Gradient_Explosion | 0 or 1 | alerts | monitoring.alerts
     The gradient norm is far above its usual range.

@@ -104,7 +104,7 @@ def test_details_are_in_json_lines_only(tmp_path):
 
 def test_a_count_of_what_should_not_be_has_a_chart_once_it_is_above_0(tmp_path):
     """And from then on, 0 included, though a resume comes between; what may well be 0 always has one."""
-    lines, quiet = tmp_path / "metrics.jsonl", "Monitoring/Alerts_Active"
+    lines, quiet = tmp_path / "metrics.jsonl", "Monitoring/NonFinite_Steps"
     counts = [0.0, 0.0, 2.0, 0.0, 0.0, 1.0]
     for resume, until in ((None, 2), (2, 4), (4, 6)):
         logger = TensorBoardLogger(

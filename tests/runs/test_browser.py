@@ -158,7 +158,7 @@ def test_the_first_screen_shows_what_matters(finished, page):
 
 
 def test_charts_with_their_curves(finished, page):
-    tags = ["Training/Loss", "Thinking/Loss", "Eval/Loss", "Training/Gradient_Norm"]
+    tags = ["Training/Loss", "Thinking/Loss", "Eval/Loss", "Monitoring/Alerts_Active"]
     open_tab(page, finished.url, "scalars", "tf-scalar-card")
     page.locator("tf-tag-filterer input").fill(f"^({'|'.join(tags)})$")
     page.locator("tf-scalar-card:visible", has_text=f"tag: {tags[0]}").first.wait_for()
