@@ -75,6 +75,8 @@ def record_sample(record: Any, columns: tuple[tuple[str, str], ...] = ()) -> Rea
         record = {"messages": record}
     if not isinstance(record, dict):
         raise BrokenRecordError(f"a record must be an object, not {kind(record)}")
+    if not record:
+        raise BrokenRecordError("an empty record")
     missing = columns and [column for _, column in columns if column not in record]
     if missing:
         names = clean_line(", ".join(map(str, record)), 200)

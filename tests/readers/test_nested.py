@@ -131,3 +131,7 @@ def test_every_row_of_a_table_is_read_or_broken(tmp_path):
         "a row of text below 2 columns",
         "a row of an object below 2 columns",
     ]
+
+
+def test_a_record_without_columns_is_called_empty(tmp_path):
+    assert "a.jsonl:1: an empty record" in outcome(written(tmp_path, "jsonl", [{}]))
