@@ -15,6 +15,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
+from finetuning.common import files
 from finetuning.common.files import json_text
 from finetuning.training import checkpoint
 
@@ -269,7 +270,7 @@ def no_fsync() -> None:
 
 def no_parent_fsync() -> None:
     """Mutant: the rename itself is not made durable."""
-    replaced(checkpoint, "fsync_directory", lambda path: None)
+    replaced(files, "fsync_directory", lambda path: None)
 
 
 # -----------------------------------------------------------------------------
