@@ -4,6 +4,7 @@ uv run pytest -m "not long" tests/runs/test_faults.py
 """
 
 import ast
+import importlib
 import json
 import os
 import re
@@ -113,6 +114,23 @@ def test_nothing_is_replaced_without_a_look_whether_it_is_there():
         and owner(target) in names_of_the_program(tree) - {"sys"}
     ]
     assert found == []
+
+
+def test_what_is_replaced_is_there():
+    """The suite finds out by itself, after minutes."""
+    gone = []
+    for name, tree in trees():
+        module = importlib.import_module(f"benchmarks.faults.{name.removesuffix('.py')}")
+        for node in ast.walk(tree):
+            if not (isinstance(node, ast.Call) and ast.unparse(node.func) == "replaced"):
+                continue
+            place, attribute = node.args[:2]
+            known = place.id if isinstance(place, ast.Name) else owner(place)
+            if known in vars(module) and isinstance(attribute, ast.Constant):
+                found = eval(ast.unparse(place), vars(module))
+                if not hasattr(found, attribute.value):
+                    gone.append(f"{name}:{node.lineno} {ast.unparse(place)}.{attribute.value}")
+    assert gone == []
 
 
 def test_no_private_name_of_the_program_is_used():
