@@ -321,9 +321,10 @@ def stopped_too_early(run: RecordedRun) -> NextStep | None:
 
 def data_too_long(run: RecordedRun) -> NextStep | None:
     """Many samples are left out, or lose the middle of their thinking, for their length."""
-    data = run.dataset()
-    counts, total = data.get("truncation") or {}, data.get("total_samples")
-    cut = counts.get("dropped", 0) + counts.get("shortened", 0)
+    total, ids = run.dataset().get("total_samples"), run.truncation()
+    cut = len(
+        {*ids.get("dropped", ()), *ids.get("shortened", ())}
+    )  # a sample has several documents
     if not total or cut / total < CUT:
         return None
     length = _setting(run, "max_seq_length")

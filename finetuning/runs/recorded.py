@@ -137,6 +137,10 @@ class RecordedRun:
         """The statistics of its data, read when they are asked for; empty where there are none."""
         return _json(self.directory.logs / "dataset_statistics.json")
 
+    def truncation(self) -> dict[str, Any]:
+        """Ids of samples by what became of them for their length, one for each of their documents."""
+        return _json(self.directory.logs / "truncation.json")
+
     def texts(self) -> dict[str, list[tuple[int, str]]]:
         """The first and the last text of each tag of its event files: (step, Markdown)."""
         return read_end_texts(self.directory.tensorboard)

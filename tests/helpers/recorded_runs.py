@@ -37,6 +37,7 @@ def recorded(folder: Path, files: dict):
     ]
     (run.logs / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     (run.logs / "alerts.jsonl").write_text("".join(json.dumps(x) + "\n" for x in files["alerts"]))
+    (run.logs / "truncation.json").write_text(json.dumps(files.get("truncation", {})))
     (run.logs / "dataset_statistics.json").write_text(json.dumps(files["dataset"]))
     if "status" in files:
         (run.logs / "status.json").write_text(json.dumps(files["status"]))
@@ -114,8 +115,9 @@ def forgets(files):
 
 
 def too_long(files):
-    counts = {"dropped": 20, "shortened": 5}
-    files["dataset"] |= {"total_samples": 100, "truncation": counts}
+    files["dataset"] |= {"total_samples": 100}
+    ids = [f"sample {number}" for number in range(25)]
+    files["truncation"] = {"dropped": [*ids[:20], *ids[:10]], "shortened": ids[20:]}  # of two turns
     files["settings"] |= {"max_seq_length": 2048}
 
 

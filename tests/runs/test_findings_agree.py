@@ -339,7 +339,8 @@ def generated(known: dict) -> dict:
     ]
     files["settings"] |= {name: known[name] for name in ("max_steps", "lora_r")}
     files["settings"] |= {"learning_rate": known["rate"], "max_seq_length": 2048}
-    files["dataset"] = {"total_samples": 100, "truncation": {"dropped": known["dropped"]}}
+    files["dataset"] = {"total_samples": 100}
+    files["truncation"] = {"dropped": [f"sample {n}" for n in range(known["dropped"])]}
     result = {"result": "final_model"} if known["status"] in ("completed", "stopped") else {}
     files["status"] = {"status": known["status"], "step": made, "saved": made} | result
     return files
