@@ -1,71 +1,76 @@
 """What a run's record says to do next: at most five findings in plain words, with evidence and a command.
 
 Each kind is a function of a recorded run that returns a finding or None. They come in the order of what costs
-most to leave as it is, and what is the matter with the whole run comes before what is with a part of it.
+most to leave as it is, and what is the matter with the whole run comes before what is with a part of it. A
+run that is not over gets none of them: it is told how to go on.
+
+Nothing is said from a difference that chance explains (`Measured.differs_from`), nothing against a number of
+the record that speaks against it, and no two findings set one setting to different values.
 """
 
-import shlex
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
-from statistics import fmean
+from dataclasses import dataclass, field
 from typing import Any
 
 from finetuning.common.formatting import four_digits
-from finetuning.common.text import REDACTED
-from finetuning.config import PARTLY_SHOWN, DirectTrainingConfig
+from finetuning.config import DirectTrainingConfig, OptimizerSettings
+from finetuning.runs.before_after import Measured, changes
+from finetuning.runs.course import Course
+from finetuning.runs.own_command import PROGRAM, command, option
+from finetuning.runs.question_pairs import QuestionPairs
 from finetuning.runs.recorded import RecordedRun
 from finetuning.runs.source_finding import without_source, worse_source
+from finetuning.training.peak_rate import peak_rate
 
 MOST = 5
-PROGRAM = "uv run python direct_finetuning_with_existing_modules.py"
-RISEN = 0.02  # of the held-out loss above its best, as a share, that is overfitting
+RISEN = 0.02  # of the held-out loss above its best, as a share, from which it is worth a word
 FALLING = 0.02  # of the loss over the last quarter of the run, as a share, that is still falling
 LEARNED = 0.05  # fall of the loss, as a share of its start, below which a run has hardly learned
+ROSE = 0.05  # of the training loss above its lowest part, as a share, that confirms alerts
+FAR = 0.25  # the same, that needs no alert
+ABOVE = 0.1  # of the training loss at the end above the first one, where no held-out loss says how it is
+NEAR = 1.5  # times the program's own learning rate, or a part of it, that is neither high nor low
 CUT = 0.05  # share of the samples that is left out or shortened for its length
 WAITING = 0.3  # share of a step that waits for data
 
 
 @dataclass(frozen=True)
 class NextStep:
-    """One finding: what is the matter, the numbers that say so, and the one command to try."""
+    """One finding: what is the matter, the numbers that say so, and the one command to try.
+
+    changes: settings in which the command differs from the run's own.
+    """
 
     title: str
     evidence: str
     command: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, run: RecordedRun, title: str, evidence: str, **changes: Any) -> "NextStep":
+        """With the run's own command, changed so."""
+        return cls(title, evidence, command(run, **changes), changes)
 
 
 def findings(run: RecordedRun) -> list[NextStep]:
-    """The findings of a run, the costliest first, five at most; none for a run that went as it should."""
-    found = [finding for kind in KINDS if (finding := kind(run))]
-    return found[:MOST]
+    """The findings of a run, the costliest first, five at most; none for a run that went as it should, or
+    that is going on."""
+    if not run.is_over:
+        one = unfinished(run)
+        return [one] if one else []
+    told: list[NextStep] = []
+    known: dict[str, Any] = {}
+    for kind in KINDS:
+        found = kind(run)
+        if found and all(known.get(k, v) == v for k, v in found.changes.items()):
+            told.append(found)
+            known |= found.changes
+    return told[:MOST]
 
 
-def command(run: RecordedRun, **changes: object) -> str:
-    """The run's own command line with some settings changed; commands of alerts are not recorded.
-
-    What was left to the program is left to it again: the next run may be longer, or be made elsewhere.
-    """
-    settings = {**run.as_set, **changes}
-    if settings.get("max_steps"):
-        settings.pop("num_epochs", None)  # it follows from the steps
-    default = DirectTrainingConfig()
-    words = [PROGRAM]
-    for field in fields(DirectTrainingConfig):
-        value = settings.get(field.name, getattr(default, field.name))
-        value = tuple(value) if isinstance(value, list) else value
-        hidden = field.name in PARTLY_SHOWN or REDACTED in str(value)
-        if hidden or value == getattr(default, field.name):
-            continue
-        name = "--" + field.name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(name if value else f"--no-{name[2:]}")
-        elif isinstance(value, Mapping):
-            words += [name, *(shlex.quote(str(x)) for pair in value.items() for x in pair)]
-        elif isinstance(value, tuple):
-            words += [name, *(shlex.quote(str(x)) for x in value)]
-        else:
-            words += [name, shlex.quote(f"{value:g}" if isinstance(value, float) else str(value))]
-    return " ".join(words)
+# -----------------------------------------------------------------------------
+# What the record holds
 
 
 def _setting(run: RecordedRun, name: str) -> Any:
@@ -78,127 +83,248 @@ def _rate(run: RecordedRun) -> float | None:
     return rate if isinstance(rate, float) else run.highest("Training/Learning_Rate")
 
 
-def _epochs(run: RecordedRun) -> float | None:
-    """Passes over the data, those that were made or else those that were wanted."""
-    wanted = _setting(run, "num_epochs")
-    return run.last("Training/Epoch") or (wanted if isinstance(wanted, float) else None)
+def _own_rate(run: RecordedRun) -> float:
+    """The learning rate that the program would choose for this run."""
+    updates = max(1, run.configuration.get("steps") or run.steps)
+    return peak_rate(OptimizerSettings(), updates, trains_all=not _setting(run, "lora_r"))
 
 
-def _until(run: RecordedRun, step: int) -> dict[str, object] | None:
-    """What ends a run at this step, by the setting that was set: --max-steps, or else --num-epochs."""
-    epochs = _epochs(run)
-    if _setting(run, "max_steps"):
-        return {"max_steps": max(1, step)}
-    if epochs is None:
-        return None
-    return {"num_epochs": max(0.1, round(epochs * step / max(run.steps, 1), 1))}
+def _lower(run: RecordedRun, rate: float) -> float:
+    """A third of the rate; the program's own where that is still lower."""
+    return _two_digits(min(rate / 3, _own_rate(run)))
+
+
+def _two_digits(value: float) -> float:
+    return float(f"{value:.2g}")
+
+
+def _rates(run: RecordedRun, rate: float) -> str:
+    return f"the learning rate was {rate:.3g}, the program's own is {_own_rate(run):.3g}."
+
+
+def _shorter(run: RecordedRun, step: int) -> dict[str, Any]:
+    """What ends a run at this step, by the setting that was set: --max-steps, or else --num-epochs; empty
+    where the run was no longer than that."""
+    if steps := _setting(run, "max_steps"):
+        return {"max_steps": step} if 0 < step < steps else {}
+    epochs, made = _setting(run, "num_epochs"), run.last("Training/Epoch")
+    made = made or (epochs if isinstance(epochs, float) else 0)
+    fewer = _two_digits(made * step / max(run.steps, 1))
+    return {"num_epochs": fewer} if 0 < fewer < made else {}
 
 
 def _alerts(run: RecordedRun, *names: str) -> list[Mapping[str, Any]]:
     return [alert for alert in run.alerts.newest if alert.get("name") in names]
 
 
-def _quarters(run: RecordedRun, tag: str) -> tuple[float, float, float] | None:
-    """Means of a tag over the first tenth, the third and the last quarter; None with under 16 points."""
-    values = list(run.finite(tag).values())
-    n = len(values)
-    if n < 16:
-        return None
+def _course(run: RecordedRun) -> Course | None:
+    return Course.of(run.series.get("Training/Loss", ()))
+
+
+def _held_out(run: RecordedRun, step: int) -> Measured:
+    return Measured.of(run.series, "Eval/Loss", step)
+
+
+def _held_out_falls(run: RecordedRun) -> bool:
+    """Whether the last held-out loss is the lowest one, and below the first by more than chance."""
+    losses = run.finite("Eval/Loss")
+    if len(losses) < 2 or losses[max(losses)] > min(losses.values()):
+        return False
+    return _held_out(run, max(losses)).differs_from(_held_out(run, min(losses)))
+
+
+def _worse(run: RecordedRun) -> str:
+    """Numbers that say that the model is worse than before the first step: by the held-out loss, with the
+    error of the same questions' changes where these are recorded, or else by the training loss. Empty where
+    none do, or where its answers are better."""
+    told = {change.tag: change for change in changes(run.series)}
+    answers = told.get("Eval/Answer_Score")
+    if answers and answers.verdict == "better":
+        return ""
+    if loss := told.get("Eval/Loss"):
+        before, after = loss.before, loss.after
+        if after.value <= before.value * (1 + RISEN):
+            return ""
+        pairs = QuestionPairs.read(run.directory.logs)
+        mean, error = pairs.loss_change() if pairs else (math.nan, math.nan)
+        if not (mean > 2 * error if math.isfinite(mean) else loss.verdict == "worse"):
+            return ""
+        return (
+            f"The held-out loss was {four_digits(before.value)} before the first step, and "
+            f"{four_digits(after.value)} at the end"
+        )
+    course = _course(run)
+    if course is None or _held_out_falls(run) or not course.is_above(course.first, ABOVE):
+        return ""
     return (
-        fmean(values[: max(2, n // 10)]),
-        fmean(values[n // 2 : 3 * n // 4]),
-        fmean(values[3 * n // 4 :]),
+        f"The training loss was {course.first.text} at the first step, and {course.end.text} over the last "
+        "quarter"
+    )
+
+
+def _rose(run: RecordedRun) -> bool:
+    """Whether the training loss is far above its lowest part, or above it after alerts that fit that."""
+    course = _course(run)
+    if course is None or _held_out_falls(run):
+        return False
+    wild = _alerts(run, "Gradient_Explosion", "Loss_Spike", "NonFinite")
+    confirmed = len(wild) >= 3 or _alerts(run, "Divergence")
+    return course.is_above(course.lowest, ROSE if confirmed else FAR)
+
+
+# -----------------------------------------------------------------------------
+# A run that is not over
+
+
+def unfinished(run: RecordedRun) -> NextStep | None:
+    """It was ended before its last step, and goes on from its checkpoint. None while it is running."""
+    planned, status = run.configuration.get("steps"), run.status
+    step = status.get("step", run.steps)
+    if run.is_running or planned is None:
+        return None
+    how_far = f"It ended at step {step} of {planned}."
+    worse, rate = _worse(run), _rate(run)
+    if worse and rate is not None:
+        return NextStep.of(
+            run,
+            "The run broke off, and was worse than at its beginning: begin anew with a lower learning rate.",
+            f"{worse}; {_rates(run, rate)}",
+            learning_rate=_lower(run, rate),
+        )
+    title = "The run has not come to its end: go on with it."
+    if status.get("status") in ("failed", "stopped"):
+        title = "The run broke off: mend what its status says, and go on with it."
+    where = "auto" if status.get("saved") == 0 else "latest"  # nothing is saved: it begins again
+    return NextStep(title, how_far, f"{command(run)} --resume {where}")
+
+
+# -----------------------------------------------------------------------------
+# The kinds
+
+
+def worse_than_before(run: RecordedRun) -> NextStep | None:
+    """The result is worse than what it was made of, and was never better (`overfitted` tells the others)."""
+    evidence, rate = _worse(run), _rate(run)
+    if not evidence or rate is None or overfitted(run):
+        return None
+    return NextStep.of(
+        run,
+        "The training has made the model worse: the learning rate is too high.",
+        f"{evidence}; {_rates(run, rate)}",
+        learning_rate=_lower(run, rate),
     )
 
 
 def rate_too_high(run: RecordedRun) -> NextStep | None:
-    """The loss diverged, or gradients exploded again and again."""
-    diverged = _alerts(run, "Divergence")
-    wild = _alerts(run, "Gradient_Explosion", "Loss_Spike", "NonFinite")
-    rate = _rate(run)
-    if rate is None or (not diverged and len(wild) < 3):
+    """The training loss has risen and stayed high."""
+    course, rate = _course(run), _rate(run)
+    if course is None or rate is None or _worse(run) or not _rose(run):
         return None
-    first = (diverged or wild)[0]
-    what = f"{len(diverged)} divergences" if diverged else f"{len(wild)} spikes or explosions"
-    return NextStep(
+    return NextStep.of(
+        run,
         "The learning rate is too high for these data.",
-        f"{what}, the first at step {first.get('step')}; the learning rate was {rate:g}.",
-        command(run, learning_rate=rate / 3),
-    )
-
-
-def rate_too_low(run: RecordedRun) -> NextStep | None:
-    """The loss has hardly fallen, and no alert says that it was thrown about."""
-    means = _quarters(run, "Training/Loss")
-    if means is None or rate_too_high(run) or saturated(run):
-        return None
-    start, _, end = means
-    fall = 1 - end / start if start > 0 else 1.0
-    rate = _rate(run)
-    if rate is None or (fall >= LEARNED and not _alerts(run, "Stagnation")):
-        return None
-    return NextStep(
-        "The run has hardly learned: the learning rate is too low.",
-        f"The training loss went from {four_digits(start)} to {four_digits(end)}, {100 * fall:.1f}% less, at "
-        f"a learning rate of {rate:g}.",
-        command(run, learning_rate=3 * rate),
+        f"The training loss was {course.lowest.text} at its lowest, and {course.end.text} over the last "
+        f"quarter; {_rates(run, rate)}",
+        learning_rate=_lower(run, rate),
     )
 
 
 def overfitted(run: RecordedRun) -> NextStep | None:
-    """The held-out loss was best long before the end."""
-    held_out = list(run.finite("Eval/Loss").items())
-    if len(held_out) < 3:
+    """The held-out loss was best long before the end and has not turned back since, while the training loss
+    did not rise."""
+    losses = run.finite("Eval/Loss")
+    if len(losses) < 3 or _rose(run):
         return None
-    step, best = min(held_out, key=lambda point: point[1])
-    last = held_out[-1][1]
-    if last <= best * (1 + RISEN) or step >= held_out[-1][0] or step == 0:
+    step, end = min(losses, key=losses.get), max(losses)
+    best, last = _held_out(run, step), _held_out(run, end)
+    peak = _held_out(run, max((s for s in losses if s >= step), key=losses.get))
+    turned = peak.differs_from(last)
+    if last.value <= best.value * (1 + RISEN) or not last.differs_from(best) or turned:
         return None
-    shorter = _until(run, step)
-    if shorter is None:
+    shorter = _shorter(run, step)
+    if not shorter:
         return None
     unit = "steps" if "max_steps" in shorter else "epochs"
     title = f"The run went on too long: it overfits. Take best_model, and train fewer {unit}."
     if _setting(run, "best_by") == "answers":  # best_model may be of another step
         title = f"The run went on too long by its held-out loss: it overfits. Train fewer {unit}."
-    return NextStep(
+    return NextStep.of(
+        run,
         title,
-        f"The held-out loss was {four_digits(best)} at step {step}, and {four_digits(last)} at the end.",
-        command(run, **shorter),
+        f"The held-out loss was {four_digits(best.value)} at step {step}, and {four_digits(last.value)} at "
+        "the end.",
+        **shorter,
+    )
+
+
+def hardly_learned(run: RecordedRun) -> NextStep | None:
+    """The loss is where it was all the time. The learning rate is the reason where it is far from the
+    program's own."""
+    course, rate, held_out = _course(run), _rate(run), list(run.finite("Eval/Loss").values())
+    if course is None or rate is None or not run.is_complete or _is_troubled(run):
+        return None
+    starts = [course.early, *[course.first] * course.first.differs_from(course.early)]
+    fall = 1 - course.end.value / course.early.value
+    most = max(1 - course.end.low / start.high for start in starts)
+    away = max(abs(part.value / course.early.value - 1) for part in course.parts)
+    eval_fall = 1 - held_out[-1] / held_out[0] if len(held_out) > 1 and held_out[0] > 0 else 0.0
+    if max(fall, eval_fall) >= LEARNED or max(most, away) >= 2 * LEARNED:
+        return None
+    change = round(-100 * fall, 1) + 0.0  # no minus before a zero
+    evidence = (
+        f"The training loss went from {course.early.text} to {course.end.text}, a change of {change:+.1f}%; "
+        f"{_rates(run, rate)}"
+    )
+    own = _two_digits(_own_rate(run))
+    if own / NEAR < rate < own * NEAR:
+        title = "The run has hardly learned, at a usual learning rate: look at the data."
+        return NextStep(title, evidence, f"{command(run)} --check-data")
+    way = "low" if rate < own else "high"
+    title = f"The run has hardly learned: the learning rate is too {way}."
+    return NextStep.of(run, title, evidence, learning_rate=own)
+
+
+def _is_troubled(run: RecordedRun) -> bool:
+    """Whether something is the matter beside which it makes no sense to train longer or faster."""
+    return any(
+        kind(run) for kind in (worse_than_before, rate_too_high, overfitted, saturated, forgotten)
     )
 
 
 def stopped_too_early(run: RecordedRun) -> NextStep | None:
     """The loss was still falling when the schedule had come to its end, on held-out data too."""
-    means, held_out = _quarters(run, "Training/Loss"), list(run.finite("Eval/Loss").items())
-    if means is None or rate_too_low(run) or rate_too_high(run):
+    course, held_out = _course(run), run.finite("Eval/Loss")
+    if course is None or not run.is_complete or _is_troubled(run) or hardly_learned(run):
         return None
-    _, before, end = means
-    falls = 1 - end / before if before > 0 else 0.0
-    best_last = len(held_out) < 2 or held_out[-1][1] <= min(value for _, value in held_out)
-    if falls < FALLING or not best_last:
+    before, end = course.third, course.end
+    fall = 1 - end.value / before.value if before.value > 0 else 0.0
+    if fall < FALLING or not end.differs_from(before):
         return None
-    steps, epochs = _setting(run, "max_steps"), _epochs(run)
-    if not steps and epochs is None:
+    told = f"Over its last quarter the training loss fell by {100 * fall:.1f}%, to {end.text}"
+    if len(held_out) > 1:
+        last, half = (
+            max(held_out),
+            max(s for s in held_out if s <= max(max(held_out) // 2, min(held_out))),
+        )
+        lowest = held_out[last] <= min(held_out.values())
+        if not lowest or not _held_out(run, last).differs_from(_held_out(run, half)):
+            return None
+        told += f"; the last held-out loss, {four_digits(held_out[last])}, was the best"
+    steps, epochs = _setting(run, "max_steps"), _setting(run, "num_epochs")
+    if not steps and not isinstance(epochs, float):
         return None
     longer = {"max_steps": 2 * steps} if steps else {"num_epochs": 2 * epochs}
-    return NextStep(
-        "The run was stopped too early: it was still learning.",
-        f"Over its last quarter the training loss fell by {100 * falls:.1f}%, to {four_digits(end)}"
-        + (
-            f"; the last held-out loss, {four_digits(held_out[-1][1])}, was the best."
-            if held_out
-            else "."
-        ),
-        command(run, **longer),
+    return NextStep.of(
+        run, "The run was stopped too early: it was still learning.", f"{told}.", **longer
     )
 
 
 def data_too_long(run: RecordedRun) -> NextStep | None:
     """Many samples are left out, or lose the middle of their thinking, for their length."""
-    data = run.dataset()
-    counts, total = data.get("truncation") or {}, data.get("total_samples")
-    cut = counts.get("dropped", 0) + counts.get("shortened", 0)
+    total, ids = run.dataset().get("total_samples"), run.truncation()
+    cut = len(
+        {*ids.get("dropped", ()), *ids.get("shortened", ())}
+    )  # a sample has several documents
     if not total or cut / total < CUT:
         return None
     length = _setting(run, "max_seq_length")
@@ -207,16 +333,19 @@ def data_too_long(run: RecordedRun) -> NextStep | None:
     evidence = (
         f"{cut} of {total} samples, {100 * cut / total:.0f}%, are longer than {length} tokens."
     )
-    if "max_seq_length" not in run.configuration.get("automatic", ()):
+    positions = run.configuration.get("model", {}).get("positions", math.inf)
+    if "max_seq_length" not in run.configuration.get("automatic", ()) and length < positions:
         title = "The data are too long for --max-seq-length: samples are left out or shortened."
-        return NextStep(title, evidence, command(run, max_seq_length="auto"))
+        return NextStep.of(run, title, evidence, max_seq_length="auto")
     title = "The data are too long for the memory or the model: samples are left out or shortened."
     for name, bad, better in (
         ("gradient_checkpointing", "off", "auto"),
         ("over_length", "drop", "truncate_thinking"),
     ):
-        if _setting(run, name) == bad:
-            return NextStep(title, evidence, command(run, **{name: better}))
+        if _setting(run, name) == bad and not (
+            name == "gradient_checkpointing" and length >= positions
+        ):
+            return NextStep.of(run, title, evidence, **{name: better})
     return None  # more than that is not in a setting
 
 
@@ -225,39 +354,46 @@ def source_harmful(run: RecordedRun) -> NextStep | None:
     found = worse_source(run)
     if found is None:
         return None
-    fewer = without_source(run, found.source)
-    look = f"{PROGRAM} --check-data --data-path {shlex.quote(found.source)}"
-    return NextStep(
-        f"The source {found.source} gets worse with training: look at its samples, or leave it out.",
-        found.evidence,
-        command(run, **fewer) if fewer else look,
+    title = (
+        f"The source {found.source} gets worse with training: look at its samples, or leave it out."
     )
+    if fewer := without_source(run, found.source):
+        return NextStep.of(run, title, found.evidence, **fewer)
+    look = " ".join((PROGRAM, "--check-data", *option("data_path", (found.source,))))
+    return NextStep(title, found.evidence, look)
 
 
 def saturated(run: RecordedRun) -> NextStep | None:
-    """The data are learned by heart."""
-    spoken = _alerts(run, "Saturation")
-    step = spoken[0].get("step", run.steps) if spoken else 0
-    shorter = _until(run, step) if spoken else None
-    if shorter is None:
-        return None
-    return NextStep(
-        "The data are learned by heart: more epochs teach nothing. Add data, or stop there.",
-        f"From step {step} on every training token was predicted (at least 99.5%).",
-        command(run, **shorter),
-    )
+    """The data are learned by heart, from an alert on to the end."""
+    accuracy = run.finite("Training/Token_Accuracy")
+    for alert in _alerts(run, "Saturation"):
+        step, least = alert.get("step", run.steps), alert.get("threshold", 1.0)
+        shorter = _shorter(run, step)
+        if shorter and all(value >= least for s, value in accuracy.items() if s >= step):
+            return NextStep.of(
+                run,
+                "The data are learned by heart: more epochs teach nothing. Add data, or stop there.",
+                f"From step {step} on every training token was predicted (at least {100 * least:.4g}%).",
+                **shorter,
+            )
+    return None
 
 
 def forgotten(run: RecordedRun) -> NextStep | None:
-    """The loss on general text rose above the base's."""
+    """The loss on general text rose above the base's, too far for the alert, and is there at the end."""
     spoken, rate = _alerts(run, "Forgetting"), _rate(run)
-    if not spoken or rate is None:
+    loss = next((c for c in changes(run.series) if c.tag == "Forgetting/General_Loss"), None)
+    if not spoken or rate is None or loss is None:
         return None
-    return NextStep(
+    limit = spoken[-1].get("threshold")
+    if loss.verdict != "worse" or loss.after.value <= limit:
+        return None
+    return NextStep.of(
+        run,
         "The model forgets what it could.",
-        f"Its loss on general text was {four_digits(spoken[-1].get('value'))} at step "
-        f"{spoken[-1].get('step')}, where {four_digits(spoken[-1].get('threshold'))} is too much.",
-        command(run, learning_rate=rate / 3),
+        f"Its loss on general text was {four_digits(loss.before.value)} before the first step and is "
+        f"{four_digits(loss.after.value)} at the end, where {four_digits(limit)} is too much.",
+        learning_rate=_lower(run, rate),
     )
 
 
@@ -267,17 +403,19 @@ def waits_for_data(run: RecordedRun) -> NextStep | None:
     if not data or not whole or data / whole < WAITING:
         return None
     workers = _setting(run, "workers")
-    return NextStep(
+    return NextStep.of(
+        run,
         "The device waits for data.",
         f"Data take {100 * data / whole:.0f}% of a step, {four_digits(data)} s of {four_digits(whole)} s.",
-        command(run, workers=max(4, 2 * workers)),
+        workers=max(4, 2 * workers),
     )
 
 
 KINDS: tuple[Callable[[RecordedRun], NextStep | None], ...] = (
+    worse_than_before,
     rate_too_high,
     overfitted,
-    rate_too_low,
+    hardly_learned,
     saturated,
     stopped_too_early,
     forgotten,

@@ -64,7 +64,7 @@ from finetuning.training.forecast import (
     forecast,
 )
 from finetuning.training.memory_estimate import free_memory, model_shape
-from finetuning.training.optimizer import peak_rate
+from finetuning.training.peak_rate import peak_rate
 
 MIN_CONSTANT_EFFICIENCY = 0.6  # of what compiled layers would go through, what is no padding
 

@@ -75,6 +75,25 @@ class RecordedRun:
         left = dict.fromkeys(self.configuration.get("automatic", ()), "auto")
         return {**self.configuration.get("config", {}), **left}
 
+    @property
+    def is_running(self) -> bool:
+        """As far as its status says; a run that was killed could not say otherwise."""
+        return self.status.get("status") == "running"
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it has come to its last planned step."""
+        status, planned = self.status.get("status"), self.configuration.get("steps")
+        if status in ("running", "preempted", "stopped", "failed"):
+            return False
+        return status == "completed" or (planned is not None and self.steps >= planned)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it is complete, or was ended early for good: by early stopping or by an alert."""
+        stopped = self.status.get("status") == "stopped"
+        return self.is_complete or (stopped and bool(self.status.get("result")))
+
     def last(self, tag: str) -> float | None:
         """The newest value of a tag."""
         points = self.series.get(tag)
@@ -117,6 +136,10 @@ class RecordedRun:
     def dataset(self) -> dict[str, Any]:
         """The statistics of its data, read when they are asked for; empty where there are none."""
         return _json(self.directory.logs / "dataset_statistics.json")
+
+    def truncation(self) -> dict[str, Any]:
+        """Ids of samples by what became of them for their length, one for each of their documents."""
+        return _json(self.directory.logs / "truncation.json")
 
     def texts(self) -> dict[str, list[tuple[int, str]]]:
         """The first and the last text of each tag of its event files: (step, Markdown)."""

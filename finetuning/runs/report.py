@@ -206,7 +206,10 @@ def _next_steps(run: RecordedRun) -> str:
         f"<pre>{html.escape(redact(f.command))}</pre></li>"
         for f in findings(run)
     )
-    nothing = _said("The record shows nothing that should be changed.")
+    text = "The record shows nothing that should be changed."
+    if not run.is_over:
+        text = "The run is not over; what to do next is told at its end."
+    nothing = _said(text)
     return f"<ol>{items}</ol>" if items else f"<p>{nothing}</p>"
 
 

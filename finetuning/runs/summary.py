@@ -15,6 +15,7 @@ from finetuning.common.files import json_text
 from finetuning.common.formatting import flat, shown
 from finetuning.common.language import translated
 from finetuning.common.text import table_cell
+from finetuning.config import NO_LIMIT
 from finetuning.data.accounts import account_rows
 from finetuning.events.address import pinned_address
 from finetuning.model.resolve import licence_of, shared_name
@@ -22,6 +23,7 @@ from finetuning.runs.directory import ORIGIN, RUN_NAME, RunDirectory
 from finetuning.runs.model_card import CARD, model_card
 from finetuning.runs.plan import RunPlan
 from finetuning.runs.result import FINAL, why_best
+from finetuning.runs.sequence_length import positions_of
 from finetuning.training.engine import TrainingEngine
 from finetuning.training.state import TrainState
 
@@ -116,10 +118,12 @@ def model_size(plan: RunPlan, engine: TrainingEngine) -> dict[str, Any]:
     """The model's name and content, and its numbers of weights, for the run's files."""
     folder = plan.inputs.model.path
     revision = {"revision": folder.name} if folder.parent.name == "snapshots" else {}  # of the hub
+    positions = positions_of(plan.inputs.model)
     return {
         "name": plan.inputs.model.name,
         **revision,
         **{name: digest for name, digest in plan.inputs.contents.items() if digest},
+        **({"positions": positions} if positions < NO_LIMIT else {}),
         "trainable": engine.num_trainable,
         "total": engine.num_parameters,
     }

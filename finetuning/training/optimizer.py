@@ -16,6 +16,7 @@ from finetuning.data.token_table import TokenizedSamples
 from finetuning.model import parallel
 from finetuning.model.loss import LossSums
 from finetuning.training.captured_step import StaticStep
+from finetuning.training.peak_rate import peak_rate
 from finetuning.training.step_clock import StepClock
 
 MicroBatchSums = list[
@@ -160,20 +161,6 @@ def build_optimizer(
         weight_decay=weight_decay,
         fused=True,
     )
-
-
-# The automatic rate, from docs/recipes.md: KL on general text grows with the rate and the number of updates,
-# whatever the data are; of a run's rates with a KL of up to 0.4 this one had the lowest held-out loss.
-USUAL_RATE, USUAL_UPDATES, HIGHEST_RATE = 3e-4, 150, 1e-3
-ALL_WEIGHTS_SHARE = 0.1
-
-
-def peak_rate(settings: OptimizerSettings, num_steps: int, *, trains_all: bool) -> float:
-    """The learning rate as set, or the automatic one for so many updates."""
-    if settings.learning_rate != "auto":
-        return settings.learning_rate
-    rate = USUAL_RATE * max(1.0, USUAL_UPDATES / num_steps)
-    return min(rate, HIGHEST_RATE) * (ALL_WEIGHTS_SHARE if trains_all else 1)
 
 
 def learning_rate_at(

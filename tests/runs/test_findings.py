@@ -1,6 +1,5 @@
 """What to do next: each finding on a run that was built to have it, and its absence on one that has not."""
 
-import json
 import math
 import re
 import shlex
@@ -12,114 +11,38 @@ import pytest
 from finetuning.command_line import parse_command_line
 from finetuning.common import language
 from finetuning.data.split import replay_text
-from finetuning.runs.directory import RUN_PREFIX, RunDirectory
-from finetuning.runs.findings import KINDS, command, findings
+from finetuning.runs.findings import KINDS, findings
+from finetuning.runs.own_command import command
 from finetuning.runs.recorded import find_runs, read_recorded
 from finetuning.runs.report import headline, page
 from finetuning.runs.source_finding import without_source, worse_source
-
-STEPS = range(1, 201)
-
-
-def healthy() -> dict:
-    """A run as it should go, by the files that it leaves."""
-    rows = {}
-    for step in STEPS:
-        loss = 1 + 2 * math.exp(-step / 25)
-        rows[step] = {
-            "Training/Loss": loss,
-            "Training/Epoch": 3 * step / 200,
-            "Throughput/Step_Seconds": 1.0,
-            "Throughput/Step_Seconds_Data": 0.01,
-        }
-        if step % 40 == 0:
-            rows[step] |= {"Eval/Loss": loss + 0.1, "Eval/Loss_Error": 0.02}
-            rows[step] |= {"Eval/By_Source/good": loss, "Eval/By_Source/poor": loss}
-    settings = {"learning_rate": 3e-4, "num_epochs": 3.0, "data_path": ["good.jsonl", "poor.jsonl"]}
-    return {"rows": rows, "alerts": [], "dataset": {}, "settings": settings}
-
-
-def recorded(folder: Path, files: dict):
-    run = RunDirectory(folder / "out", RUN_PREFIX + "20250101_000000")
-    run.logs.mkdir(parents=True)
-    run.tensorboard.mkdir(parents=True)
-    lines = [{"step": s, "time": 1e9 + s, "metrics": row} for s, row in files["rows"].items()]
-    (run.logs / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    (run.logs / "alerts.jsonl").write_text("".join(json.dumps(x) + "\n" for x in files["alerts"]))
-    (run.logs / "dataset_statistics.json").write_text(json.dumps(files["dataset"]))
-    configuration = {"config": files["settings"], "steps": 200}
-    configuration["automatic"] = files.get("automatic", [])
-    configuration["held_out_samples"] = files.get("held_out", {})
-    (run.logs / "configuration.json").write_text(json.dumps(configuration))
-    return read_recorded(run)
-
-
-def alert(name: str, step: int = 100, **evidence: object) -> dict:
-    return {"name": name, "step": step, "value": 1.0, "threshold": 0.5, "evidence": evidence}
-
-
-def diverged(files):
-    files["alerts"] += [alert("Divergence", 120)]
-
-
-def poor_source(files, held_out: int = 20):
-    """Its held-out loss rises by two thirds, that of the other falls."""
-    for step in range(40, 201, 40):
-        row = files["rows"][step]
-        row["Eval/By_Source/good.jsonl"] = row.pop("Eval/By_Source/good")
-        row["Eval/By_Source/poor.jsonl"] = row.pop("Eval/By_Source/poor")
-        if step > 80:
-            row["Eval/By_Source/poor.jsonl"] *= step / 80
-    files["held_out"] = {"good.jsonl": 30, "poor.jsonl": held_out}
-    files["dataset"]["samples_per_file"] = {"good.jsonl": 300, "poor.jsonl": 10 * held_out}
-
-
-def overfits(files):
-    for step in (80, 120, 160, 200):
-        files["rows"][step]["Eval/Loss"] = 1.1 + step / 1000
-
-
-def forgets(files):
-    files["alerts"] += [alert("Forgetting")]
-
-
-def too_long(files):
-    counts = {"dropped": 20, "shortened": 5}
-    files["dataset"] |= {"total_samples": 100, "truncation": counts}
-    files["settings"] |= {"max_seq_length": 2048}
-
-
-def too_slow(files):
-    for step in STEPS:
-        files["rows"][step]["Training/Loss"] = 3 - step / 4000
-
-
-def by_heart(files):
-    files["alerts"] += [alert("Saturation", 50)]
-
-
-def goes_on(files):
-    for step in STEPS:
-        files["rows"][step]["Training/Loss"] = 3 - step / 200
-        if "Eval/Loss" in files["rows"][step]:
-            files["rows"][step]["Eval/Loss"] = 3.1 - step / 200
-
-
-def waits(files):
-    for step in STEPS:
-        files["rows"][step]["Throughput/Step_Seconds_Data"] = 0.5
-
+from tests.helpers.recorded_runs import (
+    alert,
+    by_heart,
+    data_wait,
+    diverged,
+    forgets,
+    goes_on,
+    got_worse,
+    healthy,
+    overfits,
+    poor_source,
+    recorded,
+    too_long,
+    too_slow,
+)
 
 BUILT = {  # kind: (what makes a run have it, words of its title, settings that its command changes)
+    "worse_than_before": (got_worse, "made the model worse", {"learning_rate": 1e-4}),
     "rate_too_high": (diverged, "too high", {"learning_rate": 1e-4}),
     "overfitted": (overfits, "overfits", {"num_epochs": 1.2}),
-    "rate_too_low": (too_slow, "too low", {"learning_rate": 9e-4}),
-    "saturated": (by_heart, "by heart", {"num_epochs": 0.8}),
+    "hardly_learned": (too_slow, "too low", {"learning_rate": 3e-4}),
+    "saturated": (by_heart, "by heart", {"num_epochs": 0.75}),
     "stopped_too_early": (goes_on, "too early", {"num_epochs": 6.0}),
     "forgotten": (forgets, "forgets", {"learning_rate": 1e-4}),
     "data_too_long": (too_long, "too long", {"max_seq_length": "auto"}),
     "source_harmful": (poor_source, "poor.jsonl gets worse", {"data_path": ("good.jsonl",)}),
-    "waits_for_data": (waits, "waits for data", {"workers": 4}),
+    "waits_for_data": (data_wait, "waits for data", {"workers": 4}),
 }
 
 
@@ -193,7 +116,7 @@ def test_a_command_with_steps_names_no_epochs(finished: Path):
 
 def test_the_page_says_them_in_chinese(tmp_path):
     files = healthy()
-    waits(files)
+    data_wait(files)
     run = recorded(tmp_path, files)
     language.use("zh")
     try:
@@ -205,7 +128,7 @@ def test_the_page_says_them_in_chinese(tmp_path):
 
 def test_the_costliest_five_are_told(tmp_path):
     files = healthy()
-    for change in (diverged, poor_source, overfits, forgets, too_long, by_heart, waits):
+    for change in (diverged, poor_source, overfits, forgets, too_long, by_heart, data_wait):
         change(files)
     assert len(findings(recorded(tmp_path, files))) == 5
 

@@ -17,9 +17,9 @@ from finetuning.training.optimizer import (
     is_compiler_error,
     is_out_of_memory,
     learning_rate_at,
-    peak_rate,
     update_weights,
 )
+from finetuning.training.peak_rate import peak_rate
 
 COSINE = OptimizerSettings(learning_rate=1.0, lr_schedule="cosine", warmup_ratio=0.1)
 
