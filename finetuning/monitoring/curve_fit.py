@@ -127,9 +127,10 @@ def fit_curve(
     losses = np.array([b[2] for b in bins]) / count
     rates = None if any(b[3] is None for b in bins) else np.array([b[3] for b in bins]) / count
     period = steps_per_epoch or find_epochs(steps, losses, now, total)
-    times = now, (1 - END / 2) * total, total
+    begin = _segment_start(losses, _noise(losses))
+    times = now, max((1 - END / 2) * total, float(steps[begin])), total
     whole = course(steps, rates, times, beliefs.lag)
-    data = _scaled(steps, losses, whole, (*times, period), beliefs)
+    data = _scaled(steps, losses, whole, (begin, *times, period), beliefs)
     members = _members(data, beliefs)
     best = float(np.min(np.convolve(losses, np.ones(3) / 3, "valid")))
     end = _End(
@@ -154,8 +155,7 @@ def merged(a: list, b: list) -> list:
 
 
 def _scaled(steps, losses, whole: Course, times, beliefs: Beliefs) -> _Data:
-    now, end, total, period = times
-    begin = _segment_start(losses, _noise(losses))
+    begin, now, end, total, period = times
     keep = np.arange(begin, len(steps))
     if begin == 0:
         late = np.flatnonzero(steps > beliefs.skip * steps[-1])

@@ -34,7 +34,9 @@ from finetuning.monitoring.rows import Rows
 
 EVENTS, EPOCH = "*tfevents*", "Training/Epoch"
 CURVES = {LOSS, EVALUATION}  # a line of ours with neither tells nothing about convergence
-MOST_STEPS = 2**53  # the largest whole number that a float tells from the next one
+MOST_STEPS = (
+    10**13
+)  # up to here a float also tells places between two steps; milliseconds since 1970 fit
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,7 @@ def _has_step(row: Mapping[str, float], place: str) -> bool:
     if math.isnan(step):
         return False
     if not 0 <= step <= MOST_STEPS:
-        raise UserError(f"{place}: step must be a number from 0 up, not {step:g}")
+        raise UserError(f"{place}: step must be a number from 0 to {MOST_STEPS:.0e}, not {step:g}")
     if step != int(step):
         raise UserError(
             f"{place}: step {step:g} is no whole number; give the column that counts steps"

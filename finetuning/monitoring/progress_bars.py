@@ -35,6 +35,12 @@ class _Stretch:
     def stop(self) -> int:
         return self.begin + len(self.steps)
 
+    @property
+    def rank(self) -> tuple[int, bool, int]:
+        """Lower is surer: it goes with more losses, its steps are multiples of their stride, it counts further."""
+        stride = self.steps[-1] - self.steps[-2] if len(self.steps) > 1 else 1
+        return -len(self.steps), any(s % stride for s in self.steps[1:]), -self.counter.end
+
 
 def steps_at(
     text: str, places: Sequence[int], epochs: Sequence[float | None]
@@ -126,13 +132,13 @@ def _even(shown: list[int], exact: bool) -> list[int] | None:
 
 
 def _covering(stretches: list[_Stretch], losses: int) -> list[_Stretch] | None:
-    """Stretches that hold every loss once, the longest first; None where a loss is left.
+    """Stretches that hold every loss once, the surest first; None where a loss is left.
 
     A loss by itself proves nothing: its bar must be one that goes with other losses, or the only one.
     """
     free, chosen = [True] * losses, []
     alone = len({stretch.counter for stretch in stretches}) == 1
-    for stretch in sorted(stretches, key=lambda s: (-len(s.steps), -s.counter.end)):
+    for stretch in sorted(stretches, key=lambda s: s.rank):
         proven = len(stretch.steps) > 1 or alone or stretch.counter in {s.counter for s in chosen}
         if proven and all(free[stretch.begin : stretch.stop]):
             free[stretch.begin : stretch.stop] = [False] * len(stretch.steps)
