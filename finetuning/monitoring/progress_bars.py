@@ -37,7 +37,7 @@ class _Stretch:
 
     @property
     def rank(self) -> tuple[int, bool, int]:
-        """Lower is surer: it goes with more losses, its steps are multiples of their stride, it counts further."""
+        """Lower is surer: it goes with more losses, in multiples of its stride, it counts further."""
         stride = self.steps[-1] - self.steps[-2] if len(self.steps) > 1 else 1
         return -len(self.steps), any(s % stride for s in self.steps[1:]), -self.counter.end
 

@@ -1,4 +1,4 @@
-"""Logs as other tools write them: which numbers are the training's loss, and at which step each one stands."""
+"""Logs as other tools write them: which numbers are the training's loss, and at which step each stands."""
 
 import json
 import math
@@ -21,7 +21,8 @@ CURVE = {step: loss(step) for step in STEPS}
 
 
 def bar(step, end, label=""):
-    return f"\r{label}{100 * step // end:3d}%|{'█' * (10 * step // end):<10}| {step}/{end} [00:01<01:00,  1.0s/it]"
+    done = f"{100 * step // end:3d}%|{'█' * (10 * step // end):<10}|"
+    return f"\r{label}{done} {step}/{end} [00:01<01:00,  1.0s/it]"
 
 
 def line(step, losses=CURVE, steps_per_epoch=100):
