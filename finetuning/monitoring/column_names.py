@@ -80,6 +80,8 @@ def is_step(name: str) -> bool:
 
 def unpaired(record: Mapping) -> dict:
     """With {"global_step/max_steps": "10/300"} as the two fields that it is (ms-swift)."""
+    if not any(isinstance(value, str) and "/" in value for value in record.values()):
+        return dict(record)
     fields: dict = {}
     for name, value in record.items():
         pair = PAIR.fullmatch(value) if isinstance(value, str) else None

@@ -15,29 +15,27 @@ MISSING = {"", "null", "none", "na", "n/a", "<na>"}  # in a table's cell
 Records = Callable[[], Iterable[tuple[object, Mapping]]]
 
 
-def as_number(value: object) -> float | None:
+def _number(value: object) -> float | None:
     """None where nothing is told. Raises ValueError for text that is no number."""
-    if not _is_told(value):
+    if value is None or isinstance(value, (bool, list, dict)):
         return None
     try:
         found = float(value)
     except OverflowError:
         return math.inf
+    except ValueError:
+        if str(value).strip().lower() in MISSING:
+            return None
+        raise
     return math.copysign(math.inf, found) if abs(found) > LARGEST else found
 
 
-def _is_told(value: object) -> bool:
-    if value is None or isinstance(value, (bool, list, dict)):
-        return False
-    return not (isinstance(value, str) and value.strip().lower() in MISSING)
-
-
 def numbers(record: Mapping) -> dict[str, float]:
-    """Those of its fields that are numbers."""
+    """Those of its fields that are numbers; the record is `unpaired`."""
     found = {}
-    for name, value in unpaired(record).items():
+    for name, value in record.items():
         try:
-            told = as_number(value)
+            told = _number(value)
         except ValueError:
             continue
         if told is not None:
@@ -59,13 +57,15 @@ class Columns:
         names: dict[str, None] = {}
         finite, told = Counter(), Counter()
         for _, record in records():
-            fields = {str(name): value for name, value in unpaired(record).items() if name}
+            fields = unpaired(record)
             names |= dict.fromkeys(fields)
-            row = _finite(numbers(fields))
-            if not any(name.endswith("train_runtime") for name in row):
-                told.update(name for name, value in fields.items() if _is_told(value))
-                finite.update(row)
-        return cls(list(names), finite, told)
+            row = numbers(fields)
+            sound = _finite(row)
+            if not any(name.endswith("train_runtime") for name in sound):
+                told.update(row.keys())
+                told.update(name for name in fields if name not in row and is_text(fields[name]))
+                finite.update(sound)
+        return cls([str(name) for name in names if name], finite, told)
 
     def values(self, losses: Iterable[str]) -> Mapping[str, int]:
         """How many numbers each name has; where no loss has one, how many values."""
@@ -94,7 +94,7 @@ class Gaps:
         rates = {name for name, ours in names.items() if ours == RATE}
         unrated = set()
         for _, record in records():
-            row = _finite(numbers(record))
+            row = _finite(numbers(unpaired(record)))
             for name in row & beside.keys():
                 beside[name] |= row
                 if not row & rates:
@@ -111,6 +111,11 @@ class Gaps:
             return known and (not told <= self.beside[name] or (name in self.rated and not rated))
 
         return {name: value for name, value in row.items() if not is_gap(name)}
+
+
+def is_text(value: object) -> bool:
+    """Does a cell hold text that is no empty one?"""
+    return isinstance(value, str) and value.strip().lower() not in MISSING
 
 
 def _finite(row: Mapping[str, float]) -> set[str]:

@@ -29,7 +29,7 @@ from finetuning.monitoring.column_names import (
 from finetuning.monitoring.console_log import console_records, has_records
 from finetuning.monitoring.detectors import is_watched
 from finetuning.monitoring.epoch_length import steps_per_epoch
-from finetuning.monitoring.foreign_table import Columns, Gaps, Records, as_number, numbers
+from finetuning.monitoring.foreign_table import Columns, Gaps, Records, is_text, numbers
 from finetuning.monitoring.rows import Rows
 
 EVENTS, EPOCH = "*tfevents*", "Training/Epoch"
@@ -144,8 +144,8 @@ def _own_rows(path: Path) -> Iterator[dict[str, float]]:
         needed = {tag: value for tag, value in metrics.items() if _is_needed(tag)}
         place = f"{path}:{number}"
         told = _with_nan(needed | {STEP: record.get(STEP)})
-        _check(told, (STEP, LOSS), place)
         row = numbers(told)
+        _check(told, row, (STEP, LOSS), place)
         if _has_step(row, place):
             yield planned | row
 
@@ -156,11 +156,14 @@ def _named(records: Records, place: str) -> Iterator[dict[str, float]]:
     found = meanings(table.names)
     losses = [name for name, ours in found.items() if ours == LOSS]
     names = with_one_loss(found, table.values(losses), place)
-    gaps = Gaps.of(records, names) if table.have_nan(names) else Gaps({}, set())
+    gaps = Gaps.of(records, names) if table.have_nan(names) else None
+    needed = [name for name, ours in names.items() if ours in (STEP, LOSS)]
     for where, record in records():
         told = unpaired(_with_nan(record))
-        _check(told, [name for name, ours in names.items() if ours in (STEP, LOSS)], str(where))
-        row = gaps.filled(numbers(told), names)
+        row = numbers(told)
+        _check(told, row, needed, str(where))
+        if gaps:
+            row = gaps.filled(row, names)
         # A name without a meaning stays, but for one that would be taken for ours.
         ours = {names.get(n, n): row[n] for n in row if n in names or n not in (STEP, LOSS)}
         if _has_step(ours, str(where)):
@@ -172,13 +175,11 @@ def _with_nan(record: Mapping) -> Mapping:
     return {**record, LOSS: math.nan} if LOSS in record and record[LOSS] is None else record
 
 
-def _check(record: Mapping, names: Iterable[str], place: str) -> None:
-    """Raises UserError where step or loss are text that is no number."""
+def _check(record: Mapping, row: Mapping, names: Iterable[str], place: str) -> None:
+    """Raises UserError where the record has text for step or loss, which its row of numbers has not."""
     for name in names:
-        try:
-            as_number(record.get(name))
-        except ValueError:
-            raise UserError(f"{place}: {name} is no number: {record[name]!r:.40}") from None
+        if name not in row and is_text(record.get(name)):
+            raise UserError(f"{place}: {name} is no number: {record[name]!r:.40}")
 
 
 def _has_step(row: Mapping[str, float], place: str) -> bool:
