@@ -51,6 +51,10 @@ def _print_description(result: dict) -> None:
     width = max(map(cell_len, names)) + 1
     for name, text in zip(names, rows.values(), strict=True):
         print(name + " " * (width - cell_len(name)) + text)
+    if result["steps_counted"]:
+        print(
+            translated("The log does not show its steps: each line with a loss is counted as one.")
+        )
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+
+from finetuning.monitoring.column_names import COUNTED, is_step, unpaired
+from finetuning.monitoring.progress_bars import steps_at
 
 _BRACES = re.compile(r"\{[^{}]*\}")
 _LOSS = re.compile(r"['\"](?:eval_|train_)?loss['\"]\s*:")
-FIELD = re.compile(r"['\"]([\w/.-]+)['\"]\s*:\s*['\"]?([-+\w.]+)['\"]?")
-PROGRESS = re.compile(r"(?<!\d)(\d+)/(\d+) \[")  # a progress bar's "120/3000 [01:10<..."
+_COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # and the moves of a cursor between bars
+FIELD = re.compile(r"['\"]([\w/.-]+)['\"]\s*:\s*['\"]?([-+\w./]+)['\"]?")
 
 
 def has_records(text: str) -> bool:
@@ -19,23 +22,43 @@ def has_records(text: str) -> bool:
 def console_records(text: str) -> Iterator[dict[str, str]]:
     """Every record with its fields as text, with a "step", and "total_steps" where a progress bar says it.
 
-    The step is the record's own, else the newest that a progress bar has shown, else the number of the
-    record among those with a loss. A bar of the evaluation, which has another end, is left aside.
+    The step is the record's own, else that of the progress bar which goes with the losses (`steps_at`), else
+    the number of the record among those with a training loss, which then has a field COUNTED.
     """
-    bars = [(m.start(), int(m[1]), int(m[2])) for m in PROGRESS.finditer(text)]
-    total = max((bar[2] for bar in bars), default=0)
-    bars = [(at, step) for at, step, end in bars if end == total and step > 0]
-    planned = {"total_steps": str(total)} if bars else {}
-    counted = place = 0
-    step: int | None = None
-    for record in _records(text):
-        fields = dict(FIELD.findall(record[0]))
-        counted += "loss" in fields
-        while place < len(bars) and bars[place][0] < record.start():
-            step, place = bars[place][1], place + 1
-        yield planned | {"step": str(counted if step is None else step)} | fields
+    text = _COLOUR.sub("", text)
+    records = [(found.start(), _fields(found[0])) for found in _records(text)]
+    losses = [(place, fields) for place, fields in records if _is_training(fields)]
+    told = any(is_step(name) for _, fields in losses for name in fields)
+    steps = None
+    if not told:
+        steps = steps_at(text, [p for p, _ in losses], [_epoch(fields) for _, fields in losses])
+    known: dict[str, str] = {} if told else {"step": "0"}
+    number = 0
+    for _, fields in records:
+        if not told and _is_training(fields):
+            known = {"step": str(number + 1), COUNTED: "1"}
+            if steps:
+                known = {"step": str(steps[number][0]), "total_steps": str(steps[number][1])}
+            number += 1
+        yield known | fields
 
 
 def _records(text: str) -> Iterator[re.Match]:
     """What stands in braces and holds a loss."""
     return (found for found in _BRACES.finditer(text) if _LOSS.search(found[0]))
+
+
+def _fields(record: str) -> dict[str, str]:
+    return unpaired(dict(FIELD.findall(record)))
+
+
+def _is_training(fields: Mapping[str, str]) -> bool:
+    """Is it a loss of the training, and not the mean that HF's Trainer prints at its end?"""
+    return "loss" in fields or ("train_loss" in fields and "train_runtime" not in fields)
+
+
+def _epoch(fields: Mapping[str, str]) -> float | None:
+    try:
+        return float(fields.get("epoch", ""))
+    except ValueError:
+        return None

@@ -20,6 +20,7 @@ import numpy as np
 from finetuning.common.errors import UserError
 from finetuning.monitoring.alerts import AlertMonitor
 from finetuning.monitoring.curve_fit import Fit, fit_curve, merged
+from finetuning.monitoring.foreign_table import LARGEST
 from finetuning.monitoring.loss_curves import Curve
 from finetuning.monitoring.loss_detectors import is_spike, log_noise
 from finetuning.monitoring.saved_memory import check_memory, tried
@@ -94,15 +95,16 @@ class ConvergenceMonitor:
                     twin.state_dict()
 
     def observe(self, step: int, loss: float, learning_rate: float | None = None) -> None:
-        """Take one logged loss. A non-finite one is counted and never fitted."""
-        if not math.isfinite(loss):
+        """Take one logged loss. One that is not finite in float32 is counted and never fitted."""
+        if not abs(loss) <= LARGEST:
             self.nonfinite += 1
             return
         self.count += 1
         if len(self.first) < 3:
             self.first.append(float(loss))
         self._note_spike(loss)
-        rate = float(learning_rate) if learning_rate is not None else None
+        told = learning_rate is not None and 0 <= learning_rate <= LARGEST
+        rate = float(learning_rate) if told else None
         self.recent = [*self.recent, [int(step), float(loss), rate]][-RECENT:]
         if len(self.recent) >= 3:
             self._add_to_bins()
@@ -267,6 +269,7 @@ def describe(curve: Curve, upto: float = 1.0) -> dict:
         "steps_to_99_percent": values.get("Monitoring/Steps_To_99_Percent"),
         "step": monitor.recent[-1][0] if monitor.recent else None,
         "total_steps": curve.total_steps,
+        "steps_counted": curve.counted,
         "logged_losses": used,
         "nonfinite": monitor.nonfinite,
         "alerts": sorted({alert.name for alert in spoken}),

@@ -23,6 +23,7 @@ END = 0.05  # the loss at the end is that of this last share of the run
 Z80 = 1.2816  # an 80% interval of the normal distribution is mean +- 1.2816 sigma
 OFFSET_SD = 3.0  # of the level, in falls: as good as free
 PAST = (0.4, 0.5, 0.6, 0.7, 0.8)  # shares of the steps so far from which the present is forecast
+STILL = 1e-9  # of 1: a shape that falls by less is as good as flat
 TAU = np.geomspace(0.02, 4, 12)[:, None]  # of exp(-x / tau)
 POWER = np.array([(p, u) for p in (0.15, 0.3, 0.5, 0.75, 1.0, 1.5) for u in (0.003, 0.02, 0.1)])
 
@@ -122,13 +123,14 @@ def fit_curve(
     total = max(float(total), float(now))
     bins = _at_most_64(bins)
     count = np.array([b[0] for b in bins], float)
-    steps = np.array([b[1] for b in bins]) / count
+    steps = np.array([b[1] for b in bins], float) / count
     losses = np.array([b[2] for b in bins]) / count
     rates = None if any(b[3] is None for b in bins) else np.array([b[3] for b in bins]) / count
     period = steps_per_epoch or find_epochs(steps, losses, now, total)
-    times = now, (1 - END / 2) * total, total
+    begin = _segment_start(losses, _noise(losses))
+    times = now, max((1 - END / 2) * total, float(steps[begin])), total
     whole = course(steps, rates, times, beliefs.lag)
-    data = _scaled(steps, losses, whole, (*times, period), beliefs)
+    data = _scaled(steps, losses, whole, (begin, *times, period), beliefs)
     members = _members(data, beliefs)
     best = float(np.min(np.convolve(losses, np.ones(3) / 3, "valid")))
     end = _End(
@@ -153,8 +155,7 @@ def merged(a: list, b: list) -> list:
 
 
 def _scaled(steps, losses, whole: Course, times, beliefs: Beliefs) -> _Data:
-    now, end, total, period = times
-    begin = _segment_start(losses, _noise(losses))
+    begin, now, end, total, period = times
     keep = np.arange(begin, len(steps))
     if begin == 0:
         late = np.flatnonzero(steps > beliefs.skip * steps[-1])
@@ -243,7 +244,8 @@ def _shapes(data: _Data, beliefs: Beliefs) -> _Shapes:
     ]
     g = np.concatenate(raw)
     first, now = g[:, 0], g[:, data.seen]
-    scale = first - now
+    # One that does not move between the first bin and now is a constant, as at the start of a long run.
+    scale = np.where(first - now > STILL, first - now, np.inf)
     return _Shapes(
         g=(g - now[:, None]) / scale[:, None],
         floor=-now / scale,

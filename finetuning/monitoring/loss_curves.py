@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -16,28 +16,41 @@ from finetuning.common.bounds import CURVE_FILE, CURVE_LINE, RECORD
 from finetuning.common.errors import UserError
 from finetuning.common.files import read_json_object, regular
 from finetuning.events.reading import read_run
-from finetuning.monitoring.column_names import LOSS, PLANNED, STEP, meanings
+from finetuning.monitoring.column_names import (
+    COUNTED,
+    EVALUATION,
+    LOSS,
+    PLANNED,
+    STEP,
+    meanings,
+    unpaired,
+    with_one_loss,
+)
 from finetuning.monitoring.console_log import console_records, has_records
 from finetuning.monitoring.detectors import is_watched
+from finetuning.monitoring.epoch_length import steps_per_epoch
+from finetuning.monitoring.foreign_table import Columns, Gaps, Records, is_text, numbers
 from finetuning.monitoring.rows import Rows
 
 EVENTS, EPOCH = "*tfevents*", "Training/Epoch"
-CURVES = {LOSS, "Eval/Loss"}  # a line of ours with neither tells nothing about convergence
-Records = Callable[
-    [], Iterable[tuple[object, Mapping]]
-]  # (where it stands, record), from the start
+CURVES = {LOSS, EVALUATION}  # a line of ours with neither tells nothing about convergence
+MOST_STEPS = (
+    10**13
+)  # up to here a float also tells places between two steps; milliseconds since 1970 fit
 
 
 @dataclass(frozen=True)
 class Curve:
     """A recorded run. points: a row for each logged step, {"step": …, "Training/Loss": …, what else it has}.
 
-    total_steps: those planned, where the run says so; else its last step.
+    total_steps: those planned, where the run says so; else its last step. counted: its steps are the numbers
+    of its losses, as nothing in it tells them.
     """
 
     points: Rows
     total_steps: int
     steps_per_epoch: float | None
+    counted: bool = False
 
 
 def read_curve(path: str | Path) -> Curve:
@@ -49,7 +62,7 @@ def read_curve(path: str | Path) -> Curve:
     """
     path = _curve_file(Path(path))
     try:
-        points = Rows.of(_rows(path), _is_needed)
+        points = Rows.of(_rows(path), _is_needed, LOSS)
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: not readable as {path.suffix[1:]} ({error})") from error
     steps, losses = points.column(LOSS)
@@ -62,13 +75,15 @@ def read_curve(path: str | Path) -> Curve:
             "losses that end at zero or above, as a cross-entropy does"
         )
     planned = points.column(PLANNED)[1]
-    total = max(float(points.steps[-1]), float(planned.max(initial=0)))
-    return Curve(points, int(total), _steps_per_epoch(points))
+    planned = planned[(planned > 0) & (planned <= MOST_STEPS)]
+    total = int(max(points.steps[-1], planned.max(initial=0)))
+    length = steps_per_epoch(*points.column(EPOCH), total)
+    return Curve(points, total, length, counted=COUNTED in points.columns)
 
 
 def _is_needed(name: str) -> bool:
     """Whether score, forecast or an alert is made of it."""
-    return name in (PLANNED, EPOCH) or is_watched(name)
+    return name in (PLANNED, EPOCH, COUNTED) or is_watched(name)
 
 
 def _curve_file(path: Path) -> Path:
@@ -127,48 +142,58 @@ def _own_rows(path: Path) -> Iterator[dict[str, float]]:
         if not isinstance(metrics, dict) or not metrics.keys() & CURVES:
             continue  # a metric of the user's, which may be over another axis than steps
         needed = {tag: value for tag, value in metrics.items() if _is_needed(tag)}
-        row = _numbers(_with_nan(needed | {STEP: record.get(STEP)}), f"{path}:{number}")
-        if row:
+        place = f"{path}:{number}"
+        told = _with_nan(needed | {STEP: record.get(STEP)})
+        row = numbers(told)
+        _check(told, row, (STEP, LOSS), place)
+        if _has_step(row, place):
             yield planned | row
 
 
 def _named(records: Records, place: str) -> Iterator[dict[str, float]]:
     """The numbers of another tool's records under our names; records without a step are left out."""
+    table = Columns.of(records)
+    found = meanings(table.names)
+    losses = [name for name, ours in found.items() if ours == LOSS]
+    names = with_one_loss(found, table.values(losses), place)
+    gaps = Gaps.of(records, names) if table.have_nan(names) else None
+    needed = [name for name, ours in names.items() if ours in (STEP, LOSS)]
+    for where, record in records():
+        told = unpaired(_with_nan(record))
+        row = numbers(told)
+        _check(told, row, needed, str(where))
+        if gaps:
+            row = gaps.filled(row, names)
+        # A name without a meaning stays, but for one that would be taken for ours.
+        ours = {names.get(n, n): row[n] for n in row if n in names or n not in (STEP, LOSS)}
+        if _has_step(ours, str(where)):
+            yield ours
 
-    def steps() -> Iterator[tuple[object, Mapping]]:
-        # The last record of HF's Trainer holds the mean loss of the whole run.
-        return (r for r in records() if not any(str(k).endswith("train_runtime") for k in r[1]))
 
-    names = meanings((str(name) for _, record in steps() for name in record if name), place)
-    for where, record in steps():
-        ours = {names.get(str(name), str(name)): value for name, value in record.items()}
-        row = _numbers(_with_nan(ours), str(where))
-        if row:
-            yield row
+def _with_nan(record: Mapping) -> Mapping:
+    """JSON has no NaN: in our own logs a loss of null is a loss that was not finite."""
+    return {**record, LOSS: math.nan} if LOSS in record and record[LOSS] is None else record
 
 
-def _with_nan(record: dict) -> dict:
-    """JSON has no NaN: a loss of null is a loss that was not finite."""
-    return record | {LOSS: math.nan} if LOSS in record and record[LOSS] is None else record
+def _check(record: Mapping, row: Mapping, names: Iterable[str], place: str) -> None:
+    """Raises UserError where the record has text for step or loss, which its row of numbers has not."""
+    for name in names:
+        if name not in row and is_text(record.get(name)):
+            raise UserError(f"{place}: {name} is no number: {record[name]!r:.40}")
 
 
-def _numbers(record: Mapping, place: str) -> dict[str, float] | None:
-    """The numeric fields of a record; None where it has no step."""
-    if record.get(STEP) in (None, ""):
-        return None
-    row = {}
-    for name, value in record.items():
-        if value in (None, "") or isinstance(value, (bool, list, dict)):
-            continue
-        try:
-            row[name] = float(value)
-        except ValueError:
-            if name in (STEP, LOSS):
-                name = {LOSS: "loss"}.get(name, name)
-                raise UserError(f"{place}: {name} is no number: {value!r:.40}") from None
-    if not (math.isfinite(row[STEP]) and row[STEP] >= 0):
-        raise UserError(f"{place}: step must be a number from 0 up, not {row[STEP]:g}")
-    return row
+def _has_step(row: Mapping[str, float], place: str) -> bool:
+    """Raises UserError for a step that counts nothing."""
+    step = row.get(STEP, math.nan)
+    if math.isnan(step):
+        return False
+    if not 0 <= step <= MOST_STEPS:
+        raise UserError(f"{place}: step must be a number from 0 to {MOST_STEPS:.0e}, not {step:g}")
+    if step != int(step):
+        raise UserError(
+            f"{place}: step {step:g} is no whole number; give the column that counts steps"
+        )
+    return True
 
 
 def _planned_steps(path: Path) -> dict[str, float]:
@@ -197,8 +222,14 @@ def _read_csv(path: Path) -> Iterator[tuple[str, dict]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(_bounded_lines(file))
         names = [name.strip() for name in reader.fieldnames or ()]
-        found = set(meanings(names, f"{path}:1").values())
-        if not {STEP, LOSS} <= found:
+        if set(names) == {
+            "Wall time",
+            "Step",
+            "Value",
+        }:  # TensorBoard's own; its name may tell the tag
+            tag = path.stem.partition("tag-")[2] or "loss"
+            names = [tag if name == "Value" else name for name in names]
+        if not {STEP, LOSS} <= set(meanings(names).values()):
             raise UserError(f"{path}:1: the first line must name the columns step and loss")
         reader.fieldnames = names
         for record in reader:
@@ -216,7 +247,9 @@ def _bounded_lines(file: TextIO) -> Iterator[str]:
 def _read_events(path: Path) -> Iterator[tuple[str, dict]]:
     """Scalars by step; tags that mean nothing here are left out."""
     series = read_run(path)
-    for tag in meanings(series, str(path)):
+    tags = meanings(series)
+    # The losses first: where they go back, what was read before is replaced.
+    for tag in sorted(tags, key=lambda tag: tags[tag] != LOSS):
         for step, value in series[tag]:
             yield str(path), {STEP: step, tag: value}
 
@@ -260,13 +293,3 @@ def _read_json(path: Path) -> Iterator[tuple[str, dict]]:
     for number, record in enumerate(state):
         if isinstance(record, dict):
             yield f"{path}: log_history[{number}]", planned | record
-
-
-def _steps_per_epoch(points: Rows) -> float | None:
-    """From the epoch column, where there is one."""
-    steps, epochs = points.column(EPOCH)
-    steps, epochs = steps[epochs > 0], epochs[epochs > 0]
-    if len(steps) < 2:
-        return None
-    steps, epochs = float(steps[-1] - steps[0]), float(epochs[-1] - epochs[0])
-    return steps / epochs if epochs > 0 and steps > 0 else None

@@ -20,8 +20,13 @@ class Rows(Sequence):
         self.steps, self.columns = steps, columns
 
     @classmethod
-    def of(cls, rows: Iterable[Mapping[str, float]], needed: Callable[[str], bool]) -> "Rows":
-        """The needed columns, by step; a later row of a step (after a resume) replaces its values."""
+    def of(
+        cls, rows: Iterable[Mapping[str, float]], needed: Callable[[str], bool], curve: str
+    ) -> "Rows":
+        """The needed columns, by step. Where the column `curve` goes back the run was resumed there.
+
+        A later row of a step replaces its values, and what was behind the place of a resume is gone.
+        """
         steps, found = array("d"), {}
         for number, row in enumerate(rows):
             steps.append(row["step"])
@@ -31,14 +36,17 @@ class Rows(Sequence):
                 places, values = found.setdefault(name, (array("q"), array("d")))
                 places.append(number)
                 values.append(value)
-        ordered, row_of = np.unique(np.asarray(steps), return_inverse=True)
+        in_file = np.asarray(steps)
+        alive = _alive(in_file, np.asarray(found.get(curve, ([], []))[0], dtype=int))
+        ordered = np.unique(in_file[alive])
         columns = {}
         for name, (places, values) in found.items():
+            rows_here = np.asarray(places)
+            stays = alive[rows_here]
+            here = np.searchsorted(ordered, in_file[rows_here[stays]])
             column, known = np.zeros(len(ordered)), np.zeros(len(ordered), bool)
-            rows_here = row_of[
-                np.asarray(places)
-            ]  # in the order of the file, so that the last one stays
-            column[rows_here], known[rows_here] = np.asarray(values), True
+            # In the order of the file, so that the last one stays.
+            column[here], known[here] = np.asarray(values)[stays], True
             columns[name] = column, known
         return cls(ordered, columns)
 
@@ -70,3 +78,21 @@ class Rows(Sequence):
             return np.empty(0), np.empty(0)
         values, known = self.columns[name]
         return self.steps[known], values[known]
+
+
+def _alive(steps: np.ndarray, curve: np.ndarray) -> np.ndarray:
+    """Which rows (n,) no resume has replaced; curve: numbers of the rows that hold the curve.
+
+    Of a table that is not in the order of time, as one sorted from its end, all rows are.
+    """
+    moves = np.diff(steps[curve])
+    back = curve[1:][moves < 0]
+    alive = np.ones(len(steps), bool)
+    if 0 < 2 * len(back) <= (moves > 0).sum():
+        resumed = np.full(len(steps) + 1, np.inf)
+        resumed[back] = steps[back]
+        lowest = np.minimum.accumulate(resumed[::-1])[
+            ::-1
+        ]  # step that a resume from here on goes back to
+        alive = steps < lowest[1:]
+    return alive

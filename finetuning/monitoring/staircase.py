@@ -6,6 +6,8 @@ import math
 
 import numpy as np
 
+MOST_EPOCHS = 1000  # a plan of more says nothing about drops to come
+
 
 def find_epochs(steps: np.ndarray, losses: np.ndarray, now: float, total: float) -> float | None:
     """Steps per epoch when the curve shows a staircase whose period divides the run, else None.
@@ -56,10 +58,10 @@ def boundaries_passed(
 ) -> np.ndarray | None:
     """Which epoch boundary lies before each place: 0 or 1, (places, boundaries).
 
-    None where there is no staircase to see: no epochs, one epoch, or epochs under four bins of `width`. A
-    boundary in the last 3% of an epoch counts as the run's end.
+    None where there is no staircase to see: no epochs, one epoch, more than `MOST_EPOCHS`, or epochs under
+    four bins of `width`. A boundary in the last 3% of an epoch counts as the run's end.
     """
-    if not period or period < 4 * width or period >= total:
+    if not period or period < 4 * width or not period < total <= MOST_EPOCHS * period:
         return None
     boundaries = np.arange(1, math.ceil(total / period - 0.03)) * period
     return (at[:, None] > boundaries[None, :]).astype(float)
