@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from finetuning.common.errors import UserError
+from finetuning.common.fingerprint import text_digest
 from finetuning.common.text import clean_line
 from finetuning.config import NO_LIMIT, DataSettings
 from finetuning.data.chat_template import chat_format
@@ -34,6 +35,10 @@ class DataPart:
     def sample(self, document: int) -> Sample:
         """The sample that a document was made of."""
         return self.samples[int(self.tokens.sample_index[document])]
+
+    def fingerprint(self) -> str:
+        """Of the samples' content and their order."""
+        return text_digest(*(sample.id for sample in self.samples))
 
     def place(self, document: int) -> str:
         """`file:line` and id of a document's sample, for messages."""

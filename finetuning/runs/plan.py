@@ -155,7 +155,9 @@ def plan_run(
     steps, evaluation, general = plans = plan_steps(config, data, tokenizer, dist, warn, positions)
     eval_steps, probing = plan_evaluations(config, inputs, plans, dist, warn, positions)
     settings = recorded_settings(config)
-    run_identity = identity(settings, inputs.model.name, inputs.contents, data, steps)
+    own_text = general[0].fingerprint() if general and config.general_path else ""
+    contents = {**inputs.contents, "general_text": own_text, "questions": probing.source}
+    run_identity = identity(settings, inputs.model.name, contents, data, steps)
     check_ranks(dist.gather(run_identity))
     dtype = weight_dtype(dist.device, config.precision)
     compiled = rows.way == "packed" and compiles(config, dist.device, dtype, steps)

@@ -36,6 +36,7 @@ class Probing:
     most: int
     sampling: Sampling
     always: bool = True
+    source: str = ""  # digest of the user's own questions; empty: held-out ones
 
     @property
     def warmth(self) -> float:
@@ -130,7 +131,8 @@ def plan_probes(
             f"answers have {most:,} tokens at most, as questions have up to {longest:,} and the model takes "
             f"{positions:,}"
         )
-    return Probing(probes, most, Sampling(warmth, config.seed))
+    source = part.fingerprint() if config.probe_path and probes else ""
+    return Probing(probes, most, Sampling(warmth, config.seed), source=source)
 
 
 def number_of_probes(folder: Path, dist: Distributed) -> int:
