@@ -64,12 +64,16 @@ LONG_ROPE = {
     "long_factor": [4.0] * 48,
     "original_max_position_embeddings": 4096,
 }
+GROWING = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
 VARIANTS = {
     "phi3": {"positions beyond the original ones": {"rope_parameters": LONG_ROPE}},
     "falcon": {"ALiBi": {"alibi": True}},
     "gemma2": {"plain logits": {"final_logit_softcapping": None}},
     "gpt2": {"no dropout": {"attn_pdrop": 0.0}},
-    "qwen3": {"dropout of attention": {"attention_dropout": 0.1}},
+    "qwen3": {
+        "dropout of attention": {"attention_dropout": 0.1},
+        "positions that grow": {"rope_parameters": GROWING},
+    },
 }
 OUTCOMES = {
     "packed": "packed rows",
@@ -148,6 +152,9 @@ def row(name: str, variant: str, proof: row_proof.RowProof) -> str:
     reason = proof.reason.replace(
         "`", "'"
     )  # a command that a library names is none of this project's
+    if proof.tokens:
+        reason += "; " * bool(reason) + f"documents of up to {proof.tokens:,} tokens"
+        reason += "" if proof.way else " can be trained"
     return f"| {title} | {outcome} | {difference} | {table_cell(reason, 300)} |"
 
 

@@ -20,6 +20,7 @@ PROC = Path("/proc/self")
 USUAL_MOUNT = Path(
     "/sys/fs/cgroup"
 )  # looked at in any case: what a container binds there has no type
+_ESCAPED = re.compile(r"\\([0-7]{3})")  # blanks, line ends and backslashes in the list of mounts
 _UNLIMITED = 2**60  # bytes; v1 writes a number near 2**63 where there is no limit
 # Version of control groups -> files of limits, file of the usage, prefix in memory.stat of what counts
 # the groups below, too. Beyond memory.high a process is slowed down until it hardly moves.
@@ -27,6 +28,9 @@ _MEMORY_FILES = {
     1: (("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_"),
     2: (("memory.max", "memory.high"), "memory.current", ""),
 }
+# Of version 1's memory.stat: the tightest limit of the group and of all above it, also of those that a
+# container does not see.
+_ABOVE = "hierarchical_memory_limit"
 # Of memory.stat: file pages that the kernel takes back before a limit is felt.
 _RECLAIMABLE = ("inactive_file", "active_file", "slab_reclaimable")
 
@@ -83,11 +87,13 @@ def memory_limits(proc: Path | None = None) -> list[MemoryLimit]:
     found = []
     for version, folder in _levels(proc or PROC, "memory"):
         limits, usage, prefix = _MEMORY_FILES[version]
+        statistics = _numbers(folder / "memory.stat")
         texts = [_text(folder / name) for name in limits]
-        limit = min((int(text) for text in texts if text.isdigit()), default=0)
-        used = _text(folder / usage)
+        known = [int(text) for text in texts if text.isdigit()]
+        known += [statistics[_ABOVE]] if _ABOVE in statistics else []
+        limit, used = min(known, default=0), _text(folder / usage)
         if used.isdigit() and 0 < limit < _UNLIMITED:
-            back = _reclaimable(folder / "memory.stat", prefix)
+            back = sum(statistics.get(prefix + name, 0) for name in _RECLAIMABLE)
             found.append(MemoryLimit(limit, max(0, int(used) - back)))
     return found
 
@@ -108,12 +114,15 @@ def memory_percent(proc: Path | None = None) -> float:
 
 def _levels(proc: Path, controller: str) -> Iterator[tuple[int, Path]]:
     """(version, folder) of the group of a controller and of all groups above it that can be seen."""
-    places, seen = _memberships(proc), set()
+    places, seen, mounts = _memberships(proc), set(), [*_mounts(proc, controller)]
     usual = [(2, USUAL_MOUNT, "/"), (1, USUAL_MOUNT / controller, "/")]
-    for version, mount, root in [*_mounts(proc, controller), *usual]:
-        place = places.get(controller if version == 1 else "", "/")
-        # A container sees its own group as the root of the mount; the path may be that of the host.
+    told = {mount.resolve() for _, mount, _ in mounts}
+    for version, mount, root in [*mounts, *(u for u in usual if u[1].resolve() not in told)]:
+        place = places.get(controller if version == 1 else "", root)
         inside = _relative(place, root)
+        if inside is None:  # what is mounted there is another group
+            continue
+        # A container sees its own group as the root of the mount; the path may be that of the host.
         folder = mount.joinpath(inside) if (mount / inside).is_dir() else mount
         while (version, folder) not in seen:
             seen.add((version, folder))
@@ -142,27 +151,28 @@ def _mounts(proc: Path, controller: str) -> Iterator[tuple[int, Path, str]]:
             continue
         if kinds[0] == "cgroup" and controller not in kinds[-1].split(","):
             continue
-        root, point = (name.encode().decode("unicode_escape") for name in fields[3:5])
+        root, point = (_ESCAPED.sub(lambda c: chr(int(c[1], 8)), name) for name in fields[3:5])
         yield (2 if kinds[0] == "cgroup2" else 1), Path(point), root
 
 
-def _relative(path: str, root: str) -> str:
-    """`path` as seen from `root`; "" where it lies outside, and the mount itself is the group."""
+def _relative(path: str, root: str) -> str | None:
+    """`path` as seen from `root`; None where it lies outside."""
     root = root.rstrip("/")
-    inside = path == root or path.startswith(f"{root}/")
-    parts = path.removeprefix(root).strip("/") if inside else ""
+    if path != root and not path.startswith(f"{root}/"):
+        return None
+    parts = path.removeprefix(root).strip("/")
     return "" if ".." in parts.split("/") else parts
 
 
-def _reclaimable(path: Path, prefix: str) -> int:
-    """Bytes of a group's file pages and caches, from its memory.stat."""
-    numbers = dict(line.split(" ", 1) for line in _text(path).splitlines() if " " in line)
-    return sum(int(numbers.get(prefix + name, 0)) for name in _RECLAIMABLE)
+def _numbers(path: Path) -> dict[str, int]:
+    """A group's memory.stat."""
+    lines = (line.split() for line in _text(path).splitlines())
+    return {line[0]: int(line[1]) for line in lines if len(line) == 2 and line[1].isdigit()}
 
 
 def _text(path: Path) -> str:
     """What a file of the kernel says; empty where there is none, or it is not for us."""
     try:
-        return path.read_text(encoding="utf-8", errors="replace").strip()
+        return os.fsdecode(path.read_bytes()).strip()
     except OSError:
         return ""

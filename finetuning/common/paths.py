@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +16,10 @@ from finetuning.common.text import clean_line
 def expanded(path: str, name: str) -> str:
     """`path` with the home directory in place of `~`, which no shell has replaced in `--name=~/…` or TOML.
 
-    Raises UserError where there is no such home directory: a folder called `~` is never meant.
+    Raises UserError where there is no such home directory: a folder called `~` is never meant; and for a
+    name that this locale can't write.
     """
+    check_letters(path, name)
     if not path.startswith("~"):
         return path
     found = os.path.expanduser(path)
@@ -26,6 +29,18 @@ def expanded(path: str, name: str) -> str:
             "path without ~"
         )
     return found
+
+
+def check_letters(path: str, name: str) -> None:
+    """Raise UserError for a path with letters that this locale has not, as a file of settings may hold."""
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError as error:
+        encoding = sys.getfilesystemencoding()
+        raise UserError(
+            f"{name} {clean_line(ascii(path), 200)}: this locale ({encoding}) has no such letters; start "
+            "with PYTHONUTF8=1 or LC_ALL=C.UTF-8, or use a name of ASCII letters"
+        ) from error
 
 
 def check_there(folder: str, name: str) -> None:

@@ -44,19 +44,32 @@ def _leave(number: int, _frame: object) -> NoReturn:
 
 
 def imports_begin() -> None:
-    """Ctrl-C gets one line and exit code 130 instead of a traceback through the imports. Where it was ignored
-    at the start, it stays so."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _leave)
+    """A signal that asks the process to end gets one line and its exit code (Ctrl-C: 130), no traceback
+    through the imports. What was ignored at the start stays so."""
+    for number in _signals():
+        if signal.getsignal(number) is _usual_handler(number):
+            signal.signal(number, _leave)
 
 
 def imports_are_done() -> None:
-    """Collect garbage as usual from now on, but never look at what the imports have made; Ctrl-C is an
-    exception again."""
+    """Collect garbage as usual from now on, but never look at what the imports have made; signals do what
+    they usually do."""
     gc.freeze()
     gc.set_threshold(*_THRESHOLDS)
-    if signal.getsignal(signal.SIGINT) is _leave:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in _signals():
+        if signal.getsignal(number) is _leave:
+            signal.signal(number, _usual_handler(number))
+
+
+def _signals() -> Iterator[int]:
+    """Those that ask a process to end; Windows has few."""
+    for name in StopSignal.NAMES:
+        if number := getattr(signal, name, None):
+            yield number
+
+
+def _usual_handler(number: int) -> object:
+    return signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
 
 
 class Interrupted(KeyboardInterrupt):
@@ -90,9 +103,8 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():  # no other one may set handlers
-            for name in self.NAMES:
-                number = getattr(signal, name, None)  # Windows has few
-                if number is None or signal.getsignal(number) in (signal.SIG_IGN, None):
+            for number in _signals():
+                if signal.getsignal(number) in (signal.SIG_IGN, None):
                     continue
                 self._former[number] = signal.signal(number, self._take)
         return self

@@ -47,9 +47,10 @@ class Terminal:
     """The terminal of one rank; silent on ranks other than 0."""
 
     def __init__(self, *, quiet: bool = False, is_main: bool = True) -> None:
-        for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):  # a console that lacks a character must end no run
-                stream.reconfigure(errors="replace")
+        # A console that lacks a character must end no run; what is wrong is told to the letter.
+        for stream, errors in ((sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors=errors)
         self._quiet, self._is_main = quiet, is_main
         self._log: TextIO | None = None
         self._unlogged: list[str] = []  # what was said before there was a log file

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from finetuning.common.errors import UserError
+from finetuning.common.fingerprint import text_digest
 from finetuning.common.text import clean_line
-from finetuning.config import DataSettings
+from finetuning.config import NO_LIMIT, DataSettings
 from finetuning.data.chat_template import chat_format
 from finetuning.data.split import Split, replay_text, weighted_by_tokens
 from finetuning.data.token_table import TokenizedSamples
@@ -34,6 +35,10 @@ class DataPart:
     def sample(self, document: int) -> Sample:
         """The sample that a document was made of."""
         return self.samples[int(self.tokens.sample_index[document])]
+
+    def fingerprint(self) -> str:
+        """Of the samples' content and their order."""
+        return text_digest(*(sample.id for sample in self.samples))
 
     def place(self, document: int) -> str:
         """`file:line` and id of a document's sample, for messages."""
@@ -113,13 +118,15 @@ def general_part(
     most_tokens: int = 0,
     *,
     option: str = "",
+    positions: int = NO_LIMIT,
 ) -> DataPart:
     """General text by which forgetting is measured: the first documents of up to `most_tokens` (0: all), one
     at least.
 
     A model whose template knows no think block gets the answers alone. `warn` is told how many texts are left
     out. option: which one names the paths; none for text of the program's own, which has the program's own
-    columns. Raises UserError, which names option and paths, where too many texts are broken, and
+    columns. positions: tokens that the model can take. Raises UserError, which names option and paths,
+    where too many texts are broken, and
     NothingLeftError where none can be used.
     """
     place = f"{option} {_shown(paths)}".strip()
@@ -128,7 +135,7 @@ def general_part(
     knows_thinking = chat_format(tokenizer).close_id >= 0
     samples = [s if knows_thinking else replace(s, thinking="") for s in read.samples]
     rules = {"loss_on": "last_turn", "empty_thinking": "mask", "control_tokens": "split"}
-    length = max(settings.most_tokens, GENERAL_LENGTH)
+    length = max(settings.most_tokens, min(GENERAL_LENGTH, positions))
     settings = replace(settings, max_seq_length=length, over_length="drop", **rules)
     with _named(place):
         tokens = tokenize_samples(samples, tokenizer, settings)

@@ -1,6 +1,7 @@
 """LoRA adapters through peft: attach, load, name, count."""
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,7 +63,9 @@ def attach_adapters(
 
 def _with_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
     model.name_or_path = config.base_model_name_or_path  # peft writes this name, not the config's
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # Said of a tied head, which is refused where it would be trained.
+        warnings.filterwarnings("ignore", message=".*ensure_weight_tying")
         torch.manual_seed(seed)
         try:
             return get_peft_model(model, config, autocast_adapter_dtype=True)

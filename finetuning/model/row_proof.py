@@ -8,13 +8,12 @@ go through the model one after the other; where that is not either, the model is
 
 import inspect
 import json
-import random
 import re
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from hashlib import blake2b
 from importlib import metadata
 from pathlib import Path
@@ -25,24 +24,23 @@ import torch
 import torch.nn.functional as F
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.utils import logging as transformers_logging
 
 from finetuning.common.cache import cached_folder, code_version
 from finetuning.common.errors import UserError
 from finetuning.common.files import read_json_object
-from finetuning.common.fingerprint import weight_files
 from finetuning.common.text import clean_line
+from finetuning.config import NO_LIMIT
 from finetuning.data.packing import PackedBatch, build_batch
 from finetuning.data.token_table import Segment, TokenizedSample
 from finetuning.model.packed_model import PackedLossModel, Way, decoder_of
+from finetuning.model.positions import tokens_taken, told_positions
 from finetuning.model.resolve import as_user_error, short_reason
-from finetuning.model.sizes import check_count
-from finetuning.model.small_config import small_configs
+from finetuning.model.sizes import check_extent
+from finetuning.model.small_config import LENGTHS, lengths_within, small_configs
+from finetuning.model.undisturbed import undisturbed
 
-# The second begins off any round number and is longer than every limit of a small configuration and than
-# the chunks of 64 that some layers have in their code; the third is shorter than a convolution.
-LENGTHS = (19, 70, 3, 33)
 CHANGED = 35  # token of the second document that is replaced, to see who notices
+BEGINNINGS = (25, 45, 67, 70)  # tokens of it that are read before and after longer ones
 LARGEST = 60_000_000  # weights of a small model
 # Used by transformers where they are installed.
 _KERNELS = ("flash-linear-attention", "causal-conv1d", "mamba-ssm", "kernels")
@@ -78,11 +76,14 @@ class RowProof:
     """What was found: the way that is right, or "" for none, and why none before it is.
 
     difference: largest difference of the way's hidden states from the plain ones, in their spread.
+    tokens: documents of so many at most are meant, where that is fewer than were asked for, as the model
+        has no more positions; without a way: documents of so many would have one. 0: of any number.
     """
 
     way: Way | str
     reason: str
     difference: float
+    tokens: int = 0
 
 
 class _NoTrialError(Exception):
@@ -98,20 +99,17 @@ def proven_way(
     cache_dir: Path,
     *,
     longest: int,
+    row: int = 0,
     device: str = "cpu",
     trust_remote_code: bool = False,
 ) -> RowProof:
     """How documents of up to `longest` tokens go through the model of `folder`; tried once, then kept.
 
-    device: type of the one that trains. Raises UserError where no way is right.
+    row: tokens of the longest row (0: of the longest document); device: type of the one that trains. Raises
+    UserError where no way is right.
     """
-    with as_user_error(
-        f"model folder {folder}", "check that this version of transformers knows its architecture"
-    ):
-        config = AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=trust_remote_code
-        )
-    place = cache_dir / f"row-proof-{_fingerprint(config, longest, device)}"
+    config = configuration(folder, trust_remote_code)
+    place = cache_dir / f"row-proof-{_fingerprint(config, f'{longest} {row}', device)}"
 
     def load(path: Path) -> RowProof | None:
         try:
@@ -120,37 +118,64 @@ def proven_way(
             return None
 
     def write(path: Path) -> None:
-        options = {"device": device, "trust_remote_code": trust_remote_code}
-        _check_extent(config, folder, trust_remote_code)
+        options = {"row": row, "device": device, "trust_remote_code": trust_remote_code}
+        with as_user_error(f"model folder {folder}", "check its config.json"):
+            check_extent(config, folder, trust_remote_code)
         proof = prove(config, longest=longest, **options)
         (path / "proof.json").write_text(json.dumps(asdict(proof)), encoding="utf-8")
 
     proof = cached_folder(place, load, write)
-    if not proof.way:
-        raise UserError(f"model {config.model_type} can't be trained here: {proof.reason}")
-    return proof
+    if proof.way and not proof.tokens:
+        return proof
+    name = config.model_type
+    if not proof.tokens:
+        raise UserError(f"model {name} can't be trained here: {proof.reason}")
+    raise UserError(
+        f"model {name} can't be trained on documents of more than {proof.tokens:,} tokens "
+        f"(max_seq_length is {longest:,}): {'it has no more positions' if proof.way else proof.reason}; "
+        f"use --max-seq-length {proof.tokens}"
+    )
 
 
-def _check_extent(config: Any, folder: Path, trust_remote_code: bool) -> None:
-    """Raise UserError where the model is far larger than its files: a relative of it would be, too."""
-    files = [file for file in weight_files(folder) if file.is_file()]
-    if not files:
-        return
-    with as_user_error(f"model folder {folder}", "check its config.json"), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    check_count(sum(p.numel() for p in model.parameters()), folder, files)
+def positions_of(folder: Path, cache_dir: Path, *, trust_remote_code: bool = False) -> int:
+    """How many tokens a document may have, by the model's configuration and by a trial, which is kept; 0: any
+    number, as far as is known."""
+    config = configuration(folder, trust_remote_code)
+
+    def write(path: Path) -> None:
+        build = partial(_small_model, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        told = told_positions(config)
+        with undisturbed():
+            found = tokens_taken(config, told or NO_LIMIT, build) or told
+        (path / "positions.json").write_text(json.dumps({"tokens": found % NO_LIMIT}))
+
+    def load(path: Path) -> int | None:
+        try:
+            return int(read_json_object(path / "positions.json")["tokens"])
+        except (UserError, KeyError, TypeError, ValueError):
+            return None
+
+    return cached_folder(cache_dir / f"positions-{_fingerprint(config, '', 'cpu')}", load, write)
 
 
-def _fingerprint(config: Any, longest: int, device: str) -> str:
+def configuration(folder: Path, trust_remote_code: bool) -> Any:
+    """A model's own. Raises UserError where transformers does not know it."""
+    advice = "check that this version of transformers knows its architecture"
+    options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    with as_user_error(f"model folder {folder}", advice):
+        return AutoConfig.from_pretrained(folder, **options)
+
+
+def _fingerprint(config: Any, lengths: str, device: str) -> str:
     """Of what a proof depends on: configuration, code of the model and of ours, libraries."""
     content = {k: v for k, v in config.to_dict().items() if k != "_name_or_path"}
     reference = getattr(config, "auto_map", None) or {}
-    known = [json.dumps(content, sort_keys=True, default=str), f"{longest} {device} {reference}"]
+    known = [json.dumps(content, sort_keys=True, default=str), f"{lengths} {device} {reference}"]
     module = sys.modules.get(type(config).__module__)
     if reference and module is not None:  # the model has code of its own
         known.append(inspect.getsource(module))
     known += [f"{name} {_version(name)}" for name in _KERNELS]
-    names = ("row_proof", "small_config", "packed_model", "attention", "loss")
+    names = ("row_proof", "positions", "small_config", "packed_model", "attention", "loss")
     code = code_version(*(f"model.{n}" for n in names), libraries=("torch", "transformers"))
     return blake2b("\n".join([*known, code]).encode(), digest_size=12).hexdigest()
 
@@ -167,58 +192,55 @@ def _version(distribution: str) -> str:
 
 
 def prove(
-    config: Any, *, longest: int, device: str = "cpu", trust_remote_code: bool = False
+    config: Any,
+    *,
+    longest: int,
+    row: int = 0,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
 ) -> RowProof:
     """Try the ways on small relatives of a transformers configuration, until one can be built and run.
 
     It runs on the CPU, or, where the model's kernels don't and training is on a GPU, there. No random state
-    is touched. Where no small relative runs, no way is proven.
+    is touched. Where no small relative runs, no way is proven. Where the model takes shorter documents only,
+    it is tried with these.
     """
-    failures = []
     arithmetics = (*_EXACT, *([_ON_GPU] if device == "cuda" else []))
-    with _random_state_kept(), _silent():
-        try:
-            for small in small_configs(config, longest):
-                for arithmetic in arithmetics:
-                    try:
-                        trial = _Trial(small, arithmetic, trust_remote_code)
-                        with _as_no_trial("compared"):
-                            return trial.proof()
-                    except _NoTrialError as error:
-                        failures.append(str(error))
-        except ValueError as error:
-            failures.append(short_reason(error))
+
+    def proof_for(tokens: int) -> RowProof:
+        return _proof_for(config, (tokens, max(row, tokens)), arithmetics, trust_remote_code)
+
+    with undisturbed():
+        build = partial(_small_model, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        tokens = tokens_taken(config, longest, build) or longest
+        proof = proof_for(tokens)
+        if proof.way:
+            return replace(proof, tokens=tokens * (tokens < longest))
+        fewer = (n for n in lengths_within(config, tokens - 1) if proof_for(n).way)
+        return replace(proof, tokens=next(fewer, 0))
+
+
+def _proof_for(
+    config: Any,
+    lengths: tuple[int, int],
+    arithmetics: Sequence[_Arithmetic],
+    trust_remote_code: bool,
+) -> RowProof:
+    """For documents and rows of so many tokens at most."""
+    failures = []
+    try:
+        for small in small_configs(config, *lengths):
+            for arithmetic in arithmetics:
+                try:
+                    trial = _Trial(small, arithmetic, trust_remote_code)
+                    with _as_no_trial("compared"):
+                        return trial.proof()
+                except _NoTrialError as error:
+                    failures.append(str(error))
+    except ValueError as error:
+        failures.append(short_reason(error))
     first = failures[0] if failures else "it has no layers"
     return RowProof("", f"packed rows could not be tried: {first}", 0.0)
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """Weights are drawn by three libraries while a model is built."""
-    states = random.getstate(), np.random.get_state()
-    gpus = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=gpus):
-        torch.manual_seed(0)
-        np.random.seed(0)
-        random.seed(0)
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """What transformers says of a small model is said again of the real one, once."""
-    before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        transformers_logging.set_verbosity(before)
-        transformers_logging.warning_once.cache_clear()
 
 
 @dataclass(frozen=True)
@@ -244,12 +266,18 @@ class _Trial:
             rows = min(end.weight.shape[0] for end in ends)
         self._documents = _documents(rows)
         with _as_no_trial("run"):
+            before = [self._beginning(tokens) for tokens in BEGINNINGS]
             self._plain = self._plain_pass()
+            after = [self._beginning(tokens) for tokens in BEGINNINGS[::-1]]
+            self._forgets = _spread(torch.cat(after[::-1]), torch.cat(before)) <= self._tolerance
         if not self._plain.states.isfinite().all():
             raise _NoTrialError("a small model of its kind gives no finite numbers")
 
     def proof(self) -> RowProof:
         """The first way that is right, and why the ones before it are not."""
+        if not self._forgets:
+            reason = "what it computes for a document depends on the documents that it read before"
+            return RowProof("", reason, 0.0)
         blind = self._reads_ahead_or_nothing()
         if blind:
             return RowProof("", blind, 0.0)
@@ -333,6 +361,11 @@ class _Trial:
     def _ids(self, document: int) -> torch.Tensor:
         ids = torch.from_numpy(self._documents[document].ids.astype(np.int64))[None]
         return ids.to(self._arithmetic.device)
+
+    @torch.no_grad()
+    def _beginning(self, tokens: int) -> torch.Tensor:
+        """(T, V) logits of the first tokens of the longest document, alone."""
+        return self._model(input_ids=self._ids(1)[:, :tokens]).logits[0]
 
     def _plain_pass(self) -> _Pass:
         """As transformers computes it: each document alone, all logits, cross-entropy."""

@@ -8,9 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoModelForCausalLM
+
 from finetuning.common.bounds import MODEL_EXCESS
 from finetuning.common.errors import UserError
-from finetuning.common.fingerprint import safetensors_header
+from finetuning.common.fingerprint import safetensors_header, weight_files
 from finetuning.common.text import clean_line
 from finetuning.model.small_config import is_layer_count, is_width
 
@@ -28,6 +31,15 @@ def check_sizes(config: Mapping[str, Any], path: Path, files: Sequence[Path]) ->
                 f"{path}: {clean_line(name, 80)} is {value:,.0f}, but the weights beside it are {held}: they "
                 "don't belong together; download the folder again"
             )
+
+
+def check_extent(config: Any, folder: Path, trust_remote_code: bool) -> None:
+    """Raise UserError where the model is far larger than its files: a relative of it would be, too."""
+    files = [file for file in weight_files(folder) if file.is_file()]
+    if files:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        check_count(sum(p.numel() for p in model.parameters()), folder, files)
 
 
 def check_count(parameters: int, folder: Path, files: Sequence[Path]) -> None:

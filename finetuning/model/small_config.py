@@ -2,18 +2,28 @@
 
 There is no table of architectures. Numbers are told apart by the words of their names: widths are divided
 by one number, so that their products and sums still fit each other; counts of heads, groups and experts
-stay; layers become as few as show every kind; limits on positions become so short that a few dozen
-tokens cross them. Whether the result is a model is found by building it.
+stay; layers become as few as show every kind. Lengths keep their places: what a run's longest document or
+longest row goes beyond, that of the trial goes beyond, too, and nothing else. Whether the result is a
+model is found by building it.
 """
 
 import copy
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-LIMIT = 8  # tokens: what windows, chunks and other limits on positions become
+# Documents of a trial. The second begins off any round number and is longer than the chunks of 64 that some
+# layers have in their code; the third is shorter than a convolution.
+LENGTHS = (19, 70, 3, 33)
+LONGEST, ROW = max(LENGTHS), sum(LENGTHS)
+LIMIT = 8  # tokens: what windows and chunks become that documents cross
+_ROW_LIMIT = 96  # what a window or chunk becomes that rows cross, but no document does
+# Numbers of positions: the longest one that documents cross, so that some end between it and LONGEST; by how
+# much one may be larger than LONGEST and still be crossed by a row.
+CROSSED_POSITIONS, _BEYOND = 64, 48
 # Layers, where nothing says which kinds there are; where kinds come back after so many others; at most.
 DEPTH, DEPTH_OF_PATTERNS, MOST_LAYERS = 4, 8, 16
 _POSITIONS, _VOCABULARY, _ORDINARY_IDS = 256, 256, 128  # ids from here on may be special ones
@@ -45,11 +55,12 @@ _ID = re.compile(r"_(id|index)$")
 _INDICES = re.compile(r"_(ids|idxs?|indices|indexes|layers)$")
 
 
-def small_configs(config: Any, longest: int) -> Iterator[Any]:
+def small_configs(config: Any, longest: int, row: int = 0) -> Iterator[Any]:
     """Small relatives of a transformers configuration, the most promising one first.
 
-    longest: tokens of the longest document of a run. Limits that none reaches stay, as nothing crosses
-    them. Numbers that do not fit each other are tried and passed over. Raises ValueError if all are.
+    longest, row: tokens of the longest document and of the longest row of a run; 0: a document is the longest
+    row. Limits that none reaches stay out of reach. Numbers that do not fit each other are tried and passed
+    over. Raises ValueError if all are.
     """
     text = config.get_text_config(decoder=True)
     hidden = getattr(text, "hidden_size", None) or getattr(text, "d_model", None) or 1024
@@ -63,7 +74,7 @@ def small_configs(config: Any, longest: int) -> Iterator[Any]:
     refusals = []
     for divisor in divisors:
         try:
-            small = _Shrinker(divisor, longest).config(config)
+            small = _Shrinker(divisor, _Scale(longest, max(row, longest))).config(config)
         except Exception as error:  # libraries raise what they like at numbers that do not fit
             refusals.append(error)
             continue
@@ -84,16 +95,61 @@ def is_width(name: str) -> bool:
     return "vocab" in name or bool(wide and not limit)
 
 
+def lengths_within(config: Any, longest: int) -> list[int]:
+    """The limits on lengths of a configuration that documents of up to `longest` tokens may reach, the
+    largest one first."""
+    found: set[int] = set()
+
+    def look(content: Any, key: str = "") -> None:
+        if isinstance(content, Mapping):
+            for name, value in content.items():
+                look(value, str(name))
+        elif isinstance(content, (list, tuple)):
+            for value in content:
+                look(value, key)
+        elif _is_int(content) and (_LIMIT.search(key) or _TABLE.search(key)):
+            found.add(content)
+
+    look(config.to_dict())
+    return sorted((n for n in found if LIMIT < n <= longest), reverse=True)
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """From lengths of a run to those of a trial: their order to its longest document and row is kept."""
+
+    longest: int
+    row: int
+
+    def limit(self, value: int) -> int:
+        """A window or chunk."""
+        if value <= LIMIT:
+            return value
+        if value <= self.longest:
+            return LIMIT
+        return _ROW_LIMIT if value < self.row else max(value, ROW)
+
+    def positions(self, value: int) -> int:
+        """A number of positions. What is left of it behind the longest document is left here, too."""
+        if value <= LIMIT:
+            return value
+        if value < self.longest:
+            return min(max(LONGEST * value // self.longest, LIMIT), CROSSED_POSITIONS)
+        if value < self.row:
+            return LONGEST + min(value - self.longest, _BEYOND)
+        return min(ROW + value - self.row, _POSITIONS)
+
+
 class _Shrinker:
     """Turns one configuration after the other into a small one.
 
     Args:
         divisor: of widths.
-        longest: limits above it stay.
+        scale: of lengths.
     """
 
-    def __init__(self, divisor: int, longest: int) -> None:
-        self._divisor, self._longest = divisor, longest
+    def __init__(self, divisor: int, scale: _Scale) -> None:
+        self._divisor, self._scale = divisor, scale
 
     def config(self, config: Any) -> Any:
         """The small configuration, of the same class."""
@@ -141,9 +197,9 @@ class _Shrinker:
         if "vocab" in key:
             return min(value, _VOCABULARY)
         if _LIMIT.search(key):
-            return LIMIT if LIMIT < value <= self._longest else value
+            return self._scale.limit(value)
         if _TABLE.search(key):
-            return min(value, _POSITIONS)
+            return self._scale.positions(value)
         if _LAYER_NUMBER.search(key) and not _PATTERN.search(key) and layers:
             depth, chosen = max(layers.items())
             return value if value <= 0 else max(1, round(value * len(chosen) / depth))

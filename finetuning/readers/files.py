@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from finetuning.common.bounds import RECORD
 from finetuning.common.errors import UserError
 from finetuning.common.files import read_json_object
+from finetuning.common.paths import check_letters
 from finetuning.common.text import clean_line
 from finetuning.config import DataSettings
 from finetuning.readers.sample import Remark
@@ -102,6 +103,7 @@ def list_files(path: str, cache_dir: Path | None = None) -> Listing:
     shown = clean_line(str(path), 200)
     if not path or "\0" in path:
         raise UserError(f"data path {shown!r} is no path; give a file, folder or glob")
+    check_letters(path, "data path")
     expanded = os.path.expanduser(path)
     there = None if path.startswith(_HUB) else _look_at(expanded, shown)
     if there is not None:

@@ -44,7 +44,11 @@ CONTENTS = {
     "data": "the training data",
     "held_out_data": "the data of eval_path",
     "documents": "the lengths of the training documents",
+    "general_text": "the data of general_path",
+    "questions": "the data of probe_path",
 }
+# By these a run is measured, not trained: it may go on without, or begin with them, but not with others.
+MEASURED_BY = ("general_text", "questions")
 # Cut differently by tokenizers that are not the same, even where the vocabularies are.
 PROBE = (
     "SM4的分组长度是128比特，共32轮。  RSA-2048: c = m^e mod n;\n\tfoo_bar()  ①②③ ＳＭ３ naïve 🔑"
@@ -60,7 +64,8 @@ def identity(
 ) -> dict[str, Any]:
     """What a checkpoint must share with the run that resumes it, or the steps would not be the same.
 
-    model: the name under which it was found, which is only told. contents: digests of model and tokenizer.
+    model: the name under which it was found, which is only told. contents: digests of model, tokenizer, and
+    what the run is measured by (`MEASURED_BY`; empty: nothing of the user's).
     """
     lengths = data.train.tokens.lengths[data.train.documents].tobytes()
     held_out = data.split.eval_read
@@ -104,9 +109,15 @@ def check_identity(
     finished: the checkpoint is that of the run's last step. warn: told what is not known to be the same,
     as the checkpoint is of a version that did not write it down.
     """
-    unknown = [text for name, text in CONTENTS.items() if name in wanted and name not in found]
+    unknown = [
+        text
+        for name, text in CONTENTS.items()
+        if name in wanted and name not in found and (wanted[name] or name not in MEASURED_BY)
+    ]
     by_content = "model_weights" in found
     names = [name for name in wanted if name in found and not (by_content and name == "model")]
+    absent = [n for n in MEASURED_BY if not (found.get(n) and wanted.get(n))]
+    names = [name for name in names if name not in absent]
     if (
         not by_content and wanted["init_adapter"]
     ):  # it wrote down the settings, not the adapter's own

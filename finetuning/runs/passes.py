@@ -6,7 +6,13 @@ from dataclasses import replace
 import transformers
 
 from finetuning.common.distributed import Distributed
-from finetuning.config import BatchSettings, DirectTrainingConfig, OutputSettings, bundled_data
+from finetuning.config import (
+    NO_LIMIT,
+    BatchSettings,
+    DirectTrainingConfig,
+    OutputSettings,
+    bundled_data,
+)
 from finetuning.data.packing import StepPlan
 from finetuning.data.training_data import DataPart, TrainingData, general_part
 from finetuning.evaluation.forgetting import CPU_TOKENS, most_tokens
@@ -32,12 +38,14 @@ def plan_steps(
     tokenizer: transformers.PreTrainedTokenizerBase,
     dist: Distributed,
     warn: Callable[[str], None],
+    positions: int = NO_LIMIT,
 ) -> Plans:
-    """The steps of the training, those of one pass over the held-out documents, and over general text."""
+    """The steps of the training, those of one pass over the held-out documents, and over general text, whose
+    documents have no more tokens than the model has positions."""
     held_out = data.held_out
     steps = plan_of(data.train, config, config, dist)
     evaluation = one_pass(held_out, config, dist) if len(held_out) else None
-    return steps, evaluation, plan_general(config, tokenizer, evaluation, dist, warn)
+    return steps, evaluation, plan_general(config, tokenizer, evaluation, dist, warn, positions)
 
 
 def plan_general(
@@ -46,6 +54,7 @@ def plan_general(
     evaluation: StepPlan | None,
     dist: Distributed,
     warn: Callable[[str], None],
+    positions: int,
 ) -> tuple[DataPart, StepPlan] | None:
     """The text by which forgetting is measured, and a pass over it; on a CPU no more than is held out, and
     little."""
@@ -59,7 +68,7 @@ def plan_general(
     most = 0
     if dist.device.type == "cpu":
         most = min(evaluation.num_tokens, CPU_TOKENS) if evaluation else CPU_TOKENS
-    part = general_part(paths, tokenizer, config, warn, most, option=option)
+    part = general_part(paths, tokenizer, config, warn, most, option=option, positions=positions)
     return part, one_pass(part, config, dist)
 
 

@@ -18,7 +18,7 @@ from finetuning.common.fingerprint import adapter_fingerprint, model_fingerprint
 from finetuning.common.machine import processors
 from finetuning.common.paths import check_name
 from finetuning.common.terminal import Terminal
-from finetuning.config import DirectTrainingConfig
+from finetuning.config import NO_LIMIT, DirectTrainingConfig
 from finetuning.data.accounts import Accounts, accounts_of
 from finetuning.data.packing import StepPlan
 from finetuning.data.split import split_samples
@@ -56,7 +56,7 @@ from finetuning.runs.passes import (
 )
 from finetuning.runs.placement import placement_of
 from finetuning.runs.probing import Probing, plan_probes
-from finetuning.runs.sequence_length import Fits, SequenceLength
+from finetuning.runs.sequence_length import Fits, SequenceLength, model_positions
 from finetuning.training.engine import Execution
 from finetuning.training.forecast import (
     RunForecast,
@@ -151,10 +151,13 @@ def plan_run(
     config = inputs.length.of(config)
     rows = prove_rows(config, inputs.model, dist, terminal)
     data, tokenizer, warn = inputs.data, inputs.tokenizer, terminal.warning
-    steps, evaluation, general = plans = plan_steps(config, data, tokenizer, dist, warn)
-    eval_steps, probing = plan_evaluations(config, inputs, plans, dist, warn)
+    positions = positions_for(config, inputs.model, int(data.lengths.max()), warn)
+    steps, evaluation, general = plans = plan_steps(config, data, tokenizer, dist, warn, positions)
+    eval_steps, probing = plan_evaluations(config, inputs, plans, dist, warn, positions)
     settings = recorded_settings(config)
-    run_identity = identity(settings, inputs.model.name, inputs.contents, data, steps)
+    own_text = general[0].fingerprint() if general and config.general_path else ""
+    contents = {**inputs.contents, "general_text": own_text, "questions": probing.source}
+    run_identity = identity(settings, inputs.model.name, contents, data, steps)
     check_ranks(dist.gather(run_identity))
     dtype = weight_dtype(dist.device, config.precision)
     compiled = rows.way == "packed" and compiles(config, dist.device, dtype, steps)
@@ -190,10 +193,14 @@ def plan_evaluations(
     plans: Plans,
     dist: Distributed,
     warn: Callable[[str], None],
+    positions: int,
 ) -> tuple[int, Probing]:
-    """Steps between two evaluations, and what these ask; warned where no model may be the best by them."""
+    """Steps between two evaluations, and what these ask; warned where no model may be the best by them.
+    positions: tokens that a question and its answer may have together."""
     held_out = inputs.data.held_out
-    probing = plan_probes(config, inputs.model.path, inputs.tokenizer, held_out, dist, warn)
+    probing = plan_probes(
+        config, inputs.model.path, inputs.tokenizer, held_out, dist, warn, positions
+    )
     eval_steps, probing = evaluation_steps(config, plans, probing, dist)
     for doubt in probing.doubts(config, len(held_out)):
         warn(doubt)
@@ -238,7 +245,8 @@ def prove_rows(
         rows = proven_way(
             model.path,
             config.cache_path,
-            longest=config.max_seq_length,
+            longest=config.most_tokens,
+            row=max(config.row_capacity, config.most_tokens) * config.batch_size,
             device=dist.device.type,
             trust_remote_code=model.trust_remote_code,
         )
@@ -249,6 +257,24 @@ def prove_rows(
             f"one document a forward pass, as packed rows are wrong here: {rows.reason}"
         )
     return rows
+
+
+def positions_for(
+    config: DirectTrainingConfig,
+    model: ResolvedModel,
+    longest: int,
+    warn: Callable[[str], None],
+) -> int:
+    """Tokens that whatever the model reads or writes in this run may have; warned where samples, of up to
+    `longest` tokens, have more than its configuration tells."""
+    told = model_positions(config, model) or NO_LIMIT
+    if longest > told:
+        warn(
+            f"the longest sample has {longest:,} tokens, and the model's configuration says {told:,}: "
+            "positions beyond are computed, but may never have been learned; --max-seq-length "
+            f"{told} stays within"
+        )
+    return max(told, config.max_seq_length)
 
 
 def check_passes(

@@ -8,7 +8,7 @@ import transformers
 
 from finetuning.common.distributed import Distributed
 from finetuning.common.fingerprint import weight_files
-from finetuning.config import DirectTrainingConfig
+from finetuning.config import NO_LIMIT, DirectTrainingConfig
 from finetuning.data.packing import StepPlan
 from finetuning.data.training_data import DataPart, general_part
 from finetuning.evaluation.generation import (
@@ -36,6 +36,7 @@ class Probing:
     most: int
     sampling: Sampling
     always: bool = True
+    source: str = ""  # digest of the user's own questions; empty: held-out ones
 
     @property
     def warmth(self) -> float:
@@ -104,23 +105,34 @@ def plan_probes(
     held_out: DataPart,
     dist: Distributed,
     warn: Callable[[str], None],
+    positions: int = NO_LIMIT,
 ) -> Probing:
-    """The questions, held out or the user's own. folder: of the model, whose size decides their number.
+    """The questions, held out or the user's own. folder: of the model, whose size decides their number;
+    positions: tokens that a question and its answer may have together.
 
     A CPU asks what its tokens suffice for: references that fit, where the user has set no length.
     """
     part = held_out
     if config.probe_path:
-        part = general_part(config.probe_path, tokenizer, config, warn, option="--probe-path")
+        options = {"option": "--probe-path", "positions": positions}
+        part = general_part(config.probe_path, tokenizer, config, warn, **options)
     on_cpu, wanted = dist.device.type == "cpu", config.probe_max_new_tokens
     count = number_of_probes(folder, dist) if config.num_probes == "auto" else config.num_probes
     fitting = CPU_BUDGET if on_cpu and not wanted else 0
-    probes = tuple(choose_probes(part, tokenizer, count, fitting))
+    chosen = choose_probes(part, tokenizer, count, fitting)
+    probes = tuple(probe for probe in chosen if len(probe.prompt) < positions)
     warmth = config.probe_temperature
     if warmth == "auto":
         warmth = WARM if held_out.tokens.close_id >= 0 else 0.0
-    most = token_budget(probes, wanted, dist.device)
-    return Probing(probes, most, Sampling(warmth, config.seed))
+    longest = max((len(probe.prompt) for probe in probes), default=0)
+    most = min(token_budget(probes, wanted, dist.device), positions - longest)
+    if wanted > most > 0:
+        warn(
+            f"answers have {most:,} tokens at most, as questions have up to {longest:,} and the model takes "
+            f"{positions:,}"
+        )
+    source = part.fingerprint() if config.probe_path and probes else ""
+    return Probing(probes, most, Sampling(warmth, config.seed), source=source)
 
 
 def number_of_probes(folder: Path, dist: Distributed) -> int:

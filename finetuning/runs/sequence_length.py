@@ -15,10 +15,11 @@ import numpy as np
 import torch
 
 from finetuning.common.distributed import Distributed
-from finetuning.common.files import read_json_object
+from finetuning.common.errors import UserError
 from finetuning.config import NO_LIMIT, ROW_TOKENS, DirectTrainingConfig
 from finetuning.model.parallel import parallel_mode
 from finetuning.model.resolve import ResolvedModel, weight_dtype
+from finetuning.model.row_proof import positions_of
 from finetuning.runs.placement import placement_of
 from finetuning.training.memory_estimate import (
     USABLE,
@@ -74,12 +75,19 @@ class SequenceLength:
         dist: Distributed,
         fits: Fits | None = None,
     ) -> "SequenceLength":
-        """Decided by the tokens (n,) of every sample; on all ranks alike. A collective."""
+        """Decided by the tokens (n,) of every sample, and by what the model takes; on all ranks alike. A
+        collective. Raises UserError where none is left."""
         if fits is None:
             dtype = weight_dtype(dist.device, config.precision)
             free = free_memory(dist.device, dist.local_world_size)
             fits = fits_memory(config, model, dist, dtype, free)
-        tokens, reason = min(dist.gather(choose_length(lengths, positions_of(model), fits)))
+        positions = model_positions(config, model) or NO_LIMIT
+        if lengths.min() > positions and config.over_length == "drop":
+            raise UserError(
+                f"the shortest sample has {lengths.min():,} tokens, and the model has positions for "
+                f"{positions:,}; use a model with more of them, or --over-length truncate_thinking"
+            )
+        tokens, reason = min(dist.gather(choose_length(lengths, positions, fits)))
         return cls(tokens, config.row_capacity, reason)
 
     def text(self) -> str:
@@ -91,7 +99,7 @@ def choose_length(lengths: np.ndarray, positions: int, fits: Fits) -> tuple[int,
     """Tokens that a sample may have, and the reason in words."""
     longest = int(lengths.max())
     if longest <= min(ROW_TOKENS, positions):
-        return ROW_TOKENS, f"the longest sample has {longest:,}"
+        return min(ROW_TOKENS, positions), f"the longest sample has {longest:,}"
     most = min(_rounded(longest), positions)
     whose = f"the longest sample has {longest:,}"
     if longest > positions:
@@ -115,14 +123,9 @@ def choose_length(lengths: np.ndarray, positions: int, fits: Fits) -> tuple[int,
     return steps * LENGTH_STEP, f"{whose}; no more fit the memory"
 
 
-def positions_of(model: ResolvedModel) -> int:
-    """How many a model has, by its configuration."""
-    found = read_json_object(model.path / "config.json")
-    for part in (found, found.get("text_config")):
-        count = part.get("max_position_embeddings") if isinstance(part, dict) else None
-        if isinstance(count, int) and count > 0:
-            return count
-    return NO_LIMIT
+def model_positions(config: DirectTrainingConfig, model: ResolvedModel) -> int:
+    """How many tokens it can take, as far as is known; 0: any number."""
+    return positions_of(model.path, config.cache_path, trust_remote_code=model.trust_remote_code)
 
 
 def fits_memory(

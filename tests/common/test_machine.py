@@ -28,7 +28,8 @@ def write(folder: Path, **files: str) -> None:
 
 def second_version(tmp_path: Path, group: str = "/job/step/task", root: str = "/") -> Path:
     """/proc/self of a process in a group of version 2; the hierarchy lies in `cgroup`."""
-    point = str(tmp_path / "cgroup").replace(" ", "\\040")
+    escapes = {" ": "\\040", "\t": "\\011", "\\": "\\134"}
+    point = "".join(escapes.get(letter, letter) for letter in str(tmp_path / "cgroup"))
     mount = f"30 25 0:26 {root} {point} rw,nosuid shared:4 - cgroup2 cgroup2 rw"
     write(tmp_path / "proc", cgroup=f"0::{group}", mountinfo=mount)
     return tmp_path / "proc"
@@ -110,6 +111,46 @@ def test_a_container_that_is_named_as_the_host_names_it(tmp_path: Path, make):
     old = {"memory__limit_in_bytes": str(GIB), "memory__usage_in_bytes": "0"}
     write(tmp_path / "cgroup/memory", **old)
     write(tmp_path / "cgroup/cpu,cpuacct", cpu__cfs_quota_us="200000", cpu__cfs_period_us="100000")
+    assert machine.processors(proc) == 2 and machine.available_memory(proc) == GIB
+
+
+def test_a_limit_above_a_container_of_version_1_is_in_its_statistics(tmp_path: Path):
+    """A pod's limit, of which the container sees the number and not the group."""
+    proc = first_version(tmp_path, group="/kubepods/pod/c", root="/kubepods/pod/c")
+    usage = {"memory__limit_in_bytes": str(2**63 - 4096), "memory__usage_in_bytes": str(2 * GIB)}
+    stat = f"cache 0\nhierarchical_memory_limit {4 * GIB}\ntotal_inactive_file {GIB}\nodd x\nof 5 6"
+    write(tmp_path / "cgroup/memory", **usage, memory__stat=stat)
+    assert machine.available_memory(proc) == 3 * GIB and machine.memory_percent(proc) == 25.0
+    write(tmp_path / "cgroup/memory", memory__stat=f"hierarchical_memory_limit {2**63 - 4096}")
+    assert machine.memory_limits(proc) == []
+
+
+@pytest.mark.parametrize("make", [first_version, second_version])
+@pytest.mark.parametrize("group", ["/docker/def", "/docker/abcd", "/docker", "/"])
+@pytest.mark.parametrize("usual", [False, True])
+def test_what_is_mounted_of_another_group_is_not_ours(
+    tmp_path: Path, monkeypatch, make, group: str, usual: bool
+):
+    proc = make(tmp_path, group=group, root="/docker/abc")
+    if usual:
+        monkeypatch.setattr(machine, "USUAL_MOUNT", tmp_path / "cgroup")
+    write(tmp_path / "cgroup", cpu__max="200000 100000")
+    old = {"memory__limit_in_bytes": str(GIB), "memory__usage_in_bytes": "0"}
+    if make is second_version:
+        write(tmp_path / "cgroup", memory__max=str(GIB), memory__current="0")
+    else:
+        (tmp_path / "cgroup/cpu.max").unlink()
+        write(tmp_path / "cgroup/memory", **old)
+        write(tmp_path / "cgroup/cpu,cpuacct", cpu__cfs_quota_us="9", cpu__cfs_period_us="9")
+    assert machine.memory_limits(proc) == [] and machine.processor_quotas(proc) == []
+
+
+@pytest.mark.parametrize("name", ["控制组", "a b\\c\td", "naïve"])
+def test_mounts_have_any_name(tmp_path: Path, name: str):
+    folder = tmp_path / name
+    proc = second_version(folder, group="/任务")
+    limits = {"cpu__max": "200000 100000", "memory__max": str(GIB), "memory__current": "0"}
+    write(folder / "cgroup/任务", **limits)
     assert machine.processors(proc) == 2 and machine.available_memory(proc) == GIB
 
 

@@ -4,6 +4,8 @@ uv run pytest tests/common/test_paths.py
 """
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,8 @@ import pytest
 from finetuning.common import paths
 from finetuning.common.errors import UserError
 from finetuning.config import DirectTrainingConfig
+
+ROOT = Path(paths.__file__).parents[2]
 
 
 def without_home(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,6 +69,31 @@ def test_a_name_that_the_locale_writes_otherwise_is_refused(monkeypatch):
     with pytest.raises(UserError, match=r"output_dir .*LC_ALL=C\.UTF-8"):
         paths.check_name("/tmp/输出", "output_dir")
     paths.check_name("/tmp/输出", "output_dir", only_text=True)
+
+
+def test_a_name_that_the_locale_can_not_write_is_refused_with_what_to_do(tmp_path):
+    """Only a file of settings can hold one; a command line is bytes, which any locale gives back."""
+    settings = tmp_path / "run.toml"
+    for line in (
+        'data_path = ["~/数据/*.jsonl"]',
+        'output_dir = "~/输出"',
+        'general_path = ["通用"]',
+    ):
+        settings.write_text(f"{line}\n", encoding="utf-8")
+        locale = {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+        script = (
+            "import sys\nfrom finetuning.command_line import parse_command_line\n"
+            "from finetuning.common.errors import exit_code\n"
+            "from finetuning.readers.files import list_files\n"
+            "def read():\n    found = parse_command_line(['--config', sys.argv[1]]).training\n"
+            "    [list_files(path) for path in (*found.general_path, *found.data_path)]\n"
+            "sys.exit(exit_code(read))"
+        )
+        command = [sys.executable, "-c", script, str(settings)]
+        options = {"capture_output": True, "text": True, "cwd": ROOT}
+        done = subprocess.run(command, env=os.environ | locale, **options)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert "\\u" in done.stderr and "PYTHONUTF8=1 or LC_ALL=C.UTF-8" in done.stderr
 
 
 def test_a_library_writes_beside_and_the_files_come_to_their_place(tmp_path, monkeypatch):

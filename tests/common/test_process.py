@@ -144,6 +144,23 @@ def test_the_imports_leave_an_ignored_ctrl_c_ignored(ignored: bool):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "SIGINT"])
+def test_other_signals_within_the_imports_are_one_line_and_later_as_usual(name: str):
+    script = (
+        "import os, signal\n"
+        "from finetuning.common import process\n"
+        "process.imports_begin()\n"
+        "process.imports_are_done()\n"
+        f"assert signal.getsignal(signal.{name}) is signal.SIG_DFL\n"
+        "process.imports_begin()\n"
+        f"os.kill(os.getpid(), signal.{name})"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 128 + getattr(signal, name)
+    assert done.stderr == "interrupted before anything was to save\n"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "program", ["compare_runs.py", "convergence.py", "dataset_stats.py", "sweep.py"]
 )

@@ -1,6 +1,7 @@
 """Adapters: attached, counted, started from others, and refused with reasons."""
 
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,10 @@ def test_all_linear(tiny):
 
 @pytest.mark.parametrize("end", ["lm_head", "embed_tokens"])
 def test_adapters_at_the_ends_are_refused_by_name(tiny, tmp_path, end):
-    with pytest.raises(UserError, match=f"adapters on .*{end} are not trained here"):
+    with (
+        warnings.catch_warnings(action="error", category=UserWarning),
+        pytest.raises(UserError, match=f"adapters on .*{end} are not trained here"),
+    ):
         load(tiny, target_modules=["q_proj", end])
     foreign = LoraConfig(target_modules=["q_proj"], modules_to_save=[end], task_type="CAUSAL_LM")
     get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), foreign).save_pretrained(tmp_path)

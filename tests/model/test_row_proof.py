@@ -6,6 +6,7 @@ uv run pytest tests/model/test_row_proof.py
 import json
 import random
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,16 @@ from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from finetuning.common.errors import UserError
 from finetuning.model import attention, packed_model, row_proof
-from finetuning.model.row_proof import RowProof, proven_way
-from finetuning.model.small_config import LIMIT, chosen_layers, small_configs
+from finetuning.model.positions import tokens_taken
+from finetuning.model.row_proof import RowProof, positions_of, proven_way
+from finetuning.model.small_config import (
+    LIMIT,
+    LONGEST,
+    ROW,
+    chosen_layers,
+    lengths_within,
+    small_configs,
+)
 
 FOREVER = 10**9  # tokens: longer than every window
 WINDOW = {"sliding_window": 4096}
@@ -142,6 +151,59 @@ def test_positions_that_no_document_reaches_do_not_count():
     assert prove("phi3", 4096, rope_parameters=rope).way == "alone"
 
 
+GROWING = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+def test_positions_that_grow_with_the_longest_document_so_far_are_refused(kind: str):
+    """Its angles are those of the longest document of the row, and stay for the documents after it."""
+    settings = {"max_position_embeddings": 2048, "rope_parameters": GROWING}
+    assert prove(kind, 2048, **settings) == replace(prove(kind, 2000, **settings), way="packed")
+    for longest in (2049, 4096, FOREVER):
+        proof = prove(kind, longest, **settings)
+        assert (proof.way, proof.tokens) == ("", 2048) and "read before" in proof.reason
+
+
+def test_a_limit_that_only_rows_cross_is_crossed_in_the_trial():
+    """Llama 4's layers look at chunks of the row, not of the document."""
+    config = CONFIG_MAPPING["llama4_text"](
+        attention_chunk_size=8192, layer_types=["chunked_attention"] * 4, num_hidden_layers=4
+    )
+    assert row_proof.prove(config, longest=4096, row=8192).way == "packed"
+    proof = row_proof.prove(config, longest=4096, row=16384)
+    assert proof.way == "alone" and "see each other" in proof.reason
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "tokens"),
+    [
+        ("gpt2", {"n_positions": 100}, 100),
+        ("opt", {"max_position_embeddings": 100}, 100),
+        ("mpt", {"max_seq_len": 100}, 100),
+        ("codegen", {"n_positions": 100}, 100),
+        ("roberta", {"is_decoder": True, "max_position_embeddings": 514}, 512),
+        ("qwen3", {"max_position_embeddings": 100}, 0),
+        ("xglm", {"max_position_embeddings": 100}, 0),  # computes what is not in its table
+    ],
+)
+def test_what_a_model_takes_is_found_by_trying_it(kind: str, settings: dict, tokens: int):
+    config = CONFIG_MAPPING[kind](**settings)
+    build = partial(row_proof._small_model, dtype=torch.float32, trust_remote_code=False)
+    for wanted in (438, FOREVER):
+        assert tokens_taken(config, max(wanted, tokens + 1), build) == (
+            tokens or max(wanted, tokens + 1)
+        )
+    assert tokens_taken(config, 60, build) == 60
+    if tokens:
+        assert tokens_taken(config, tokens, build) == tokens
+
+
+def test_a_model_is_tried_with_what_it_takes():
+    proof = prove("opt", 768, max_position_embeddings=100)
+    assert (proof.way, proof.tokens) == ("packed", 100)
+    assert prove("opt", 100, max_position_embeddings=100).tokens == 0
+
+
 def test_a_class_that_makes_no_model_is_refused():
     proof = prove("dots1")  # its default number of experts is none
     assert proof.way == "" and "could not be tried" in proof.reason
@@ -236,6 +298,29 @@ def test_a_model_is_tried_once(folder: Path, tmp_path: Path, monkeypatch):
     assert tries == [1e-6, 1e-6, 1e-5]
 
 
+def test_more_tokens_than_it_takes_are_one_line_with_the_number_to_give(folder, tmp_path):
+    change(folder, max_position_embeddings=2048, rope_parameters=GROWING)
+    with pytest.raises(UserError, match=r"more than 2,048 tokens .*; use --max-seq-length 2048$"):
+        proven_way(folder, tmp_path / "cache", longest=4096)
+    assert proven_way(folder, tmp_path / "cache", longest=2048).way == "packed"
+    CONFIG_MAPPING["gpt2"](n_positions=100).save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(UserError, match=r"no more positions; use --max-seq-length 100$"):
+        proven_way(tmp_path / "gpt2", tmp_path / "cache", longest=101)
+
+
+def test_positions_are_those_of_the_configuration_or_of_a_trial(folder, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    assert positions_of(folder, cache) == Qwen3Config().max_position_embeddings
+    CONFIG_MAPPING["gpt2"](n_positions=100).save_pretrained(tmp_path / "gpt2")
+    assert positions_of(tmp_path / "gpt2", cache) == 100
+    CONFIG_MAPPING["mpt"](max_seq_len=100).save_pretrained(tmp_path / "mpt")
+    assert positions_of(tmp_path / "mpt", cache) == 100, "nothing is told"
+    CONFIG_MAPPING["bloom"]().save_pretrained(tmp_path / "bloom")
+    assert positions_of(tmp_path / "bloom", cache) == 0
+    monkeypatch.setattr(row_proof, "tokens_taken", lambda *_: pytest.fail("tried again"))
+    assert positions_of(tmp_path / "gpt2", cache) == 100
+
+
 def test_a_damaged_answer_is_made_anew(folder: Path, tmp_path: Path):
     first = proven_way(folder, tmp_path / "cache", longest=64)
     (path,) = (tmp_path / "cache").glob("row-proof-*/proof.json")
@@ -273,6 +358,35 @@ def test_products_of_widths_still_fit():
 def test_only_limits_that_a_document_crosses_become_short():
     crossed, kept = (next(small_configs(windowed(), n)).sliding_window for n in (4096, 4095))
     assert (crossed, kept) == (LIMIT, 4096)
+
+
+@pytest.mark.parametrize("longest", [9, 70, 100, 777, 4096, 10**6])
+@pytest.mark.parametrize("row", [1, 3])
+def test_lengths_keep_their_places_between_documents_and_rows(longest: int, row: int):
+    """Whatever documents or rows go beyond is gone beyond in the trial, and nothing else."""
+    for value in {
+        9,
+        65,
+        70,
+        100,
+        125,
+        500,
+        longest - 1,
+        longest,
+        longest + 1,
+        row * longest,
+        10**7,
+    }:
+        config = Qwen3Config(max_position_embeddings=value, use_sliding_window=True)
+        config.sliding_window = value
+        small = next(small_configs(config, longest, row * longest))
+        positions, window = small.max_position_embeddings, small.sliding_window
+        if value > LIMIT:
+            assert (positions < LONGEST) == (value < longest)
+            assert (positions < ROW) == (value < row * longest)
+            assert (window <= LONGEST) == (value <= longest)
+            assert (window < ROW) == (value < row * longest or value <= longest)
+            assert (value in lengths_within(config, longest)) == (value <= longest)
 
 
 def test_every_kind_of_layer_is_kept_twice_and_the_last_one():

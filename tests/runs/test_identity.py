@@ -108,6 +108,56 @@ def test_held_out_files_count_by_their_content(tmp_path, run, capfd):
     assert "the data of eval_path changed" in said
 
 
+@pytest.fixture
+def texts(tmp_path: Path) -> Callable[[str, str], str]:
+    """Writes texts of its own for each word into a file; its path."""
+
+    def write(name: str, word: str) -> str:
+        rows = [
+            {"question": f"{word}{i}是什么？", "answer": f"{word}{i}是{i * i}。"} for i in range(9)
+        ]
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (tmp_path / name).write_text(lines, encoding="utf-8")
+        return str(tmp_path / name)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--forgetting", "--general-path"), "the data of general_path"),
+        (
+            ("--num-probes", "1", "--probe-max-new-tokens", "2", "--probe-path"),
+            "the data of probe_path",
+        ),
+    ],
+)
+def test_what_a_run_is_measured_by_counts_by_its_content(
+    options, named, tmp_path, texts, run, capfd
+):
+    short = ("--max-steps", "2", "--save-steps", "1", "--eval-steps", "2")
+    assert run(tmp_path, *short, *options, texts("a.jsonl", "密钥")) == 0
+    shutil.rmtree(tmp_path / "out" / "checkpoints" / "checkpoint-2")
+    texts("a.jsonl", "天气")
+    said = resumes(run, tmp_path, capfd, *short, *options, str(tmp_path / "a.jsonl"))
+    assert f"{named} changed since the checkpoint was written" in said
+    moved = texts("b.jsonl", "密钥")
+    assert run(tmp_path, *short, "--resume", "latest", *options, moved) == 0
+
+
+def test_a_run_may_be_measured_by_more_or_less_and_old_checkpoints_do_not_say_by_what():
+    old = {"model": "m", "model_weights": "a", "steps": 6}
+    now = {**old, "general_text": "b", "questions": ""}
+    told = []
+    check_identity(old, now, "checkpoint-4", warn=told.append)
+    assert len(told) == 1 and told[0].endswith("is not known: the data of general_path")
+    check_identity({**now, "general_text": ""}, now, "checkpoint-4", warn=pytest.fail)
+    check_identity(now, {**now, "general_text": ""}, "checkpoint-4", warn=pytest.fail)
+    with pytest.raises(UserError, match="general_path changed"):
+        check_identity(now, {**now, "general_text": "c"}, "checkpoint-4")
+
+
 def test_more_steps_of_a_finished_run_say_what_to_do(out, tmp_path, run, capfd):
     said = resumes(run, tmp_path, capfd, "--max-steps", "9")
     assert "steps is 9, the checkpoint has 6" in said and "--init-adapter final_model" in said
