@@ -151,12 +151,10 @@ def plan_run(
     config = inputs.length.of(config)
     rows = prove_rows(config, inputs.model, dist, terminal)
     data, tokenizer, warn = inputs.data, inputs.tokenizer, terminal.warning
-    positions = positions_for(config, inputs.model, int(data.lengths.max()), warn)
+    positions = positions_for(config, inputs, warn)
     steps, evaluation, general = plans = plan_steps(config, data, tokenizer, dist, warn, positions)
     eval_steps, probing = plan_evaluations(config, inputs, plans, dist, warn, positions)
-    settings = recorded_settings(config)
-    own_text = general[0].fingerprint() if general and config.general_path else ""
-    contents = {**inputs.contents, "general_text": own_text, "questions": probing.source}
+    settings, contents = recorded_settings(config), all_contents(config, inputs, general, probing)
     run_identity = identity(settings, inputs.model.name, contents, data, steps)
     check_ranks(dist.gather(run_identity))
     dtype = weight_dtype(dist.device, config.precision)
@@ -166,8 +164,8 @@ def plan_run(
     (checkpointing,) = dist.any(estimate.checkpointing)  # all ranks alike
     shape = steps.constant_shape if compiled else {}
     execution = execution_of(config, rows, parallel, dtype, shape, checkpointing)
-    logging_steps = steps_between_points(config, steps.num_steps)
     settings |= probing.settings(config.best_by)
+    logging_steps = steps_between_points(config, steps.num_steps)
     points = {"eval_steps": eval_steps, "logging_steps": logging_steps}
     settings |= points | resolved_settings(config, dist, execution, steps)
     return RunPlan(
@@ -185,6 +183,18 @@ def plan_run(
         rows=rows,
         forecast=estimate,
     )
+
+
+def all_contents(
+    config: DirectTrainingConfig,
+    inputs: RunData,
+    general: tuple[DataPart, StepPlan] | None,
+    probing: Probing,
+) -> dict[str, str]:
+    """Digests of what the run starts from, and of the user's own general text and questions, empty where
+    there are none."""
+    own_text = general[0].fingerprint() if general and config.general_path else ""
+    return {**inputs.contents, "general_text": own_text, "questions": probing.source}
 
 
 def plan_evaluations(
@@ -260,14 +270,11 @@ def prove_rows(
 
 
 def positions_for(
-    config: DirectTrainingConfig,
-    model: ResolvedModel,
-    longest: int,
-    warn: Callable[[str], None],
+    config: DirectTrainingConfig, inputs: RunData, warn: Callable[[str], None]
 ) -> int:
-    """Tokens that whatever the model reads or writes in this run may have; warned where samples, of up to
-    `longest` tokens, have more than its configuration tells."""
-    told = model_positions(config, model) or NO_LIMIT
+    """Tokens that whatever the model reads or writes in this run may have; warned where samples have more
+    than its configuration tells."""
+    told, longest = model_positions(config, inputs.model) or NO_LIMIT, inputs.data.lengths.max()
     if longest > told:
         warn(
             f"the longest sample has {longest:,} tokens, and the model's configuration says {told:,}: "

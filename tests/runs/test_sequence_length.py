@@ -4,18 +4,22 @@ uv run pytest tests/runs/test_sequence_length.py
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from transformers import GPT2Config
 
 from finetuning.common.distributed import init_distributed
+from finetuning.common.errors import UserError
 from finetuning.common.language import in_chinese
 from finetuning.common.terminal import Terminal
 from finetuning.config import NO_LIMIT, DirectTrainingConfig
 from finetuning.runs.plan import plan_run
 from finetuning.runs.sequence_length import SequenceLength, choose_length, fits_memory
+from tests.helpers.tiny_model import make_tiny_model
 
 MANY = np.r_[np.full(985, 700), np.full(10, 3000), np.full(5, 9001)]  # 99% have 3,000 or less
 
@@ -48,6 +52,11 @@ def test_no_word_of_the_memory_where_nobody_asked_it():
 def test_short_samples_leave_the_rows_as_they_are():
     chosen, reason = choose_length(np.array([30, 2048]), NO_LIMIT, lambda _: pytest.fail("asked"))
     assert chosen == 2048 and reason == "the longest sample has 2,048"
+
+
+def test_short_samples_do_not_make_a_length_beyond_the_positions():
+    chosen, reason = choose_length(np.array([30, 900]), 1024, lambda _: pytest.fail("asked"))
+    assert (chosen, reason) == (1024, "the longest sample has 900")
 
 
 def test_where_the_memory_is_not_known_99_percent_are_kept():
@@ -104,6 +113,51 @@ def test_a_plan_takes_the_longest_sample_and_fills_rows_as_before(config):
     ]
     assert sorted(rows)[-2] <= 2048 < max(rows)
     assert f"{longest:,}" in plan.inputs.length.text()
+
+
+@pytest.fixture(scope="module")
+def with_a_table(tmp_path_factory) -> Path:
+    """A model that looks 350 positions up; the samples have 151 to 268 tokens, and one of them 3,000."""
+    folder = tmp_path_factory.mktemp("table") / "gpt2"
+    return make_tiny_model(folder, kind=GPT2Config, max_position_embeddings=350)
+
+
+def test_a_model_with_a_table_of_positions_is_read_within_it(config, with_a_table, tmp_path):
+    """Samples, general text, and questions with their answers."""
+    own = tmp_path / "own.jsonl"
+    texts = [{"question": f"问{i}？", "answer": "密码" * (i * 30)} for i in range(1, 9)]
+    own.write_text("".join(json.dumps(t, ensure_ascii=False) + "\n" for t in texts), "utf-8")
+    asked = {"num_probes": 2, "probe_max_new_tokens": 400, "probe_path": (str(own),)}
+    measured = {"forgetting": True, "general_path": (str(own),), "max_broken_fraction": 1.0}
+    target = {"model_name": str(with_a_table), "target_modules": ("all-linear",)}
+    config = replace(config, **asked, **measured, **target, eval_fraction=0.1)
+    plan = plan_run(config, init_distributed("cpu"), Terminal(quiet=True))
+    assert plan.settings["max_seq_length"] == 350
+    assert "the model 350 positions" in plan.inputs.length.text()
+    assert plan.data.lengths.max() <= 350 and plan.general[0].tokens.lengths.max() <= 350
+    longest = max(len(probe.prompt) for probe in plan.probing.probes)
+    assert plan.probing.most == 350 - longest
+
+
+def test_more_than_its_positions_end_in_one_line_with_the_length(config, with_a_table):
+    config = replace(config, model_name=str(with_a_table), max_seq_length=768)
+    with pytest.raises(UserError, match=r"more than 350 tokens .*; use --max-seq-length 350$"):
+        plan_run(config, init_distributed("cpu"), Terminal(quiet=True))
+
+
+def test_no_sample_within_the_positions_is_told_as_that(config, tmp_path):
+    model = make_tiny_model(tmp_path / "short", kind=GPT2Config, max_position_embeddings=20)
+    config = replace(config, model_name=str(model))
+    with pytest.raises(UserError, match=r"the model has positions for 20; .* truncate_thinking"):
+        plan_run(config, init_distributed("cpu"), Terminal(quiet=True))
+
+
+def test_computed_positions_may_be_exceeded_and_that_is_told(config, tmp_path, capsys):
+    model = make_tiny_model(tmp_path / "short", max_position_embeddings=200)
+    config = replace(config, model_name=str(model), max_seq_length=1024)
+    plan = plan_run(config, init_distributed("cpu"), Terminal())
+    said = " ".join(capsys.readouterr().err.split())
+    assert plan.data.lengths.max() > 200 and "--max-seq-length 200 stays within" in said
 
 
 def test_what_does_not_fit_is_left_out_and_told(config, monkeypatch):
