@@ -79,6 +79,7 @@ class RunData:
     data: TrainingData
     accounts: tuple[Accounts, ...]  # what became of all that was read
     length: SequenceLength  # that samples may have, and why
+    positions: int  # tokens that the model's configuration says it takes; `NO_LIMIT`: any number
 
     @cached_property
     def statistics(self) -> DatasetStatistics:
@@ -274,7 +275,7 @@ def positions_for(
 ) -> int:
     """Tokens that whatever the model reads or writes in this run may have; warned where samples have more
     than its configuration tells."""
-    told, longest = model_positions(config, inputs.model) or NO_LIMIT, inputs.data.lengths.max()
+    told, longest = inputs.positions, inputs.data.lengths.max()
     if longest > told:
         warn(
             f"the longest sample has {longest:,} tokens, and the model's configuration says {told:,}: "
@@ -353,7 +354,8 @@ def load_data(
     accounts = accounts_of(data, config)
     for account in accounts:
         account.check(config.max_broken_fraction)
-    return RunData(model, tokenizer, contents, data, accounts, length)
+    positions = model_positions(config, model) or NO_LIMIT
+    return RunData(model, tokenizer, contents, data, accounts, length, positions)
 
 
 def tokenized(

@@ -23,7 +23,6 @@ from finetuning.runs.directory import ORIGIN, RUN_NAME, RunDirectory
 from finetuning.runs.model_card import CARD, model_card
 from finetuning.runs.plan import RunPlan
 from finetuning.runs.result import FINAL, why_best
-from finetuning.runs.sequence_length import positions_of
 from finetuning.training.engine import TrainingEngine
 from finetuning.training.state import TrainState
 
@@ -118,7 +117,7 @@ def model_size(plan: RunPlan, engine: TrainingEngine) -> dict[str, Any]:
     """The model's name and content, and its numbers of weights, for the run's files."""
     folder = plan.inputs.model.path
     revision = {"revision": folder.name} if folder.parent.name == "snapshots" else {}  # of the hub
-    positions = positions_of(plan.inputs.model)
+    positions = plan.inputs.positions
     return {
         "name": plan.inputs.model.name,
         **revision,
