@@ -28,6 +28,7 @@ from tests.helpers.recorded_runs import (
     by_heart,
     course,
     forgets,
+    goes_on,
     healthy,
     noise,
     recorded,
@@ -150,6 +151,24 @@ def test_data_that_were_known_by_heart_for_a_while_are_not_told(tmp_path):
     by_heart(files)
     files["rows"][190]["Training/Token_Accuracy"] = 0.9
     assert titles(tmp_path, files) == []
+
+
+def test_a_model_that_forgets_is_not_to_be_trained_longer(tmp_path):
+    files = healthy()
+    goes_on(files)
+    forgets(files)
+    assert titles(tmp_path, files) == ["The model forgets what it could."]
+
+
+def test_losses_that_fall_by_chance_are_not_still_falling(tmp_path):
+    """Ten runs without any trend, whose single losses differ by a third."""
+    falls = 0
+    for seed in range(10):
+        losses = 2 * np.exp(0.3 * np.random.default_rng(seed).normal(size=201))
+        falls += losses[151:].mean() < 0.97 * losses[101:151].mean()
+        files = course(healthy(), lambda step, losses=losses: losses[step])
+        assert not any("too early" in title for title in titles(tmp_path / str(seed), files))
+    assert falls, "of some the last quarter is lower"
 
 
 def test_one_setting_is_told_one_value(tmp_path):
