@@ -1,10 +1,12 @@
 """Logs as other tools write them: which numbers are the training's loss, and at which step each stands."""
 
+import io
 import json
 import math
 import random
 
 import pytest
+from tqdm import tqdm
 
 from convergence import main
 from finetuning.monitoring import convergence, loss_curves
@@ -96,6 +98,26 @@ def test_the_bar_of_the_training_gives_the_steps(tmp_path, name):
     curve = curve_of(tmp_path / "log.txt", LOGS[name]())
     assert losses_of(curve) == CURVE
     assert curve.total_steps == 300 and not curve.counted
+
+
+@pytest.mark.parametrize("every", [1, 10])
+def test_bars_that_tqdm_draws_as_the_trainer_of_hf_lets_it(tmp_path, every):
+    """It runs faster than its bar is drawn, and evaluates 500 rows after every 20th step."""
+    printed = io.StringIO()
+    list(tqdm(range(1000), desc="Map", file=printed))
+    training = tqdm(total=60, file=printed)
+    for step in range(1, 61):
+        training.update()
+        if step % every == 0:
+            training.write(f"{{'loss': {loss(step)}, 'epoch': {step / 20}}}", file=printed)
+        if step % 20 == 0:
+            for _ in tqdm(range(500), leave=False, file=printed):
+                pass
+            training.write(f"{{'eval_loss': 1.2, 'epoch': {step / 20}}}", file=printed)
+    training.close()
+    curve = curve_of(tmp_path / "log.txt", printed.getvalue())
+    assert losses_of(curve) == {step: loss(step) for step in range(every, 61, every)}
+    assert curve.total_steps == 60 and curve.steps_per_epoch == pytest.approx(20)
 
 
 def uneven(seed=1):
