@@ -260,6 +260,20 @@ def test_a_step_that_goes_back_is_a_resume(tmp_path):
     assert (result["step"], result["total_steps"]) == (120, 300)
 
 
+@pytest.mark.parametrize(
+    ("steps", "kept"),
+    [
+        ([10, 20, 10], {10: 2}),
+        ([10, 20, 30, 20, 20, 10, 20], {10: 5, 20: 6}),  # a run that crashes again and again
+        ([10, 20, 30, 40, 25], {10: 0, 20: 1, 25: 4}),  # on with another stride
+        ([30, 10, 20], {10: 1, 20: 2, 30: 0}),  # in no order
+    ],
+)
+def test_few_losses_with_a_resume(tmp_path, steps, kept):
+    text = "step,loss\n" + "".join(f"{step},{k}\n" for k, step in enumerate(steps))
+    assert losses_of(curve_of(tmp_path / "a.csv", text)) == kept
+
+
 def test_a_late_evaluation_of_an_earlier_step_is_no_resume(tmp_path):
     rows = [{"step": s, "loss": loss(s)} for s in STEPS]
     rows.insert(20, {"step": 100, "eval_loss": 1.2})
