@@ -188,7 +188,7 @@ def _has_step(row: Mapping[str, float], place: str) -> bool:
     if math.isnan(step):
         return False
     if not 0 <= step <= MOST_STEPS:
-        raise UserError(f"{place}: step must be a number from 0 to {MOST_STEPS:.0e}, not {step:g}")
+        raise UserError(f"{place}: step must be a number from 0 to 1e13, not {step:g}")
     if step != int(step):
         raise UserError(
             f"{place}: step {step:g} is no whole number; give the column that counts steps"

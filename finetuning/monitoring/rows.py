@@ -83,12 +83,16 @@ class Rows(Sequence):
 def _alive(steps: np.ndarray, curve: np.ndarray) -> np.ndarray:
     """Which rows (n,) no resume has replaced; curve: numbers of the rows that hold the curve.
 
-    Of a table that is not in the order of time, as one sorted from its end, all rows are.
+    Of a table that is not in the order of time, as one sorted from its end, all rows are: its steps go back
+    about as often as they rise, to steps that it has not had before.
     """
     moves = np.diff(steps[curve])
-    back = curve[1:][moves < 0]
+    backward = np.flatnonzero(moves < 0) + 1
+    back = curve[backward]
+    values, first = np.unique(steps[curve], return_index=True)
+    again = first[np.searchsorted(values, steps[back])] < backward
     alive = np.ones(len(steps), bool)
-    if 0 < 2 * len(back) <= (moves > 0).sum():
+    if len(back) and (2 * len(back) <= (moves > 0).sum() or again.all()):
         resumed = np.full(len(steps) + 1, np.inf)
         resumed[back] = steps[back]
         lowest = np.minimum.accumulate(resumed[::-1])[
