@@ -152,9 +152,8 @@ def row(name: str, variant: str, proof: row_proof.RowProof) -> str:
     reason = proof.reason.replace(
         "`", "'"
     )  # a command that a library names is none of this project's
-    if proof.tokens:
-        reason += "; " * bool(reason) + f"documents of up to {proof.tokens:,} tokens"
-        reason += "" if proof.way else " can be trained"
+    if proof.tokens and not proof.way:
+        reason += f"; documents of up to {proof.tokens:,} tokens can be trained"
     return f"| {title} | {outcome} | {difference} | {table_cell(reason, 300)} |"
 
 
@@ -182,7 +181,8 @@ are told where documents begin by transformers' own arguments (`cu_seq_lens_q`, 
 that they listen.
 
 The table holds every architecture in transformers' list of causal language models, tried with the default
-configuration of its class and with documents that cross all of its windows and chunks. Your model is tried
+configuration of its class and with documents that cross all of its windows and chunks, or are as long as it
+has positions. Your model is tried
 with its own configuration, so the answer may be another one: a window that no document reaches hides nothing,
 and a model with a soft cap is refused even if its class has none by default.
 
