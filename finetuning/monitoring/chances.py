@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import NormalDist
+from statistics import NormalDist, median
 
 from finetuning.monitoring.detector_memory import DetectorMemory
 
 FALSE_ALARMS = 0.01  # of the runs of which nothing is wrong, each time their length doubles
 HIGHEST = 64  # orders of so many that one is taken for no chance
 BET = 200.0  # times the stake: one in 200 runs wins as much by chance
+PEAKS = 8  # the highest steps that a tail is measured by
 RARE = 100  # steps among which a kind of rows is expected to be seen, so that it is known
 
 
@@ -42,23 +43,37 @@ def too_high(before: int, after: Sequence[float], usual: float) -> bool:
 def news_above(memory: DetectorMemory, name: str, log: float, level: float, least: float) -> float:
     """The log that a step must exceed to be higher than rare rows have made a step; takes the step in.
 
-    `level`: the log of what is usual; `least`: how far above it a step stands out. A step is no news while
-    earlier ones that stood out were as high as it, or as far above the level of their time, plus half of
-    `least`. By the rule of succession (Laplace 1774) a step as high as k of n earlier ones has the chance
-    (k + 1) / (n + 2): it must be under 1 in 100, so that none may be as high until n = 198, and one from
-    then on. inf before n = 98. Of one row a step, rows with a share p are taken for news by chance in
-    (1-p)^98 + (1-p)^197 (1 + 196 p) of the runs: 0.7% for p = 5%, under 0.01% for 10%.
+    `level`: the log of what is usual; `least`: how far above it a step stands out. Steps that stood out are
+    known by their logs and by how far they rose above the level of their time; a step is no news unless it
+    lies above both tails, of whose records 1% are news each time that the length of a run doubles. By the rule of succession (Laplace 1774) a step as high as k of n earlier ones
+    has the chance (k + 1) / (n + 2): it must be under 1 in 100, so that none may be as high until n = 198,
+    and one from then on. inf before n = 98. Of one row a step, rows with a share p are taken for news by
+    chance in (1-p)^98 + (1-p)^197 (1 + 196 p) of the runs: 0.7% for p = 5%, under 0.01% for 10%.
     """
     marks, rise = memory.marks, log - level
     count = marks[f"seen {name}"] = marks.get(f"seen {name}", 0) + 1
-    peaks = memory.series.get(f"peaks {name}", [])
-    rises = memory.series.get(f"rises {name}", [])
+    logs, rises = (memory.series.get(f"{what} {name}", []) for what in ("logs", "rises"))
     if rise > least:
-        memory.series[f"peaks {name}"] = sorted([*peaks, log])[-2:]
-        memory.series[f"rises {name}"] = sorted([*rises, rise])[-2:]
+        for what, known, value in (("logs", logs, log), ("rises", rises, rise)):
+            memory.series[f"{what} {name}"] = sorted([*known, value], reverse=True)[:PEAKS]
     if count < RARE - 1:
         return math.inf
-    place = 1 if count < 2 * RARE - 1 else 2
-    if len(peaks) < place:
+    place = 0 if count < 2 * RARE - 1 else 1
+    if len(logs) <= place:
         return level + least / 2
-    return max(peaks[-place], level + rises[-place]) + least / 2
+    scales = math.log(math.log(2) / FALSE_ALARMS)
+    tails = (above_tail(known, scales, least / 2, place) for known in (logs, rises))
+    return max(next(tails), level + next(tails))
+
+
+def above_tail(values: Sequence[float], scales: float, least: float, place: int = 0) -> float:
+    """The highest value, or the one at `place`, and so many scales of the tail above it, at least `least`.
+
+    An exponential tail (of logs: Hill 1975), its scale the median height of the 8 highest above the lowest
+    of them, over ln 2. A new record exceeds the old one by c scales in e^-c of the cases, and there are ln 2
+    records for each time that the length of a run doubles.
+    """
+    peaks = sorted(values, reverse=True)[:PEAKS]
+    heights = [peak - peaks[-1] for peak in peaks[:-1]]
+    scale = median(heights) / math.log(2) if heights else 0.0
+    return peaks[place] + max(least, scale * scales)

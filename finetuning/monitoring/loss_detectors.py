@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from statistics import fmean, median, pstdev
 
-from finetuning.monitoring.chances import least_sigmas, news_above, too_high
+from finetuning.monitoring.chances import RARE, above_tail, least_sigmas, news_above, too_high
 from finetuning.monitoring.detector_memory import KEEP, DetectorMemory, Finding, Verdict, finite
 from finetuning.monitoring.usual_rows import unusual
 
 SMOOTH = 15  # logged losses of the smoothed one
 LONG = 30  # of the one that tells whether a run has learned anything
 AT_ONCE = 3  # logged losses in a row, all above whatever was usual, that are no spike any more
-ROWS_Z = 4.0  # sigma above steps with such rows; those vary less than steps of all kinds
+UNKNOWN = 1e6  # stands for how far a step lies above its like, where no such rows are known
 ENOUGH = 16  # logged values before one can be called unusual
 LEAST = 1e-12  # of a loss, which may be 0, so that it has a logarithm
 CLIPPED = 50  # logged norms that say whether clipping is the rule
@@ -64,26 +64,36 @@ def clipping(memory: DetectorMemory, metrics: Mapping) -> Verdict:
 def loss_spike(memory: DetectorMemory, metrics: Mapping) -> Verdict:
     """One loss far above the losses just before it, above its like, and above any before.
 
-    Far: six sigma above the losses before it (`is_spike`), or four above steps with such rows. Any before:
+    Far: six sigma above the losses before it (`is_spike`), or above what steps with such rows are in 99 of 100 cases. Any before:
     `news_above`, with its rate of false alarms.
     """
     loss = training_loss(memory, metrics)
     if loss is None:
         return KEEP
     losses = memory.series.get("loss", [])
-    rows = memory.marks["rows"] = min(unusual(memory, metrics, "Training/Loss", loss), 1e6)
+    rows = memory.marks["rows"] = min(unusual(memory, metrics, "Training/Loss", loss), UNKNOWN)
     before, z, ratio = losses[-31:], memory.limits.spike_z, memory.limits.spike_ratio
     usual = median(before[-7:] or [loss])
     least = math.exp(news_above(memory, "loss", _log(loss), _log(usual), math.log(ratio)))
     if loss <= least or rows <= math.log(ratio):
         return None  # nearly always, so what costs more comes later
-    known = memory.series.get("unusual", [])  # how far the steps before lay above their like
-    spread = 1.4826 * median(map(abs, known)) if len(known) >= ENOUGH else math.inf
+    known = _known_rise(memory, math.log(ratio) / 2)
+    rise = max(math.log(ratio), known or 0.0)
+    if rows <= rise:
+        return None
     limit = usual * max(ratio, math.exp(z * log_noise(before)))
-    if rows < 50 and spread < 10:  # such rows are known, and their noise
-        limit = min(limit, loss / math.exp(rows) * max(ratio, math.exp(ROWS_Z * spread)))
+    if rows < UNKNOWN and known is not None:  # such rows are known, and their noise
+        limit = min(limit, loss / math.exp(rows) * math.exp(rise))
     limit = max(limit, least)
     return Finding(loss, limit, {"usual loss": usual}) if loss > limit else None
+
+
+def _known_rise(memory: DetectorMemory, least: float) -> float | None:
+    """How far steps lie above their like, of which 1 in 100 lie higher; None where few of 31 are known."""
+    known = [rise for rise in memory.series.get("unusual", []) if rise < UNKNOWN]
+    if len(known) < ENOUGH:
+        return None
+    return above_tail(known, max(0.0, math.log(RARE / (len(known) + 1))), least)
 
 
 def is_spike(loss: float, before: list[float], z: float = 6.0, ratio: float = 1.25) -> bool:
@@ -101,9 +111,11 @@ def log_noise(losses: Sequence[float]) -> float:
     Differences, so that a falling loss is not taken for a noisy one; the median, so that a spike
     does not hide itself (Hampel 1974).
     """
-    logs = [_log(x) for x in losses]
-    steps = [abs(b - a) for a, b in pairwise(logs)]
-    return max(0.01, 1.4826 * median(steps) / math.sqrt(2))
+    return max(0.01, _neighbours([_log(x) for x in losses]))
+
+
+def _neighbours(values: Sequence[float]) -> float:
+    return 1.4826 * median(abs(b - a) for a, b in pairwise(values)) / math.sqrt(2)
 
 
 def _log(value: float) -> float:
@@ -235,12 +247,17 @@ def _early(memory: DetectorMemory) -> Finding | None:
 def _sudden(memory: DetectorMemory) -> Finding | None:
     losses, share = memory.series["loss"], memory.limits.divergence
     before = losses[:-AT_ONCE]
-    lasting = memory.remember("unusual", memory.marks.get("rows", math.inf), keep=31)
+    known = memory.series.get("unusual", [])[: -AT_ONCE + 1]
+    lasting = memory.remember("unusual", memory.marks.get("rows", UNKNOWN), keep=31)
     if len(before) < ENOUGH:
         return None
     limit = max((1 + share) * median(before[-SMOOTH:]), (1 + share / 3) * sorted(before)[-2])
     sudden = min(losses[-AT_ONCE:])
-    if sudden <= limit or min(lasting[-AT_ONCE:]) <= math.log(1 + share / 3):
+    if sudden <= limit:
+        return None  # nearly always, so what costs more comes later
+    explained = [rise for rise in known if rise < UNKNOWN]
+    least = max(math.log(1 + share / 3), sorted(explained)[-len(explained) // 10] if len(explained) >= ENOUGH else 0.0)
+    if min(lasting[-AT_ONCE:]) <= least:
         return None
     return Finding(sudden, limit, _best(memory))
 
@@ -264,20 +281,22 @@ def _held_out(memory: DetectorMemory, metrics: Mapping) -> Finding | None:
 def _slow(memory: DetectorMemory) -> Finding | None:
     """Mean and median of 15 losses have both risen above their lowest by a share, and the mean beyond chance.
 
-    Chance: `least_sigmas` standard errors of the mean. The median: rare hard rows move the mean of 15 losses,
+    Chance: `least_sigmas` standard errors, of the log median 1.2533 sigma / sqrt(15). The median: rare hard rows move the mean of 15 losses,
     but the median only where 8 of them are hard, which one row a step does by chance in 3 of 100,000
     steps where 10% are hard. More frequent ones are in the standard error.
     """
     marks, losses, share = memory.marks, memory.series["loss"], memory.limits.divergence
     if "level" not in marks:
         return None
-    best, low = marks["best"], (1 + share) * marks["lowest_median"]
+    best, centre = marks["best"], median(losses[-SMOOTH:])
     limit = best + max(share * best, 0.02 * marks["start"])
-    if marks["level"] <= limit or median(losses[-SMOOTH:]) <= low:
+    if marks["level"] <= limit or centre <= (1 + share) * marks["lowest_median"]:
         return None  # nearly always, so what costs more comes later
     usual = losses[:-SMOOTH] if len(losses) >= 3 * SMOOTH else losses
-    error = pstdev(usual) / math.sqrt(SMOOTH)
-    limit = max(limit, best + least_sigmas(int(marks["count"])) * error)
+    errors = least_sigmas(int(marks["count"])) / math.sqrt(SMOOTH)
+    limit = max(limit, best + errors * pstdev(usual))
+    if _log(centre) <= _log(marks["lowest_median"]) + 1.2533 * errors * log_noise(usual):
+        return None
     return Finding(marks["level"], limit, _best(memory)) if marks["level"] > limit else None
 
 
