@@ -44,11 +44,14 @@ def news_above(memory: DetectorMemory, name: str, log: float, level: float, leas
     """The log that a step must exceed to be higher than rare rows have made a step; takes the step in.
 
     `level`: the log of what is usual; `least`: how far above it a step stands out. Steps that stood out are
-    known by their logs and by how far they rose above the level of their time; a step is no news unless it
-    lies above both tails, of whose records 1% are news each time that the length of a run doubles. By the rule of succession (Laplace 1774) a step as high as k of n earlier ones
-    has the chance (k + 1) / (n + 2): it must be under 1 in 100, so that none may be as high until n = 198,
-    and one from then on. inf before n = 98. Of one row a step, rows with a share p are taken for news by
-    chance in (1-p)^98 + (1-p)^197 (1 + 196 p) of the runs: 0.7% for p = 5%, under 0.01% for 10%.
+    known by their logs and by how far they rose above the level of their time. A step is no news unless it
+    lies above both tails (`above_tail`): 1% of false alarms each time that the length of a run doubles.
+
+    By the rule of succession (Laplace 1774) a step as high as k of n earlier ones has the chance
+    (k + 1) / (n + 2): it must be under 1 in 100, so that none may be as high until n = 198, and one from then
+    on. inf before n = 98. Of one row a step, rows with a share p are taken for news by chance in
+    (1-p)^98 + (1-p)^197 (1 + 196 p) of the runs: 0.7% for p = 5%, under 0.01% for 10%, but 18% for 2%: what
+    is so rare is told once or twice.
     """
     marks, rise = memory.marks, log - level
     count = marks[f"seen {name}"] = marks.get(f"seen {name}", 0) + 1
@@ -60,7 +63,7 @@ def news_above(memory: DetectorMemory, name: str, log: float, level: float, leas
         return math.inf
     place = 0 if count < 2 * RARE - 1 else 1
     if len(logs) <= place:
-        return level + least / 2
+        return level + least
     scales = math.log(math.log(2) / FALSE_ALARMS)
     tails = (above_tail(known, scales, least / 2, place) for known in (logs, rises))
     return max(next(tails), level + next(tails))

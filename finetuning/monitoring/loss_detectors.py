@@ -64,8 +64,8 @@ def clipping(memory: DetectorMemory, metrics: Mapping) -> Verdict:
 def loss_spike(memory: DetectorMemory, metrics: Mapping) -> Verdict:
     """One loss far above the losses just before it, above its like, and above any before.
 
-    Far: six sigma above the losses before it (`is_spike`), or above what steps with such rows are in 99 of 100 cases. Any before:
-    `news_above`, with its rate of false alarms.
+    Far: six sigma above the losses before it (`is_spike`), or higher above steps with such rows than 99 of
+    100 are. Any before: `news_above`, with its rate of false alarms.
     """
     loss = training_loss(memory, metrics)
     if loss is None:
@@ -226,40 +226,42 @@ def _best(memory: DetectorMemory) -> dict[str, float]:
 def _early(memory: DetectorMemory) -> Finding | None:
     """All losses but the first few lie above them by a share, and above the held-out loss at step 0.
 
-    Few: 1 to 15; one only where that held-out loss is known. No chance: by `too_high`. Of one row a step, a
-    share p of which is hard, that happens by order in p^3 (1-p)^4 of the runs at most: 0.5% for p = 25%,
-    0.8% for the worst p.
+    Few: 1 to 31; one only where that held-out loss is known. No chance: by `too_high`. Of one row a step, a
+    share p of which is hard, chance does so by order in p^3 (1-p)^4 of the runs: 0.5% for p = 25%, 0.8% for
+    the worst p; by height in 0.5%, but where two or three first losses stand for the held-out one, in
+    p^4 (1-p)^2 (2-p): 0.4% for p = 25%, 3% for the worst p.
     """
     losses, marks = memory.series["loss"], memory.marks
-    if not AT_ONCE < marks["count"] <= 2 * ENOUGH:
+    if not AT_ONCE < marks["count"] <= 3 * ENOUGH:
         return None
     base = marks.get("base", 0.0)
-    for few in range(1 if base else 2, min(ENOUGH, len(losses) - AT_ONCE + 1)):
+    for few in range(1 if base else 2, min(2 * ENOUGH, len(losses) - AT_ONCE + 1)):
         first = max(losses[:few])
         usual, after = max(first, base, LEAST), losses[few:]
         limit = (1 + memory.limits.divergence) * usual
         if min(after) > limit and too_high(few, after, usual):
             facts = {"first losses, the highest": first}
-            return Finding(min(after[-AT_ONCE:]), limit, facts | {"held-out loss at step 0": base} if base else facts)
+            facts |= {"held-out loss at step 0": base} if base else {}
+            return Finding(min(after[-AT_ONCE:]), limit, facts)
     return None
 
 
 def _sudden(memory: DetectorMemory) -> Finding | None:
+    """Three losses in a row above any before, and further above their like than 9 of 10 steps before them."""
     losses, share = memory.series["loss"], memory.limits.divergence
+    rises = memory.remember("unusual", memory.marks.get("rows", UNKNOWN), keep=31)
     before = losses[:-AT_ONCE]
-    known = memory.series.get("unusual", [])[: -AT_ONCE + 1]
-    lasting = memory.remember("unusual", memory.marks.get("rows", UNKNOWN), keep=31)
-    if len(before) < ENOUGH:
+    if len(before) < 2 * ENOUGH:
         return None
     limit = max((1 + share) * median(before[-SMOOTH:]), (1 + share / 3) * sorted(before)[-2])
     sudden = min(losses[-AT_ONCE:])
     if sudden <= limit:
         return None  # nearly always, so what costs more comes later
-    explained = [rise for rise in known if rise < UNKNOWN]
-    least = max(math.log(1 + share / 3), sorted(explained)[-len(explained) // 10] if len(explained) >= ENOUGH else 0.0)
-    if min(lasting[-AT_ONCE:]) <= least:
-        return None
-    return Finding(sudden, limit, _best(memory))
+    least = math.log(1 + share / 3)
+    known = sorted(rise for rise in rises[:-AT_ONCE] if rise < UNKNOWN)
+    if len(known) >= ENOUGH:
+        least = max(least, known[-1 - len(known) // 10])
+    return Finding(sudden, limit, _best(memory)) if min(rises[-AT_ONCE:]) > least else None
 
 
 def _held_out(memory: DetectorMemory, metrics: Mapping) -> Finding | None:
@@ -281,9 +283,9 @@ def _held_out(memory: DetectorMemory, metrics: Mapping) -> Finding | None:
 def _slow(memory: DetectorMemory) -> Finding | None:
     """Mean and median of 15 losses have both risen above their lowest by a share, and the mean beyond chance.
 
-    Chance: `least_sigmas` standard errors, of the log median 1.2533 sigma / sqrt(15). The median: rare hard rows move the mean of 15 losses,
-    but the median only where 8 of them are hard, which one row a step does by chance in 3 of 100,000
-    steps where 10% are hard. More frequent ones are in the standard error.
+    Chance: `least_sigmas` standard errors; of the log median, 1.2533 sigma / sqrt(15). The median: rare hard
+    rows move the mean of 15 losses, but the median only where 8 of them are hard, which one row a step
+    does by chance in 3 of 100,000 steps where 10% are hard. More frequent ones are in the standard error.
     """
     marks, losses, share = memory.marks, memory.series["loss"], memory.limits.divergence
     if "level" not in marks:
