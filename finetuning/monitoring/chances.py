@@ -11,6 +11,7 @@ from finetuning.monitoring.detector_memory import DetectorMemory
 FALSE_ALARMS = 0.01  # of the runs of which nothing is wrong, each time their length doubles
 HIGHEST = 64  # orders of so many that one is taken for no chance
 BET = 200.0  # times the stake: one in 200 runs wins as much by chance
+STANDS_OUT = math.log(1.25)  # how far a step lies above the usual to be one of the peaks
 PEAKS = 8  # the highest steps that a tail is measured by
 RARE = 100  # steps among which a kind of rows is expected to be seen, so that it is known
 
@@ -43,9 +44,9 @@ def too_high(before: int, after: Sequence[float], usual: float) -> bool:
 def news_above(memory: DetectorMemory, name: str, log: float, level: float, least: float) -> float:
     """The log that a step must exceed to be higher than rare rows have made a step; takes the step in.
 
-    `level`: the log of what is usual; `least`: how far above it a step stands out. Steps that stood out are
-    known by their logs and by how far they rose above the level of their time. A step is no news unless it
-    lies above both tails (`above_tail`): 1% of false alarms each time that the length of a run doubles.
+    `level`: the log of what is usual; `least`: how far above it a step may be news. Steps at least half as far
+    and a quarter above it are known by their logs and by how far they rose above the level of their time. A
+    step is no news unless it lies above both tails (`above_tail`): 1% of false alarms each time that the length of a run doubles.
 
     By the rule of succession (Laplace 1774) a step as high as k of n earlier ones has the chance
     (k + 1) / (n + 2): it must be under 1 in 100, so that none may be as high until n = 198, and one from then
@@ -56,7 +57,7 @@ def news_above(memory: DetectorMemory, name: str, log: float, level: float, leas
     marks, rise = memory.marks, log - level
     count = marks[f"seen {name}"] = marks.get(f"seen {name}", 0) + 1
     logs, rises = (memory.series.get(f"{what} {name}", []) for what in ("logs", "rises"))
-    if rise > least:
+    if rise > max(least / 2, STANDS_OUT):
         for what, known, value in (("logs", logs, log), ("rises", rises, rise)):
             memory.series[f"{what} {name}"] = sorted([*known, value], reverse=True)[:PEAKS]
     if count < RARE - 1:
@@ -66,7 +67,7 @@ def news_above(memory: DetectorMemory, name: str, log: float, level: float, leas
         return level + least
     scales = math.log(math.log(2) / FALSE_ALARMS)
     tails = (above_tail(known, scales, least / 2, place) for known in (logs, rises))
-    return max(next(tails), level + next(tails))
+    return max(level + least, next(tails), level + next(tails))
 
 
 def above_tail(values: Sequence[float], scales: float, least: float, place: int = 0) -> float:
