@@ -5,7 +5,8 @@
 
 The library: healthy runs, and faults put into them, of every kind, in several strengths and shapes of run.
 The healthy ones are real small runs (`alert_runs.py`), each also as resumed; runs whose loss is that of
-reinforcement learning; and the recorded curves of each FOLDER, csv files. Limits were chosen on the half
+reinforcement learning; simulated runs of two kinds of rows and of equal sources; and the recorded curves of
+each FOLDER, csv files. Limits were chosen on the half
 "tune"; the half "judge" holds other seeds and other curves. To each run gauges of the machine are added.
 
 A delay counts logged points from the first at which the detector's window can be full of the fault.
@@ -26,6 +27,7 @@ from statistics import median
 from benchmarks.alert_runs import RECORDED
 from finetuning.common.errors import UserError
 from finetuning.monitoring.alerts import NAMES, AlertMonitor
+from finetuning.monitoring.chances import least_sigmas
 from finetuning.monitoring.loss_curves import read_curve
 
 Rows = list[tuple[int, dict]]
@@ -36,8 +38,19 @@ window can be full of the fault, or a drift is as large as the alert's own defin
 The limits were chosen on the first half. Before its last run the judging half had other small runs; a spike
 that was missed in one of them led to the comparison with such rows, so those runs now stand in the first
 half, and others, recorded afterwards, judge. The public curves and the real faults of both halves had been
-played before. `Forgetting` is a loss on general text 2% above the base's; its faults multiply that loss.
+played before. The runs of two kinds of rows (five shapes, four seeds each) and of equal sources (24) are
+simulated; the rules that keep them silent were made for other such runs, and no constant was chosen on
+these. Explosions after 2 to 12 logged losses are among the faults of `Divergence`: a loss twice the highest
+of the first two or three is told up to 5 points late. `Forgetting` is a loss on general text 2% above the
+base's; its faults multiply that loss.
 """
+TWO_KINDS = (  # easy and hard samples, and their losses
+    (48, 16, 0.5, 1.7),
+    (56, 6, 0.3, 1.6),
+    (70, 3, 0.4, 2.2),
+    (28, 28, 0.5, 1.4),
+    (230, 9, 0.2, 1.3),
+)
 SPIKED = (
     "23_llama32",
     "35_llms",
@@ -117,6 +130,65 @@ def curve_runs(folders: list[Path]) -> Iterator[Run]:
             rows = [(int(p["step"]), {k: v for k, v in p.items() if k != "step"}) for p in points]
             half = "judge" if place else "tune"
             yield Run(path.stem, half, _with_machine(rows, index), {})
+
+
+def two_kinds_runs() -> Iterator[Run]:
+    """Simulated runs of one row a step, whose hard samples, few or many, lie far above a template's."""
+    shapes = (
+        (48, 16, 0.5, 1.7),
+        (56, 6, 0.3, 1.6),
+        (70, 3, 0.4, 2.2),
+        (28, 28, 0.5, 1.4),
+        (230, 9, 0.2, 1.3),
+    )
+    for place, shape in enumerate(shapes):
+        for seed in range(4):
+            name = f"two kinds {shape[0]}+{shape[1]} {seed}"
+            rows = _two_kinds(random.Random(100 * place + seed), *shape)
+            yield Run(name, ("tune", "judge")[seed % 2], _with_machine(rows, seed))
+
+
+def _two_kinds(rng: random.Random, easy: int, hard: int, low: float, high: float) -> Rows:
+    """Every sample has a level of its own, that falls with each epoch, that of the easy ones faster."""
+    number, rows, order, tokens = easy + hard, [], [], 0
+    levels = [low * math.exp(0.2 * rng.gauss(0, 1)) for _ in range(easy)]
+    levels += [high * math.exp(0.25 * rng.gauss(0, 1)) for _ in range(hard)]
+    for step in range(1, 401):
+        order = order or rng.sample(range(number), number)
+        sample = order.pop()
+        learned = (0.5 if sample < easy else 0.1) * step / number + 0.05 * rng.gauss(0, 1)
+        loss = levels[sample] * math.exp(-learned) * (1 + 0.4 * math.exp(-step / 20))
+        norm = math.exp(0.3 * rng.gauss(0, 1)) * (0.6 if sample < easy else 1.5)
+        tokens += rng.randrange(300, 400) if sample < easy else rng.randrange(200, 900)
+        values = {
+            "Training/Loss": loss,
+            "Training/By_Source/a.jsonl": loss,
+            "Training/Gradient_Norm": norm,
+        }
+        values |= {
+            "Throughput/Tokens_Seen": float(tokens),
+            "Training/Learning_Rate": 2e-4 * (1 - step / 400),
+        }
+        rows.append((step, values))
+    return rows
+
+
+def equal_sources_runs() -> Iterator[Run]:
+    """Simulated runs of sources that differ in nothing but chance, some of them long."""
+    for place, (sources, sigma, steps) in enumerate(
+        (n, sigma, steps) for n in (3, 7) for sigma in (0.1, 0.15, 0.3) for steps in (300, 1000)
+    ):
+        for half, seed in (("tune", 200 + place), ("judge", 300 + place)):
+            rng, rows = random.Random(seed), []
+            for step in range(1, steps + 1):
+                fall = 1 + 0.8 * math.exp(-step / 40)
+                losses = {
+                    f"Training/By_Source/{n}": fall * math.exp(sigma * rng.gauss(0, 1))
+                    for n in range(sources)
+                }
+                values = {"Training/Loss": sum(losses.values()) / sources, **losses}
+                rows.append((step, values | {"Training/Learning_Rate": 2e-4 * (1 - step / steps)}))
+            yield Run(f"{sources} equal sources {sigma:g} {steps}", half, _with_machine(rows, seed))
 
 
 def _with_machine(rows: Rows, seed: int) -> Rows:
@@ -253,8 +325,25 @@ def clipped(norms: list[float], limit: float) -> bool:
     return sum(n > limit for n in norms) >= 0.95 * len(norms) and median(norms) > 5 * limit
 
 
+def early_faults(run: Run) -> Iterator[Case]:
+    """An explosion after a run's first few losses."""
+    places = [i for i, (_, row) in enumerate(run.rows) if row.get("Training/Loss") is not None]
+    for few in (2, 3, 4, 6, 9, 12):
+        top = max(run.rows[i][1]["Training/Loss"] for i in places[:few])
+        for times in (2, 5):
+
+            def explode(i: int, row: dict, times: float = times, top: float = top) -> None:
+                if row.get("Training/Loss"):
+                    scaled(row, (times * top + 0.1 * row["Training/Loss"]) / row["Training/Loss"])
+
+            yield changed(
+                run, places[few], explode, expected="Divergence", strength=f"× {times} after {few}",
+                allowed=AROUND_A_RISE, onset=places[few] + 2,
+            )  # fmt: skip
+
+
 def level_rises(run: Run, at: int, percent: float, i: int) -> bool:
-    """Has a drift come to what `Divergence` is: a mean of 15 that is 30% and six errors above the best?"""
+    """Has a drift come to what `Divergence` is: a mean of 15 that is 30% and beyond chance above the best?"""
     losses = [row["Training/Loss"] for _, row in run.rows if "Training/Loss" in row]
     if at + i >= len(losses):
         return True
@@ -264,7 +353,7 @@ def level_rises(run: Run, at: int, percent: float, i: int) -> bool:
     centre = sum(before) / len(before)
     error = math.sqrt(sum((x - centre) ** 2 for x in before) / len(before) / 15)
     best = min(means)
-    return means[-1] > best + max(0.3 * best, 6 * error, 0.02 * max(means[:31]))
+    return means[-1] > best + max(0.3 * best, least_sigmas(len(drifted)) * error, 0.02 * means[0])
 
 
 def stuck(run: Run, at: int) -> Iterator[Case]:
@@ -434,10 +523,13 @@ def real_faults() -> Iterator[Case]:
 def library(folders: list[Path]) -> list[Case]:
     """All cases, the healthy ones first."""
     healthy = [*recorded_runs(), *reinforced_runs(), *curve_runs(folders)]
-    cases = [Case(run) for run in healthy]
+    simulated = [*two_kinds_runs(), *equal_sources_runs()]
+    cases = [Case(run) for run in [*healthy, *simulated]]
     for index, run in enumerate(healthy):
         at = min(len(run.rows) // 2 + index % 17, len(run.rows) - 61)
         loss = "GRPO" not in run.name and "resumed" not in run.name and at > 100
+        if loss and index % 4 == 0:
+            cases += early_faults(run)
         if loss and index % 2:
             cases += [*loss_faults(run, at), *stuck(run, at)]
         if at > 100 and (index % 5 == 0 or "adapters" in run.name or "mixed" in run.name):

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from statistics import fmean, median, pstdev
 
+from finetuning.monitoring.chances import RARE, above_tail, least_sigmas, news_above, too_high
 from finetuning.monitoring.detector_memory import KEEP, DetectorMemory, Finding, Verdict, finite
 from finetuning.monitoring.usual_rows import unusual
 
 SMOOTH = 15  # logged losses of the smoothed one
 LONG = 30  # of the one that tells whether a run has learned anything
 AT_ONCE = 3  # logged losses in a row, all above whatever was usual, that are no spike any more
-ROWS_Z = 4.0  # sigma above steps with such rows; those vary less than steps of all kinds
+UNKNOWN = 1e6  # stands for how far a step lies above its like, where no such rows are known
 ENOUGH = 16  # logged values before one can be called unusual
 LEAST = 1e-12  # of a loss, which may be 0, so that it has a logarithm
 CLIPPED = 50  # logged norms that say whether clipping is the rule
@@ -22,8 +23,8 @@ CLIPPED = 50  # logged norms that say whether clipping is the rule
 def gradient_explosion(memory: DetectorMemory, metrics: Mapping) -> Verdict:
     """A gradient norm far above the usual: robust z-score of its log, its ratio, its like, and any before.
 
-    (log g - median) / (1.4826 MAD), MAD >= 0.1. A norm of exactly 0, where nothing was to be learned, is
-    left aside.
+    (log g - median) / (1.4826 MAD), MAD >= 0.1. Any before: `news_above`, with its rate of false alarms. A
+    norm of exactly 0, where nothing was to be learned, is left aside.
     """
     norm = metrics.get("Training/Gradient_Norm")
     if norm is None or not math.isfinite(norm) or norm <= 0:
@@ -32,10 +33,8 @@ def gradient_explosion(memory: DetectorMemory, metrics: Mapping) -> Verdict:
     rows = unusual(memory, metrics, "Training/Gradient_Norm", norm)
     log = math.log(norm)
     memory.remember("log_gradient", log)
-    if len(before) < ENOUGH:
-        return None
-    centre, least = median(before), math.log(memory.limits.gradient_ratio)
-    limit = max(least, _highest(before) - centre + 0.5 * least)
+    centre, least = median(before or [log]), math.log(memory.limits.gradient_ratio)
+    limit = max(least, news_above(memory, "gradient", log, centre, least) - centre)
     if log - centre <= limit or rows <= least:
         return None  # nearly always, so what costs more comes later
     scale = 1.4826 * max(0.1, median(abs(x - centre) for x in before))
@@ -43,11 +42,6 @@ def gradient_explosion(memory: DetectorMemory, metrics: Mapping) -> Verdict:
     if log - centre <= limit:
         return None
     return Finding(norm, math.exp(centre + limit), {"usual norm": math.exp(centre)})
-
-
-def _highest(logs: Sequence[float]) -> float:
-    """The highest but one: a single earlier outlier does not hide a second one."""
-    return sorted(logs)[-2]
 
 
 def clipping(memory: DetectorMemory, metrics: Mapping) -> Verdict:
@@ -70,27 +64,36 @@ def clipping(memory: DetectorMemory, metrics: Mapping) -> Verdict:
 def loss_spike(memory: DetectorMemory, metrics: Mapping) -> Verdict:
     """One loss far above the losses just before it, above its like, and above any before.
 
-    Far: six sigma above the losses before it (`is_spike`), or four above steps with such rows.
+    Far: six sigma above the losses before it (`is_spike`), or higher above steps with such rows than 99 of
+    100 are. Any before: `news_above`, with its rate of false alarms.
     """
     loss = training_loss(memory, metrics)
     if loss is None:
         return KEEP
     losses = memory.series.get("loss", [])
-    rows = memory.marks["rows"] = min(unusual(memory, metrics, "Training/Loss", loss), 1e6)
+    rows = memory.marks["rows"] = min(unusual(memory, metrics, "Training/Loss", loss), UNKNOWN)
     before, z, ratio = losses[-31:], memory.limits.spike_z, memory.limits.spike_ratio
-    if len(before) < ENOUGH:
-        return None
-    least = max(_highest(losses), LEAST) * ratio**0.5
+    usual = median(before[-7:] or [loss])
+    least = math.exp(news_above(memory, "loss", _log(loss), _log(usual), math.log(ratio)))
     if loss <= least or rows <= math.log(ratio):
         return None  # nearly always, so what costs more comes later
-    known = memory.series.get("unusual", [])  # how far the steps before lay above their like
-    spread = 1.4826 * median(map(abs, known)) if len(known) >= ENOUGH else math.inf
-    usual = median(before[-7:])
+    known = _known_rise(memory, math.log(ratio) / 2)
+    rise = max(math.log(ratio), known or 0.0)
+    if rows <= rise:
+        return None
     limit = usual * max(ratio, math.exp(z * log_noise(before)))
-    if rows < 50 and spread < 10:  # such rows are known, and their noise
-        limit = min(limit, loss / math.exp(rows) * max(ratio, math.exp(ROWS_Z * spread)))
+    if rows < UNKNOWN and known is not None:  # such rows are known, and their noise
+        limit = min(limit, loss / math.exp(rows) * math.exp(rise))
     limit = max(limit, least)
     return Finding(loss, limit, {"usual loss": usual}) if loss > limit else None
+
+
+def _known_rise(memory: DetectorMemory, least: float) -> float | None:
+    """How far steps lie above their like, of which 1 in 100 lie higher; None where few of 31 are known."""
+    known = [rise for rise in memory.series.get("unusual", []) if rise < UNKNOWN]
+    if len(known) < ENOUGH:
+        return None
+    return above_tail(known, max(0.0, math.log(RARE / (len(known) + 1))), least)
 
 
 def is_spike(loss: float, before: list[float], z: float = 6.0, ratio: float = 1.25) -> bool:
@@ -108,9 +111,11 @@ def log_noise(losses: Sequence[float]) -> float:
     Differences, so that a falling loss is not taken for a noisy one; the median, so that a spike
     does not hide itself (Hampel 1974).
     """
-    logs = [_log(x) for x in losses]
-    steps = [abs(b - a) for a, b in pairwise(logs)]
-    return max(0.01, 1.4826 * median(steps) / math.sqrt(2))
+    return max(0.01, _neighbours([_log(x) for x in losses]))
+
+
+def _neighbours(values: Sequence[float]) -> float:
+    return 1.4826 * median(abs(b - a) for a, b in pairwise(values)) / math.sqrt(2)
 
 
 def _log(value: float) -> float:
@@ -149,21 +154,25 @@ def _follow_loss(memory: DetectorMemory, metrics: Mapping) -> bool:
     if loss is None:
         return False
     marks = memory.marks
-    level = middle(memory.remember("loss", loss)[-SMOOTH:])
+    losses = memory.remember("loss", loss)
+    level = middle(losses[-SMOOTH:])
     marks["count"] = count = marks.get("count", 0) + 1
     rate = finite(metrics, "Training/Learning_Rate")
     if rate is not None:
         rising = rate > marks.get("rate", math.inf)
-        marks["warm"] = marks.get("warm", 0) + (
-            not rising
-        )  # logged losses since the rate has risen
+        # logged losses since the rate has risen
+        marks["warm"] = marks.get("warm", 0) + (not rising)
         marks["rate"], marks["peak_rate"] = rate, max(rate, marks.get("peak_rate", 0.0))
     else:
         marks["warm"] = marks.get("warm", 0) + 1
+    if count <= 3:
+        marks["began"] = min(median(losses), marks.get("base", math.inf))
     if count < SMOOTH:
-        return False
+        return True
     marks["level"] = level
-    marks["start"] = max(level, marks.get("start", level)) if count <= 45 else marks["start"]
+    marks["start"] = marks.get("start", level)
+    centre = median(losses[-SMOOTH:])
+    marks["lowest_median"] = min(centre, marks.get("lowest_median", centre))
     if count >= LONG:
         calm = fmean(sorted(memory.series["loss"][-LONG:])[LONG // 10 : -(LONG // 10)])
         marks["calm"], marks["first"] = calm, marks.get("first", calm)
@@ -182,34 +191,115 @@ def middle(losses: Sequence[float]) -> float:
 
 
 def divergence(memory: DetectorMemory, metrics: Mapping) -> Verdict:
-    """The loss has risen for good, more than the noise of such rows explains; at once or slowly.
+    """The loss has risen for good, more than the noise of such rows explains: early, at once, or slowly.
 
-    At once: three losses in a row above any of the 61 before them. Slowly: the smoothed loss is above its
-    best by a share and by six of its standard errors.
+    Early: `_early`, against a run's first losses. At once: three losses in a row above any of the 61 before
+    them; of rows of which a share p is hard, one row a step, chance does so in fewer than 2 of 100,000
+    steps, whatever p. Slowly: `_slow`. Between evaluations: `_held_out`.
     """
-    if not _follow_loss(memory, metrics):
+    marks = memory.marks
+    if "Training/Loss" not in metrics and not marks.get("count"):
+        base = finite(metrics, "Eval/Loss")
+        marks |= {"base": base} if base and base > 0 else {}
+    known = _follow_loss(memory, metrics)
+    if not known and not metrics.get("Eval/Loss"):
         return KEEP
-    marks, losses = memory.marks, memory.series["loss"]
-    best, before = marks["best"], losses[:-AT_ONCE]
-    share = memory.limits.divergence
-    lasting = memory.remember("unusual", marks.get("rows", math.inf), keep=31)
-    if len(before) >= ENOUGH:
-        limit = max((1 + share) * median(before[-SMOOTH:]), (1 + share / 3) * sorted(before)[-2])
-        sudden = min(losses[-AT_ONCE:])
-        if sudden > limit and min(lasting[-AT_ONCE:]) > math.log(1 + share / 3):
-            marks["diverged"] = limit
-            return Finding(sudden, limit, {"best smoothed loss": best})
-    now = median(losses[-AT_ONCE:])
+    found = (_early(memory) or _sudden(memory)) if known else None
+    found = found or _held_out(memory, metrics)
+    if found:
+        marks["diverged"] = found.threshold
+        return found
+    if not known:
+        return KEEP
+    now = median(memory.series["loss"][-AT_ONCE:])
     if marks.get("diverged") and now > marks["diverged"]:
-        return Finding(now, marks["diverged"], {"best smoothed loss": best})
+        return Finding(now, marks["diverged"], _best(memory))
     marks["diverged"] = 0.0
+    return _slow(memory)
+
+
+def _best(memory: DetectorMemory) -> dict[str, float]:
+    best = memory.marks.get("best")
+    return {} if best is None else {"best smoothed loss": best}
+
+
+def _early(memory: DetectorMemory) -> Finding | None:
+    """All losses but the first few lie above them by a share, and above the held-out loss at step 0.
+
+    Few: 1 to 31; one only where that held-out loss is known. No chance: by `too_high`. Of one row a step, a
+    share p of which is hard, chance does so by order in p^3 (1-p)^4 of the runs: 0.5% for p = 25%, 0.8% for
+    the worst p; by height in 0.5%, but where two or three first losses stand for the held-out one, in
+    p^4 (1-p)^2 (2-p): 0.4% for p = 25%, 3% for the worst p.
+    """
+    losses, marks = memory.series["loss"], memory.marks
+    if not AT_ONCE < marks["count"] <= 3 * ENOUGH:
+        return None
+    base = marks.get("base", 0.0)
+    for few in range(1 if base else 2, min(2 * ENOUGH, len(losses) - AT_ONCE + 1)):
+        first = max(losses[:few])
+        usual, after = max(first, base, LEAST), losses[few:]
+        limit = (1 + memory.limits.divergence) * usual
+        if min(after) > limit and too_high(few, after, usual):
+            facts = {"first losses, the highest": first}
+            facts |= {"held-out loss at step 0": base} if base else {}
+            return Finding(min(after[-AT_ONCE:]), limit, facts)
+    return None
+
+
+def _sudden(memory: DetectorMemory) -> Finding | None:
+    """Three losses in a row above any before, and further above their like than 9 of 10 steps before them."""
+    losses, share = memory.series["loss"], memory.limits.divergence
+    rises = memory.remember("unusual", memory.marks.get("rows", UNKNOWN), keep=31)
+    before = losses[:-AT_ONCE]
+    if len(before) < 2 * ENOUGH:
+        return None
+    limit = max((1 + share) * median(before[-SMOOTH:]), (1 + share / 3) * sorted(before)[-2])
+    sudden = min(losses[-AT_ONCE:])
+    if sudden <= limit:
+        return None  # nearly always, so what costs more comes later
+    least = math.log(1 + share / 3)
+    known = sorted(rise for rise in rises[:-AT_ONCE] if rise < UNKNOWN)
+    if len(known) >= ENOUGH:
+        least = max(least, known[-1 - len(known) // 10])
+    return Finding(sudden, limit, _best(memory)) if min(rises[-AT_ONCE:]) > least else None
+
+
+def _held_out(memory: DetectorMemory, metrics: Mapping) -> Finding | None:
+    """The held-out loss and the training loss both lie above the held-out loss of step 0 by a share.
+
+    The same held-out samples each time, so that there is no chance in it; and no overfitting, whose training
+    loss is low.
+    """
+    base, held_out = memory.marks.get("base"), finite(metrics, "Eval/Loss")
+    losses = memory.series.get("loss")
+    if not base or held_out is None or not losses:
+        return None
+    limit = (1 + memory.limits.divergence) * base
+    if min(held_out, median(losses[-SMOOTH:])) <= limit:
+        return None
+    return Finding(held_out, limit, {"held-out loss at step 0": base})
+
+
+def _slow(memory: DetectorMemory) -> Finding | None:
+    """Mean and median of 15 losses have both risen above their lowest by a share, and the mean beyond chance.
+
+    Chance: `least_sigmas` standard errors; of the log median, 1.2533 sigma / sqrt(15). The median: rare hard
+    rows move the mean of 15 losses, but the median only where 8 of them are hard, which one row a step
+    does by chance in 3 of 100,000 steps where 10% are hard. More frequent ones are in the standard error.
+    """
+    marks, losses, share = memory.marks, memory.series["loss"], memory.limits.divergence
+    if "level" not in marks:
+        return None
+    best, centre = marks["best"], median(losses[-SMOOTH:])
     limit = best + max(share * best, 0.02 * marks["start"])
-    if marks["level"] <= limit:
+    if marks["level"] <= limit or centre <= (1 + share) * marks["lowest_median"]:
         return None  # nearly always, so what costs more comes later
     usual = losses[:-SMOOTH] if len(losses) >= 3 * SMOOTH else losses
-    limit = max(limit, best + 6 * pstdev(usual) / math.sqrt(SMOOTH))
-    found = Finding(marks["level"], limit, {"best smoothed loss": best})
-    return found if marks["level"] > limit else None
+    errors = least_sigmas(int(marks["count"])) / math.sqrt(SMOOTH)
+    limit = max(limit, best + errors * pstdev(usual))
+    if _log(centre) <= _log(marks["lowest_median"]) + 1.2533 * errors * log_noise(usual):
+        return None
+    return Finding(marks["level"], limit, _best(memory)) if marks["level"] > limit else None
 
 
 def stagnation(memory: DetectorMemory, metrics: Mapping) -> Verdict:
@@ -219,12 +309,14 @@ def stagnation(memory: DetectorMemory, metrics: Mapping) -> Verdict:
     that no longer rises (three times as many while less than a tenth of it is spent), or after 40 when a
     quarter of it is spent. Stalled: no better loss for `patience` logged losses and half the run, well
     above what the forecast promised when the last progress was made, at a rate over a third of its
-    peak. A flat loss at the forecast is convergence, and a flat loss at the end of the schedule is the
-    end: neither is reported.
+    peak. A flat loss at the forecast is convergence, a flat loss at the end of the schedule is the end, and
+    a loss above where it began has risen: none of them is reported.
     """
     marks = memory.marks
     if training_loss(memory, metrics) is None or "level" not in marks:
         return KEEP
+    if _risen(memory):
+        return None
     count, rate, patience = marks["count"], marks.get("rate", 1.0), memory.limits.patience
     spent = 1 - rate / (marks.get("peak_rate") or 1.0)
     warm = marks["warm"]
@@ -239,6 +331,16 @@ def stagnation(memory: DetectorMemory, metrics: Mapping) -> Verdict:
     if not stalled:
         return None
     return Finding(marks["level"], promised, {"form": "stalled", "logged losses": int(since)})
+
+
+def _risen(memory: DetectorMemory) -> bool:
+    """Is the level above where the run began, by three standard errors of its first three losses?
+
+    A higher learning rate is no help against that.
+    """
+    marks = memory.marks
+    noise = 3 * log_noise(memory.series["loss"]) / math.sqrt(3)
+    return _log(marks["level"]) > _log(marks["began"]) + max(noise, memory.limits.stuck)
 
 
 def _stuck(memory: DetectorMemory) -> Finding | None:

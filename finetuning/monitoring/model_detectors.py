@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from statistics import fmean, median, pstdev
+from statistics import fmean, median
 
+from finetuning.monitoring.chances import least_sigmas
 from finetuning.monitoring.detector_memory import KEEP, DetectorMemory, Finding, Verdict, finite
-from finetuning.monitoring.loss_detectors import middle, training_loss
+from finetuning.monitoring.loss_detectors import LEAST, training_loss
 
 PROBES = 4  # answers an evaluation's format rate is taken to be the mean of
 SATURATED = 10  # logged accuracies that must all be at the limit
@@ -67,9 +68,10 @@ def forgetting(memory: DetectorMemory, metrics: Mapping) -> Verdict:
 def source_regression(memory: DetectorMemory, metrics: Mapping) -> Verdict:
     """One source gets worse while the others get better: training losses, or two held-out ones in a row.
 
-    A source's level is the mean of its last ten training losses but the highest and the lowest (of two
-    held-out ones); it is worse where that lies above its best by a share and by six standard errors.
-    The others: median of level over best.
+    A source's level is the mean log of its last ten training losses (of two held-out ones); it is worse where
+    that lies above its lowest by a share and beyond chance. Chance, of training losses: `least_sigmas` of a
+    mean of ten, with sigma^2 half the mean square of all differences of neighbours (von Neumann 1941).
+    The others: the median of their rises. A held-out loss is of the same samples each time.
     """
     found, new = None, False
     for family in SOURCES:
@@ -82,39 +84,42 @@ def source_regression(memory: DetectorMemory, metrics: Mapping) -> Verdict:
 
 
 def _follow_source(memory: DetectorMemory, tag: str, loss: float, size: int) -> bool:
-    name = f"source {tag}"
+    name, marks = f"source {tag}", memory.marks
     others = () if name in memory.series else memory.series
     if sum(other.startswith("source ") for other in others) >= MOST_SOURCES:
         return False
-    values = memory.remember(name, loss, keep=4 * size)
+    values = memory.remember(name, math.log(max(loss, LEAST)), keep=2 * size)
+    marks[f"count {name}"] = marks.get(f"count {name}", 0) + 1
+    if len(values) > 1:
+        squares = marks.get(f"squares {name}", 0.0) + (values[-1] - values[-2]) ** 2
+        marks[f"squares {name}"] = squares
     if len(values) >= size:
-        level = middle(values[-size:])
-        memory.marks[f"best {name}"] = min(level, memory.marks.get(f"best {name}", math.inf))
+        level = fmean(values[-size:])
+        marks[f"lowest {name}"] = min(level, marks.get(f"lowest {name}", math.inf))
     return True
 
 
 def _worse_source(memory: DetectorMemory, family: str, size: int) -> Finding | None:
-    rises, own = {}, f"source {family}"
+    rises, own, marks = {}, f"source {family}", memory.marks
     for name, values in memory.series.items():
-        best = memory.marks.get(f"best {name}") if name.startswith(own) else None
-        if best and len(values) >= 2 * size:
-            rises[name] = middle(values[-size:]) / best - 1
+        if name.startswith(own) and len(values) >= 2 * size:
+            rises[name] = fmean(values[-size:]) - marks[f"lowest {name}"]
     if len(rises) < 2:
         return None
     worst = max(rises, key=rises.get)
     others = median(rise for name, rise in rises.items() if name != worst)
-    share = memory.limits.source_worse * (1 if size > 2 else 0.5)
-    limit = max(share, 2 * others)
-    if rises[worst] <= limit or others > share / 2:
+    limit = math.log1p(memory.limits.source_worse * (1 if size > 2 else 0.5))
+    if rises[worst] <= max(limit, 2 * others):
         return None  # nearly always, so what costs more comes later
     if size > 2:
-        noise = pstdev(memory.series[worst][-3 * size : -size]) / math.sqrt(size)
-        limit = max(limit, 6 * noise / memory.marks[f"best {worst}"])
-        if rises[worst] <= limit:
-            return None
-    facts = {"source": worst.removeprefix(f"source {family}"), "the others, median": others}
+        count = int(marks[f"count {worst}"])
+        sigma = math.sqrt(marks[f"squares {worst}"] / (count - 1) / 2)
+        limit = max(limit, least_sigmas(count, len(rises)) * sigma / math.sqrt(size))
+    if rises[worst] <= max(limit, 2 * others):
+        return None
+    facts = {"source": worst.removeprefix(own), "the others, median": math.expm1(others)}
     facts["losses"] = "training" if family.startswith("Training") else "held-out"
-    return Finding(rises[worst], limit, facts)
+    return Finding(math.expm1(rises[worst]), math.expm1(max(limit, 2 * others)), facts)
 
 
 def dead_adapter(memory: DetectorMemory, metrics: Mapping) -> Verdict:

@@ -5,7 +5,16 @@ The whole of it: uv run python -m benchmarks.alert_quality
 
 import pytest
 
-from benchmarks.alert_quality import Case, judged, library, play, recorded_runs, summary
+from benchmarks.alert_quality import (
+    Case,
+    equal_sources_runs,
+    judged,
+    library,
+    play,
+    recorded_runs,
+    summary,
+    two_kinds_runs,
+)
 from finetuning.monitoring.alerts import NAMES, AlertMonitor
 
 
@@ -30,6 +39,14 @@ def test_two_kinds_of_rows_are_no_divergence():
     """45 of 60 samples of one template, one row a step: the loss has two levels, and no trouble."""
     runs = [run for run in recorded_runs() if run.name.startswith("bimodal")]
     assert len(runs) >= 3
+    for run in runs:
+        assert play(Case(run)) == [], run.name
+
+
+def test_rare_hard_rows_and_equal_sources_raise_nothing():
+    """A part of the simulated healthy runs; the benchmark plays them all."""
+    runs = [*two_kinds_runs()][::3] + [*equal_sources_runs()][::5]
+    assert len(runs) >= 10
     for run in runs:
         assert play(Case(run)) == [], run.name
 

@@ -47,16 +47,16 @@ def test_a_lasting_trouble_is_news_once():
 def test_the_row_of_an_alert_tells_of_its_last_time():
     """Value, limit, evidence, advice and end belong together; the step says where it was first seen."""
     monitor, raised = AlertMonitor(), []
-    for step in range(1, 101):
-        spiked = step in (40, 80)
-        level = 2.0 if step < 60 else 1.0
+    for step in range(1, 301):
+        spiked = step in (140, 280)
+        level = 2.0 if step < 200 else 1.0
         told = {"samples": [f"a.jsonl:{step}"]} if spiked else {}
         row = {"Training/Loss": level * (5 if spiked else 1 + 0.01 * (step % 3))}
         raised += [a for a in monitor.observe(step, row, told) if a.name == "Loss_Spike"]
     first, last = raised
     assert first.threshold != last.threshold and first.ends != last.ends
     row = monitor.rows["Loss_Spike"]
-    assert row == last.record() | {"step": 40, "times": 2, "steps": [40, 80]}
+    assert row == last.record() | {"step": 140, "times": 2, "steps": [140, 280]}
     assert AlertMonitor(monitor.state_dict()).rows["Loss_Spike"] == row
 
 
@@ -71,6 +71,17 @@ def test_300_alerts_stay_readable():
     assert all(f" {step}" in rows[2] for step in range(0, 3600, 12))
     assert rows[2].replace("\\|", "").count("|") == rows[0].count("|")
     assert "<b>" not in table
+
+
+@pytest.mark.parametrize("cut", [1, 3, 6, 9, 20])
+def test_a_run_that_explodes_early_is_resumed_as_it_was(cut):
+    trace = [(0, {"Eval/Loss": 1.5})]
+    trace += [(s, {"Training/Loss": 1.5 if s <= 5 else 7.0 + 0.1 * (s % 3)}) for s in range(1, 40)]
+    whole, all_raised = play(trace)
+    first, raised = play(trace[:cut])
+    second, more = play(trace[cut:], AlertMonitor(json.loads(json.dumps(first.state_dict()))))
+    assert raised + more == all_raised and [a.name for a in all_raised] == ["Divergence"]
+    assert second.state_dict() == whole.state_dict()
 
 
 @pytest.mark.parametrize("cut", [1, 137, 500, 640])

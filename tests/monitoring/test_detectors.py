@@ -41,6 +41,49 @@ def test_a_loss_that_never_moves_is_stagnation_and_nothing_else():
     assert {alert.name for alert in raised} == {"Stagnation"} and raised[0].step <= 400
 
 
+def exploding(few: int, low: float, high: float, length: int = 200) -> list:
+    """Losses of which only the first few are low, at a rate that falls."""
+    rng = np.random.default_rng(few)
+    return [
+        (s, {"Training/Loss": (low if s <= few else high) * math.exp(0.05 * rng.normal()),
+             "Training/Learning_Rate": 3e-4 * (1 - s / length)})
+        for s in range(1, length)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("few", [2, 3, 4, 6, 8, 12, 15, 16, 20, 31, 32, 40])
+def test_a_run_that_explodes_early_is_a_divergence_and_no_stagnation(few):
+    """Three points after the first high loss; Stagnation would say to raise the rate."""
+    _, raised = play(exploding(few, 1.5, 7.0))
+    assert {a.name for a in raised} <= {"Divergence", "Loss_Spike"}
+    assert next(a.step for a in raised if a.name == "Divergence") <= few + 4
+
+
+def test_where_two_losses_are_known_a_smaller_explosion_takes_some_more():
+    found = [play(exploding(few, 2.0, 4.0))[1][0] for few in (2, 3, 4, 12)]
+    assert [a.name for a in found] == ["Divergence"] * 4
+    assert [a.step - few for a, few in zip(found, (2, 3, 4, 12), strict=True)] == [8, 6, 4, 4]
+
+
+def test_the_held_out_loss_at_step_0_stands_for_losses_before():
+    losses = [1.01, 6.13, 6.38, 9.28, 7.0, 5.0]
+    trace = [(0, {"Eval/Loss": 1.07})]
+    trace += [(s, {"Training/Loss": x}) for s, x in enumerate(losses, 1)]
+    (alert,) = play(trace)[1]
+    assert (alert.name, alert.step) == ("Divergence", 4)
+    assert alert.evidence["held-out loss at step 0"] == 1.07
+    assert play(trace[1:])[1] == []  # one loss alone is nothing to compare with
+
+
+def test_a_held_out_loss_far_above_that_of_step_0_is_a_divergence_unless_training_fell():
+    """Logged every ten steps: the first logged loss holds the explosion already."""
+    trace = [(0, {"Eval/Loss": 1.07})]
+    trace += [(10, {"Training/Loss": 5.9}), (20, {"Training/Loss": 4.0, "Eval/Loss": 4.6})]
+    assert [(a.name, a.step) for a in play(trace)[1]] == [("Divergence", 20)]
+    trace[1:] = [(10, {"Training/Loss": 0.9}), (20, {"Training/Loss": 0.7, "Eval/Loss": 4.6})]
+    assert play(trace)[1] == []
+
+
 def test_a_loss_that_stops_above_its_forecast_is_stagnation():
     trace = clean_trace(7, 800)
     for step, row in trace:

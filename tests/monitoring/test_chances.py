@@ -1,0 +1,76 @@
+"""What chance does is measured here as often as the formulas say that it does it."""
+
+import math
+
+import numpy as np
+import pytest
+
+from finetuning.monitoring.chances import above_tail, least_sigmas, news_above, too_high
+from finetuning.monitoring.detector_memory import KEEP, AlertLimits, DetectorMemory
+from finetuning.monitoring.loss_detectors import divergence
+from finetuning.monitoring.model_detectors import source_regression
+
+
+def rate(detector, rows, runs: int) -> float:
+    """Share of runs in which the detector speaks; `rows` makes one of a generator."""
+    loud = 0
+    for seed in range(runs):
+        memory = DetectorMemory(AlertLimits(), {})
+        found = [detector(memory, row) for row in rows(np.random.default_rng(seed))]
+        loud += any(f is not None and f is not KEEP for f in found)
+    return loud / runs
+
+
+def test_the_union_bound_grows_with_looks_and_series():
+    assert least_sigmas(100) == pytest.approx(4.753 * math.sqrt(2), rel=1e-3)  # Q(1e-6)
+    assert least_sigmas(10) < least_sigmas(100) < least_sigmas(100, 8) < least_sigmas(100_000)
+
+
+def test_losses_are_too_high_by_their_order_or_by_their_height():
+    assert not too_high(4, [2.0] * 3, 1.0) and too_high(4, [2.0] * 4, 1.0)  # 1 of 70 orders
+    assert not too_high(3, [2.0] * 5, 1.0) and too_high(3, [2.0] * 6, 1.0)  # 1 of 84
+    assert too_high(1, [5.9] * 3, 1.0) and not too_high(1, [5.8] * 3, 1.0)  # 200 times the stake
+    assert not too_high(1, [500.0] * 2, 1.0)
+
+
+@pytest.mark.parametrize(("share", "most"), [(0.05, 0.001), (0.25, 0.01), (0.6, 0.04)])
+def test_two_kinds_of_rows_explode_as_rarely_as_said(share, most):
+    """p^3 (1-p)^4 + p^4 (1-p)^2 (2-p), and what 300 such runs may differ from it by three sigma."""
+
+    def rows(rng):
+        hard = rng.random(32) < share
+        return [{"Training/Loss": float(x)} for x in np.where(hard, 1.8, 0.5)]
+
+    assert rate(divergence, rows, 300) <= most + 3 * math.sqrt(most / 300)
+
+
+def test_equal_sources_get_worse_by_chance_in_few_runs():
+    def rows(rng):
+        return [
+            {f"Training/By_Source/{n}": math.exp(0.15 * rng.normal()) for n in range(3)}
+            for _ in range(300)
+        ]
+
+    assert rate(source_regression, rows, 30) <= 2 / 30
+
+
+def test_a_tail_is_as_long_as_its_peaks_say():
+    assert above_tail([1.0], 4.0, 0.1) == pytest.approx(1.1)
+    assert above_tail([3.0, 2.0, 1.0], 2.0, 0.1) == pytest.approx(3 + 2 * 1.5 / math.log(2))
+    assert above_tail([3.0, 2.0, 1.0], 0.0, 0.1, place=1) == pytest.approx(2.1)
+
+
+def test_what_was_as_high_before_is_no_news():
+    """None before a hundred steps, then the first of its kind, then a second one among two hundred."""
+    memory = DetectorMemory(AlertLimits(), {})
+    news = []
+    for step in range(1, 400):
+        log = 1.0 if step in (50, 150, 250, 300) else 0.0
+        limit = news_above(memory, "loss", log, 0.0, 0.2)
+        news += [step] * (log > limit)
+        assert (limit == math.inf) == (step < 99)
+    assert news == []  # the one at 50 was as high, and from 200 on those at 50 and 150
+    memory = DetectorMemory(AlertLimits(), {})
+    logs = [1.0 if step in (150, 250, 300) else 0.0 for step in range(1, 400)]
+    news = [s for s, x in enumerate(logs, 1) if x > news_above(memory, "loss", x, 0.0, 0.2)]
+    assert news == [150, 250]
