@@ -22,12 +22,12 @@ ADVICE = {
     "graph (use .item() or .detach()) and for growing lists or caches in the data reader.",
     "GPU_Overheat": "Check fans, air flow and dust, or lower the power limit "
     "(nvidia-smi -pl WATTS).",
-    "Low_GPU_Utilization": "The named phase holds the GPU up. data: tokenize beforehand or use "
-    "more workers; logging: log less often; forward_backward: larger batches{batch} or packing.",
+    "Low_GPU_Utilization": "The named phase holds the GPU up. data: put the cache on a fast "
+    "local disk (--cache-dir); logging: log less often; forward_backward: larger batches{batch} or packing.",
     "OOM_Risk": "Lower the tokens per micro-batch{batch} or max_seq_length{length}, or turn on gradient "
     "checkpointing; raise the accumulation to keep the batch.",
-    "Data_Starvation": "The GPU waits for data. Tokenize beforehand, use more workers{workers} or move "
-    "the files to a faster disk.",
+    "Data_Starvation": "The GPU waits for data, which come from the cache: put that on a fast local disk "
+    "(--cache-dir), and keep processors free of other work.",
     "Thinking_Collapse": "The model stops thinking or closing its thought. Stop, go back to the "
     "checkpoint before, and check that the data holds full reasoning and </think>.",
     "Overfitting": "Stop here and keep the checkpoint with the lowest held-out loss. Fewer epochs{epochs}, "
@@ -144,7 +144,6 @@ PLACES = {
     "precision": _setting("precision"),
     "batch": _setting("batch_size"),
     "length": _setting("max_seq_length"),
-    "workers": _setting("workers"),
     "epochs": _length,
     "dropout": _setting(
         "lora_dropout",

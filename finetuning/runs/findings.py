@@ -32,7 +32,6 @@ FAR = 0.25  # the same, that needs no alert
 ABOVE = 0.1  # of the training loss at the end above the first one, where no held-out loss says how it is
 NEAR = 1.5  # times the program's own learning rate, or a part of it, that is neither high nor low
 CUT = 0.05  # share of the samples that is left out or shortened for its length
-WAITING = 0.3  # share of a step that waits for data
 
 
 @dataclass(frozen=True)
@@ -397,20 +396,6 @@ def forgotten(run: RecordedRun) -> NextStep | None:
     )
 
 
-def waits_for_data(run: RecordedRun) -> NextStep | None:
-    """The device waits for data."""
-    data, whole = run.median("Throughput/Step_Seconds_Data"), run.median("Throughput/Step_Seconds")
-    if not data or not whole or data / whole < WAITING:
-        return None
-    workers = _setting(run, "workers")
-    return NextStep.of(
-        run,
-        "The device waits for data.",
-        f"Data take {100 * data / whole:.0f}% of a step, {four_digits(data)} s of {four_digits(whole)} s.",
-        workers=max(4, 2 * workers),
-    )
-
-
 KINDS: tuple[Callable[[RecordedRun], NextStep | None], ...] = (
     worse_than_before,
     rate_too_high,
@@ -421,5 +406,4 @@ KINDS: tuple[Callable[[RecordedRun], NextStep | None], ...] = (
     forgotten,
     data_too_long,
     source_harmful,
-    waits_for_data,
 )

@@ -140,8 +140,3 @@ def goes_on(files):
         files["rows"][step]["Training/Loss"] = 3 - step / 200
         if "Eval/Loss" in files["rows"][step]:
             files["rows"][step]["Eval/Loss"] = 3.1 - step / 200
-
-
-def data_wait(files):
-    for step in STEPS:
-        files["rows"][step]["Throughput/Step_Seconds_Data"] = 0.5

@@ -19,7 +19,6 @@ from finetuning.runs.source_finding import without_source, worse_source
 from tests.helpers.recorded_runs import (
     alert,
     by_heart,
-    data_wait,
     diverged,
     forgets,
     goes_on,
@@ -42,7 +41,6 @@ BUILT = {  # kind: (what makes a run have it, words of its title, settings that 
     "forgotten": (forgets, "forgets", {"learning_rate": 1e-4}),
     "data_too_long": (too_long, "too long", {"max_seq_length": "auto"}),
     "source_harmful": (poor_source, "poor.jsonl gets worse", {"data_path": ("good.jsonl",)}),
-    "waits_for_data": (data_wait, "waits for data", {"workers": 4}),
 }
 
 
@@ -116,19 +114,20 @@ def test_a_command_with_steps_names_no_epochs(finished: Path):
 
 def test_the_page_says_them_in_chinese(tmp_path):
     files = healthy()
-    data_wait(files)
+    forgets(files)
     run = recorded(tmp_path, files)
     language.use("zh")
     try:
         text = page(run)
     finally:
         language.use("en")
-    assert "设备在等数据。" in text and "读数据占一步的 50%" in text and "接下来做什么" in text
+    assert "模型在忘记原来会的东西。" in text and "它在通用文本上的损失，第一步之前是" in text
+    assert "接下来做什么" in text
 
 
 def test_the_costliest_five_are_told(tmp_path):
     files = healthy()
-    for change in (diverged, poor_source, overfits, forgets, too_long, by_heart, data_wait):
+    for change in (diverged, poor_source, overfits, forgets, too_long, by_heart):
         change(files)
     assert len(findings(recorded(tmp_path, files))) == 5
 
