@@ -74,7 +74,8 @@ def loss_spike(memory: DetectorMemory, metrics: Mapping) -> Verdict:
     rows = memory.marks["rows"] = min(unusual(memory, metrics, "Training/Loss", loss), UNKNOWN)
     before, z, ratio = losses[-31:], memory.limits.spike_z, memory.limits.spike_ratio
     usual = median(before[-7:] or [loss])
-    least = math.exp(news_above(memory, "loss", _log(loss), _log(usual), math.log(ratio)))
+    low = sorted(before or [loss])[len(before) // 4]  # of easy rows, though up to 3 of 4 are hard
+    least = math.exp(news_above(memory, "loss", _log(loss), _log(low), math.log(ratio)))
     if loss <= least or rows <= math.log(ratio):
         return None  # nearly always, so what costs more comes later
     known = _known_rise(memory, math.log(ratio) / 2)
