@@ -11,7 +11,7 @@ from itertools import pairwise
 
 _BAR = re.compile(r"(?<![\d.])(\d{1,15})/(\d{1,15}) \[")  # a progress bar's "120/3000 [01:10<..."
 _LABEL_REACH = 200  # characters before it in which its label is looked for
-_CLOCK = re.compile(r"(?<!\d)\d++(?:[-:.,]\d++)++")  # a date or time, which is another one in each line
+_CLOCK = re.compile(r"(?<!\d)\d++(?:[-:.,]\d++)++")  # a date or time, another one in each line
 EVEN = 2 / 3  # of the strides must be the same one
 
 
