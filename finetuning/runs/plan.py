@@ -40,6 +40,7 @@ from finetuning.model.resolve import (
     weight_dtype,
 )
 from finetuning.model.row_proof import RowProof, proven_way
+from finetuning.readers.sample import NothingLeftError
 from finetuning.runs.identity import (
     check_ranks,
     identity,
@@ -368,7 +369,7 @@ def tokenized(
     fits: Fits | None = None,
 ) -> tuple[TrainingData, SequenceLength]:
     """The tokens, and how long a sample may be: where the data decide that, all are made first, and
-    again only where some turn out to be too long."""
+    again only where some turn out to be too long. Raises NothingLeftError."""
 
     def tokens(settings: DirectTrainingConfig, what: str) -> TrainingData:
         with dist.wait_alive(what), terminal.working("tokenizing") as progress:
@@ -380,7 +381,17 @@ def tokenized(
     length = SequenceLength.of_data(config, model, whole.own_lengths, dist, fits)
     if whole.lengths.max() <= length.max_seq_length:
         return whole.of_length(length.max_seq_length), length
-    return tokens(length.of(config), "tokens"), length
+    try:
+        return tokens(length.of(config), "tokens"), length
+    except NothingLeftError as error:
+        shortest, positions = whole.own_lengths.min(), model_positions(config, model) or NO_LIMIT
+        if shortest <= positions:
+            raise
+        raise NothingLeftError(
+            f"the shortest sample has {shortest:,} tokens, and the model has positions for {positions:,}; "
+            "use a model with more of them, or --over-length truncate_thinking",
+            error.findings,
+        ) from error
 
 
 def contents_of(

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from finetuning.common.distributed import Distributed
-from finetuning.common.errors import UserError
 from finetuning.config import NO_LIMIT, ROW_TOKENS, DirectTrainingConfig
 from finetuning.model.parallel import parallel_mode
 from finetuning.model.resolve import ResolvedModel, weight_dtype
@@ -76,17 +75,12 @@ class SequenceLength:
         fits: Fits | None = None,
     ) -> "SequenceLength":
         """Decided by the tokens (n,) of every sample, and by what the model takes; on all ranks alike. A
-        collective. Raises UserError where none is left."""
+        collective."""
         if fits is None:
             dtype = weight_dtype(dist.device, config.precision)
             free = free_memory(dist.device, dist.local_world_size)
             fits = fits_memory(config, model, dist, dtype, free)
         positions = model_positions(config, model) or NO_LIMIT
-        if lengths.min() > positions and config.over_length == "drop":
-            raise UserError(
-                f"the shortest sample has {lengths.min():,} tokens, and the model has positions for "
-                f"{positions:,}; use a model with more of them, or --over-length truncate_thinking"
-            )
         tokens, reason = min(dist.gather(choose_length(lengths, positions, fits)))
         return cls(tokens, config.row_capacity, reason)
 

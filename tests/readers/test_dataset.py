@@ -201,7 +201,7 @@ def test_what_is_cached_is_named_by_all_code_that_makes_it():
     found = "".join(path.read_text(encoding="utf-8") for path in files.values())
     imported = set(re.findall(r"^ *from finetuning\.([\w.]+) import", found, re.MULTILINE))
     imported -= {f"readers.{name}" for name in files}
-    others = {"common.cache", "common.errors", "common.workers", "config"}
+    others = {"common.cache", "common.errors", "common.paths", "common.workers", "config"}
     assert imported - others == set(dataset._MAKERS)
 
 
