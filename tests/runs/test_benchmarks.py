@@ -32,6 +32,7 @@ SHORT = [
     ("gpu_kernels --small --device cpu", '"gpu_kernels": [{"what": "q, k, v, forward"'),
     ("hardware_monitor", "read() while NVML hangs"),
     ("near_duplicates --counts 50 100", '"one pattern with 60 slots": {"cpu_s"'),
+    ("row_proof", '"Gemma 3, 16384 tokens"'),
     ("reading --samples 60 --files 5 --repeats 1", '"peak_mib"'),
     (
         "faults.injected_faults --only healthy --write FOLDER/page.md",
