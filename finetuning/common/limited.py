@@ -77,7 +77,8 @@ def run_limited(
             if left == 0 or (unwanted and unwanted()):
                 return Ended(STOPPED, "", "")
     finally:
-        child.kill()  # which does nothing to one that has ended
+        if child.poll() is None:
+            child.kill()
         child.wait()
     lines = complaint.decode(errors="replace").strip().splitlines()
     return Ended(child.returncode, said.decode(errors="replace"), lines[-1] if lines else "")

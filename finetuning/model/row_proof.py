@@ -147,7 +147,9 @@ def positions_of(folder: Path, cache_dir: Path, *, trust_remote_code: bool = Fal
         told = told_positions(config)
         with undisturbed():
             found = tokens_taken(config, told or NO_LIMIT, build) or told
-        (path / "positions.json").write_text(json.dumps({"tokens": found % NO_LIMIT}))
+        (path / "positions.json").write_text(
+            json.dumps({"tokens": found % NO_LIMIT}), encoding="utf-8"
+        )
 
     def load(path: Path) -> int | None:
         try:

@@ -72,7 +72,7 @@ class AlertCommand:
         with suppress(ProcessLookupError, PermissionError):
             if _SUPERVISED:
                 self._child.terminate()
-            elif hasattr(os, "killpg"):
+            elif hasattr(os, "killpg") and hasattr(signal, "SIGKILL"):
                 os.killpg(self._child.pid, signal.SIGKILL)  # the group of its own session
             else:
                 self._child.kill()

@@ -76,7 +76,7 @@ def test_paths_that_give_nothing(tmp_path, monkeypatch):
         (
             "g.jsonl",
             "{}\n{}\n",
-            "no sample can be read, 2 broken; the first: .*g.jsonl:1: no column",
+            "no sample can be read, 2 broken; the first: .*g.jsonl:1: an empty record",
         ),
     ]:
         with pytest.raises(UserError, match=reason):
