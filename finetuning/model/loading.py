@@ -1,5 +1,6 @@
 """Tokenizer and frozen weights: type, device, 4 bits."""
 
+import os
 import warnings
 from pathlib import Path
 
@@ -85,7 +86,7 @@ def load_model(
         return model.requires_grad_(True)
     base_name = hub_name(resolved) or str(folder)
     if settings.init_adapter:
-        adapted = load_adapter(model, Path(settings.init_adapter).expanduser(), base_name)
+        adapted = load_adapter(model, Path(os.path.expanduser(settings.init_adapter)), base_name)
         check_ends(adapted)
         return adapted
     return attach_adapters(model, lora, base_name, seed)

@@ -135,7 +135,7 @@ def named_model(name: str, trust_remote_code: bool, revision: str = "") -> Resol
     if folder := local_folder(name, revision):
         check_model_folder(folder, trust_remote_code)
         return ResolvedModel(name, folder, False, "local folder", trust_remote_code)
-    if Path(name).expanduser().exists():
+    if os.path.exists(os.path.expanduser(name)):
         raise UserError(f"model_name {clean_line(name)}: a file, but a model is a folder")
     if not _HUB_NAME.fullmatch(name) or name.startswith("."):
         raise UserError(f"model_name {clean_line(name)}: no such folder; check the path")
@@ -163,7 +163,7 @@ def named_model(name: str, trust_remote_code: bool, revision: str = "") -> Resol
 
 def local_folder(name: str, revision: str) -> Path | None:
     """The folder that the name is; None where it is none. Raises UserError for a revision of a folder."""
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if not folder.is_dir():
         return None
     if revision:
@@ -196,9 +196,7 @@ def _cached_folders(name: str, revision: str) -> Iterator[tuple[str, Path]]:
 
 
 def _modelscope() -> Path:
-    return Path(
-        os.environ.get("MODELSCOPE_CACHE") or Path.home() / ".cache" / "modelscope"
-    ).expanduser()
+    return Path(os.path.expanduser(os.environ.get("MODELSCOPE_CACHE") or "~/.cache/modelscope"))
 
 
 def _endpoint() -> str:

@@ -1,6 +1,7 @@
 """Bytes on the device at the peak of a training step, before weights are loaded."""
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +94,7 @@ def model_shape(
         check_count(parameters, folder, files)
     trainable = parameters
     if init_adapter:
-        trainable = adapter_size(Path(init_adapter).expanduser())
+        trainable = adapter_size(Path(os.path.expanduser(init_adapter)))
     elif lora.lora_r:
         with torch.device("meta"):
             adapted = attach_adapters(model, lora, str(folder), seed=0)

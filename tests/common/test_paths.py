@@ -4,6 +4,7 @@ uv run pytest tests/common/test_paths.py
 """
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -103,3 +104,11 @@ def test_a_library_writes_beside_and_the_files_come_to_their_place(tmp_path, mon
     with paths.utf8_twin(tmp_path) as place:
         (place / "tokenizer.json").write_text("{}")
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"] and not place.exists()
+
+
+def test_no_home_ends_in_an_exception():
+    """A user of a container may have none: pathlib raises then, os.path leaves the ~ as it is."""
+    programs = [*ROOT.glob("*.py"), *ROOT.glob("finetuning/**/*.py")]
+    raising = re.compile(r"\)\.expanduser\(\)|\bPath\.home\(\)")
+    assert len(programs) > 100
+    assert not [str(p) for p in programs if raising.search(p.read_text(encoding="utf-8"))]
