@@ -144,7 +144,10 @@ def test_an_expression_is_linear(place):
     pattern, uses = PATTERNS[place]
     runs = zip(*(texts(pattern, length) for length in LENGTHS), strict=True)
     for short, text, long in dict.fromkeys(runs):
-        assert seconds(pattern, uses, short) < 5 * SLOW, (short[:9], short[-4:])
+        quick = any(
+            seconds(pattern, uses, short) < 5 * SLOW for _ in range(3)
+        )  # a machine stumbles
+        assert quick, (short[:9], short[-4:])
         if seconds(pattern, uses, long) > SLOW:
             spent = min(seconds(pattern, uses, text) for _ in range(3))
             longer = min(seconds(pattern, uses, long) for _ in range(2))
