@@ -145,6 +145,8 @@ def positions_of(folder: Path, cache_dir: Path, *, trust_remote_code: bool = Fal
     def write(path: Path) -> None:
         build = partial(_small_model, dtype=torch.float32, trust_remote_code=trust_remote_code)
         told = told_positions(config)
+        with as_user_error(f"model folder {folder}", "check its config.json"):
+            check_extent(config, folder, trust_remote_code)
         with undisturbed():
             found = tokens_taken(config, told or NO_LIMIT, build) or told
         (path / "positions.json").write_text(
