@@ -136,14 +136,7 @@ def curve_runs(folders: list[Path]) -> Iterator[Run]:
 
 def two_kinds_runs() -> Iterator[Run]:
     """Simulated runs of one row a step, whose hard samples, few or many, lie far above a template's."""
-    shapes = (
-        (48, 16, 0.5, 1.7),
-        (56, 6, 0.3, 1.6),
-        (70, 3, 0.4, 2.2),
-        (28, 28, 0.5, 1.4),
-        (230, 9, 0.2, 1.3),
-    )
-    for place, shape in enumerate(shapes):
+    for place, shape in enumerate(TWO_KINDS):
         for seed in range(4):
             name = f"two kinds {shape[0]}+{shape[1]} {seed}"
             rows = _two_kinds(random.Random(100 * place + seed), *shape)

@@ -176,7 +176,7 @@ Alerts/Low_GPU_Utilization | 0 or 1 | alerts | monitoring.alerts
 Alerts/OOM_Risk | 0 or 1 | alerts | monitoring.alerts
     Memory of a device or of the host is nearly full.
 Alerts/Divergence | 0 or 1 | alerts | monitoring.alerts
-    The smoothed loss has risen clearly above its best.
+    The loss has risen for good: above its first ones, its best, or the held-out loss of step 0.
 Alerts/Data_Starvation | 0 or 1 | alerts | monitoring.alerts
     Waiting for data takes a large part of the step.
 Alerts/Thinking_Collapse | 0 or 1 | alerts | monitoring.alerts

@@ -112,11 +112,8 @@ def log_noise(losses: Sequence[float]) -> float:
     Differences, so that a falling loss is not taken for a noisy one; the median, so that a spike
     does not hide itself (Hampel 1974).
     """
-    return max(0.01, _neighbours([_log(x) for x in losses]))
-
-
-def _neighbours(values: Sequence[float]) -> float:
-    return 1.4826 * median(abs(b - a) for a, b in pairwise(values)) / math.sqrt(2)
+    steps = [abs(b - a) for a, b in pairwise(_log(x) for x in losses)]
+    return max(0.01, 1.4826 * median(steps) / math.sqrt(2))
 
 
 def _log(value: float) -> float:
@@ -206,6 +203,8 @@ def divergence(memory: DetectorMemory, metrics: Mapping) -> Verdict:
     known = _follow_loss(memory, metrics)
     if not known and not metrics.get("Eval/Loss"):
         return KEEP
+    if known:
+        memory.remember("unusual", marks.get("rows", UNKNOWN), keep=31)
     found = (_early(memory) or _sudden(memory)) if known else None
     found = found or _held_out(memory, metrics)
     if found:
@@ -250,8 +249,8 @@ def _early(memory: DetectorMemory) -> Finding | None:
 
 def _sudden(memory: DetectorMemory) -> Finding | None:
     """Three losses in a row above any before, and further above their like than 9 of 10 steps before them."""
-    losses, share = memory.series["loss"], memory.limits.divergence
-    rises = memory.remember("unusual", memory.marks.get("rows", UNKNOWN), keep=31)
+    losses, rises = memory.series["loss"], memory.series["unusual"]
+    share = memory.limits.divergence
     before = losses[:-AT_ONCE]
     if len(before) < 2 * ENOUGH:
         return None

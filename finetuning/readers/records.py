@@ -5,8 +5,9 @@ understands), or a conversation (ShareGPT, messages, pairs). The question's mate
 White space around a question, a reasoning or an answer is not content and is dropped; nothing else is.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import chain, count, islice
 from string import ascii_uppercase
 from typing import Any, NamedTuple
 
@@ -37,6 +38,7 @@ from finetuning.readers.values import (
     is_absent,
     kind,
     one_line_end,
+    others,
     parsed,
     short_text,
     width,
@@ -53,6 +55,8 @@ _INPUT = ("input", "输入")
 _PREFERS = word_set(
     "winner better best preferred preference prefer choice chosen 优选 更优 胜者 偏好"
 )
+_OPTION_TEXTS = ("text", "content", "value", "内容", "选项")
+_OPTION_LABELS = ("label", "key", "id")
 _CITATION = 60  # width up to which a `reference` cites, and is no material to read
 
 
@@ -311,34 +315,42 @@ def _option_lines(value: Any, name: str, fields: Fields) -> list[str]:
     """The options in a column: a text, a list, or an object of them; none for anything else."""
     if isinstance(value, str):
         return [] if is_absent(value) else [one_line_end(value).strip()]
+    beside: list[
+        tuple[dict, tuple[str | None, ...]]
+    ] = []  # objects, and which of their keys are taken
+    texts, labels = value, None
     if isinstance(value, dict) and isinstance(value.get("text"), list):  # as ARC has its choices
         texts, labels = value["text"], value.get("label")
-        fields.leave(value, ("text", "label"), name)
+        beside.append((value, ("text", "label")))
     elif isinstance(value, dict):
         texts, labels = list(value.values()), list(value)
-    elif isinstance(value, list) and all(isinstance(item, dict) for item in value):
-        keys = [_first_text(item, ("text", "content", "value", "内容", "选项")) for item in value]
-        if None in keys:
-            return []
-        texts = [item[key] for item, key in zip(value, keys, strict=True)]
-        named = [_first_text(item, ("label", "key", "id")) for item in value]
-        labels = None if None in named else [i[key] for i, key in zip(value, named, strict=True)]
-        for item, used in zip(value, zip(keys, named, strict=True), strict=True):
-            fields.leave(item, used, name)
-    else:
-        texts, labels = value, None
-    if not isinstance(texts, list) or not all(isinstance(t, (str, int, float)) for t in texts):
+    if not isinstance(texts, list):
         return []
     if not isinstance(labels, list) or len(labels) != len(texts):
-        labels = ascii_uppercase[: len(texts)]
-    if len(labels) < len(texts):
-        return []
-    lines = map(_lettered, map(str, labels), map(short_text, texts))
+        labels = [None] * len(texts)
+    lines = []
+    for label, text, letter in zip(labels, texts, islice(_letters(), len(texts)), strict=True):
+        if isinstance(text, dict):
+            keys = _first_filled(text, _OPTION_TEXTS), _first_filled(text, _OPTION_LABELS)
+            if keys[0] is None and others(text, _OPTION_LABELS, name):
+                return []
+            beside.append((text, keys))
+            label, text = label or text.get(keys[1]), text.get(keys[0])
+        if not is_absent(text) and not isinstance(text, (str, int, float)):
+            return []
+        lines.append(_lettered(str(label or letter), short_text(text)))
+    for item, used in beside:
+        fields.leave(item, used, name)
     return [line for line in lines if line]
 
 
-def _first_text(value: dict, keys: tuple[str, ...]) -> str | None:
-    return next((key for key in keys if isinstance(value.get(key), str)), None)
+def _letters() -> Iterator[str]:
+    """A, B, …, and numbers behind Z."""
+    return chain(ascii_uppercase, map(str, count(len(ascii_uppercase) + 1)))
+
+
+def _first_filled(value: dict, keys: tuple[str, ...]) -> str | None:
+    return next((key for key in keys if not is_absent(value.get(key))), None)
 
 
 def _lettered(letter: str, text: str) -> str:

@@ -139,9 +139,7 @@ def others(value: dict, taken: Collection[str | None], name: str) -> dict[str, A
 
 def short_text(value: str | float | None) -> str:
     """A word, number or line of an option, or '' for none."""
-    if isinstance(value, str):
-        return "" if is_absent(value) else one_line_end(value).strip()
-    return "" if value is None else str(value)
+    return "" if is_absent(value) else one_line_end(str(value)).strip()
 
 
 def steps_text(value: Any, name: str, left: dict[str, Any]) -> str:

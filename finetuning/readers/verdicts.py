@@ -33,7 +33,8 @@ _LONGEST = 12  # characters of a value that is a verdict; a longer one is a text
 
 
 def _one_of(words: str) -> str:
-    return "(?:" + "|".join(words.split()) + ")"
+    """Each word once: one that stands twice matches in two ways, and a repeat of it in 2^n."""
+    return "(?:" + "|".join(dict.fromkeys(words.split())) + ")"
 
 
 _NOT = "[不未没无非][^不未没无非]{0,2}?"

@@ -10,6 +10,7 @@ import inspect
 import pkgutil
 import re
 import time
+from collections import Counter
 from collections.abc import Iterator
 from re import _constants as code
 from re import _parser as parser
@@ -72,7 +73,9 @@ def of_item(op: object, argument: object, most: int) -> list[str]:
     if op is code.RANGE:
         return [chr(argument[0])]
     if op is code.BRANCH:
-        return [text for branch in argument[1] for text in examples(branch, most)][: 2 * most]
+        found = [text for branch in argument[1] for text in examples(branch, most)]
+        twice = [text for text, times in Counter(found).items() if times > 1]
+        return [*twice, *found][: 2 * most]
     if op is code.SUBPATTERN:
         return examples(argument[3], most)
     if op is code.ATOMIC_GROUP:
@@ -152,6 +155,13 @@ def test_an_expression_is_linear(place):
             spent = min(seconds(pattern, uses, text) for _ in range(3))
             longer = min(seconds(pattern, uses, long) for _ in range(2))
             assert longer < 8 * spent, (text[:20], text[-4:], spent, longer)
+
+
+def test_a_way_that_is_there_twice_is_tried():
+    """Behind more branches than are tried of others."""
+    words = [f"{letter}{number}" for number, letter in enumerate("abcdefghijkl")]
+    part = parser.parse("(?:" + "|".join([*words, words[-1]]) + ")*")
+    assert ("", words[-1]) in repeated(part)
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,30 @@ def test_all_options_are_put_below_the_question(tmp_path, options):
 @pytest.mark.parametrize(
     "options",
     [
-        [f"甲{i}" for i in range(30)],
+        {"A": "SM3", "B": "MD5", "C": None},
+        {"A": {"text": "SM3"}, "B": {"text": "MD5"}, "C": {"text": None}},
+        {"text": ["SM3", "MD5", None], "label": ["A", "B", "C"]},
+        ["SM3", "MD5", None, ""],
+        [
+            {"label": "A", "text": "SM3"},
+            {"label": "B", "text": "MD5"},
+            {"label": "C", "text": None},
+        ],
+        [{"key": None, "value": "SM3"}, {"key": "B", "value": "MD5"}, {}],
+        [{"text": f"SM{i}"} for i in range(30)],
+    ],
+)
+def test_an_option_that_is_absent_takes_no_other_with_it(tmp_path, options):
+    record = {"question": Q, "options": options, "answer": "A"}
+    (sample,) = outcome(written(tmp_path, "json", [record])).samples
+    lines = sample.question.split("\n")[1:]
+    assert lines[:2] == (["A. SM3", "B. MD5"] if len(lines) == 2 else ["A. SM0", "B. SM1"])
+    assert len(lines) == 2 or lines[-1] == "30. SM29"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
         [{"text": "甲比特"}, {"文": "某种别的形状"}],
         ["甲", None, {"x": "某种别的形状"}],
     ],
