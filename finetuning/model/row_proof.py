@@ -138,8 +138,8 @@ def proven_way(
 
 
 def positions_of(folder: Path, cache_dir: Path, *, trust_remote_code: bool = False) -> int:
-    """How many tokens a document may have, by the model's configuration and by a trial, which is kept; 0: any
-    number, as far as is known."""
+    """How many tokens a document may have, by the model's configuration and by a trial, which is kept;
+    `NO_LIMIT`: any number, as far as is known."""
     config = configuration(folder, trust_remote_code)
 
     def write(path: Path) -> None:
@@ -148,10 +148,8 @@ def positions_of(folder: Path, cache_dir: Path, *, trust_remote_code: bool = Fal
         with as_user_error(f"model folder {folder}", "check its config.json"):
             check_extent(config, folder, trust_remote_code)
         with undisturbed():
-            found = tokens_taken(config, told or NO_LIMIT, build) or told
-        (path / "positions.json").write_text(
-            json.dumps({"tokens": found % NO_LIMIT}), encoding="utf-8"
-        )
+            found = tokens_taken(config, told or NO_LIMIT, build) or told or NO_LIMIT
+        (path / "positions.json").write_text(json.dumps({"tokens": found}), encoding="utf-8")
 
     def load(path: Path) -> int | None:
         try:

@@ -25,11 +25,11 @@ from finetuning.model.loading import load_tokenizer
 from finetuning.model.parallel import parallel_mode
 from finetuning.model.resolve import DEFAULT_MODEL, ResolvedModel, local_folder
 from finetuning.runs.init_adapter import with_own_settings
-from finetuning.runs.passes import Plans, evaluation_steps, plan_steps, workload
+from finetuning.runs.passes import evaluation_steps, plan_steps, workload
 from finetuning.runs.placement import placement_of
-from finetuning.runs.plan import MIN_CONSTANT_EFFICIENCY, tokenized
+from finetuning.runs.plan import MIN_CONSTANT_EFFICIENCY, positions_for, tokenized
 from finetuning.runs.probing import plan_probes
-from finetuning.runs.sequence_length import Fits, SequenceLength, fits_memory
+from finetuning.runs.sequence_length import Fits, SequenceLength, fits_memory, model_positions
 from finetuning.training.forecast import (
     GPU_SHARES,
     RunForecast,
@@ -148,7 +148,8 @@ def plan_elsewhere(
     tokenizer = load_tokenizer(model)
     dtype = _dtype(config, gpus)
     fits = fits_memory(config, model, dist, dtype, gpus.free)
-    data, length = _data(config, model, tokenizer, dist, terminal, fits)
+    told = model_positions(config, model)
+    data, length = _data(config, told, tokenizer, dist, terminal, fits)
     as_set, config = config, length.of(config)
     shape = model_shape(
         model.path,
@@ -156,8 +157,13 @@ def plan_elsewhere(
         init_adapter=config.init_adapter,
         trust_remote_code=trust_remote_code,
     )
-    plans = plan_steps(config, data, tokenizer, dist, terminal.warning)
-    work = _workload(config, data, plans, model.path, tokenizer, dist, terminal)
+    positions = positions_for(config, told, data, terminal.warning)
+    plans = plan_steps(config, data, tokenizer, dist, terminal.warning, positions)
+    probing = plan_probes(
+        config, model.path, tokenizer, data.held_out, dist, terminal.warning, positions
+    )
+    eval_steps, probing = evaluation_steps(config, plans, probing, dist)
+    work = workload(config, data, plans, eval_steps, probing, dist.device.type)
     parallel, estimate = _fitting(config, gpus, dist, shape, work, dtype)
     accounts = accounts_of(data, as_set)
     return PlanElsewhere(gpus, model.name, parallel, accounts, length, plans[0], estimate)
@@ -184,7 +190,7 @@ def small_files(config: DirectTrainingConfig, trust_remote_code: bool) -> Resolv
 
 def _data(
     config: DirectTrainingConfig,
-    model: ResolvedModel,
+    positions: int,
     tokenizer: object,
     dist: Distributed,
     terminal: Terminal,
@@ -195,7 +201,7 @@ def _data(
         read, eval_read = read_data(config, progress=progress, **options)
         split = split_samples(read, config, eval_read, seed=config.seed, **options)
     tokenize = partial(prepare_data, split, tokenizer, **options)
-    return tokenized(config, model, tokenize, dist, terminal, {}, fits)
+    return tokenized(config, positions, tokenize, dist, terminal, {}, fits)
 
 
 def _dtype(config: DirectTrainingConfig, gpus: Gpus) -> torch.dtype:
@@ -205,20 +211,6 @@ def _dtype(config: DirectTrainingConfig, gpus: Gpus) -> torch.dtype:
             f"precision {config.precision}: {gpus.name} has no bf16; use --precision auto"
         )
     return torch.bfloat16 if config.precision != "fp32" and has_bf16 else torch.float32
-
-
-def _workload(
-    config: DirectTrainingConfig,
-    data: TrainingData,
-    plans: Plans,
-    folder: Path,
-    tokenizer: object,
-    dist: Distributed,
-    terminal: Terminal,
-) -> Workload:
-    probing = plan_probes(config, folder, tokenizer, data.held_out, dist, terminal.warning)
-    eval_steps, probing = evaluation_steps(config, plans, probing, dist)
-    return workload(config, data, plans, eval_steps, probing, dist.device.type)
 
 
 def _fitting(

@@ -7,7 +7,6 @@ import transformers
 
 from finetuning.common.distributed import Distributed
 from finetuning.config import (
-    NO_LIMIT,
     BatchSettings,
     DirectTrainingConfig,
     OutputSettings,
@@ -38,7 +37,7 @@ def plan_steps(
     tokenizer: transformers.PreTrainedTokenizerBase,
     dist: Distributed,
     warn: Callable[[str], None],
-    positions: int = NO_LIMIT,
+    positions: int,
 ) -> Plans:
     """The steps of the training, those of one pass over the held-out documents, and over general text, whose
     documents have no more tokens than the model has positions."""

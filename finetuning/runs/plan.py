@@ -18,7 +18,7 @@ from finetuning.common.fingerprint import adapter_fingerprint, model_fingerprint
 from finetuning.common.machine import processors
 from finetuning.common.paths import check_name
 from finetuning.common.terminal import Terminal
-from finetuning.config import NO_LIMIT, DirectTrainingConfig
+from finetuning.config import DirectTrainingConfig
 from finetuning.data.accounts import Accounts, accounts_of
 from finetuning.data.packing import StepPlan
 from finetuning.data.split import split_samples
@@ -57,7 +57,7 @@ from finetuning.runs.passes import (
 )
 from finetuning.runs.placement import placement_of
 from finetuning.runs.probing import Probing, plan_probes
-from finetuning.runs.sequence_length import Fits, SequenceLength, model_positions
+from finetuning.runs.sequence_length import Fits, SequenceLength, fits_here, model_positions
 from finetuning.training.engine import Execution
 from finetuning.training.forecast import (
     RunForecast,
@@ -153,7 +153,7 @@ def plan_run(
     config = inputs.length.of(config)
     rows = prove_rows(config, inputs.model, dist, terminal)
     data, tokenizer, warn = inputs.data, inputs.tokenizer, terminal.warning
-    positions = positions_for(config, inputs, warn)
+    positions = positions_for(config, inputs.positions, data, warn)
     steps, evaluation, general = plans = plan_steps(config, data, tokenizer, dist, warn, positions)
     eval_steps, probing = plan_evaluations(config, inputs, plans, dist, warn, positions)
     settings, contents = recorded_settings(config), all_contents(config, inputs, general, probing)
@@ -272,12 +272,11 @@ def prove_rows(
 
 
 def positions_for(
-    config: DirectTrainingConfig, inputs: RunData, warn: Callable[[str], None]
+    config: DirectTrainingConfig, told: int, data: TrainingData, warn: Callable[[str], None]
 ) -> int:
     """Tokens that whatever the model reads or writes in this run may have; warned where samples have more
-    than its configuration tells."""
-    told, longest = inputs.positions, inputs.data.lengths.max()
-    if longest > told:
+    than its configuration tells (`told`)."""
+    if (longest := data.lengths.max()) > told:
         warn(
             f"the longest sample has {longest:,} tokens, and the model's configuration says {told:,}: "
             "positions beyond are computed, but may never have been learned; --max-seq-length "
@@ -351,25 +350,27 @@ def load_data(
         if config.init_adapter:
             check_base(Path(config.init_adapter), model, contents, terminal.warning)
     tokenize = partial(prepare_data, split, tokenizer, workers=workers, cache_dir=config.cache_path)
-    data, length = tokenized(config, model, tokenize, dist, terminal, pinned or {})
+    positions = model_positions(config, model)
+    fits = fits_here(config, model, dist)
+    data, length = tokenized(config, positions, tokenize, dist, terminal, pinned or {}, fits)
     accounts = accounts_of(data, config)
     for account in accounts:
         account.check(config.max_broken_fraction)
-    positions = model_positions(config, model) or NO_LIMIT
     return RunData(model, tokenizer, contents, data, accounts, length, positions)
 
 
 def tokenized(
     config: DirectTrainingConfig,
-    model: ResolvedModel,
+    positions: int,
     tokenize: Callable[..., TrainingData],
     dist: Distributed,
     terminal: Terminal,
     pinned: Mapping[str, Any],
-    fits: Fits | None = None,
+    fits: Fits,
 ) -> tuple[TrainingData, SequenceLength]:
     """The tokens, and how long a sample may be: where the data decide that, all are made first, and
-    again only where some turn out to be too long. Raises NothingLeftError."""
+    again only where some turn out to be too long. positions: what the model takes. Raises NothingLeftError.
+    """
 
     def tokens(settings: DirectTrainingConfig, what: str) -> TrainingData:
         with dist.wait_alive(what), terminal.working("tokenizing") as progress:
@@ -378,13 +379,13 @@ def tokenized(
     if length := SequenceLength.known(config, pinned):
         return tokens(length.of(config), "tokens"), length
     whole = tokens(replace(config, over_length="drop"), "all tokens")
-    length = SequenceLength.of_data(config, model, whole.own_lengths, dist, fits)
+    length = SequenceLength.of_data(config, positions, whole.own_lengths, dist, fits)
     if whole.lengths.max() <= length.max_seq_length:
         return whole.of_length(length.max_seq_length), length
     try:
         return tokens(length.of(config), "tokens"), length
     except NothingLeftError as error:
-        shortest, positions = whole.own_lengths.min(), model_positions(config, model) or NO_LIMIT
+        shortest = whole.own_lengths.min()
         if shortest <= positions:
             raise
         raise NothingLeftError(

@@ -8,7 +8,7 @@ import transformers
 
 from finetuning.common.distributed import Distributed
 from finetuning.common.fingerprint import weight_files
-from finetuning.config import NO_LIMIT, DirectTrainingConfig
+from finetuning.config import DirectTrainingConfig
 from finetuning.data.packing import StepPlan
 from finetuning.data.training_data import DataPart, general_part
 from finetuning.evaluation.generation import (
@@ -105,7 +105,7 @@ def plan_probes(
     held_out: DataPart,
     dist: Distributed,
     warn: Callable[[str], None],
-    positions: int = NO_LIMIT,
+    positions: int,
 ) -> Probing:
     """The questions, held out or the user's own. folder: of the model, whose size decides their number;
     positions: tokens that a question and its answer may have together.

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from finetuning.common.distributed import Distributed
-from finetuning.config import NO_LIMIT, ROW_TOKENS, DirectTrainingConfig
+from finetuning.config import ROW_TOKENS, DirectTrainingConfig
 from finetuning.model.parallel import parallel_mode
 from finetuning.model.resolve import ResolvedModel, weight_dtype
 from finetuning.model.row_proof import positions_of
@@ -69,18 +69,13 @@ class SequenceLength:
     def of_data(
         cls,
         config: DirectTrainingConfig,
-        model: ResolvedModel,
+        positions: int,
         lengths: np.ndarray,
         dist: Distributed,
-        fits: Fits | None = None,
+        fits: Fits,
     ) -> "SequenceLength":
-        """Decided by the tokens (n,) of every sample, and by what the model takes; on all ranks alike. A
-        collective."""
-        if fits is None:
-            dtype = weight_dtype(dist.device, config.precision)
-            free = free_memory(dist.device, dist.local_world_size)
-            fits = fits_memory(config, model, dist, dtype, free)
-        positions = model_positions(config, model) or NO_LIMIT
+        """Decided by the tokens (n,) of every sample, and by how many the model takes (`positions`); on all
+        ranks alike. A collective."""
         tokens, reason = min(dist.gather(choose_length(lengths, positions, fits)))
         return cls(tokens, config.row_capacity, reason)
 
@@ -118,8 +113,14 @@ def choose_length(lengths: np.ndarray, positions: int, fits: Fits) -> tuple[int,
 
 
 def model_positions(config: DirectTrainingConfig, model: ResolvedModel) -> int:
-    """How many tokens it can take, as far as is known; 0: any number."""
+    """How many tokens it can take, as far as is known; `NO_LIMIT`: any number."""
     return positions_of(model.path, config.cache_path, trust_remote_code=model.trust_remote_code)
+
+
+def fits_here(config: DirectTrainingConfig, model: ResolvedModel, dist: Distributed) -> Fits:
+    """As `fits_memory`, into what is free on the devices of this run."""
+    dtype = weight_dtype(dist.device, config.precision)
+    return fits_memory(config, model, dist, dtype, free_memory(dist.device, dist.local_world_size))
 
 
 def fits_memory(

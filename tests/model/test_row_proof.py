@@ -17,6 +17,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from finetuning.common.errors import UserError
+from finetuning.config import NO_LIMIT
 from finetuning.model import attention, packed_model, row_proof
 from finetuning.model.positions import tokens_taken
 from finetuning.model.row_proof import RowProof, positions_of, proven_way
@@ -316,7 +317,7 @@ def test_positions_are_those_of_the_configuration_or_of_a_trial(folder, tmp_path
     CONFIG_MAPPING["mpt"](max_seq_len=100).save_pretrained(tmp_path / "mpt")
     assert positions_of(tmp_path / "mpt", cache) == 100, "nothing is told"
     CONFIG_MAPPING["bloom"]().save_pretrained(tmp_path / "bloom")
-    assert positions_of(tmp_path / "bloom", cache) == 0
+    assert positions_of(tmp_path / "bloom", cache) == NO_LIMIT
     monkeypatch.setattr(row_proof, "tokens_taken", lambda *_: pytest.fail("tried again"))
     assert positions_of(tmp_path / "gpt2", cache) == 100
 

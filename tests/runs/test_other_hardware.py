@@ -225,3 +225,18 @@ def test_a_graph_is_planned_where_one_is_made(tiny_model, kl_anchor, lora_dropou
     run = {"device": dist.device, "compiled": True, "alone": True, "sharded": False}
     reason = why_not_captured(model, **run, anchored=bool(kl_anchor))
     assert plan.captured is not bool(reason), reason
+
+
+def test_the_positions_of_the_model_count_there_too(
+    qwen3_4b, tiny_data, tmp_path, cache_dir, capfd
+):
+    model = shutil.copytree(qwen3_4b, tmp_path / "short")
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    (model / "config.json").write_text(
+        json.dumps(config | {"max_position_embeddings": 200}), encoding="utf-8"
+    )
+    words = (
+        f"--plan --gpus 1xH100 --data-path {tiny_data} --model-name {model} --max-seq-length 1024"
+    )
+    assert main([*words.split(), "--cache-dir", str(cache_dir), "--output-dir", str(tmp_path)]) == 0
+    assert "--max-seq-length 200 stays within" in " ".join(capfd.readouterr().err.split())
