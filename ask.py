@@ -68,8 +68,11 @@ class Ask:
     """auto: CUDA, else MPS, else CPU."""
 
 
-def checked(ask: Ask) -> Trained:
-    """Which model is asked. UserError for what can be known to be wrong before the model is loaded."""
+def checked(ask: Ask) -> tuple[Trained, str]:
+    """Which model is asked, and the base that it is given.
+
+    UserError for what can be known to be wrong before the model is loaded.
+    """
     if ask.question is not None and not ask.question.strip():
         raise UserError("the question is empty")
     if ask.compare and ask.question is None:
@@ -79,13 +82,13 @@ def checked(ask: Ask) -> Trained:
     if ask.temperature is not None and not TEMPERATURE.holds(ask.temperature):
         raise UserError(f"--temperature must be 0, or {LOWEST_TEMPERATURE} or more")
     check_device_name(ask.device)
-    base_named(ask.base_model)
+    base_model = base_named(ask.base_model)
     trained = find_trained(ask.adapter, ask.output_dir)
     if ask.compare and not is_adapter(trained.folder):
         raise UserError(
             f"--compare: {trained.folder} is a whole model, not an adapter that can be put aside"
         )
-    return trained
+    return trained, base_model
 
 
 if __name__ == "__main__":  # help, and what is wrong, need none of the slow imports
@@ -266,10 +269,9 @@ def remark(reply: Reply, ask: Ask) -> str:
 
 def run(ask: Ask, console: Console | None = None) -> None:
     """Find the model, load it, and let it reply."""
-    trained = checked(ask)
+    trained, base_model = checked(ask)
     limit_threads()
     folder, device = trained.folder, pick_device(ask.device)
-    base_model = base_named(ask.base_model)
     model, tokenizer = load_for_inference(folder, device=device, base_model=base_model)
     aside = Console(stderr=True, style="dim", highlight=False)
     said = translated(f"{folder} ({trained.reason}) on {device}")

@@ -26,7 +26,7 @@ from finetuning.common.arguments import parsed
 from finetuning.common.errors import UserError, exit_code
 from finetuning.common.files import atomic_write_text
 from finetuning.common.language import translated
-from finetuning.common.paths import check_writable, expanded
+from finetuning.common.paths import check_place, expanded
 from finetuning.common.text import clean_line
 from finetuning.config import DataSettings
 from finetuning.readers.files import check_paths
@@ -65,7 +65,7 @@ def main(
     tokenizer = tokenizer and Path(expanded(str(tokenizer), "--tokenizer"))
     page = Path(expanded(str(html or "dataset_statistics.html"), "--html"))
     if html or not json:
-        check_writable(page, "--html")
+        check_place(page, "--html")
     _check(paths, compare, max_seq_length, tokenizer, workers)
 
     from finetuning.analysis import report  # slow; what is wrong is said before

@@ -60,8 +60,11 @@ class Export:
     """Where the logits are compared."""
 
 
-def checked(settings: Export) -> tuple[Destination, Trained]:
-    """Where to write, and what. UserError for what can be known to be wrong before the model is looked at."""
+def checked(settings: Export) -> tuple[Destination, Trained, str]:
+    """Where to write, and what, on which given base.
+
+    UserError for what can be known to be wrong before the model is looked at.
+    """
     destination = destination_of(settings)
     trained = find_trained(settings.adapter, settings.output_dir)
     destination.check_outside(trained.folder)
@@ -72,8 +75,7 @@ def checked(settings: Export) -> tuple[Destination, Trained]:
     elif not is_adapter(trained.folder):
         raise UserError(f"--adapter {trained.folder}: a whole model already; use it as it is")
     check_device_name(settings.device)
-    base_named(settings.base_model)
-    return destination, trained
+    return destination, trained, base_named(settings.base_model)
 
 
 def destination_of(settings: Export) -> Destination:
@@ -148,8 +150,7 @@ class Source:
 
 def export(settings: Export, terminal: Terminal) -> Agreement:
     """Write it once its logits agree. Raises RunStopped where they don't."""
-    destination, trained = checked(settings)
-    base_model = base_named(settings.base_model)
+    destination, trained, base_model = checked(settings)
     limit_threads()
     below = model_below(trained.folder, base_model)
     origin = origin_of(trained.folder, below)

@@ -37,7 +37,7 @@ from finetuning.common.arguments import parsed
 from finetuning.common.errors import RunStopped, UserError, exit_code
 from finetuning.common.files import atomic_write_text, json_text, read_json_object
 from finetuning.common.fingerprint import text_digest
-from finetuning.common.paths import check_name, check_writable, expanded
+from finetuning.common.paths import check_name, check_place, expanded
 from finetuning.common.text import clean_line
 from finetuning.readers.files import check_paths
 
@@ -75,9 +75,8 @@ class Member:
         """Of the training program."""
         own = [word for name, value in self.settings.items() for word in (f"--{name}", value)]
         return [
-            *(*shared, *own, "--seed", str(self.seed)),
+            *(language.FLAG, language.current(), *shared, *own, "--seed", str(self.seed)),
             *("--output-dir", str(self.folder), "--resume", "auto", "--quiet"),
-            *(language.FLAG, language.current()),
         ]
 
 
@@ -125,7 +124,7 @@ def known(root: Path, shared: Sequence[str]) -> str:
     """What all runs share, as a digest, since it may hold a secret. UserError where other runs are."""
     check_name(root, "--output-dir")
     path, digest = root / "sweep.json", text_digest(*shared)
-    check_writable(path, "--output-dir")
+    check_place(path, "--output-dir")
     if not path.is_file():
         return digest
     begun_with = read_json_object(path).get("arguments")
@@ -184,7 +183,6 @@ from finetuning.runs.recorded import RecordedRun, find_runs, read_recorded
 
 process.imports_are_done()
 
-OVER = ("completed", "stopped")  # a run with one of these is not started again
 POLL_SECONDS = 0.2
 # Two-sided 95% quantiles of Student's t by degrees of freedom; above, the normal one.
 STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
@@ -214,7 +212,7 @@ def recorded(member: Member) -> RecordedRun | None:
 def is_over(member: Member) -> bool:
     """Whether it has come to its end."""
     run = recorded(member)
-    return run is not None and run.status.get("status") in OVER
+    return run is not None and run.is_over
 
 
 class Pool:
@@ -318,7 +316,7 @@ def rows_of(members: Sequence[Member]) -> list[Row]:
         key = tuple(member.settings.values())
         empty = Row(member.settings, {column: () for column in COLUMNS}, ())
         row, run = found.setdefault(key, empty), recorded(member)
-        if run is None or run.status.get("status") not in OVER:
+        if run is None or not run.is_over:
             continue
         numbers = {
             column: (*values, value)

@@ -121,7 +121,8 @@ def _fault(box: str, words: Sequence[str]) -> str:
     unread = re.match(r"Error parsing (--[\w-]+): ", first)
     usage = next((line.split(" ", 1) for line in others if line.startswith("--")), [""])
     if unread and usage[0] == unread[1]:
-        return f"{usage[0]} is {_given(usage[0], words)!r}, must be {_wanted(usage[1])}"
+        given = _given(usage[0], words, several="..." in usage[1])
+        return f"{usage[0]} is {given!r}, must be {_wanted(usage[1])}"
     unknown = first.removeprefix("Unrecognized options: ")
     if unknown != first:
         near = next((line.partition(",")[0] for line in others if line.startswith("--")), "")
@@ -130,13 +131,14 @@ def _fault(box: str, words: Sequence[str]) -> str:
     return first.rstrip(".")
 
 
-def _given(flag: str, words: Sequence[str]) -> str:
-    """The value of an option in a command line."""
+def _given(flag: str, words: Sequence[str], *, several: bool) -> str:
+    """The value of an option in a command line; `several`: all words up to the next option."""
     for number, word in enumerate(words):
         name, equals, value = word.partition("=")
         if name.replace("_", "-") == flag:
+            end = len(words) if several else number + 2
             behind = itertools.takewhile(
-                lambda word: not word.startswith("--"), words[number + 1 :]
+                lambda word: not word.startswith("--"), words[number + 1 : end]
             )
             return value if equals else " ".join(behind)
     return ""
@@ -146,7 +148,10 @@ def _wanted(usage: str) -> str:
     """What an option takes, in words: of FLOAT|{auto}, of [STR INT [STR INT ...]]."""
     parts = re.findall(r"[^\[\]\s]+", usage)
     unit = parts[: len(parts) // 2] if "..." in parts else parts
-    kinds = [" or ".join(map(_kind, alternatives.split("|"))) for alternatives in unit]
+    kinds = [
+        " or ".join(_kind(part) for part in alternatives.split("|") if part != "{None}")
+        for alternatives in unit
+    ]
     if len(kinds) == 2:
         return f"pairs of {kinds[0]} and {kinds[1]}"
     return f"{kinds[0]}, or several" if len(parts) > 1 else kinds[0]

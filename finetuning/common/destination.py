@@ -1,6 +1,5 @@
 """A place for what takes long to make: looked at before the work, and one maker's until it is filled."""
 
-import errno
 import os
 import shutil
 import tempfile
@@ -13,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from finetuning.common.errors import UserError
 from finetuning.common.files import fsync_files, rename_durably, staging_folder
-from finetuning.common.paths import check_name
+from finetuning.common.paths import check_name, fault_above
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,8 @@ class Destination:
         """UserError where nothing can be written or something is there; a folder may replace an empty one."""
         check_name(self.path, self.option)
         try:
-            self._check_above()
+            if fault := fault_above(self.path):
+                raise OSError(fault, os.strerror(fault))
             if not os.path.lexists(self.path):
                 return
             if self.path.is_symlink():
@@ -85,15 +85,6 @@ class Destination:
         if self.path.exists():
             self.path.rmdir()
         rename_durably(made, self.path)
-
-    def _check_above(self) -> None:
-        above = next(path for path in self.path.parents if os.path.lexists(path))
-        if not above.is_dir():
-            raise UserError(
-                f"{self.option} {self.path}: {above} is no folder; choose another place"
-            )
-        if not os.access(above, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     def _check_room(self, needed_bytes: int) -> None:
         free = shutil.disk_usage(self.path.parent).free

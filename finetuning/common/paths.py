@@ -49,17 +49,18 @@ def check_there(folder: str, name: str) -> None:
         raise UserError(f"{name} {clean_line(folder, 200)}: no such folder; check the path")
 
 
-def check_writable(file: Path, name: str) -> None:
-    """Raise UserError for a file that can't be written, before the work for it; folders above it are made."""
-    above = next(path for path in file.absolute().parents if os.path.lexists(path))
-    fault = 0
-    if file.is_dir():
-        fault = errno.EISDIR
-    elif not above.is_dir():
-        fault = errno.ENOTDIR
-    elif not os.access(above, os.W_OK | os.X_OK):
-        fault = errno.EACCES
-    if fault:
+def fault_above(path: Path) -> int:
+    """The error (of `errno`) that making a file or folder would end with for what lies above it, which is
+    made where it is missing; 0: none."""
+    above = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    if not above.is_dir():
+        return errno.ENOTDIR
+    return 0 if os.access(above, os.W_OK | os.X_OK) else errno.EACCES
+
+
+def check_place(file: Path, name: str) -> None:
+    """Raise UserError for a file that can't be written, before the work for it."""
+    if fault := errno.EISDIR if file.is_dir() else fault_above(file):
         raise UserError(f"{name} {file}: can't be written ({os.strerror(fault)})")
 
 

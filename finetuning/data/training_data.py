@@ -125,9 +125,8 @@ def general_part(
 
     A model whose template knows no think block gets the answers alone. `warn` is told how many texts are left
     out. option: which one names the paths; none for text of the program's own, which has the program's own
-    columns. positions: tokens that the model can take. Raises UserError, which names option and paths,
-    where too many texts are broken, and
-    NothingLeftError where none can be used.
+    columns. positions: tokens that the model can take. Raises UserError, which names option and paths, where
+    too many texts are broken, and NothingLeftError where none can be used.
     """
     place = f"{option} {_shown(paths)}".strip()
     read = read_samples(paths, columns=settings.columns if option else None)

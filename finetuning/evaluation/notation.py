@@ -91,14 +91,9 @@ def _character(character: str) -> str:
     if character in "\u00a0\u2009\u202f":
         return "\u2009"  # may separate thousands
     normal = unicodedata.normalize("NFKC", character)
-    if normal != character and len(normal) > 1 and _DIGITS.search(normal):
+    is_apart = len(normal) > 1 or "<circle>" in unicodedata.decomposition(character)
+    if normal != character and is_apart and _DIGITS.search(normal):
         return f" {normal} ".replace("⁄", "/")  # ①, ½ and ⒈ do not belong to the digits beside them
-    if (
-        normal != character
-        and _DIGITS.search(normal)
-        and "<circle>" in unicodedata.decomposition(character)
-    ):
-        return f" {normal} "
     return _SIGNS.get(normal, normal)
 
 

@@ -74,8 +74,10 @@ class Probing:
         return f"by {by} (auto{few * (self.best_by(wanted) == 'loss')})"
 
     def doubts(self, config: DirectTrainingConfig, held_out: int) -> Iterator[str]:
-        """Why no model may turn out to be the best, so that early stopping waits in vain. held_out: samples
-        ."""
+        """Why no model may turn out to be the best, so that early stopping waits in vain.
+
+        held_out: how many samples are.
+        """
         by, known = self.best_by(config.best_by), bool(config.early_stopping_patience)
         if by == "loss" and not held_out and (known or config.best_by == "loss"):
             yield (

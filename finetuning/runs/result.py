@@ -65,8 +65,16 @@ def base_named(base_model: str) -> str:
 def _runs(output: Path) -> list[tuple[str, dict[str, Any]]]:
     """Names of the runs that say how they stand, and what they say; the newest word first."""
     paths = output.glob("training_logs/*/status.json")
-    said = [(path.parent.name, read_json_object(path)) for path in paths]
+    said = [(path.parent.name, _said(path)) for path in paths]
     return sorted(said, key=lambda run: (_moment(run[1].get("at")), run[0]), reverse=True)
+
+
+def _said(path: Path) -> dict[str, Any]:
+    """How a run stands; nothing where that can't be read: another run may be meant."""
+    try:
+        return read_json_object(path)
+    except UserError:
+        return {}
 
 
 def _moment(text: Any) -> float:

@@ -84,8 +84,8 @@ def where_a_disk_begins(tmp_path: Path) -> Path:
 IMPOSSIBLE = {
     a_link: "a link; give the place that it leads to",
     into_nothing: "a link; give the place that it leads to",
-    below_a_file: "file is no folder; choose another place",
-    below_a_link_into_nothing: "link is no folder; choose another place",
+    below_a_file: "can't be written (Not a directory); choose another place",
+    below_a_link_into_nothing: "can't be written (Not a directory); choose another place",
     where_the_system_lets_nobody_write: "can't be written (",
     too_long: "can't be written (File name too long)",
     where_a_disk_begins: "a disk begins there",

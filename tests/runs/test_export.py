@@ -158,7 +158,9 @@ def test_a_place_that_can_not_be_written_is_told(tmp_path, adapter, monkeypatch,
         output = tmp_path / "file" / "merged"
         assert main(["--adapter", str(adapter), "--output", str(output), "--device", "cpu"]) == 2
     said = capsys.readouterr().err
-    assert "file is no folder; choose another place" in said and said.count("\n") == 1
+    assert (
+        "can't be written (Not a directory); choose another place" in said and said.count("\n") == 1
+    )
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -260,6 +262,10 @@ def test_the_newest_run_that_has_something_is_meant(out):
     (checkpoint / "manifest.json").write_bytes(sealed_json(manifest))
     checkpoint = checkpoint.rename(checkpoint.with_name("checkpoint-1"))
     assert find_trained("", str(out)) == Trained(checkpoint, GOES_ON)
+    broken = out / "training_logs" / "20250101_000000"
+    broken.mkdir()
+    (broken / "status.json").write_text("")
+    assert find_trained("", str(out)) == Trained(checkpoint, GOES_ON), "as others are in order"
 
 
 def test_a_model_is_meant_by_its_name(out, monkeypatch, tmp_path):

@@ -15,7 +15,11 @@ from pathlib import Path
 import pytest
 
 import sweep
+from finetuning.command_line import parse_command_line
+from finetuning.common import language
 from finetuning.common.errors import UserError
+from finetuning.runs.directory import RunDirectory
+from finetuning.runs.recorded import RecordedRun
 
 ROOT = Path(sweep.__file__).parent
 
@@ -29,9 +33,32 @@ def test_every_combination_with_every_seed_is_a_run_of_its_own():
     assert len(found) == len({member.folder for member in found}) == 8
     assert found[0].settings == {"learning-rate": "1e-4", "lora-r": "4"}
     arguments = found[-1].arguments(["--max-steps", "3"])
-    assert arguments[:2] == ["--max-steps", "3"]
     for name, value in (("--learning-rate", "3e-4"), ("--lora-r", "16"), ("--seed", "2")):
         assert arguments[arguments.index(name) + 1] == value
+    asked = found[0].arguments(["--max-steps", "3", "--language", "zh"])
+    assert parse_command_line(asked).training.max_steps == 3
+    assert language.current() == "zh", "as the user asks for behind --"
+    language.use("en")
+
+
+@pytest.mark.parametrize(
+    ("status", "is_over"),
+    [
+        ({"status": "completed", "step": 4, "result": "final_model"}, True),
+        ({"status": "stopped", "step": 3, "result": "best_model"}, True),
+        ({"status": "stopped", "step": 3, "reason": "No space left on device"}, False),
+        ({"status": "preempted", "step": 3}, False),
+        ({"status": "failed", "step": 3}, False),
+    ],
+)
+def test_a_run_that_broke_off_goes_on_and_counts_for_nothing(monkeypatch, status, is_over):
+    (member,) = members("lora-r=4")
+    empty = {"medians": {}, "left_out": 0, "seconds": 1.0, "alerts": [], "configuration": {}}
+    place, series = RunDirectory(Path("out"), "run"), {"Eval/Loss": [(3, 2.0)]}
+    run = RecordedRun(directory=place, series=series, status=status, **empty)
+    monkeypatch.setattr(sweep, "recorded", lambda _: run)
+    assert sweep.is_over(member) == is_over
+    assert bool(sweep.rows_of([member])[0].numbers["held-out loss"]) == is_over
 
 
 @pytest.mark.parametrize("words", [(), ("lora-r",), ("lora-r=",), ("=4",), ("--=4",)])
