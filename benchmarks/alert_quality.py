@@ -159,6 +159,7 @@ def _two_kinds(rng: random.Random, easy: int, hard: int, low: float, high: float
             "Training/Loss": loss,
             "Training/By_Source/a.jsonl": loss,
             "Training/Gradient_Norm": norm,
+            "Training/Epoch": step / number,
         }
         values |= {
             "Throughput/Tokens_Seen": float(tokens),
@@ -335,6 +336,25 @@ def early_faults(run: Run) -> Iterator[Case]:
                 run, places[few], explode, expected="Divergence", strength=f"× {times} after {few}",
                 allowed=AROUND_A_RISE, onset=places[few] + 2,
             )  # fmt: skip
+
+
+def spikes_after_an_epoch(run: Run) -> Iterator[Case]:
+    """Single spikes and long gradients once every row has been seen, in the first hundred logged steps."""
+    passed = [row.get("Training/Epoch", 0.0) >= 1.1 for _, row in run.rows]
+    first = max(34, passed.index(True) if True in passed else len(passed))
+    for at in range(first, 95, 20):
+        top, level = usual(run, at, "Training/Loss"), run.rows[at][1]["Training/Loss"]
+        for times in (2, 4):
+
+            def spike(i: int, row: dict, factor: float = times * top / level) -> None:
+                if i == 0:
+                    scaled(row, factor)
+
+            where = f"at row {at}"
+            yield changed(run, at, spike, expected="Loss_Spike", strength=f"× {times} {where}")
+        norm = 15 * usual(run, at, "Training/Gradient_Norm")
+        long = put_once("Training/Gradient_Norm", norm)
+        yield changed(run, at, long, expected="Gradient_Explosion", strength=f"× 15 {where}")
 
 
 def level_rises(run: Run, at: int, percent: float, i: int) -> bool:
@@ -525,6 +545,8 @@ def library(folders: list[Path]) -> list[Case]:
         loss = "GRPO" not in run.name and "resumed" not in run.name and at > 100
         if loss and index % 4 == 0:
             cases += early_faults(run)
+        if loss and index % 3 == 0:
+            cases += spikes_after_an_epoch(run)
         if loss and index % 2:
             cases += [*loss_faults(run, at), *stuck(run, at)]
         if at > 100 and (index % 5 == 0 or "adapters" in run.name or "mixed" in run.name):

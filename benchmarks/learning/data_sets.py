@@ -41,6 +41,7 @@ def write_all(folder: Path, *, share: float = 1.0) -> None:
     fields = ("question", "thinking", "answer")
     _write_split(folder, "crypto", [{f: getattr(s, f) for f in fields} for s in bundled])
     _write_split(folder, "docs", documentation(documents))
+    _write_eighth(folder, "docs")
     thought = word_problems(sums)
     cut = len(thought) // 7  # they are drawn, so that any part is like any other
     for name, records in {
@@ -63,6 +64,14 @@ def _write_split(folder: Path, name: str, records: Sequence[Record]) -> None:
     parts = split_held_out(samples, HELD_OUT)
     for part, indices in zip(("train", "held_out"), parts, strict=True):
         _write(folder / f"{name}.{part}.jsonl", [records[i] for i in indices])
+
+
+def _write_eighth(folder: Path, name: str) -> None:
+    """An eighth of the training samples of a data set, and all that it holds out."""
+    for part, stride in (("train", 8), ("held_out", 1)):
+        lines = (folder / f"{name}.{part}.jsonl").read_text(encoding="utf-8").splitlines(True)
+        kept = "".join(lines[::stride])
+        (folder / f"{name}_eighth.{part}.jsonl").write_text(kept, encoding="utf-8")
 
 
 def _write(path: Path, records: Sequence[Record]) -> None:

@@ -29,6 +29,7 @@ def experiments() -> list[Trial]:
         *replays(),
         *thinking_rates(),
         *thinking_on_a_cpu(),
+        *passes_on_a_cpu(),
     ]
 
 
@@ -134,6 +135,15 @@ def thinking_on_a_cpu() -> Iterator[Trial]:
             yield Trial("cpu_thinking", data, 1, chosen, "cpu_thinker", questions=60)
     slower = settings | {"empty_thinking": "mask", "learning_rate": 3e-4}
     yield Trial("cpu_thinking", "sums_answers", 1, slower, "cpu_thinker", questions=60)
+
+
+def passes_on_a_cpu() -> Iterator[Trial]:
+    """Is it the passes over the data that ask for a small rate, or the samples of an update? One pass over
+    all of docs, and eight over an eighth of it, by as many updates of as many samples; with --light an hour
+    of two processors."""
+    for rate in (1e-3, 3e-4, 3e-3, 1e-4):
+        for data in ("docs", "docs_eighth"):
+            yield Trial("cpu_passes", data, 1, {"learning_rate": rate, "max_seq_length": 320})
 
 
 def shortened(trials: list[Trial], steps: int, questions: int) -> list[Trial]:

@@ -22,7 +22,7 @@ from finetuning.common.language import translated
 from finetuning.common.text import clean_line, table_cell
 from finetuning.events.metric_table import METRICS
 from finetuning.monitoring.advice import ADVICE, advice, ending
-from finetuning.monitoring.detector_memory import KEEP, AlertLimits, DetectorMemory, Finding
+from finetuning.monitoring.detector_memory import KEEP, AlertLimits, DetectorMemory, Finding, finite
 from finetuning.monitoring.detectors import DETECTORS, QUIET, is_watched
 from finetuning.monitoring.saved_memory import check_memory, tried
 
@@ -155,6 +155,7 @@ class AlertMonitor:
                 raised.append(self._alert(name, step, finding, evidence or {}))
             self.memory.active[name] = finding is not None
             self.quiet[name] = 0 if finding else min(QUIET, self.quiet.get(name, QUIET) + 1)
+        self.memory.end_row(step, finite(metrics, "Training/Epoch"))
         return raised
 
     def _alert(self, name: str, step: int, finding: Finding, evidence: Mapping) -> Alert:

@@ -14,6 +14,7 @@ BET = 200.0  # times the stake: one in 200 runs wins as much by chance
 STANDS_OUT = math.log(1.25)  # how far a step lies above the usual to be one of the peaks
 PEAKS = 8  # the highest steps that a tail is measured by
 RARE = 100  # steps among which a kind of rows is expected to be seen, so that it is known
+FEWEST = 31  # logged values, where all rows are known, that say how high a step may be
 
 
 def least_sigmas(values: int, series: int = 1) -> float:
@@ -41,17 +42,27 @@ def too_high(before: int, after: Sequence[float], usual: float) -> bool:
     return ordered or (many >= 3 and math.prod(x / usual for x in after) >= BET)
 
 
-def news_above(memory: DetectorMemory, name: str, log: float, level: float, least: float) -> float:
+def news_above(
+    memory: DetectorMemory,
+    name: str,
+    log: float,
+    level: float,
+    least: float,
+    *,
+    all_seen: bool = False,
+) -> float:
     """The log that a step must exceed to be higher than rare rows have made a step; takes the step in.
 
-    `level`: the log of what is usual; `least`: how far above it a step may be news. Steps half as far, and a
+    `level`: the log of what is usual; `least`: how far above it a step may be news; `all_seen`: whether the
+    steps before this one have shown every row (`shown_all`). Steps half as far, and a
     quarter, above it are known by their logs and by how far they rose above the level of their time. A step
     is no news unless it lies above both tails (`above_tail`): 1% of false alarms each time that the length
     of a run doubles.
 
     By the rule of succession (Laplace 1774) a step as high as k of n earlier ones has the chance
     (k + 1) / (n + 2): it must be under 1 in 100, so that none may be as high until n = 198, and one from then
-    on. inf before n = 98. Of one row a step, rows with a share p are taken for news by chance in
+    on. inf before n = 98; where all rows are seen, before n = 31, as none is of an unknown kind then. In a
+    first epoch that goes on, of one row a step, rows with a share p are taken for news by chance in
     (1-p)^98 + (1-p)^197 (1 + 196 p) of the runs: 0.7% for p = 5%, under 0.01% for 10%, but 18% for 2%: what
     is so rare is told once or twice.
     """
@@ -61,7 +72,7 @@ def news_above(memory: DetectorMemory, name: str, log: float, level: float, leas
     if rise > max(least / 2, STANDS_OUT):
         for what, known, value in (("logs", logs, log), ("rises", rises, rise)):
             memory.series[f"{what} {name}"] = sorted([*known, value], reverse=True)[:PEAKS]
-    if count < RARE - 1:
+    if count < (FEWEST if all_seen else RARE - 1):
         return math.inf
     place = 0 if count < 2 * RARE - 1 else 1
     if len(logs) <= place:

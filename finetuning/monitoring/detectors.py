@@ -15,7 +15,7 @@ QUIET = 10  # logged steps that a trouble must be away before it is news again
 
 # Tags that a detector looks at.
 _WATCHED = re.compile(
-    r"Training/(Loss|Gradient_Norm|Learning_Rate|Token_Accuracy)|Eval/By_Source/.+"
+    r"Training/(Epoch|Loss|Gradient_Norm|Learning_Rate|Token_Accuracy)|Eval/By_Source/.+"
     r"|Training/By_(Source/|Difficulty_|Category/).+|Throughput/Tokens_Seen"
     r"|Eval/(Loss|Think_Length_Ratio|Format_Valid_Rate)|LoRA/[^/]+/Update_Ratio"
     r"|Throughput/(?:Step_)?(?:Seconds[_/])?(?:Data|Forward_Backward|Optimizer|Logging)(?:_Seconds)?"

@@ -34,7 +34,9 @@ def gradient_explosion(memory: DetectorMemory, metrics: Mapping) -> Verdict:
     log = math.log(norm)
     memory.remember("log_gradient", log)
     centre, least = median(before or [log]), math.log(memory.limits.gradient_ratio)
-    limit = max(least, news_above(memory, "gradient", log, centre, least) - centre)
+    all_seen = memory.shown_all(norms=int(memory.marks.get("seen gradient", 0)))
+    news = news_above(memory, "gradient", log, centre, least, all_seen=all_seen)
+    limit = max(least, news - centre)
     if log - centre <= limit or rows <= least:
         return None  # nearly always, so what costs more comes later
     scale = 1.4826 * max(0.1, median(abs(x - centre) for x in before))
@@ -75,11 +77,14 @@ def loss_spike(memory: DetectorMemory, metrics: Mapping) -> Verdict:
     before, z, ratio = losses[-31:], memory.limits.spike_z, memory.limits.spike_ratio
     usual = median(before[-7:] or [loss])
     low = sorted(before or [loss])[len(before) // 4]  # of easy rows, though up to 3 of 4 are hard
-    least = math.exp(news_above(memory, "loss", _log(loss), _log(low), math.log(ratio)))
-    if loss <= least or rows <= math.log(ratio):
+    height = math.log(ratio)
+    all_seen = memory.shown_all()
+    news = news_above(memory, "loss", _log(loss), _log(low), height, all_seen=all_seen)
+    least = math.exp(news)
+    if loss <= least or rows <= height:
         return None  # nearly always, so what costs more comes later
-    known = _known_rise(memory, math.log(ratio) / 2)
-    rise = max(math.log(ratio), known or 0.0)
+    known = _known_rise(memory, height / 2)
+    rise = max(height, known or 0.0)
     if rows <= rise:
         return None
     limit = usual * max(ratio, math.exp(z * log_noise(before)))

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from finetuning.monitoring.alerts import AlertMonitor
 from finetuning.monitoring.chances import above_tail, least_sigmas, news_above, too_high
 from finetuning.monitoring.detector_memory import KEEP, AlertLimits, DetectorMemory
 from finetuning.monitoring.loss_detectors import divergence
@@ -74,3 +75,47 @@ def test_what_was_as_high_before_is_no_news():
     logs = [1.0 if step in (150, 250, 300) else 0.0 for step in range(1, 400)]
     news = [s for s, x in enumerate(logs, 1) if x > news_above(memory, "loss", x, 0.0, 0.2)]
     assert news == [150, 250]
+
+
+def test_a_step_is_news_early_where_every_row_has_been_seen():
+    """After 31 values instead of 98, but not if it was as high in the epoch that has shown all."""
+    for before, news in ((None, [40]), (10, [])):
+        memory = DetectorMemory(AlertLimits(), {})
+        logs = [1.0 if step in (before, 40) else 0.0 for step in range(1, 80)]
+        limits = [
+            news_above(memory, "loss", x, 0.0, 0.2, all_seen=s > 20) for s, x in enumerate(logs, 1)
+        ]
+        assert [s for s, x in enumerate(logs, 1) if x > limits[s - 1]] == news
+        assert limits[29] == math.inf and limits[30] < math.inf
+
+
+@pytest.mark.parametrize("first", [0.05, 1, 0])
+def test_an_epoch_after_the_first_logged_step_has_shown_every_row(first):
+    """Epochs as a share, counted from 1, and counted from 0."""
+    memory = DetectorMemory(AlertLimits(), {})
+    assert not memory.shown_all()
+    memory.end_row(10, first)
+    memory.end_row(200, first + 0.99)
+    assert not memory.shown_all()
+    memory.end_row(210, first + 1)
+    assert memory.shown_all()
+    assert memory.shown_all(norms=210) and not memory.shown_all(norms=21)  # one of ten steps
+    memory.end_row(220, None)
+    assert memory.shown_all()
+
+
+def test_a_spike_in_the_second_epoch_is_told_before_a_hundred_losses():
+    rng = np.random.default_rng(0)
+    losses = [1 + 0.05 * rng.normal() for _ in range(90)]
+    losses[60] = 3.0
+    for length, expected in ((40, [60]), (200, [])):
+        monitor = AlertMonitor()
+        raised = [
+            step
+            for step, loss in enumerate(losses)
+            for alert in monitor.observe(
+                step, {"Training/Loss": loss, "Training/Epoch": (step + 1) / length}
+            )
+            if alert.name == "Loss_Spike"
+        ]
+        assert raised == expected
