@@ -168,12 +168,12 @@ class DirectTrainer:
         while self.state.step < plan.num_steps and not self.outcome:
             step = self.state.step + 1
             last = step == plan.num_steps
-            evaluates = last or due(step, self.plan.eval_steps)
+            evaluates = last or due(step, self.plan.settings["eval_steps"])
             result = self.update(step, evaluates=evaluates)
 
             saves = self.log_late() or last or self.checkpoints.is_due(step)
             epoch_ends = last or step % plan.steps_per_epoch == 0
-            logs = last or due(step, self.plan.logging_steps)
+            logs = last or due(step, self.plan.settings["logging_steps"])
             must_collect = evaluates or saves or epoch_ends or self.interrupted or self.outcome
             if logs and self.logs_late and not must_collect:
                 self.unlogged = result  # its numbers are read once the next step is queued
@@ -211,7 +211,7 @@ class DirectTrainer:
         """
         state, clock, config = self.state, self.metrics.clock, self.config
         planned, steps = self.plan.steps[step], self.plan.steps.num_steps
-        learning_rate = learning_rate_at(step, steps, config, trains_all=not config.lora_r)
+        learning_rate = learning_rate_at(step, steps, self.plan.settings["learning_rate"], config)
         sums, self.interrupted = self.engine.forward_backward(
             planned, self.plan.data.train.tokens, clock, state, lambda: bool(self.stop.name)
         )

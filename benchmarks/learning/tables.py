@@ -80,6 +80,23 @@ def by_rate(results: Sequence[Result], groups: Callable[[Result], str], title: s
     return markdown(title, ["", "before", *(f"{rate:g}" for rate in rates)], rows)
 
 
+def by_passes(results: Sequence[Result]) -> str:
+    """Held-out loss, a row a data set and a column a rate; the best is bold."""
+    rates = sorted({setting(r, "learning_rate") for r in results})
+    rows = []
+    for data in dict.fromkeys(r["trial"]["data"] for r in results):
+        mine = of(results, "cpu_passes", data=data)
+        losses = {setting(r, "learning_rate"): held_out(r) for r in mine}
+        cells = [f"{losses[rate]:.3f}" if rate in losses else "" for rate in rates]
+        best = f"{min(losses.values()):.3f}"
+        cells = [f"**{cell}**" if cell == best else cell for cell in cells]
+        first = mine[0]
+        passes, before = first["facts"]["epochs"], first["before"]["Eval/Loss"]
+        rows.append([f"cpu_passes {data}", f"{passes:.1f}", f"{before:.3f}", *cells])
+    header = ["data", "passes", "before", *(f"{rate:g}" for rate in rates)]
+    return markdown("Passes: held-out loss", header, rows)
+
+
 def group_of(result: Result) -> str:
     """Data set, seed and what else is set."""
     trial, hidden = result["trial"], ("learning_rate",)
@@ -92,7 +109,8 @@ def group_of(result: Result) -> str:
 def gauge_fit(results: Sequence[Result], text: str) -> dict[str, float]:
     """How well KL on general text tells the change of the loss on another: R² of a quadratic, and of a
     line in the root of KL."""
-    pairs = [(kl(r), r["after"][text] - r["before"][text]) for r in results]
+    measured = (r for r in results if text in r["after"])  # not by --light
+    pairs = [(kl(r), r["after"][text] - r["before"][text]) for r in measured]
     points = np.array([pair for pair in pairs if all(map(math.isfinite, pair))])
     if len(points) < 4:
         return {}
@@ -161,6 +179,7 @@ def main() -> None:
         by_rate(of(results, "updates"), group_of, "Fewer and more updates"),
         by_rate(of(results, "batch"), group_of, "Samples per update"),
         by_rate(of(results, "rank"), group_of, "Ranks"),
+        by_passes(of(results, "cpu_passes")),
         markdown("Anchor", header, simple_rows(of(results, "anchor"), group_of_anchor)),
         markdown("Replay", header, simple_rows(of(results, "replay"), group_of_anchor)),
         markdown(

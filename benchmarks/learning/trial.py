@@ -193,7 +193,7 @@ def train(engine: TrainingEngine, plan: RunPlan, config: DirectTrainingConfig) -
     ends: dict[str, list] = {"First": [], "Last": []}
     for step in range(1, steps.num_steps + 1):
         sums, _ = engine.forward_backward(steps[step], tokens, clock, state, lambda: False)
-        rate = learning_rate_at(step, steps.num_steps, config, trains_all=not config.lora_r)
+        rate = learning_rate_at(step, steps.num_steps, plan.settings["learning_rate"], config)
         engine.update(rate, max_grad_norm=config.max_grad_norm)
         state.step = step
         found = [s.per_document.sum((0, 1)) for _, s in sums]
@@ -214,7 +214,7 @@ def facts(plan: RunPlan, engine: TrainingEngine) -> Numbers:
         "updates": updates,
         "tokens_per_update": steps.num_tokens / steps.steps_per_epoch,
         "samples_per_update": documents / steps.steps_per_epoch,
-        "epochs": steps.fractional_epoch(updates),
+        "epochs": steps.passes,
         "samples": documents,
         "held_out": len(plan.data.held_out),
         "left_out": len(plan.data.train.tokens.truncation.dropped),

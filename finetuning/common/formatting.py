@@ -30,6 +30,11 @@ def four_digits(value: Any, unknown: str = UNKNOWN) -> str:
     return value if isinstance(value, str) else f"{value:.4g}"
 
 
+def two_digits(value: float) -> float:
+    """The nearest number of two digits, as a setting is written."""
+    return float(f"{value:.2g}")
+
+
 def grouped(value: float | None, digits: int = 2) -> str:
     """With commas between thousands; a number that is not whole with so many decimals."""
     if value is None:

@@ -135,6 +135,11 @@ class StepPlan:
         return step / self.steps_per_epoch
 
     @property
+    def passes(self) -> float:
+        """Passes over the data of the whole plan."""
+        return self.fractional_epoch(self.num_steps)
+
+    @property
     def constant_shape(self) -> dict[str, int]:
         """Arguments of `build_batch` that give every micro-batch of the plan one shape."""
         # The attention kernel starts a block for every 128 tokens that a document may have, of each that

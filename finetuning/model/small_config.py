@@ -62,9 +62,7 @@ def small_configs(config: Any, longest: int, row: int = 0) -> Iterator[Any]:
     row. Limits that none reaches stay out of reach. Numbers that do not fit each other are tried and passed
     over. Raises ValueError if all are.
     """
-    text = config.get_text_config(decoder=True)
-    hidden = getattr(text, "hidden_size", None) or getattr(text, "d_model", None) or 1024
-    best = 1
+    hidden, best = hidden_size(config) or 1024, 1
     while hidden % (2 * best) == 0 and hidden // (2 * best) >= _HIDDEN:
         best *= 2
     divisors = [best, 2 * best, 4 * best]
@@ -81,6 +79,13 @@ def small_configs(config: Any, longest: int, row: int = 0) -> Iterator[Any]:
         yield small
     if len(refusals) == len(divisors):
         raise ValueError(f"no smaller numbers fit each other: {refusals[-1]}") from refusals[-1]
+
+
+def hidden_size(config: Any) -> int:
+    """Width of the text model's hidden states, under whatever name transformers knows it by; 0: nothing."""
+    text = config.get_text_config(decoder=True)
+    sizes = (getattr(text, name, None) for name in ("hidden_size", "d_model", "n_embd"))
+    return next((size for size in sizes if _is_int(size) and size > 0), 0)
 
 
 def is_layer_count(name: str) -> bool:

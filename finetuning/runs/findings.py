@@ -13,15 +13,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetuning.common.formatting import four_digits
-from finetuning.config import DirectTrainingConfig, OptimizerSettings
+from finetuning.common.formatting import four_digits, two_digits
+from finetuning.config import DirectTrainingConfig
 from finetuning.runs.before_after import Measured, changes
 from finetuning.runs.course import Course
 from finetuning.runs.own_command import PROGRAM, command, option
 from finetuning.runs.question_pairs import QuestionPairs
 from finetuning.runs.recorded import RecordedRun
 from finetuning.runs.source_finding import without_source, worse_source
-from finetuning.training.peak_rate import peak_rate
+from finetuning.training.peak_rate import HIGHEST_RATE
 
 MOST = 5
 RISEN = 0.02  # of the held-out loss above its best, as a share, from which it is worth a word
@@ -82,23 +82,21 @@ def _rate(run: RecordedRun) -> float | None:
     return rate if isinstance(rate, float) else run.highest("Training/Learning_Rate")
 
 
-def _own_rate(run: RecordedRun) -> float:
-    """The learning rate that the program would choose for this run."""
-    updates = max(1, run.configuration.get("steps") or run.steps)
-    return peak_rate(OptimizerSettings(), updates, trains_all=not _setting(run, "lora_r"))
+def _own_rate(run: RecordedRun) -> float | None:
+    """The learning rate that the program would choose for this run; None: an earlier version's record, which
+    does not hold it."""
+    return run.configuration.get("automatic_learning_rate")
 
 
 def _lower(run: RecordedRun, rate: float) -> float:
-    """A third of the rate; the program's own where that is still lower."""
-    return _two_digits(min(rate / 3, _own_rate(run)))
-
-
-def _two_digits(value: float) -> float:
-    return float(f"{value:.2g}")
+    """A third of the rate; the program's own, or else the highest that it has, where that is still lower."""
+    return two_digits(min(rate / 3, _own_rate(run) or HIGHEST_RATE))
 
 
 def _rates(run: RecordedRun, rate: float) -> str:
-    return f"the learning rate was {rate:.3g}, the program's own is {_own_rate(run):.3g}."
+    own = _own_rate(run)
+    beside = f", the program's own is {own:.3g}" if own else ""
+    return f"the learning rate was {rate:.3g}{beside}."
 
 
 def _shorter(run: RecordedRun, step: int) -> dict[str, Any]:
@@ -108,7 +106,7 @@ def _shorter(run: RecordedRun, step: int) -> dict[str, Any]:
         return {"max_steps": step} if 0 < step < steps else {}
     epochs, made = _setting(run, "num_epochs"), run.last("Training/Epoch")
     made = made or (epochs if isinstance(epochs, float) else 0)
-    fewer = _two_digits(made * step / max(run.steps, 1))
+    fewer = two_digits(made * step / max(run.steps, 1))
     return {"num_epochs": fewer} if 0 < fewer < made else {}
 
 
@@ -259,8 +257,9 @@ def overfitted(run: RecordedRun) -> NextStep | None:
 def hardly_learned(run: RecordedRun) -> NextStep | None:
     """The loss is where it was all the time. The learning rate is the reason where it is far from the
     program's own."""
-    course, rate, held_out = _course(run), _rate(run), list(run.finite("Eval/Loss").values())
-    if course is None or rate is None or not run.is_complete or _is_troubled(run):
+    course, held_out = _course(run), list(run.finite("Eval/Loss").values())
+    rate, own = _rate(run), _own_rate(run)
+    if course is None or rate is None or not own or not run.is_complete or _is_troubled(run):
         return None
     starts = [course.early, *[course.first] * course.first.differs_from(course.early)]
     fall = 1 - course.end.value / course.early.value
@@ -274,7 +273,6 @@ def hardly_learned(run: RecordedRun) -> NextStep | None:
         f"The training loss went from {course.early.text} to {course.end.text}, a change of {change:+.1f}%; "
         f"{_rates(run, rate)}"
     )
-    own = _two_digits(_own_rate(run))
     if own / NEAR < rate < own * NEAR:
         title = "The run has hardly learned, at a usual learning rate: look at the data."
         return NextStep(title, evidence, f"{command(run)} --check-data")

@@ -1,7 +1,7 @@
 """All that is decided about a run before its weights are loaded: data, tokens, steps, memory."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,8 @@ from finetuning.model.resolve import (
     resolve_model,
     weight_dtype,
 )
-from finetuning.model.row_proof import RowProof, proven_way
+from finetuning.model.row_proof import RowProof, configuration, proven_way
+from finetuning.model.small_config import hidden_size
 from finetuning.readers.sample import NothingLeftError
 from finetuning.runs.identity import (
     check_ranks,
@@ -57,6 +58,7 @@ from finetuning.runs.passes import (
 )
 from finetuning.runs.placement import placement_of
 from finetuning.runs.probing import Probing, plan_probes
+from finetuning.runs.resolved_settings import automatic_settings, resolved_settings
 from finetuning.runs.sequence_length import Fits, SequenceLength, fits_here, model_positions
 from finetuning.training.engine import Execution
 from finetuning.training.forecast import (
@@ -65,7 +67,7 @@ from finetuning.training.forecast import (
     forecast,
 )
 from finetuning.training.memory_estimate import free_memory, model_shape
-from finetuning.training.peak_rate import peak_rate
+from finetuning.training.peak_rate import automatic_rate
 
 MIN_CONSTANT_EFFICIENCY = 0.6  # of what compiled layers would go through, what is no padding
 
@@ -81,6 +83,7 @@ class RunData:
     accounts: tuple[Accounts, ...]  # what became of all that was read
     length: SequenceLength  # that samples may have, and why
     positions: int  # tokens that the model's configuration says it takes; `NO_LIMIT`: any number
+    hidden_size: int  # of the text model; 0: its configuration does not say it
 
     @cached_property
     def statistics(self) -> DatasetStatistics:
@@ -98,8 +101,8 @@ class RunData:
 class RunPlan:
     """What a run will do. Two plans of the same settings and data are equal on all ranks.
 
-    settings: every setting as it is used; identity: what a checkpoint must share with the run that
-    resumes it.
+    settings: every setting as it is used, eval_steps 0 for none between the first and the last evaluation;
+    identity: what a checkpoint must share with the run that resumes it.
     """
 
     inputs: RunData
@@ -112,8 +115,7 @@ class RunPlan:
     groups: tuple[Groups, Groups]  # of the training and of the held-out documents
     probing: Probing  # what the evaluations ask
     automatic: tuple[str, ...]  # settings that were left at auto, `settings` has what they became
-    eval_steps: int  # steps between evaluations; 0: only before the first step and at the end
-    logging_steps: int  # steps between logged points
+    automatic_rate: float  # the learning rate that auto is, also where another one was set
     identity: Mapping[str, Any]
     execution: Execution
     rows: RowProof  # whether packed rows are right for the model, else why not
@@ -166,10 +168,10 @@ def plan_run(
     (checkpointing,) = dist.any(estimate.checkpointing)  # all ranks alike
     shape = steps.constant_shape if compiled else {}
     execution = execution_of(config, rows, parallel, dtype, shape, checkpointing)
-    settings |= probing.settings(config.best_by)
-    logging_steps = steps_between_points(config, steps.num_steps)
-    points = {"eval_steps": eval_steps, "logging_steps": logging_steps}
-    settings |= points | resolved_settings(config, dist, execution, steps)
+    settings |= probing.settings(config.best_by) | {"eval_steps": eval_steps}
+    settings["logging_steps"] = steps_between_points(config, steps.num_steps)
+    own_rate = automatic_rate(inputs.hidden_size, steps.passes, trains_all=not config.lora_r)
+    settings |= resolved_settings(config, dist, execution, steps, own_rate)
     return RunPlan(
         inputs=inputs,
         settings=settings,
@@ -179,7 +181,7 @@ def plan_run(
         groups=groups_of(data),
         probing=probing,
         automatic=automatic,
-        **points,
+        automatic_rate=own_rate,
         identity=run_identity,
         execution=execution,
         rows=rows,
@@ -217,11 +219,6 @@ def plan_evaluations(
     for doubt in probing.doubts(config, len(held_out)):
         warn(doubt)
     return eval_steps, probing
-
-
-def automatic_settings(config: DirectTrainingConfig) -> tuple[str, ...]:
-    """Names of the settings that are left to the program."""
-    return tuple(f.name for f in fields(config) if getattr(config, f.name) == "auto")
 
 
 def execution_of(
@@ -298,25 +295,6 @@ def check_passes(
         )
 
 
-def resolved_settings(
-    config: DirectTrainingConfig, dist: Distributed, execution: Execution, steps: StepPlan
-) -> dict[str, Any]:
-    """What was left to the program, or is overridden by another setting, as it is used."""
-    precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[execution.dtype]
-    counted = config.max_steps or config.num_epochs == "auto"
-    made = steps.fractional_epoch(steps.num_steps)
-    epochs = (round(made, 2) or made) if counted else config.num_epochs
-    return {
-        "device": dist.device.type if config.device == "auto" else config.device,
-        "precision": precision if config.precision == "auto" else config.precision,
-        "num_epochs": epochs,
-        "learning_rate": peak_rate(config, steps.num_steps, trains_all=not config.lora_r),
-        "parallel": execution.parallel,
-        "compile": "on" if execution.batch_shape else "off",
-        "gradient_checkpointing": "on" if execution.gradient_checkpointing else "off",
-    }
-
-
 def load_data(
     config: DirectTrainingConfig,
     dist: Distributed,
@@ -351,12 +329,13 @@ def load_data(
             check_base(Path(config.init_adapter), model, contents, terminal.warning)
     tokenize = partial(prepare_data, split, tokenizer, workers=workers, cache_dir=config.cache_path)
     positions = model_positions(config, model)
+    hidden = hidden_size(configuration(model.path, model.trust_remote_code))
     fits = fits_here(config, model, dist)
     data, length = tokenized(config, positions, tokenize, dist, terminal, pinned or {}, fits)
     accounts = accounts_of(data, config)
     for account in accounts:
         account.check(config.max_broken_fraction)
-    return RunData(model, tokenizer, contents, data, accounts, length, positions)
+    return RunData(model, tokenizer, contents, data, accounts, length, positions, hidden)
 
 
 def tokenized(

@@ -199,6 +199,7 @@ class _Configuration(TypedDict, total=False):
 
     config: dict[str, Any]
     automatic: list[str]
+    automatic_learning_rate: float
     model: dict[str, Any]
     steps: int
     changes: list[str]

@@ -24,6 +24,7 @@ from finetuning.runs.model_card import CARD, model_card
 from finetuning.runs.plan import RunPlan
 from finetuning.runs.result import FINAL, why_best
 from finetuning.training.engine import TrainingEngine
+from finetuning.training.peak_rate import USUAL_HIDDEN_SIZE
 from finetuning.training.state import TrainState
 
 PACKAGES = ("torch", "transformers", "peft", "tensorboard", "datasets", "nvidia-ml-py", "numpy")
@@ -76,7 +77,7 @@ def run_rows(plan: RunPlan, engine: TrainingEngine, dist: Distributed) -> list[t
         ("tokens per epoch", f"{steps.num_tokens:,}"),
         ("steps", _steps_text(plan)),
         ("learning rate", _rate_text(plan)),
-        ("logged", _logged(plan.logging_steps)),
+        ("logged", _logged(plan.settings["logging_steps"])),
         ("questions", plan.probing.text()),
         ("best model", plan.best_text),
         (
@@ -100,13 +101,17 @@ def _steps_text(plan: RunPlan) -> str:
 
 def _rate_text(plan: RunPlan) -> str:
     """The peak and, where it was left to the program, why."""
-    rate, updates = f"{plan.settings['learning_rate']:.3g}", plan.steps.num_steps
     if "learning_rate" not in plan.automatic:
-        return rate
+        return f"{plan.settings['learning_rate']:.3g}"
+    rate, updates = f"{plan.automatic_rate:.1e}", plan.steps.num_steps
+    size, passes = plan.inputs.hidden_size, plan.steps.passes
+    known = f"{size:,}" if size else f"{USUAL_HIDDEN_SIZE:,}, as the model's own is not known,"
+    often = f"{passes:.1f}" if passes >= 0.1 else f"{passes:.1g}"
     share = "" if plan.settings["lora_r"] else ", a tenth as all weights are trained"
     longer = "more --max-steps" if plan.settings["max_steps"] else "more --num-epochs"
     few = f"; {updates} updates are few, {longer} teach more" * (updates < FEW_UPDATES)
-    return f"{rate} (auto, for {updates} updates{share}{few})"
+    why = f"for a hidden size of {known} and {often} passes over the data"
+    return f"{rate} (auto, {why}{share}{few})"
 
 
 def _logged(steps: int) -> str:
@@ -259,6 +264,7 @@ def configuration(
     return {
         "config": dict(plan.settings),
         "automatic": list(plan.automatic),
+        "automatic_learning_rate": plan.automatic_rate,
         **({"changes": list(changes)} if changes else {}),
         "model": dict(model),
         "steps": plan.steps.num_steps,

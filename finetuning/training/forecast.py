@@ -296,7 +296,7 @@ class Workload:
             ("samples", f"{len(self.lengths):,} an epoch, {len(self.held_out.lengths):,} held out"),
             ("tokens", f"{plan.num_tokens:,} an epoch, {self.num_targets:,} of them supervised"),
             ("steps", f"{plan.num_steps:,} ({plan.steps_per_epoch:,} an epoch)"),
-            ("epochs", f"{plan.fractional_epoch(plan.num_steps):.4g}"),
+            ("epochs", f"{plan.passes:.4g}"),
             ("rows", f"{plan.num_rows:,} of {full}"),
             ("checkpoints", f"{'up to ' * automatic}{checkpoints:,}; at most {kept:,} are kept"),
             ("evaluations", _evaluations_text(self.num_evaluations, self.eval_steps)),

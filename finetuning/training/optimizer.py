@@ -16,7 +16,6 @@ from finetuning.data.token_table import TokenizedSamples
 from finetuning.model import parallel
 from finetuning.model.loss import LossSums
 from finetuning.training.captured_step import StaticStep
-from finetuning.training.peak_rate import peak_rate
 from finetuning.training.step_clock import StepClock
 
 MicroBatchSums = list[
@@ -163,12 +162,12 @@ def build_optimizer(
     )
 
 
-def learning_rate_at(
-    step: int, num_steps: int, settings: OptimizerSettings, *, trains_all: bool = False
-) -> float:
-    """Linear warmup to the peak, then `cosine`, `linear` or `constant`; step 1 is above zero."""
-    peak, lowest = peak_rate(settings, num_steps, trains_all=trains_all), settings.min_lr_ratio
-    warmup = math.ceil(settings.warmup_ratio * num_steps - 1e-6)
+def learning_rate_at(step: int, num_steps: int, peak: float, settings: OptimizerSettings) -> float:
+    """Linear warmup to `peak`, then `cosine`, `linear` or `constant`; step 1 is above zero.
+
+    peak: the learning rate as set, or as resolved by the plan.
+    """
+    warmup, lowest = math.ceil(settings.warmup_ratio * num_steps - 1e-6), settings.min_lr_ratio
     if step <= warmup:
         return peak * step / warmup
     progress = (step - 1 - warmup) / max(1, num_steps - warmup)

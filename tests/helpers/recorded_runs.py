@@ -44,6 +44,8 @@ def recorded(folder: Path, files: dict):
     configuration = {"config": files["settings"], "steps": 200, "model": files.get("model", {})}
     configuration["automatic"] = files.get("automatic", [])
     configuration["held_out_samples"] = files.get("held_out", {})
+    if own := files.get("own_rate", 3e-4):  # else a record of an earlier version
+        configuration["automatic_learning_rate"] = own
     (run.logs / "configuration.json").write_text(json.dumps(configuration))
     return read_recorded(run)
 

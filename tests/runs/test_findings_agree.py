@@ -6,6 +6,7 @@ uv run pytest tests/runs/test_findings_agree.py
 import json
 import math
 import os
+import re
 import shlex
 from pathlib import Path
 
@@ -112,6 +113,17 @@ def test_a_flat_run_is_judged_by_the_rule_of_the_program(tmp_path, rate, words, 
     assert parsed.training.learning_rate == pytest.approx(wanted or rate)
     for text in (found.title, found.evidence):
         assert language.in_chinese(text) != text
+
+
+def test_of_an_earlier_record_nothing_is_said_that_needs_the_programs_own_rate(tmp_path):
+    flat = course(healthy(), lambda s: (3 - s / 4000) * noise(s)) | {"own_rate": None}
+    flat["settings"]["learning_rate"] = 5.0
+    assert titles(tmp_path / "flat", flat) == []
+    worse = course(healthy(), lambda s: (1.2 + 0.3 * s / 200) * noise(s)) | {"own_rate": None}
+    (found,) = findings(recorded(tmp_path / "worse", worse))
+    assert found.title == MADE_WORSE and found.evidence.endswith("the learning rate was 0.0003.")
+    assert found.changes == {"learning_rate": 1e-4}, "a third of its own"
+    assert not re.search("[a-z]+ [a-z]+", language.in_chinese(found.evidence))
 
 
 @pytest.mark.parametrize(
@@ -329,6 +341,7 @@ RECORDS = st.fixed_dictionaries(
         "alerts": st.lists(st.sampled_from([*NAMES, "Forgetting"]), max_size=5),
         "general": st.sampled_from([-0.1, 0.0, 0.3]),
         "rate": st.sampled_from([1e-6, 3e-4, 1e-3, 5.0]),
+        "own_rate": st.sampled_from([3e-4, 8.3e-4, None]),
         "max_steps": st.sampled_from([0, 200]),
         "lora_r": st.sampled_from([0, 16]),
         "status": st.sampled_from([*["completed"] * 8, *NOT_OVER, "stopped"]),
@@ -358,6 +371,7 @@ def generated(known: dict) -> dict:
     ]
     files["settings"] |= {name: known[name] for name in ("max_steps", "lora_r")}
     files["settings"] |= {"learning_rate": known["rate"], "max_seq_length": 2048}
+    files["own_rate"] = known["own_rate"]
     files["dataset"] = {"total_samples": 100}
     files["truncation"] = {"dropped": [f"sample {n}" for n in range(known["dropped"])]}
     result = {"result": "final_model"} if known["status"] in ("completed", "stopped") else {}
@@ -382,6 +396,7 @@ def test_of_any_record_findings_agree_with_it_and_with_each_other(tmp_path_facto
     for one in found:
         assert language.in_chinese(one.title) != one.title
         assert language.in_chinese(one.evidence) != one.evidence
+        assert known["own_rate"] or not re.search("program's own|None|hardly", str(one))
         parsed = vars(parse_command_line(shlex.split(one.command)[4:]).training)
         changed = {name for name in own if parsed[name] != own[name]}
         (words,) = [words for words in SETTING if words in one.title]

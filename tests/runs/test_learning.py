@@ -4,6 +4,7 @@ uv run pytest -m "not long" tests/runs/test_learning.py
 """
 
 import json
+import math
 import random
 import re
 from pathlib import Path
@@ -22,6 +23,7 @@ from benchmarks.learning.trial import (
     run_trial,
     with_replay,
 )
+from finetuning.training.peak_rate import automatic_rate
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "learning.jsonl"
 
@@ -101,6 +103,54 @@ def test_the_kept_results_say_what_the_documents_say(capsys, monkeypatch):
     fit = json.loads(text.splitlines()[-1])["gauge"]["Unseen_General_Loss"]
     assert fit["runs"] >= 12 and fit["R2_quadratic"] > 0.9
     assert f"{fit['R2_quadratic']:.3f}" in recipes and f"{fit['runs']} runs" in recipes
+
+
+def test_the_automatic_rate_is_that_of_the_trials_it_rests_on():
+    """Of the rates whose general text stays within 0.5% of the base's, the one of the lowest loss, as near as
+    the tried rates are; docs/recipes.md cites them."""
+    recipes = (RESULTS.parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    for data in ("crypto", "docs"):
+        trials = tables.of(tables.read(RESULTS), "rate", data=data)
+        kept = [
+            r
+            for r in trials
+            if r["after"]["Unseen_General_Loss"] <= 1.005 * r["before"]["Unseen_General_Loss"]
+        ]
+        best = tables.setting(min(kept, key=tables.held_out), "learning_rate")
+        rate = automatic_rate(576, trials[0]["facts"]["epochs"], trains_all=False)
+        others = [tables.setting(r, "learning_rate") for r in trials]
+        assert min(others, key=lambda other: abs(math.log(other / rate))) == best
+        assert f"{rate:.1e}".replace("e-0", "e-") in recipes
+
+
+def test_results_of_light_trials_are_shown_by_passes(tmp_path, capsys, monkeypatch):
+    """They have no loss on general text."""
+    lines = [
+        {
+            "trial": {
+                "experiment": "cpu_passes",
+                "data": data,
+                "model": "base",
+                "settings": {"learning_rate": rate},
+            },
+            "name": f"{data} {rate}",
+            "before": {"Eval/Loss": 3.2},
+            "after": {"Eval/Loss": loss},
+            "facts": {"epochs": passes},
+        }
+        for data, passes, rate, loss in [
+            ("docs", 1.0, 1e-3, 2.5),
+            ("docs", 1.0, 3e-4, 2.6),
+            ("docs_eighth", 8.52, 1e-3, 4.5),
+        ]
+    ]
+    path = tmp_path / "light.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    monkeypatch.setattr("sys.argv", ["tables", str(path)])
+    tables.main()
+    said = capsys.readouterr().out
+    assert "| cpu_passes docs | 1.0 | 3.200 | 2.600 | **2.500** |" in said
+    assert "| cpu_passes docs_eighth | 8.5 | 3.200 |  | **4.500** |" in said
 
 
 @pytest.mark.slow

@@ -19,14 +19,13 @@ from finetuning.training.optimizer import (
     learning_rate_at,
     update_weights,
 )
-from finetuning.training.peak_rate import peak_rate
 
-COSINE = OptimizerSettings(learning_rate=1.0, lr_schedule="cosine", warmup_ratio=0.1)
+COSINE = OptimizerSettings(lr_schedule="cosine", warmup_ratio=0.1)
 
 
 def rates(num_steps: int, **options: object) -> list[float]:
     settings = replace(COSINE, **options)
-    return [learning_rate_at(step, num_steps, settings) for step in range(1, num_steps + 1)]
+    return [learning_rate_at(step, num_steps, 1.0, settings) for step in range(1, num_steps + 1)]
 
 
 def test_warmup_starts_above_zero_and_reaches_the_peak():
@@ -125,23 +124,6 @@ def test_what_the_compiler_raises_is_told_from_other_errors():
             function(torch.ones(2))
         assert is_compiler_error(caught.value) and not is_out_of_memory(caught.value)
     assert not is_compiler_error(RuntimeError("size mismatch"))
-
-
-@pytest.mark.parametrize(
-    ("updates", "rate"), [(1, 1e-3), (40, 1e-3), (90, 5e-4), (150, 3e-4), (20_000, 3e-4)]
-)
-def test_the_automatic_rate_is_higher_in_short_runs_and_a_tenth_for_all_weights(updates, rate):
-    """0.045 over the updates between its ends, by hand."""
-    settings = OptimizerSettings()
-    assert peak_rate(settings, updates, trains_all=False) == pytest.approx(rate)
-    assert peak_rate(settings, updates, trains_all=True) == pytest.approx(rate / 10)
-    own = OptimizerSettings(learning_rate=0.5)
-    assert peak_rate(own, updates, trains_all=True) == 0.5, "what is set is used"
-    course = [
-        learning_rate_at(step, updates, settings, trains_all=True)
-        for step in range(1, min(updates, 200) + 1)
-    ]
-    assert max(course) <= rate / 10 * (1 + 1e-9)
 
 
 def test_norms_and_biases_do_not_decay():

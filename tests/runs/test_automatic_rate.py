@@ -1,0 +1,112 @@
+"""The automatic learning rate of a run: what it trains with, what it says and what it records.
+
+uv run pytest -m "not long" tests/runs/test_automatic_rate.py
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from transformers import Gemma3Config, GPT2Config, Qwen3Config, T5Config
+
+from finetuning.common import language
+from finetuning.events.reading import read_metrics
+from finetuning.model.small_config import hidden_size
+from finetuning.runs import summary
+from tests.helpers.tiny_model import FAST
+
+LOUD = [option for option in FAST if option != "--quiet"]
+AUTO = ("--learning-rate", "auto", "--logging-steps", "1")
+
+
+def record_of(out: Path) -> dict:
+    (path,) = (out / "training_logs").glob("*/configuration.json")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def rates_of(out: Path) -> dict[int, float]:
+    (path,) = (out / "training_logs").glob("*/metrics.jsonl")
+    found = ((r["step"], r["metrics"].get("Training/Learning_Rate")) for r in read_metrics(path))
+    return {step: rate for step, rate in found if rate is not None}
+
+
+def test_a_run_trains_with_the_rate_that_it_says_and_records(tmp_path, run, capsys):
+    """Few updates, one of them the warmup's, so the peak is met; passes beyond 2.5 make it less."""
+    more = ("--max-steps", "0", "--num-epochs", "5", "--num-probes", "0", "--eval-steps", "0")
+    assert run(tmp_path, *AUTO, *more, first=LOUD) == 0
+    out, said = tmp_path / "out", capsys.readouterr().out
+    record = record_of(out)
+    assert record["automatic_learning_rate"] == record["config"]["learning_rate"] == 5e-4
+    assert max(rates_of(out).values()) == pytest.approx(5e-4)
+    why = "5.0e-04 (auto, for a hidden size of 32 and 5.0 passes over the data; "
+    assert (
+        why in said and f"{record['steps']} updates are few, more --num-epochs teach more)" in said
+    )
+
+
+def test_the_rate_of_the_user_is_kept_beside_the_programs_own(finished):
+    record = record_of(finished)
+    assert record["config"]["learning_rate"] == max(rates_of(finished).values()) == 3e-4
+    passes = record["steps"] / record["steps_per_epoch"]
+    own = float(f"{1e-3 * min(1, 2.5 / passes):.2g}")  # of a model that is smaller than 576
+    assert record["automatic_learning_rate"] == own
+
+
+def test_a_resumed_run_goes_on_with_the_same_rate(tmp_path, run, capsys):
+    less = (*AUTO, "--num-epochs", "4", "--max-steps", "0", "--eval-steps", "0")
+    assert run(tmp_path, *less) == 0
+    out = tmp_path / "out"
+    record, rates = record_of(out), rates_of(out)
+    (newest,) = (out / "checkpoints").glob(f"checkpoint-{record['steps']}")
+    shutil.rmtree(newest)
+    capsys.readouterr()
+    assert run(tmp_path, *less, "--resume", "latest", first=LOUD) == 0
+    assert "changed since" not in capsys.readouterr().out
+    assert rates_of(out) == rates and record_of(out)["config"] == record["config"]
+    assert "changes" not in record_of(out)
+    shutil.rmtree(newest)
+    assert run(tmp_path, *less, "--resume", "latest", "--num-epochs", "5") == 2
+    assert "steps is" in capsys.readouterr().err, "another length is another run"
+
+
+@pytest.mark.parametrize(
+    ("config", "size"),
+    [
+        (Qwen3Config(hidden_size=96), 96),
+        (GPT2Config(n_embd=60, n_head=4), 60),
+        (T5Config(d_model=80), 80),
+        (Gemma3Config(text_config={"hidden_size": 112}), 112),
+        (SimpleNamespace(n_embd=44), 44),  # code of a model's own, without a map of names
+        (SimpleNamespace(hidden_size=None, d_model=[8, 8]), 0),
+    ],
+)
+def test_the_hidden_size_of_any_configuration_is_that_of_its_text_model(config, size):
+    if isinstance(config, SimpleNamespace):
+        config.get_text_config = lambda decoder: config
+    assert hidden_size(config) == size
+
+
+@pytest.mark.parametrize("max_steps", [0, 40])
+@pytest.mark.parametrize("lora_r", [0, 16])
+@pytest.mark.parametrize("updates", [40, 4000])
+@pytest.mark.parametrize(
+    ("hidden_size", "known"), [(4096, "4,096 and"), (0, "2,560, as the model's")]
+)
+def test_the_reason_is_told_in_both_languages(hidden_size, known, updates, lora_r, max_steps):
+    plan = SimpleNamespace(
+        settings={"lora_r": lora_r, "max_steps": max_steps, "learning_rate": 0.000123},
+        automatic=("learning_rate",),
+        automatic_rate=2.2e-4,
+        inputs=SimpleNamespace(hidden_size=hidden_size),
+        steps=SimpleNamespace(num_steps=updates, passes=0.04),
+    )
+    text = summary._rate_text(plan)
+    assert text.startswith(f"2.2e-04 (auto, for a hidden size of {known}")
+    assert "and 0.04 passes over the data" in text
+    assert ("a tenth" in text) == (lora_r == 0) and ("are few" in text) == (updates == 40)
+    assert not re.search("[a-z]+ [a-z]+", language.in_chinese(text).replace("--", ""))
+    plan.automatic = ()
+    assert summary._rate_text(plan) == "0.000123"
