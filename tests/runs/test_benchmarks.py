@@ -50,9 +50,9 @@ SHORT = [
     ("train_cpu --steps 8 --repeats 1", '"losses_equal": true'),
     ("train_gpu --sides ours --steps 3", '"faults": []'),
 ]
-LONG = {  # programs
+LONG = {  # programs, or forms of one
     *("faults.faults_hf_trainer", "faults.injected_faults", "memory", "memory_estimate"),
-    *("signal_cost", "startup", "train_gpu"),
+    *("signal_cost", "startup", "train_cpu", "train_gpu", "scaling --check", "scaling --pairs 2"),
 }
 NEEDS = {"train_cpu": "trl", "logger_cost": "tensorboardX"}  # of the group `bench`
 
@@ -67,7 +67,7 @@ def folder(tmp_path: Path) -> Path:
 
 def case(words: str, last: str) -> object:
     """The parameters of one form, marked if it takes long."""
-    is_long = words.split()[0] in LONG or words == "scaling --check"
+    is_long = bool(LONG & {words.split()[0], words})
     return pytest.param(words, last, id=words, marks=[pytest.mark.long] if is_long else [])
 
 
