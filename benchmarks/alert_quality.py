@@ -51,8 +51,8 @@ their files and not by their looks, when all limits stood. On 15 of them an aler
 reason by the eye: 3 runs diverge, 6 are flat after their first losses, 2 spike. On 4 it did not, and one
 divergence was missed: three losses in a row that are the highest of 64 come by chance in a run of thousands
 (2 runs), a last digit of 0.0001 was a spike, a run that falls slowly was stuck, and a rise was taken for
-the noise that must hide it. But for the slow fall they were mended, which shows no new figure for these
-curves.
+the noise that must hide it. All but the slow fall were mended afterwards, so that these curves are unseen
+no more.
 """
 TWO_KINDS = (  # easy and hard samples, and their losses
     (48, 16, 0.5, 1.7),
