@@ -138,7 +138,7 @@ def thinking_on_a_cpu() -> Iterator[Trial]:
 
 
 def passes_on_a_cpu() -> Iterator[Trial]:
-    """Do the passes over the data ask for a smaller rate? One pass over all of docs up to eight over an eighth
+    """Do the passes over the data ask for a smaller rate? One pass over all docs up to eight over an eighth
     of it, by as many updates of as many samples; with --light ten minutes of two processors each."""
     tried = {
         "docs": (1e-3, 3e-4, 3e-3, 1e-4),
