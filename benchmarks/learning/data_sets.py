@@ -41,7 +41,8 @@ def write_all(folder: Path, *, share: float = 1.0) -> None:
     fields = ("question", "thinking", "answer")
     _write_split(folder, "crypto", [{f: getattr(s, f) for f in fields} for s in bundled])
     _write_split(folder, "docs", documentation(documents))
-    _write_eighth(folder, "docs")
+    for stride in (2, 4, 8):
+        _write_part(folder, "docs", stride)
     thought = word_problems(sums)
     cut = len(thought) // 7  # they are drawn, so that any part is like any other
     for name, records in {
@@ -66,12 +67,12 @@ def _write_split(folder: Path, name: str, records: Sequence[Record]) -> None:
         _write(folder / f"{name}.{part}.jsonl", [records[i] for i in indices])
 
 
-def _write_eighth(folder: Path, name: str) -> None:
-    """An eighth of the training samples of a data set, and all that it holds out."""
-    for part, stride in (("train", 8), ("held_out", 1)):
+def _write_part(folder: Path, name: str, stride: int) -> None:
+    """Every so manieth training sample of a data set, and all that it holds out."""
+    for part, step in (("train", stride), ("held_out", 1)):
         lines = (folder / f"{name}.{part}.jsonl").read_text(encoding="utf-8").splitlines(True)
-        kept = "".join(lines[::stride])
-        (folder / f"{name}_eighth.{part}.jsonl").write_text(kept, encoding="utf-8")
+        kept = "".join(lines[::step])
+        (folder / f"{name}_{stride}.{part}.jsonl").write_text(kept, encoding="utf-8")
 
 
 def _write(path: Path, records: Sequence[Record]) -> None:

@@ -138,11 +138,16 @@ def thinking_on_a_cpu() -> Iterator[Trial]:
 
 
 def passes_on_a_cpu() -> Iterator[Trial]:
-    """Is it the passes over the data that ask for a small rate, or the samples of an update? One pass over
-    all of docs, and eight over an eighth of it, by as many updates of as many samples; with --light an hour
-    of two processors."""
-    for rate in (1e-3, 3e-4, 3e-3, 1e-4):
-        for data in ("docs", "docs_eighth"):
+    """Do the passes over the data ask for a smaller rate? One pass over all of docs up to eight over an eighth
+    of it, by as many updates of as many samples; with --light ten minutes of two processors each."""
+    tried = {
+        "docs": (1e-3, 3e-4, 3e-3, 1e-4),
+        "docs_2": (1e-3, 3e-4),
+        "docs_4": (3e-4, 1e-3, 1e-4),
+        "docs_8": (1e-3, 3e-4, 3e-3, 1e-4),
+    }
+    for data, own in tried.items():
+        for rate in own:
             yield Trial("cpu_passes", data, 1, {"learning_rate": rate, "max_seq_length": 320})
 
 

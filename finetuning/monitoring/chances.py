@@ -42,6 +42,16 @@ def too_high(before: int, after: Sequence[float], usual: float) -> bool:
     return ordered or (many >= 3 and math.prod(x / usual for x in after) >= BET)
 
 
+def in_a_row(values: int, known: int = 64) -> int:
+    """How many losses in a row, all above the others of `known`, are no chance in a run of so many values.
+
+    Of losses in any order the newest r are the highest in one of C(known, r) cases; 1% of the runs may have
+    such a place each time that their length doubles: C(known, r) >= values / (0.01 / ln 2). At least 3.
+    """
+    cases = values * math.log(2) / FALSE_ALARMS
+    return next(many for many in range(3, known) if math.comb(known, many) >= cases)
+
+
 def news_above(
     memory: DetectorMemory,
     name: str,

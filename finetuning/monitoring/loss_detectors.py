@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from itertools import pairwise
-from statistics import fmean, median, pstdev
+from statistics import fmean, median
 
-from finetuning.monitoring.chances import RARE, above_tail, least_sigmas, news_above, too_high
+from finetuning.monitoring.chances import (
+    RARE,
+    above_tail,
+    in_a_row,
+    least_sigmas,
+    news_above,
+    too_high,
+)
 from finetuning.monitoring.detector_memory import KEEP, DetectorMemory, Finding, Verdict, finite
 from finetuning.monitoring.usual_rows import unusual
 
@@ -67,7 +75,8 @@ def loss_spike(memory: DetectorMemory, metrics: Mapping) -> Verdict:
     """One loss far above the losses just before it, above its like, and above any before.
 
     Far: six sigma above the losses before it (`is_spike`), or higher above steps with such rows than 99 of
-    100 are. Any before: `news_above`, with its rate of false alarms.
+    100 are; and by more than losses of few digits can differ. Any before: `news_above`, with its rate of
+    false alarms.
     """
     loss = training_loss(memory, metrics)
     if loss is None:
@@ -90,7 +99,7 @@ def loss_spike(memory: DetectorMemory, metrics: Mapping) -> Verdict:
     limit = usual * max(ratio, math.exp(z * log_noise(before)))
     if rows < UNKNOWN and known is not None:  # such rows are known, and their noise
         limit = min(limit, loss / math.exp(rows) * math.exp(rise))
-    limit = max(limit, least)
+    limit = max(limit, least, usual + 2 * rounding(before))
     return Finding(loss, limit, {"usual loss": usual}) if loss > limit else None
 
 
@@ -119,6 +128,17 @@ def log_noise(losses: Sequence[float]) -> float:
     """
     steps = [abs(b - a) for a, b in pairwise(_log(x) for x in losses)]
     return max(0.01, 1.4826 * median(steps) / math.sqrt(2))
+
+
+def noise(losses: Sequence[float]) -> float:
+    """Sigma of the losses around their course: the root of half the mean square of all differences of
+    neighbours (von Neumann 1941). Rare hard rows count in full, a rise or fall of the course hardly."""
+    return math.sqrt(fmean((b - a) ** 2 for a, b in pairwise(losses)) / 2)
+
+
+def rounding(losses: Sequence[float]) -> float:
+    """The last digit that losses are logged with: 0.0001 of 0.1203 and 0.12."""
+    return 10.0 ** min((Decimal(repr(x)).as_tuple().exponent for x in losses), default=-17)
 
 
 def _log(value: float) -> float:
@@ -196,9 +216,9 @@ def middle(losses: Sequence[float]) -> float:
 def divergence(memory: DetectorMemory, metrics: Mapping) -> Verdict:
     """The loss has risen for good, more than the noise of such rows explains: early, at once, or slowly.
 
-    Early: `_early`, against a run's first losses. At once: three losses in a row above any of the 61 before
-    them; of rows of which a share p is hard, one row a step, chance does so in fewer than 3 of 100,000
-    steps, whatever p (in 16 of them while only 32 losses are known). Slowly: `_slow`. Between evaluations:
+    Early: `_early`, against a run's first losses. At once: `_sudden`, three losses in a row or more above any
+    of the 61 before them; 1% of false alarms each time that the length of a run doubles, whatever the rows
+    (each step has 16 in 100,000 while only 32 losses are known). Slowly: `_slow`. Between evaluations:
     `_held_out`.
     """
     marks = memory.marks
@@ -253,21 +273,25 @@ def _early(memory: DetectorMemory) -> Finding | None:
 
 
 def _sudden(memory: DetectorMemory) -> Finding | None:
-    """Three losses in a row above any before, and further above their like than 9 of 10 steps before them."""
+    """Losses in a row above any before, and further above their like than 9 of 10 steps before them.
+
+    How many: `in_a_row`, 3 in the first 601 logged losses, 4 in the first 9,166.
+    """
     losses, rises = memory.series["loss"], memory.series["unusual"]
     share = memory.limits.divergence
-    before = losses[:-AT_ONCE]
+    many = in_a_row(int(memory.marks["count"]))
+    before = losses[:-many]
     if len(before) < 2 * ENOUGH:
         return None
     limit = max((1 + share) * median(before[-SMOOTH:]), (1 + share / 3) * sorted(before)[-2])
-    sudden = min(losses[-AT_ONCE:])
+    sudden = min(losses[-many:])
     if sudden <= limit:
         return None  # nearly always, so what costs more comes later
     least = math.log(1 + share / 3)
-    known = sorted(rise for rise in rises[:-AT_ONCE] if rise < UNKNOWN)
+    known = sorted(rise for rise in rises[:-many] if rise < UNKNOWN)
     if len(known) >= ENOUGH:
         least = max(least, known[-1 - len(known) // 10])
-    return Finding(sudden, limit, _best(memory)) if min(rises[-AT_ONCE:]) > least else None
+    return Finding(sudden, limit, _best(memory)) if min(rises[-many:]) > least else None
 
 
 def _held_out(memory: DetectorMemory, metrics: Mapping) -> Finding | None:
@@ -289,7 +313,8 @@ def _held_out(memory: DetectorMemory, metrics: Mapping) -> Finding | None:
 def _slow(memory: DetectorMemory) -> Finding | None:
     """Mean and median of 15 losses have both risen above their lowest by a share, and the mean beyond chance.
 
-    Chance: `least_sigmas` standard errors; of the log median, 1.2533 sigma / sqrt(15). The median: rare hard
+    Chance: `least_sigmas` standard errors of `noise`, which a rise is no part of; of the log median, 1.2533
+    sigma / sqrt(15). The median: rare hard
     rows move the mean of 15 losses, but the median only where 8 of them are hard, which one row a step
     does by chance in 3 of 100,000 steps where 10% are hard. More frequent ones are in the standard error.
     """
@@ -302,7 +327,7 @@ def _slow(memory: DetectorMemory) -> Finding | None:
         return None  # nearly always, so what costs more comes later
     usual = losses[:-SMOOTH] if len(losses) >= 3 * SMOOTH else losses
     errors = least_sigmas(int(marks["count"])) / math.sqrt(SMOOTH)
-    limit = max(limit, best + errors * pstdev(usual))
+    limit = max(limit, best + errors * noise(usual))
     if _log(centre) <= _log(marks["lowest_median"]) + 1.2533 * errors * log_noise(usual):
         return None
     return Finding(marks["level"], limit, _best(memory)) if marks["level"] > limit else None

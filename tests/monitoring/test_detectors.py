@@ -231,3 +231,27 @@ def test_all_that_a_detector_asks_for_is_watched():
         "data", "forward_backward", "optimizer", "logging",
     }  # fmt: skip
     assert not is_watched("LoRA/q_proj/Norm") and not is_watched("GPU_0/Power_W")
+
+
+def test_a_rise_after_a_steep_start_is_a_divergence():
+    """As a speech model did whose warm-up went too high: the rise and the start are no noise of the rows."""
+    losses = [0.83, 0.49, 0.16, 0.12, 0.118]
+    losses += [0.118 + 0.19 * min(1, i / 16) for i in range(1, 40)]
+    monitor = AlertMonitor()
+    raised = [
+        a.name for s, x in enumerate(losses) for a in monitor.observe(s, {"Training/Loss": x})
+    ]
+    assert raised == ["Divergence"]
+
+
+def test_the_last_digit_of_a_logged_loss_is_no_spike():
+    """Losses of four decimals near zero: 0.0002 after 0.0001 is twice as much, and says nothing."""
+    losses = [0.0001] * 150
+    for high, expected in ((0.0002, []), (0.0003, []), (0.0005, ["Loss_Spike"])):
+        monitor, raised = AlertMonitor(), []
+        for step, loss in enumerate([*losses, high, 0.0001]):
+            if step % 40 == 7:
+                loss = 0.0002
+            row = {"Training/Loss": loss, "Training/Epoch": (step + 1) / 50}
+            raised += [alert.name for alert in monitor.observe(step, row)]
+        assert raised == expected
