@@ -32,7 +32,7 @@ POWER = np.array([(p, u) for p in (0.15, 0.3, 0.5, 0.75, 1.0, 1.5) for u in (0.0
 class Beliefs:
     """What is believed before a curve is seen; (mean, sigma) in shares of the fall so far where not said.
 
-    Chosen on recorded runs; `benchmarks/forecast_quality.py` says which and how they do on others.
+    Chosen on 68 recorded runs; docs/forecast_quality.md says which and how they do on 100 others.
     """
 
     annealing: tuple[float, float] = (
