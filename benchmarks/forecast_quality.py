@@ -1,6 +1,6 @@
-"""How good are forecast, score and alerts on recorded loss curves? Prints the tables of the docs.
+"""How good are the forecasts on recorded training curves? Prints the tables of the docs.
 
-    uv run python -m benchmarks.forecast_quality [FOLDER ...] > docs/forecast_quality.md
+    uv run python -m benchmarks.forecast_quality [FOLDER ...] [--chosen-on FOLDER] > docs/forecast_quality.md
 
 A FOLDER holds csv files with the columns step, loss and, where known, learning_rate, grad_norm and epoch;
 without one, the recorded curves beside the checkout. Every forecast is for the last step, made from the first
@@ -8,11 +8,13 @@ half, and so on. Controls: holding the last smoothed loss, a plain saturating fi
 annealing (Tissue et al. 2024, arXiv:2408.11029) that is told the learning rates to come, and the score
 0.7 max(0, -slope) + 0.3 / (1 + variance) of an earlier project.
 
-What the constants are worth on curves never seen: of a hundred sets of them, drawn at random, the best one
-on all other curves forecasts each curve ("left out"), and the best one on the first folder the others.
+--chosen-on: curves by which constants are chosen, those of the program and 199 sets that are drawn at random;
+what the best three of them are worth on the other folders is printed, too.
 """
 
+import argparse
 import datetime
+import itertools
 import random
 import sys
 import time
@@ -34,21 +36,22 @@ RECORDED = [DATA / "loss_curves", DATA / "loss_curves_more"]
 BROKEN = ("15_llama3", "18_tinyllama", "20_chatglm6b", "26_arol", "25_lyric")
 SHARES = (0.5, 0.3, 0.75)
 DRAWN = {  # constants of the forecast, and values that they are drawn from
-    "annealing": [(0.03, 0.03), (0.06, 0.03), (0.06, 0.06), (0.1, 0.03), (0.1, 0.06)],
+    "annealing": [(0.03, 0.03), (0.06, 0.03), (0.06, 0.06), (0.08, 0.06), (0.1, 0.06), (0.1, 0.1)],
     "stairs": [
         ((0.1, 0.06, 0.1, 0.06), (0.03, 0.2, 0.3, 0.2)),
         ((0.2, 0.03, 0.1, 0.06), (0.05, 0.2, 0.3, 0.2)),
     ],
-    "wander": [(0.01, 0.03), (0.01, 0.04), (0.015, 0.05), (0.01, 0.02)],
+    "wander": [(0.01, 0.03), (0.01, 0.04), (0.015, 0.05), (0.01, 0.02), (0.02, 0.06)],
     "flat": [0.1, 0.3, 0.5],
-    "steps_clock": [0.5, 0.8, 0.95],
-    "temper": [0.3, 0.5, 0.7],
     "skip": [0.01, 0.02, 0.04],
-    "recency": [0.3, 0.6, 1.0],
-    "trust": [(0.7, 0.3), (0.7, 0.6), (0.85, 0.3), (0.85, 0.6), (1.0, 0.05)],
-    "unknown": [0.01, 0.015, 0.02],
+    "recency": [0.3, 0.6, 1.0, 1.5],
+    "trust": [(0.7, 0.3), (0.85, 0.3), (0.85, 0.6), (1.0, 0.05), (1.0, 0.3), (1.0, 0.6)],
+    "trust_noise": [0.03, 0.1],
+    "unknown": [0.015, 0.02, 0.025, 0.03],
 }
-SETS = 100
+SETS = 200
+SHOWN = 3  # of the best sets
+REACH = (0, 1, 3, 10**9)  # % of the fall by which holding is off
 
 
 def losses_of(curve: Curve, upto: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
@@ -207,39 +210,58 @@ def drawn_sets() -> list[Beliefs]:
     return [BELIEFS, *(Beliefs(**values) for values in drawn)]
 
 
-def unseen_table(folders: list[dict[str, Curve]]) -> None:
-    """Forecasts of each curve with constants that were chosen on others."""
-    cases = [(i, n, c, u) for i, f in enumerate(folders) for n, c in f.items() for u in SHARES]
-    sets = drawn_sets()
-    rows: list[list[dict | None]] = [[] for _ in sets]
-    for _, _, curve, upto in cases:
+def judged_rows(curves: dict[str, Curve], beliefs: Beliefs) -> dict[float, list[dict]]:
+    """What a set of constants is worth on each curve, by the share that is seen."""
+    rows: dict[float, list[dict]] = {share: [] for share in SHARES}
+    for curve in curves.values():
         start, end = start_and_end(curve)
-        held = 100 * abs(hold(*losses_of(curve, upto), curve.total_steps) - end) / abs(start - end)
-        monitor = watched(curve, upto)
-        for beliefs, own in zip(sets, rows, strict=True):
-            fit = fit_of(monitor, beliefs)
-            own.append(fit and judged(fit, start, end, held))
-    cost = np.array([[row["cost"] if row else 0.0 for row in own] for own in rows])
-    names = np.array([name for _, name, _, _ in cases])
-    place = np.array([folder for folder, _, _, _ in cases])
-    print("\n## On curves that the constants have not seen\n")
+        for upto, own in rows.items():
+            fit = fit_of(watched(curve, upto), beliefs)
+            if fit:
+                level = hold(*losses_of(curve, upto), curve.total_steps)
+                own.append(judged(fit, start, end, 100 * abs(level - end) / abs(start - end)))
+    return rows
+
+
+def chosen_table(chosen_on: dict[str, Curve], folders: list[dict[str, Curve]]) -> None:
+    """Constants that are chosen on some curves, on others."""
+    sets = drawn_sets()
+    found = [judged_rows(chosen_on, beliefs) for beliefs in sets]
+    costs = [np.mean([row["cost"] for own in rows.values() for row in own]) for rows in found]
+    order = np.argsort(costs)
     print(
-        f"Of {len(sets)} sets of constants, drawn at random, the best on some curves forecasts others.\n"
+        f"{SETS} sets of constants, the program's among them, in the order of what they are worth on "
+        f"{len(chosen_on)} curves; and what the best of them are worth on all others.\n"
     )
-    print(
-        "| constants chosen on | forecast | from | median error | better than holding | inside | width |"
-    )
+    print("| constants | curves | from | median error | better than holding | inside | width |")
     print("|---|---|---|---|---|---|---|")
+    for index in dict.fromkeys([0, *order[:SHOWN]]):
+        place = int(np.flatnonzero(order == index)[0]) + 1
+        others = [judged_rows(curves, sets[index]) for curves in folders]
+        parts = {f"chosen on, {len(chosen_on)}": found[index]}
+        if index == 0:
+            names = (f"folder {n}, {len(curves)}" for n, curves in enumerate(folders, 1))
+            parts |= dict(zip(names, others, strict=True))
+        together = {share: [row for rows in others for row in rows[share]] for share in SHARES}
+        parts[f"all others, {sum(map(len, folders))}"] = together
+        for name, rows in parts.items():
+            what = f"number {place}" + ", the program's" * int(index == 0)
+            for upto in SHARES:
+                print(unseen_row(what, name, upto, rows[upto]))
+    print()
+
+
+def reach_table(folders: list[dict[str, Curve]]) -> None:
+    """How often the forecast is better than holding, by how far holding is off."""
+    rows = [judged_rows(curves, BELIEFS) for curves in folders]
+    print("| from | holding is off by | curves | forecast is better |")
+    print("|---|---|---|---|")
     for upto in SHARES:
-        share = np.array([u == upto for *_, u in cases])
-        left = [
-            rows[int(cost[:, names != names[k]].sum(1).argmin())][k] for k in np.flatnonzero(share)
-        ]
-        print(unseen_row("all other curves", "each curve", upto, left))
-        if len(folders) > 1:
-            best = int(cost[:, place == 0].sum(1).argmin())
-            others = [rows[best][k] for k in np.flatnonzero(share & (place > 0))]
-            print(unseen_row("the first folder", "the others", upto, others))
+        every = [row for own in rows for row in own[upto]]
+        for low, high in itertools.pairwise(REACH):
+            own = [row["better"] for row in every if low <= row["held"] < high]
+            told = f"over {low}%" if high == REACH[-1] else f"{low} to {high}%"
+            print(f"| {upto:.0%} | {told} | {len(own)} | {sum(own)} ({np.mean(own):.0%}) |")
 
 
 def judged(fit: Fit, start: float, end: float, held: float) -> dict:
@@ -253,6 +275,7 @@ def judged(fit: Fit, start: float, end: float, held: float) -> dict:
         "width": width,
         "inside": outside == 0,
         "better": error < held,
+        "held": held,
         "cost": cost,
     }
 
@@ -309,19 +332,25 @@ def curves_of(folder: Path) -> dict[str, Curve]:
 
 
 def main() -> None:
-    folders = [curves_of(folder) for folder in map(Path, sys.argv[1:])] or [
-        *map(curves_of, RECORDED)
-    ]
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folders", nargs="*", type=Path, default=RECORDED, metavar="FOLDER")
+    parser.add_argument("--chosen-on", type=Path, metavar="FOLDER")
+    options = parser.parse_args()
+    folders = [curves_of(folder) for folder in options.folders]
     today = datetime.date.today()
     print("# Forecasts on recorded runs\n")
-    print("`uv run python -m benchmarks.forecast_quality > docs/forecast_quality.md`, ", end="")
+    given = " FOLDER" * len(options.folders) + " --chosen-on FOLDER" * bool(options.chosen_on)
+    print(f"`uv run python -m benchmarks.forecast_quality{given}`, ", end="")
     print(f"{today}; numpy {np.__version__}, scipy {scipy.__version__}.")
     print("Errors in percent of the total fall, + is too high.")
     falling = [{n: c for n, c in f.items() if not n.startswith(BROKEN)} for f in folders]
     with warnings.catch_warnings():  # the plain fit has no covariance at times; only it warns
         warnings.simplefilter("ignore", scipy.optimize.OptimizeWarning)
         warnings.simplefilter("ignore", RuntimeWarning)
-        unseen_table(falling)
+        print("\n## On curves that the constants have not seen\n")
+        if options.chosen_on:
+            chosen_table(curves_of(options.chosen_on), falling)
+        reach_table(falling)
         for number, curves in enumerate(falling, 1):
             print(f"\n## Folder {number}: forecast of the last step, with the program's constants")
             for upto in SHARES:

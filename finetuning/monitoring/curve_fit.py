@@ -32,25 +32,26 @@ POWER = np.array([(p, u) for p in (0.15, 0.3, 0.5, 0.75, 1.0, 1.5) for u in (0.0
 class Beliefs:
     """What is believed before a curve is seen; (mean, sigma) in shares of the fall so far where not said.
 
-    Chosen on recorded runs; `benchmarks/forecast_quality.py` says which and how they do on others.
+    Chosen on 68 recorded runs; docs/forecast_quality.md says which and how they do on 100 others.
     """
 
-    annealing: tuple[float, float] = (0.06, 0.03)  # gain of a full decay of the learning rate
+    annealing: tuple[float, float] = (
+        0.1,
+        0.06,
+    )  # gain of a full decay of the rate; at most of the level
     lag: float = 0.03  # of the run's learning, after which most of it has come
     stairs: tuple[tuple[float, float, float, float], ...] = (
-        (0.1, 0.06, 0.1, 0.06),  # (probability, common drop: mean, sigma, sigma of each beside it)
-        (0.03, 0.2, 0.3, 0.2),  # of the fall, at most of the level
+        (0.2, 0.03, 0.1, 0.06),  # (probability, common drop: mean, sigma, sigma of each beside it)
+        (0.05, 0.2, 0.3, 0.2),  # of the fall, at most of the level
     )
-    wander: tuple[float, ...] = (0.01, 0.03)  # sigma of the walk per doubling of the run
+    wander: tuple[float, ...] = (0.01, 0.04)  # sigma of the walk per doubling of the run
     flat: float = 0.5  # probability of a constant
-    steps_clock: float = 0.8  # probability that learning goes by steps rather than by rates
     slope_sd: float = 1.0
-    temper: float = 0.7  # exponent of the evidence: neighbouring bins are not independent
-    skip: float = 0.02  # first share of the run so far that no model explains
-    recency: float = 0.6  # the noise of a bin counts as if it grew with its age to half this power
-    trust: tuple[float, float] = (1.0, 0.6)  # share of a forecast change that comes
-    trust_noise: float = 0.03  # with which the past tells it
-    unknown: float = 0.018  # 1 sigma that no model knows of while anything is to come
+    skip: float = 0.04  # first share of the run so far that no model explains
+    recency: float = 1.5  # the noise of a bin counts as if it grew with its age to half this power
+    trust: tuple[float, float] = (1.0, 0.3)  # share of a forecast change that comes
+    trust_noise: float = 0.1  # with which the past tells it
+    unknown: float = 0.025  # 1 sigma that no model knows of while anything is to come
 
 
 BELIEFS = Beliefs()
@@ -75,14 +76,14 @@ class Fit:
 class _Data:
     """The bins that are explained, scaled, and three places behind them: now, the run's end, the floor.
 
-    z (m,): losses as falls above the level; noise (m,); at (m + 3,) steps; clocks; annealed (m + 3,);
+    z (m,): losses as falls above the level; noise (m,); at (m + 3,) steps; clock and annealed (m + 3,);
     passed: boundaries (m + 3, k) or None.
     """
 
     z: np.ndarray
     noise: np.ndarray
     at: np.ndarray
-    clocks: tuple[np.ndarray, ...]
+    clock: np.ndarray
     annealed: np.ndarray
     passed: np.ndarray | None
     level: float
@@ -109,10 +110,10 @@ def fit_curve(
     bins: rows [count, sum of steps, sum of losses, sum of learning rates or None].
 
     Model: L(x) = c + a g(x) - k A(x) - sum of drops + walk + noise, L >= 0 at its floor, with g one of
-    exp(-x/tau) and (1 + x/u)^-p on a grid, or 0; x is a clock and A the annealing (`learning_clock.py`).
+    exp(-x/tau) and (1 + x/u)^-p on a grid, or 0; x is the clock and A the annealing (`learning_clock.py`).
     The drops share a size that is learned with them; the walk is Brownian in log2 of the step. c and a are
     solved for, the others are parts of the covariance (Rasmussen & Williams 2006, chapter 2). Weight: the
-    evidence, which is the product of all one-step-ahead forecasts (Dawid 1984), to the power `temper`.
+    evidence, which is the product of all one-step-ahead forecasts (Dawid 1984).
 
     The mixture's own past forecasts of the present, from 40 to 80% of the steps so far, tell how much of a
     change that it forecasts comes; so it holds the level where holding has been better.
@@ -169,12 +170,10 @@ def _scaled(steps, losses, whole: Course, times, beliefs: Beliefs) -> _Data:
     far = 1 + (FLOOR_HORIZON - 1) * whole.last_rate
     pick = np.append(keep, len(steps) + np.arange(3))
     at = np.append(steps, [now, end, total])[pick]
-    clocks = []
-    for clock in whole.clocks:
-        x = clock[pick] - (clock[begin] - (clock[1] - clock[0]) if begin else 0.0)
-        x /= x[-1]
-        x[-1] = far
-        clocks.append(x)
+    clock = whole.clock
+    x = clock[pick] - (clock[begin] - (clock[1] - clock[0]) if begin else 0.0)
+    x /= x[-1]
+    x[-1] = far
     z = (y - level) / fall
     noise = _local_noise(z)
     age = np.maximum((at - origin)[: len(z)] / (at[-3] - origin), 1e-3)
@@ -182,7 +181,7 @@ def _scaled(steps, losses, whole: Course, times, beliefs: Beliefs) -> _Data:
         z=z,
         noise=noise * age ** (-0.5 * beliefs.recency),
         at=at - origin,
-        clocks=tuple(clocks),
+        clock=x,
         annealed=whole.annealed[pick],
         passed=boundaries_passed(at, period, float(np.median(np.diff(steps))), total),
         level=level,
@@ -234,22 +233,16 @@ class _Shapes:
 
 
 def _shapes(data: _Data, beliefs: Beliefs) -> _Shapes:
-    raw = [
-        np.concatenate([np.exp(-x[None] / TAU), (1 + x[None] / POWER[:, 1:]) ** -POWER[:, :1]])
-        for x in data.clocks
-    ]
-    share = [1.0] if len(raw) == 1 else [1 - beliefs.steps_clock, beliefs.steps_clock]
-    prior = [
-        np.full(len(g), s * (1 - beliefs.flat) / len(g)) for g, s in zip(raw, share, strict=True)
-    ]
-    g = np.concatenate(raw)
+    x = data.clock[None]
+    g = np.concatenate([np.exp(-x / TAU), (1 + x / POWER[:, 1:]) ** -POWER[:, :1]])
+    prior = np.full(len(g), (1 - beliefs.flat) / len(g))
     first, now = g[:, 0], g[:, data.seen]
     # One that does not move between the first bin and now is a constant, as at the start of a long run.
     scale = np.where(first - now > STILL, first - now, np.inf)
     return _Shapes(
         g=(g - now[:, None]) / scale[:, None],
         floor=-now / scale,
-        prior=np.concatenate([*prior, [beliefs.flat]]),
+        prior=np.append(prior, beliefs.flat),
         unscaled=(first, now),
     )
 
@@ -297,12 +290,13 @@ def _normal(log_weight):
 
 def _drops(data: _Data, beliefs: Beliefs) -> list[tuple]:
     """(probability, mean (m + 3,), covariance) of annealing and drops together, per hypothesis."""
-    gain, sigma = beliefs.annealing
+    unit = min(data.level / data.fall, 1.0)
+    gain, sigma = (unit * share for share in beliefs.annealing)
     mean, covariance = -gain * data.annealed, sigma**2 * np.outer(data.annealed, data.annealed)
     if data.passed is None:
         return [(1.0, mean, covariance)]
     found = [(1 - sum(s[0] for s in beliefs.stairs), mean, covariance)]
-    unit, number = min(data.level / data.fall, 1.0), data.passed.sum(1)
+    number = data.passed.sum(1)
     for probability, drop, common, each in beliefs.stairs:
         shared = (common * unit) ** 2 * np.outer(number, number)
         own = (each * unit) ** 2 * data.passed @ data.passed.T
@@ -338,9 +332,7 @@ def _solve(data: _Data, shapes: _Shapes, process, origins, beliefs: Beliefs):
     variances = np.vstack([variances, known + h_one**2 / now.of_one])
     bottom = data.level / data.fall + now.c + now.a * shapes.floor
     impossible = np.where(bottom < 0, (bottom / (0.1 * data.level / data.fall + 1e-9)) ** 2, 0.0)
-    weight = np.append(
-        beliefs.temper * now.evidence - impossible, beliefs.temper * now.flat_evidence
-    )
+    weight = np.append(now.evidence - impossible, now.flat_evidence)
     prior = np.log(shapes.prior)
     then = _Regression(
         [np.cumsum(p, 0)[origins] for p in products],
@@ -349,7 +341,7 @@ def _solve(data: _Data, shapes: _Shapes, process, origins, beliefs: Beliefs):
     )
     parts = [np.cumsum(ahead[:, :1] * p, 0)[origins] for p in (y, one, g)]
     past = mean[m] + parts[0] + then.c * (1 - parts[1]) + then.a * (shapes.g[:, m] - parts[2])
-    then_weight = beliefs.temper * then.evidence + prior[:-1]
+    then_weight = then.evidence + prior[:-1]
     return weight + prior, means, variances, np.append(now.a, 0.0), then_weight, past
 
 
@@ -463,18 +455,16 @@ def _steps_to(target, members: _Members, data: _Data, end: _End):
     )
     slope = members.slope.reshape(hypotheses, -1)[:, :-1]
     value = now + drop[:, :-1] / np.maximum(slope, 1e-12) * (first - now)
-    value = np.clip(value, 1e-12, 1.0).reshape(hypotheses, len(data.clocks), -1)
+    value = np.clip(value, 1e-12, 1.0)
     curves = len(TAU)
     x = np.concatenate(
         [
-            -TAU[:, 0] * np.log(value[..., :curves]),
-            POWER[:, 1] * (value[..., curves:] ** (-1 / POWER[:, 0]) - 1),
+            -TAU[:, 0] * np.log(value[:, :curves]),
+            POWER[:, 1] * (value[:, curves:] ** (-1 / POWER[:, 0]) - 1),
         ],
-        axis=-1,
+        axis=1,
     )
-    x = np.minimum(x, np.array([clock[-1] for clock in data.clocks])[None, :, None])
-    so_far = np.array([clock[data.seen] for clock in data.clocks])[None, :, None]
-    steps = ((x / so_far - 1) * end.learned).reshape(hypotheses, -1)
+    steps = (np.minimum(x, data.clock[-1]) / data.clock[data.seen] - 1) * end.learned
     return np.column_stack([steps, np.zeros(hypotheses)]).ravel()
 
 

@@ -1,7 +1,7 @@
-"""How much learning a run has done and has yet to come: two clocks, and how far the rate has been annealed.
+"""How much learning a run has done and has yet to come: its clock, and how far the rate has been annealed.
 
-Learning is counted in steps and in the sum of the learning rates (Tissue et al. 2024, arXiv:2408.11029).
-Which of the two a run follows, the curve itself decides (`curve_fit.py`).
+Learning is counted in the sum of the learning rates (Tissue et al. 2024, arXiv:2408.11029), in steps where
+no rate is known.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ AHEAD = 65  # points between now and the run's end
 class Course:
     """Clocks and annealing at each bin, and behind them now, where the end is measured, and at the last step.
 
-    clocks: arrays (bins + 3,), 1 at the last step; one where no learning rate is known.
+    clock: (bins + 3,), 1 at the last step.
     annealed: (bins + 3,) share of the peak rate by which the rate has been lowered, and the loss felt it.
     last_rate: the rate at the run's end, as a share of its peak; 1 where it is not known.
     """
 
-    clocks: tuple[np.ndarray, ...]
+    clock: np.ndarray
     annealed: np.ndarray
     last_rate: float
 
@@ -42,7 +42,7 @@ def course(
         None if rates is None or rates.max() <= 0 else _rates_to_come(steps, rates, now, total)
     )
     if to_come is None:
-        return Course((at / total,), np.zeros(len(at)), 1.0)
+        return Course(at / total, np.zeros(len(at)), 1.0)
     places = np.concatenate([steps, np.linspace(now, total, AHEAD)])
     rate = np.concatenate([rates, to_come])
     done = np.cumsum(rate * np.diff(places, prepend=0.0))
@@ -57,7 +57,7 @@ def course(
         waiting[i] = pending
     annealed = np.cumsum(lowered) - waiting
     clock, felt = (np.interp(at, places, values) for values in (done, annealed))
-    return Course((clock, at / total), felt, float(to_come[-1] / rate[peak]))
+    return Course(clock, felt, float(to_come[-1] / rate[peak]))
 
 
 def _rates_to_come(
