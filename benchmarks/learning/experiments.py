@@ -18,11 +18,11 @@ def experiments() -> list[Trial]:
     return [
         _thinker(),
         *rates(seed=1),
-        *full(),
         *rates(seed=2),
-        *thinking(seed=1),
-        *updates(),
         *batches(),
+        *updates(),
+        *full(),
+        *thinking(seed=1),
         *thinking(seed=2),
         *anchors(),
         *ranks(),
@@ -34,8 +34,8 @@ def experiments() -> list[Trial]:
 
 
 def rates(seed: int) -> Iterator[Trial]:
-    """Held-out loss by rate: the automatic rate is judged by these."""
-    for rate in RATES:
+    """Held-out loss by rate: the automatic one is judged by the others."""
+    for rate in ("auto", *RATES):
         for data in SETS:
             yield Trial("rate", data, seed, {"learning_rate": rate})
 

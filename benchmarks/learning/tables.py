@@ -61,23 +61,34 @@ def markdown(title: str, header: Sequence[str], rows: Rows) -> str:
 
 
 def by_rate(results: Sequence[Result], groups: Callable[[Result], str], title: str) -> str:
-    """Held-out loss, KL and unseen general loss, a row a group and a column a rate; the best is bold."""
-    rates = sorted({setting(r, "learning_rate") for r in results})
-    rows = []
+    """Held-out loss, KL and unseen general loss, a row a group and a column a rate; the best is bold.
+
+    The last column is the automatic rate, where it was tried, and how far above the best its loss is.
+    """
+    rates = sorted({setting(r, "learning_rate") for r in results} - {"auto"})
+    rows, tried = [], any(setting(r, "learning_rate") == "auto" for r in results)
     for group in dict.fromkeys(map(groups, results)):
         mine = {setting(r, "learning_rate"): r for r in results if groups(r) == group}
-        best = min((held_out(r) for r in mine.values()), default=math.nan)
-        first = next(iter(mine.values()))["before"]["Eval/Loss"]
-        cells = []
-        for rate in rates:
-            if rate not in mine:
-                cells.append("")
-                continue
-            loss, general = held_out(mine[rate]), mine[rate]["after"]["Unseen_General_Loss"]
-            mark = "**" if loss == best else ""
-            cells.append(f"{mark}{loss:.3f}{mark} / {kl(mine[rate]):.3f} / {general:.3f}")
+        automatic = mine.pop("auto", None)
+        best = min(map(held_out, mine.values()), default=math.nan)
+        first = next(iter([*mine.values(), automatic]))["before"]["Eval/Loss"]
+        cells = [_measured(mine[rate], best) if rate in mine else "" for rate in rates]
+        if tried:
+            cells.append(_automatic(automatic, best) if automatic else "")
         rows.append([group, f"{first:.3f}", *cells])
-    return markdown(title, ["", "before", *(f"{rate:g}" for rate in rates)], rows)
+    header = ["", "before", *(f"{rate:g}" for rate in rates), *["auto"] * tried]
+    return markdown(title, header, rows)
+
+
+def _measured(result: Result, best: float = math.nan) -> str:
+    loss, general = held_out(result), result["after"]["Unseen_General_Loss"]
+    mark = "**" if loss == best else ""
+    return f"{mark}{loss:.3f}{mark} / {kl(result):.3f} / {general:.3f}"
+
+
+def _automatic(result: Result, best: float) -> str:
+    above = f", {100 * (held_out(result) / best - 1):+.1f}%" if math.isfinite(best) else ""
+    return f"{_measured(result)} ({result['facts']['learning_rate']:g}{above})"
 
 
 def by_passes(results: Sequence[Result]) -> str:

@@ -215,6 +215,7 @@ def facts(plan: RunPlan, engine: TrainingEngine) -> Numbers:
         "tokens_per_update": steps.num_tokens / steps.steps_per_epoch,
         "samples_per_update": documents / steps.steps_per_epoch,
         "epochs": steps.passes,
+        "learning_rate": plan.settings["learning_rate"],
         "samples": documents,
         "held_out": len(plan.data.held_out),
         "left_out": len(plan.data.train.tokens.truncation.dropped),

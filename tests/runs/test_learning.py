@@ -123,6 +123,24 @@ def test_the_automatic_rate_is_that_of_the_trials_it_rests_on():
         assert f"{rate:.1e}".replace("e-0", "e-") in recipes
 
 
+def test_the_automatic_rate_stands_beside_the_best_of_the_others():
+    def result(rate: float | str, loss: float) -> dict:
+        trial = {"data": "docs", "seed": 1, "settings": {"learning_rate": rate}}
+        after = {"Eval/Loss": loss, "Forgetting/KL_General": 0.1, "Unseen_General_Loss": 2.0}
+        facts = {"updates": 150, "samples_per_update": 16.0, "learning_rate": 4e-4}
+        return {"trial": trial, "before": {"Eval/Loss": 3.0}, "after": after, "facts": facts}
+
+    results = [result("auto", 2.525), result(3e-4, 2.5), result(1e-3, 2.9)]
+    text = tables.by_rate(results, tables.group_of, "Rates")
+    assert text.splitlines()[2:] == [
+        "|  | before | 0.0003 | 0.001 | auto |",
+        "|---|---|---|---|---|",
+        "| docs, seed 1 (150 × 16.0 samples) | 3.000 | **2.500** / 0.100 / 2.000 | 2.900 / 0.100 / 2.000 "
+        "| 2.525 / 0.100 / 2.000 (0.0004, +1.0%) |",
+    ]
+    assert "auto" not in tables.by_rate(results[1:], tables.group_of, "Rates")
+
+
 def test_results_of_light_trials_are_shown_by_passes(tmp_path, capsys, monkeypatch):
     """They have no loss on general text."""
     lines = [
