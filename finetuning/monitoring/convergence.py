@@ -145,7 +145,7 @@ class ConvergenceMonitor:
         return at_end or not self.bins or self.bins[-1][0] == self.width
 
     def fit(self) -> Fit | None:
-        """The fit of the moment, made anew in 3 ms; None while there is too little evidence."""
+        """The fit of the moment, made anew in 2 ms; None while there is too little evidence."""
         if self.count < MIN_POINTS or not self._is_loss():
             return None
         return self._steady(
