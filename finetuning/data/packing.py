@@ -140,6 +140,11 @@ class StepPlan:
         return self.fractional_epoch(self.num_steps)
 
     @property
+    def tokens_per_update(self) -> float:
+        """Of all ranks, on the mean."""
+        return self.num_tokens / self.steps_per_epoch
+
+    @property
     def constant_shape(self) -> dict[str, int]:
         """Arguments of `build_batch` that give every micro-batch of the plan one shape."""
         # The attention kernel starts a block for every 128 tokens that a document may have, of each that

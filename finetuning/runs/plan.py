@@ -170,7 +170,8 @@ def plan_run(
     execution = execution_of(config, rows, parallel, dtype, shape, checkpointing)
     settings |= probing.settings(config.best_by) | {"eval_steps": eval_steps}
     settings["logging_steps"] = steps_between_points(config, steps.num_steps)
-    own_rate = automatic_rate(inputs.hidden_size, steps.passes, trains_all=not config.lora_r)
+    often = steps.passes, steps.tokens_per_update
+    own_rate = automatic_rate(inputs.hidden_size, *often, trains_all=not config.lora_r)
     settings |= resolved_settings(config, dist, execution, steps, own_rate)
     return RunPlan(
         inputs=inputs,

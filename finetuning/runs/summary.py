@@ -105,12 +105,15 @@ def _rate_text(plan: RunPlan) -> str:
         return f"{plan.settings['learning_rate']:.3g}"
     rate, updates = f"{plan.automatic_rate:.1e}", plan.steps.num_steps
     size, passes = plan.inputs.hidden_size, plan.steps.passes
-    known = f"{size:,}" if size else f"{USUAL_HIDDEN_SIZE:,}, as the model's own is not known,"
+    known = f"{size:,}" if size else f"{USUAL_HIDDEN_SIZE:,}, as the model's own is not known"
     often = f"{passes:.1f}" if passes >= 0.1 else f"{passes:.1g}"
     share = "" if plan.settings["lora_r"] else ", a tenth as all weights are trained"
     longer = "more --max-steps" if plan.settings["max_steps"] else "more --num-epochs"
     few = f"; {updates} updates are few, {longer} teach more" * (updates < FEW_UPDATES)
-    why = f"for a hidden size of {known} and {often} passes over the data"
+    tokens = f"{plan.steps.tokens_per_update:,.0f}"
+    why = (
+        f"for a hidden size of {known}, {often} passes over the data and {tokens} tokens an update"
+    )
     return f"{rate} (auto, {why}{share}{few})"
 
 

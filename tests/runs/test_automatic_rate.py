@@ -33,26 +33,37 @@ def rates_of(out: Path) -> dict[int, float]:
     return {step: rate for step, rate in found if rate is not None}
 
 
+def own_rate(passes: float, tokens: float) -> float:
+    """Of a model with a hidden size below 576."""
+    often = (2.8 / passes) ** 1.5 * (tokens / 2000) ** 0.5
+    return float(f"{1e-3 * min(1, max(0.1, often)):.2g}")
+
+
 def test_a_run_trains_with_the_rate_that_it_says_and_records(tmp_path, run, capsys):
-    """Few updates, one of them the warmup's, so the peak is met; passes beyond 2.5 make it less."""
+    """Few updates, one of them the warmup's, so the peak is met; passes and small updates make it less."""
     more = ("--max-steps", "0", "--num-epochs", "5", "--num-probes", "0", "--eval-steps", "0")
     assert run(tmp_path, *AUTO, *more, first=LOUD) == 0
     out, said = tmp_path / "out", capsys.readouterr().out
     record = record_of(out)
-    assert record["automatic_learning_rate"] == record["config"]["learning_rate"] == 5e-4
-    assert max(rates_of(out).values()) == pytest.approx(5e-4)
-    why = "5.0e-04 (auto, for a hidden size of 32 and 5.0 passes over the data; "
-    assert (
-        why in said and f"{record['steps']} updates are few, more --num-epochs teach more)" in said
-    )
+    said_tokens = re.search(r"32, 5.0 passes over the data and ([0-9,]+) tokens an update; ", said)
+    tokens = int(said_tokens[1].replace(",", ""))
+    own = own_rate(5, tokens)
+    assert record["automatic_learning_rate"] == record["config"]["learning_rate"] == own < 1e-3
+    assert max(rates_of(out).values()) == pytest.approx(own)
+    assert f"{own:.1e} (auto, for a hidden size of 32, 5.0 passes" in said
+    assert f"{record['steps']} updates are few, more --num-epochs teach more)" in said
+    last = read_metrics(next((out / "training_logs").glob("*/metrics.jsonl")))
+    seen = max(row["metrics"].get("Throughput/Tokens_Seen", 0) for row in last)
+    assert tokens == round(seen / record["steps"])
 
 
 def test_the_rate_of_the_user_is_kept_beside_the_programs_own(finished):
     record = record_of(finished)
     assert record["config"]["learning_rate"] == max(rates_of(finished).values()) == 3e-4
     passes = record["steps"] / record["steps_per_epoch"]
-    own = float(f"{1e-3 * min(1, 2.5 / passes):.2g}")  # of a model that is smaller than 576
-    assert record["automatic_learning_rate"] == own
+    (path,) = (finished / "training_logs").glob("*/metrics.jsonl")
+    seen = max(row["metrics"].get("Throughput/Tokens_Seen", 0) for row in read_metrics(path))
+    assert record["automatic_learning_rate"] == own_rate(passes, seen / record["steps"])
 
 
 def test_a_resumed_run_goes_on_with_the_same_rate(tmp_path, run, capsys):
@@ -93,7 +104,7 @@ def test_the_hidden_size_of_any_configuration_is_that_of_its_text_model(config, 
 @pytest.mark.parametrize("lora_r", [0, 16])
 @pytest.mark.parametrize("updates", [40, 4000])
 @pytest.mark.parametrize(
-    ("hidden_size", "known"), [(4096, "4,096 and"), (0, "2,560, as the model's")]
+    ("hidden_size", "known"), [(4096, "4,096, 0.04"), (0, "2,560, as the model's")]
 )
 def test_the_reason_is_told_in_both_languages(hidden_size, known, updates, lora_r, max_steps):
     plan = SimpleNamespace(
@@ -101,11 +112,11 @@ def test_the_reason_is_told_in_both_languages(hidden_size, known, updates, lora_
         automatic=("learning_rate",),
         automatic_rate=2.2e-4,
         inputs=SimpleNamespace(hidden_size=hidden_size),
-        steps=SimpleNamespace(num_steps=updates, passes=0.04),
+        steps=SimpleNamespace(num_steps=updates, passes=0.04, tokens_per_update=1953.3),
     )
     text = summary._rate_text(plan)
     assert text.startswith(f"2.2e-04 (auto, for a hidden size of {known}")
-    assert "and 0.04 passes over the data" in text
+    assert "0.04 passes over the data and 1,953 tokens an update" in text
     assert ("a tenth" in text) == (lora_r == 0) and ("are few" in text) == (updates == 40)
     assert not re.search("[a-z]+ [a-z]+", language.in_chinese(text).replace("--", ""))
     plan.automatic = ()

@@ -117,7 +117,8 @@ def test_the_automatic_rate_is_that_of_the_trials_it_rests_on():
             if r["after"]["Unseen_General_Loss"] <= 1.005 * r["before"]["Unseen_General_Loss"]
         ]
         best = tables.setting(min(kept, key=tables.held_out), "learning_rate")
-        rate = automatic_rate(576, trials[0]["facts"]["epochs"], trains_all=False)
+        size = trials[0]["facts"]
+        rate = automatic_rate(576, size["epochs"], size["tokens_per_update"], trains_all=False)
         others = [tables.setting(r, "learning_rate") for r in trials]
         assert min(others, key=lambda other: abs(math.log(other / rate))) == best
         assert f"{rate:.1e}".replace("e-0", "e-") in recipes
