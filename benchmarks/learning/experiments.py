@@ -147,7 +147,7 @@ def passes_on_a_cpu() -> Iterator[Trial]:
         "docs_8": (1e-3, 3e-4, 3e-3, 1e-4),
     }
     for data, own in tried.items():
-        for rate in own:
+        for rate in ("auto", *own):
             yield Trial("cpu_passes", data, 1, {"learning_rate": rate, "max_seq_length": 320})
 
 

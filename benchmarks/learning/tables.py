@@ -92,19 +92,28 @@ def _automatic(result: Result, best: float) -> str:
 
 
 def by_passes(results: Sequence[Result]) -> str:
-    """Held-out loss, a row a data set and a column a rate; the best is bold."""
-    rates = sorted({setting(r, "learning_rate") for r in results})
+    """Held-out loss, a row a data set and a column a rate; the best is bold, the automatic rate is last."""
+    rates = sorted({setting(r, "learning_rate") for r in results} - {"auto"})
     rows = []
-    for data in dict.fromkeys(r["trial"]["data"] for r in results):
-        mine = of(results, "cpu_passes", data=data)
-        losses = {setting(r, "learning_rate"): held_out(r) for r in mine}
-        cells = [f"{losses[rate]:.3f}" if rate in losses else "" for rate in rates]
-        best = f"{min(losses.values()):.3f}"
-        cells = [f"**{cell}**" if cell == best else cell for cell in cells]
-        first = mine[0]
-        passes, before = first["facts"]["epochs"], first["before"]["Eval/Loss"]
-        rows.append([f"cpu_passes {data}", f"{passes:.1f}", f"{before:.3f}", *cells])
-    header = ["data", "passes", "before", *(f"{rate:g}" for rate in rates)]
+    by_often = sorted(results, key=lambda r: r["facts"]["epochs"])
+    for data in dict.fromkeys(r["trial"]["data"] for r in by_often):
+        mine = {setting(r, "learning_rate"): r for r in of(results, "cpu_passes", data=data)}
+        automatic = mine.pop("auto", None)
+        best = min(map(held_out, mine.values()))
+        losses = {rate: f"{held_out(result):.3f}" for rate, result in mine.items()}
+        cells = [losses.get(rate, "") for rate in rates]
+        cells = [f"**{cell}**" if cell == f"{best:.3f}" else cell for cell in cells]
+        if automatic:
+            loss, rate = held_out(automatic), automatic["facts"]["learning_rate"]
+            cells.append(f"{loss:.3f} ({rate:g}, {100 * (loss / best - 1):+.1f}%)")
+        else:
+            cells.append("")
+        first = next(iter(mine.values()))
+        size, before = first["facts"], first["before"]["Eval/Loss"]
+        counts = (f"{size['epochs']:.1f}", f"{size['tokens_per_update']:.0f}")
+        rows.append([f"cpu_passes {data}", *counts, f"{before:.3f}", *cells])
+    names = (f"{rate:g}" for rate in rates)
+    header = ["data", "passes", "tokens an update", "before", *names, "auto"]
     return markdown("Passes: held-out loss", header, rows)
 
 

@@ -155,12 +155,13 @@ def test_results_of_light_trials_are_shown_by_passes(tmp_path, capsys, monkeypat
             "name": f"{data} {rate}",
             "before": {"Eval/Loss": 3.2},
             "after": {"Eval/Loss": loss},
-            "facts": {"epochs": passes},
+            "facts": {"epochs": passes, "tokens_per_update": 306.4, "learning_rate": 8e-4},
         }
         for data, passes, rate, loss in [
+            ("docs", 1.0, "auto", 2.525),
             ("docs", 1.0, 1e-3, 2.5),
             ("docs", 1.0, 3e-4, 2.6),
-            ("docs_eighth", 8.52, 1e-3, 4.5),
+            ("docs_8", 8.52, 1e-3, 4.5),
         ]
     ]
     path = tmp_path / "light.jsonl"
@@ -168,8 +169,9 @@ def test_results_of_light_trials_are_shown_by_passes(tmp_path, capsys, monkeypat
     monkeypatch.setattr("sys.argv", ["tables", str(path)])
     tables.main()
     said = capsys.readouterr().out
-    assert "| cpu_passes docs | 1.0 | 3.200 | 2.600 | **2.500** |" in said
-    assert "| cpu_passes docs_eighth | 8.5 | 3.200 |  | **4.500** |" in said
+    row = "| cpu_passes docs | 1.0 | 306 | 3.200 | 2.600 | **2.500** | 2.525 (0.0008, +1.0%) |"
+    assert row in said
+    assert "| cpu_passes docs_8 | 8.5 | 306 | 3.200 |  | **4.500** |  |" in said
 
 
 @pytest.mark.slow
