@@ -52,7 +52,8 @@ def check_there(folder: str, name: str) -> None:
 def fault_above(path: Path) -> int:
     """The error (of `errno`) that making a file or folder would end with for what lies above it, which is
     made where it is missing; 0: none."""
-    above = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    path = path.absolute()
+    above = next((parent for parent in path.parents if os.path.lexists(parent)), path)
     if not above.is_dir():
         return errno.ENOTDIR
     return 0 if os.access(above, os.W_OK | os.X_OK) else errno.EACCES
@@ -60,7 +61,11 @@ def fault_above(path: Path) -> int:
 
 def check_place(file: Path, name: str) -> None:
     """Raise UserError for a file that can't be written, before the work for it."""
-    if fault := errno.EISDIR if file.is_dir() else fault_above(file):
+    try:
+        fault = errno.EISDIR if file.is_dir() else fault_above(file)
+    except OSError as error:  # a name that is too long, or no path at all
+        fault = error.errno or errno.EINVAL
+    if fault:
         raise UserError(f"{name} {file}: can't be written ({os.strerror(fault)})")
 
 

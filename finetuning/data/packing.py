@@ -140,6 +140,11 @@ class StepPlan:
         return self.fractional_epoch(self.num_steps)
 
     @property
+    def times_shown(self) -> float:
+        """How often the plan shows a document, on the mean; a weight of 10 shows it ten times a pass."""
+        return self.passes * len(self.documents) / len(np.unique(self.documents))
+
+    @property
     def tokens_per_update(self) -> float:
         """Of all ranks, on the mean."""
         return self.num_tokens / self.steps_per_epoch

@@ -425,10 +425,12 @@ def _summary(members: _Members, data: _Data, end: _End, calm: float, beliefs: Be
     certain = calm * _fall_certainty(start, float(level), data.end_noise * data.fall / math.sqrt(3))
     share = np.clip((start - now) / np.maximum(start - floor, 1e-12), 0, 1) * certain
     left = _steps_to(start - 0.99 * (start - floor), members, data, end) if certain > 0 else None
+    score = min(1.0, float(members.weight @ share))
+    low, high = (_quantile(share, members.weight, q) for q in (0.1, 0.9))
     return Fit(
-        score=float(members.weight @ share),
-        score_low=_quantile(share, members.weight, 0.1) * (1 - Z80 * SCORE_ERROR),
-        score_high=min(1.0, _quantile(share, members.weight, 0.9) * (1 + Z80 * SCORE_ERROR)),
+        score=score,
+        score_low=min(score, low * (1 - Z80 * SCORE_ERROR)),
+        score_high=min(1.0, max(score, high * (1 + Z80 * SCORE_ERROR))),
         forecast=float(forecast),
         forecast_low=max(0.0, float(forecast) - Z80 * spread),
         forecast_high=float(forecast) + Z80 * spread,

@@ -74,19 +74,18 @@ class DetectorMemory:
     def end_row(self, step: int, epoch: float | None) -> None:
         """Remember how far the run is with this logged step: passes over the data, None where unknown."""
         if epoch is not None:
-            self.marks |= {"first_epoch": self.marks.get("first_epoch", min(epoch, 1.0))}
+            self.marks |= {"first_epoch": self.marks.get("first_epoch", max(epoch, 0.0))}
             self.marks |= {"epoch": epoch, "step": float(step)}
 
-    def shown_all(self, norms: int | None = None) -> bool:
+    def shown_all(self, values: int | None = None) -> bool:
         """Have the logged steps before this one shown every row of the data?
 
-        One pass after the first logged step they have, as a logged loss tells of all steps since the one
-        before. A gradient norm is that of one step, so that `norms` of them tell of fewer. Epochs that count
-        from 1 show the same.
+        One pass after the first logged step they have, wherever a log begins and its epochs count from.
+        values: how many there are, where each is of one step alone and tells nothing of those between.
         """
         passes = self.marks.get("epoch", 0.0) - self.marks.get("first_epoch", 0.0)
-        if norms is not None:
-            passes *= norms / max(self.marks.get("step", 1.0), 1.0)
+        if values is not None:
+            passes *= min(1.0, values / max(self.marks.get("step", 1.0), 1.0))
         return passes >= 1
 
 

@@ -42,7 +42,7 @@ def gradient_explosion(memory: DetectorMemory, metrics: Mapping) -> Verdict:
     log = math.log(norm)
     memory.remember("log_gradient", log)
     centre, least = median(before or [log]), math.log(memory.limits.gradient_ratio)
-    all_seen = memory.shown_all(norms=int(memory.marks.get("seen gradient", 0)))
+    all_seen = memory.shown_all(int(memory.marks.get("seen gradient", 0)))
     news = news_above(memory, "gradient", log, centre, least, all_seen=all_seen)
     limit = max(least, news - centre)
     if log - centre <= limit or rows <= least:
@@ -87,7 +87,9 @@ def loss_spike(memory: DetectorMemory, metrics: Mapping) -> Verdict:
     usual = median(before[-7:] or [loss])
     low = sorted(before or [loss])[len(before) // 4]  # of easy rows, though up to 3 of 4 are hard
     height = math.log(ratio)
-    all_seen = memory.shown_all()
+    # A loss of ours is the mean of all steps since the one before; of other tools it may be one step's.
+    one_step = None if memory.settings else int(memory.marks.get("seen loss", 0))
+    all_seen = memory.shown_all(one_step)
     news = news_above(memory, "loss", _log(loss), _log(low), height, all_seen=all_seen)
     least = math.exp(news)
     if loss <= least or rows <= height:
@@ -137,8 +139,9 @@ def noise(losses: Sequence[float]) -> float:
 
 
 def rounding(losses: Sequence[float]) -> float:
-    """The last digit that losses are logged with: 0.0001 of 0.1203 and 0.12."""
-    return 10.0 ** min((Decimal(repr(x)).as_tuple().exponent for x in losses), default=-17)
+    """The last digit that losses are logged with: 0.0001 of 0.1203 and 0.12, 1 of whole numbers."""
+    digits = [Decimal(repr(x)).normalize().as_tuple().exponent for x in losses]
+    return 10.0 ** min(0, *digits) if digits else 0.0
 
 
 def _log(value: float) -> float:
@@ -217,9 +220,9 @@ def divergence(memory: DetectorMemory, metrics: Mapping) -> Verdict:
     """The loss has risen for good, more than the noise of such rows explains: early, at once, or slowly.
 
     Early: `_early`, against a run's first losses. At once: `_sudden`, three losses in a row or more above any
-    of the 61 before them; 1% of false alarms each time that the length of a run doubles, whatever the rows
-    (each step has 16 in 100,000 while only 32 losses are known). Slowly: `_slow`. Between evaluations:
-    `_held_out`.
+    of the 61 before them; where their order is chance, 1% of false alarms each time that the length of a run
+    doubles (each step has 16 in 100,000 while only 32 losses are known). Slowly: `_slow`. Between
+    evaluations: `_held_out`.
     """
     marks = memory.marks
     if "Training/Loss" not in metrics and not marks.get("count"):
@@ -283,7 +286,8 @@ def _sudden(memory: DetectorMemory) -> Finding | None:
     before = losses[:-many]
     if len(before) < 2 * ENOUGH:
         return None
-    limit = max((1 + share) * median(before[-SMOOTH:]), (1 + share / 3) * sorted(before)[-2])
+    usual = median(before[-SMOOTH:])
+    limit = max((1 + share) * usual, (1 + share / 3) * sorted(before)[-2])
     sudden = min(losses[-many:])
     if sudden <= limit:
         return None  # nearly always, so what costs more comes later
@@ -291,7 +295,9 @@ def _sudden(memory: DetectorMemory) -> Finding | None:
     known = sorted(rise for rise in rises[:-many] if rise < UNKNOWN)
     if len(known) >= ENOUGH:
         least = max(least, known[-1 - len(known) // 10])
-    return Finding(sudden, limit, _best(memory)) if min(rises[-many:]) > least else None
+    limit = max(limit, usual + 2 * rounding(before))
+    found = sudden > limit and min(rises[-many:]) > least
+    return Finding(sudden, limit, _best(memory)) if found else None
 
 
 def _held_out(memory: DetectorMemory, metrics: Mapping) -> Finding | None:

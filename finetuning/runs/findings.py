@@ -103,11 +103,19 @@ def _shorter(run: RecordedRun, step: int) -> dict[str, Any]:
     """What ends a run at this step, by the setting that was set: --max-steps, or else --num-epochs; empty
     where the run was no longer than that."""
     if steps := _setting(run, "max_steps"):
-        return {"max_steps": step} if 0 < step < steps else {}
+        return {"max_steps": step, **_same_rate(run)} if 0 < step < steps else {}
     epochs, made = _setting(run, "num_epochs"), run.last("Training/Epoch")
     made = made or (epochs if isinstance(epochs, float) else 0)
     fewer = two_digits(made * step / max(run.steps, 1))
-    return {"num_epochs": fewer} if 0 < fewer < made else {}
+    return {"num_epochs": fewer, **_same_rate(run)} if 0 < fewer < made else {}
+
+
+def _same_rate(run: RecordedRun) -> dict[str, float]:
+    """The run's own learning rate, where it was left to the program: that goes by the passes, so that more
+    of them would teach no more, and fewer no less."""
+    rate = _rate(run)
+    automatic = "learning_rate" in run.configuration.get("automatic", ())
+    return {"learning_rate": two_digits(rate)} if automatic and rate else {}
 
 
 def _alerts(run: RecordedRun, *names: str) -> list[Mapping[str, Any]]:
@@ -312,7 +320,11 @@ def stopped_too_early(run: RecordedRun) -> NextStep | None:
         return None
     longer = {"max_steps": 2 * steps} if steps else {"num_epochs": 2 * epochs}
     return NextStep.of(
-        run, "The run was stopped too early: it was still learning.", f"{told}.", **longer
+        run,
+        "The run was stopped too early: it was still learning.",
+        f"{told}.",
+        **longer,
+        **_same_rate(run),
     )
 
 

@@ -58,7 +58,12 @@ from finetuning.runs.passes import (
 )
 from finetuning.runs.placement import placement_of
 from finetuning.runs.probing import Probing, plan_probes
-from finetuning.runs.resolved_settings import automatic_settings, resolved_settings
+from finetuning.runs.resolved_settings import (
+    automatic_settings,
+    kept_rate,
+    own_rate_of,
+    resolved_settings,
+)
 from finetuning.runs.sequence_length import Fits, SequenceLength, fits_here, model_positions
 from finetuning.training.engine import Execution
 from finetuning.training.forecast import (
@@ -67,7 +72,6 @@ from finetuning.training.forecast import (
     forecast,
 )
 from finetuning.training.memory_estimate import free_memory, model_shape
-from finetuning.training.peak_rate import automatic_rate
 
 MIN_CONSTANT_EFFICIENCY = 0.6  # of what compiled layers would go through, what is no padding
 
@@ -170,9 +174,9 @@ def plan_run(
     execution = execution_of(config, rows, parallel, dtype, shape, checkpointing)
     settings |= probing.settings(config.best_by) | {"eval_steps": eval_steps}
     settings["logging_steps"] = steps_between_points(config, steps.num_steps)
-    often = steps.passes, steps.tokens_per_update
-    own_rate = automatic_rate(inputs.hidden_size, *often, trains_all=not config.lora_r)
-    settings |= resolved_settings(config, dist, execution, steps, own_rate)
+    own_rate = own_rate_of(config, inputs.hidden_size, steps)
+    rate = kept_rate(config, pinned or {}) or own_rate
+    settings |= resolved_settings(config, dist, execution, steps, rate)
     return RunPlan(
         inputs=inputs,
         settings=settings,

@@ -292,7 +292,8 @@ def show_plan(terminal: Terminal, plan: RunPlan) -> None:
     if plan.inputs.model.embedded:
         terminal.final(banner(plan.inputs.model).partition("What it is")[0].rstrip())
     length = ("longest sample taken", plan.inputs.length.text())
-    rows = [*account_rows(plan.inputs.accounts), length, *plan.forecast.rows()]
+    rate = ("learning rate", summary.rate_text(plan))
+    rows = [*account_rows(plan.inputs.accounts), length, rate, *plan.forecast.rows()]
     terminal.table(f"Plan for {plan.inputs.model.name}", rows, always=True)
     tell_losses(terminal, plan.inputs.accounts)
 

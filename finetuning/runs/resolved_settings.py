@@ -1,5 +1,7 @@
 """What was left to the program, as a run uses it."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -9,6 +11,7 @@ from finetuning.common.distributed import Distributed
 from finetuning.config import DirectTrainingConfig
 from finetuning.data.packing import StepPlan
 from finetuning.training.engine import Execution
+from finetuning.training.peak_rate import automatic_rate
 
 
 def automatic_settings(config: DirectTrainingConfig) -> tuple[str, ...]:
@@ -16,16 +19,30 @@ def automatic_settings(config: DirectTrainingConfig) -> tuple[str, ...]:
     return tuple(f.name for f in fields(config) if getattr(config, f.name) == "auto")
 
 
+def own_rate_of(config: DirectTrainingConfig, hidden_size: int, steps: StepPlan) -> float:
+    """The learning rate that auto is for this plan, also where another one was set."""
+    often = steps.times_shown, steps.tokens_per_update
+    return automatic_rate(hidden_size, *often, trains_all=not config.lora_r)
+
+
+def kept_rate(config: DirectTrainingConfig, pinned: Mapping[str, Any]) -> float | None:
+    """The peak learning rate of the checkpoint that the run goes on from, where it is left to the program:
+    another version of it may have another rule. pinned: that checkpoint's settings."""
+    rate = pinned.get("learning_rate")
+    sound = type(rate) is float and 0 < rate < math.inf  # of a file that anyone may write
+    return rate if config.learning_rate == "auto" and sound else None
+
+
 def resolved_settings(
     config: DirectTrainingConfig,
     dist: Distributed,
     execution: Execution,
     steps: StepPlan,
-    own_rate: float,
+    rate: float,
 ) -> dict[str, Any]:
     """What was left to the program, or is overridden by another setting, as it is used.
 
-    own_rate: the learning rate where that is left to the program.
+    rate: the peak learning rate where that is left to the program.
     """
     precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[execution.dtype]
     counted = config.max_steps or config.num_epochs == "auto"
@@ -34,7 +51,7 @@ def resolved_settings(
         "device": dist.device.type if config.device == "auto" else config.device,
         "precision": precision if config.precision == "auto" else config.precision,
         "num_epochs": epochs,
-        "learning_rate": own_rate if config.learning_rate == "auto" else config.learning_rate,
+        "learning_rate": rate if config.learning_rate == "auto" else config.learning_rate,
         "parallel": execution.parallel,
         "compile": "on" if execution.batch_shape else "off",
         "gradient_checkpointing": "on" if execution.gradient_checkpointing else "off",

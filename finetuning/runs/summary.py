@@ -24,7 +24,7 @@ from finetuning.runs.model_card import CARD, model_card
 from finetuning.runs.plan import RunPlan
 from finetuning.runs.result import FINAL, why_best
 from finetuning.training.engine import TrainingEngine
-from finetuning.training.peak_rate import USUAL_HIDDEN_SIZE
+from finetuning.training.peak_rate import FEW_PASSES, USUAL_HIDDEN_SIZE
 from finetuning.training.state import TrainState
 
 PACKAGES = ("torch", "transformers", "peft", "tensorboard", "datasets", "nvidia-ml-py", "numpy")
@@ -76,7 +76,7 @@ def run_rows(plan: RunPlan, engine: TrainingEngine, dist: Distributed) -> list[t
         ("longest sample taken", plan.inputs.length.text()),
         ("tokens per epoch", f"{steps.num_tokens:,}"),
         ("steps", _steps_text(plan)),
-        ("learning rate", _rate_text(plan)),
+        ("learning rate", rate_text(plan)),
         ("logged", _logged(plan.settings["logging_steps"])),
         ("questions", plan.probing.text()),
         ("best model", plan.best_text),
@@ -99,17 +99,20 @@ def _steps_text(plan: RunPlan) -> str:
     return f"{steps.num_steps} by {end}{auto}, {steps.steps_per_epoch} per epoch"
 
 
-def _rate_text(plan: RunPlan) -> str:
+def rate_text(plan: RunPlan) -> str:
     """The peak and, where it was left to the program, why."""
     if "learning_rate" not in plan.automatic:
         return f"{plan.settings['learning_rate']:.3g}"
     rate, updates = f"{plan.automatic_rate:.1e}", plan.steps.num_steps
-    size, passes = plan.inputs.hidden_size, plan.steps.passes
+    if plan.settings["learning_rate"] != plan.automatic_rate:
+        return f"{plan.settings['learning_rate']:.2g} (auto, as in the checkpoint)"
+    size, passes = plan.inputs.hidden_size, plan.steps.times_shown
     known = f"{size:,}" if size else f"{USUAL_HIDDEN_SIZE:,}, as the model's own is not known"
     often = f"{passes:.1f}" if passes >= 0.1 else f"{passes:.1g}"
     share = "" if plan.settings["lora_r"] else ", a tenth as all weights are trained"
     longer = "more --max-steps" if plan.settings["max_steps"] else "more --num-epochs"
-    few = f"; {updates} updates are few, {longer} teach more" * (updates < FEW_UPDATES)
+    more = updates < FEW_UPDATES and passes < FEW_PASSES  # beyond, more of them lower the rate
+    few = f"; {updates} updates are few, {longer} teach more" * more
     tokens = f"{plan.steps.tokens_per_update:,.0f}"
     why = (
         f"for a hidden size of {known}, {often} passes over the data and {tokens} tokens an update"

@@ -81,7 +81,12 @@ def where_a_disk_begins(tmp_path: Path) -> Path:
     return Path("/dev/shm")
 
 
+def the_root(_: Path) -> Path:
+    return Path(Path.cwd().anchor)
+
+
 IMPOSSIBLE = {
+    the_root: "a disk begins there",
     a_link: "a link; give the place that it leads to",
     into_nothing: "a link; give the place that it leads to",
     below_a_file: "can't be written (Not a directory); choose another place",

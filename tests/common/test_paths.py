@@ -112,3 +112,16 @@ def test_no_home_ends_in_an_exception():
     raising = re.compile(r"\)\.expanduser\(\)|\bPath\.home\(\)")
     assert len(programs) > 100
     assert not [str(p) for p in programs if raising.search(p.read_text(encoding="utf-8"))]
+
+
+def test_a_place_that_can_not_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    for file, reason in (
+        (tmp_path, "Is a directory"),
+        (tmp_path / "file" / "below", "Not a directory"),
+        (tmp_path / ("a" * 300), "File name too long"),
+        (Path(tmp_path.anchor), "Is a directory"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            paths.check_place(file, "--html")
+    paths.check_place(tmp_path / "new" / "file", "--html")

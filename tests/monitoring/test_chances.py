@@ -107,9 +107,9 @@ def test_a_step_is_news_early_where_every_row_has_been_seen():
         assert limits[29] == math.inf and limits[30] < math.inf
 
 
-@pytest.mark.parametrize("first", [0.05, 1, 0])
+@pytest.mark.parametrize("first", [0.05, 1, 0, 2.5])
 def test_an_epoch_after_the_first_logged_step_has_shown_every_row(first):
-    """Epochs as a share, counted from 1, and counted from 0."""
+    """Epochs as a share, counted from 1, and from 0; a log that begins in the middle of a run."""
     memory = DetectorMemory(AlertLimits(), {})
     assert not memory.shown_all()
     memory.end_row(10, first)
@@ -117,7 +117,7 @@ def test_an_epoch_after_the_first_logged_step_has_shown_every_row(first):
     assert not memory.shown_all()
     memory.end_row(210, first + 1)
     assert memory.shown_all()
-    assert memory.shown_all(norms=210) and not memory.shown_all(norms=21)  # one of ten steps
+    assert memory.shown_all(210) and not memory.shown_all(21)  # one of ten steps
     memory.end_row(220, None)
     assert memory.shown_all()
 
@@ -127,7 +127,7 @@ def test_a_spike_in_the_second_epoch_is_told_before_a_hundred_losses():
     losses = [1 + 0.05 * rng.normal() for _ in range(90)]
     losses[60] = 3.0
     for length, expected in ((40, [60]), (200, [])):
-        monitor = AlertMonitor()
+        monitor = AlertMonitor(settings={"seed": 1})
         raised = [
             step
             for step, loss in enumerate(losses)
@@ -137,3 +137,20 @@ def test_a_spike_in_the_second_epoch_is_told_before_a_hundred_losses():
             if alert.name == "Loss_Spike"
         ]
         assert raised == expected
+
+
+@pytest.mark.parametrize(("settings", "news"), [({"seed": 1}, [60]), ({}, [])])
+def test_a_loss_of_another_tool_may_be_that_of_one_step(settings, news):
+    """Ours is the mean of all steps since the one before, so that one epoch has shown every row."""
+    losses = [1 + 0.05 * math.sin(7 * i) for i in range(90)]
+    losses[60] = 3.0
+    monitor = AlertMonitor(settings=settings)
+    raised = [
+        place
+        for place, loss in enumerate(losses)
+        for alert in monitor.observe(
+            20 * place, {"Training/Loss": loss, "Training/Epoch": (place + 1) / 40}
+        )
+        if alert.name == "Loss_Spike"
+    ]
+    assert raised == news

@@ -244,6 +244,17 @@ def test_a_rise_after_a_steep_start_is_a_divergence():
     assert raised == ["Divergence"]
 
 
+@pytest.mark.parametrize("factor", [1, 10_000])
+def test_losses_of_one_digit_do_not_diverge_by_it(factor):
+    for high, expected in ((2, []), (3, []), (5, ["Divergence"])):
+        losses = [1e-4 * factor] * 80 + [round(high * 1e-4 * factor, 4)] * 4
+        monitor = AlertMonitor()
+        raised = [
+            a.name for s, x in enumerate(losses) for a in monitor.observe(s, {"Training/Loss": x})
+        ]
+        assert raised == expected
+
+
 def test_the_last_digit_of_a_logged_loss_is_no_spike():
     """Losses of four decimals near zero: 0.0002 after 0.0001 is twice as much, and says nothing."""
     losses = [0.0001] * 150

@@ -9,13 +9,17 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from transformers import Gemma3Config, GPT2Config, Qwen3Config, T5Config
 
 from finetuning.common import language
+from finetuning.config import BatchSettings, DataSettings, DirectTrainingConfig
+from finetuning.data.packing import StepPlan
 from finetuning.events.reading import read_metrics
 from finetuning.model.small_config import hidden_size
 from finetuning.runs import summary
+from finetuning.runs.resolved_settings import kept_rate
 from tests.helpers.tiny_model import FAST
 
 LOUD = [option for option in FAST if option != "--quiet"]
@@ -45,13 +49,13 @@ def test_a_run_trains_with_the_rate_that_it_says_and_records(tmp_path, run, caps
     assert run(tmp_path, *AUTO, *more, first=LOUD) == 0
     out, said = tmp_path / "out", capsys.readouterr().out
     record = record_of(out)
-    said_tokens = re.search(r"32, 5.0 passes over the data and ([0-9,]+) tokens an update; ", said)
+    said_tokens = re.search(r"32, 5.0 passes over the data and ([0-9,]+) tokens an update\)", said)
     tokens = int(said_tokens[1].replace(",", ""))
     own = own_rate(5, tokens)
     assert record["automatic_learning_rate"] == record["config"]["learning_rate"] == own < 1e-3
     assert max(rates_of(out).values()) == pytest.approx(own)
     assert f"{own:.1e} (auto, for a hidden size of 32, 5.0 passes" in said
-    assert f"{record['steps']} updates are few, more --num-epochs teach more)" in said
+    assert "updates are few" not in said, "more passes would lower the rate"
     last = read_metrics(next((out / "training_logs").glob("*/metrics.jsonl")))
     seen = max(row["metrics"].get("Throughput/Tokens_Seen", 0) for row in last)
     assert tokens == round(seen / record["steps"])
@@ -108,16 +112,46 @@ def test_the_hidden_size_of_any_configuration_is_that_of_its_text_model(config, 
 )
 def test_the_reason_is_told_in_both_languages(hidden_size, known, updates, lora_r, max_steps):
     plan = SimpleNamespace(
-        settings={"lora_r": lora_r, "max_steps": max_steps, "learning_rate": 0.000123},
+        settings={"lora_r": lora_r, "max_steps": max_steps, "learning_rate": 2.2e-4},
         automatic=("learning_rate",),
         automatic_rate=2.2e-4,
         inputs=SimpleNamespace(hidden_size=hidden_size),
-        steps=SimpleNamespace(num_steps=updates, passes=0.04, tokens_per_update=1953.3),
+        steps=SimpleNamespace(num_steps=updates, times_shown=0.04, tokens_per_update=1953.3),
     )
-    text = summary._rate_text(plan)
+    text = summary.rate_text(plan)
     assert text.startswith(f"2.2e-04 (auto, for a hidden size of {known}")
     assert "0.04 passes over the data and 1,953 tokens an update" in text
     assert ("a tenth" in text) == (lora_r == 0) and ("are few" in text) == (updates == 40)
     assert not re.search("[a-z]+ [a-z]+", language.in_chinese(text).replace("--", ""))
+    plan.steps.times_shown = 3.0
+    assert "are few" not in summary.rate_text(plan), "more passes would lower the rate"
+    plan.automatic_rate = 1e-4
+    kept = summary.rate_text(plan)
+    assert kept == "0.00022 (auto, as in the checkpoint)"
+    assert not re.search("[a-z]+ [a-z]+", language.in_chinese(kept))
     plan.automatic = ()
-    assert summary._rate_text(plan) == "0.000123"
+    assert summary.rate_text(plan) == "0.00022"
+
+
+def test_a_weight_of_ten_shows_a_sample_ten_times():
+    lengths = np.full(20, 100)
+    settings = {"data": DataSettings(max_seq_length=100), "batch": BatchSettings(num_epochs=1.0)}
+    once = StepPlan(lengths, lengths, **settings)
+    often = StepPlan(lengths, lengths, np.repeat(np.arange(20), 10), **settings)
+    assert (once.times_shown, often.times_shown, often.passes) == (1.0, 10.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("setting", "pinned", "kept"),
+    [
+        ("auto", {"learning_rate": 7.5e-4}, 7.5e-4),
+        ("auto", {}, None),
+        ("auto", {"learning_rate": "auto"}, None),
+        ("auto", {"learning_rate": -1.0}, None),
+        ("auto", {"learning_rate": float("nan")}, None),
+        (1e-4, {"learning_rate": 7.5e-4}, None),
+    ],
+)
+def test_a_resume_keeps_the_rate_of_its_checkpoint(setting, pinned, kept):
+    """Also where an earlier version had another rule; a file that anyone may write is not believed."""
+    assert kept_rate(DirectTrainingConfig(learning_rate=setting), pinned) == kept

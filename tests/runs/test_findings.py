@@ -75,6 +75,19 @@ def test_a_run_with_the_trouble_has_its_finding_and_no_other(tmp_path, kind):
         assert words in page(run)
 
 
+@pytest.mark.parametrize("kind", ["overfitted", "saturated", "stopped_too_early"])
+def test_a_command_of_other_passes_keeps_an_automatic_rate(tmp_path, kind):
+    """It goes by the passes: with twice as many a run would learn no more."""
+    files = healthy()
+    BUILT[kind][0](files)
+    files["settings"] |= {"learning_rate": 2.64e-4}
+    files["automatic"] = ["learning_rate"]
+    (found,) = findings(recorded(tmp_path, files))
+    config = parse_command_line(shlex.split(found.command)[4:]).training
+    assert config.learning_rate == 2.6e-4
+    assert config.num_epochs == pytest.approx(BUILT[kind][2]["num_epochs"])
+
+
 AUTOMATIC = {
     "learning_rate": "auto",
     "num_epochs": "auto",
