@@ -59,9 +59,8 @@ from finetuning.runs.passes import (
 from finetuning.runs.placement import placement_of
 from finetuning.runs.probing import Probing, plan_probes
 from finetuning.runs.resolved_settings import (
+    automatic_rates,
     automatic_settings,
-    kept_rate,
-    own_rate_of,
     resolved_settings,
 )
 from finetuning.runs.sequence_length import Fits, SequenceLength, fits_here, model_positions
@@ -174,8 +173,7 @@ def plan_run(
     execution = execution_of(config, rows, parallel, dtype, shape, checkpointing)
     settings |= probing.settings(config.best_by) | {"eval_steps": eval_steps}
     settings["logging_steps"] = steps_between_points(config, steps.num_steps)
-    own_rate = own_rate_of(config, inputs.hidden_size, steps)
-    rate = kept_rate(config, pinned or {}) or own_rate
+    own_rate, rate = automatic_rates(config, inputs.hidden_size, steps, pinned or {})
     settings |= resolved_settings(config, dist, execution, steps, rate)
     return RunPlan(
         inputs=inputs,

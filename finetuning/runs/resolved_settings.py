@@ -19,18 +19,19 @@ def automatic_settings(config: DirectTrainingConfig) -> tuple[str, ...]:
     return tuple(f.name for f in fields(config) if getattr(config, f.name) == "auto")
 
 
-def own_rate_of(config: DirectTrainingConfig, hidden_size: int, steps: StepPlan) -> float:
-    """The learning rate that auto is for this plan, also where another one was set."""
+def automatic_rates(
+    config: DirectTrainingConfig, hidden_size: int, steps: StepPlan, pinned: Mapping[str, Any]
+) -> tuple[float, float]:
+    """The peak learning rate by the program's rule for this plan, and the one where it is left to the program.
+
+    The second is the rate of the checkpoint that the run goes on from, if there is one: another version of
+    the program may have another rule. pinned: that checkpoint's settings.
+    """
     often = steps.times_shown, steps.tokens_per_update
-    return automatic_rate(hidden_size, *often, trains_all=not config.lora_r)
-
-
-def kept_rate(config: DirectTrainingConfig, pinned: Mapping[str, Any]) -> float | None:
-    """The peak learning rate of the checkpoint that the run goes on from, where it is left to the program:
-    another version of it may have another rule. pinned: that checkpoint's settings."""
-    rate = pinned.get("learning_rate")
-    sound = type(rate) is float and 0 < rate < math.inf  # of a file that anyone may write
-    return rate if config.learning_rate == "auto" and sound else None
+    own = automatic_rate(hidden_size, *often, trains_all=not config.lora_r)
+    kept = pinned.get("learning_rate")
+    sound = type(kept) is float and 0 < kept < math.inf  # of a file that anyone may write
+    return own, kept if sound else own
 
 
 def resolved_settings(

@@ -19,7 +19,7 @@ from finetuning.data.packing import StepPlan
 from finetuning.events.reading import read_metrics
 from finetuning.model.small_config import hidden_size
 from finetuning.runs import summary
-from finetuning.runs.resolved_settings import kept_rate
+from finetuning.runs.resolved_settings import automatic_rates
 from tests.helpers.tiny_model import FAST
 
 LOUD = [option for option in FAST if option != "--quiet"]
@@ -142,16 +142,17 @@ def test_a_weight_of_ten_shows_a_sample_ten_times():
 
 
 @pytest.mark.parametrize(
-    ("setting", "pinned", "kept"),
+    ("pinned", "kept"),
     [
-        ("auto", {"learning_rate": 7.5e-4}, 7.5e-4),
-        ("auto", {}, None),
-        ("auto", {"learning_rate": "auto"}, None),
-        ("auto", {"learning_rate": -1.0}, None),
-        ("auto", {"learning_rate": float("nan")}, None),
-        (1e-4, {"learning_rate": 7.5e-4}, None),
+        ({"learning_rate": 7.5e-4}, 7.5e-4),
+        ({}, 1e-3),
+        ({"learning_rate": "auto"}, 1e-3),
+        ({"learning_rate": -1.0}, 1e-3),
+        ({"learning_rate": float("nan")}, 1e-3),
     ],
 )
-def test_a_resume_keeps_the_rate_of_its_checkpoint(setting, pinned, kept):
+def test_a_resume_keeps_the_rate_of_its_checkpoint(pinned, kept):
     """Also where an earlier version had another rule; a file that anyone may write is not believed."""
-    assert kept_rate(DirectTrainingConfig(learning_rate=setting), pinned) == kept
+    lengths = np.full(2000, 100)
+    steps = StepPlan(lengths, lengths, data=DataSettings(), batch=BatchSettings(num_epochs=1.0))
+    assert automatic_rates(DirectTrainingConfig(), 64, steps, pinned) == (1e-3, kept)
