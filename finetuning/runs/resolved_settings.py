@@ -22,7 +22,7 @@ def automatic_settings(config: DirectTrainingConfig) -> tuple[str, ...]:
 def automatic_rates(
     config: DirectTrainingConfig, hidden_size: int, steps: StepPlan, pinned: Mapping[str, Any]
 ) -> tuple[float, float]:
-    """The peak learning rate by the program's rule for this plan, and the one where it is left to the program.
+    """The peak learning rate by the rule for this plan, and the one that is used where none was set.
 
     The second is the rate of the checkpoint that the run goes on from, if there is one: another version of
     the program may have another rule. pinned: that checkpoint's settings.
