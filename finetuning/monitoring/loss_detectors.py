@@ -82,6 +82,7 @@ def loss_spike(memory: DetectorMemory, metrics: Mapping) -> Verdict:
     if loss is None:
         return KEEP
     losses = memory.series.get("loss", [])
+    memory.marks["digit"] = min(memory.marks.get("digit", 1.0), last_digit(loss))
     rows = memory.marks["rows"] = min(unusual(memory, metrics, "Training/Loss", loss), UNKNOWN)
     before, z, ratio = losses[-31:], memory.limits.spike_z, memory.limits.spike_ratio
     usual = median(before[-7:] or [loss])
@@ -101,7 +102,7 @@ def loss_spike(memory: DetectorMemory, metrics: Mapping) -> Verdict:
     limit = usual * max(ratio, math.exp(z * log_noise(before)))
     if rows < UNKNOWN and known is not None:  # such rows are known, and their noise
         limit = min(limit, loss / math.exp(rows) * math.exp(rise))
-    limit = max(limit, least, usual + 2 * rounding(before))
+    limit = max(limit, least, usual + 2 * memory.marks.get("digit", 0.0))
     return Finding(loss, limit, {"usual loss": usual}) if loss > limit else None
 
 
@@ -138,10 +139,9 @@ def noise(losses: Sequence[float]) -> float:
     return math.sqrt(fmean((b - a) ** 2 for a, b in pairwise(losses)) / 2)
 
 
-def rounding(losses: Sequence[float]) -> float:
-    """The last digit that losses are logged with: 0.0001 of 0.1203 and 0.12, 1 of whole numbers."""
-    digits = [Decimal(repr(x)).normalize().as_tuple().exponent for x in losses]
-    return 10.0 ** min(0, *digits) if digits else 0.0
+def last_digit(loss: float) -> float:
+    """What the last digit of a loss is worth: 0.0001 of 0.1203, 1 of a whole number."""
+    return 10.0 ** min(0, Decimal(repr(float(loss))).normalize().as_tuple().exponent)
 
 
 def _log(value: float) -> float:
@@ -295,7 +295,7 @@ def _sudden(memory: DetectorMemory) -> Finding | None:
     known = sorted(rise for rise in rises[:-many] if rise < UNKNOWN)
     if len(known) >= ENOUGH:
         least = max(least, known[-1 - len(known) // 10])
-    limit = max(limit, usual + 2 * rounding(before))
+    limit = max(limit, usual + 2 * memory.marks.get("digit", 0.0))
     found = sudden > limit and min(rises[-many:]) > least
     return Finding(sudden, limit, _best(memory)) if found else None
 
