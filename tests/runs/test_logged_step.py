@@ -73,4 +73,4 @@ def test_all_of_a_logged_step_is_counted(tmp_path: Path, monkeypatch: pytest.Mon
     share = (last - first) / (after - before)
     least = (STEPS - 5) * 6 * BUSY
     assert after - before > least
-    assert 0.93 < share < 1.01, share  # each part is at least a tenth of a step
+    assert 0.93 < share < 1.05, share  # each part is at least a tenth of a step
