@@ -74,7 +74,8 @@ def by_rate(results: Sequence[Result], groups: Callable[[Result], str], title: s
         first = next(iter([*mine.values(), automatic]))["before"]["Eval/Loss"]
         cells = [_measured(mine[rate], best) if rate in mine else "" for rate in rates]
         if tried:
-            cells.append(_automatic(automatic, best) if automatic else "")
+            told = automatic and f"{_measured(automatic)} {_rate_and_loss(automatic, best)}"
+            cells.append(told or "")
         rows.append([group, f"{first:.3f}", *cells])
     header = ["", "before", *(f"{rate:g}" for rate in rates), *["auto"] * tried]
     return markdown(title, header, rows)
@@ -86,9 +87,10 @@ def _measured(result: Result, best: float = math.nan) -> str:
     return f"{mark}{loss:.3f}{mark} / {kl(result):.3f} / {general:.3f}"
 
 
-def _automatic(result: Result, best: float) -> str:
+def _rate_and_loss(result: Result, best: float) -> str:
+    """The automatic rate, and how far above the best loss of the others it ends."""
     above = f", {100 * (held_out(result) / best - 1):+.1f}%" if math.isfinite(best) else ""
-    return f"{_measured(result)} ({result['facts']['learning_rate']:g}{above})"
+    return f"({result['facts']['learning_rate']:g}{above})"
 
 
 def by_passes(results: Sequence[Result]) -> str:
@@ -104,8 +106,7 @@ def by_passes(results: Sequence[Result]) -> str:
         cells = [losses.get(rate, "") for rate in rates]
         cells = [f"**{cell}**" if cell == f"{best:.3f}" else cell for cell in cells]
         if automatic:
-            loss, rate = held_out(automatic), automatic["facts"]["learning_rate"]
-            cells.append(f"{loss:.3f} ({rate:g}, {100 * (loss / best - 1):+.1f}%)")
+            cells.append(f"{held_out(automatic):.3f} {_rate_and_loss(automatic, best)}")
         else:
             cells.append("")
         first = next(iter(mine.values()))

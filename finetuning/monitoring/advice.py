@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from finetuning.common.formatting import four_digits
+from finetuning.common.formatting import four_digits, two_digits
 from finetuning.monitoring.detector_memory import Finding
 
 ADVICE = {
@@ -109,7 +109,7 @@ def _setting(
 
 def _rounded(value: float) -> float:
     """Two digits of a float; an integer as it is."""
-    return value if isinstance(value, int) else float(f"{value:.2g}")
+    return value if isinstance(value, int) else two_digits(value)
 
 
 def _shown(value: object) -> str:

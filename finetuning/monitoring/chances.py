@@ -64,10 +64,9 @@ def news_above(
     """The log that a step must exceed to be higher than rare rows have made a step; takes the step in.
 
     `level`: the log of what is usual; `least`: how far above it a step may be news; `all_seen`: whether the
-    steps before this one have shown every row (`shown_all`). Steps half as far, and a
-    quarter, above it are known by their logs and by how far they rose above the level of their time. A step
-    is no news unless it lies above both tails (`above_tail`): 1% of false alarms each time that the length
-    of a run doubles.
+    steps before this one have shown every row (`shown_all`). Steps half as far, and a quarter, above it are
+    known by their logs and by how far they rose above the level of their time. A step is no news unless it
+    lies above both tails (`above_tail`): 1% of false alarms each time that the length of a run doubles.
 
     By the rule of succession (Laplace 1774) a step as high as k of n earlier ones has the chance
     (k + 1) / (n + 2): it must be under 1 in 100, so that none may be as high until n = 198, and one from then

@@ -22,7 +22,7 @@ from finetuning.monitoring.alerts import AlertMonitor
 from finetuning.monitoring.curve_fit import Fit, fit_curve, merged
 from finetuning.monitoring.foreign_table import LARGEST
 from finetuning.monitoring.loss_curves import Curve
-from finetuning.monitoring.loss_detectors import is_spike, log_noise
+from finetuning.monitoring.loss_detectors import is_spike, last_digit, log_noise
 from finetuning.monitoring.saved_memory import check_memory, tried
 
 MAX_BINS = 128  # two neighbours are merged when full, so 64 to 128 bins describe any run
@@ -110,9 +110,11 @@ class ConvergenceMonitor:
             self._add_to_bins()
 
     def _note_spike(self, loss: float) -> None:
-        """Remember sudden rises: far outside the noise and a quarter above the local median."""
+        """Remember sudden rises: beyond noise and digits, and a quarter above the local median."""
         losses = [point[1] for point in self.recent]
         high = len(losses) >= 8 and bool(is_spike(loss, losses))
+        if high:
+            high = loss - median(losses[-7:]) > 2 * min(map(last_digit, [*losses, loss]))
         if high and not self.in_spike:
             self.spikes = [*self.spikes, self.count][-64:]
         self.in_spike = high

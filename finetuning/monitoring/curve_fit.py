@@ -183,11 +183,18 @@ def _scaled(steps, losses, whole: Course, times, beliefs: Beliefs) -> _Data:
         at=at - origin,
         clock=x,
         annealed=whole.annealed[pick],
-        passed=boundaries_passed(at, period, float(np.median(np.diff(steps))), total),
+        passed=_seen(boundaries_passed(at, period, float(np.median(np.diff(steps))), total)),
         level=level,
         fall=fall,
         end_noise=float(noise[-1]),
     )
+
+
+def _seen(passed: np.ndarray | None) -> np.ndarray | None:
+    """With the present behind the boundaries of the last bin: a drop that no loss has shown is to come."""
+    if passed is not None:
+        passed[-3] = passed[-4]
+    return passed
 
 
 def _noise(losses) -> float:

@@ -102,7 +102,7 @@ def loss_spike(memory: DetectorMemory, metrics: Mapping) -> Verdict:
     limit = usual * max(ratio, math.exp(z * log_noise(before)))
     if rows < UNKNOWN and known is not None:  # such rows are known, and their noise
         limit = min(limit, loss / math.exp(rows) * math.exp(rise))
-    limit = max(limit, least, usual + 2 * memory.marks.get("digit", 0.0))
+    limit = max(limit, least, usual + 2 * memory.marks["digit"])
     return Finding(loss, limit, {"usual loss": usual}) if loss > limit else None
 
 
@@ -320,9 +320,9 @@ def _slow(memory: DetectorMemory) -> Finding | None:
     """Mean and median of 15 losses have both risen above their lowest by a share, and the mean beyond chance.
 
     Chance: `least_sigmas` standard errors of `noise`, which a rise is no part of; of the log median, 1.2533
-    sigma / sqrt(15). The median: rare hard
-    rows move the mean of 15 losses, but the median only where 8 of them are hard, which one row a step
-    does by chance in 3 of 100,000 steps where 10% are hard. More frequent ones are in the standard error.
+    sigma / sqrt(15). The median: rare hard rows move the mean of 15 losses, but the median only where 8 of
+    them are hard, which one row a step does by chance in 3 of 100,000 steps where 10% are hard. More
+    frequent ones are in the standard error.
     """
     marks, losses, share = memory.marks, memory.series["loss"], memory.limits.divergence
     if "level" not in marks:

@@ -18,7 +18,7 @@ def automatic_rate(
 ) -> float:
     """Peak learning rate, of two digits.
 
-    hidden_size: of the text model; 0: not known. passes: how often the run goes through its training data.
+    hidden_size: of the text model; 0: not known. passes: how often the run shows a sample, on the mean.
     tokens_per_update: of all ranks. trains_all: all weights, no adapters.
     """
     size = (SMALL_HIDDEN_SIZE / (hidden_size or USUAL_HIDDEN_SIZE)) ** EXPONENT

@@ -96,6 +96,19 @@ def test_epochs_to_come_are_foreseen_from_the_staircase(known):
     assert abs(fit.forecast - stairs[-1]) < 0.1 * (stairs[0] - stairs[-1])
 
 
+def test_a_drop_between_epochs_counts_once_a_loss_has_shown_it():
+    """Right behind a boundary nothing has fallen yet: the score must not run ahead and come back."""
+    stairs = 1.2 * 0.6 ** ((STEPS[:240] - 1) // 20)
+    losses = noisy(stairs, 0.02)
+    monitor = ConvergenceMonitor(240, steps_per_epoch=20)
+    levels = []
+    for i, loss in enumerate(losses):
+        monitor.observe(i + 1, loss)
+        if i >= 80:
+            levels.append((monitor.fit().level, np.min(losses[max(0, i - 2) : i + 1])))
+    assert all(level > 0.8 * lowest for level, lowest in levels)
+
+
 def test_a_smooth_fall_is_not_taken_for_a_staircase():
     curve = 0.2 + 2 * np.exp(-STEPS / 300)
     fit = watch(noisy(curve)[:300], total=600).fit()
@@ -165,6 +178,15 @@ def test_interrupted_and_uninterrupted_runs_agree(cut):
         second.fit()
     assert second.scalars() == pytest.approx(whole.scalars(), abs=1e-9)
     assert second.state_dict() == whole.state_dict()
+
+
+def test_the_last_digit_of_a_loss_is_no_sudden_rise():
+    """Losses of four decimals at the end of a run; 0.0004 is one."""
+    losses = [round(2 * math.exp(-i / 20) + 1e-4, 4) for i in range(260)]
+    losses[240], losses[250] = 0.0002, 0.0003
+    assert watch(losses, total=300).spikes == []
+    losses[250] = 0.0005
+    assert watch(losses, total=300).spikes == [251]
 
 
 def test_a_resumed_run_remembers_its_spikes():
