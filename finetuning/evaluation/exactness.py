@@ -57,7 +57,9 @@ def wilson(count: float, of_all: int) -> tuple[float, float]:
     rate, extra = count / of_all, Z * Z / of_all
     middle = (rate + extra / 2) / (1 + extra)
     half = Z / (1 + extra) * math.sqrt(rate * (1 - rate) / of_all + extra / (4 * of_all))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # Exact at its ends, where rounding would leave 3e-17.
+    low = max(0.0, middle - half) if count > 0 else 0.0
+    return low, min(1.0, middle + half) if count < of_all else 1.0
 
 
 def with_interval(tag: str, outcomes: Sequence[float]) -> dict[str, float]:
