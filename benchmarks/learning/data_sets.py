@@ -43,6 +43,7 @@ def write_all(folder: Path, *, share: float = 1.0) -> None:
     _write_split(folder, "docs", documentation(documents))
     for stride in (2, 4, 8):
         _write_part(folder, "docs", stride)
+    _write_answers(folder, "crypto")
     thought = word_problems(sums)
     cut = len(thought) // 7  # they are drawn, so that any part is like any other
     for name, records in {
@@ -73,6 +74,14 @@ def _write_part(folder: Path, name: str, stride: int) -> None:
         lines = (folder / f"{name}.{part}.jsonl").read_text(encoding="utf-8").splitlines(True)
         kept = "".join(lines[::step])
         (folder / f"{name}_{stride}.{part}.jsonl").write_text(kept, encoding="utf-8")
+
+
+def _write_answers(folder: Path, name: str) -> None:
+    """The same questions without their thinking."""
+    for part in ("train", "held_out"):
+        lines = (folder / f"{name}.{part}.jsonl").read_text(encoding="utf-8").splitlines()
+        records = [{**json.loads(line), "thinking": ""} for line in lines]
+        _write(folder / f"{name}_answers.{part}.jsonl", records)
 
 
 def _write(path: Path, records: Sequence[Record]) -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from benchmarks.learning.trial import Trial
 
 RATES = (1e-4, 3e-4, 6e-4, 1e-3, 2e-3, 4e-3)
+CPU_RATES = (1e-3, 3e-4, 2e-3, 1e-4, 4e-3)
 FULL_RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
 FEW = (3e-4, 1e-3, 2e-3, 4e-3)
 QUESTIONS = 100
@@ -30,6 +31,8 @@ def experiments() -> list[Trial]:
         *thinking_rates(),
         *thinking_on_a_cpu(),
         *passes_on_a_cpu(),
+        *rates_on_a_cpu(seed=1),
+        *rates_on_a_cpu(seed=2),
     ]
 
 
@@ -149,6 +152,15 @@ def passes_on_a_cpu() -> Iterator[Trial]:
     for data, own in tried.items():
         for rate in ("auto", *own):
             yield Trial("cpu_passes", data, 1, {"learning_rate": rate, "max_seq_length": 320})
+
+
+def rates_on_a_cpu(seed: int) -> Iterator[Trial]:
+    """The question of `rates` for two processors and --light, three minutes each trial: one sample or two an
+    update, about one pass over the docs and two over the answers of the bundled Q&A."""
+    for data, length in (("docs", 320), ("crypto_answers", 640)):
+        for rate in ("auto", *CPU_RATES):
+            settings = {"learning_rate": rate, "max_seq_length": length, "precision": "bf16"}
+            yield Trial("cpu_rate", data, seed, settings)
 
 
 def shortened(trials: list[Trial], steps: int, questions: int) -> list[Trial]:

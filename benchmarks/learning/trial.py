@@ -80,7 +80,7 @@ class Place:
     model: Path  # the base
     work: Path  # data sets, models that trials save, caches
     device: str
-    light: bool = False  # of the measures only the held-out loss
+    light: bool = False  # without the losses on other data sets
 
     def model_of(self, name: str) -> Path:
         return self.model if name == "base" else self.work / "models" / name
@@ -109,12 +109,10 @@ def run_trial(trial: Trial, place: Place) -> dict[str, Any]:
     plan = plan_run(config, dist, Terminal(quiet=True))
     engine = build_engine(config, plan, dist, Terminal(quiet=True))
     evaluator = build_evaluator(config, plan, engine, dist)
-    unseen = {
-        "Unseen_General_Loss": place.data_of("general", "unseen"),
-        "Docs_Loss": place.data_of("docs", "held_out"),
-        "Crypto_Loss": place.data_of("crypto", "held_out"),
-    }
-    unseen = {} if place.light else unseen
+    unseen = {"Unseen_General_Loss": place.data_of("general", "unseen")}
+    if not place.light:
+        unseen["Docs_Loss"] = place.data_of("docs", "held_out")
+        unseen["Crypto_Loss"] = place.data_of("crypto", "held_out")
 
     def measured() -> Numbers:
         found = evaluator.measure(0, NullLogger()) or {}
@@ -164,7 +162,6 @@ def configuration(trial: Trial, place: Place) -> DirectTrainingConfig:
         compile="off",
         gradient_checkpointing="off",
         num_probes=0,
-        forgetting=not place.light,
         workers=1,
         max_broken_fraction=0.9,
         output_dir=str(place.work / "out"),

@@ -87,11 +87,12 @@ def _setting(
     name: str,
     change: Callable[[float], float] | None = None,
     needs: Callable[[Mapping], bool] | None = None,
+    with_it: str = "",
 ) -> Callable[[Mapping], str]:
     """ " (it is VALUE)", or " (it is VALUE; try --name CHANGED)"; nothing where the setting is not known.
 
     Nothing is suggested where that is what it is already, or where the other settings do not have what it
-    `needs`.
+    `needs`. with_it: what else the command then says.
     """
 
     def text(settings: Mapping) -> str:
@@ -101,7 +102,7 @@ def _setting(
         shown, other = _shown(value), None
         if change and isinstance(value, (int, float)) and (needs is None or needs(settings)):
             other = _shown(_rounded(change(value)))
-        more = f"; try --{name.replace('_', '-')} {other}" if other not in (None, shown) else ""
+        more = f"; try --{name.replace('_', '-')} {other}{with_it}" if other not in (None, shown) else ""
         return f" (it is {shown}{more})"
 
     return text
@@ -127,11 +128,16 @@ def _has_adapters(settings: Mapping) -> bool:
 
 
 def _length(settings: Mapping) -> str:
-    """The setting that decides how long a run is: --max-steps where it is given."""
-    steps = settings.get("max_steps")
+    """The setting that decides how long a run is: --max-steps where it is given; with the learning rate, where
+    that is automatic: by the rule a shorter run has a higher one, and would teach as much."""
+    steps, rate = settings.get("max_steps"), settings.get("learning_rate")
+    left = "learning_rate" in settings.get("automatic", ())
+    with_rate = f" --learning-rate {_shown(rate)}" if left and rate else ""
     if not steps:
-        return _setting("num_epochs", lambda epochs: max(min(1, epochs), epochs / 2))(settings)
-    fewer = f"; try --max-steps {steps // 2}" if steps > 1 else ""
+        return _setting(
+            "num_epochs", lambda epochs: max(min(1, epochs), epochs / 2), with_it=with_rate
+        )(settings)
+    fewer = f"; try --max-steps {steps // 2}{with_rate}" if steps > 1 else ""
     return f" (--max-steps is {steps}{fewer})"
 
 

@@ -114,7 +114,7 @@ def begin_record(
         changes=start.state.changes,
         warn=terminal.warning,
     )
-    record.cite(plan.settings)
+    record.cite({**plan.settings, "automatic": plan.automatic})
     announce(terminal, record, plan, engine, dist)
     if start.checkpoint:
         tell_resume(terminal, record, plan, start.checkpoint, start.changes)

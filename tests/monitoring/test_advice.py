@@ -63,6 +63,20 @@ def test_steps_are_suggested_where_steps_are_counted():
     assert "(--max-steps is 1) or" in advice("Saturation", {"max_steps": 1})
 
 
+@pytest.mark.parametrize("length", [{"num_epochs": 3.0}, {"num_epochs": 3.9, "max_steps": 300}])
+def test_a_shorter_run_keeps_its_automatic_rate(length: dict):
+    """The rule would raise it for fewer passes. A rate that was set stays by itself, as does one that no
+    setting tells."""
+    run = {**length, "learning_rate": 2e-4}
+    for name in ("Saturation", "Overfitting", "Forgetting"):
+        told = advice(name, {**run, "automatic": ("seed", "learning_rate")})
+        command = "--max-steps 150" if "max_steps" in run else "--num-epochs 1.5"
+        assert f"try {command} --learning-rate 0.0002)" in told
+        assert f"可试 {command} --learning-rate 0.0002）" in language.in_chinese(told)
+        assert advice(name, {**run, "automatic": ("seed",)}) == advice(name, run)
+        assert f"try {command})" in advice(name, run)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "told"),
     [
