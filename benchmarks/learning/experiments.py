@@ -33,6 +33,7 @@ def experiments() -> list[Trial]:
         *passes_on_a_cpu(),
         *rates_on_a_cpu(seed=1),
         *rates_on_a_cpu(seed=2),
+        *others_on_a_cpu(),
     ]
 
 
@@ -161,6 +162,22 @@ def rates_on_a_cpu(seed: int) -> Iterator[Trial]:
         for rate in ("auto", *CPU_RATES):
             settings = {"learning_rate": rate, "max_seq_length": length, "precision": "bf16"}
             yield Trial("cpu_rate", data, seed, settings)
+
+
+def others_on_a_cpu() -> Iterator[Trial]:
+    """What else a run may set, beside the trials of `rates_on_a_cpu` with seed 1: general text in the training,
+    fewer and larger updates, the anchor, ranks."""
+    short, long = ({"max_seq_length": n, "precision": "bf16"} for n in (320, 640))
+    for share in (0.06, 0.2):
+        yield Trial("cpu_replay", "crypto_answers", 1, long | {"replay": share, "learning_rate": 1e-3})
+    for rate in (1e-3, 2e-3, 4e-3):
+        larger = {"learning_rate": rate, "batch_size": 4, "max_steps": 38}  # as many tokens
+        yield Trial("cpu_batch", "docs", 1, short | larger)
+    for weight in (0.1, 0.5, 2.0):
+        yield Trial("cpu_anchor", "docs", 1, short | {"learning_rate": 2e-3, "kl_anchor": weight})
+    for rank in (4, 64):
+        for rate in (3e-4, 1e-3, 2e-3):
+            yield Trial("cpu_rank", "docs", 1, short | {"learning_rate": rate, "lora_r": rank})
 
 
 def shortened(trials: list[Trial], steps: int, questions: int) -> list[Trial]:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 RUN_PREFIX = "qwen3_4b_thinking_"
 LOCK_NAME = ".run.lock"
+TO_LOOK = 0.2  # seconds, in which somebody may ask whether the lock is free
 MODELS = ("final_model", "best_model")
 MIRRORING = ".mirroring"  # what is on its way to a mirror
 RUN_NAME = "run.txt"  # in the folder of a model: the run that trained it
@@ -86,7 +87,7 @@ def lock_output(output_dir: Path) -> FileLock:
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         lock = FileLock(output_dir / LOCK_NAME)
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=TO_LOOK, poll_interval=TO_LOOK / 4)
         _remove_leftovers(output_dir)
     except Timeout as error:
         raise UserError(
@@ -99,6 +100,23 @@ def lock_output(output_dir: Path) -> FileLock:
             "--output-dir"
         ) from error
     return lock
+
+
+def is_abandoned(output_dir: Path) -> bool:
+    """Whether a run was at work here and no process holds its lock: it was killed, or the machine went down.
+
+    False where that can't be seen: copied files have no lock, and on some disks nothing can be locked.
+    """
+    path = output_dir / LOCK_NAME
+    if not path.is_file():
+        return False
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except OSError:  # Timeout is one: somebody holds it
+        return False
+    lock.release()
+    return True
 
 
 @contextmanager

@@ -199,7 +199,8 @@ def unfinished(run: RecordedRun) -> NextStep | None:
     title = "The run has not come to its end: go on with it."
     if status.get("status") in ("failed", "stopped"):
         title = "The run broke off: mend what its status says, and go on with it."
-    where = "auto" if status.get("saved") == 0 else "latest"  # nothing is saved: it begins again
+    saved = status.get("status") != "killed" and status.get("saved") != 0
+    where = "latest" if saved else "auto"  # where nothing is saved it begins again
     return NextStep(title, how_far, f"{command(run)} --resume {where}")
 
 

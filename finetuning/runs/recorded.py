@@ -20,7 +20,7 @@ from finetuning.common.paths import expanded
 from finetuning.common.text import clean_line
 from finetuning.events.metric_table import is_custom
 from finetuning.events.reading import read_end_texts
-from finetuning.runs.directory import RunDirectory
+from finetuning.runs.directory import RunDirectory, is_abandoned
 from finetuning.runs.series import MEDIANS, RunSeries
 
 Points = Sequence[tuple[int, float]]  # (step, value), steps rise
@@ -77,14 +77,14 @@ class RecordedRun:
 
     @property
     def is_running(self) -> bool:
-        """As far as its status says; a run that was killed could not say otherwise."""
+        """As far as can be seen from here."""
         return self.status.get("status") == "running"
 
     @property
     def is_complete(self) -> bool:
         """Whether it has come to its last planned step."""
         status, planned = self.status.get("status"), self.configuration.get("steps")
-        if status in ("running", "preempted", "stopped", "failed"):
+        if status in ("running", "killed", "preempted", "stopped", "failed"):
             return False
         return status == "completed" or (planned is not None and self.steps >= planned)
 
@@ -190,8 +190,16 @@ def read_recorded(
         seconds=found.seconds,
         alerts=Alerts.read(run.logs / "alerts.jsonl"),
         configuration=_record(run.logs / "configuration.json", _Configuration),
-        status=_json(run.logs / "status.json"),
+        status=_status(run),
     )
+
+
+def _status(run: RunDirectory) -> dict[str, Any]:
+    """How the run stands. One that was killed could not say so: its word is still that it is running."""
+    status = _json(run.logs / "status.json")
+    if status.get("status") == "running" and is_abandoned(run.output_dir):
+        return {"status": "killed", "at": status.get("at", "")}
+    return status
 
 
 class _Configuration(TypedDict, total=False):

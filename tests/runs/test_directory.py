@@ -11,9 +11,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from finetuning.common.errors import RunStopped, UserError
 from finetuning.runs import directory
@@ -21,9 +23,11 @@ from finetuning.runs.directory import (
     RunDirectory,
     check_writable,
     disk_faults_stop_the_run,
+    is_abandoned,
     known_run,
     lock_output,
     new_run,
+    only_writer,
     own_models,
     shared_run,
 )
@@ -57,14 +61,27 @@ def test_a_live_owner_is_respected_and_a_dead_one_leaves_nothing(tmp_path: Path)
     with other_owner(tmp_path) as owner:
         with pytest.raises(UserError, match="another run is writing there"):
             lock_output(tmp_path)
+        assert not is_abandoned(tmp_path)
         owner.send_signal(signal.SIGKILL if os.name == "posix" else signal.SIGTERM)
         owner.wait()
+        assert is_abandoned(tmp_path)
         lock_output(tmp_path).release()
 
 
 def test_the_lock_is_free_after_release(tmp_path: Path):
     lock_output(tmp_path).release()
     lock_output(tmp_path).release()
+
+
+def test_who_looks_at_a_lock_stops_nobody_and_leaves_nothing(tmp_path: Path):
+    """Files that were copied have none: whether their run is at work can't be seen."""
+    assert not is_abandoned(tmp_path) and not list(tmp_path.iterdir())
+    with only_writer(tmp_path, is_main=True):
+        assert not is_abandoned(tmp_path)
+    looking = FileLock(tmp_path / directory.LOCK_NAME, thread_local=False)
+    with looking.acquire(timeout=0):
+        threading.Timer(directory.TO_LOOK / 4, looking.release).start()
+        lock_output(tmp_path).release()
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from finetuning.command_line import parse_command_line
 from finetuning.common import language
 from finetuning.config import DirectTrainingConfig
+from finetuning.runs.directory import only_writer
 from finetuning.runs.findings import findings
 from finetuning.runs.own_command import command
 from finetuning.runs.recorded import find_runs, read_recorded
@@ -238,6 +239,21 @@ def test_of_a_run_that_is_not_over_only_how_to_go_on_is_told(tmp_path, status, w
     assert parsed.training == parse_command_line(shlex.split(command(run))[4:]).training
     for text in (found[0].title, found[0].evidence):
         assert language.in_chinese(text) != text
+
+
+def test_a_run_that_was_killed_goes_on_where_its_last_checkpoint_is(tmp_path):
+    """Its status is the last one that it wrote; that nobody holds its lock tells."""
+    files = course(healthy(), lambda s: 3 - s / 60, steps=66)
+    files["status"] = {"status": "running", "step": 10}
+    run = recorded(tmp_path, files)
+    with only_writer(run.directory.output_dir, is_main=True):
+        assert read_recorded(run.directory).is_running
+    killed = read_recorded(run.directory)
+    assert killed.status["status"] == "killed" and not killed.is_over
+    (found,) = findings(killed)
+    assert found.evidence == "It ended at step 66 of 200."
+    assert parse_command_line(shlex.split(found.command)[4:]).resume == "auto"
+    assert ">killed<" in page(killed) and language.in_chinese("killed") == "被强行结束"
 
 
 def test_a_run_that_broke_off_far_above_its_beginning_does_not_go_on(tmp_path):

@@ -31,6 +31,7 @@ from finetuning.runs import mirror as module
 from finetuning.runs.bundle import FORMAT, read_bundle
 from finetuning.runs.directory import MIRRORING, RunDirectory, disk_faults_stop_the_run
 from finetuning.runs.mirror import Mirror
+from finetuning.runs.recorded import find_runs, read_recorded
 from finetuning.training.checkpoint import load_checkpoint, prune_checkpoints, save_checkpoint
 from tests.helpers.ranks import on_ranks, results_of
 from tests.helpers.services import until
@@ -942,6 +943,8 @@ def test_a_kill_in_the_middle_of_an_upload(
     config = settings(tmp_path, tiny_model, cache_dir, max_steps=6, save_steps=2, mirror=place)
     (ended,) = on_ranks(0, partial(train_until, count, config, tmp_path))
     assert ended.exit_code == -signal.SIGKILL
+    (run,) = find_runs([tmp_path / "out"])
+    assert read_recorded(run).status["status"] == "killed"
     assert bool(whole_at(place)) == (count > 20)
     shutil.rmtree(tmp_path / "out")
     train(config, tmp_path, resume="auto")

@@ -1,0 +1,81 @@
+"""The picture of docs/recipes.md: held-out loss by learning rate, and what the distance from the base costs.
+
+uv run python -m benchmarks.learning.picture benchmarks/results/learning*.jsonl docs/images/learning_rates.png
+"""
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from benchmarks.learning.tables import Result, held_out, kl, of, read, setting
+
+UNSEEN = "Unseen_General_Loss"
+
+
+def draw(results: Sequence[Result]) -> Figure:
+    """Two panels: above the best of its row by rate, and the change of the loss on general text by KL."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    by_rate, by_distance = figure.subplots(1, 2)
+    _losses(by_rate, of(results, "rate", "cpu_rate"))
+    _distances(by_distance, [r for r in results if UNSEEN in r["after"] and r["trial"]["model"] == "base"])
+    return figure
+
+
+def _losses(axes: Axes, results: Sequence[Result]) -> None:
+    def row_of(result: Result) -> tuple[str, str, int]:
+        trial = result["trial"]
+        return trial["experiment"], trial["data"], trial["seed"]
+
+    for row in dict.fromkeys(map(row_of, results)):
+        mine = [r for r in results if row_of(r) == row]
+        fixed = sorted(
+            (setting(r, "learning_rate"), held_out(r))
+            for r in mine
+            if setting(r, "learning_rate") != "auto"
+        )
+        best = min(loss for _, loss in fixed)
+        experiment, data, seed = row
+        place = "two processors" if experiment == "cpu_rate" else "H200"
+        (line,) = axes.plot(
+            [rate for rate, _ in fixed],
+            [100 * (loss / best - 1) for _, loss in fixed],
+            "--" if seed == 2 else "-", marker=".", label=f"{data}, {place}, seed {seed}",
+        )  # fmt: skip
+        for result in mine:
+            if setting(result, "learning_rate") == "auto":
+                at = result["facts"]["learning_rate"], 100 * (held_out(result) / best - 1)
+                axes.plot(*at, "*", markersize=13, color=line.get_color())
+    axes.set(
+        xscale="log", ylim=(-1, 20), xlabel="learning rate (stars: the automatic one)",
+        ylabel="held-out loss above the row's best, %",
+    )  # fmt: skip
+    axes.legend(fontsize=8)
+
+
+def _distances(axes: Axes, results: Sequence[Result]) -> None:
+    points = [(kl(r), r["after"][UNSEEN] - r["before"][UNSEEN]) for r in results]
+    points = [point for point in points if all(map(math.isfinite, point))]
+    axes.axhline(0, color="grey", linewidth=0.8)
+    axes.plot(*zip(*points, strict=True), "o", markersize=5, alpha=0.7)
+    axes.set(
+        xlabel="KL(base‖tuned) on the gauge's half of the general text",
+        ylabel="loss on the other half, against before",
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("results", type=Path, nargs="+")
+    parser.add_argument("picture", type=Path)
+    options = parser.parse_args()
+    draw([result for path in options.results for result in read(path)]).savefig(options.picture, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
