@@ -16,7 +16,13 @@ from finetuning.evaluation.exactness import wilson
 
 Result = Mapping[str, Any]
 Rows = list[list[str]]
-UNSEEN = ("Unseen_General_Loss", "Docs_Loss", "Crypto_Loss")
+SAME = ("max_seq_length", "precision")  # in all trials of a data set on two processors
+UNSEEN = {
+    "Unseen_General_Loss": "general, other half",
+    "Docs_Loss": "docs",
+    "Crypto_Loss": "crypto",
+}
+SHOWN_LOSSES = {"Forgetting/General_Loss": "general, gauge's half"} | UNSEEN
 
 
 def read(path: Path) -> list[Result]:
@@ -120,10 +126,8 @@ def by_passes(results: Sequence[Result]) -> str:
 
 def group_of(result: Result) -> str:
     """Data set, seed and what else is set."""
-    trial, hidden = result["trial"], ("learning_rate",)
-    others = (f"{k} {v}" for k, v in trial["settings"].items() if k not in hidden)
     size = result["facts"]
-    words = [trial["data"], f"seed {trial['seed']}", *others]
+    words = _told(result["trial"], ("learning_rate", "max_steps"))
     return f"{', '.join(words)} ({size['updates']} × {size['samples_per_update']:.1f} samples)"
 
 
@@ -180,20 +184,28 @@ def thinking_rows(results: Sequence[Result]) -> Rows:
     return rows
 
 
-def simple_rows(results: Sequence[Result], name: Callable[[Result], str]) -> Rows:
-    """Held out, KL, and the losses on texts that no training saw, a row a trial."""
+def changes(results: Sequence[Result], title: str) -> str:
+    """Held out, KL, and the changes of the losses on other texts, a row a trial; a text that a replay trains
+    has none."""
+    shown = [n for n in SHOWN_LOSSES if any(n in r["after"] for r in results)]
     rows = []
     for result in results:
-        before, after = result["before"], result["after"]
-        changes = (f"{after[text] - before[text]:+.3f}" for text in UNSEEN)
-        rows.append([name(result), f"{held_out(result):.3f}", f"{kl(result):.4f}", *changes])
-    return rows
+        before, after, cells = result["before"], result["after"], []
+        for name in shown:
+            trained = setting(result, "replay") and name == "Unseen_General_Loss"
+            cells.append("trained" if trained else f"{after[name] - before[name]:+.3f}")
+        rows.append([settings_of(result), f"{held_out(result):.3f}", f"{kl(result):.3f}", *cells])
+    header = ["", "held out", "KL", *(f"Δ {SHOWN_LOSSES[name]}" for name in shown)]
+    return markdown(title, header, rows)
 
 
 def main() -> None:
     results = read(Path(sys.argv[1]))
     told = "held-out loss / KL on general text / loss on general text that is not the gauge's"
-    header = ["", "held out", "KL", "Δ general", "Δ docs", "Δ crypto"]
+    beside = of(results, "cpu_rate", data="crypto_answers", seed=1)
+    plain = [r for r in beside if setting(r, "learning_rate") == 1e-3]  # without a replay
+    docs = of(results, "cpu_rate", data="docs", seed=1)
+    fast = [r for r in docs if setting(r, "learning_rate") == 2e-3]  # without an anchor
     sections = [
         by_rate(of(results, "rate"), group_of, f"Rates, adapters of rank 16: {told}"),
         by_rate(of(results, "full"), group_of, "Rates, all weights"),
@@ -201,8 +213,13 @@ def main() -> None:
         by_rate(of(results, "batch"), group_of, "Samples per update"),
         by_rate(of(results, "rank"), group_of, "Ranks"),
         by_passes(of(results, "cpu_passes")),
-        markdown("Anchor", header, simple_rows(of(results, "anchor"), group_of_anchor)),
-        markdown("Replay", header, simple_rows(of(results, "replay"), group_of_anchor)),
+        by_rate(of(results, "cpu_rate"), group_of, f"Rates, two processors: {told}"),
+        by_rate(of(results, "cpu_batch"), group_of, "Four rows an update, two processors"),
+        by_rate(of(results, "cpu_rank"), group_of, "Ranks, two processors"),
+        changes(of(results, "anchor"), "Anchor"),
+        changes([*fast, *of(results, "cpu_anchor")], "Anchor, two processors"),
+        changes(of(results, "replay"), "Replay of docs"),
+        changes([*plain, *of(results, "cpu_replay")], "Replay of general text, two processors"),
         markdown(
             "Thinking: valid and right answers of held-out sums, 95% intervals",
             ["data", "seed", "empty block", "rate", "thinks", "right", "tokens", "held out"],
@@ -215,9 +232,17 @@ def main() -> None:
     print(json.dumps({"trials": len(results), "gauge": fits}))
 
 
-def group_of_anchor(result: Result) -> str:
-    """All that the trial sets."""
-    return result["name"]
+def settings_of(result: Result) -> str:
+    """Data set, seed and all that the trial sets."""
+    trial = result["trial"]
+    return ", ".join([*_told(trial), *[f"replay {trial['replay']}"] * bool(trial["replay"])])
+
+
+def _told(trial: Mapping[str, Any], hidden: Sequence[str] = ()) -> list[str]:
+    """Data set, seed and settings."""
+    hidden = (*hidden, *SAME) if trial["experiment"].startswith("cpu_") else hidden
+    words = (f"{k} {v}" for k, v in trial["settings"].items() if k not in hidden)
+    return [trial["data"], f"seed {trial['seed']}", *words]
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from finetuning.runs.own_command import PROGRAM, command, option
 from finetuning.runs.question_pairs import QuestionPairs
 from finetuning.runs.recorded import RecordedRun
 from finetuning.runs.source_finding import without_source, worse_source
-from finetuning.training.peak_rate import HIGHEST_RATE
+from finetuning.training.peak_rate import SMALL_MODEL_RATE
 
 MOST = 5
 RISEN = 0.02  # of the held-out loss above its best, as a share, from which it is worth a word
@@ -89,8 +89,8 @@ def _own_rate(run: RecordedRun) -> float | None:
 
 
 def _lower(run: RecordedRun, rate: float) -> float:
-    """A third of the rate; the program's own, or else the highest that it has, where that is still lower."""
-    return two_digits(min(rate / 3, _own_rate(run) or HIGHEST_RATE))
+    """A third of the rate; the program's own, or else that of small models, where that is still lower."""
+    return two_digits(min(rate / 3, _own_rate(run) or SMALL_MODEL_RATE))
 
 
 def _rates(run: RecordedRun, rate: float) -> str:

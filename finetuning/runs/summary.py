@@ -24,7 +24,7 @@ from finetuning.runs.model_card import CARD, model_card
 from finetuning.runs.plan import RunPlan
 from finetuning.runs.result import FINAL, why_best
 from finetuning.training.engine import TrainingEngine
-from finetuning.training.peak_rate import FEW_PASSES, USUAL_HIDDEN_SIZE
+from finetuning.training.peak_rate import USUAL_HIDDEN_SIZE, more_teaches
 from finetuning.training.state import TrainState
 
 PACKAGES = ("torch", "transformers", "peft", "tensorboard", "datasets", "nvidia-ml-py", "numpy")
@@ -111,7 +111,7 @@ def rate_text(plan: RunPlan) -> str:
     often = f"{passes:.1f}" if passes >= 0.1 else f"{passes:.1g}"
     share = "" if plan.settings["lora_r"] else ", a tenth as all weights are trained"
     longer = "more --max-steps" if plan.settings["max_steps"] else "more --num-epochs"
-    more = updates < FEW_UPDATES and passes < FEW_PASSES  # beyond, more of them lower the rate
+    more = updates < FEW_UPDATES and more_teaches(passes, plan.steps.tokens_per_update)
     few = f"; {updates} updates are few, {longer} teach more" * more
     tokens = f"{plan.steps.tokens_per_update:,.0f}"
     why = (

@@ -3,12 +3,12 @@
 from finetuning.common.formatting import two_digits
 
 # docs/recipes.md, "Learning rate". Of the rates whose loss on general text stays within 0.5% of the base's,
-# the one of the lowest held-out loss: 1e-3 for a hidden size of 576, less where the data are seen often or
-# the updates are small, as samples are learned by heart then. At 2,560 the exponent gives 3.1e-4: in a
-# published sweep of a 4B model 3e-4 is within 0.4% of the best, and 3e-3 diverges.
-HIGHEST_RATE, SMALL_HIDDEN_SIZE, EXPONENT = 1e-3, 576, 0.78
+# the one of the lowest held-out loss: 1e-3 for a hidden size of 576 at 2.8 passes, less where the data are
+# seen more often or the updates are small, as samples are learned by heart then. At 2,560 the exponent gives
+# 3.1e-4: in a published sweep of a 4B model 3e-4 is within 0.4% of the best, and 3e-3 diverges.
+SMALL_MODEL_RATE, SMALL_HIDDEN_SIZE, EXPONENT = 1e-3, 576, 0.78
 FEW_PASSES, USUAL_TOKENS = 2.8, 2000
-LEAST_SHARE = 0.1  # for passes: more of them than we have tried ask for no less
+LEAST_SHARE, MOST_SHARE = 0.1, 1.6  # beyond the passes that we have tried the rate stays
 USUAL_HIDDEN_SIZE = 2560  # that of a 4B model, where a configuration has none that we know
 ALL_WEIGHTS_SHARE = 0.1
 
@@ -22,6 +22,15 @@ def automatic_rate(
     tokens_per_update: of all ranks. trains_all: all weights, no adapters.
     """
     size = (SMALL_HIDDEN_SIZE / (hidden_size or USUAL_HIDDEN_SIZE)) ** EXPONENT
-    often = (FEW_PASSES / passes) ** 1.5 * (tokens_per_update / USUAL_TOKENS) ** 0.5
-    rate = HIGHEST_RATE * min(1.0, size) * min(1.0, max(LEAST_SHARE, often))
+    share = min(MOST_SHARE, max(LEAST_SHARE, _share(passes, tokens_per_update)))
+    rate = SMALL_MODEL_RATE * min(1.0, size) * share
     return two_digits(rate * (ALL_WEIGHTS_SHARE if trains_all else 1))
+
+
+def more_teaches(passes: float, tokens_per_update: float) -> bool:
+    """Whether further passes would not lower the rate."""
+    return _share(passes, tokens_per_update) > MOST_SHARE
+
+
+def _share(passes: float, tokens_per_update: float) -> float:
+    return (FEW_PASSES / passes) ** 1.5 * (tokens_per_update / USUAL_TOKENS) ** 0.5

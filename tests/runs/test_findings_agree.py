@@ -24,7 +24,7 @@ from finetuning.runs.findings import findings
 from finetuning.runs.own_command import command
 from finetuning.runs.recorded import find_runs, read_recorded
 from finetuning.runs.report import page
-from finetuning.training.peak_rate import HIGHEST_RATE
+from finetuning.training.peak_rate import SMALL_MODEL_RATE
 from tests.helpers.recorded_runs import (
     alert,
     by_heart,
@@ -421,7 +421,7 @@ def test_of_any_record_findings_agree_with_it_and_with_each_other(tmp_path_facto
             assert values.setdefault(name, parsed[name]) == parsed[name], "one setting, one value"
         rate = parsed["learning_rate"]
         if "learning_rate" in changed:
-            assert (rate > known["rate"]) == ("too low" in one.title) and rate <= HIGHEST_RATE
+            assert (rate > known["rate"]) == ("too low" in one.title) and rate <= SMALL_MODEL_RATE
         _agrees(one, run, known)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.learning import tables
+from benchmarks.learning import picture, tables
 from benchmarks.learning.data_sets import KINDS, write_all
 from benchmarks.learning.experiments import experiments
 from benchmarks.learning.trial import (
@@ -98,8 +98,9 @@ def test_the_kept_results_say_what_the_documents_say(capsys, monkeypatch):
     assert len(rows) >= 4 and all(row in recipes for row in rows)
     monkeypatch.setattr("sys.argv", ["tables", str(RESULTS.with_name("learning_cpu.jsonl"))])
     tables.main()
-    rows = [r for r in capsys.readouterr().out.splitlines() if r.startswith("| cpu_")]
-    assert len(rows) >= 3 and all(row in recipes for row in rows)
+    told = capsys.readouterr().out.splitlines()
+    rows = [r for r in told if r.startswith(("| cpu_", "| docs", "| crypto"))]
+    assert len(rows) >= 12 and all(row in recipes for row in rows)
     fit = json.loads(text.splitlines()[-1])["gauge"]["Unseen_General_Loss"]
     assert fit["runs"] >= 12 and fit["R2_quadratic"] > 0.9
     assert f"{fit['R2_quadratic']:.3f}" in recipes and f"{fit['runs']} runs" in recipes
@@ -126,7 +127,8 @@ def test_the_automatic_rate_is_that_of_the_trials_it_rests_on():
 
 def test_the_automatic_rate_stands_beside_the_best_of_the_others():
     def result(rate: float | str, loss: float) -> dict:
-        trial = {"data": "docs", "seed": 1, "settings": {"learning_rate": rate}}
+        trial = {"experiment": "rate", "data": "docs", "seed": 1}
+        trial["settings"] = {"learning_rate": rate}
         after = {"Eval/Loss": loss, "Forgetting/KL_General": 0.1, "Unseen_General_Loss": 2.0}
         facts = {"updates": 150, "samples_per_update": 16.0, "learning_rate": 4e-4}
         return {"trial": trial, "before": {"Eval/Loss": 3.0}, "after": after, "facts": facts}
@@ -172,6 +174,52 @@ def test_results_of_light_trials_are_shown_by_passes(tmp_path, capsys, monkeypat
     row = "| cpu_passes docs | 1.0 | 306 | 3.200 | 2.600 | **2.500** | 2.525 (0.0008, +1.0%) |"
     assert row in said
     assert "| cpu_passes docs_8 | 8.5 | 306 | 3.200 |  | **4.500** |  |" in said
+
+
+def light(experiment: str, data: str, loss: float, general: float = 2.0, **settings) -> dict:
+    """A result of two processors."""
+    return {
+        "trial": {
+            "experiment": experiment, "data": data, "seed": 1, "replay": 0.0, "model": "base",
+            "settings": {"max_seq_length": 320, "precision": "bf16", **settings},
+        },
+        "before": {
+            "Eval/Loss": 3.0, "Forgetting/General_Loss": 2.1, "Unseen_General_Loss": 2.2,
+        },
+        "after": {
+            "Eval/Loss": loss, "Forgetting/KL_General": 0.1234, "Forgetting/General_Loss": 2.05,
+            "Unseen_General_Loss": general,
+        },
+        "facts": {"updates": 150, "samples_per_update": 2.5, "learning_rate": 4e-4},
+    }  # fmt: skip
+
+
+def test_what_was_changed_stands_beside_the_same_trial_without_it():
+    results = [
+        light("cpu_rate", "docs", 2.5, learning_rate=2e-3),
+        light("cpu_anchor", "docs", 2.6, 2.3, learning_rate=2e-3, kl_anchor=0.5),
+        light("cpu_replay", "docs", 2.7, learning_rate=2e-3, replay=0.06),
+    ]
+    assert tables.changes(results, "Changes").splitlines()[2:] == [
+        "|  | held out | KL | Δ general, gauge's half | Δ general, other half |",
+        "|---|---|---|---|---|",
+        "| docs, seed 1, learning_rate 0.002 | 2.500 | 0.123 | -0.050 | -0.200 |",
+        "| docs, seed 1, learning_rate 0.002, kl_anchor 0.5 | 2.600 | 0.123 | -0.050 | +0.100 |",
+        "| docs, seed 1, learning_rate 0.002, replay 0.06 | 2.700 | 0.123 | -0.050 | trained |",
+    ]
+    assert tables.changes([], "Changes") == ""
+
+
+def test_the_picture_has_a_line_for_each_row_and_a_star_for_each_automatic_rate():
+    rates = (1e-4, 1e-3, "auto")
+    results = [light("cpu_rate", "docs", 2.5 + n, learning_rate=r) for n, r in enumerate(rates)]
+    figure = picture.draw(results)
+    losses, distances = figure.axes
+    line, star = losses.get_lines()
+    assert line.get_label() == "docs, two processors, seed 1"
+    assert line.get_xydata().tolist() == [[1e-4, 0.0], [1e-3, pytest.approx(40)]]
+    assert star.get_marker() == "*" and star.get_xydata().tolist() == [[4e-4, pytest.approx(80)]]
+    assert len(distances.get_lines()[1].get_xydata()) == 3
 
 
 @pytest.mark.slow
