@@ -283,8 +283,8 @@ class OptimizerSettings(_Settings):
     """AdamW, its learning rate, and what follows a non-finite gradient."""
 
     learning_rate: float | Literal["auto"] = "auto"
-    """Peak learning rate. auto: 1e-3, and less for a hidden size above 576 (a 4B model: 3.1e-4); up to 1.6 times
-    that for few passes over the data, less for many and for small updates; a tenth where all weights are
+    """Peak learning rate. auto: 1e-3, and less for a hidden size above 576 (a 4B model: 3.1e-4) and for many
+    passes over the data; up to twice that for small updates of few passes; a tenth where all weights are
     trained (docs/recipes.md)."""
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Course of the learning rate after the warmup; the first two end at min_lr_ratio of the peak."""

@@ -92,7 +92,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("/tmp/learning"))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
-    parser.add_argument("--light", action="store_true", help="without the losses on other data sets")
+    parser.add_argument(
+        "--light", action="store_true", help="without the losses on other data sets"
+    )
     parser.add_argument("--seconds", type=float, default=3600)
     parser.add_argument("--only", nargs="*", default=[""], help="beginnings of trial names")
     parser.add_argument("--few", type=int, default=0, help="steps of each trial, to see if it runs")

@@ -159,17 +159,18 @@ def rates_on_a_cpu(seed: int) -> Iterator[Trial]:
     """The question of `rates` for two processors and --light, three minutes each trial: one sample or two an
     update, about one pass over the docs and two over the answers of the bundled Q&A."""
     for data, length in (("docs", 320), ("crypto_answers", 640)):
-        for rate in ("auto", *CPU_RATES):
+        for rate in (*CPU_RATES, "auto"):
             settings = {"learning_rate": rate, "max_seq_length": length, "precision": "bf16"}
             yield Trial("cpu_rate", data, seed, settings)
 
 
 def others_on_a_cpu() -> Iterator[Trial]:
-    """What else a run may set, beside the trials of `rates_on_a_cpu` with seed 1: general text in the training,
-    fewer and larger updates, the anchor, ranks."""
+    """What else a run may set, beside the trials of `rates_on_a_cpu` with seed 1: general text in the
+    training, fewer and larger updates, the anchor, ranks."""
     short, long = ({"max_seq_length": n, "precision": "bf16"} for n in (320, 640))
     for share in (0.06, 0.2):
-        yield Trial("cpu_replay", "crypto_answers", 1, long | {"replay": share, "learning_rate": 1e-3})
+        mixed = {"learning_rate": 1e-3, "replay": share}
+        yield Trial("cpu_replay", "crypto_answers", 1, long | mixed)
     for rate in (1e-3, 2e-3, 4e-3):
         larger = {"learning_rate": rate, "batch_size": 4, "max_steps": 38}  # as many tokens
         yield Trial("cpu_batch", "docs", 1, short | larger)

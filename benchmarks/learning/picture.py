@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.learning.tables import Result, held_out, kl, of, read, setting
+from benchmarks.learning.tables import Result, above_best, held_out, kl, of, rate_of, read
 
 UNSEEN = "Unseen_General_Loss"
 
@@ -23,7 +23,9 @@ def draw(results: Sequence[Result]) -> Figure:
     FigureCanvasAgg(figure)
     by_rate, by_distance = figure.subplots(1, 2)
     _losses(by_rate, of(results, "rate", "cpu_rate"))
-    _distances(by_distance, [r for r in results if UNSEEN in r["after"] and r["trial"]["model"] == "base"])
+    _distances(
+        by_distance, [r for r in results if UNSEEN in r["after"] and r["trial"]["model"] == "base"]
+    )
     return figure
 
 
@@ -33,24 +35,17 @@ def _losses(axes: Axes, results: Sequence[Result]) -> None:
         return trial["experiment"], trial["data"], trial["seed"]
 
     for row in dict.fromkeys(map(row_of, results)):
-        mine = [r for r in results if row_of(r) == row]
-        fixed = sorted(
-            (setting(r, "learning_rate"), held_out(r))
-            for r in mine
-            if setting(r, "learning_rate") != "auto"
-        )
-        best = min(loss for _, loss in fixed)
+        tried = {rate_of(r): r for r in results if row_of(r) == row}
+        rates, best = sorted(tried), min(map(held_out, tried.values()))
         experiment, data, seed = row
         place = "two processors" if experiment == "cpu_rate" else "H200"
         (line,) = axes.plot(
-            [rate for rate, _ in fixed],
-            [100 * (loss / best - 1) for _, loss in fixed],
+            rates, [100 * (held_out(tried[rate]) / best - 1) for rate in rates],
             "--" if seed == 2 else "-", marker=".", label=f"{data}, {place}, seed {seed}",
         )  # fmt: skip
-        for result in mine:
-            if setting(result, "learning_rate") == "auto":
-                at = result["facts"]["learning_rate"], 100 * (held_out(result) / best - 1)
-                axes.plot(*at, "*", markersize=13, color=line.get_color())
+        rate, share = above_best(tried)
+        if share is not None:
+            axes.plot(rate, 100 * share, "*", markersize=13, color=line.get_color())
     axes.set(
         xscale="log", ylim=(-1, 20), xlabel="learning rate (stars: the automatic one)",
         ylabel="held-out loss above the row's best, %",
@@ -74,7 +69,9 @@ def main() -> None:
     parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("picture", type=Path)
     options = parser.parse_args()
-    draw([result for path in options.results for result in read(path)]).savefig(options.picture, dpi=110)
+    draw([result for path in options.results for result in read(path)]).savefig(
+        options.picture, dpi=110
+    )
 
 
 if __name__ == "__main__":

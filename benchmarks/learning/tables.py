@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from finetuning.evaluation.exactness import wilson
+from finetuning.training.peak_rate import automatic_rate
 
+HIDDEN_SIZE = 576  # of SmolLM2-135M
 Result = Mapping[str, Any]
 Rows = list[list[str]]
 SAME = ("max_seq_length", "precision")  # in all trials of a data set on two processors
@@ -66,59 +68,69 @@ def markdown(title: str, header: Sequence[str], rows: Rows) -> str:
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
 
 
+def rate_of(result: Result) -> float:
+    """The peak learning rate, also where it was left to the rule of its time."""
+    rate = setting(result, "learning_rate")
+    return result["facts"]["learning_rate"] if rate == "auto" else rate
+
+
+def rule_of(result: Result) -> float:
+    """The rate that the rule gives today for such a training."""
+    size, trains_all = result["facts"], setting(result, "lora_r") == 0
+    often = size["epochs"], size["tokens_per_update"]
+    return automatic_rate(HIDDEN_SIZE, *often, trains_all=trains_all)
+
+
 def by_rate(results: Sequence[Result], groups: Callable[[Result], str], title: str) -> str:
     """Held-out loss, KL and unseen general loss, a row a group and a column a rate; the best is bold.
 
-    The last column is the automatic rate, where it was tried, and how far above the best its loss is.
+    The last column is the automatic rate and, where it was tried, how far above the best its loss is.
     """
-    rates = sorted({setting(r, "learning_rate") for r in results} - {"auto"})
-    rows, tried = [], any(setting(r, "learning_rate") == "auto" for r in results)
+    rates = sorted(set(map(rate_of, results)))
+    rows = []
     for group in dict.fromkeys(map(groups, results)):
-        mine = {setting(r, "learning_rate"): r for r in results if groups(r) == group}
-        automatic = mine.pop("auto", None)
-        best = min(map(held_out, mine.values()), default=math.nan)
-        first = next(iter([*mine.values(), automatic]))["before"]["Eval/Loss"]
+        mine = {rate_of(r): r for r in results if groups(r) == group}
+        best = min(map(held_out, mine.values()))
+        first = next(iter(mine.values()))["before"]["Eval/Loss"]
         cells = [_measured(mine[rate], best) if rate in mine else "" for rate in rates]
-        if tried:
-            told = automatic and f"{_measured(automatic)} {_rate_and_loss(automatic, best)}"
-            cells.append(told or "")
-        rows.append([group, f"{first:.3f}", *cells])
-    header = ["", "before", *(f"{rate:g}" for rate in rates), *["auto"] * tried]
+        rows.append([group, f"{first:.3f}", *cells, _automatic(mine)])
+    header = ["", "before", *(f"{rate:g}" for rate in rates), "auto"]
     return markdown(title, header, rows)
 
 
-def _measured(result: Result, best: float = math.nan) -> str:
+def _measured(result: Result, best: float) -> str:
     loss, general = held_out(result), result["after"]["Unseen_General_Loss"]
     mark = "**" if loss == best else ""
     return f"{mark}{loss:.3f}{mark} / {kl(result):.3f} / {general:.3f}"
 
 
-def _rate_and_loss(result: Result, best: float) -> str:
-    """The automatic rate, and how far above the best loss of the others it ends."""
-    above = f", {100 * (held_out(result) / best - 1):+.1f}%" if math.isfinite(best) else ""
-    return f"({result['facts']['learning_rate']:g}{above})"
+def above_best(mine: Mapping[float, Result]) -> tuple[float, float | None]:
+    """The automatic rate, and how far above the best its loss is, as a share; None where it was not tried."""
+    rate = rule_of(next(iter(mine.values())))
+    best = min(map(held_out, mine.values()))
+    return rate, held_out(mine[rate]) / best - 1 if rate in mine else None
+
+
+def _automatic(mine: Mapping[float, Result]) -> str:
+    rate, share = above_best(mine)
+    return f"{rate:g}" if share is None else f"{rate:g}, {100 * share:+.1f}%"
 
 
 def by_passes(results: Sequence[Result]) -> str:
     """Held-out loss, a row a data set and a column a rate; the best is bold, the automatic rate is last."""
-    rates = sorted({setting(r, "learning_rate") for r in results} - {"auto"})
+    rates = sorted(set(map(rate_of, results)))
     rows = []
     by_often = sorted(results, key=lambda r: r["facts"]["epochs"])
     for data in dict.fromkeys(r["trial"]["data"] for r in by_often):
-        mine = {setting(r, "learning_rate"): r for r in of(results, "cpu_passes", data=data)}
-        automatic = mine.pop("auto", None)
+        mine = {rate_of(r): r for r in of(results, "cpu_passes", data=data)}
         best = min(map(held_out, mine.values()))
         losses = {rate: f"{held_out(result):.3f}" for rate, result in mine.items()}
         cells = [losses.get(rate, "") for rate in rates]
         cells = [f"**{cell}**" if cell == f"{best:.3f}" else cell for cell in cells]
-        if automatic:
-            cells.append(f"{held_out(automatic):.3f} {_rate_and_loss(automatic, best)}")
-        else:
-            cells.append("")
         first = next(iter(mine.values()))
         size, before = first["facts"], first["before"]["Eval/Loss"]
         counts = (f"{size['epochs']:.1f}", f"{size['tokens_per_update']:.0f}")
-        rows.append([f"cpu_passes {data}", *counts, f"{before:.3f}", *cells])
+        rows.append([f"cpu_passes {data}", *counts, f"{before:.3f}", *cells, _automatic(mine)])
     names = (f"{rate:g}" for rate in rates)
     header = ["data", "passes", "tokens an update", "before", *names, "auto"]
     return markdown("Passes: held-out loss", header, rows)

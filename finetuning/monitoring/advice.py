@@ -102,7 +102,11 @@ def _setting(
         shown, other = _shown(value), None
         if change and isinstance(value, (int, float)) and (needs is None or needs(settings)):
             other = _shown(_rounded(change(value)))
-        more = f"; try --{name.replace('_', '-')} {other}{with_it}" if other not in (None, shown) else ""
+        more = (
+            f"; try --{name.replace('_', '-')} {other}{with_it}"
+            if other not in (None, shown)
+            else ""
+        )
         return f" (it is {shown}{more})"
 
     return text
@@ -128,8 +132,8 @@ def _has_adapters(settings: Mapping) -> bool:
 
 
 def _length(settings: Mapping) -> str:
-    """The setting that decides how long a run is: --max-steps where it is given; with the learning rate, where
-    that is automatic: by the rule a shorter run has a higher one, and would teach as much."""
+    """The setting that decides how long a run is: --max-steps where it is given; with the learning rate,
+    where that is automatic: by the rule a shorter run has a higher one, and would teach as much."""
     steps, rate = settings.get("max_steps"), settings.get("learning_rate")
     left = "learning_rate" in settings.get("automatic", ())
     with_rate = f" --learning-rate {_shown(rate)}" if left and rate else ""
