@@ -12,7 +12,16 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.learning.tables import Result, above_best, held_out, kl, of, rate_of, read
+from benchmarks.learning.tables import (
+    Result,
+    above_best,
+    held_out,
+    kl,
+    of,
+    of_the_base,
+    rate_of,
+    read,
+)
 
 UNSEEN = "Unseen_General_Loss"
 
@@ -23,9 +32,7 @@ def draw(results: Sequence[Result]) -> Figure:
     FigureCanvasAgg(figure)
     by_rate, by_distance = figure.subplots(1, 2)
     _losses(by_rate, of(results, "rate", "cpu_rate"))
-    _distances(
-        by_distance, [r for r in results if UNSEEN in r["after"] and r["trial"]["model"] == "base"]
-    )
+    _distances(by_distance, [r for r in of_the_base(results) if UNSEEN in r["after"]])
     return figure
 
 

@@ -143,6 +143,11 @@ def group_of(result: Result) -> str:
     return f"{', '.join(words)} ({size['updates']} × {size['samples_per_update']:.1f} samples)"
 
 
+def of_the_base(results: Sequence[Result]) -> list[Result]:
+    """Trials of the base whose other half of the general text was not trained."""
+    return [r for r in results if r["trial"]["model"] == "base" and not setting(r, "replay")]
+
+
 def gauge_fit(results: Sequence[Result], text: str) -> dict[str, float]:
     """How well KL on general text tells the change of the loss on another: R² of a quadratic, and of a
     line in the root of KL."""
@@ -239,8 +244,7 @@ def main() -> None:
         ),
     ]
     print("\n".join(filter(None, sections)))
-    plain = [r for r in results if r["trial"]["model"] == "base"]
-    fits = {text: gauge_fit(plain, text) for text in UNSEEN}
+    fits = {text: gauge_fit(of_the_base(results), text) for text in UNSEEN}
     print(json.dumps({"trials": len(results), "gauge": fits}))
 
 

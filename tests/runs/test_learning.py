@@ -103,6 +103,9 @@ def test_the_kept_results_say_what_the_documents_say(capsys, monkeypatch):
     fit = json.loads(text.splitlines()[-1])["gauge"]["Unseen_General_Loss"]
     assert fit["runs"] >= 12 and fit["R2_quadratic"] > 0.9
     assert f"{fit['R2_quadratic']:.3f}" in recipes and f"{fit['runs']} runs" in recipes
+    both = [r for name in ("", "_cpu") for r in tables.read(RESULTS.with_stem(f"learning{name}"))]
+    fit = tables.gauge_fit(tables.of_the_base(both), "Unseen_General_Loss")
+    assert f"{fit['R2_quadratic']:.3f} over {fit['runs']} runs" in recipes
 
 
 def test_the_automatic_rate_is_that_of_the_trials_it_rests_on():
