@@ -326,15 +326,22 @@ def test_a_board_that_drops_off_the_bus(nvml):
 # ---- never blocks -------------------------------------------------------------------------------
 
 
+def of_nvml(warnings: list[str]) -> list[str]:
+    """Those of NVML's calls: on a busy machine a call of the host may take longer than `stall_s`, too."""
+    return [warning for warning in warnings if "NVML" in warning]
+
+
 @pytest.mark.parametrize("call", ["nvmlInitWithFlags", "nvmlDeviceGetPowerUsage"])
 def test_reads_and_host_metrics_go_on_while_nvml_hangs(nvml, monitor, call):
     nvml.set({f"hang.{call}": 1})
     running, warnings = monitor([GPU0], stall_s=0.05)
-    read_until(running, lambda v: warnings)
+    read_until(running, lambda v: of_nvml(warnings))
     for _ in range(3):  # a read that waited for the call would never come back
         values = read_until(running, lambda v: "Memory/Host_RSS_MB" in v)
         assert not {tag for tag in values if tag.startswith("GPU_")}
-    assert len(warnings) == 1 and "NVML call does not return" in warnings[0]
+    assert of_nvml(warnings) == [
+        "a NVML call does not return; its metrics are absent until it does"
+    ]
     running.stop(wait_s=0.05)  # does not wait for the hanging call either
     nvml.set({f"hang.{call}": 0})
 
@@ -343,10 +350,10 @@ def test_the_gauges_come_back_when_the_call_returns(nvml, monitor):
     running, warnings = monitor([GPU0], stall_s=0.05)
     read_until(running, lambda v: "GPU_0/Power_W" in v)
     nvml.set({"hang.nvmlDeviceGetClockInfo": 1})
-    read_until(running, lambda v: warnings)
+    read_until(running, lambda v: of_nvml(warnings))
     nvml.set({"hang.nvmlDeviceGetClockInfo": 0})
     read_until(running, lambda v: "GPU_0/SM_Clock_MHz" in v)
-    assert len(warnings) == 1
+    assert len(of_nvml(warnings)) == 1
 
 
 def test_a_lost_gpu_leaves_the_host_metrics(nvml, monitor):
