@@ -43,6 +43,7 @@ def own_rate(passes: float, tokens: float) -> float:
     return float(f"{1e-3 * min(often, 2, max(1, (2000 / tokens) ** 0.7)):.2g}")
 
 
+@pytest.mark.slow
 def test_a_run_trains_with_the_rate_that_it_says_and_records(tmp_path, run, capsys):
     """Few updates, one of them the warmup's, so the peak is met; passes and small updates make it less."""
     more = ("--max-steps", "0", "--num-epochs", "5", "--num-probes", "0", "--eval-steps", "0")
@@ -70,6 +71,7 @@ def test_the_rate_of_the_user_is_kept_beside_the_programs_own(finished):
     assert record["automatic_learning_rate"] == own_rate(passes, seen / record["steps"])
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_with_the_same_rate(tmp_path, run, capsys):
     less = (*AUTO, "--num-epochs", "4", "--max-steps", "0", "--eval-steps", "0")
     assert run(tmp_path, *less) == 0

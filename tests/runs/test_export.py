@@ -302,6 +302,7 @@ def test_an_exported_checkpoint_says_what_it_is(out, tmp_path):
         assert "vllm serve" in card and (output / "curves.png").is_file()
 
 
+@pytest.mark.slow
 def test_a_base_is_named_as_others_know_it(tiny_run, tiny_model, tmp_path, monkeypatch, capsys):
     """A folder that looks like a hub's name is none; one of the hub's cache has it; so has what is given."""
     monkeypatch.chdir(tmp_path)

@@ -101,6 +101,7 @@ AUTOMATIC = {
 }
 
 
+@pytest.mark.slow
 def test_a_command_leaves_to_the_program_what_was_left_to_it(finished: Path, tiny_run, tmp_path):
     """By the record of a real run, whose file holds what each setting became."""
     more = [word for name in AUTOMATIC for word in (f"--{name.replace('_', '-')}", "auto")]

@@ -133,6 +133,7 @@ def texts(tmp_path: Path) -> Callable[[str, str], str]:
         ),
     ],
 )
+@pytest.mark.slow
 def test_what_a_run_is_measured_by_counts_by_its_content(
     options, named, tmp_path, texts, run, capfd
 ):
@@ -223,6 +224,7 @@ def test_a_resume_may_lie_elsewhere_and_tell_others():
     assert changed_settings(before, now) == ["seed 1 -> 2"]
 
 
+@pytest.mark.slow
 def test_an_adapter_brings_its_own_settings_into_all_records(finished, tmp_path, run, capfd):
     start = ["--init-adapter", str(finished / "final_model")]
     assert run(tmp_path, *LESS, *start, "--lora-r", "64", "--target-modules", "q_proj") == 0

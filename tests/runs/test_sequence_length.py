@@ -178,6 +178,7 @@ def test_the_estimate_of_the_memory_decides(config, tiny_model):
     assert not fits_memory(config, model, init_distributed("cpu"), torch.float32, 2**20)(64)
 
 
+@pytest.mark.slow
 def test_a_resume_keeps_the_length_though_the_memory_is_another(
     tiny_run, tmp_path, long_data, monkeypatch, capsys
 ):

@@ -75,6 +75,7 @@ def numbers(output_dir: Path) -> dict[tuple[int, str], float]:
     }
 
 
+@pytest.mark.slow
 def test_within_an_evaluation_it_leaves_and_the_next_session_makes_it(
     finished, tmp_path, run, monkeypatch, capfd
 ):
