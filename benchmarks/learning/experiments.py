@@ -156,8 +156,8 @@ def passes_on_a_cpu() -> Iterator[Trial]:
 
 
 def rates_on_a_cpu(seed: int) -> Iterator[Trial]:
-    """The question of `rates` for two processors and --light, three minutes each trial: one sample or two an
-    update, about one pass over the docs and two over the answers of the bundled Q&A."""
+    """The question of `rates` for two processors and --light, six and eleven minutes for two trials at once:
+    one sample or two an update, about one pass over the docs and two over the answers of the bundled Q&A."""
     for data, length in (("docs", 320), ("crypto_answers", 640)):
         for rate in (*CPU_RATES, "auto"):
             settings = {"learning_rate": rate, "max_seq_length": length, "precision": "bf16"}

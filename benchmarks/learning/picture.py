@@ -4,7 +4,6 @@ uv run python -m benchmarks.learning.picture benchmarks/results/learning*.jsonl 
 """
 
 import argparse
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,15 +14,13 @@ from matplotlib.figure import Figure
 from benchmarks.learning.tables import (
     Result,
     above_best,
+    gauge_points,
     held_out,
-    kl,
     of,
     of_the_base,
     rate_of,
     read,
 )
-
-UNSEEN = "Unseen_General_Loss"
 
 
 def draw(results: Sequence[Result]) -> Figure:
@@ -32,7 +29,7 @@ def draw(results: Sequence[Result]) -> Figure:
     FigureCanvasAgg(figure)
     by_rate, by_distance = figure.subplots(1, 2)
     _losses(by_rate, of(results, "rate", "cpu_rate"))
-    _distances(by_distance, [r for r in of_the_base(results) if UNSEEN in r["after"]])
+    _distances(by_distance, gauge_points(of_the_base(results), "Unseen_General_Loss"))
     return figure
 
 
@@ -60,9 +57,7 @@ def _losses(axes: Axes, results: Sequence[Result]) -> None:
     axes.legend(fontsize=8)
 
 
-def _distances(axes: Axes, results: Sequence[Result]) -> None:
-    points = [(kl(r), r["after"][UNSEEN] - r["before"][UNSEEN]) for r in results]
-    points = [point for point in points if all(map(math.isfinite, point))]
+def _distances(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
     axes.axhline(0, color="grey", linewidth=0.8)
     axes.plot(*zip(*points, strict=True), "o", markersize=5, alpha=0.7)
     axes.set(

@@ -148,15 +148,20 @@ def of_the_base(results: Sequence[Result]) -> list[Result]:
     return [r for r in results if r["trial"]["model"] == "base" and not setting(r, "replay")]
 
 
+def gauge_points(results: Sequence[Result], text: str) -> list[tuple[float, float]]:
+    """KL on general text and the change of the loss on another, of the trials that have measured both."""
+    measured = (r for r in results if text in r["after"])
+    pairs = [(kl(r), r["after"][text] - r["before"][text]) for r in measured]
+    return [pair for pair in pairs if all(map(math.isfinite, pair))]
+
+
 def gauge_fit(results: Sequence[Result], text: str) -> dict[str, float]:
     """How well KL on general text tells the change of the loss on another: R² of a quadratic, and of a
     line in the root of KL."""
-    measured = (r for r in results if text in r["after"])  # not by --light
-    pairs = [(kl(r), r["after"][text] - r["before"][text]) for r in measured]
-    points = np.array([pair for pair in pairs if all(map(math.isfinite, pair))])
+    points = gauge_points(results, text)
     if len(points) < 4:
         return {}
-    x, y = points.T
+    x, y = np.array(points).T
     return {"runs": len(points), **{f"R2_{n}": _r2(f, y) for n, f in _curves(x).items()}}
 
 

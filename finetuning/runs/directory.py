@@ -74,7 +74,8 @@ class RunDirectory:
     def write_status(self, status: str, **details: object) -> None:
         """How the run stands or ended: running, completed, preempted, stopped or failed."""
         now = datetime.now().astimezone().isoformat(timespec="seconds")
-        write_json(self.logs / "status.json", {"status": status, "at": now, **details})
+        where = {"host": socket.gethostname()}  # whose locks tell whether it is still at work
+        write_json(self.logs / "status.json", {"status": status, "at": now, **where, **details})
 
 
 def lock_output(output_dir: Path) -> FileLock:

@@ -5,6 +5,7 @@ Finished, running and broken-off runs alike; what a run has not written is empty
 
 import json
 import math
+import socket
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -195,9 +196,13 @@ def read_recorded(
 
 
 def _status(run: RunDirectory) -> dict[str, Any]:
-    """How the run stands. One that was killed could not say so: its word is still that it is running."""
+    """How the run stands. One that was killed could not say so: its word is still that it is running.
+
+    Only on the run's own machine: on disks that several share, a lock may be seen on one of them alone.
+    """
     status = _json(run.logs / "status.json")
-    if status.get("status") == "running" and is_abandoned(run.output_dir):
+    is_here = status.get("host") == socket.gethostname()
+    if status.get("status") == "running" and is_here and is_abandoned(run.output_dir):
         return {"status": "killed", "at": status.get("at", "")}
     return status
 

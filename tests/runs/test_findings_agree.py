@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shlex
+import socket
 from pathlib import Path
 
 import hypothesis
@@ -244,10 +245,15 @@ def test_of_a_run_that_is_not_over_only_how_to_go_on_is_told(tmp_path, status, w
 def test_a_run_that_was_killed_goes_on_where_its_last_checkpoint_is(tmp_path):
     """Its status is the last one that it wrote; that nobody holds its lock tells."""
     files = course(healthy(), lambda s: 3 - s / 60, steps=66)
-    files["status"] = {"status": "running", "step": 10}
+    files["status"] = {"status": "running", "step": 10, "host": socket.gethostname()}
     run = recorded(tmp_path, files)
     with only_writer(run.directory.output_dir, is_main=True):
         assert read_recorded(run.directory).is_running
+    files["status"]["host"] = "elsewhere"  # whose locks are not seen from here
+    other = recorded(tmp_path / "shared", files)
+    with only_writer(other.directory.output_dir, is_main=True):
+        pass
+    assert read_recorded(other.directory).is_running
     killed = read_recorded(run.directory)
     assert killed.status["status"] == "killed" and not killed.is_over
     (found,) = findings(killed)
