@@ -48,11 +48,21 @@ FIGURES = {
     "error": False,
 }
 AT_ONCE = 6  # processes that may be beside each other
-# A program whose main thread is looked at every second, into the file that is its first argument.
+# A program whose main thread is looked at twice a second, into the file that is its first argument. The one
+# who looks holds the interpreter's lock: faulthandler's own thread does not, and ended the program.
 WATCHED = """
-import faulthandler, runpy, sys
-seen = open(sys.argv[1], "w")
-faulthandler.dump_traceback_later(1, repeat=True, file=seen)
+import runpy, sys, threading, time, traceback
+
+main, start, path = threading.get_ident(), time.monotonic(), sys.argv[1]
+
+def watch():
+    with open(path, "w") as seen:
+        while True:
+            stack = "".join(traceback.format_stack(sys._current_frames()[main]))
+            print(f"--- {time.monotonic() - start:.1f} s", stack, sep="\\n", file=seen, flush=True)
+            time.sleep(0.5)
+
+threading.Thread(target=watch, daemon=True).start()
 sys.argv = sys.argv[2:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

@@ -376,8 +376,8 @@ def _cache_key(
 ) -> str:
     digest = hashlib.blake2b(digest_size=16)
     if fingerprint is None:
-        for sample in samples:
-            digest.update(sample.id.encode())
+        for sample in samples:  # what is broken is kept with its place
+            digest.update(f"{sample.id} {sample.source}:{sample.line}\n".encode())
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     libraries = ("transformers", "tokenizers", "jinja2")

@@ -119,14 +119,16 @@ def general_part(
     *,
     option: str = "",
     positions: int = NO_LIMIT,
+    cache_dir: Path | None = None,
 ) -> DataPart:
     """General text by which forgetting is measured: the first documents of up to `most_tokens` (0: all), one
     at least.
 
     A model whose template knows no think block gets the answers alone. `warn` is told how many texts are left
     out. option: which one names the paths; none for text of the program's own, which has the program's own
-    columns. positions: tokens that the model can take. Raises UserError, which names option and paths, where
-    too many texts are broken, and NothingLeftError where none can be used.
+    columns. positions: tokens that the model can take. cache_dir: keep the tokens there. Raises UserError,
+    which names option and paths, where too many texts are broken, and NothingLeftError where none can be
+    used.
     """
     place = f"{option} {_shown(paths)}".strip()
     read = read_samples(paths, columns=settings.columns if option else None)
@@ -137,7 +139,7 @@ def general_part(
     length = max(settings.most_tokens, min(GENERAL_LENGTH, positions))
     settings = replace(settings, max_seq_length=length, over_length="drop", **rules)
     with _named(place):
-        tokens = tokenize_samples(samples, tokenizer, settings)
+        tokens = tokenize_samples(samples, tokenizer, settings, cache_dir=cache_dir)
     lost = [f"{len(read.broken)} that can't be read"] if read.broken else []
     lost += [text for text, _ in left_out(tokens.truncation, settings)]
     if lost:

@@ -67,7 +67,8 @@ def plan_general(
     most = 0
     if dist.device.type == "cpu":
         most = min(evaluation.num_tokens, CPU_TOKENS) if evaluation else CPU_TOKENS
-    part = general_part(paths, tokenizer, config, warn, most, option=option, positions=positions)
+    options = {"option": option, "positions": positions, "cache_dir": config.cache_path}
+    part = general_part(paths, tokenizer, config, warn, most, **options)
     return part, one_pass(part, config, dist)
 
 

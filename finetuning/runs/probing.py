@@ -116,8 +116,9 @@ def plan_probes(
     """
     part = held_out
     if config.probe_path:
-        options = {"option": "--probe-path", "positions": positions}
-        part = general_part(config.probe_path, tokenizer, config, warn, **options)
+        options = {"positions": positions, "cache_dir": config.cache_path}
+        paths, option = config.probe_path, "--probe-path"
+        part = general_part(paths, tokenizer, config, warn, option=option, **options)
     on_cpu, wanted = dist.device.type == "cpu", config.probe_max_new_tokens
     count = number_of_probes(folder, dist) if config.num_probes == "auto" else config.num_probes
     fitting = CPU_BUDGET if on_cpu and not wanted else 0

@@ -214,6 +214,21 @@ def test_what_is_said_of_nothing_left_is_about_the_training_part(tmp_path, qwen3
         prepare_data(split_samples(own, settings, only), qwen3, settings)
 
 
+def test_a_second_start_finds_the_tokens_of_general_text(tmp_path, qwen3, monkeypatch):
+    """Those of the same text at the same place: what is said of a text names where it is."""
+
+    def part(name: str) -> DataPart:
+        path, cache = tmp_path / name, tmp_path / "cache"
+        path.write_text(json.dumps({"question": "问？", "answer": "答"}), encoding="utf-8")
+        return general_part([str(path)], qwen3, up_to(64), pytest.fail, cache_dir=cache)
+
+    first = part("a.jsonl")
+    made = []
+    monkeypatch.setattr("finetuning.data.tokenization.check_tokenizer", lambda *_: made.append(1))
+    assert np.array_equal(part("a.jsonl").tokens[0].ids, first.tokens[0].ids) and not made
+    assert len(part("b.jsonl")) and made
+
+
 def test_what_is_left_out_of_general_text_is_told(tmp_path, qwen3):
     rows = [{"question": f"第{i}问？", "甲": "答" * n} for i, n in enumerate((5, 3000, *[5] * 8))]
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]

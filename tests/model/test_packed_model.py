@@ -10,6 +10,7 @@ import pytest
 import torch
 from functorch.compile import make_boxed_func
 from peft import LoraConfig, get_peft_model
+from torch._functorch._aot_autograd.autograd_cache import check_cacheable
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from finetuning.config import PROJECTIONS
@@ -141,11 +142,15 @@ def test_bf16_base_with_fp32_adapters_stays_near_fp32():
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("join", [False, True])
 def test_compiled_layers_are_one_graph_for_all_batches(monkeypatch, recompute: bool, join: bool):
-    """The way of CUDA with a stand-in for its kernel: packed rows that differ, shapes that don't."""
+    """The way of CUDA with a stand-in for its kernel: packed rows that differ, shapes that don't.
+
+    torch itself says whether a later start can take the layer's two passes from the cache.
+    """
     graphs = []
 
     def count(graph, inputs):
         graphs.append(graph)
+        check_cacheable(graph)
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
     torch._dynamo.reset()
