@@ -2,6 +2,7 @@
 
     uv run python -m benchmarks.gpu_kernels                     # all parts, rows of 2,048 and 8,192 tokens
     uv run python -m benchmarks.gpu_kernels --only layer loss   # some of them
+    uv run python -m benchmarks.gpu_kernels --only "fp8 adapters" --rows 2048 --limit 200
     uv run python -m benchmarks.gpu_kernels --small --device cpu   # tests this script, measures nothing
 
 lora: one projection group, forward and by-input backward product with its adapters. `none` is the
@@ -10,7 +11,10 @@ wide, as the compiled neighbours write them; `joined, 16` has R rounded up to 16
 attention: keys and values as they are and repeated. loss: head, softmax and gradient by torch's
 operations and by `triton_kernels`. fp8: products of the same groups by `torch._scaled_mm`, and the
 quantisation inside a compiled norm. layer: a whole compiled decoder layer, forward and backward,
-the longest rows first.
+the longest rows first. fp8 adapters: products in FP8 with their adapters, `added` as the program does
+it and by the two candidates; those that give something else are named and left out. What a step of
+all layers takes is told behind it. It runs on a GPU when asked for; on a CPU Triton's interpreter
+runs its kernel.
 
 A figure is the median of replays of a CUDA graph, microseconds. What would begin after `--limit`
 seconds is left out and named. The last line is JSON.
@@ -29,13 +33,15 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from benchmarks.candidates import fp8_group
 from finetuning.model import attention
 from finetuning.model import loss as model_loss
 from finetuning.model.fused_lora import enable_fast_lora
 from finetuning.model.packed_model import PackedLossModel
 from tests.helpers.packed import document_bounds
 
-RANK, HEAD_DIM, CLOSE, DOCUMENT = 16, 128, 5, 1024
+RANK, HEAD_DIM, CLOSE, DOCUMENT, LAYERS = 16, 128, 5, 1024, 36
+ADAPTERS = "fp8 adapters, "
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -270,6 +276,20 @@ def layer_cases(shapes: Shapes) -> Iterator[Case]:
             yield "layer", rows, variant, step
 
 
+def fp8_adapter_cases(shapes: Shapes) -> Iterator[Case]:
+    """Products alone, with adapters added, and by the candidates, forward and by-input backward."""
+    if not _has_fp8(shapes.device):
+        return
+    for rows in shapes.rows:
+        for name, (inputs, sizes) in shapes.groups.items():
+            x, gradient = shapes.random(rows, inputs), shapes.random(rows, sum(sizes))
+            weights = shapes.random(sum(sizes), inputs).split(sizes)
+            for direction, group in fp8_group.directions(x, gradient, weights, RANK).items():
+                what = f"{ADAPTERS}{name}, {direction}"
+                for variant, work in fp8_group.compared(group, what):
+                    yield what, rows, variant, work
+
+
 def _has_fp8(device: torch.device) -> bool:
     """With a scale for each row: on Hopper and later, and on a CPU."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
@@ -295,7 +315,8 @@ PARTS = {
     "attention": attention_cases,
     "loss": loss_cases,
     "fp8": fp8_cases,
-    "layer": layer_cases,  # compiles, so it comes last
+    "layer": layer_cases,  # compiles, so it comes late
+    "fp8 adapters": fp8_adapter_cases,  # compiles the most
 }
 
 # -----------------------------------------------------------------------------
@@ -309,13 +330,17 @@ def main() -> None:
     rows = (64,) if arguments.small else tuple(arguments.rows)
     shapes = Shapes(device, rows, *sizes)
     began, figures, left_out = time.perf_counter(), [], []
-    for part in arguments.only or PARTS:
+    parts = [part for part in PARTS if arguments.small or part != "fp8 adapters"]
+    for part in arguments.only or parts:
         for what, count, variant, work in PARTS[part](shapes):
             if time.perf_counter() - began > arguments.limit:
                 left_out.append(f"{what}, {count}, {variant}")
                 continue
             figures.append((what, count, variant, microseconds(work, device)))
             print(f"{what:24} {count:6,} {variant:12} {figures[-1][3]:10.1f} us", flush=True)
+    products = [figure for figure in figures if figure[0].startswith(ADAPTERS)]
+    for line in fp8_group.step_times(products, LAYERS):
+        print(line)
     seconds = time.perf_counter() - began
     print(f"{seconds:.0f} s" + "; left out: " * bool(left_out) + ", ".join(left_out))
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
