@@ -125,7 +125,7 @@ def packed_attention(
         return _per_document(query, key, value, packed_lengths, scaling, sliding_window), None
     left = -1 if sliding_window is None else sliding_window - 1
     q, k, v = (states.transpose(1, 2).squeeze(0) for states in (query, key, value))
-    out = _varlen_kernel(q, k, v, packed_bounds, packed_max_length, scaling, left)
+    out = varlen_kernel(q, k, v, packed_bounds, packed_max_length, scaling, left)
     return out.unsqueeze(0), None
 
 
@@ -154,8 +154,19 @@ def _window_mask(length: int, window: int | None, device: torch.device) -> torch
     return (distance >= 0) & (distance < window)
 
 
-def _varlen_kernel(q, k, v, bounds, max_length: int, scaling, left_window: int) -> torch.Tensor:
+def varlen_kernel(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bounds: torch.Tensor,
+    max_length: int,
+    scaling: float | None,
+    left_window: int,
+) -> torch.Tensor:
     """(T, heads, d) through torch's variable-length kernel, whatever this torch's signature is.
+
+    q (T, Hq, d), k and v (T, Hkv, d), bounds (D+1,) int32. left_window: tokens before a token that it sees;
+    -1: all.
 
     Torch 2.10 takes `is_causal`, and its key/value heads are repeated for it; 2.11 takes
     `window_size=(-1, 0)`, and fewer key/value heads as they are, which 2.12 wants to be told with

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from finetuning.common.cache import private_folder
@@ -16,7 +17,9 @@ from finetuning.data.training_data import DataPart
 from finetuning.evaluation.evaluator import Evaluator, HeldOut, Questions
 from finetuning.evaluation.forgetting import BaseStates, Forgetting, GeneralText
 from finetuning.model.adapters import parts_without_adapters
+from finetuning.model.attention_choice import AttentionRow, choose_attention
 from finetuning.model.decoding import Decoder
+from finetuning.model.flops import dims_from_config
 from finetuning.model.loading import load_model
 from finetuning.model.parallel import full_tensor
 from finetuning.monitoring.system_monitor import SystemMonitor, gpu_uuid
@@ -52,10 +55,29 @@ def build_engine(
         user = os.getuid() if hasattr(os, "getuid") else "user"
         compiled = private_folder(config.cache_path / f"compiled-{user}")
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))
+    choose_kernels(model, config.cache_path, plan, dist, terminal)
     close_id = plan.data.train.tokens.close_id
     engine = TrainingEngine(model, close_id, dist, execution, config, terminal.warning)
     torch.manual_seed(config.seed + dist.rank)  # dropout, if any, differs between ranks
     return engine
+
+
+def choose_kernels(
+    model: torch.nn.Module, cache_dir: Path, plan: RunPlan, dist: Distributed, terminal: Terminal
+) -> None:
+    """Have attention computed by the fastest kernels that are installed, for rows like the first one."""
+    shape, half = dims_from_config(model.config.get_text_config()), plan.execution.dtype
+    packed = plan.execution.way == "packed" and half in (torch.bfloat16, torch.float16)
+    if dist.device.type != "cuda" or not packed or shape is None:
+        return
+    documents = list(plan.steps[1].micro_batches[0])
+    bounds = (0, *np.cumsum(plan.data.train.tokens.lengths[documents]).tolist())
+    longest = plan.execution.batch_shape.get("max_length") or max(np.diff(bounds).tolist())
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    heads = shape.heads, shape.kv_heads, shape.head_dim
+    choice = choose_attention(AttentionRow(*heads, bounds, longest, window), dist.device, cache_dir)
+    if text := choice.text():
+        terminal.info(text)
 
 
 def build_evaluator(

@@ -1,0 +1,149 @@
+"""Kernels of packages that torch can switch to: tried, refused where wrong, kept where they are fast.
+
+uv run pytest tests/model/test_attention_choice.py
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.attention import _registry, current_flash_attention_impl
+from transformers import AutoModelForCausalLM
+
+from finetuning.common.distributed import init_distributed
+from finetuning.common.terminal import Terminal
+from finetuning.config import DirectTrainingConfig
+from finetuning.model import attention
+from finetuning.model.attention_choice import (
+    OWN,
+    AttentionChoice,
+    AttentionRow,
+    choose_attention,
+    measured_choice,
+)
+from finetuning.runs import build
+from finetuning.runs.plan import plan_run
+from tests.model.test_attention import reference_kernel
+
+ROW = AttentionRow(heads=4, kv_heads=2, head_dim=16, bounds=(0, 9, 30, 48), longest=24, window=8)
+CPU, SLOW = torch.device("cpu"), 0.02  # seconds of a pass
+
+
+class Handle:
+    """What torch keeps of kernels that are switched on."""
+
+    def remove(self) -> None:
+        pass
+
+
+@pytest.fixture
+def kernels(monkeypatch) -> dict[str, Callable]:
+    """Name -> what it makes of torch's own output, which takes long; the registry is torch's own too."""
+    made: dict[str, Callable] = {}
+    registered: dict[str, Callable] = {}
+    monkeypatch.setattr(_registry, "_FLASH_ATTENTION_IMPLS", registered)
+
+    def kernel(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
+        out = reference_kernel(q, k, v, cu_q, scale)
+        name = current_flash_attention_impl()
+        if name is None:
+            time.sleep(SLOW)
+            return out
+        return made[name](out, window_size)
+
+    class Kernels(dict):
+        def __setitem__(self, name: str, change: Callable) -> None:
+            made[name] = change
+            registered[name] = Handle
+
+    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    names = frozenset({"window_size", "enable_gqa"})
+    monkeypatch.setattr(attention, "_VARLEN_PARAMETERS", names)
+    yield Kernels()
+    _registry.restore_flash_attention_impl(_raise_warn=False)
+
+
+def as_it_is(out: torch.Tensor, _: tuple) -> torch.Tensor:
+    return out
+
+
+def slower(out: torch.Tensor, _: tuple) -> torch.Tensor:
+    time.sleep(3 * SLOW)
+    return out
+
+
+def test_the_fastest_kernels_that_are_right_are_switched_on_and_kept(kernels, tmp_path: Path):
+    kernels["fast"], kernels["slow"] = as_it_is, slower
+    kernels["wrong"] = lambda out, _: 1.1 * out
+    chosen = choose_attention(ROW, CPU, tmp_path)
+    assert chosen.name == "fast" == current_flash_attention_impl()
+    assert set(chosen.milliseconds) == {OWN, "fast", "slow"}
+    assert chosen.milliseconds["fast"] < 1000 * SLOW < chosen.milliseconds[OWN]
+    assert chosen.refused == {"wrong": "its results are 10.0% off"}
+    assert chosen.text().startswith("attention by fast; milliseconds of a row: torch ")
+
+    _registry.restore_flash_attention_impl()
+    kernels["fast"] = pytest.fail  # a second start measures nothing
+    assert choose_attention(ROW, CPU, tmp_path) == chosen
+    assert current_flash_attention_impl() == "fast"
+
+
+def test_torchs_own_stay_where_they_are_the_fastest(kernels, tmp_path: Path):
+    kernels["slow"] = slower
+    assert choose_attention(ROW, CPU, tmp_path).name == OWN
+    assert current_flash_attention_impl() is None
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda out, window: out if window[0] == -1 else -out, "off"),
+        (lambda out, _: out * float("nan"), "inf% off"),
+        (lambda out, _: out.detach().requires_grad_(), "unused|graph"),
+        (lambda out, _: 1 / 0, "ZeroDivisionError"),
+    ],
+)
+def test_what_is_wrong_anywhere_is_refused(kernels, change: Callable, reason: str):
+    """With a window only, in no number, in the gradient, or by an error."""
+    kernels["odd"] = change
+    choice = measured_choice(["odd"], ROW, CPU)
+    assert choice.name == OWN and list(choice.refused) == ["odd"]
+    assert any(part in choice.refused["odd"] for part in reason.split("|")), choice.refused
+    assert "odd was refused" in choice.text()
+
+
+def test_packages_that_are_not_there_are_not_spoken_of(tmp_path: Path):
+    """torch's real switches: FlashAttention 3 and 4 are not among what is installed here."""
+    choice = choose_attention(ROW, CPU, tmp_path)
+    assert choice.name == OWN and choice.text() == "" and not list(tmp_path.iterdir())
+
+
+def test_a_run_tries_its_first_row(tiny_model, tiny_data, tmp_path, monkeypatch, capsys):
+    asked = []
+    choice = AttentionChoice("FA4", {OWN: 0.45, "FA4": 0.31})
+    monkeypatch.setattr(build, "choose_attention", lambda row, *_: asked.append(row) or choice)
+    config = DirectTrainingConfig(
+        model_name=str(tiny_model), data_path=(str(tiny_data),), cache_dir=str(tmp_path)
+    )
+    terminal, on_cpu = Terminal(), init_distributed("cpu")
+    plan = plan_run(config, on_cpu, terminal)
+    plan = replace(plan, execution=replace(plan.execution, dtype=torch.bfloat16))
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    build.choose_kernels(model, tmp_path, plan, on_cpu, terminal)
+    assert not asked, "a CPU has no such kernels"
+    build.choose_kernels(
+        model, tmp_path, plan, replace(on_cpu, device=torch.device("cuda")), terminal
+    )
+    (row,) = asked
+    first = list(plan.steps[1].micro_batches[0])
+    lengths = plan.data.train.tokens.lengths[first]
+    assert np.diff(row.bounds).tolist() == lengths.tolist() and row.longest == lengths.max()
+    shape = model.config
+    heads = (shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim)
+    assert (row.heads, row.kv_heads, row.head_dim) == heads
+    said = "attention by FA4; milliseconds of a row: torch 0.450, FA4 0.310"
+    assert said in capsys.readouterr().out
