@@ -105,7 +105,7 @@ class Phases:
             self.own("step 2048", "step", limit=100, needs=40),
             self.own("step FP8 2048", "step", "--fp8", limit=100, needs=40),
             self.makes_model("0.6B"),
-            self.all_weights(limit=110),
+            self.all_weights(limit=150),
             *self.logging(),
             self.bench("bench 2048", 2048, ["ours"], limit=80),
             self.bench("bench FP8 2048", 2048, ["ours, FP8"], limit=80),

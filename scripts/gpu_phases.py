@@ -166,8 +166,8 @@ class Steps:
         if train_gpu.ON_CUDA:
             torch.cuda.reset_peak_memory_stats()
         self.step(number)
-        train_gpu.Record.synchronize()
         self.clock.count(tokens=self.work.row_tokens, supervised=0, samples=0)
+        train_gpu.Record.synchronize()  # the clock reads what the device has come past
         return 1000 * self.clock.read()["Throughput/Step_Seconds_Forward_Backward"]
 
     def use_graph(self, wanted: bool) -> None:
