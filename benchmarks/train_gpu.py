@@ -73,6 +73,7 @@ DEVICE = torch.device("cuda" if ON_CUDA else "cpu")
 DTYPE = torch.bfloat16 if ON_CUDA else torch.float32
 PAD, END, CLOSE, LEARNING_RATE, MAX_NORM = 0, 1, 2, 1e-4, 1.0
 TARGETS = list(PROJECTIONS)
+LAST_LINES = 20  # of what a side that failed has said
 QWEN3_4B = {
     "vocab_size": 151936,
     "hidden_size": 2560,
@@ -594,8 +595,9 @@ def child(side: str, arguments: argparse.Namespace) -> dict:
         command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        return {"error": lines[-1] if lines else f"exit code {done.returncode}"}
+        lines = [line for line in done.stderr.splitlines() if line.strip()][-LAST_LINES:]
+        error = lines[-1] if lines else f"exit code {done.returncode}"
+        return {"error": error, "last_lines": lines}
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -686,7 +688,8 @@ def default_row_tokens() -> int:
     return 8192 if torch.cuda.get_device_properties(DEVICE).total_memory > 100 * 2**30 else 4096
 
 
-def main() -> None:
+def parse_arguments(command: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--sides", nargs="+", default=["all"], help=f"of {[*GROUPS, *GROUPS['all']]}"
@@ -697,7 +700,11 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=4 if ON_CUDA else 2)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    return parser.parse_args(command)
+
+
+def main() -> None:
+    arguments = parse_arguments()
     shortest, _, longest = arguments.lengths.partition("-")
     longest = int(longest or shortest)
     work = Work(int(shortest), longest, arguments.row_tokens, arguments.steps, arguments.warm_up)

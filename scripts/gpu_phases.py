@@ -1,6 +1,6 @@
 """What `gpu_check.py` has each of its processes do; the last line of each is JSON.
 
-python -m scripts.gpu_phases step --work /tmp/check --row-tokens 2048 --small
+python -m scripts.gpu_phases step --work /tmp/check --out /tmp/check --row-tokens 2048 --small
 """
 
 import argparse
@@ -13,18 +13,20 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from benchmarks import train_gpu
 from finetuning.data.packing import StepPlan
+from finetuning.evaluation.generation import WARM
 from finetuning.model.attention import ordinary_attention
-from finetuning.model.cuda_graph import recorded
-from finetuning.model.decoding import Decoder
+from finetuning.model.decoding import Decoder, Request
+from finetuning.model.sampling import GREEDILY, Sampling
 from finetuning.training.engine import TrainingEngine
 from finetuning.training.state import TrainState
+from scripts.gpu_attention import attention, seconds_of
 
 VERSIONS = (
     *("torch", "triton", "transformers", "peft", "accelerate", "numpy", "trl", "liger_kernel"),
@@ -83,19 +85,6 @@ def version(name: str) -> str | None:
         return None
 
 
-def seconds_of(work: Callable[[], object], times: int = 20) -> float:
-    """Of one call on the device, by its own clock, after three that are not counted."""
-    for _ in range(3):
-        work()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(times):
-        work()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1000 / times
-
-
 def model(arguments: argparse.Namespace) -> dict:
     """Random weights of real shapes with the real vocabulary, as a folder that a run can load, and data."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -112,21 +101,28 @@ def model(arguments: argparse.Namespace) -> dict:
         dtype="bfloat16",
     )
     torch.manual_seed(0)
+    start, before = time.monotonic(), torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
-    start = time.monotonic()
-    with torch.device(train_gpu.DEVICE):
-        weights = Qwen3ForCausalLM(config)
-    folder = arguments.work / "model"
-    shutil.rmtree(folder, ignore_errors=True)
-    weights.save_pretrained(folder)
-    qwen3_tokenizer().save_pretrained(folder)
-    write_documents(arguments.work / "documents.jsonl", 60 if arguments.small else 800)
+    try:
+        with torch.device(train_gpu.DEVICE):
+            weights = Qwen3ForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
+    folder, part = arguments.folder, arguments.folder.with_name(f"{arguments.folder.name}.part")
+    for old in (folder, part):
+        shutil.rmtree(old, ignore_errors=True)
+    weights.save_pretrained(part)
+    qwen3_tokenizer().save_pretrained(part)
+    number, longest = (60, 10) if arguments.small else (800, 48)
+    write_documents(arguments.work / "documents.jsonl", number, longest)
+    part.rename(folder)  # whoever finds it finds all of it
     size = sum(file.stat().st_size for file in folder.iterdir())
     return {"seconds": time.monotonic() - start, "gib": size / 2**30}
 
 
-def write_documents(path: Path, count: int) -> None:
-    """Samples of 300 to 1,500 tokens, a quarter of them the question, as the benchmark's documents are."""
+def write_documents(path: Path, count: int, longest: int) -> None:
+    """Samples a quarter of which is the question, as the benchmark's documents are; 300 to 1,500 tokens
+    with a longest quarter of 48 clauses."""
     rng = random.Random(0)
 
     def clauses(number: int) -> str:  # of 7.7 tokens
@@ -136,7 +132,7 @@ def write_documents(path: Path, count: int) -> None:
 
     with path.open("w", encoding="utf-8") as file:
         for _ in range(count):
-            quarter = rng.randrange(10, 48)
+            quarter = rng.randrange(longest // 5 + 1, longest)
             parts = {"question": quarter, "thinking": 2 * quarter, "answer": quarter}
             sample = {name: clauses(number) for name, number in parts.items()}
             file.write(json.dumps(sample, ensure_ascii=False) + "\n")
@@ -149,10 +145,10 @@ def write_documents(path: Path, count: int) -> None:
 class Steps:
     """A model in training on the benchmark's documents, with and without the graph."""
 
-    def __init__(self, work: train_gpu.Work, *, fp8: bool = False) -> None:
+    def __init__(self, work: train_gpu.Work, **ways: bool) -> None:
         self.work, self.tokens = work, work.documents()
         self.plan: StepPlan = work.plan(self.tokens)
-        self.training: TrainingEngine = train_gpu.in_training(self.plan, fp8=fp8)
+        self.training: TrainingEngine = train_gpu.in_training(self.plan, **ways)
         on_cuda = train_gpu.ON_CUDA
         timeline = train_gpu.CudaTimeline() if on_cuda else train_gpu.HostTimeline()
         self.clock, self.state = train_gpu.StepClock(timeline=timeline), TrainState()
@@ -164,6 +160,15 @@ class Steps:
         )
         norm = self.training.update(train_gpu.LEARNING_RATE, max_grad_norm=train_gpu.MAX_NORM)
         return torch.stack([s.per_document[..., 0].sum() for _, s in sums]).sum(), norm
+
+    def passes_ms(self, number: int) -> float:
+        """A step's passes on the device, and the peak counted anew before them; no graph's making."""
+        if train_gpu.ON_CUDA:
+            torch.cuda.reset_peak_memory_stats()
+        self.step(number)
+        self.clock.count(tokens=self.work.row_tokens, supervised=0, samples=0)
+        train_gpu.Record.synchronize()  # the clock reads what the device has come past
+        return 1000 * self.clock.read()["Throughput/Step_Seconds_Forward_Backward"]
 
     def use_graph(self, wanted: bool) -> None:
         """From the next step on."""
@@ -285,114 +290,7 @@ def waits(steps: Steps) -> str:
 
 
 # -----------------------------------------------------------------------------
-# Attention
-
-
-class PackedAttention:
-    """Queries, keys, values and bounds at the shapes of Qwen3-4B, and the kernels that torch has for them.
-
-    FlashAttention-2 is what `varlen_attn` runs; cuDNN's kernels for documents of different lengths are
-    reached through the operators below it, and their backward pass also takes what the former kept.
-    """
-
-    def __init__(self, tokens: int, longest: int, most: int) -> None:
-        torch.manual_seed(0)
-        work = train_gpu.Work(300, 1500, tokens, 1, 0)
-        lengths = work.documents().lengths.tolist()
-        ends = [
-            sum(lengths[: i + 1]) for i in range(len(lengths)) if sum(lengths[: i + 1]) < tokens
-        ]
-        bounds = [0, *ends] + [tokens] * (most - len(ends))  # the last documents are empty
-        self.bounds = torch.tensor(bounds, device="cuda", dtype=torch.int32)
-        self.places = (self.bounds, self.bounds, longest, longest)
-        self.scale = 128**-0.5
-        self.q, self.k, self.v, self.grad = (
-            torch.randn(tokens, heads, 128, device="cuda", dtype=torch.bfloat16)
-            for heads in (32, 8, 8, 32)
-        )
-        self.unused = torch.zeros(2, dtype=torch.uint64, device="cuda")
-
-    def flash(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output (T, heads, 128) and log-sum-exp (heads, T)."""
-        out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            self.q, self.k, self.v, *self.places, 0.0, True, False, scale=self.scale
-        )
-        return out, lse
-
-    def flash_backward(self, out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        tensors = (self.grad, self.q, self.k, self.v, out, lse)
-        return torch.ops.aten._flash_attention_backward(
-            *tensors, *self.places, 0.0, True, self.unused, self.unused, scale=self.scale
-        )
-
-    def cudnn(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output as above and log-sum-exp (T, heads, 1)."""
-        out, lse, *_ = torch.ops.aten._cudnn_attention_forward(
-            self.q, self.k, self.v, None, *self.places, True, 0.0, True, False, scale=self.scale
-        )
-        return out, lse
-
-    def cudnn_backward(self, out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        tensors = (self.grad, self.q, self.k, self.v, out, lse, self.unused, self.unused, None)
-        return torch.ops.aten._cudnn_attention_backward(
-            *tensors, *self.places, 0.0, True, scale=self.scale
-        )
-
-
-def attention(arguments: argparse.Namespace) -> dict:
-    """Microseconds of the kernels, replayed in a graph, and how far cuDNN's results are from the others."""
-    if not torch.cuda.is_available():
-        return {"not measured": "there is no CUDA device"}
-    found: dict = {"cudnn": torch.backends.cudnn.version()}
-    for tokens, longest, most in ((2048, 1536, 6), (8192, 8192, 28), (8192, 1536, 28)):
-        case = PackedAttention(tokens, longest, most)
-        out, lse = case.flash()
-        gradients = case.flash_backward(out, lse)
-        seen = {"flash forward": attempt(case.flash, (out,))}
-        seen["flash backward"] = attempt(
-            lambda c=case, o=out, s=lse: c.flash_backward(o, s), gradients
-        )
-        turned = lse.t().contiguous().unsqueeze(2)
-        seen["cudnn forward"] = attempt(lambda c=case: c.cudnn()[:1], (out,))
-        seen["cudnn backward behind flash"] = attempt(
-            lambda c=case, o=out, s=turned: c.cudnn_backward(o, s), gradients
-        )
-        seen["cudnn forward and backward"] = attempt(
-            lambda c=case: c.cudnn_backward(*c.cudnn()), gradients
-        )
-        found[f"{tokens} tokens, {most} documents of up to {longest}"] = seen
-        print(seen, flush=True)  # a kernel that breaks off takes the process with it
-    return found
-
-
-def attempt(work: Callable[[], tuple], expected: tuple[torch.Tensor, ...]) -> dict:
-    """Largest difference from what is expected, as a share of its norm, and the time; or what it raised."""
-    try:
-        start = time.perf_counter()
-        results = work()
-        torch.cuda.synchronize()
-        first = time.perf_counter() - start
-        start = time.perf_counter()
-        work()
-        host = time.perf_counter() - start
-        shares = [
-            float((a.float() - b.float()).norm() / b.float().norm())
-            for a, b in zip(results, expected, strict=False)
-        ]
-        found = {
-            "difference": max(shares),
-            "finite": all(bool(r.isfinite().all()) for r in results),
-            "us_one_by_one": 1e6 * seconds_of(work, 20),
-            "first_ms": 1000 * first,
-            "host_ms_a_call": 1000 * host,
-        }
-    except RuntimeError as error:
-        return {"error": str(error)[:300]}
-    try:
-        graph = recorded(work, torch.cuda.Stream())
-    except RuntimeError as error:
-        return found | {"not_captured": str(error)[:300]}
-    return found | {"us": 1e6 * seconds_of(graph.replay, 50)}
+# Long rows, and answers
 
 
 def work_of(arguments: argparse.Namespace) -> train_gpu.Work:
@@ -403,62 +301,93 @@ def work_of(arguments: argparse.Namespace) -> train_gpu.Work:
 
 
 def long_row(arguments: argparse.Namespace) -> dict:
-    """One document that fills a long row: time of a step and memory, with recomputed activations."""
+    """One document that fills a long row, with recomputed activations: a step without the graph, then one
+    with it; to make it takes another pass. What is known is told after each."""
     tokens = 256 if arguments.small else arguments.row_tokens
-    work = train_gpu.Work(tokens, tokens, tokens, 5, 2)
-    found = train_gpu.ours(work, checkpointing=True)
-    return found | {"row_tokens": tokens}
+    steps = Steps(train_gpu.Work(tokens, tokens, tokens, 3, 1), checkpointing=True)
+    steps.use_graph(False)
+    start = time.perf_counter()
+    steps.passes_ms(1)
+    found: dict = {"row_tokens": tokens, "first_step_s": time.perf_counter() - start}
+    found["without graph"] = passes = {"passes_ms": steps.passes_ms(2)}
+    if train_gpu.ON_CUDA:
+        passes |= memory(torch.cuda.max_memory_allocated())
+    tell(found)
+    steps.use_graph(True)
+    found["graph"] = passes = {"passes_ms": steps.passes_ms(3)}
+    if captured := steps.training.captured:
+        passes |= memory(captured.peak_bytes)
+    return found | {"not_captured": steps.training.not_captured}
+
+
+def memory(peak_bytes: int) -> dict[str, float]:
+    """The peak, and what the allocator has taken for it."""
+    return {
+        "peak_gib": peak_bytes / 2**30,
+        "reserved_gib": torch.cuda.memory_reserved() / 2**30,
+    }
 
 
 def answers(arguments: argparse.Namespace) -> dict:
-    """Seconds of 32 answers of 512 tokens in one batch, by graph, and of a token by `generate`."""
+    """Seconds of 32 answers of 512 tokens in one batch, drawn as a run draws and greedily: of the first
+    batch, in which the graph is tried, and of the next. What is known is told after each."""
     most, rows = (24, 4) if arguments.small else (512, 32)
     training = train_gpu.in_training(work_of(arguments).plan(work_of(arguments).documents()))
-    decoder = Decoder(training.packed.model.eval(), training.packed.write_adapters)
-    plain = Decoder(decoder.model, decoder.prepare, why_no_graph="to compare")
+    model, prepare = training.packed.model.eval(), training.packed.write_adapters
+    request, found = prompts(rows, 40 if arguments.small else 300, most), {}
+    with torch.no_grad(), ordinary_attention(model):
+        for way, sampling in (("drawn", Sampling(WARM)), ("greedy", GREEDILY)):
+            decoder = Decoder(model, prepare, sampling=sampling)
+            found[way] = {}
+            for batch in ("first", "next"):
+                train_gpu.Record.synchronize()
+                start = time.perf_counter()
+                written = decoder.write(request)
+                train_gpu.Record.synchronize()
+                found[way][f"{batch}_batch_seconds"] = time.perf_counter() - start
+            found[way] |= {"written": list(written.shape), "why_no_graph": decoder.why_no_graph}
+            tell(found)
+    if train_gpu.ON_CUDA:
+        found |= memory(torch.cuda.max_memory_allocated())
+    return found
+
+
+def prompts(rows: int, width: int, most: int) -> Request:
+    """Questions of a quarter of the width and more, padded on the left."""
     rng, device = random.Random(0), train_gpu.DEVICE
-    width = 40 if arguments.small else 300
     ids = torch.randint(8, train_gpu.config().vocab_size, (rows, width), device=device)
     mask = torch.ones_like(ids)
     for row in range(rows - 1):
         mask[row, : rng.randrange(width * 3 // 4)] = 0
-    found: dict = {"rows": rows, "tokens": most}
-    with torch.no_grad(), ordinary_attention(decoder.model):
-        for name, writer, count in (
-            ("first", decoder, most),
-            ("second", decoder, most),
-            ("generate", plain, most // 32 + 2),
-        ):
-            train_gpu.Record.synchronize()
-            start = time.perf_counter()
-            written = writer.write(
-                ids, mask, most=count, end_id=train_gpu.END, enough=lambda _: False
-            )
-            train_gpu.Record.synchronize()
-            found |= {
-                f"{name}_answers_seconds": time.perf_counter() - start,
-                f"{name}_written": written.shape[1],
-            }
-    if train_gpu.ON_CUDA:
-        found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    return found | {"why_no_graph": decoder.why_no_graph}
+    return Request(ids, mask, most=most, end_id=train_gpu.END)
+
+
+def tell(found: dict) -> None:
+    """What is known so far, on the standard output: it outlasts the process's limit."""
+    print(json.dumps(found), file=sys.__stdout__, flush=True)
 
 
 PHASES = {f.__name__: f for f in (facts, model, step, attention, long_row, answers)}
 
 
-def main() -> None:
+def parse_arguments(command: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("phase", choices=PHASES)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--folder", type=Path, help="of the model that is made")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--shape", choices=SHAPES, default="4B")
     parser.add_argument("--row-tokens", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--fp8", action="store_true")
-    arguments = parser.parse_args()
+    return parser.parse_args(command)
+
+
+def main() -> None:
+    arguments = parse_arguments()
     if arguments.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         torch.use_deterministic_algorithms(True)
@@ -466,7 +395,7 @@ def main() -> None:
     train_gpu.QWEN3_4B |= SHAPES[arguments.shape]
     with contextlib.redirect_stdout(sys.stderr):
         result = PHASES[arguments.phase](arguments)
-    print(json.dumps(result))
+    tell(result)
 
 
 if __name__ == "__main__":

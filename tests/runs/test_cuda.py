@@ -5,6 +5,9 @@ uv run pytest -m "not long" tests/runs/test_cuda.py
 
 import os
 
+# Read with the first product of the process; deterministic algorithms want it.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 import numpy as np
 import pytest
 import torch
@@ -34,10 +37,22 @@ from tests.helpers.settings import step_plan, up_to
 from tests.model.test_packed_model import CLOSE, lora_model, make_documents
 from tests.runs.test_distributed import OPTIONS, curve, train
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-
 LENGTHS = (300, 17, 511, 1, 128, 67)  # 1,024 tokens
 HEAD_DIM = 64  # the kernel wants a multiple of 8; small models here use this
+
+
+@pytest.fixture(autouse=True)
+def needs_a_gpu() -> None:
+    """Asked where a test runs: when files are read it would make every worker take its share of a GPU."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+
+
+@pytest.fixture
+def needs_hopper(needs_a_gpu: None) -> None:
+    """Products in FP8 with a scale for each row."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs a Hopper GPU")
 
 
 def table(lengths: tuple[int, ...]) -> TokenizedSamples:
@@ -224,9 +239,8 @@ def captured_run(graph: bool, accumulation: int) -> tuple[list[float], list[torc
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_a_replayed_graph_gives_the_numbers_of_its_kernels(monkeypatch, accumulation: int):
+def test_a_replayed_graph_gives_the_numbers_of_its_kernels(accumulation: int):
     """To the last bit, where attention adds up in a fixed order."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     try:
         torch._dynamo.reset()
@@ -349,7 +363,7 @@ def test_all_weights_trained_in_bf16_learn_as_in_fp32(tiny_model, tiny_data, cac
 
 def in_a_fixed_order() -> None:
     """Sums of a GPU have an order of their own in each run, but for these."""
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # in a process that has not read this file
     torch.use_deterministic_algorithms(True)
 
 
@@ -469,10 +483,7 @@ def test_a_softmax_in_one_kernel_equals_torchs_operations():
     assert mine[1][3] == 1
 
 
-@pytest.mark.skipif(
-    torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0),
-    reason="needs a Hopper GPU",
-)
+@pytest.mark.usefixtures("needs_hopper")
 def test_fp8_products_have_gradients_near_exact_ones():
     model, exact = joined_pair(fp8=True)
     wanted, got = trained_once(exact), trained_once(model)
