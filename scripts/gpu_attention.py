@@ -3,10 +3,12 @@
 import argparse
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 
 import torch
 
 from benchmarks import train_gpu
+from finetuning.model.attention_choice import AttentionRow, installed_kernels, measured_choice
 from finetuning.model.cuda_graph import recorded
 
 
@@ -65,7 +67,7 @@ def attention(_: argparse.Namespace) -> dict:
     """Microseconds of the kernels, replayed in a graph, and how far cuDNN's results are from the others."""
     if not torch.cuda.is_available():
         return {"not measured": "there is no CUDA device"}
-    found: dict = {"cudnn": torch.backends.cudnn.version()}
+    found: dict = {"cudnn": torch.backends.cudnn.version(), "installed": installed_kernels()}
     for tokens, longest, most in ((2048, 1536, 6), (8192, 8192, 28), (8192, 1536, 28)):
         case = PackedAttention(tokens, longest, most)
         out, lse = case.flash()
@@ -79,6 +81,8 @@ def attention(_: argparse.Namespace) -> dict:
         seen["cudnn backward behind flash"] = attempt(
             lambda c=case, o=out, s=turned: c.cudnn_backward(o, s), gradients
         )
+        row = AttentionRow(32, 8, 128, tuple(case.bounds.tolist()), longest)
+        seen["choice"] = asdict(measured_choice(installed_kernels(), row, case.q.device))
         seen["cudnn forward and backward"] = attempt(
             lambda c=case: c.cudnn_backward(*c.cudnn()), gradients
         )

@@ -247,10 +247,14 @@ class Phases:
         ]
 
     def watched(self, phase: Phase) -> Phase:
-        """The same job, and a file that says where its start was at every second."""
-        seen = str(self.out / f"stacks_{phase.name.replace(' ', '_')}.txt")
-        program = phase.command[len(PYTHON) :]
-        return replace(phase, command=[*PYTHON, "-c", WATCHED, seen, *program])
+        """The same job, and where it was at every half second."""
+        seen = self.out / f"stacks_{phase.name.replace(' ', '_')}.txt"
+        command = [*PYTHON, "-c", WATCHED, str(seen), *phase.command[len(PYTHON) :]]
+
+        def read(said: str, began: float) -> dict:
+            return phase.read(said, began) | {"seconds_in": seconds_in(seen.read_text())}
+
+        return replace(phase, command=command, read=read)
 
     def tests(self, name: str, which: str, *, limit: float, gib: float = 0) -> Phase:
         """Those of test_cuda.py; every worker takes what comes next."""
@@ -335,7 +339,11 @@ def read_run(
     rows = [row for row in rows if row["metrics"].get("Throughput/Step_Seconds")]
     losses = {row["step"]: row["metrics"]["Training/Loss"] for row in rows}
     assert losses and all(loss is not None for loss in losses.values()), losses
-    told = [line for line in said.splitlines() if line.startswith(("CUDA graph", "compiled"))]
+    told = [
+        line
+        for line in said.splitlines()
+        if line.startswith(("CUDA graph", "compiled", "attention"))
+    ]
     return {
         **run_rates(rows, window),
         **run_memory(rows, (lines.parent / "training.log").read_text(encoding="utf-8")),
@@ -346,6 +354,20 @@ def read_run(
         "held_out": held_out,
         "told": told,
     }
+
+
+def seconds_in(stacks: str) -> dict[str, float]:
+    """Seconds by the innermost function of the project's that the main thread was in, longest first."""
+    found: dict[str, float] = {}
+    looks = re.split(r"^--- ([\d.]+) s$", stacks, flags=re.MULTILINE)
+    times, texts = [float(time) for time in looks[1::2]], looks[2::2]
+    for time, until, text in zip(times, times[1:], texts, strict=False):
+        ours = re.findall(
+            rf'File "(?:{re.escape(str(ROOT))}/)?([\w/]+\.py)", line \d+, in (\S+)', text
+        )
+        place = ": ".join(ours[-1]) if ours else "Python"
+        found[place] = found.get(place, 0.0) + until - time
+    return {p: round(s, 1) for p, s in sorted(found.items(), key=lambda item: -item[1])}
 
 
 def run_rates(rows: list[dict], window: tuple[int, int] | None = None) -> dict:

@@ -40,7 +40,8 @@ Tensors = tuple[torch.Tensor, ...]
 class AttentionRow:
     """A packed row as the run's are: heads, and where its documents begin and end.
 
-    window: tokens that some layers see of a document, or None.
+    longest: at least the longest document. The last documents may be empty, as those that fill a row's
+    number are. window: tokens that some layers see of a document, or None.
     """
 
     heads: int
@@ -79,7 +80,7 @@ def choose_attention(row: AttentionRow, device: torch.device, cache_dir: Path) -
     A process that comes while another one measures waits for its choice. Raises UserError where the cache
     can't be written.
     """
-    names = [name for name in list_flash_attention_impls() if _is_installed(name)]
+    names = installed_kernels()
     if not names:
         return AttentionChoice()
 
@@ -97,6 +98,11 @@ def choose_attention(row: AttentionRow, device: torch.device, cache_dir: Path) -
     if choice.name != OWN:
         activate_flash_attention_impl(choice.name)
     return choice
+
+
+def installed_kernels() -> list[str]:
+    """Names of what torch can switch to here."""
+    return [name for name in list_flash_attention_impls() if _is_installed(name)]
 
 
 def measured_choice(names: list[str], row: AttentionRow, device: torch.device) -> AttentionChoice:

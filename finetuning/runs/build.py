@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from finetuning.common.cache import private_folder
@@ -12,7 +11,7 @@ from finetuning.common.distributed import Distributed
 from finetuning.common.paths import home_cache
 from finetuning.common.terminal import Terminal
 from finetuning.config import DirectTrainingConfig
-from finetuning.data.packing import StepPlan
+from finetuning.data.packing import StepPlan, build_batch
 from finetuning.data.training_data import DataPart
 from finetuning.evaluation.evaluator import Evaluator, HeldOut, Questions
 from finetuning.evaluation.forgetting import BaseStates, Forgetting, GeneralText
@@ -70,12 +69,12 @@ def choose_kernels(
     packed = plan.execution.way == "packed" and half in (torch.bfloat16, torch.float16)
     if dist.device.type != "cuda" or not packed or shape is None:
         return
-    documents = list(plan.steps[1].micro_batches[0])
-    bounds = (0, *np.cumsum(plan.data.train.tokens.lengths[documents]).tolist())
-    longest = plan.execution.batch_shape.get("max_length") or max(np.diff(bounds).tolist())
+    tokens, row = plan.data.train.tokens, plan.steps[1].micro_batches[0]
+    batch = build_batch(tokens, row, **plan.execution.batch_shape)
     window = getattr(model.config.get_text_config(), "sliding_window", None)
-    heads = shape.heads, shape.kv_heads, shape.head_dim
-    choice = choose_attention(AttentionRow(*heads, bounds, longest, window), dist.device, cache_dir)
+    heads, bounds = (shape.heads, shape.kv_heads, shape.head_dim), batch.cu_seqlens.tolist()
+    trial = AttentionRow(*heads, tuple(bounds), batch.max_length, window)
+    choice = choose_attention(trial, dist.device, cache_dir)
     if text := choice.text():
         terminal.info(text)
 

@@ -131,7 +131,9 @@ def test_a_run_tries_its_first_row(tiny_model, tiny_data, tmp_path, monkeypatch,
     )
     terminal, on_cpu = Terminal(), init_distributed("cpu")
     plan = plan_run(config, on_cpu, terminal)
-    plan = replace(plan, execution=replace(plan.execution, dtype=torch.bfloat16))
+    shape = plan.steps.constant_shape  # as compiled layers want it
+    execution = replace(plan.execution, dtype=torch.bfloat16, batch_shape=shape)
+    plan = replace(plan, execution=execution)
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     build.choose_kernels(model, tmp_path, plan, on_cpu, terminal)
     assert not asked, "a CPU has no such kernels"
@@ -140,10 +142,12 @@ def test_a_run_tries_its_first_row(tiny_model, tiny_data, tmp_path, monkeypatch,
     )
     (row,) = asked
     first = list(plan.steps[1].micro_batches[0])
-    lengths = plan.data.train.tokens.lengths[first]
-    assert np.diff(row.bounds).tolist() == lengths.tolist() and row.longest == lengths.max()
-    shape = model.config
-    heads = (shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim)
+    lengths = np.diff(row.bounds).tolist()
+    assert lengths[: len(first)] == plan.data.train.tokens.lengths[first].tolist()
+    assert len(lengths) == shape["pad_documents"] and sum(lengths) == shape["pad_to"]
+    assert row.longest == shape["max_length"]
+    config = model.config
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
     assert (row.heads, row.kv_heads, row.head_dim) == heads
     said = "attention by FA4; milliseconds of a row: torch 0.450, FA4 0.310"
     assert said in capsys.readouterr().out
