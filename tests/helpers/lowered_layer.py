@@ -31,6 +31,7 @@ from torch._dynamo.variables.tensor import TensorVariable
 from torch._guards import TracingContext, tracing
 from torch._inductor import compile_fx, ir, scheduler
 from torch._inductor.exc import InductorError
+from torch._inductor.fx_passes import joint_graph
 from torch._inductor.graph import GraphLowering
 from torch._subclasses import fake_tensor
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -117,11 +118,8 @@ def kernels_of_a_layer(
 
     torch._dynamo.reset()
     packed.compile_layers(partial(compile_fx.compile_fx, inner_compile=lower))
-    on_cuda = mock.patch.object(
-        TensorVariable, "method_attr_is_cuda", lambda tensor, tx: ConstantVariable.create(True)
-    )
     both_passes = torch._functorch.config.patch(force_non_lazy_backward_lowering=True)
-    with as_on_cuda(), on_cuda, both_passes, _until_done(BackendCompilerFailed):
+    with as_on_cuda(), _traced_as_on_cuda(), both_passes, _until_done(BackendCompilerFailed):
         packed.hidden_states(packed_row(tokens))
     attention = sum(kernel.kind == "attention" for kernel in kernels)
     assert attention == 2 + recompute, "this transformers recomputes outside the compiled layer"
@@ -234,6 +232,18 @@ def _bytes(value: ir.IRNode) -> int:
 
 # -----------------------------------------------------------------------------
 # The device
+
+
+@contextmanager
+def _traced_as_on_cuda() -> Iterator[None]:
+    """What the program's `is_cuda` says while it is traced, and inductor's passes ask before the division."""
+    with (
+        mock.patch.object(
+            TensorVariable, "method_attr_is_cuda", lambda tensor, tx: ConstantVariable.create(True)
+        ),
+        mock.patch.object(joint_graph, "check_device", lambda *tensors: True),
+    ):
+        yield
 
 
 class _Driver:
