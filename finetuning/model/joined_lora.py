@@ -9,7 +9,8 @@ y = xWᵀ + s·(xAᵀ)Bᵀ is one product of [x | xAᵀ] and [W | sB], and its g
 W stays where the layer expects it, as a view of M, so nothing is held twice but the adapters. No
 result as wide as a layer is read again to add an adapter. Projections of one input (q, k, v; gate
 and up) share M, with B in blocks on a diagonal: one product instead of three. The compiler lets the
-neighbours write x and g into the wider rows themselves, which a GPU needs for it to pay.
+neighbours write x and g into the wider rows themselves, which a GPU needs for it to pay; only
+attention's output, gradients of q, k and v, and that from the next layer are copied there.
 
 Adapters stay fp32 masters; `AdapterCopies` writes them into the matrices, for all layers at once.
 """
