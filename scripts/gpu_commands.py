@@ -252,7 +252,9 @@ class Phases:
         command = [*PYTHON, "-c", WATCHED, str(seen), *phase.command[len(PYTHON) :]]
 
         def read(said: str, began: float) -> dict:
-            return phase.read(said, began) | {"seconds_in": seconds_in(seen.read_text())}
+            return phase.read(said, began) | {
+                "seconds_in": seconds_in(seen.read_text(encoding="utf-8"))
+            }
 
         return replace(phase, command=command, read=read)
 

@@ -31,6 +31,7 @@ def run(program: str, cache: Path, **environment: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_one_kernel_gives_what_is_added(tmp_path):
     """Groups of Qwen3's shape, ranks 8 to 64, rows and columns that fill no block, in fp32 and fp16."""
     pytest.importorskip("triton")
@@ -59,6 +60,7 @@ for inputs, sizes in ((80, (128, 48, 48)), (128, (80,)), (80, (112, 112)), (112,
     run(program, tmp_path, TRITON_INTERPRET="1")
 
 
+@pytest.mark.slow
 def test_one_kernel_fits_hopper(tmp_path):
     """Compiled without a GPU: its tensor cores multiply e4m3, and a multiprocessor holds every tile."""
     pytest.importorskip("triton")

@@ -130,6 +130,7 @@ def test_without_gradients_the_products_are_those_of_bf16():
     assert torch.equal(*results)
 
 
+@pytest.mark.slow
 def test_layers_compile_to_whole_graphs():
     torch._dynamo.reset()
     model = lora_model(dtype=torch.bfloat16).train()

@@ -183,6 +183,7 @@ def test_save_and_load(tmp_path, join):
     assert abs(loss_and_gradients(fresh)[0] - expected[0]) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("join", [False, True])
 def test_each_layer_compiles_to_a_whole_graph(join):
     torch._dynamo.reset()

@@ -28,6 +28,7 @@ def test_every_alert_has_its_faults(cases):
     assert sum(not case.expected for case in cases) >= 40 and len(cases) >= 340
 
 
+@pytest.mark.slow
 def test_faults_are_found_and_healthy_runs_are_silent(cases):
     total = summary(judged(cases[::11], show=False))
     assert total["loud"] == []

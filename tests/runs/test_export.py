@@ -280,6 +280,7 @@ def test_a_model_is_meant_by_its_name(out, monkeypatch, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_an_exported_checkpoint_says_what_it_is(out, tmp_path):
     """Its numbers are those of the evaluation before it, which is named; never those of a later one."""
     (logs,) = (out / "training_logs").iterdir()
@@ -351,6 +352,7 @@ def test_a_broken_record_does_not_keep_a_model_back(out, tmp_path, capfd):
 # For ollama
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("same", [True, False])
 def test_the_system_prompt_of_all_the_data_is_ollama_s(same, tiny_run, tmp_path):
     pytest.importorskip("gguf", reason="needs the package gguf: uv run --extra gguf")

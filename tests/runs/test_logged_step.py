@@ -36,6 +36,7 @@ def busy(function: Callable) -> Callable:
     return longer
 
 
+@pytest.mark.slow
 def test_all_of_a_logged_step_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run):
     """Counted seconds against those of the whole calls by the clock, from the fourth step to the last."""
     measured, seen = [0.0], []

@@ -836,6 +836,7 @@ def test_no_fragment_of_a_secret_is_in_what_goes_wrong(tmp_path: Path, address: 
         mirror._goes_well("checkpoint")
 
 
+@pytest.mark.slow
 def test_no_secret_of_an_address_is_in_what_a_run_leaves(tmp_path: Path, run, capfd, monkeypatch):
     address = f"memory://me:{SECRETS[0]}@{tmp_path.name}?sig={SECRETS[1]}"
     monkeypatch.setattr(

@@ -49,6 +49,7 @@ def titles(chat: ChatServer) -> list[str]:
     return [re.sub(r" qwen3_4b_thinking_\S+", "", text.split("\n")[0]) for text in chat.texts]
 
 
+@pytest.mark.slow
 def test_every_service_hears_begin_and_end_in_the_language_of_the_run(
     tmp_path: Path, run, monkeypatch, capfd: pytest.CaptureFixture
 ):
@@ -85,6 +86,7 @@ def test_every_service_hears_begin_and_end_in_the_language_of_the_run(
     assert re.findall(r"\w+", recorded[1]) == services
 
 
+@pytest.mark.slow
 def test_an_alert_and_a_failure_are_told(tmp_path: Path, tiny_model, cache_dir):
     with chat_server("slack") as chat:
         config = settings(tmp_path, tiny_model, cache_dir, max_steps=4, notify=(chat.setting,))

@@ -89,6 +89,7 @@ def test_what_does_not_fit_is_told_with_what_to_change(
     )
 
 
+@pytest.mark.slow
 def test_shards_where_replicas_do_not_fit(qwen3_4b, tiny_data, cache_dir):
     common = f"--data-path my_qa.jsonl --model-name {DOCUMENTED}"
     small = planned(f"--plan --gpus 8xA10-9G {common}", qwen3_4b, tiny_data, cache_dir)
@@ -202,6 +203,7 @@ def test_a_plan_knows_of_the_base_that_goes_along(qwen3_4b, tiny_data, cache_dir
     assert held.seconds[0] > 1.05 * free.seconds[0]
 
 
+@pytest.mark.slow
 def test_a_plan_knows_of_general_text(qwen3_4b, tiny_data, cache_dir):
     every = f"{COMMON} --eval-steps 5"
     with_it = planned(every, qwen3_4b, tiny_data, cache_dir).forecast

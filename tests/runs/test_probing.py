@@ -45,6 +45,7 @@ def test_the_start_says_what_decides_and_warns_where_nothing_can(
     assert in_chinese(asked.best_text(config.best_by, held_out)) != text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "text"),
     [

@@ -21,6 +21,7 @@ SECRETS = ("Qx7pl41n", "b4rW0rd5")
 COMMAND = f"curl -H 'Authorization: Bearer {SECRETS[0]}' https://hooks.example/{SECRETS[1]}"
 
 
+@pytest.mark.slow
 def test_the_arguments_of_an_action_are_nowhere(tmp_path: Path, run, capfd: pytest.CaptureFixture):
     """Settings go to configuration.json, statistics, events, the report, checkpoints and the log."""
     action = ["--alert-actions", "NonFinite", COMMAND]

@@ -117,6 +117,7 @@ def test_within_an_answer_it_leaves_after_the_token(tmp_path, run, monkeypatch):
     assert (tmp_path / "out" / "checkpoints" / "checkpoint-0" / "manifest.json").is_file()
 
 
+@pytest.mark.slow
 def test_while_it_describes_the_data_it_leaves_and_describes_them_later(
     finished, tmp_path, run, monkeypatch
 ):

@@ -109,6 +109,7 @@ def test_settings_that_others_override_are_recorded_as_they_are_used(finished):
     assert statistics["outcome"] == "completed" and statistics["result"] == "final_model"
 
 
+@pytest.mark.slow
 def test_the_status_names_the_newest_step_while_the_run_goes_on(tmp_path, run, monkeypatch):
     monkeypatch.setattr(record, "STATUS_SECONDS", 0.0)
     seen, original = [], record.RunRecord.log
