@@ -83,6 +83,7 @@ QWEN3_4B = {
     "num_key_value_heads": 8,
     "head_dim": 128,
     "max_position_embeddings": 262144,
+    "tie_word_embeddings": True,
 }
 SMALL = {
     "vocab_size": 512,
@@ -93,6 +94,7 @@ SMALL = {
     "num_key_value_heads": 2,
     "head_dim": 16,
     "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
 }
 
 
@@ -149,7 +151,6 @@ def config() -> Qwen3Config:
     return Qwen3Config(
         **(QWEN3_4B if ON_CUDA else SMALL),
         rope_parameters={"rope_type": "default", "rope_theta": 5e6},
-        tie_word_embeddings=True,
         pad_token_id=PAD,
         eos_token_id=END,
         bos_token_id=None,

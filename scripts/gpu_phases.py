@@ -40,7 +40,7 @@ SHAPES = {  # of Qwen3: what differs from 4B
         "num_hidden_layers": 28,
         "num_attention_heads": 16,
     },
-    "8B": {"hidden_size": 4096, "intermediate_size": 12288},
+    "8B": {"hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False},
 }
 TINY = train_gpu.SMALL | {"vocab_size": 151936}
 WORDS = (
@@ -94,7 +94,6 @@ def model(arguments: argparse.Namespace) -> dict:
     shape = TINY if arguments.small else train_gpu.QWEN3_4B | SHAPES[arguments.shape]
     config = Qwen3Config(
         **shape,
-        tie_word_embeddings=True,
         eos_token_id=151645,
         pad_token_id=151643,
         rope_parameters={"rope_type": "default", "rope_theta": 5e6},
