@@ -62,7 +62,7 @@ def test_the_base_that_goes_along_is_in_the_estimate(tmp_path: Path):
 
 def test_the_forward_pass_on_a_gpu_asks_for_no_value():
     """Nor does it mix devices: the tensors say `cuda`, and the real decisions for it are taken."""
-    model = bf16_model(qwen3_4b(layers=2), lora_r=16, recomputed=0)
+    model = bf16_model(qwen3_4b(layers=2), lora_r=16, recompute=False)
     batch = packed_row(2048)
 
     def forward() -> torch.Tensor:
