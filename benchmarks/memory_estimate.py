@@ -54,14 +54,15 @@ class Case:
     tokens: int
     lora_r: int = 16
     precision: str = "fp32"
-    checkpointing: bool = False
+    recomputed: int = 0  # layers
     compiled: bool = False
     fused_lora: bool = True
 
     @property
     def name(self) -> str:
         kind = f"r{self.lora_r}" if self.lora_r else "full"
-        ways = "".join([", ckpt" * self.checkpointing, ", compiled" * self.compiled])
+        ways = f", ckpt {self.recomputed}" if self.recomputed else ""
+        ways += ", compiled" * self.compiled
         ways += "" if self.fused_lora else ", peft's LoRA"
         return f"H{self.hidden} L{self.layers} V{self.vocab} T{self.tokens} {kind} {self.precision}{ways}"
 
@@ -69,24 +70,24 @@ class Case:
 CPU_CASES = (
     Case(256, 4, 2048, 2048),
     Case(512, 8, 16000, 2048),
-    Case(512, 8, 16000, 2048, checkpointing=True),
+    Case(512, 8, 16000, 2048, recomputed=8),
     Case(512, 8, 16000, 2048, lora_r=0),
     Case(512, 8, 16000, 2048, lora_r=0, precision="bf16"),
     Case(512, 8, 16000, 2048, precision="bf16"),
     Case(1024, 8, 32000, 1024),
-    Case(1024, 8, 32000, 1024, checkpointing=True),
+    Case(1024, 8, 32000, 1024, recomputed=8),
 )
 CUDA_CASES = tuple(
-    Case(2560, 36, 151936, 8192, precision="bf16", checkpointing=ckpt, compiled=compiled)
-    for ckpt, compiled in ((True, False), (False, False), (False, True))
+    Case(2560, 36, 151936, 8192, precision="bf16", recomputed=layers, compiled=compiled)
+    for layers, compiled in ((36, False), (0, False), (0, True))
 )
 
 
 TRACED_CASES = (
     *(
-        Case(2560, 36, 151936, tokens, precision="bf16", checkpointing=ckpt)
+        Case(2560, 36, 151936, tokens, precision="bf16", recomputed=layers)
         for tokens in (2048, 8192, 16384)
-        for ckpt in (True, False)
+        for layers in (36, 24, 12, 0)
     ),
     Case(2560, 36, 151936, 8192, precision="bf16", fused_lora=False),
 )
@@ -148,7 +149,7 @@ def measure(case: Case, folder: Path, device: torch.device) -> dict[str, float]:
         device.type, dtype.itemsize, compiled=case.compiled, fused_lora=case.fused_lora
     )
     estimate = memory_estimate.estimate_memory(
-        shape, placement, case.tokens, checkpointing=case.checkpointing
+        shape, placement, case.tokens, recomputed=case.recomputed
     )
     before, peak = psutil.Process().memory_info().rss, Peak()
     peak.start()
@@ -180,13 +181,13 @@ def traced(case: Case) -> dict[str, float]:
         shape = memory_estimate.model_shape(Path(folder), LoraSettings(lora_r=case.lora_r))
     placement = memory_estimate.Placement("cuda", 2, fused_lora=case.fused_lora)
     estimate = memory_estimate.estimate_memory(
-        shape, placement, case.tokens, checkpointing=case.checkpointing
+        shape, placement, case.tokens, recomputed=case.recomputed
     )
     peak = peak_of_a_step(
         config_of(case),
         case.tokens,
         lora_r=case.lora_r,
-        recompute=case.checkpointing,
+        recomputed=case.recomputed,
         fused_lora=case.fused_lora,
     )
     return {"estimated": estimate.total, "measured": peak, "parts": vars(estimate)}
@@ -197,7 +198,7 @@ def operations(case: Case, shape: memory_estimate.ModelShape) -> float:
     samples = documents_of(case.tokens, vocab=case.vocab)
     targets = sum(int((s.segments != Segment.PROMPT).sum()) for s in samples)
     lengths = [len(s.ids) for s in samples]
-    return forecast.step_flops(shape, lengths, targets, checkpointing=case.checkpointing)
+    return forecast.step_flops(shape, lengths, targets, recomputed=case.recomputed)
 
 
 def build(case: Case, folder: Path, device: torch.device) -> Callable[[], None]:
@@ -210,7 +211,7 @@ def build(case: Case, folder: Path, device: torch.device) -> Callable[[], None]:
         ModelSettings(precision=case.precision),
         LoraSettings(lora_r=case.lora_r),
         device=device,
-        gradient_checkpointing=case.checkpointing,
+        recomputed_layers=case.recomputed,
         sharded=not case.lora_r and case.precision == "bf16",
     )
     if case.fused_lora:

@@ -434,7 +434,7 @@ def check_many(folder: Path) -> list[Case]:
         write_model(Path(mixture), experts=True)
         for world, path, name, options in (
             (64, folder, "", {}),
-            (64, folder, ", recomputed", {"gradient_checkpointing": True}),
+            (64, folder, ", recomputed", {"recomputed_layers": LAYERS}),
             (64, Path(mixture), ", experts", {"target_modules": ATTENTION}),
             (1024, folder, "", {}),
         ):

@@ -266,7 +266,6 @@ def in_training(
             dtype=DTYPE,
             batch_shape=plan.constant_shape if compiled and ON_CUDA else {},
             must_compile=True,
-            gradient_checkpointing=checkpointing,
             fp8=fp8 and ON_CUDA,
         ),
         OptimizerSettings(learning_rate=LEARNING_RATE),

@@ -332,7 +332,7 @@ class DeviceSettings(_Settings):
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
     """Under torchrun: replicas (ddp) or sharded weights (fsdp); auto: ddp for adapters where it fits."""
     gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
-    """Recompute activations instead of keeping them; auto: by the estimate, or once memory runs out."""
+    """Recompute activations of all layers or of none; auto: of as few as fit, of all once memory runs out."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile per layer, which needs CUDA and bf16; auto: there, unless it pads much."""
     distributed_timeout: float = 600.0

@@ -18,6 +18,7 @@ from finetuning.model.adapters import (
     check_ends,
     load_adapter,
 )
+from finetuning.model.parallel import decoder_layers
 from finetuning.model.resolve import (
     ResolvedModel,
     as_user_error,
@@ -57,7 +58,7 @@ def load_model(
     lora: LoraSettings,
     *,
     device: str | torch.device,
-    gradient_checkpointing: bool = False,
+    recomputed_layers: int = 0,
     seed: int = 0,
     sharded: bool = False,
 ) -> torch.nn.Module:
@@ -80,8 +81,8 @@ def load_model(
         device, dtype = torch.device("cpu"), saved_dtype(folder)
     model = load_base(resolved, device, dtype, settings.quantization)
     _check_vocabulary(model, tokenizer, folder)
-    if gradient_checkpointing:
-        recompute_activations(model)
+    if recomputed_layers:
+        recompute_activations(model, recomputed_layers)
     if lora.lora_r == 0:
         return model.requires_grad_(True)
     base_name = hub_name(resolved) or str(folder)
@@ -97,10 +98,11 @@ def _folder(resolved: ResolvedModel) -> Path:
     return resolved.path
 
 
-def recompute_activations(model: torch.nn.Module) -> None:
-    """Gradient checkpointing from the next forward pass on; the model may have adapters.
+def recompute_activations(model: torch.nn.Module, first: int | None = None) -> None:
+    """Gradient checkpointing from the next forward pass on, of all layers or the first so many.
 
-    Under the name that this version of transformers has for it.
+    The first: when their turn comes in the backward pass, the layers behind have let go of theirs. The
+    model may have adapters. Under the name that this version of transformers has for it.
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     new = "activation_checkpointing_enable"
@@ -109,6 +111,16 @@ def recompute_activations(model: torch.nn.Module) -> None:
         # What draws no random number needs no random state, which no CUDA graph can set back.
         {"use_reentrant": False, "preserve_rng_state": draws}
     )
+    layers = separate_layers(model)
+    for layer in layers[len(layers) if first is None else first :]:
+        layer.gradient_checkpointing = False
+
+
+def separate_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Those that can be recomputed one by one; where layers have no switch of their own, the whole model."""
+    layers = decoder_layers(model)
+    apart = layers and all(hasattr(layer, "gradient_checkpointing") for layer in layers)
+    return layers if apart else [model]
 
 
 def parameter_counts(model: torch.nn.Module) -> tuple[int, int]:

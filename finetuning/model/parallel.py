@@ -131,7 +131,7 @@ def placed_like(tensor: torch.Tensor, example: torch.Tensor) -> torch.Tensor:
 def decoder_layers(module: torch.nn.Module) -> list[torch.nn.Module]:
     """The repeated layers of a decoder: the longest module list inside."""
     lists = [m for m in module.modules() if isinstance(m, torch.nn.ModuleList)]
-    return list(max(lists, key=len))
+    return list(max(lists, key=len, default=()))
 
 
 def sync_gradients(module: torch.nn.Module, *, is_last: bool) -> AbstractContextManager:

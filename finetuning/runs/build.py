@@ -38,7 +38,7 @@ def build_engine(
             config,
             config,
             device=dist.device,
-            gradient_checkpointing=execution.gradient_checkpointing,
+            recomputed_layers=execution.recomputed_layers,
             seed=config.seed,
             sharded=execution.parallel == "fsdp",
         )

@@ -111,7 +111,7 @@ class PlanElsewhere:
     @property
     def fits(self) -> bool:
         """Whether it would fit into the memory of each GPU."""
-        return self.forecast.fits
+        return self.forecast.memory.fits
 
     def rows(self) -> list[tuple[str, str]]:
         """Names and texts, and at the end what to change where it does not fit."""
@@ -127,7 +127,8 @@ class PlanElsewhere:
         ]
 
     def _advice(self) -> str:
-        ways = ["--gradient-checkpointing on"] if not self.forecast.checkpointing else []
+        memory = self.forecast.memory
+        ways = ["--gradient-checkpointing on"] if memory.recomputed < memory.layers else []
         ways += [] if self.parallel == "fsdp" else ["--quantization 4bit"]
         ways += [f"--max-seq-length {self.steps.row_tokens // 2}", "more GPUs with --parallel fsdp"]
         return "try " + ", ".join(ways)
@@ -245,7 +246,7 @@ def _fitting(
     )
     estimate = forecast_for(parallel)
     may_shard = config.parallel == "auto" and config.quantization == "none" and gpus.count > 1
-    if may_shard and parallel == "ddp" and not estimate.fits:
+    if may_shard and parallel == "ddp" and not estimate.memory.fits:
         return "fsdp", forecast_for("fsdp")
     return parallel, estimate
 
@@ -256,5 +257,5 @@ def _timed(estimate: RunForecast, gpus: Gpus, shape: ModelShape, work: Workload)
     if peak is None or shape.dims is None:
         return replace(estimate, device=gpus.name, seconds=None, speed="")
     speed = Speed(low * peak, high * peak, f"{low:.0%} to {high:.0%} of the peak of {gpus.name}")
-    times = run_seconds(shape, work, speed, "cuda", checkpointing=estimate.checkpointing)
+    times = run_seconds(shape, work, speed, "cuda", estimate.memory.recomputed)
     return replace(estimate, device=gpus.name, seconds=times, speed=speed.source)

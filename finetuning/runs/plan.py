@@ -71,6 +71,7 @@ from finetuning.training.forecast import (
     forecast,
 )
 from finetuning.training.memory_estimate import free_memory, model_shape
+from finetuning.training.memory_plan import MemoryPlan
 
 MIN_CONSTANT_EFFICIENCY = 0.6  # of what compiled layers would go through, what is no padding
 
@@ -168,13 +169,13 @@ def plan_run(
     compiled = rows.way == "packed" and compiles(config, dist.device, dtype, steps)
     work = workload(config, data, plans, eval_steps, probing, dist.device.type)
     parallel, estimate = choose_parallel(config, dist, inputs, rows, work, dtype, compiled)
-    (checkpointing,) = dist.any(estimate.checkpointing)  # all ranks alike
     shape = steps.constant_shape if compiled else {}
-    execution = execution_of(config, rows, parallel, dtype, shape, checkpointing)
+    execution = execution_of(config, rows, parallel, dtype, shape, estimate.memory)
     settings |= probing.settings(config.best_by) | {"eval_steps": eval_steps}
     settings["logging_steps"] = steps_between_points(config, steps.num_steps)
     own_rate, rate = automatic_rates(config, inputs.hidden_size, steps, pinned or {})
     settings |= resolved_settings(config, dist, execution, steps, rate)
+    settings["gradient_checkpointing"] = estimate.memory.text
     return RunPlan(
         inputs=inputs,
         settings=settings,
@@ -230,7 +231,7 @@ def execution_of(
     parallel: str,
     dtype: torch.dtype,
     shape: Mapping[str, int],
-    checkpointing: bool,
+    memory: MemoryPlan,
 ) -> Execution:
     """How the model is held and run. shape: constant sizes of a batch; empty: not compiled."""
     return Execution(
@@ -238,8 +239,9 @@ def execution_of(
         dtype=dtype,
         batch_shape=shape,
         must_compile=config.compile == "on",
-        gradient_checkpointing=checkpointing,
-        may_checkpoint=config.gradient_checkpointing == "auto" and not checkpointing,
+        recomputed_layers=memory.recomputed,
+        may_recompute=config.gradient_checkpointing == "auto" and memory.recomputed < memory.layers,
+        no_graph=memory.no_graph,
         fp8=config.precision == "fp8",
         way=rows.way,
         objective=Objective(config.kl_anchor, config.answer_weight),
@@ -463,15 +465,14 @@ def choose_parallel(
         )
 
     parallel = parallel_mode(
-        config.parallel,
-        trains_all=not config.lora_r,
-        dtype=dtype,
-        world_size=dist.world_size,
+        config.parallel, trains_all=not config.lora_r, dtype=dtype, world_size=dist.world_size
     )
     estimate = forecast_for(parallel)
     may_shard = config.parallel == "auto" and config.quantization == "none" and dist.world_size > 1
-    if may_shard and parallel == "ddp" and any(dist.any(not estimate.fits)):
+    if may_shard and parallel == "ddp" and any(dist.any(not estimate.memory.fits)):
         parallel, estimate = "fsdp", forecast_for("fsdp")
+    most = max(dist.gather(estimate.memory.recomputed))  # all ranks alike
+    estimate = replace(estimate, memory=replace(estimate.memory, recomputed=most))
     check_passes(config, dist, rows, parallel)
     if config.precision == "fp8" and (parallel == "fsdp" or not compiled):
         reason = "shards" if parallel == "fsdp" else "layers that are not compiled"

@@ -55,5 +55,4 @@ def resolved_settings(
         "learning_rate": rate if config.learning_rate == "auto" else config.learning_rate,
         "parallel": execution.parallel,
         "compile": "on" if execution.batch_shape else "off",
-        "gradient_checkpointing": "on" if execution.gradient_checkpointing else "off",
     }

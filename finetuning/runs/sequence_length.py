@@ -147,9 +147,9 @@ def fits_memory(
         return model_shape(model.path, config, init_adapter=config.init_adapter, **trust)
 
     def fits(tokens: int) -> bool | None:
-        checkpointing = config.gradient_checkpointing != "off"
+        recomputed = 0 if config.gradient_checkpointing == "off" else shape().layers
         rows = tokens * config.batch_size
-        found = [estimate_memory(shape(), p, rows, checkpointing=checkpointing) for p in places]
+        found = [estimate_memory(shape(), p, rows, recomputed=recomputed) for p in places]
         known = [estimate.total <= USABLE * free for estimate in found if estimate is not None]
         return any(known) if known else None
 

@@ -66,6 +66,7 @@ def run_rows(plan: RunPlan, engine: TrainingEngine, dist: Distributed) -> list[t
     ranks = f", {dist.world_size} ranks, {parallel}" if dist.world_size > 1 else ""
     alone = "; one document a forward pass" if plan.rows.way == "alone" else ""
     trainable = f"{engine.num_trainable:,} trainable of {engine.num_parameters:,}"
+    recomputed = "on" if engine.recomputes_all else plan.settings["gradient_checkpointing"]
     return [
         ("device", f"{dist.device}{ranks}"),
         ("model", plan.inputs.model.name),
@@ -84,7 +85,7 @@ def run_rows(plan: RunPlan, engine: TrainingEngine, dist: Distributed) -> list[t
             "packing",
             f"{steps.num_rows} rows of training samples, {steps.efficiency:.1%} full{alone}",
         ),
-        ("gradient checkpointing", "on" if engine.gradient_checkpointing else "off"),
+        ("gradient checkpointing", recomputed),
         ("compiled layers", "on" if engine.batch_shape else "off"),
         ("CUDA graph", f"no: {reason}" if reason else "from the second step on"),
         *plan.forecast.short_rows(),

@@ -13,7 +13,22 @@ import torch
 
 from finetuning.data.packing import PackedBatch
 from finetuning.model.cuda_graph import recorded
+from finetuning.model.flops import ModelDims
 from finetuning.model.loss import LossSums
+
+LAUNCH_SECONDS = 3.7e-3  # of the host, for a layer's passes, whatever the row: 133 ms for 36
+RATE = 350e12  # FLOP/s of a layer's passes on an H100: 86 ms for 2,048 tokens of Qwen3-4B, 315 for 8,192
+ROOM = 2  # for GPUs twice as fast, and hosts half as fast
+
+
+def hides_launches(dims: ModelDims, tokens: int) -> bool:
+    """Whether a GPU is at a micro-batch for so long that a graph, which takes memory, brings nothing.
+
+    By the products with the frozen matrices, 4 operations a weight and token; attention and head come on
+    top.
+    """
+    busy = 4 * dims.linear_parameters() * tokens / RATE
+    return busy > ROOM * dims.layers * LAUNCH_SECONDS
 
 
 def why_not_captured(

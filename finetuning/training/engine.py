@@ -49,8 +49,9 @@ class Execution:
         default_factory=dict
     )  # constant sizes; empty: not compiled
     must_compile: bool = False  # layers that can't be compiled end the run
-    gradient_checkpointing: bool = False  # it is on already
-    may_checkpoint: bool = False  # it may be turned on once memory runs out
+    recomputed_layers: int = 0  # the first ones: their activations are made again, not kept
+    may_recompute: bool = False  # all layers may be, once memory runs out
+    no_graph: str = ""  # why a step is no CUDA graph though it could be one
     fp8: bool = False  # products with frozen matrices are made in FP8 in training
     way: Way = "packed"  # how documents go through the decoder
     objective: Objective = CROSS_ENTROPY  # of training
@@ -93,15 +94,15 @@ class TrainingEngine:
         self._model, self._dist, self._parallel, self._dtype = model, dist, parallel, dtype
         self._must_compile, self.warn = execution.must_compile, warn
         self.batch_shape = execution.batch_shape
-        self.gradient_checkpointing = execution.gradient_checkpointing
-        self._may_checkpoint = execution.may_checkpoint
+        self._may_recompute = execution.may_recompute
+        self.recomputes_all = False  # as memory ran out
         joins = False if parallel == "fsdp" else None
         enable_fast_lora(model, join=joins, fp8=execution.fp8)
         self.packed = PackedLossModel(model, close_id, execution.way, execution.objective)
         if self.batch_shape:
             self.packed.compile_layers()
         self.wrapped = model_parallel.parallelize(self.packed, parallel, dist, dtype).train()
-        self.not_captured = why_not_captured(
+        impossible = why_not_captured(
             model,
             device=dist.device,
             compiled=bool(self.batch_shape),
@@ -109,6 +110,7 @@ class TrainingEngine:
             sharded=parallel == "fsdp",
             anchored=bool(execution.objective.kl_anchor),
         )
+        self.not_captured = impossible or execution.no_graph
         self.captured: CapturedStep | None = None
         self._is_warm = False  # a step has been made kernel by kernel: all are compiled and chosen
         # By the model's own names, whatever wraps it.
@@ -207,7 +209,7 @@ class TrainingEngine:
             if is_out_of_memory(error):
                 pieces = micro_batch_pieces(planned, tokens.lengths, splits)
                 smallest = all(len(documents) == 1 for documents, _ in pieces)
-                stuck = smallest and not self._may_checkpoint
+                stuck = smallest and not self._may_recompute
                 return [], _Trouble(full=_reason(error), stuck=stuck)
             if is_compiler_error(error):
                 return [], _Trouble(broken=_reason(error), stuck=self._must_compile)
@@ -267,7 +269,7 @@ class TrainingEngine:
 
     def _reduce_memory(self, state: TrainState) -> None:
         """From here on, on all ranks: activations are made again in the backward pass; then smaller parts."""
-        if self._may_checkpoint:
+        if self._may_recompute:
             state.recomputes = True
             measure = "activations are now made again in the backward pass (gradient checkpointing)"
         else:
@@ -281,9 +283,9 @@ class TrainingEngine:
 
     def apply_memory_measures(self, state: TrainState) -> None:
         """Apply the measures that the state names: those of now, or of before a resume."""
-        if state.recomputes and self._may_checkpoint:
+        if state.recomputes and self._may_recompute:
             loading.recompute_activations(self._model)
-            self.gradient_checkpointing, self._may_checkpoint = True, False
+            self.recomputes_all, self._may_recompute = True, False
         if self._parallel == "fsdp":  # its ranks gather weights as often as one another
             state.micro_batch_splits = 0
         if state.recomputes or state.micro_batch_splits:

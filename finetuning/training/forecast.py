@@ -3,8 +3,8 @@
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,13 +18,13 @@ from finetuning.model.flops import ModelDims, peak_flops, training_flops
 from finetuning.training.checkpoint_manager import MIN_SAVE_STEPS
 from finetuning.training.memory_estimate import (
     FP32,
-    USABLE,
     MemoryEstimate,
     ModelShape,
     Placement,
     estimate_memory,
     largest_batch,
 )
+from finetuning.training.memory_plan import MemoryPlan, plan_memory
 
 GPU_SHARES = (0.25, 0.5)  # of a GPU's peak that training reaches; not measured by us
 
@@ -47,11 +47,11 @@ def step_flops(
     lengths: Sequence[int],
     num_targets: int,
     *,
-    checkpointing: bool,
+    recomputed: int,
 ) -> float:
-    """Arithmetic of training on these documents once; checkpointing goes through the layers again."""
+    """Arithmetic of training on these documents once, and again of a pass through `recomputed` layers."""
     training = training_flops(shape.dims, lengths, num_targets, lora_weights=shape.lora_weights)
-    return training + checkpointing * forward_flops(shape, lengths, 0)
+    return training + recomputed / shape.layers * forward_flops(shape, lengths, 0)
 
 
 def forward_flops(shape: ModelShape, lengths: Sequence[int], num_targets: int) -> float:
@@ -140,25 +140,14 @@ class RunForecast:
 
     work: Rows  # samples, tokens, steps
     shape: ModelShape
-    estimates: Mapping[bool, MemoryEstimate | None]  # without and with checkpointing
-    checkpointing: bool  # what the run does
-    free: int
+    memory: MemoryPlan
     device: torch.device
-    largest_batches: Mapping[bool, int]
+    largest_batches: tuple[int, int]  # with no and with all layers recomputed
     num_rows: int  # of an epoch
     seconds: tuple[float, float] | None  # the shortest and the longest to expect
     speed: str
     disk_needed: int
     disk_free: int
-
-    @property
-    def fits(self) -> bool:
-        """Whether the estimate stays within the free memory; true where there is no estimate."""
-        estimate = self.estimates[self.checkpointing]
-        return estimate is None or self._within_free(estimate)
-
-    def _within_free(self, estimate: MemoryEstimate) -> bool:
-        return estimate.total <= USABLE * self.free
 
     def rows(self) -> Rows:
         """Everything, as names and texts."""
@@ -173,16 +162,17 @@ class RunForecast:
 
     def short_rows(self) -> Rows:
         """What the start of a run says: evaluations, memory, time, disk."""
-        estimate = self.estimates[self.checkpointing]
+        estimate = self.memory.estimate
         memory = [("memory", self._against_free(estimate))] if estimate else []
         return [("evaluations", dict(self.work)["evaluations"]), *memory, *self.closing_rows()]
 
     def memory_rows(self) -> Rows:
         """The parts of the estimate, and what fits."""
-        plain, checkpointed = self.estimates[False], self.estimates[True]
+        memory = self.memory
+        plain, *_, checkpointed = memory.estimates
         if plain is None or checkpointed is None:
             return [("memory", "not estimated: the architecture is not a dense decoder")]
-        chosen = "on" if self.checkpointing else "off"
+        partly = 0 < memory.recomputed < memory.layers
         batches = self.largest_batches
         return [
             ("memory: weights", size_text(plain.weights + plain.gathered)),
@@ -208,11 +198,12 @@ class RunForecast:
             ),
             ("memory without checkpointing", self._against_free(plain)),
             ("memory with checkpointing", self._against_free(checkpointed)),
-            ("gradient checkpointing", chosen),
+            ("gradient checkpointing", memory.text),
+            *([("memory as planned", self._against_free(memory.estimate))] if partly else []),
+            *([("CUDA graph", f"no: {memory.no_graph}")] if memory.no_graph else []),
             (
                 "largest batch_size that fits",
-                f"{self._batch_text(batches[False])}; with checkpointing "
-                f"{self._batch_text(batches[True])}",
+                f"{self._batch_text(batches[0])}; with checkpointing {self._batch_text(batches[1])}",
             ),
         ]
 
@@ -234,8 +225,8 @@ class RunForecast:
         return f"{rows} (a whole epoch)" if rows >= self.num_rows else str(rows)
 
     def _against_free(self, estimate: MemoryEstimate) -> str:
-        fits = "" if self._within_free(estimate) else ": does not fit"
-        free = size_text(self.free)
+        fits = "" if self.memory.within_free(estimate) else ": does not fit"
+        free = size_text(self.memory.free)
         return f"{size_text(estimate.total)} of {free} free on {self.device} (an estimate){fits}"
 
 
@@ -316,39 +307,32 @@ def forecast(
 ) -> RunForecast:
     """Everything about a run that is planned but not begun. What does not fit raises no error.
 
-    free: bytes of memory. gradient_checkpointing: on, off, or auto, which turns it on where the estimate
-    without it does not fit.
+    free: bytes of memory. gradient_checkpointing: as `plan_memory` takes it.
     """
     plan = work.plan
     row = _row_tokens(plan, placement, work.lengths)
 
-    def estimate(rows: int, checkpointing: bool) -> MemoryEstimate | None:
-        return estimate_memory(shape, placement, rows * row, checkpointing=checkpointing)
-
     batch_size = plan.rows_per_micro_batch
-    estimates = {way: estimate(batch_size, way) for way in (False, True)}
-    plain = estimates[False]
-    tight = plain is not None and plain.total > USABLE * free
-    checkpointing = gradient_checkpointing == "on" or (gradient_checkpointing == "auto" and tight)
-    most = max(batch_size, plan.num_rows)
-    largest = {
-        way: largest_batch(lambda rows, w=way: estimate(rows, w).total, free, most)
-        for way in estimates
-        if plain is not None
-    }
+    memory = plan_memory(shape, placement, batch_size * row, free, gradient_checkpointing)
+    most, bare = max(batch_size, plan.num_rows), replace(placement, captured=False)
+
+    def largest(recomputed: int) -> int:
+        def total(rows: int) -> float:
+            return estimate_memory(shape, bare, rows * row, recomputed=recomputed).total
+
+        return largest_batch(total, free, most) if shape.dims is not None else 0
+
     speed = device_speed(device, shape.dims, dtype) if shape.dims is not None else None
     checkpoints = planned_checkpoints(plan.num_steps, output.save_steps)
     kept = min(checkpoints, output.save_total_limit + 1)  # the best one may be kept beside them
     return RunForecast(
         work=work.rows(output.save_steps, kept),
         shape=shape,
-        estimates=estimates,
-        checkpointing=checkpointing,
-        free=free,
+        memory=memory,
         device=device,
-        largest_batches=largest,
+        largest_batches=(largest(0), largest(shape.layers)),
         num_rows=plan.num_rows,
-        seconds=speed and run_seconds(shape, work, speed, device.type, checkpointing=checkpointing),
+        seconds=speed and run_seconds(shape, work, speed, device.type, memory.recomputed),
         speed=speed.source if speed else "",
         disk_needed=disk_bytes(shape, placement.dtype_bytes, kept),
         disk_free=disk_free(Path(output.output_dir)),
@@ -356,13 +340,13 @@ def forecast(
 
 
 def run_seconds(
-    shape: ModelShape, work: Workload, speed: Speed, device_type: str, *, checkpointing: bool
+    shape: ModelShape, work: Workload, speed: Speed, device_type: str, recomputed: int
 ) -> tuple[float, float]:
     """The shortest and the longest time of training and evaluations to expect, s."""
     plan, evaluations = work.plan, work.num_evaluations
     answers = answer_cost(work.answer_tokens, device_type, plan.world_size)
     documents = work.lengths, work.num_targets
-    epoch = step_flops(shape, *documents, checkpointing=checkpointing)
+    epoch = step_flops(shape, *documents, recomputed=recomputed)
     base = work.anchored * arithmetic.forward_flops(shape.dims, *documents)
     passes = (work.held_out, work.general)
     flops = (epoch + base) * plan.num_steps / plan.steps_per_epoch

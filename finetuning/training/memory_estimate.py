@@ -17,6 +17,7 @@ from finetuning.common.text import clean_line
 from finetuning.config import LoraSettings
 from finetuning.model.adapters import attach_adapters
 from finetuning.model.flops import ModelDims, dims_of
+from finetuning.model.loading import separate_layers
 from finetuning.model.loss import compared_rows_per_chunk, rows_per_chunk
 from finetuning.model.sizes import check_count
 
@@ -52,6 +53,7 @@ class ModelShape:
     trainable: int  # of the adapters; all of them at lora_r 0
     lora: bool
     attention: str = "sdpa"  # what transformers chooses for the class; "eager" keeps all scores
+    layers: int = 1  # that can be recomputed one by one; 1: all of them or none
 
     @property
     def total(self) -> int:
@@ -106,6 +108,7 @@ def model_shape(
         trainable=trainable,
         lora=bool(lora.lora_r),
         attention=model.config._attn_implementation,
+        layers=len(separate_layers(model)),
     )
 
 
@@ -166,15 +169,16 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    shape: ModelShape, placement: Placement, tokens: int, *, checkpointing: bool
+    shape: ModelShape, placement: Placement, tokens: int, *, recomputed: int
 ) -> MemoryEstimate | None:
     """Peak of a step with `tokens` in a micro-batch; None for an unknown architecture.
 
     What is trained is fp32, adapters or at lora_r 0 all weights: 4 bytes each for weight and gradient, 8
     for AdamW's moments. Shards, and all weights trained in bf16 on one device too, gather what is outside
     the layers, and two layers; if they are trained, with their gradients. Activations: `activation_bytes`
-    per token and layer; with checkpointing only each layer's input, and all of one layer while it is
-    recomputed. An evaluation uses the memory of the passes again, unless a CUDA graph holds that. A GPU's
+    per token and layer; of the first `recomputed` layers only the input, and all of one while it is
+    recomputed: layers behind have let go of theirs by then, so that this counts only where there are none.
+    An evaluation uses the memory of the passes again, unless a CUDA graph holds that. A GPU's
     allocator has its share of the memory left free (`USABLE`); a host's malloc is part of the estimate.
     """
     dims, size = shape.dims, placement.dtype_bytes
@@ -185,7 +189,8 @@ def estimate_memory(
     held = size if shape.lora else FP32
     mixed = held > size
     layer, on_host = activation_bytes(dims, placement), placement.device_type == "cpu"
-    kept = dims.layers * (dims.hidden * size if checkpointing else layer)
+    share = recomputed / shape.layers
+    kept = dims.layers * (share * dims.hidden * size + (1 - share) * layer)
     outside = shape.parameters - shape.linear_parameters
     in_flight = (size if shape.lora else 2 * size) * (
         outside + 2 * shape.linear_parameters / dims.layers
@@ -202,7 +207,7 @@ def estimate_memory(
         optimizer=2 * shape.trainable * FP32 / placement.shards,
         activations=tokens * kept,
         logits=logits,
-        workspace=workspace + checkpointing * tokens * layer,
+        workspace=workspace + (recomputed == shape.layers) * tokens * layer,
         evaluation=placement.captured * max(logits, workspace),
         allocator=tokens * HOST_LAYERS * layer + HOST_LIBRARIES if on_host else 0,
     )

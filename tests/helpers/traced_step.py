@@ -73,12 +73,12 @@ class HeldBytes(TorchDispatchMode):
         return out
 
 
-def bf16_model(config: PretrainedConfig, *, lora_r: int, recompute: bool) -> torch.nn.Module:
-    """As `model_loading` makes it for a GPU, on the meta device."""
+def bf16_model(config: PretrainedConfig, *, lora_r: int, recompute: bool | int) -> torch.nn.Module:
+    """As `loading` makes it for a GPU, on the meta device. recompute: all layers, or the first so many."""
     with torch.device("meta"):
         model = Qwen3ForCausalLM(config).to(torch.bfloat16)
         if recompute:
-            loading.recompute_activations(model)
+            loading.recompute_activations(model, None if recompute is True else recompute)
         if not lora_r:
             return model
         adapters = LoraConfig(r=lora_r, target_modules=list(PROJECTIONS), task_type="CAUSAL_LM")
@@ -142,12 +142,12 @@ def peak_of_a_step(
     tokens: int,
     *,
     lora_r: int = 16,
-    recompute: bool = False,
+    recomputed: int = 0,
     fused_lora: bool = True,
     kl_anchor: float = 0.0,
 ) -> int:
     """Bytes at the peak of the second update with one packed row of so many tokens, in bf16."""
-    model = bf16_model(config, lora_r=lora_r, recompute=recompute)
+    model = bf16_model(config, lora_r=lora_r, recompute=recomputed)
     held = HeldBytes()
     with FakeTensorMode(allow_non_fake_inputs=True), as_on_cuda(), held:
         without_data(model, "cpu")

@@ -78,17 +78,36 @@ def test_rank_zero_trains_everything(tiny):
         load(tiny, lora_r=0, quantization="4bit")
 
 
-def test_gradient_checkpointing_changes_no_gradient(tiny):
-    gradients = []
-    for checkpointing in (False, True):
-        model, _ = load(tiny, gradient_checkpointing=checkpointing)
+def test_layers_that_are_recomputed_change_no_gradient(tiny):
+    """The first so many go through their pass twice, and all of them once memory has run out."""
+    plain: list[torch.Tensor] = []
+    for recomputed, ran_out in ((0, False), (1, False), (2, False), (1, True)):
+        model, _ = load(tiny, recomputed_layers=recomputed)
         disturb(model)
-        assert model.get_base_model().is_gradient_checkpointing is checkpointing
+        if ran_out:
+            loading.recompute_activations(model)
+        calls: list[int] = []
+        for i, layer in enumerate(loading.separate_layers(model)):
+            layer.mlp.register_forward_pre_hook(lambda *_, i=i, calls=calls: calls.append(i))
         ids = torch.arange(16).reshape(1, 16)
         model.train()(input_ids=ids, labels=ids).loss.backward()
-        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
-    for plain, recomputed in zip(*gradients, strict=True):
-        torch.testing.assert_close(plain, recomputed)
+        again = 2 if ran_out else recomputed
+        assert calls == [0, 1, *reversed(range(again))], "in the order of the backward pass"
+        found = [p.grad for p in model.parameters() if p.requires_grad]
+        plain = plain or found
+        for one, other in zip(plain, found, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_layers_without_a_switch_of_their_own_are_recomputed_together():
+    class Own(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(3))
+
+    model = Own()
+    assert loading.separate_layers(model) == [model]
+    assert loading.separate_layers(model.layers[0]) == [model.layers[0]]
 
 
 def test_the_embedded_model_takes_the_same_path(monkeypatch, tmp_path):

@@ -66,7 +66,7 @@ def planned(arguments: str, model: Path, data: Path, cache: Path) -> PlanElsewhe
 def test_a_recipe_fits(arguments: str, qwen3_4b, tiny_data, cache_dir):
     plan = planned(arguments, qwen3_4b, tiny_data, cache_dir)
     assert plan.fits
-    estimate = plan.forecast.estimates[plan.forecast.checkpointing]
+    estimate = plan.forecast.memory.estimate
     assert estimate.total > 7e9 / (plan.gpus.count if plan.parallel == "fsdp" else 1)
     assert plan.forecast.seconds is not None
 
@@ -199,7 +199,7 @@ def test_a_plan_knows_of_the_base_that_goes_along(qwen3_4b, tiny_data, cache_dir
         return planned(f"{COMMON} {more}", qwen3_4b, tiny_data, cache_dir).forecast
 
     free, held = plan(""), plan("--kl-anchor 0.1")
-    assert free.estimates[False].evaluation > 0 == held.estimates[False].evaluation
+    assert free.memory.estimate.evaluation > 0 == held.memory.estimate.evaluation
     assert held.seconds[0] > 1.05 * free.seconds[0]
 
 

@@ -776,7 +776,7 @@ ROWS = [
     Row(
         "gradient_checkpointing",
         "off",
-        lambda world, config: world.plan(config).execution.may_checkpoint,
+        lambda world, config: world.plan(config).execution.may_recompute,
         False,
     ),
     Row("compile", "on", refused_plan, says("compile on needs CUDA")),

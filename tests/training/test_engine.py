@@ -3,7 +3,7 @@
 uv run pytest tests/training/test_engine.py
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,13 +21,16 @@ from finetuning.data.token_table import TokenizedSamples
 from finetuning.data.tokenization import tokenize_samples
 from finetuning.model import packed_model
 from finetuning.model.flops import dims_from_config, forward_flops, training_flops
+from finetuning.model.loading import recompute_activations, separate_layers
 from finetuning.model.loss import Objective
 from finetuning.readers.dataset import read_samples
 from finetuning.training import engine
+from finetuning.training.captured_step import StaticStep
 from finetuning.training.engine import Execution, TrainingEngine
 from finetuning.training.state import TrainState
 from finetuning.training.step_clock import StepClock
 from tests.helpers.settings import step_plan, up_to
+from tests.model.test_attention import use_bounds, varlen_2_12
 
 ONE = Distributed(0, 1, 0, torch.device("cpu"))
 RATE = 1e-2
@@ -51,8 +54,10 @@ def make(tiny_model: Path, tokens: TokenizedSamples) -> Make:
         torch.manual_seed(0)
         base = Qwen3ForCausalLM.from_pretrained(tiny_model)
         model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+        if first := changes.get("recomputed_layers"):
+            recompute_activations(model, first)
         warn = changes.pop("warn", lambda text: None)
-        execution = Execution("ddp", torch.float32, may_checkpoint=True)
+        execution = Execution("ddp", torch.float32, may_recompute=True)
         return TrainingEngine(
             model,
             tokens.close_id,
@@ -79,6 +84,10 @@ def train(model, plan, tokens, state, steps: int) -> list[float]:
         model.update(RATE, max_grad_norm=1.0)
         state.step += 1
     return losses
+
+
+def recomputed(model: TrainingEngine) -> list[bool]:
+    return [layer.gradient_checkpointing for layer in separate_layers(model.packed.model)]
 
 
 def short_of_memory(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
@@ -125,7 +134,7 @@ def test_less_memory_gives_the_same_gradients(make, plan, tokens, monkeypatch):
     model, state = make(warn=said.append), TrainState()
     short_of_memory(monkeypatch, 300)
     less, found = gradients(model, plan, tokens, state)
-    assert state.recomputes and model.gradient_checkpointing and state.micro_batch_splits >= 1
+    assert state.recomputes and model.recomputes_all and state.micro_batch_splits >= 1
     assert ["made again" in text for text in said] == [True] + [False] * state.micro_batch_splits
     assert less == pytest.approx(loss, rel=1e-6)
     for one, other in zip(expected, found, strict=True):
@@ -133,6 +142,17 @@ def test_less_memory_gives_the_same_gradients(make, plan, tokens, monkeypatch):
     said.clear()
     gradients(model, plan, tokens, state)
     assert not said, "what was learned is kept"
+
+
+def test_where_some_layers_are_recomputed_all_of_them_come_next(make, plan, tokens, monkeypatch):
+    loss, expected = gradients(make(), plan, tokens, TrainState())
+    model, state = make(recomputed_layers=1), TrainState()
+    assert recomputed(model) == [True, False]
+    less, found = gradients(model, plan, tokens, state)
+    assert less == loss and all(map(torch.equal, expected, found)) and not state.recomputes
+    short_of_memory(monkeypatch, 300)
+    gradients(model, plan, tokens, state)
+    assert recomputed(model) == [True, True] and state.recomputes and model.recomputes_all
 
 
 def test_a_resumed_run_knows_what_memory_was_left(make, plan, tokens, monkeypatch):
@@ -144,7 +164,65 @@ def test_a_resumed_run_knows_what_memory_was_left(make, plan, tokens, monkeypatc
     resumed = make(warn=said.append)
     resumed.restore(model.tensors(), state)
     gradients(resumed, plan, tokens, state)
-    assert resumed.gradient_checkpointing and not said
+    assert resumed.recomputes_all and not said
+
+
+@pytest.fixture
+def captures(monkeypatch) -> Iterator[list[StaticStep]]:
+    """What engines capture from here on, without a GPU: the same passes, run kernel by kernel."""
+    made: list[StaticStep] = []
+
+    class Recorded(StaticStep):
+        def __init__(self, *args: object) -> None:
+            super().__init__(*args)
+            made.append(self)
+
+    use_bounds(monkeypatch, varlen_2_12)
+    monkeypatch.setattr(engine, "CapturedStep", Recorded)
+    yield made
+    torch.compiler.set_stance("default")  # an engine that was short of memory compiles no more
+
+
+def in_one_shape(model: TrainingEngine, plan: StepPlan) -> TrainingEngine:
+    """As on a GPU, where layers are compiled for one shape; here they are not."""
+    model.batch_shape = plan.constant_shape
+    return model
+
+
+def test_steps_are_captured_once_they_are_warm_and_stay_the_same(make, plan, tokens, captures):
+    model, plain = (in_one_shape(make(), plan) for _ in range(2))
+    assert "CUDA" in model.not_captured
+    model.not_captured = ""
+    first = train(model, plan, tokens, TrainState(), 1)
+    assert not captures, "kernels are compiled and chosen in the first step"
+    losses = first + train(model, plan, tokens, TrainState(step=1), 3)
+    assert captures == [model.captured]
+    assert losses == train(plain, plan, tokens, TrainState(), 4) and plain.captured is None
+    assert all(map(torch.equal, model.parameters, plain.parameters))
+
+
+@pytest.mark.parametrize("found_before", [False, True], ids=["memory runs out", "a resume"])
+def test_less_memory_lets_go_of_what_is_captured(
+    make, plan, tokens, captures, monkeypatch, found_before
+):
+    model, state = in_one_shape(make(), plan), TrainState()
+    model.not_captured = ""
+    train(model, plan, tokens, state, 2)
+    assert model.captured is not None
+    if found_before:
+        model.apply_memory_measures(TrainState(step=2, recomputes=True))
+    else:
+        short_of_memory(monkeypatch, 300)
+        gradients(model, plan, tokens, state)
+    assert model.captured is None and "memory was short" in model.not_captured
+    train(model, plan, tokens, state, 1)
+    assert len(captures) == 1, "nor is it made anew"
+
+
+def test_what_the_plan_says_against_a_graph_is_told_where_one_could_be(make, monkeypatch):
+    assert "CUDA" in make(no_graph="too long").not_captured
+    monkeypatch.setattr(engine, "why_not_captured", lambda *_, **__: "")
+    assert make(no_graph="too long").not_captured == "too long" and not make().not_captured
 
 
 def test_where_there_is_no_less_the_run_ends_with_a_way_on(make, plan, tokens, monkeypatch):

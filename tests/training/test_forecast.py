@@ -67,20 +67,26 @@ def forecast(shape, tmp_path: Path, **changes) -> training_forecast.RunForecast:
     )
 
 
+def needed(shape, tmp_path: Path, recomputed: int) -> float:
+    """Bytes of a step with so many layers recomputed."""
+    return forecast(shape, tmp_path).memory.estimates[recomputed].total
+
+
 def test_checkpointing_is_turned_on_where_memory_is_short(qwen3_4b, tmp_path, monkeypatch):
     monkeypatch.setattr(training_forecast, "device_speed", lambda *_: SPEED)
-    needed = forecast(qwen3_4b, tmp_path).estimates
-    cases = [
-        (1.2 * needed[False].total, "auto", False),
-        (1.01 * needed[False].total, "auto", True),  # fits, but without any air
-        (1.2 * needed[True].total, "auto", True),
-        (1.2 * needed[True].total, "off", False),
-        (9.0 * needed[False].total, "on", True),
-    ]
-    for free, setting, expected in cases:
+    most, some, least = (needed(qwen3_4b, tmp_path, n) for n in (0, 12, 36))
+    for free, setting, expected in (
+        (1.2 * most, "auto", "off"),
+        (1.09 * some, "auto", "12 of 36 layers"),
+        (0.9 * least, "auto", "on"),
+        (1.2 * least, "off", "off"),
+        (9.0 * most, "on", "on"),
+    ):
         result = forecast(qwen3_4b, tmp_path, free=int(free), gradient_checkpointing=setting)
-        assert result.checkpointing is expected, (free, setting)
-        assert result.largest_batches[True] >= result.largest_batches[False]
+        texts = dict(result.rows())
+        assert texts["gradient checkpointing"] == expected, (free, setting)
+        assert ("memory as planned" in texts) is (expected not in ("on", "off"))
+        assert result.largest_batches[1] >= result.largest_batches[0]
     texts = dict(forecast(qwen3_4b, tmp_path, free=GIB).rows())
     assert "does not fit" in texts["memory with checkpointing"]
     assert texts["largest batch_size that fits"].startswith("none")
@@ -112,6 +118,9 @@ def test_more_arithmetic_takes_more_time(qwen3_4b, tmp_path, monkeypatch):
     for way in (once, again):
         assert way[1] == pytest.approx(2 * way[0], rel=0.01)  # at half the speed
     assert 1.3 * once[1] < again[1] < 1.5 * once[1]
+    free = int(1.09 * needed(qwen3_4b, tmp_path, 12))
+    partly = forecast(qwen3_4b, tmp_path, free=free).seconds[1]
+    assert partly - once[1] == pytest.approx((again[1] - once[1]) / 3), "a third of the layers"
 
 
 @pytest.mark.parametrize(("lora_r", "close"), [(0, 1e-9), (16, 0.02)])
@@ -233,7 +242,9 @@ def test_an_unknown_architecture_has_a_plan_without_memory(tmp_path):
     result = forecast(shape, tmp_path)
     texts = dict(result.rows())
     assert "not estimated" in texts["memory"] and "training and evaluation" not in texts
-    assert not result.checkpointing and result.short_rows()
+    assert result.memory.text == "off" and result.memory.fits and result.short_rows()
+    again = forecast(shape, tmp_path, gradient_checkpointing="on").memory
+    assert again.text == "on" and again.recomputed == again.layers
 
 
 def test_the_matrix_product_is_measured(qwen3_4b):

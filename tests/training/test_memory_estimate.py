@@ -121,13 +121,12 @@ def test_all_weights_trained_in_bf16_take_16_bytes_each_and_copies_of_what_is_us
     """fp32 weights, gradients and moments, shared by the ranks; bf16 copies of parts, on every rank."""
     full = dataclasses.replace(qwen3_4b, lora=False, trainable=qwen3_4b.parameters)
     parts = [
-        estimate_memory(full, Placement("cuda", 2, shards=n), 8192, checkpointing=True)
-        for n in (1, 8)
+        estimate_memory(full, Placement("cuda", 2, shards=n), 8192, recomputed=36) for n in (1, 8)
     ]
     state = [p.weights + p.gradients + p.optimizer for p in parts]
     assert state == [16 * full.parameters, 2 * full.parameters]
     assert parts[0].gathered == parts[1].gathered > 0
-    exact = estimate_memory(full, Placement("cuda", 4), 8192, checkpointing=True)
+    exact = estimate_memory(full, Placement("cuda", 4), 8192, recomputed=36)
     assert exact.weights == parts[0].weights and exact.gathered == 0
 
 
@@ -169,22 +168,22 @@ def test_the_activations_are_what_autograd_keeps(tiny_model: Path, tiny_data: Pa
 
 
 def test_memory_follows_the_settings(qwen3_4b):
-    def total(placement: Placement, tokens: int = 8192, checkpointing: bool = False) -> float:
-        return estimate_memory(qwen3_4b, placement, tokens, checkpointing=checkpointing).total
+    def total(placement: Placement, tokens: int = 8192, recomputed: int = 0) -> float:
+        return estimate_memory(qwen3_4b, placement, tokens, recomputed=recomputed).total
 
     assert 45 * GIB < total(CUDA) < 55 * GIB
-    assert total(CUDA, checkpointing=True) < 14 * GIB
+    assert total(CUDA, recomputed=36) < 14 * GIB
     assert total(Placement("cuda", 2, quantized=True)) < total(CUDA) - 4 * GIB
     beside = total(Placement("cuda", 2, fp8=True)) - total(CUDA)  # two copies of a byte a weight
     assert beside == 2 * qwen3_4b.linear_parameters
     assert total(Placement("cuda", 2, shards=4)) < total(CUDA) - 4 * GIB
     assert total(CUDA, tokens=4096) < total(CUDA, tokens=8192)
-    estimate = estimate_memory(qwen3_4b, CUDA, 8192, checkpointing=False)
+    estimate = estimate_memory(qwen3_4b, CUDA, 8192, recomputed=0)
     smaller = min(estimate.logits, estimate.workspace)  # they are not there at the same time
     assert estimate.total == sum(vars(estimate).values()) - smaller
     captured = Placement("cuda", 2, captured=True)  # an evaluation finds what the graph holds taken
     assert total(captured) - total(CUDA) == max(estimate.logits, estimate.workspace)
-    sharded = estimate_memory(qwen3_4b, Placement("cuda", 2, shards=8), 8192, checkpointing=False)
+    sharded = estimate_memory(qwen3_4b, Placement("cuda", 2, shards=8), 8192, recomputed=0)
     assert 0.9 * GIB < sharded.gathered < 1.2 * GIB, "embedding and two layers"
     assert estimate.optimizer == 2 * estimate.adapter == 2 * 4 * qwen3_4b.trainable
 
