@@ -43,6 +43,7 @@ PRODUCTS = {  # inputs and outputs of Qwen3-4B's products, by the names of bench
     "gate, up": (2560, 19456),
     "down": (9728, 2560),
 }
+TOLD = ("CUDA graph", "compiled", "attention", "gradient checkpointing")  # lines of a start
 ENDS = ("PASSED", "FAILED", "ERROR", "SKIPPED", "XFAIL", "XPASS")
 
 
@@ -341,11 +342,7 @@ def read_run(
     rows = [row for row in rows if row["metrics"].get("Throughput/Step_Seconds")]
     losses = {row["step"]: row["metrics"]["Training/Loss"] for row in rows}
     assert losses and all(loss is not None for loss in losses.values()), losses
-    told = [
-        line
-        for line in said.splitlines()
-        if line.startswith(("CUDA graph", "compiled", "attention"))
-    ]
+    told = [line for line in said.splitlines() if line.startswith(TOLD)]
     return {
         **run_rates(rows, window),
         **run_memory(rows, (lines.parent / "training.log").read_text(encoding="utf-8")),

@@ -159,10 +159,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # measured on two cores with one busy neighbour, generation took 13 to 20 times, training 2.5 to 3.4 times
 # as long as with threads that sleep.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# A GPU's memory is taken in segments that grow, so that what was freed in one size serves another. Torch has
-# them on Linux only; a user's own settings of its allocator stay as they are.
-if sys.platform.startswith("linux") and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 # Without a home directory the hub's library would make a folder that is called "~".
 if not os.path.isabs(os.path.expanduser("~")):
     user = os.getuid() if hasattr(os, "getuid") else "all"

@@ -81,16 +81,17 @@ def load_model(
         device, dtype = torch.device("cpu"), saved_dtype(folder)
     model = load_base(resolved, device, dtype, settings.quantization)
     _check_vocabulary(model, tokenizer, folder)
-    if recomputed_layers:
-        recompute_activations(model, recomputed_layers)
-    if lora.lora_r == 0:
-        return model.requires_grad_(True)
     base_name = hub_name(resolved) or str(folder)
-    if settings.init_adapter:
-        adapted = load_adapter(model, Path(os.path.expanduser(settings.init_adapter)), base_name)
-        check_ends(adapted)
-        return adapted
-    return attach_adapters(model, lora, base_name, seed)
+    if lora.lora_r == 0:
+        model.requires_grad_(True)
+    elif settings.init_adapter:
+        model = load_adapter(model, Path(os.path.expanduser(settings.init_adapter)), base_name)
+        check_ends(model)
+    else:
+        model = attach_adapters(model, lora, base_name, seed)
+    if recomputed_layers:  # of the whole model: its adapters may draw
+        recompute_activations(model, recomputed_layers)
+    return model
 
 
 def _folder(resolved: ResolvedModel) -> Path:

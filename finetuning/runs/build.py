@@ -19,6 +19,7 @@ from finetuning.model.adapters import parts_without_adapters
 from finetuning.model.attention_choice import AttentionRow, choose_attention
 from finetuning.model.decoding import Decoder
 from finetuning.model.flops import dims_from_config
+from finetuning.model.gpu_segments import let_segments_grow
 from finetuning.model.loading import load_model
 from finetuning.model.parallel import full_tensor
 from finetuning.monitoring.system_monitor import SystemMonitor, gpu_uuid
@@ -31,6 +32,7 @@ def build_engine(
 ) -> TrainingEngine:
     """Weights, adapters, fast kernels, the wrapper of several ranks, optimizer."""
     execution = plan.execution
+    let_segments_grow(dist.device)
     with terminal.working("loading the model"):
         model = load_model(
             plan.inputs.model,

@@ -162,11 +162,13 @@ def _difference(name: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """`name before -> now` of every setting that a resumed run has otherwise than its checkpoint.
 
-    Not of places, of which the content counts; and what was left to the program ("auto"), or was overridden,
-    is not known to have been otherwise.
+    Not of places, of which the content counts, nor of what is recomputed, which follows the free memory and
+    changes no result; and what was left to the program ("auto"), or was overridden, is not known to have been
+    otherwise.
     """
     before, now = strict(before), strict(now)
-    unused = {*PLACES, "run_name", *(["num_epochs"] if before.get("max_steps") else [])}
+    unused = {*PLACES, "run_name", "gradient_checkpointing"}
+    unused |= {"num_epochs"} if before.get("max_steps") else set()
     return [
         f"{name} {before[name]} -> {now[name]}"
         for name in now

@@ -18,7 +18,7 @@ from finetuning.model.loss import LossSums
 
 LAUNCH_SECONDS = 3.7e-3  # of the host, for a layer's passes, whatever the row: 133 ms for 36
 RATE = 350e12  # FLOP/s of a layer's passes on an H100: 86 ms for 2,048 tokens of Qwen3-4B, 315 for 8,192
-ROOM = 2  # for GPUs twice as fast, and hosts half as fast
+ROOM = 2  # for GPUs twice as fast, or hosts half as fast
 
 
 def hides_launches(dims: ModelDims, tokens: int) -> bool:

@@ -60,12 +60,14 @@ def plan_memory(
 ) -> MemoryPlan:
     """For micro-batches of so many tokens and `free` bytes.
 
-    gradient_checkpointing: on, off, or auto, which recomputes as few layers as fit. placement: captured if
-    there may be a graph. That is given up last, as it may bring more than recomputed layers cost, and at once
-    where launches are hidden without it.
+    gradient_checkpointing: on, off, or auto, which recomputes as few layers as fit; on a host none or all.
+    placement: captured if there may be a graph. That is given up last, as it may bring more than recomputed
+    layers cost, and at once where launches are hidden without it.
     """
     layers = shape.layers
-    counts = {"on": (layers,), "off": (0,)}.get(gradient_checkpointing, range(layers + 1))
+    # The estimate is not good enough for some layers on a host, whose system ends what takes too much.
+    apart = range(layers + 1) if placement.device_type == "cuda" else (0, layers)
+    counts = {"on": (layers,), "off": (0,)}.get(gradient_checkpointing, apart)
 
     def plan(placement: Placement, no_graph: str) -> MemoryPlan:
         estimates = [

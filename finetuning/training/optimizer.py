@@ -126,6 +126,7 @@ def micro_batch_pieces(
 def is_out_of_memory(error: RuntimeError) -> bool:
     """torch's own exception, or what the allocators of the host, of cuBLAS and of the driver say."""
     said = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+    said += ("CUDA driver error: out of memory",)  # of segments that grow
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in said)
 
 

@@ -32,31 +32,6 @@ def all_as_usual() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="torch has growing segments there")
-@pytest.mark.parametrize(
-    ("users", "expected"),
-    [
-        ({}, "expandable_segments:True None"),
-        ({"PYTORCH_ALLOC_CONF": "backend:native"}, "backend:native None"),
-        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, "None backend:native"),
-    ],
-)
-def test_segments_of_gpu_memory_grow_unless_the_user_says_otherwise(users: dict, expected: str):
-    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-    outside = {name: value for name, value in os.environ.items() if name not in names}
-    shown = f"import os; print(*map(os.environ.get, {names}))"
-    program = f"from finetuning.common import process; {shown}; import torch"
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=outside | users,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert (done.returncode, done.stdout.strip()) == (0, expected), done.stderr
-    assert "Warning" not in done.stderr or users, "torch takes it as it is"
-
-
 def send(name: str) -> None:
     os.kill(os.getpid(), getattr(signal, name))
 

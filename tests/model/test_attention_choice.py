@@ -19,9 +19,12 @@ from finetuning.common.terminal import Terminal
 from finetuning.config import DirectTrainingConfig
 from finetuning.model import attention
 from finetuning.model.attention_choice import (
+    CLOSE,
     OWN,
     AttentionChoice,
     AttentionRow,
+    _difference,
+    _Trial,
     choose_attention,
     measured_choice,
 )
@@ -102,7 +105,7 @@ def test_torchs_own_stay_where_they_are_the_fastest(kernels, tmp_path: Path):
     ("change", "reason"),
     [
         (lambda out, window: out if window[0] == -1 else -out, "off"),
-        (lambda out, _: out * float("nan"), "inf% off"),
+        (lambda out, _: out * float("nan"), "nan% off"),
         (lambda out, _: out.detach().requires_grad_(), "unused|graph"),
         (lambda out, _: 1 / 0, "ZeroDivisionError"),
     ],
@@ -114,6 +117,31 @@ def test_what_is_wrong_anywhere_is_refused(kernels, change: Callable, reason: st
     assert choice.name == OWN and list(choice.refused) == ["odd"]
     assert any(part in choice.refused["odd"] for part in reason.split("|")), choice.refused
     assert "odd was refused" in choice.text()
+
+
+def test_a_token_that_was_left_out_is_noticed(kernels):
+    """Of a long document's last ones a tensor's norm shows nothing; rounding is no fault."""
+    results = _Trial(AttentionRow(4, 2, 16, (0, 4096), 4096), CPU).results()
+    wrong = [tensor.clone() for tensor in results]
+    wrong[0][-2:] = 0
+    assert (wrong[0] - results[0]).norm() < CLOSE * results[0].norm()
+    assert _difference(wrong, results).startswith("a token's results are ")
+    assert _difference([tensor.bfloat16() for tensor in results], results) == ""
+
+
+def test_a_trial_that_is_none_leaves_torchs_own(kernels, monkeypatch, tmp_path: Path):
+    kernels["fast"] = as_it_is
+    full = torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(_Trial, "milliseconds", lambda self: (_ for _ in ()).throw(full))
+    choice = choose_attention(ROW, CPU, tmp_path)
+    assert choice.name == OWN and "fast was refused (no trial: CUDA out of memory)" in choice.text()
+
+
+def test_other_documents_of_the_same_row_need_no_other_trial(kernels, tmp_path: Path):
+    kernels["fast"] = as_it_is
+    first = choose_attention(ROW, CPU, tmp_path)
+    assert choose_attention(replace(ROW, bounds=(0, 12, 24, 48)), CPU, tmp_path) == first
+    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1
 
 
 def test_packages_that_are_not_there_are_not_spoken_of(tmp_path: Path):

@@ -224,6 +224,13 @@ def test_a_resume_may_lie_elsewhere_and_tell_others():
     assert changed_settings(before, now) == ["seed 1 -> 2"]
 
 
+def test_more_layers_recomputed_are_no_change():
+    """They follow the memory that is free, and an older program wrote "on" for what would be some now."""
+    for before, now in (("12 of 36 layers", "13 of 36 layers"), ("on", "12 of 36 layers")):
+        settings = [{"gradient_checkpointing": value, "seed": 1} for value in (before, now)]
+        assert changed_settings(*settings) == []
+
+
 @pytest.mark.slow
 def test_an_adapter_brings_its_own_settings_into_all_records(finished, tmp_path, run, capfd):
     start = ["--init-adapter", str(finished / "final_model")]

@@ -41,6 +41,13 @@ def test_what_is_set_counts_and_what_does_not_fit_recomputes_all(qwen3_4b):
     assert plan("auto", 80 * GIB) == ("off", True) and plan("auto", GIB) == ("on", False)
 
 
+def test_a_host_recomputes_none_or_all(qwen3_4b):
+    """Its estimate is up to 18% too low there, and its system ends what takes too much."""
+    host = Placement("cpu", 2)
+    rooms = [room_for(qwen3_4b, host, 2048, recomputed) for recomputed in (0, 12)]
+    assert [plan_memory(qwen3_4b, host, 2048, f, "auto").recomputed for f in rooms] == [0, 36]
+
+
 def test_each_layer_less_is_as_many_bytes_and_the_last_one_works_alone(qwen3_4b):
     """Behind the last kept layer's backward pass nothing is kept beside the layer that is recomputed."""
     found = [estimate_memory(qwen3_4b, BARE, 8192, recomputed=n) for n in range(37)]

@@ -107,6 +107,7 @@ def test_out_of_memory_is_told_from_other_errors():
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
     )
     assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"))
+    assert is_out_of_memory(RuntimeError("CUDA driver error: out of memory"))
     assert is_out_of_memory(RuntimeError("CUDA error: out of memory"))
     assert not is_out_of_memory(RuntimeError("size mismatch"))
 
