@@ -5,6 +5,7 @@ uv run pytest tests/runs/test_gpu_check.py -m "long or not long"
 
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -452,7 +453,9 @@ def test_each_phase_of_tests_selects_some(phases: gpu_commands.Phases):
     more = ["--collect-only", "-q", "-q", "-n", "0"]
     commands = [[*phase.command[own:], *more] for phase in phases.chosen(["tests*"])]
     code = f"import pytest; [print('code', int(pytest.main(c))) for c in {commands}]"
-    done = subprocess.run(process(code), cwd=ROOT, capture_output=True, text=True)
+    outside = {n: value for n, value in os.environ.items() if n != "PYTEST_ADDOPTS"}
+    options = {"env": outside, "cwd": ROOT, "capture_output": True, "text": True}
+    done = subprocess.run(process(code), **options)
     one, other, _ = done.stdout.split("code 0\n")
     chosen = [part.count(f"{gpu_commands.TESTS}::") for part in (one, other)]
     assert min(chosen) > 2 and sum(chosen) > 25
