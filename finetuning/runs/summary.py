@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch.nn.attention import current_flash_attention_impl
 
 from finetuning.common.distributed import Distributed
 from finetuning.common.files import json_text
@@ -291,8 +292,10 @@ def held_out_samples(plan: RunPlan) -> dict[str, int]:
 
 
 def versions() -> dict[str, str]:
-    """Python, the packages that matter, and the platform."""
+    """Python, the packages that matter, whose kernels compute attention if not torch's, and the platform."""
     packages = {name: version(name) for name in PACKAGES}
+    kernels = current_flash_attention_impl()
+    packages |= {"attention": kernels} if kernels else {}
     return {"python": sys.version.split()[0], **packages, "platform": platform.platform()}
 
 

@@ -30,6 +30,7 @@ from finetuning.model.attention_choice import (
 )
 from finetuning.runs import build
 from finetuning.runs.plan import plan_run
+from finetuning.runs.summary import versions
 from tests.model.test_attention import reference_kernel
 
 ROW = AttentionRow(heads=4, kv_heads=2, head_dim=16, bounds=(0, 9, 30, 48), longest=24, window=8)
@@ -83,7 +84,7 @@ def test_the_fastest_kernels_that_are_right_are_switched_on_and_kept(kernels, tm
     kernels["fast"], kernels["slow"] = as_it_is, slower
     kernels["wrong"] = lambda out, _: 1.1 * out
     chosen = choose_attention(ROW, CPU, tmp_path)
-    assert chosen.name == "fast" == current_flash_attention_impl()
+    assert chosen.name == "fast" == current_flash_attention_impl() == versions()["attention"]
     assert set(chosen.milliseconds) == {OWN, "fast", "slow"}
     assert chosen.milliseconds["fast"] < 1000 * SLOW < chosen.milliseconds[OWN]
     assert chosen.refused == {"wrong": "its results are 10.0% off"}
@@ -98,7 +99,7 @@ def test_the_fastest_kernels_that_are_right_are_switched_on_and_kept(kernels, tm
 def test_torchs_own_stay_where_they_are_the_fastest(kernels, tmp_path: Path):
     kernels["slow"] = slower
     assert choose_attention(ROW, CPU, tmp_path).name == OWN
-    assert current_flash_attention_impl() is None
+    assert current_flash_attention_impl() is None and "attention" not in versions()
 
 
 @pytest.mark.parametrize(
