@@ -337,7 +337,9 @@ class Runner:
         if arguments[0] == "ask.py":
             arguments += ["--max-new-tokens", "4"]
         if arguments[0] == "scripts/gpu_check.py":  # all phases: test_gpu_check, which is long
-            arguments += ["--small", "--device", "cpu", "--only", "facts", "model", "step 2048"]
+            arguments += ["--small", "--device", "cpu", "--only", "facts", "model"]
+        if arguments == ["tests/helpers/lowered_layer.py"]:  # all ways: test_lowered_layer
+            arguments += ["joined"]
         if arguments == ["scripts/pin_versions.py"]:
             return self.pin_versions()
         if arguments[0] == "scripts/update_guide.py":
