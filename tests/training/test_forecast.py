@@ -26,6 +26,7 @@ from tests.helpers.settings import step_plan, up_to
 from tests.helpers.units import GIB
 
 SPEED = training_forecast.Speed(1e12, 2e12, "as the test says")
+GPU = torch.device("cuda")  # by its name: nothing is asked of one
 
 
 # -----------------------------------------------------------------------------
@@ -60,7 +61,7 @@ def forecast(shape, tmp_path: Path, **changes) -> training_forecast.RunForecast:
         values |= {name: changes[name] for name in values if name in changes}
     return training_forecast.forecast(
         shape,
-        Placement("cpu", 4),
+        Placement(options["device"].type, 4),
         training_forecast.Workload(**work),
         output=OutputSettings(**output),
         **options,
@@ -68,8 +69,8 @@ def forecast(shape, tmp_path: Path, **changes) -> training_forecast.RunForecast:
 
 
 def needed(shape, tmp_path: Path, recomputed: int) -> float:
-    """Bytes of a step with so many layers recomputed."""
-    return forecast(shape, tmp_path).memory.estimates[recomputed].total
+    """Bytes of a step on a GPU with so many layers recomputed."""
+    return forecast(shape, tmp_path, device=GPU).memory.estimates[recomputed].total
 
 
 def test_checkpointing_is_turned_on_where_memory_is_short(qwen3_4b, tmp_path, monkeypatch):
@@ -82,7 +83,8 @@ def test_checkpointing_is_turned_on_where_memory_is_short(qwen3_4b, tmp_path, mo
         (1.2 * least, "off", "off"),
         (9.0 * most, "on", "on"),
     ):
-        result = forecast(qwen3_4b, tmp_path, free=int(free), gradient_checkpointing=setting)
+        options = {"device": GPU, "free": int(free), "gradient_checkpointing": setting}
+        result = forecast(qwen3_4b, tmp_path, **options)
         texts = dict(result.rows())
         assert texts["gradient checkpointing"] == expected, (free, setting)
         assert ("memory as planned" in texts) is (expected not in ("on", "off"))
@@ -113,13 +115,15 @@ def test_counts_of_a_plan(qwen3_4b, tmp_path, monkeypatch):
 
 def test_more_arithmetic_takes_more_time(qwen3_4b, tmp_path, monkeypatch):
     monkeypatch.setattr(training_forecast, "device_speed", lambda *_: SPEED)
-    once = forecast(qwen3_4b, tmp_path, gradient_checkpointing="off").seconds
-    again = forecast(qwen3_4b, tmp_path, gradient_checkpointing="on").seconds
+    once, again = (
+        forecast(qwen3_4b, tmp_path, device=GPU, gradient_checkpointing=setting).seconds
+        for setting in ("off", "on")
+    )
     for way in (once, again):
         assert way[1] == pytest.approx(2 * way[0], rel=0.01)  # at half the speed
     assert 1.3 * once[1] < again[1] < 1.5 * once[1]
     free = int(1.09 * needed(qwen3_4b, tmp_path, 12))
-    partly = forecast(qwen3_4b, tmp_path, free=free).seconds[1]
+    partly = forecast(qwen3_4b, tmp_path, device=GPU, free=free).seconds[1]
     assert partly - once[1] == pytest.approx((again[1] - once[1]) / 3), "a third of the layers"
 
 
