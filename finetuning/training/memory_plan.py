@@ -13,6 +13,8 @@ from finetuning.training.memory_estimate import (
 )
 
 NO_ROOM = "the memory has no room for what it would hold"
+# Devices whose estimate is good enough for some layers; a host's system ends what takes too much.
+BY_LAYER = frozenset({"cuda"})
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,7 @@ def plan_memory(
     layers cost, and at once where launches are hidden without it.
     """
     layers = shape.layers
-    # The estimate is not good enough for some layers on a host, whose system ends what takes too much.
-    apart = range(layers + 1) if placement.device_type == "cuda" else (0, layers)
+    apart = range(layers + 1) if placement.device_type in BY_LAYER else (0, layers)
     counts = {"on": (layers,), "off": (0,)}.get(gradient_checkpointing, apart)
 
     def plan(placement: Placement, no_graph: str) -> MemoryPlan:

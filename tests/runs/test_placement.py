@@ -19,6 +19,7 @@ from finetuning.model.loading import separate_layers
 from finetuning.runs import plan
 from finetuning.runs.build import build_engine
 from finetuning.runs.summary import run_rows
+from finetuning.training import memory_plan
 from finetuning.training.memory_estimate import USABLE
 from tests.helpers.tiny_model import FAST
 
@@ -32,6 +33,12 @@ class BesideATighterRank(Distributed):
 
     def gather(self, value: object) -> list:
         return [value, value + 1] if type(value) is int else [value]
+
+
+@pytest.fixture(autouse=True)
+def layer_by_layer(monkeypatch) -> None:
+    """This machine plans as a GPU does."""
+    monkeypatch.setattr(memory_plan, "BY_LAYER", {"cpu"})
 
 
 @pytest.fixture
