@@ -17,17 +17,24 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from filelock import FileLock, Timeout
 
 from finetuning.common.errors import UserError
-from finetuning.common.files import atomic_write_text, give_mode, publish_folder, staging_folder
+from finetuning.common.files import (
+    atomic_write_text,
+    give_mode,
+    publish_folder,
+    read_json_object,
+    staging_folder,
+)
 
 T = TypeVar("T")
 PACKAGE = Path(__file__).parents[1]
 _DIGESTS = "digests.json"
+_VALUE = "value.json"
 _BUILDING = ".building-"
 
 
@@ -61,6 +68,26 @@ def cached_folder(
             f"the cache {folder} can't be read back; remove it, or choose another cache_dir"
         )
     return found
+
+
+def cached_value(
+    folder: Path, make: Callable[[], dict[str, Any]], read: Callable[[dict[str, Any]], T]
+) -> T:
+    """What `read` makes of a small JSON object, which `make` makes once for a folder of the cache.
+
+    What `read` can't take (KeyError, TypeError, ValueError) is made anew.
+    """
+
+    def load(path: Path) -> T | None:
+        try:
+            return read(read_json_object(path / _VALUE))
+        except (UserError, KeyError, TypeError, ValueError):
+            return None
+
+    def write(path: Path) -> None:
+        (path / _VALUE).write_text(json.dumps(make()), encoding="utf-8")
+
+    return cached_folder(folder, load, write)
 
 
 @contextmanager

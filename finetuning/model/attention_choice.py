@@ -23,9 +23,7 @@ from torch.nn.attention import (
     restore_flash_attention_impl,
 )
 
-from finetuning.common.cache import cached_folder, code_version
-from finetuning.common.errors import UserError
-from finetuning.common.files import read_json_object
+from finetuning.common.cache import cached_value, code_version
 from finetuning.common.text import clean_line
 from finetuning.model.attention import varlen_kernel
 from finetuning.model.cuda_graph import recorded
@@ -89,18 +87,15 @@ def choose_attention(row: AttentionRow, device: torch.device, cache_dir: Path) -
     names = installed_kernels()
     if not names:
         return AttentionChoice()
-
-    def load(path: Path) -> AttentionChoice | None:
-        try:
-            return AttentionChoice(**read_json_object(path / "choice.json"))
-        except (UserError, TypeError):
-            return None
-
-    def write(path: Path) -> None:
-        choice = measured_choice(names, row, device)
-        (path / "choice.json").write_text(json.dumps(asdict(choice)), encoding="utf-8")
-
-    choice = cached_folder(cache_dir / f"attention-{_key(names, row, device)}", load, write)
+    try:
+        choice = cached_value(
+            cache_dir / f"attention-{_key(names, row, device)}",
+            lambda: asdict(measured_choice(names, row, device)),
+            lambda kept: AttentionChoice(**kept),
+        )
+    except RuntimeError as error:  # it may be another time, so it is not kept
+        reason = f"no trial: {clean_line(str(error), 200)}"
+        return AttentionChoice(refused=dict.fromkeys(names, reason))
     if choice.name != OWN:
         activate_flash_attention_impl(choice.name)
     return choice
@@ -112,14 +107,10 @@ def installed_kernels() -> list[str]:
 
 
 def measured_choice(names: list[str], row: AttentionRow, device: torch.device) -> AttentionChoice:
-    """Of torch's own kernels and the named ones; those are switched off again."""
-    try:
-        trial = _Trial(row, device)
-        expected, milliseconds, refused = trial.results(), {OWN: trial.milliseconds()}, {}
-    except RuntimeError as error:  # no memory for a trial, or no graph: nothing to compare with
-        return AttentionChoice(
-            refused=dict.fromkeys(names, f"no trial: {clean_line(str(error), 200)}")
-        )
+    """Of torch's own kernels and the named ones; those are switched off again. Raises RuntimeError where
+    there is no memory for a trial, or torch's own can't be recorded as a graph."""
+    trial = _Trial(row, device)
+    expected, milliseconds, refused = trial.results(), {OWN: trial.milliseconds()}, {}
     for name in names:
         try:
             with _switched_to(name):
@@ -127,6 +118,8 @@ def measured_choice(names: list[str], row: AttentionRow, device: torch.device) -
                     refused[name] = wrong
                 else:
                     milliseconds[name] = trial.milliseconds()
+        except torch.OutOfMemoryError:  # says nothing of the kernels
+            raise
         except Exception as error:  # of code that others wrote; it is told
             refused[name] = clean_line(f"{type(error).__name__}: {error}", 200)
     fastest = min(milliseconds, key=milliseconds.__getitem__)

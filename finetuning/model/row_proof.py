@@ -25,9 +25,8 @@ import torch.nn.functional as F
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from finetuning.common.cache import cached_folder, code_version
+from finetuning.common.cache import cached_value, code_version
 from finetuning.common.errors import UserError
-from finetuning.common.files import read_json_object
 from finetuning.common.text import clean_line
 from finetuning.config import NO_LIMIT
 from finetuning.data.packing import PackedBatch, build_batch
@@ -111,20 +110,13 @@ def proven_way(
     config = configuration(folder, trust_remote_code)
     place = cache_dir / f"row-proof-{_fingerprint(config, f'{longest} {row}', device)}"
 
-    def load(path: Path) -> RowProof | None:
-        try:
-            return RowProof(**read_json_object(path / "proof.json"))
-        except (UserError, TypeError):
-            return None
-
-    def write(path: Path) -> None:
+    def make() -> dict[str, Any]:
         options = {"row": row, "device": device, "trust_remote_code": trust_remote_code}
         with as_user_error(f"model folder {folder}", "check its config.json"):
             check_extent(config, folder, trust_remote_code)
-        proof = prove(config, longest=longest, **options)
-        (path / "proof.json").write_text(json.dumps(asdict(proof)), encoding="utf-8")
+        return asdict(prove(config, longest=longest, **options))
 
-    proof = cached_folder(place, load, write)
+    proof = cached_value(place, make, lambda kept: RowProof(**kept))
     if proof.way and not proof.tokens:
         return proof
     name = config.model_type
@@ -142,22 +134,16 @@ def positions_of(folder: Path, cache_dir: Path, *, trust_remote_code: bool = Fal
     `NO_LIMIT`: any number, as far as is known."""
     config = configuration(folder, trust_remote_code)
 
-    def write(path: Path) -> None:
+    def make() -> dict[str, Any]:
         build = partial(_small_model, dtype=torch.float32, trust_remote_code=trust_remote_code)
         told = told_positions(config)
         with as_user_error(f"model folder {folder}", "check its config.json"):
             check_extent(config, folder, trust_remote_code)
         with undisturbed():
-            found = tokens_taken(config, told or NO_LIMIT, build) or told or NO_LIMIT
-        (path / "positions.json").write_text(json.dumps({"tokens": found}), encoding="utf-8")
+            return {"tokens": tokens_taken(config, told or NO_LIMIT, build) or told or NO_LIMIT}
 
-    def load(path: Path) -> int | None:
-        try:
-            return int(read_json_object(path / "positions.json")["tokens"])
-        except (UserError, KeyError, TypeError, ValueError):
-            return None
-
-    return cached_folder(cache_dir / f"positions-{_fingerprint(config, '', 'cpu')}", load, write)
+    place = cache_dir / f"positions-{_fingerprint(config, '', 'cpu')}"
+    return cached_value(place, make, lambda kept: int(kept["tokens"]))
 
 
 def configuration(folder: Path, trust_remote_code: bool) -> Any:

@@ -15,6 +15,7 @@ from filelock import FileLock
 from finetuning.common import cache
 from finetuning.common.cache import (
     cached_folder,
+    cached_value,
     code_version,
     kept_array,
     private_folder,
@@ -55,6 +56,24 @@ def test_what_was_written_is_found_and_what_is_damaged_made_anew(tmp_path: Path)
     assert fetch(folder) == 10
     assert (tmp_path / "cache" / "written").read_text() == "xxxxxx"
     assert not list((tmp_path / "cache").glob(".building-*"))
+
+
+def test_a_value_is_made_once_and_anew_where_it_can_not_be_read(tmp_path: Path):
+    made = []
+
+    def make() -> dict:
+        made.append(1)
+        return {"tokens": len(made)}
+
+    def value(name: str = "tokens") -> int:
+        return cached_value(tmp_path / "cache" / "a", make, lambda kept: int(kept[name]))
+
+    assert [value(), value()] == [1, 1]
+    (tmp_path / "cache" / "a" / "value.json").write_text("{")
+    assert [value(), value()] == [2, 2]
+    with pytest.raises(UserError, match="can't be read back"):
+        value("another")
+    assert len(made) == 3
 
 
 def test_what_others_may_write_and_what_lies_elsewhere_is_made_anew(tmp_path: Path):

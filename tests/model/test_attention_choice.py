@@ -132,10 +132,25 @@ def test_a_token_that_was_left_out_is_noticed(kernels):
 
 def test_a_trial_that_is_none_leaves_torchs_own(kernels, monkeypatch, tmp_path: Path):
     kernels["fast"] = as_it_is
-    full = torch.OutOfMemoryError("CUDA out of memory")
-    monkeypatch.setattr(_Trial, "milliseconds", lambda self: (_ for _ in ()).throw(full))
-    choice = choose_attention(ROW, CPU, tmp_path)
+
+    def fails(self: _Trial) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as full:
+        full.setattr(_Trial, "milliseconds", fails)
+        choice = choose_attention(ROW, CPU, tmp_path)
     assert choice.name == OWN and "fast was refused (no trial: CUDA out of memory)" in choice.text()
+    assert choose_attention(ROW, CPU, tmp_path).name == "fast", "another time there is room"
+
+
+def test_a_lack_of_memory_is_no_fault_of_the_kernels(kernels, tmp_path: Path):
+    def full(out: torch.Tensor, _: tuple) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    kernels["large"] = full
+    assert "no trial" in choose_attention(ROW, CPU, tmp_path).refused["large"]
+    kernels["large"] = as_it_is
+    assert choose_attention(ROW, CPU, tmp_path).name == "large"
 
 
 def test_other_documents_of_the_same_row_need_no_other_trial(kernels, tmp_path: Path):

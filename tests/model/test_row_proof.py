@@ -324,7 +324,7 @@ def test_positions_are_those_of_the_configuration_or_of_a_trial(folder, tmp_path
 
 def test_a_damaged_answer_is_made_anew(folder: Path, tmp_path: Path):
     first = proven_way(folder, tmp_path / "cache", longest=64)
-    (path,) = (tmp_path / "cache").glob("row-proof-*/proof.json")
+    (path,) = (tmp_path / "cache").glob("row-proof-*/value.json")
     path.write_text("{")
     assert proven_way(folder, tmp_path / "cache", longest=64) == first
 
