@@ -7,6 +7,7 @@ import ast
 import functools
 import graphlib
 import itertools
+import os
 import re
 import subprocess
 import sys
@@ -307,6 +308,34 @@ def test_an_object_is_complete_after_its_init():
         for method in (n for n in node.body if isinstance(n, ast.FunctionDef)):
             late += [f"{file} {node.name}.{name}" for name in attributes_set(method) - known]
     assert len(set(late)) <= ATTRIBUTES_FIRST_SET_OUTSIDE_INIT, sorted(set(late))
+
+
+# -----------------------------------------------------------------------------
+# Tests
+
+
+HANGS = """
+import subprocess, sys
+
+def test_waits():
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(30)"]):
+        raise ValueError
+
+def test_passes():
+    pass
+"""
+
+
+@pytest.mark.slow
+def test_a_test_that_hangs_fails_and_the_others_go_on(tmp_path: Path, pytestconfig):
+    """A server that did not end held all of them for hours."""
+    assert 0 < float(pytestconfig.getini("timeout")) <= 900
+    (tmp_path / "test_it.py").write_text(HANGS)
+    ours = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(tmp_path), "-n", "1"]
+    command = [sys.executable, "-m", "pytest", *ours, "-o", "timeout=2", str(tmp_path)]
+    outside = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
+    done = subprocess.run(command, cwd=tmp_path, env=outside, capture_output=True, text=True)
+    assert "Failed: Timeout (>2.0s)" in done.stdout and "1 failed, 1 passed" in done.stdout
 
 
 # -----------------------------------------------------------------------------

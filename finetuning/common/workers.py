@@ -5,9 +5,11 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import resource_tracker
 
 from finetuning.common.limited import end_with
 
@@ -28,8 +30,8 @@ def in_order(
     try:
         for job in jobs:
             with (
+                _signals_wait(),
                 _main_stays_out(),
-                _without_interrupts(),
             ):  # a process is started by the job that needs it
                 waiting.append(pool.submit(function, *job))
             if len(waiting) > 2 * workers:
@@ -53,16 +55,40 @@ def begin_worker(parent: int, initializer: Callable | None, initargs: tuple) -> 
 
 
 @contextlib.contextmanager
-def _without_interrupts() -> Iterator[None]:
-    """Processes started meanwhile never hear of Ctrl-C, not even before `begin_worker`; here it waits."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _signals_wait() -> Iterator[None]:
+    """Handlers of signals run after it: an exception of theirs between the start of a process and the end
+    of what it is sent would leave one that complains about half a message, and that nobody knows of.
+
+    Processes started meanwhile never hear of Ctrl-C, not even before `begin_worker`.
+    """
+    came: list[int] = []
+    holds = True
+
+    def take(number: int, frame: object) -> None:
+        if holds:
+            came.append(number)
+        else:  # an exception came between this block's end and the return of the handlers
+            handlers[number](number, frame)
+
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():  # no other one may set handlers
+        found = {number: signal.getsignal(number) for number in signal.valid_signals()}
+        handlers = {number: handler for number, handler in found.items() if callable(handler)}
+    for number in handlers:
+        signal.signal(number, take)
+    resource_tracker.ensure_running()  # by the first process else, which then hears of Ctrl-C again
+    mask = getattr(signal, "pthread_sigmask", None)  # Windows has none
+    before = mask(signal.SIG_BLOCK, {signal.SIGINT}) if mask else None
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if mask:
+            mask(signal.SIG_SETMASK, before)
+        holds = False
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in came:
+            handlers[number](number, None)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,10 @@
-"""Worker processes import only what their task needs."""
+"""Worker processes import only what their task needs, and a signal while one is started leaves none."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -44,3 +46,68 @@ def test_workers_import_neither_the_program_nor_torch(tmp_path):
         encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr
+
+
+STARTING = """
+import multiprocessing, os, signal, sys, threading
+from multiprocessing import popen_spawn_posix, resource_tracker
+
+from finetuning.common.process import Interrupted, StopSignal
+from finetuning.common.workers import in_order
+from tests.common.test_workers import nap
+
+NUMBER, NTH = getattr(signal, sys.argv[1]), int(sys.argv[2])
+started, real = [], popen_spawn_posix.util.spawnv_passfds
+
+def start(*arguments):
+    started.append(real(*arguments))
+    if len(started) == NTH:
+        for _ in range(2):  # a launcher passes on what the terminal has sent already
+            os.kill(os.getpid(), NUMBER)
+    return started[-1]
+
+if __name__ == "__main__":
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    threading.Thread(target=threading.Event().wait, daemon=True).start()  # signals may go to it
+    resource_tracker.ensure_running()  # no worker, and started in the same way
+    with StopSignal():
+        handler = signal.getsignal(NUMBER)
+        popen_spawn_posix.util.spawnv_passfds = start
+        try:
+            list(in_order(nap, [(n,) for n in range(20)], 3))
+        except Interrupted as end:
+            print(end.code, len(started))
+        assert signal.getsignal(NUMBER) == handler
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+        for process in multiprocessing.active_children():
+            process.join(20)
+        for number in started:
+            try:
+                os.kill(number, 0)
+            except ProcessLookupError:
+                continue
+            raise SystemExit("a worker stays")
+"""
+
+
+def nap(n: int) -> int:
+    time.sleep(0.05)
+    return n
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other signals")
+@pytest.mark.parametrize("nth", [1, 2])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_while_a_worker_is_started_waits_for_it(tmp_path, name, nth):
+    """An exception of a handler came amid what the worker is sent: it showed a traceback, and nobody
+    ended it."""
+    (tmp_path / "program.py").write_text(STARTING, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "program.py"), name, str(nth)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == [str(128 + getattr(signal, name)), str(nth)]
