@@ -107,4 +107,4 @@ def dumps(runs: Sequence[RecordedRun]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(lambda: parsed("compare_runs.py", main)()))
+    process.exit_process(exit_code(lambda: parsed("compare_runs.py", main)()))

@@ -13,7 +13,6 @@ if __name__ == "__main__":
     process.imports_begin()
 
 import json
-import sys
 from dataclasses import dataclass
 
 import tyro
@@ -86,4 +85,4 @@ def show(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    process.exit_process(main())

@@ -144,4 +144,4 @@ def _exact_tokens(data: "SampleSet", folder: Path, workers: int) -> "TokenizedSa
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(lambda: parsed("dataset_stats.py", main)()))
+    process.exit_process(exit_code(lambda: parsed("dataset_stats.py", main)()))

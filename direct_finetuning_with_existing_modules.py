@@ -47,7 +47,7 @@ import math
 from pathlib import Path
 
 from finetuning.analysis.data_check import check_data
-from finetuning.common.distributed import exit_process, init_distributed, leave
+from finetuning.common.distributed import init_distributed, leave
 from finetuning.common.formatting import due
 from finetuning.data.packing import PlannedStep
 from finetuning.runs import directory, session, summary
@@ -497,4 +497,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    exit_process(main())
+    process.exit_process(main())

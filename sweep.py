@@ -407,4 +407,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(lambda: main(sys.argv[1:])))
+    process.exit_process(exit_code(lambda: main(sys.argv[1:])))

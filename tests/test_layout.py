@@ -184,6 +184,19 @@ def test_no_module_imports_a_program():
     assert not [f"{file} -> {other}" for file in FILES for other in ours(file) & programs]
 
 
+def test_every_program_ends_in_the_same_way():
+    """The interpreter's own end waits for threads that may never end."""
+    programs = {path: path.read_text(encoding="utf-8") for path in ROOT.glob("*.py")}
+    starts = {
+        path.name: text for path, text in programs.items() if 'if __name__ == "__main__"' in text
+    }
+    del starts["test_tensorboard_integration.py"]
+    assert len(starts) > 5
+    for name, text in starts.items():
+        (last,) = ast.parse(text).body[-1].body
+        assert ast.unparse(last).startswith("process.exit_process("), name
+
+
 def test_some_rooms_import_no_torch():
     wrong = []
     for start in (file for file in FILES if room_of(file) in WITHOUT_TORCH):

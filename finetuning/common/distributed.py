@@ -4,10 +4,8 @@ Nothing of ours stands between the script and PyTorch's engine: torchrun sets th
 file reads it once.
 """
 
-import atexit
 import os
 import signal
-import sys
 import threading
 import time
 import uuid
@@ -15,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NoReturn
 
 import torch
 import torch.distributed as torch_distributed
@@ -263,21 +260,6 @@ def leave() -> None:
     """Leave the group after a clean end. After an error the process's exit ends it, not a wait."""
     if in_group():
         torch_distributed.destroy_process_group()
-
-
-def exit_process(code: int) -> NoReturn:
-    """End the process with this exit code; a rank of torchrun's without the interpreter's own end.
-
-    That end now and then aborts a process in which a thread of gloo's or autograd's still holds a tensor
-    (pytorch#38228, pytorch#179291): a rank whose work is done would count as failed, and torchrun would
-    end the others, which may still be writing.
-    """
-    if "RANK" not in os.environ:
-        sys.exit(code)
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def in_group() -> bool:

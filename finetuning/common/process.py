@@ -1,5 +1,7 @@
-"""This process: memory settings that must precede the import of torch, and signals that ask it to stop."""
+"""This process: memory settings from before the import of torch, signals that ask it to stop, and its end."""
 
+import atexit
+import contextlib
 import ctypes
 import gc
 import os
@@ -9,7 +11,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NoReturn
 
 from finetuning.common.language import translated
@@ -118,7 +119,7 @@ class StopSignal:
         """From here on there is something to save."""
         self._waits = True
 
-    @contextmanager
+    @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
         """Within it a signal leaves the block at once, one that follows another, too; what comes after
         it sees the first one's name."""
@@ -146,6 +147,23 @@ class StopSignal:
         if number == signal.SIGINT or name == self.name:
             signal.signal(number, signal.SIG_DFL)  # a third one waits for nothing
             raise Interrupted(number, second=True)
+
+
+def exit_process(code: int) -> NoReturn:
+    """End the process with this exit code, after what `atexit` knows of, without the interpreter's own end.
+
+    That end waits for threads: for ever for the one of a pool that reads what a worker was writing when it
+    was ended. And it now and then aborts a process in which a thread of gloo's or autograd's still holds a
+    tensor (pytorch#38228, pytorch#179291): a rank whose work is done would count as failed, and torchrun
+    would end the others, which may still be writing.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # who read it has gone; the interpreter's end would give this code, too
+            code = code or 120
+    os._exit(code)
 
 
 _keep_freed_memory()

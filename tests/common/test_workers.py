@@ -111,3 +111,39 @@ def test_a_signal_while_a_worker_is_started_waits_for_it(tmp_path, name, nth):
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.split() == [str(128 + getattr(signal, name)), str(nth)]
+
+
+MUCH = """
+import sys, time
+
+from finetuning.common.process import exit_process
+from finetuning.common.workers import in_order
+from tests.common.test_workers import much
+
+if __name__ == "__main__":
+    results = in_order(much, [(n,) for n in range(20)], 2)
+    next(results)
+    time.sleep(0.5)  # more of them come than a pipe takes
+    results.close()
+    print("closed", flush=True)
+    exit_process(3)
+"""
+
+
+def much(n: int) -> bytes:
+    return bytes(100_000_000)
+
+
+def test_a_program_ends_though_its_workers_were_writing(tmp_path):
+    """A thread waited for the rest of what an ended worker had been writing, and the program for it."""
+    (tmp_path / "program.py").write_text(MUCH, encoding="utf-8")
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "program.py")],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (3, "closed\n")
+    assert "Traceback" not in done.stderr and time.monotonic() - began < 30

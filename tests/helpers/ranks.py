@@ -22,7 +22,7 @@ from unittest import mock
 
 from torch.distributed import TCPStore
 
-from finetuning.common.distributed import exit_process
+from finetuning.common.process import exit_process
 
 ROOT = Path(__file__).parents[2]
 PRELOADED = ("pytest", "direct_finetuning_with_existing_modules", "transformers.models.qwen3")

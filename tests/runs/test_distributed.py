@@ -371,7 +371,7 @@ ENDS_WITH_THREADS = """
 import atexit, sys, threading
 sys.path.insert(0, {root!r})
 import torch
-from finetuning.common import distributed
+from finetuning.common.process import exit_process
 
 def work():
     a = torch.randn(100)
@@ -382,7 +382,7 @@ for _ in range(4):
     threading.Thread(target=work, daemon=True).start()
 atexit.register(print, "cleaned up")
 print("done", end=" ")
-distributed.exit_process(3)
+exit_process(3)
 """
 
 

@@ -249,8 +249,8 @@ def completed(*args, progress, **kwargs):
         return progress(done, total)
     return complete(*args, progress=token, **kwargs)
 evaluator.complete = completed
-from direct_finetuning_with_existing_modules import exit_process, main
-exit_process(main(sys.argv[1:]))
+from direct_finetuning_with_existing_modules import main, process
+process.exit_process(main(sys.argv[1:]))
 """
 
 

@@ -46,9 +46,9 @@ def watched(self, what):
     return working(self, what)
 terminal.Terminal.working = watched
 sys.argv = ["direct_finetuning_with_existing_modules.py", *arguments]
-from direct_finetuning_with_existing_modules import exit_process, main
+from direct_finetuning_with_existing_modules import main, process
 if __name__ == "__main__":
-    exit_process(main(arguments))
+    process.exit_process(main(arguments))
 """
 
 
