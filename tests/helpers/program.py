@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
+from finetuning.common import process
+
 
 @dataclass(frozen=True)
 class Done:
@@ -26,6 +28,7 @@ def run_program(path: Path, *arguments: str, cwd: Path) -> Done:
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         mock.patch.object(sys, "argv", [str(path), *arguments]),
+        mock.patch.object(process, "exit_process", sys.exit),  # this process is not the program's
     ):
         try:
             runpy.run_path(str(path), run_name="__main__")

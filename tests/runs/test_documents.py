@@ -40,6 +40,7 @@ from transformers import AutoTokenizer
 from direct_finetuning_with_existing_modules import main
 from finetuning.analysis import text_quality
 from finetuning.command_line import parse_command_line, read_config_file
+from finetuning.common import process
 from finetuning.events.event_file import event_files
 from finetuning.events.metric_table import METRICS, find_metric, is_detail, is_quiet
 from finetuning.events.reading import read_metrics, read_run
@@ -281,6 +282,7 @@ def start_program(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     path = ROOT / arguments[0]
     assert path.is_file(), f"{arguments[0]} is documented but not there"
     monkeypatch.setattr(sys, "argv", [str(path), *arguments[1:]])
+    monkeypatch.setattr(process, "exit_process", sys.exit)  # this process is not the program's
     try:
         runpy.run_path(str(path), run_name="__main__")
     except SystemExit as end:

@@ -24,6 +24,8 @@ def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 COMMAND = f"""
 import runpy, sys
+from finetuning.common import process
+process.exit_process = sys.exit
 del sys.argv[0]
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
