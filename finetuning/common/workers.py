@@ -13,6 +13,8 @@ from multiprocessing import resource_tracker
 
 from finetuning.common.limited import end_with
 
+END_SECONDS = 1.0  # for a pool that is not wanted any more; it takes milliseconds
+
 
 def in_order(
     function: Callable,
@@ -39,11 +41,24 @@ def in_order(
         while waiting:
             yield waiting.popleft().result()
     except BaseException:  # an error, a signal, or nobody wants the rest: nobody waits for it
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in set(multiprocessing.active_children()) - others:
-            process.terminate()
+        _end(pool, set(multiprocessing.active_children()) - others)
         raise
     pool.shutdown()
+
+
+def _end(pool: ProcessPoolExecutor, workers: set[multiprocessing.Process]) -> None:
+    """End the workers, and wait for the pool's own thread: it closes what the process would close at its
+    end, too, and of two that close one thing, one shows a traceback.
+
+    It reads for ever where a worker was writing a large result; that it is not waited for.
+    """
+    ending = threading.Thread(
+        target=pool.shutdown, kwargs={"wait": True, "cancel_futures": True}, daemon=True
+    )
+    ending.start()
+    for worker in workers:
+        worker.terminate()
+    ending.join(END_SECONDS)
 
 
 def begin_worker(parent: int, initializer: Callable | None, initargs: tuple) -> None:

@@ -147,3 +147,39 @@ def test_a_program_ends_though_its_workers_were_writing(tmp_path):
     )
     assert (done.returncode, done.stdout) == (3, "closed\n")
     assert "Traceback" not in done.stderr and time.monotonic() - began < 30
+
+
+CLOSING = """
+import time
+from multiprocessing import connection
+
+from finetuning.common.process import exit_process
+from finetuning.common.workers import in_order
+from tests.common.test_workers import nap
+
+real = connection.Connection._close
+
+def slowly(self, *arguments):
+    time.sleep(0.05)  # so that another thread comes in between
+    real(self, *arguments)
+
+if __name__ == "__main__":
+    results = in_order(nap, [(n,) for n in range(20)], 2)
+    next(results)
+    connection.Connection._close = slowly
+    results.close()
+    exit_process(3)
+"""
+
+
+def test_nothing_is_closed_twice_at_the_end(tmp_path):
+    """A pool's own thread and the end of the process closed the same pipe: `Bad file descriptor`."""
+    (tmp_path / "program.py").write_text(CLOSING, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "program.py")],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (3, "", "")
