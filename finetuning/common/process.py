@@ -161,8 +161,8 @@ def exit_process(code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except OSError:  # who read it has gone; the interpreter's end would give this code, too
-            code = code or 120
+        except OSError:  # who read it has gone; the code is that of the interpreter's end
+            code = 120
     os._exit(code)
 
 

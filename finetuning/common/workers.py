@@ -52,9 +52,7 @@ def _end(pool: ProcessPoolExecutor, workers: set[multiprocessing.Process]) -> No
 
     It reads for ever where a worker was writing a large result; that it is not waited for.
     """
-    ending = threading.Thread(
-        target=pool.shutdown, kwargs={"wait": True, "cancel_futures": True}, daemon=True
-    )
+    ending = threading.Thread(target=pool.shutdown, kwargs={"cancel_futures": True}, daemon=True)
     ending.start()
     for worker in workers:
         worker.terminate()
@@ -78,6 +76,10 @@ def _signals_wait() -> Iterator[None]:
     """
     came: list[int] = []
     holds = True
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():  # no other one may set handlers
+        found = {number: signal.getsignal(number) for number in signal.valid_signals()}
+        handlers = {number: handler for number, handler in found.items() if callable(handler)}
 
     def take(number: int, frame: object) -> None:
         if holds:
@@ -85,16 +87,14 @@ def _signals_wait() -> Iterator[None]:
         else:  # an exception came between this block's end and the return of the handlers
             handlers[number](number, frame)
 
-    handlers = {}
-    if threading.current_thread() is threading.main_thread():  # no other one may set handlers
-        found = {number: signal.getsignal(number) for number in signal.valid_signals()}
-        handlers = {number: handler for number, handler in found.items() if callable(handler)}
-    for number in handlers:
-        signal.signal(number, take)
-    resource_tracker.ensure_running()  # by the first process else, which then hears of Ctrl-C again
-    mask = getattr(signal, "pthread_sigmask", None)  # Windows has none
-    before = mask(signal.SIG_BLOCK, {signal.SIGINT}) if mask else None
+    mask = getattr(signal, "pthread_sigmask", None)  # Windows has none, and no tracker of resources
+    before = mask(signal.SIG_BLOCK, ()) if mask else None
     try:
+        for number in handlers:
+            signal.signal(number, take)
+        if mask:
+            resource_tracker.ensure_running()  # started by the first process, it would undo the mask
+            mask(signal.SIG_BLOCK, {signal.SIGINT})
         yield
     finally:
         if mask:

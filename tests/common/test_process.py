@@ -233,3 +233,26 @@ def test_workers_end_with_a_parent_that_is_killed():
             return
         time.sleep(0.05)
     pytest.fail("the worker lives on")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["process.exit_process", "sys.exit"])
+@pytest.mark.parametrize(
+    ("code", "heard", "expected"), [(3, True, 3), (3, False, 120), (0, False, 120)]
+)
+def test_a_program_whose_words_nobody_reads_ends_as_pythons_do(end, code, heard, expected):
+    """Without the interpreter's own end as with it."""
+    script = "import sys; from finetuning.common import process; print('x'); sys.stdin.read(); "
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with subprocess.Popen(
+        [sys.executable, "-c", f"{script}{end}({code})"],
+        cwd=ROOT,
+        env=buffered,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    ) as child:
+        if not heard:
+            child.stdout.close()
+        child.stdin.close()
+        assert child.wait(60) == expected

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from finetuning.common import workers
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,16 +37,22 @@ if __name__ == "__main__":
 """
 
 
-def test_workers_import_neither_the_program_nor_torch(tmp_path):
-    (tmp_path / "torch_of_the_program.py").write_text("")
-    (tmp_path / "program.py").write_text(LIGHT, encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "program.py")],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])},
+def started(folder: Path, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The text as a program of that folder, as workers are started by a file."""
+    (folder / "program.py").write_text(program, encoding="utf-8")
+    return subprocess.run(
+        [sys.executable, str(folder / "program.py"), *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)])},
         capture_output=True,
         text=True,
         encoding="utf-8",
+        timeout=60,
     )
+
+
+def test_workers_import_neither_the_program_nor_torch(tmp_path):
+    (tmp_path / "torch_of_the_program.py").write_text("")
+    done = started(tmp_path, LIGHT)
     assert done.returncode == 0, done.stderr
 
 
@@ -101,20 +109,27 @@ def nap(n: int) -> int:
 def test_a_signal_while_a_worker_is_started_waits_for_it(tmp_path, name, nth):
     """An exception of a handler came amid what the worker is sent: it showed a traceback, and nobody
     ended it."""
-    (tmp_path / "program.py").write_text(STARTING, encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "program.py"), name, str(nth)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = started(tmp_path, STARTING, name, str(nth))
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.split() == [str(128 + getattr(signal, name)), str(nth)]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no tracker of resources")
+def test_where_no_process_can_be_started_signals_are_handled_as_before(monkeypatch):
+    def full() -> None:
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(workers.resource_tracker, "ensure_running", full)
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    with pytest.raises(OSError, match="no more"):
+        list(workers.in_order(nap, [(0,)], 1))
+    assert {number: signal.getsignal(number) for number in signal.valid_signals()} == handlers
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mask
+
+
 MUCH = """
-import sys, time
+import time
 
 from finetuning.common.process import exit_process
 from finetuning.common.workers import in_order
@@ -136,15 +151,8 @@ def much(n: int) -> bytes:
 
 def test_a_program_ends_though_its_workers_were_writing(tmp_path):
     """A thread waited for the rest of what an ended worker had been writing, and the program for it."""
-    (tmp_path / "program.py").write_text(MUCH, encoding="utf-8")
     began = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "program.py")],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    done = started(tmp_path, MUCH)
     assert (done.returncode, done.stdout) == (3, "closed\n")
     assert "Traceback" not in done.stderr and time.monotonic() - began < 30
 
@@ -174,12 +182,5 @@ if __name__ == "__main__":
 
 def test_nothing_is_closed_twice_at_the_end(tmp_path):
     """A pool's own thread and the end of the process closed the same pipe: `Bad file descriptor`."""
-    (tmp_path / "program.py").write_text(CLOSING, encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "program.py")],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    done = started(tmp_path, CLOSING)
     assert (done.returncode, done.stdout, done.stderr) == (3, "", "")
